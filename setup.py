@@ -1,0 +1,39 @@
+"""Package of megatron_cm3leon. Install on a CPU machine with: pip install -c constraints.txt -e ".[dev]"."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_cm3leon",
+    version="0.1.0",
+    description="Train CM3Leon: a retrieval-augmented decoder-only transformer over text and image tokens",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_cm3leon", "megatron_cm3leon.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core==0.16.1",  # engine/cpu_backend.py substitutes names of this version
+        "psutil",  # megatron-core needs it and does not declare it
+        "einops",
+        "numpy",
+        "omegaconf>=2.3",
+        "pyyaml",
+        "sentencepiece",
+        "safetensors",
+        "pillow",
+        "pyarrow",
+        "faiss-cpu",
+        "transformers>=5",
+        "matplotlib",
+        "rich",
+        "tensorboard",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        "deepspeed": ["deepspeed==0.19.8"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "webdataset"],
+    },
+)
