@@ -1,0 +1,33 @@
+"""TrainState: all that a resumed run needs to know beside weights and optimizer moments."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Position of a run. Random draws are functions of (seed, step or batch): no generator has a state."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    batch: int = 0
+    """Next batch of the stream; ahead of `step` once a batch was skipped."""
+    tokens: int = 0
+    """Target tokens seen, padding not counted."""
+    skipped: list[int] = None
+    """Batches whose loss or gradient was not finite, on which no rank stepped."""
+    stream: str = ""
+    """Fingerprint of the stream: data, settings, seed, global batch size."""
+    attempt: int = 0
+    """How often the run was started, this time included."""
+
+    def __post_init__(self) -> None:
+        self.skipped = list(self.skipped or [])
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainState":
+        return cls(**json.loads(path.read_text()))

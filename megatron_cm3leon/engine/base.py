@@ -1,0 +1,44 @@
+"""What the training loop knows of an engine, and nothing else."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.data.loader import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """Of one global batch; the same numbers on every rank. Losses are nats a token, weighted means."""
+
+    loss: float
+    loss_text: float
+    """Over the text targets; NaN where the batch has none."""
+    loss_image: float
+    """Over the image targets; NaN where the batch has none."""
+    grad_norm: float
+    """Of the whole model, before clipping; 0 for an evaluation."""
+    tokens: int
+    """Targets with a weight above 0."""
+    stepped: bool
+    """False when the loss or the gradient was not finite and no rank stepped."""
+
+
+class Engine(Protocol):
+    """Trains one model on this rank's share of every batch."""
+
+    def train_step(self, micro_batches: list[MicroBatch], step: int, learning_rate: float) -> StepMetrics:
+        """Forward, backward and optimizer step number `step` (from 0) on this rank's part of a global batch."""
+
+    def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:
+        """Losses of a global batch, without dropout and without a step."""
+
+    def save(self, folder: Path, state: TrainState) -> None:
+        """Write a checkpoint; it appears under `folder` when every rank's part is whole."""
+
+    def load(self, folder: Path) -> TrainState:
+        """Read weights and optimizer state written under any layout of this engine."""
+
+    def close(self) -> None:
+        """End the process groups."""

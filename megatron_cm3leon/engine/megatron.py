@@ -1,0 +1,308 @@
+"""MegatronEngine: the training step on megatron-core's schedules, data parallelism and optimizers."""
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+
+from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader, Piece
+from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.config import Config
+from megatron_cm3leon.data.loader import MicroBatch
+from megatron_cm3leon.engine.base import StepMetrics
+from megatron_cm3leon.engine.parallel import destroy_groups
+from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
+from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
+
+class MegatronEngine:
+    """One pipeline stage of one model replica; see engine/base.py for the methods.
+
+    The loss is the weighted sum over the global batch divided by the sum of weights over the global
+    batch, which is known before the forward pass: micro-batch size and layout do not change it.
+    """
+
+    def __init__(self, config: Config, vocabulary: Vocabulary, device: torch.device) -> None:
+        """Build model and optimizer on `device`; engine.parallel.initialize_groups comes first."""
+        self.config, self.vocabulary, self.device = config, vocabulary, device
+        stage = build_stage(config, vocabulary).to(device)
+        self.stage = stage
+        self.placements = list(place_parameters(stage))
+        transformer = stage.config
+        module = Float16Module(transformer, stage) if transformer.bf16 else stage
+        self.model = DistributedDataParallel(
+            config=transformer,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=config.parallel.zero == 1,
+                overlap_grad_reduce=False,
+            ),
+            module=module,
+        )
+        self.optimizer = self._build_optimizer()
+        transformer.no_sync_func = self.model.no_sync
+        # The loss is already divided by the global sum of weights: nothing is left to scale.
+        transformer.finalize_model_grads_func = lambda model, num_tokens=None, **groups: finalize_model_grads(
+            model, None, **groups
+        )
+        self.forward_backward = get_forward_backward_func()
+        self.data_group = parallel_state.get_data_parallel_group()
+        self.stage_group = parallel_state.get_pipeline_model_parallel_group()
+
+    def _build_optimizer(self):
+        """megatron-core's optimizer around one AdamW over this rank's parameters."""
+        options = self.config.optimizer
+        bf16 = self.config.train.precision == "bf16"
+        chain = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=options.learning_rate,
+                weight_decay=options.weight_decay,
+                adam_beta1=options.beta1,
+                adam_beta2=options.beta2,
+                adam_eps=options.epsilon,
+                bf16=bf16,
+                params_dtype=torch.bfloat16 if bf16 else torch.float32,
+                use_distributed_optimizer=self.config.parallel.zero == 1,
+                clip_grad=options.clip,
+            ),
+            [self.model],
+            use_gloo_process_groups=False,
+        )
+        parts = getattr(chain, "chained_optimizers", [chain])
+        assert len(parts) == 1, "a dense model has one optimizer"
+        return parts[0]
+
+    # ------------------------------------------------------------------ steps
+
+    def train_step(self, micro_batches: list[MicroBatch], step: int, learning_rate: float) -> StepMetrics:
+        """One optimizer step; see Engine.train_step."""
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        if self.config.model.dropout:
+            # Dropout is a function of (seed, step, data-parallel rank): nothing to save, nothing to restore.
+            seed = hash((self.config.seed, step, self.data_group.rank())) % (1 << 31)
+            model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        sums = self._run(micro_batches, forward_only=False)
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        stepped = math.isfinite(norm) and bool(torch.isfinite(sums[:3]).all())
+        if stepped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            if self.config.optimizer.clip:
+                parameters = self.optimizer.get_parameters()
+                clip_grad_by_total_norm_fp32(parameters, self.config.optimizer.clip, norm)
+            self.optimizer.step_with_ready_grads()
+        return _metrics(sums, norm, stepped)
+
+    @torch.no_grad()
+    def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:
+        """Losses of a global batch; see Engine.eval_step."""
+        self.model.eval()
+        return _metrics(self._run(micro_batches, forward_only=True), 0.0, False)
+
+    def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> torch.Tensor:
+        """Forward (and backward) over the micro-batches; the global sums that `_metrics` reads, fp64."""
+        weight = torch.zeros((), dtype=torch.float64)
+        for micro_batch in micro_batches:
+            weight += micro_batch.loss_weights.double().sum()
+        weight = weight.to(self.device)
+        dist.all_reduce(weight, group=self.data_group)
+        scale = 1.0 / max(float(weight), 1e-30)
+
+        def forward_step(batches: Iterator[MicroBatch], model):
+            batch = next(batches)
+            tokens, labels, weights, positions = (
+                tensor.to(self.device, non_blocking=True)
+                for tensor in (batch.tokens, batch.labels, batch.loss_weights, batch.position_ids)
+            )
+            output = model(tokens, positions, None, labels=labels)
+
+            def loss_function(losses):
+                weighted = losses.float() * weights
+                count = torch.zeros((), dtype=torch.int, device=losses.device)
+                return weighted.sum() * scale, count, self._sums(weighted.detach(), labels, weights)
+
+            return output, loss_function
+
+        sums = self.forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[self.model],
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].tokens.shape[1],
+            micro_batch_size=micro_batches[0].tokens.shape[0],
+            forward_only=forward_only,
+        )
+        total = torch.zeros(7, dtype=torch.float64, device=self.device)
+        for part in sums:  # empty on every stage but the last
+            total += part
+        dist.all_reduce(total, group=self.stage_group)
+        dist.all_reduce(total, group=self.data_group)
+        return total
+
+    def _sums(self, weighted: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Of one micro-batch: loss, text loss, image loss, the three weights, targets that count."""
+        text, image = self.vocabulary.is_text(labels), self.vocabulary.is_image(labels)
+        return torch.stack(
+            [
+                weighted.sum(dtype=torch.float64),
+                (weighted * text).sum(dtype=torch.float64),
+                (weighted * image).sum(dtype=torch.float64),
+                weights.sum(dtype=torch.float64),
+                (weights * text).sum(dtype=torch.float64),
+                (weights * image).sum(dtype=torch.float64),
+                (weights > 0).sum().double(),
+            ]
+        )
+
+    # ------------------------------------------------------------- checkpoints
+
+    def save(self, folder: Path, state: TrainState) -> None:
+        """Write a checkpoint of weights and Adam's moments; collective."""
+        folder = Path(folder)
+        if dist.get_rank() == 0:
+            sharded.begin(folder)
+        dist.barrier()
+        sharded.write_rank(folder, dist.get_rank(), self._owned_pieces())
+        dist.barrier()
+        if dist.get_rank() == 0:
+            versions = {"torch": torch.__version__, "megatron-core": megatron.core.__version__}
+            sharded.finish(folder, self.config, self.vocabulary, state, versions)
+        dist.barrier()
+
+    def _owned_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """What this rank writes, so that all ranks together write every number once."""
+        for number, (parameter, place) in enumerate(self.placements):
+            if getattr(parameter, "shared", False):
+                continue  # the tied copy on the last stage
+            is_partition = getattr(parameter, "tensor_model_parallel", False)
+            if not is_partition and parallel_state.get_tensor_model_parallel_rank() != 0:
+                continue
+            main, start, stop = self._main_parameters[parameter]
+            replicated = not isinstance(self.optimizer, DistributedOptimizer)
+            if replicated and number % self.data_group.size() != self.data_group.rank():
+                continue  # data-parallel ranks hold the same: each writes some of them
+            part = (place.kept_rows, *place.local_shape[1:])
+            kept = min(stop, math.prod(part))
+            if start >= kept:
+                continue
+            tensors = {"weight": main.detach().reshape(-1)} | self._moments(main)
+            for kind, tensor in tensors.items():
+                piece = Piece(place.name, kind, place.shape, place.offset, part, start, kept)
+                yield piece, tensor.reshape(-1)[: kept - start]
+
+    def load(self, folder: Path) -> TrainState:
+        """Read a checkpoint of any layout; ValueError when it is of another model or vocabulary."""
+        reader = CheckpointReader(folder)
+        check_same_vocabulary(self.vocabulary, reader.vocabulary, f"checkpoint {folder}")
+        state = reader.state
+        names = {place.name for _, place in self.placements}
+        unknown = names - set(reader.names)
+        if unknown:
+            raise ValueError(f"checkpoint {folder} has no parameter {min(unknown)}; it was made by another model.")
+        for parameter, place in self.placements:
+            if reader.shape(place.name) != place.shape:
+                raise ValueError(
+                    f"checkpoint {folder}: {place.name} has shape {reader.shape(place.name)}, this model has "
+                    f"{place.shape}; use the model and data.seq_length of the checkpoint's config.yaml."
+                )
+            self._load_parameter(reader, parameter, place, state.step)
+        return state
+
+    @torch.no_grad()
+    def _load_parameter(self, reader: CheckpointReader, parameter, place: Placement, updates: int) -> None:
+        weight = reader.read_part(place.name, "weight", place.offset, place.local_shape)
+        parameter.copy_(weight)
+        main, start, stop = self._main_parameters[parameter]
+        if start == stop:
+            return
+        main.copy_(weight.view(-1)[start:stop].view(main.shape))
+        if not reader.has(place.name, "exp_avg"):
+            return  # saved before the first step
+        moments = {}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            whole = reader.read_part(place.name, kind, place.offset, place.local_shape)
+            moments[kind] = whole.view(-1)[start:stop].view(main.shape).to(main.device).clone()
+        adam = self.optimizer.optimizer
+        if isinstance(adam, torch.optim.AdamW):
+            moments["step"] = torch.tensor(float(updates))
+        else:  # TransformerEngine's and apex's FusedAdam count once a group
+            for group in adam.param_groups:
+                group["step"] = updates
+        adam.state[main] = moments
+
+    def _moments(self, main: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Adam's moments of a main parameter; empty before the first step."""
+        state = self.optimizer.optimizer.state.get(main, {})
+        return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
+
+    @cached_property
+    def _main_parameters(self) -> dict[torch.nn.Parameter, tuple[torch.Tensor, int, int]]:
+        """Model parameter -> the fp32 tensor that the optimizer updates, and the flat range that it is."""
+        mains = {parameter: (torch.empty(0), 0, 0) for parameter, _ in self.placements}  # other ranks' own
+        for parameter, main in _pair_main_parameters(self.optimizer):
+            mains[parameter] = (main, *_range_of(self.optimizer, parameter))
+        return mains
+
+    def close(self) -> None:
+        destroy_groups()
+
+
+def _pair_main_parameters(optimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """(model parameter, the fp32 tensor that the optimizer updates) of megatron-core's optimizers."""
+    if isinstance(optimizer, DistributedOptimizer):
+        groups = (
+            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+            (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+        )
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        groups = (
+            (optimizer.float16_groups, optimizer.fp32_from_float16_groups),
+            (optimizer.fp32_from_fp32_groups, optimizer.fp32_from_fp32_groups),
+        )
+    else:
+        parameters = [group["params"] for group in optimizer.param_groups]
+        groups = ((parameters, parameters),)
+    for models, mains in groups:
+        for model_group, main_group in zip(models, mains, strict=True):
+            yield from zip(model_group, main_group, strict=True)
+
+
+def _range_of(optimizer, parameter: torch.nn.Parameter) -> tuple[int, int]:
+    """Flat range of `parameter` whose optimizer state this rank holds."""
+    if isinstance(optimizer, DistributedOptimizer):
+        found = optimizer._get_model_param_range_map(parameter)["param"]
+        return found.start, found.end
+    return 0, parameter.numel()
+
+
+def _metrics(sums: torch.Tensor, norm: float, stepped: bool) -> StepMetrics:
+    loss, text, image, weight, text_weight, image_weight, tokens = sums.tolist()
+
+    def mean(total: float, weights: float) -> float:
+        return total / weights if weights else math.nan
+
+    return StepMetrics(
+        loss=mean(loss, weight),
+        loss_text=mean(text, text_weight),
+        loss_image=mean(image, image_weight),
+        grad_norm=norm,
+        tokens=int(tokens),
+        stepped=stepped,
+    )

@@ -1,0 +1,92 @@
+"""Process groups: where this rank stands in the layout, and on which device it works."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_cm3leon.config import Config
+
+TIMEOUT = timedelta(minutes=30)
+
+# megatron-core announces each optional package it does without; none is required here.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process, before any process group exists; torchrun and srun set the environment."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def from_environment(cls) -> "Rank":
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        return cls(
+            rank=int(os.environ.get("RANK", 0)),
+            world_size=world_size,
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        )
+
+
+def choose_device(name: str, rank: Rank) -> torch.device:
+    """`train.device` of this rank: auto is CUDA where every local rank can have a device of its own."""
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and devices < rank.local_world_size):
+        return torch.device("cpu")
+    if devices < rank.local_world_size:
+        raise ValueError(
+            f"train.device (cuda) needs a CUDA device for each of the {rank.local_world_size} ranks of this node, "
+            f"which has {devices}; start fewer ranks or use train.device=cpu."
+        )
+    return torch.device("cuda", rank.local_rank)
+
+
+def set_threads(threads: int, rank: Rank) -> None:
+    """Give this rank `threads` CPU threads; 0 takes its share of the cores of this node."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, cores // rank.local_world_size))
+
+
+def initialize_groups(config: Config, rank: Rank, device: torch.device) -> None:
+    """Create torch's default group and megatron-core's groups for the layout of `config`."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        from megatron_cm3leon.engine import cpu_backend
+
+        cpu_backend.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        # A run of one rank talks to nobody: port 0 takes any free one.
+        os.environ.setdefault("MASTER_PORT", "0" if rank.world_size == 1 else "29500")
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            rank=rank.rank,
+            world_size=rank.world_size,
+            timeout=TIMEOUT,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+
+
+def destroy_groups() -> None:
+    """End every process group: without it gloo sometimes aborts at interpreter exit."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
