@@ -118,6 +118,8 @@ class TrainConfig:
     """Steps between printed lines; metrics.jsonl gets every step."""
     stop_after: int = 0
     """Stop, with a checkpoint, once this step is reached; 0 goes on to `steps`."""
+    max_skipped: int = 10
+    """Batches in a row whose loss or gradient may be non-finite (and are skipped) before the run stops."""
 
 
 @dataclass(kw_only=True)
@@ -242,6 +244,21 @@ _CHOICES = {
     "parallel.zero": (0, 1),
 }
 
+# What a resumed run may change only when it is told to (`--allow-change`): the model and the stream.
+# Paths are not among them: the stream's fingerprint covers what lies behind them.
+FIXED_FIELDS = (
+    "seed",
+    "model.",
+    "data.seq_length",
+    "data.packing",
+    "data.image_first_probability",
+    "retrieval.documents",
+    "retrieval.choice",
+    "retrieval.loss_weight",
+    "cm3.",
+    "train.global_batch_size",
+)
+
 # field -> (lowest, highest); None is no bound.
 _RANGES = {
     "model.layers": (1, None),
@@ -268,6 +285,7 @@ _RANGES = {
     "train.threads": (0, None),
     "train.log_interval": (1, None),
     "train.stop_after": (0, None),
+    "train.max_skipped": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.beta1": (0, 1),
     "optimizer.beta2": (0, 1),

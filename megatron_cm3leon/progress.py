@@ -14,8 +14,15 @@ PLAIN_INTERVAL_SECONDS = 5.0
 class Meter:
     """Counts finished units; `advance(n, note)` after each piece of work."""
 
-    def __init__(self, total: int | None, label: str, unit: str, bar: Progress | None) -> None:
-        self.total, self.label, self.unit, self.bar = total, label, unit, bar
+    def __init__(
+        self,
+        total: int | None,
+        label: str,
+        unit: str,
+        bar: Progress | None,
+        interval: float = PLAIN_INTERVAL_SECONDS,
+    ) -> None:
+        self.total, self.label, self.unit, self.bar, self.interval = total, label, unit, bar, interval
         self.done, self.note = 0, ""
         self.started = self.printed = time.monotonic()
         self.task = bar.add_task(label, total=total, rate="") if bar else None
@@ -27,7 +34,7 @@ class Meter:
         now = time.monotonic()
         if self.bar:
             self.bar.update(self.task, advance=units, rate=f"{self.rate(now)} {note}")
-        elif now - self.printed >= PLAIN_INTERVAL_SECONDS:
+        elif now - self.printed >= self.interval:
             self.printed = now
             self.print_line(now)
 
@@ -41,12 +48,21 @@ class Meter:
         if self.total and self.done:
             left = f", {elapsed * (self.total - self.done) / self.done:.0f} s left"
         of = f"/{self.total}" if self.total else ""
-        print(f"{self.label}: {self.done}{of} {self.unit}, {self.rate(now)}{left} {self.note}".rstrip(), flush=True)
+        print(
+            f"{self.label}: {self.done}{of} {self.unit}, {self.rate(now)}{left} {self.note}".rstrip(),
+            flush=True,
+        )
 
 
 @contextmanager
-def meter(total: int | None, label: str, unit: str) -> Iterator[Meter]:
-    """Show progress inside the `with`; a last plain line is always printed where there is no terminal."""
+def meter(total: int | None, label: str, unit: str, quiet: bool = False) -> Iterator[Meter]:
+    """Show progress inside the `with`; a last plain line is always printed where there is no terminal.
+
+    `quiet` shows nothing: for all ranks but the first.
+    """
+    if quiet:
+        yield Meter(None, label, unit, None, interval=float("inf"))
+        return
     if not sys.stdout.isatty():
         plain = Meter(total, label, unit, None)
         yield plain

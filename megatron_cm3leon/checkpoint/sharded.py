@@ -73,9 +73,7 @@ def write_rank(folder: Path, rank: int, pieces: Iterable[tuple[Piece, torch.Tens
     """Write one rank's pieces into the unfinished checkpoint of `folder`; tensors are flat fp32."""
     tensors, header = {}, []
     for number, (piece, tensor) in enumerate(pieces):
-        assert tensor.numel() == piece.stop - piece.start, (
-            f"{piece} does not describe {tensor.numel()} numbers"
-        )
+        assert tensor.numel() == piece.stop - piece.start, f"{piece} does not describe {tensor.numel()} numbers"
         tensors[str(number)] = tensor.detach().reshape(-1).to("cpu", torch.float32).contiguous()
         header.append(asdict(piece))
     path = unfinished(folder) / f"rank-{rank:05d}.safetensors"
@@ -198,9 +196,7 @@ class CheckpointReader:
 
     def _find(self, name: str, kind: str):
         if not self.has(name, kind):
-            raise ValueError(
-                f"checkpoint {self.folder} has no {kind} of {name}; it was made by another model."
-            )
+            raise ValueError(f"checkpoint {self.folder} has no {kind} of {name}; it was made by another model.")
         return self._pieces[name, kind]
 
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:

@@ -1,7 +1,7 @@
 """TrainState: all that a resumed run needs to know beside weights and optimizer moments."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
@@ -15,15 +15,15 @@ class TrainState:
     """Next batch of the stream; ahead of `step` once a batch was skipped."""
     tokens: int = 0
     """Target tokens seen, padding not counted."""
-    skipped: list[int] = None
+    skipped: list[int] = field(default_factory=list)
     """Batches whose loss or gradient was not finite, on which no rank stepped."""
     stream: str = ""
     """Fingerprint of the stream: data, settings, seed, global batch size."""
     attempt: int = 0
     """How often the run was started, this time included."""
 
-    def __post_init__(self) -> None:
-        self.skipped = list(self.skipped or [])
+    changes: list[dict] = field(default_factory=list)
+    """Fixed fields that a resume changed: step, field, old and new value."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")

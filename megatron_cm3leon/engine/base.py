@@ -21,12 +21,19 @@ class StepMetrics:
     """Of the whole model, before clipping; 0 for an evaluation."""
     tokens: int
     """Targets with a weight above 0."""
+    tokens_trimmed: int
+    """Tokens that CM3 masking's added tokens pushed out of their blocks."""
     stepped: bool
     """False when the loss or the gradient was not finite and no rank stepped."""
 
 
 class Engine(Protocol):
     """Trains one model on this rank's share of every batch."""
+
+    data_rank: int
+    """Which share of every batch is this rank's."""
+    data_size: int
+    """Into how many shares a batch is cut."""
 
     def train_step(self, micro_batches: list[MicroBatch], step: int, learning_rate: float) -> StepMetrics:
         """Forward, backward and optimizer step number `step` (from 0) on this rank's part of a global batch."""

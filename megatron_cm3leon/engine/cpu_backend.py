@@ -34,9 +34,22 @@ _LAZY_MODULES = (
 )
 
 # Functions of torch that take `device`.
-_FACTORIES = (
-    "arange empty empty_like full full_like ones ones_like rand randn randint scalar_tensor tensor zeros zeros_like"
-).split()
+_FACTORIES = [
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "full_like",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "randint",
+    "scalar_tensor",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
 
 _CPU = torch.device("cpu")
 _installed = False

@@ -9,7 +9,11 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -27,6 +31,7 @@ from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.parallel import destroy_groups
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
+
 
 class MegatronEngine:
     """One pipeline stage of one model replica; see engine/base.py for the methods.
@@ -60,6 +65,7 @@ class MegatronEngine:
         )
         self.forward_backward = get_forward_backward_func()
         self.data_group = parallel_state.get_data_parallel_group()
+        self.data_rank, self.data_size = self.data_group.rank(), self.data_group.size()
         self.stage_group = parallel_state.get_pipeline_model_parallel_group()
 
     def _build_optimizer(self):
@@ -95,7 +101,7 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         if self.config.model.dropout:
             # Dropout is a function of (seed, step, data-parallel rank): nothing to save, nothing to restore.
-            seed = hash((self.config.seed, step, self.data_group.rank())) % (1 << 31)
+            seed = hash((self.config.seed, step, self.data_rank)) % (1 << 31)
             model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         sums = self._run(micro_batches, forward_only=False)
         self.optimizer.prepare_grads()
@@ -136,7 +142,11 @@ class MegatronEngine:
             def loss_function(losses):
                 weighted = losses.float() * weights
                 count = torch.zeros((), dtype=torch.int, device=losses.device)
-                return weighted.sum() * scale, count, self._sums(weighted.detach(), labels, weights)
+                return (
+                    weighted.sum() * scale,
+                    count,
+                    self._sums(weighted.detach(), labels, weights, batch.trimmed),
+                )
 
             return output, loss_function
 
@@ -149,15 +159,15 @@ class MegatronEngine:
             micro_batch_size=micro_batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
-        total = torch.zeros(7, dtype=torch.float64, device=self.device)
+        total = torch.zeros(8, dtype=torch.float64, device=self.device)
         for part in sums:  # empty on every stage but the last
             total += part
         dist.all_reduce(total, group=self.stage_group)
         dist.all_reduce(total, group=self.data_group)
         return total
 
-    def _sums(self, weighted: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Of one micro-batch: loss, text loss, image loss, the three weights, targets that count."""
+    def _sums(self, weighted, labels, weights, trimmed: int) -> torch.Tensor:
+        """Of one micro-batch: loss, text loss, image loss, the three weights, targets that count, trimmed tokens."""
         text, image = self.vocabulary.is_text(labels), self.vocabulary.is_image(labels)
         return torch.stack(
             [
@@ -168,6 +178,7 @@ class MegatronEngine:
                 (weights * text).sum(dtype=torch.float64),
                 (weights * image).sum(dtype=torch.float64),
                 (weights > 0).sum().double(),
+                torch.tensor(float(trimmed), dtype=torch.float64, device=weights.device),
             ]
         )
 
@@ -196,7 +207,7 @@ class MegatronEngine:
                 continue
             main, start, stop = self._main_parameters[parameter]
             replicated = not isinstance(self.optimizer, DistributedOptimizer)
-            if replicated and number % self.data_group.size() != self.data_group.rank():
+            if replicated and number % self.data_size != self.data_rank:
                 continue  # data-parallel ranks hold the same: each writes some of them
             part = (place.kept_rows, *place.local_shape[1:])
             kept = min(stop, math.prod(part))
@@ -293,7 +304,7 @@ def _range_of(optimizer, parameter: torch.nn.Parameter) -> tuple[int, int]:
 
 
 def _metrics(sums: torch.Tensor, norm: float, stepped: bool) -> StepMetrics:
-    loss, text, image, weight, text_weight, image_weight, tokens = sums.tolist()
+    loss, text, image, weight, text_weight, image_weight, tokens, trimmed = sums.tolist()
 
     def mean(total: float, weights: float) -> float:
         return total / weights if weights else math.nan
@@ -304,5 +315,6 @@ def _metrics(sums: torch.Tensor, norm: float, stepped: bool) -> StepMetrics:
         loss_image=mean(image, image_weight),
         grad_norm=norm,
         tokens=int(tokens),
+        tokens_trimmed=int(trimmed),
         stepped=stepped,
     )

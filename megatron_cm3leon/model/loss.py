@@ -16,10 +16,7 @@ class _PartitionedCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, targets, start, columns, group):
         scores = logits[:, :columns].float()
         # A rank whose rows are all padding has no column: its maximum is -inf and its sum 0.
-        if columns:
-            highest = scores.amax(dim=-1)
-        else:
-            highest = scores.new_full((scores.shape[0],), -torch.inf)
+        highest = scores.amax(dim=-1) if columns else scores.new_full((scores.shape[0],), -torch.inf)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
         probabilities = (scores - highest[:, None]).exp_()
         local = targets - start

@@ -1,0 +1,74 @@
+"""The run's record: metrics.jsonl, TensorBoard events and what the terminal shows."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_cm3leon.config import Config
+from megatron_cm3leon.progress import Meter
+
+
+def flops_per_token(config: Config, vocabulary_size: int) -> int:
+    """Floating-point operations of forward and backward for one token, nothing recomputed.
+
+    6 x the weights of every matrix it passes (the tied head included, look-ups not), and 6 x layers x
+    seq_length x width for causal attention: half of the full square.
+    """
+    model = config.model
+    layer = 4 * model.hidden_size**2 + 2 * model.hidden_size * model.ffn_hidden_size
+    weights = model.layers * layer + vocabulary_size * model.hidden_size
+    return 6 * weights + 6 * model.layers * config.data.seq_length * model.hidden_size
+
+
+class MetricsLogger:
+    """Writes one JSON object a step; only the first rank has one."""
+
+    def __init__(self, run: Path, config: Config, vocabulary_size: int, ranks: int, progress: Meter) -> None:
+        self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self.board = SummaryWriter(str(run / "tensorboard"))
+        self.progress = progress
+        self.tokens_per_step = config.train.global_batch_size * config.data.seq_length
+        self.tera_per_token = flops_per_token(config, vocabulary_size) / ranks / 1e12
+
+    def log(self, step_seconds: float, **values) -> None:
+        """Record one step; `values` as DESIGN names them, NaN is written as null."""
+        rate = self.tokens_per_step / step_seconds
+        values |= {
+            "tokens_per_second": rate,
+            "tflops_per_gpu": rate * self.tera_per_token,
+            "step_seconds": step_seconds,
+            "time": time.time(),
+        }
+        self.file.write(json.dumps({name: _plain(value) for name, value in values.items()}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, float) and math.isfinite(value):
+                self.board.add_scalar(name, value, values["step"])
+        note = (
+            f"loss {values['loss']:.3f} (text {values['loss_text']:.3f}, image {values['loss_image']:.3f}), "
+            f"{rate:.0f} tokens/s"
+        )
+        self.progress.advance(note=note)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def _plain(value):
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    return value
+
+
+def read_metrics(run: str | Path) -> list[dict]:
+    """Steps of a run folder in order; of a step that was run twice the last attempt's line counts."""
+    lines = {}
+    with open(Path(run) / "metrics.jsonl") as file:
+        for line in file:
+            if line.endswith("\n"):  # a killed run can leave half a line
+                record = json.loads(line)
+                lines[record["step"]] = record
+    return [lines[step] for step in sorted(lines)]

@@ -1,0 +1,229 @@
+"""Train a model: `torchrun --nproc-per-node 4 -m megatron_cm3leon.train config.yaml section.key=value ...`
+
+Starting the same command again resumes from the last complete checkpoint of the run folder.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config, save_config
+from megatron_cm3leon.data.loader import Loader
+from megatron_cm3leon.data.stream import Stream, build_stream
+from megatron_cm3leon.engine.base import Engine, StepMetrics
+from megatron_cm3leon.engine.parallel import (
+    Rank,
+    choose_device,
+    destroy_groups,
+    initialize_groups,
+    set_threads,
+)
+from megatron_cm3leon.metrics import MetricsLogger
+from megatron_cm3leon.progress import meter
+from megatron_cm3leon.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="megatron_cm3leon.train", description=__doc__)
+    parser.add_argument("config", help="YAML file of the run; megatron_cm3leon/config.py documents every field")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="field of the model or the stream that a resumed run may change, such as cm3.probability; repeatable",
+    )
+    return parser.parse_args(arguments)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """Folder of the newest complete checkpoint, or None at the start of a run."""
+    found = sharded.list_checkpoints(run)
+    return found[-1] if found else None
+
+
+def check_changes(folder: Path, config: Config, stream: Stream, state: TrainState, allowed: list[str]) -> None:
+    """Refuse to resume with another model or stream unless each changed field was allowed; record those."""
+    old = sharded.CheckpointReader(folder).config
+    changes = {name: pair for name, pair in changed_fields(old, config).items() if name.startswith(FIXED_FIELDS)}
+    for name, (before, after) in changes.items():
+        if name not in allowed:
+            raise ValueError(
+                f"{name} ({after}) was {before} in {folder}; resume with the old value, start a new run folder "
+                f"(output=...), or confirm with --allow-change {name}."
+            )
+        state.changes.append({"step": state.step, "field": name, "old": before, "new": after})
+    if state.stream != stream.fingerprint and not changes and "data.shards" not in allowed:
+        raise ValueError(
+            f"the shards or the index behind this run are not those of {folder}; give the same ones, start a new "
+            f"run folder (output=...), or confirm with --allow-change data.shards."
+        )
+
+
+def resume(engine: Engine, config: Config, stream: Stream, allowed: list[str]) -> TrainState:
+    """State to go on from: the last checkpoint's, or a new one."""
+    folder = latest_checkpoint(Path(config.output))
+    if folder is None:
+        return TrainState(stream=stream.fingerprint, attempt=1)
+    state = engine.load(folder)
+    check_changes(folder, config, stream, state, allowed)
+    state.stream = stream.fingerprint
+    state.attempt += 1
+    logger.info("resumed from %s at step %d", folder, state.step)
+    return state
+
+
+def build_loader(config: Config, stream: Stream, engine: Engine, start_batch: int) -> Loader:
+    return Loader(
+        stream,
+        rank=engine.data_rank,
+        size=engine.data_size,
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        start_batch=start_batch,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+    )
+
+
+class Validation:
+    """The same held-out batches each time, with and without retrieved documents."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.streams = {"validation": build_stream(config, train=False)}
+        if config.validation.index:
+            self.streams["validation_without_retrieval"] = build_stream(config, train=False, retrieval=False)
+
+    def run(self, engine: Engine) -> dict[str, float]:
+        """Mean losses over the batches, named as metrics.jsonl has them."""
+        losses = {}
+        for name, stream in self.streams.items():
+            loader = build_loader(self.config, stream, engine, start_batch=0)
+            metrics = [engine.eval_step(next(loader)[1]) for _ in range(self.config.validation.batches)]
+            loader.close()
+            for field in ("loss", "loss_text", "loss_image"):
+                losses[f"{name}_{field}"] = sum(getattr(each, field) for each in metrics) / len(metrics)
+        return losses
+
+
+def advance(state: TrainState, metrics: StepMetrics, config: Config) -> None:
+    """Count the batch; ValueError after too many non-finite ones in a row."""
+    state.tokens += metrics.tokens
+    state.batch += 1
+    if metrics.stepped:
+        state.step += 1
+        return
+    state.skipped.append(state.batch - 1)
+    logger.warning(
+        "batch %d: loss %s, gradient norm %s; no rank stepped",
+        state.batch - 1,
+        metrics.loss,
+        metrics.grad_norm,
+    )
+    last = state.skipped[-config.train.max_skipped - 1 :]
+    if len(last) > config.train.max_skipped and last[0] == state.batch - len(last):
+        raise ValueError(
+            f"{len(last)} batches in a row had a non-finite loss or gradient ({last[0]} to {last[-1]}; "
+            f"tools/show_batch.py prints them); lower optimizer.learning_rate or raise train.max_skipped."
+        )
+
+
+def save_checkpoint(engine: Engine, state: TrainState, config: Config, first: bool) -> None:
+    folder = sharded.step_folder(Path(config.output), state.step)
+    engine.save(folder, state)
+    if first:
+        sharded.remove_old(config.output, config.checkpoint.keep_last)
+
+
+def train(config: Config, rank: Rank, allowed: list[str]) -> None:
+    """Run the loop on this rank to train.steps, or to train.stop_after."""
+    from megatron_cm3leon.engine.megatron import MegatronEngine
+
+    run, first = Path(config.output), rank.rank == 0
+    stream = build_stream(config)
+    engine = MegatronEngine(config, stream.vocabulary, choose_device(config.train.device, rank))
+    state = resume(engine, config, stream, allowed)
+    validation = Validation(config) if config.validation.interval else None
+    if first:
+        run.mkdir(parents=True, exist_ok=True)
+        save_config(config, run / "config.yaml")
+    end = min(config.train.steps, config.train.stop_after or config.train.steps)
+    saved = state.step if state.attempt > 1 else -1
+    loader = build_loader(config, stream, engine, state.batch)
+    with meter(max(0, end - state.step), "training", "steps", quiet=not first) as progress:
+        log = MetricsLogger(run, config, stream.vocabulary.size, rank.world_size, progress) if first else None
+        while state.step < end:
+            started = time.perf_counter()
+            batch, micro_batches = next(loader)
+            assert batch == state.batch, f"the loader is at batch {batch}, the run at {state.batch}"
+            waited = time.perf_counter() - started
+            rate = learning_rate(config, state.step)
+            metrics = engine.train_step(micro_batches, state.step, rate)
+            advance(state, metrics, config)
+            seconds = time.perf_counter() - started
+            extra = {}
+            if validation and state.step % config.validation.interval == 0:
+                extra = validation.run(engine)
+            if log:
+                log.log(
+                    seconds,
+                    attempt=state.attempt,
+                    step=state.step,
+                    batch=batch,
+                    loss=metrics.loss,
+                    loss_text=metrics.loss_text,
+                    loss_image=metrics.loss_image,
+                    grad_norm=metrics.grad_norm,
+                    learning_rate=rate,
+                    tokens=state.tokens,
+                    tokens_trimmed=metrics.tokens_trimmed,
+                    data_seconds=waited,
+                    **extra,
+                )
+            if metrics.stepped and state.step % config.checkpoint.interval == 0:
+                save_checkpoint(engine, state, config, first)
+                saved = state.step
+    loader.close()
+    if saved != state.step:
+        save_checkpoint(engine, state, config, first)
+    if first:
+        log.close()
+        print(f"wrote {sharded.step_folder(run, state.step)}")
+    engine.close()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; exit status 0 done, 2 for an error the user can mend (told once, by the rank that met it)."""
+    options = parse_arguments(arguments)
+    rank = Rank.from_environment()
+    logging.basicConfig(level=logging.INFO if rank.rank == 0 else logging.WARNING, format="%(message)s")
+    try:
+        config = load_config(options.config, options.overrides)
+        config.validate(rank.world_size)
+        device = choose_device(config.train.device, rank)
+    except ValueError as error:  # the same on every rank
+        if rank.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    set_threads(config.train.threads, rank)
+    initialize_groups(config, rank, device)
+    try:
+        train(config, rank, options.allow_change)
+    except (ValueError, OSError) as error:
+        print(f"error (rank {rank.rank}): {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        destroy_groups()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
