@@ -1,0 +1,170 @@
+"""CM3 masking: spans of a block move to its end, behind their sentinels (CM3Leon section 2.2).
+
+Input:  a source, up to `length` tokens of samples, and the loss weight of each token.
+Output: `length` tokens: the source with every chosen span replaced by <sentinel:i>, then for each span
+        <sentinel:i> span <eoss>, then <pad>. Sentinels are numbered from left to right.
+
+The rules are those of the released training code (2023): the number of spans is Poisson(mean), clamped
+to [0, max_spans]; one span is two sorted uniforms; for n > 1, n * n candidates are drawn and up to n
+disjoint ones kept; a span that crosses a delimiter is clipped to the segment it overlaps most. Here the
+delimiters are <break> and </s>: a moved span never holds the end of a sample.
+
+A span adds three tokens. Where the block has no room for them, the source is cut *before* spans are
+drawn, so no sentinel loses its place: its tail under packing=stream, its head (behind the leading </s>)
+under packing=query.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from megatron_cm3leon.config import CM3Config
+from megatron_cm3leon.data.order import derive_key, draw_uniform, poisson_table
+from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+TOKENS_PER_SPAN = 3
+"""A moved span adds its sentinel twice and <eoss>."""
+
+
+@dataclass(frozen=True)
+class MaskDraws:
+    """What is decided for each of some blocks before its tokens are known."""
+
+    spans: np.ndarray
+    """Spans wanted, int64 [blocks]; fewer may turn out to be disjoint."""
+    rotated: np.ndarray
+    """Whether a whole segment moves instead, bool [blocks]."""
+    uniforms: list[list[float]]
+    """Numbers in [0, 1) for each block: pairs for candidate spans, or one that chooses the segment."""
+
+
+class SpanSampler:
+    """Draws how a block is masked, as a function of (seed, block number)."""
+
+    def __init__(self, config: CM3Config, seed: int, max_spans: int) -> None:
+        self.config = config
+        self.max_spans = max(0, min(config.max_spans, max_spans))
+        self.table = poisson_table(config.mean_spans)
+        self.block_key = derive_key(seed, "cm3 block")
+        self.span_key = derive_key(seed, "cm3 span")
+
+    def draw(self, numbers: np.ndarray) -> MaskDraws:
+        """Decide for blocks `numbers`, int64 [blocks]."""
+        masked, rotated, count = draw_uniform(self.block_key, numbers[:, None], np.arange(3)).T
+        rotated = (rotated < self.config.rotation_probability) & (masked < self.config.probability)
+        rotated &= self.max_spans > 0
+        spans = np.minimum(np.searchsorted(self.table, count, "right"), self.max_spans)
+        spans = np.where(rotated, 1, np.where(masked < self.config.probability, spans, 0))
+        needed = np.where(rotated, 1, np.where(spans > 1, 2 * spans * spans, 2 * spans))
+        ends = np.cumsum(needed)
+        counters = np.arange(ends[-1]) - np.repeat(ends - needed, needed)
+        uniforms = draw_uniform(self.span_key, np.repeat(numbers, needed), counters).tolist()
+        pairs = zip((ends - needed).tolist(), ends.tolist(), strict=True)
+        return MaskDraws(spans, rotated, [uniforms[start:end] for start, end in pairs])
+
+
+def choose_spans(length: int, delimiters: list[int], count: int, uniforms: list[float]) -> list[tuple[int, int]]:
+    """Up to `count` disjoint spans (start, end) of a source of `length` tokens, left to right.
+
+    `uniforms` holds two numbers a candidate. No span holds token 0 or a delimiter, and none is empty.
+    """
+    kept: list[tuple[int, int]] = []
+    for first, second in zip(uniforms[::2], uniforms[1::2], strict=True):
+        start, end = 1 + int(min(first, second) * length), 1 + int(max(first, second) * length)
+        place = bisect_left(kept, (start, end))
+        free = (place == 0 or kept[place - 1][1] <= start) and (place == len(kept) or end <= kept[place][0])
+        if start < end and free:
+            insort(kept, (start, end))
+            if len(kept) == count:
+                break
+    clipped = (_clip_to_segment(start, min(end, length), length, delimiters) for start, end in kept)
+    return [(start, end) for start, end in clipped if start < end]
+
+
+def _clip_to_segment(start: int, end: int, length: int, delimiters: list[int]) -> tuple[int, int]:
+    """The part of a span in the segment that holds most of it; the first of equals."""
+    first, last = bisect_left(delimiters, start), bisect_left(delimiters, end)
+    if first == last:
+        return start, end
+    edges = [-1, *delimiters, length]
+    parts = [(max(start, edges[segment] + 1), min(end, edges[segment + 1])) for segment in range(first, last + 1)]
+    return max(parts, key=lambda part: part[1] - part[0])
+
+
+def choose_segment(delimiters: list[int], start: int, uniform: float) -> list[tuple[int, int]]:
+    """One whole segment, between two delimiters, that begins at `start` or later; [] where there is none."""
+    segments = [(left + 1, right) for left, right in pairwise(delimiters) if left + 1 >= start and right > left + 1]
+    return [segments[int(uniform * len(segments))]] if segments else []
+
+
+def find_delimiters(tokens: np.ndarray, vocabulary: Vocabulary) -> list[int]:
+    """Places of <break> and </s>."""
+    return np.flatnonzero((tokens == vocabulary.break_id) | (tokens == vocabulary.eos)).tolist()
+
+
+def apply_spans(
+    tokens: np.ndarray, weights: np.ndarray, spans: list[tuple[int, int]], vocabulary: Vocabulary,
+    out_tokens: np.ndarray, out_weights: np.ndarray,
+) -> int:  # fmt: skip
+    """Write the masked source into `out_tokens` and `out_weights`; returns how many places were filled.
+
+    A sentinel takes the loss weight of the first token of its span, <eoss> that of the last.
+    """
+    place = done = 0
+    for index, (start, end) in enumerate(spans):
+        kept = start - done
+        out_tokens[place : place + kept], out_weights[place : place + kept] = tokens[done:start], weights[done:start]
+        place += kept
+        out_tokens[place], out_weights[place] = vocabulary.sentinel(index), weights[start]
+        place, done = place + 1, end
+    kept = len(tokens) - done
+    out_tokens[place : place + kept], out_weights[place : place + kept] = tokens[done:], weights[done:]
+    place += kept
+    for index, (start, end) in enumerate(spans):
+        out_tokens[place], out_weights[place] = vocabulary.sentinel(index), weights[start]
+        stop = place + 1 + end - start
+        out_tokens[place + 1 : stop], out_weights[place + 1 : stop] = tokens[start:end], weights[start:end]
+        out_tokens[stop], out_weights[stop] = vocabulary.eoss, weights[end - 1]
+        place = stop + 1
+    return place
+
+
+def cut_source(tokens: np.ndarray, room: int, cut: str) -> np.ndarray:
+    """At most `room` tokens: without the tail, or ("head") without what follows token 0."""
+    if len(tokens) <= room:
+        return tokens
+    if cut == "tail":
+        return tokens[:room]
+    kept = tokens[len(tokens) - room :].copy()
+    kept[0] = tokens[0]
+    return kept
+
+
+def mask_block(
+    tokens: np.ndarray, weights: np.ndarray, query_start: int, wanted: int, rotated: bool, uniforms: list[float],
+    vocabulary: Vocabulary, cut: str, out_tokens: np.ndarray, out_weights: np.ndarray,
+) -> int:  # fmt: skip
+    """Mask one source into a block; returns how many tokens of the source had to go.
+
+    `out_tokens` [length] comes filled with <pad>, `out_weights` [length] with 0. `query_start` is where the
+    query document begins under `cut="head"`, where rotation chooses among its segments: the last of them
+    trains the picture from its caption, the first the caption from its picture (or the reverse, as the
+    pair stands). Under `cut="tail"` any whole segment of the block may move.
+    """
+    length = len(out_tokens)
+    source = cut_source(tokens, length - TOKENS_PER_SPAN * wanted, cut)
+    shift = len(tokens) - len(source) if cut == "head" else 0
+    spans = []
+    if wanted:
+        delimiters = find_delimiters(source, vocabulary)
+        if rotated:
+            spans = choose_segment(delimiters, query_start - shift, uniforms[0])
+        else:
+            spans = choose_spans(len(source), delimiters, wanted, uniforms)
+    whole = cut_source(tokens, length - TOKENS_PER_SPAN * len(spans), cut)  # spans not found give room back
+    if shift and len(whole) > len(source):
+        spans = [(start + len(whole) - len(source), end + len(whole) - len(source)) for start, end in spans]
+    apply_spans(whole, cut_source(weights, len(whole), cut), spans, vocabulary, out_tokens, out_weights)
+    return len(tokens) - len(whole)

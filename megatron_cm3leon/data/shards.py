@@ -1,0 +1,264 @@
+"""Shards: tokenised documents in plain WebDataset tars, and the reader of a folder of them.
+
+    shards/manifest.json              vocabulary, counts, checksums, the command and its options
+    shards/shard-000000-000.tar       one member <key>.tokens.npy a document (uint16, or uint32)
+    shards/shard-000000-000.idx.npy   (offset u64, tokens u32, crc32 u32) a document
+    shards/shard-000000-000.parquet   key, caption, image, source, picture_sha256, extra
+
+`offset` is where a document's first token stands in the tar (behind the .npy header); the crc is over
+the token bytes and is compared on every read. A document's number is its place in manifest order.
+A document is stored as text ids, <break>, image ids; it holds no </s>.
+"""
+
+import hashlib
+import io
+import json
+import mmap
+import os
+import resource
+import tarfile
+import zlib
+from bisect import bisect_right
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+INDEX_DTYPE = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("crc32", "<u4")])
+METADATA_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("key", "caption", "image", "source", "picture_sha256", "extra")]
+)
+_TAR_BLOCK, _TAR_RECORD = 512, 10240
+_OPEN_FILES_KEPT_FREE = 256
+
+
+def split_segments(ids: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
+    """Segments of a document: what stands between its <break>s."""
+    breaks = np.flatnonzero(ids == vocabulary.break_id)
+    starts, ends = np.append(0, breaks + 1), np.append(breaks, len(ids))
+    return [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class ShardWriter:
+    """Writes one shard: tar, index and metadata. The bytes depend on the documents alone."""
+
+    def __init__(self, folder: Path, name: str, vocabulary: Vocabulary) -> None:
+        self.folder, self.name, self.vocabulary = folder, name, vocabulary
+        self.index, self.rows, self.tokens = [], [], 0
+        self.dtype = vocabulary.dtype.newbyteorder("<")
+        self.file = open(folder / f"{name}.tar", "wb")  # noqa: SIM115 (closed by `close`)
+
+    @property
+    def bytes(self) -> int:
+        return self.file.tell()
+
+    def add(self, key: str, ids: np.ndarray, metadata: dict) -> None:
+        """Append a document; `metadata` has METADATA_SCHEMA's fields except the key."""
+        ids = np.asarray(ids)
+        assert ids.ndim == 1 and len(ids), f"document {key} is not a row of ids"
+        assert ids.min() >= 0 and ids.max() < self.vocabulary.size, f"document {key} has ids outside the vocabulary"
+        payload = np.ascontiguousarray(ids, self.dtype)
+        member = io.BytesIO()
+        np.lib.format.write_array(member, payload, version=(1, 0))
+        size = member.tell()
+        header = tarfile.TarInfo(f"{key}.tokens.npy")  # mtime, uid and gid are 0
+        header.size = size
+        self.file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.file.tell() + size - payload.nbytes
+        self.file.write(member.getbuffer())
+        self.file.write(bytes(-size % _TAR_BLOCK))
+        self.index.append((offset, len(payload), zlib.crc32(payload.data)))
+        self.rows.append({"key": key, **metadata})
+        self.tokens += len(payload)
+
+    def close(self) -> dict:
+        """Finish the three files; returns the shard's entry in the manifest."""
+        self.file.write(bytes(2 * _TAR_BLOCK))
+        self.file.write(bytes(-self.file.tell() % _TAR_RECORD))
+        self.file.close()
+        np.save(self.folder / f"{self.name}.idx.npy", np.array(self.index, INDEX_DTYPE))
+        pq.write_table(pa.Table.from_pylist(self.rows, METADATA_SCHEMA), self.folder / f"{self.name}.parquet")
+        entry = {"name": self.name, "documents": len(self.index), "tokens": self.tokens, "files": {}}
+        for path in shard_files(self.folder, self.name):
+            entry["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        entry["sha256"] = entry["files"][f"{self.name}.tar"]["sha256"]
+        return entry
+
+
+def shard_files(folder: Path, name: str) -> list[Path]:
+    """The three files of a shard."""
+    return [folder / f"{name}{ending}" for ending in (".tar", ".idx.npy", ".parquet")]
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file that is either whole or absent, and on the disk when this returns."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def build_manifest(vocabulary: Vocabulary, shards: list[dict], **others) -> dict:
+    """The manifest's content; `others` are the writer's own fields (accounts, command, options ...)."""
+    return {
+        "format": FORMAT,
+        "vocabulary": vocabulary.to_dict(),
+        "documents": sum(entry["documents"] for entry in shards),
+        "tokens": sum(entry["tokens"] for entry in shards),
+        "shards": shards,
+        **others,
+    }
+
+
+class Corpus:
+    """Documents of a shard folder, by number; memory-mapped, safe to fork and to pickle."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = _load_manifest(self.folder)
+        self.vocabulary = Vocabulary.from_dict(self.manifest["vocabulary"])
+        self.shards = self.manifest["shards"]
+        self.dtype = self.vocabulary.dtype.newbyteorder("<")
+        self._indexes = [self._load_index(entry) for entry in self.shards]
+        self._starts = np.cumsum([0] + [len(index) for index in self._indexes]).tolist()
+        self.documents: int = self._starts[-1]
+        self.lengths = np.concatenate([index["tokens"] for index in self._indexes])
+        """Tokens of each document, uint32."""
+        self._maps: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
+        self._map_limit = _raise_open_files(len(self.shards))
+        if self.documents != self.manifest["documents"]:
+            raise _mismatch(
+                self.folder, f"it counts {self.manifest['documents']} documents, the files {self.documents}"
+            )
+
+    def __reduce__(self):
+        return Corpus, (str(self.folder),)
+
+    @property
+    def identity(self) -> str:
+        """Hash of the documents and their order: vocabulary and checksum of every shard."""
+        parts = [self.vocabulary.hash, *(entry["sha256"] for entry in self.shards)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def read(self, number: int) -> np.ndarray:
+        """Ids of a document (read-only view of the file, uint16 or uint32), its crc compared.
+
+        Raises ValueError that names shard and document when the bytes are not those written.
+        """
+        shard, row, offset, tokens, crc = self._locate(number)
+        ids = self._map(shard)[1][offset : offset + tokens * self.dtype.itemsize]
+        if zlib.crc32(ids) != crc:
+            raise ValueError(
+                f"document {number} (row {row} of {self.folder / self.shards[shard]['name']}.tar) is damaged: its "
+                f"bytes do not match their crc32. Copy this shard again, or write the folder again with "
+                f"tools/preprocess_data.py --overwrite."
+            )
+        return ids.view(self.dtype)
+
+    def metadata(self, columns: list[str] | None = None) -> pa.Table:
+        """Metadata of all documents in their order; `columns` chooses among METADATA_SCHEMA's."""
+        paths = [self.folder / f"{entry['name']}.parquet" for entry in self.shards]
+        return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+
+    def prefetch(self, numbers) -> None:
+        """Ask the kernel to read documents ahead; a hint that changes nothing else."""
+        for number in numbers:
+            shard, _, offset, tokens, _ = self._locate(number)
+            start = offset & -4096
+            length = offset - start + tokens * self.dtype.itemsize
+            self._map(shard)[0].madvise(mmap.MADV_WILLNEED, start, length)
+
+    def _locate(self, number: int) -> tuple[int, int, int, int, int]:
+        if not 0 <= number < self.documents:
+            raise IndexError(f"document {number} is outside 0..{self.documents - 1} of {self.folder}")
+        shard = bisect_right(self._starts, number) - 1
+        row = number - self._starts[shard]
+        return (shard, row, *self._indexes[shard].item(row))
+
+    def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
+        mapped = self._maps.get(shard)
+        if mapped is None:
+            if len(self._maps) >= self._map_limit:
+                del self._maps[next(iter(self._maps))]
+            with open(self.folder / f"{self.shards[shard]['name']}.tar", "rb") as file:
+                whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = self._maps[shard] = whole, np.frombuffer(whole, np.uint8)
+        return mapped
+
+    def _load_index(self, entry: dict) -> np.ndarray:
+        """Check a shard's files against the manifest and map its index."""
+        for path in shard_files(self.folder, entry["name"]):
+            if not path.is_file():
+                raise _mismatch(self.folder, f"{path.name} is missing")
+            expected, size = entry["files"][path.name]["bytes"], path.stat().st_size
+            if size != expected:
+                raise _mismatch(self.folder, f"{path.name} has {size} bytes instead of {expected}")
+        try:
+            index = np.load(self.folder / f"{entry['name']}.idx.npy", mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise _mismatch(self.folder, f"{entry['name']}.idx.npy is unreadable ({error})") from error
+        tar_bytes = entry["files"][f"{entry['name']}.tar"]["bytes"]
+        if index.dtype != INDEX_DTYPE or len(index) != entry["documents"]:
+            raise _mismatch(self.folder, f"{entry['name']}.idx.npy does not list {entry['documents']} documents")
+        if (index["offset"] + index["tokens"] * np.uint64(self.dtype.itemsize)).max() > tar_bytes:
+            raise _mismatch(self.folder, f"{entry['name']}.idx.npy points beyond the end of its tar")
+        return np.asarray(index)  # a plain array over the map: np.memmap is slow to index
+
+
+def open_shards(folder: str | Path) -> Corpus:
+    """Open a folder that tools/preprocess_data.py wrote; ValueError when it is not whole."""
+    return Corpus(folder)
+
+
+def _load_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"no shards at {folder}: it has no {MANIFEST}, which is written last. Run tools/preprocess_data.py "
+            f"with --output {folder} (again: it finishes what is missing)."
+        )
+    try:
+        manifest = json.loads(path.read_text())
+        found = manifest["format"]
+        manifest["vocabulary"], manifest["documents"], manifest["shards"][0]["files"]
+        names = [entry["name"] for entry in manifest["shards"]]
+    except (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no manifest of shards ({type(error).__name__}: {error}).") from error
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found}; this version reads format {FORMAT}. Preprocess the data again.")
+    if any(Path(name).name != name for name in names):
+        raise ValueError(f"{path} names a shard outside its own folder.")
+    return manifest
+
+
+def _mismatch(folder: Path, what: str) -> ValueError:
+    return ValueError(
+        f"the shards at {folder} do not match their {MANIFEST}: {what}. Copy the folder again, or write it again "
+        f"with tools/preprocess_data.py --overwrite."
+    )
+
+
+def _raise_open_files(shards: int) -> int:
+    """Shards that may be mapped at once; each holds a file descriptor, so ask for as many as allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = shards + _OPEN_FILES_KEPT_FREE
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return shards if soft == resource.RLIM_INFINITY else max(16, soft - _OPEN_FILES_KEPT_FREE)

@@ -1,0 +1,63 @@
+"""Synthetic shard folders and neighbours for the tests of the data code (and of those who train on it)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_cm3leon.data.shards import MANIFEST, ShardWriter, build_manifest, open_shards, write_json
+from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+
+def make_vocabulary(text=100, image=32, height=4, width=4, sentinels=16, specials=32) -> Vocabulary:
+    return Vocabulary(
+        text_size=text,
+        image_size=image,
+        sentinels=sentinels,
+        specials=specials,
+        image_height=height,
+        image_width=width,
+        text_sha256="0" * 64,
+        image_sha256="1" * 64,
+    )
+
+
+def write_shards(folder, documents, vocabulary, shard_documents=40):
+    """Write rows of ids as a shard folder; returns the opened Corpus."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for start in range(0, len(documents), shard_documents):
+        writer = ShardWriter(folder, f"shard-{start // shard_documents:06d}-000", vocabulary)
+        for number, ids in enumerate(documents[start : start + shard_documents], start):
+            row = {"caption": f"caption {number}", "image": f"{number}.png", "source": "made", "extra": "{}"}
+            writer.add(f"{number:08d}", np.array(ids), {**row, "picture_sha256": ""})
+        entries.append(writer.close())
+    write_json(folder / MANIFEST, build_manifest(vocabulary, entries))
+    return open_shards(folder)
+
+
+def make_pairs(count, vocabulary, seed=0, text=(1, 12)):
+    """Random pairs: text, <break>, one picture."""
+    generator = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        words = generator.integers(0, vocabulary.text_size, generator.integers(*text))
+        codes = generator.integers(vocabulary.image_start, vocabulary.image_end, vocabulary.image_tokens)
+        pairs.append(np.concatenate([words, [vocabulary.break_id], codes]))
+    return pairs
+
+
+@dataclass
+class Neighbors:
+    """What retrieval.neighbors.load_neighbors returns, as far as the stream uses it."""
+
+    table: np.ndarray
+    bank: object
+
+
+def make_neighbors(corpus, columns=5, seed=0, missing=0.1):
+    """Random neighbours in the corpus itself, some rows with fewer; -1 last."""
+    generator = np.random.default_rng(seed)
+    table = generator.integers(0, corpus.documents, (corpus.documents, columns))
+    have = generator.binomial(columns, 1 - missing, corpus.documents)
+    table[np.arange(columns) >= have[:, None]] = -1
+    return Neighbors(table, corpus)
