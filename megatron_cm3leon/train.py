@@ -205,6 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     rank = Rank.from_environment()
     logging.basicConfig(level=logging.INFO if rank.rank == 0 else logging.WARNING, format="%(message)s")
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every bucket and option
     try:
         config = load_config(options.config, options.overrides)
         config.validate(rank.world_size)

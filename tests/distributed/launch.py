@@ -1,0 +1,29 @@
+"""Starting worlds of ranks from tests."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(ranks: int, *arguments: str, timeout: float = 300, check: bool = True) -> subprocess.CompletedProcess:
+    """Run `torchrun --nproc-per-node RANKS ARGUMENTS` on free ports; the output is text."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT
+    )
+    if check and done.returncode:
+        raise AssertionError(f"exit status {done.returncode} of {arguments}:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def run_cases(folder: Path, ranks: int, cases: list[dict]) -> dict[str, list[dict]]:
+    """Run `cases` (see worker.py) in one world of `ranks`; case name -> its steps."""
+    path = folder / f"cases-{ranks}-{cases[0]['name']}.json"
+    path.write_text(json.dumps(cases))
+    torchrun(ranks, str(ROOT / "tests" / "distributed" / "worker.py"), str(path))
+    return {case["name"]: json.loads((folder / f"{case['name']}.json").read_text()) for case in cases}

@@ -1,0 +1,63 @@
+"""Runs several layouts in one launched world: `torchrun worker.py CASES.json`.
+
+Each case is {"name", "config" (YAML), "overrides"}; the first rank writes NAME.json with the losses and
+gradient norms of every step into the folder of CASES.json. Start-up is what costs, so one world serves
+every case of its size: megatron-core's groups are made and destroyed once a case.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.config import load_config
+from megatron_cm3leon.data.stream import build_stream
+from megatron_cm3leon.engine.parallel import Rank, choose_device, initialize_groups, set_threads
+from megatron_cm3leon.train import build_loader, resume
+
+
+def run_case(case: dict, rank: Rank, folder: Path) -> None:
+    from megatron.core import parallel_state
+
+    config = load_config(case["config"], case["overrides"])
+    config.validate(rank.world_size)
+    device = choose_device(config.train.device, rank)
+    initialize_groups(config, rank, device)
+    from megatron_cm3leon.engine.megatron import MegatronEngine
+    from megatron_cm3leon.schedule import learning_rate
+
+    stream = build_stream(config)
+    engine = MegatronEngine(config, stream.vocabulary, device)
+    state = resume(engine, config, stream, [])
+    if case.get("save_start"):
+        engine.save(sharded.step_folder(Path(config.output), 0), state)
+    loader = build_loader(config, stream, engine, state.batch)
+    record = []
+    while state.step < (config.train.stop_after or config.train.steps):
+        batch, micro_batches = next(loader)
+        metrics = engine.train_step(micro_batches, state.step, learning_rate(config, state.step))
+        assert metrics.stepped
+        state.step, state.batch = state.step + 1, batch + 1
+        record.append({"step": state.step, "loss": metrics.loss, "grad_norm": metrics.grad_norm})
+        if state.step % config.checkpoint.interval == 0:
+            engine.save(sharded.step_folder(Path(config.output), state.step), state)
+    loader.close()
+    if rank.rank == 0:
+        (folder / f"{case['name']}.json").write_text(json.dumps(record))
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+
+
+def main() -> None:
+    cases = Path(sys.argv[1])
+    rank = Rank.from_environment()
+    set_threads(1, rank)
+    for case in json.loads(cases.read_text()):
+        run_case(case, rank, cases.parent)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set-up and the tests: bash tests/run.sh [--slow] [pytest arguments]
+source "$(dirname "${BASH_SOURCE[0]}")/../examples/common.sh"
+
+marks="not slow and not gpu"
+if [ "${1:-}" = "--slow" ]; then
+    marks="not gpu"
+    shift
+fi
+cd "$ROOT"
+prepare_environment
+stage "tests" python -m pytest -m "$marks" "$@"
