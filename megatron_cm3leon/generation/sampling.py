@@ -1,0 +1,79 @@
+"""Sampling: classifier-free guidance, temperature, top-k, top-p, and noise that belongs to a sequence.
+
+One uniform number a token decides the draw, by inverting the cumulative distribution over ids in their order.
+The numbers come from a counter-based generator keyed by the seed and the sequence's own prompt, never by its
+place in the batch: the same seed and prompt give the same tokens whatever is generated beside them.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 is greedy: always the most likely token, whatever top_k, top_p and the seed."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Only the most likely tokens whose probabilities together reach it; 1 keeps all."""
+    guidance: float = 1.0
+    """Weight of classifier-free guidance; 1 is none."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature ({self.temperature}) must be 0 (greedy) or above.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k ({self.top_k}) must be 0 (all tokens) or above.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p ({self.top_p}) must be above 0 and at most 1 (all tokens).")
+        if not 0 <= self.guidance < float("inf"):
+            raise ValueError(f"guidance ({self.guidance}) must be 0 or above; 1 is no guidance.")
+
+
+def apply_guidance(conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:
+    """l = l_uncond + weight x (l_cond - l_uncond) (CM3Leon section 3.1)."""
+    return torch.lerp(unconditional, conditional, weight)
+
+
+def filter_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """-inf for all but the `top_k` largest of each row; ties with the k-th stay."""
+    if not 0 < top_k < logits.shape[-1]:
+        return logits
+    smallest = logits.topk(top_k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < smallest, float("-inf"))
+
+
+def filter_top_p(probabilities: Tensor, top_p: float) -> Tensor:
+    """0 for all but the most likely ones, down to and with the one that brings their sum to `top_p`."""
+    if top_p >= 1:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    return probabilities.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), 0.0)
+
+
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Index [B] of the next token among logits [B, V]; `uniform` [B] in [0, 1) is what chance says."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = filter_top_k(logits / sampling.temperature, sampling.top_k)
+    probabilities = filter_top_p(logits.softmax(-1), sampling.top_p)
+    cumulative = probabilities.double().cumsum(-1)
+    total = cumulative[:, -1:]
+    target = torch.minimum(uniform.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # right=True steps over tokens of probability 0, whose cumulative value equals the one before them.
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+def uniform_numbers(seed: int, prompt, count: int) -> np.ndarray:
+    """`count` numbers in [0, 1) of the sequence that begins with the ids `prompt`."""
+    data = np.asarray(prompt, dtype=np.int64).tobytes()
+    key = hashlib.blake2b(data, digest_size=16, key=str(int(seed)).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64))).random(count)

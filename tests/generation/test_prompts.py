@@ -1,0 +1,46 @@
+"""Prompts: the exact ids of each form."""
+
+import pytest
+
+from megatron_cm3leon.generation import prompts
+
+PAD, EOS, BREAK, EOSS, MASK = 26, 27, 28, 29, 30
+DOCUMENT = [1, 3, BREAK, 10, 11, 12]
+
+
+def test_forms(vocabulary):
+    v = vocabulary
+    assert (v.pad, v.eos, v.break_id, v.eoss, v.sentinel(0)) == (PAD, EOS, BREAK, EOSS, MASK)
+    assert prompts.picture_prompt([1, 2], [], v) == [EOS, 1, 2, BREAK]
+    assert prompts.picture_prompt([1, 2], [DOCUMENT, [4]], v) == [EOS, *DOCUMENT, BREAK, 4, BREAK, 1, 2, BREAK]
+    assert prompts.unconditional_prompt([], "dropped", v) == [EOS]
+    assert prompts.unconditional_prompt([], "sentinel", v) == [EOS, MASK, BREAK]
+    assert prompts.unconditional_prompt([DOCUMENT], "dropped", v) == [EOS, *DOCUMENT, BREAK]
+    assert prompts.caption_prompt([10, 11], [], "image_first", v) == [EOS, 10, 11, BREAK]
+    assert prompts.caption_prompt([10, 11], [], "masked", v) == [EOS, MASK, BREAK, 10, 11, EOS, MASK]
+    assert prompts.infill_text_prompt([1], [3], [10], [], v) == [EOS, 1, MASK, 3, BREAK, 10, EOS, MASK]
+    assert prompts.infill_text_prompt([1], [], None, [], v) == [EOS, 1, MASK, EOS, MASK]
+    codes = [10, 11, 12, 13]
+    assert prompts.infill_picture_prompt(codes, 1, 3, [2], [], v) == [EOS, 2, BREAK, 10, MASK, 13, EOS, MASK]
+    assert prompts.infill_picture_prompt(codes, 0, 4, None, [], v) == [EOS, MASK, EOS, MASK]
+
+
+def test_a_masked_block_of_the_stream_begins_with_the_infilling_prompt(vocabulary):
+    """The same form as training: the masked source, then the span behind its sentinel."""
+    np = pytest.importorskip("numpy")
+    cm3 = pytest.importorskip("megatron_cm3leon.data.cm3")
+    source = np.array([EOS, 1, 2, 3, BREAK, 10, 11, 12, EOS])
+    tokens, weights = np.full(14, PAD), np.zeros(14, np.float32)
+    cm3.apply_spans(source, np.ones(9, np.float32), [(2, 3)], vocabulary, tokens, weights)
+    prompt = prompts.infill_text_prompt([1], [3], [10, 11, 12], [], vocabulary)
+    assert tokens.tolist()[: len(prompt) + 2] == [*prompt, 2, EOSS]
+
+
+def test_auto_follows_how_the_model_was_trained():
+    choose = prompts.choose_form
+    assert choose("auto", prompts.CAPTION_FORMS, 0.5, "form") == "image_first"
+    assert choose("auto", prompts.CAPTION_FORMS, 0.0, "form") == "masked"
+    assert choose("auto", prompts.UNCONDITIONAL_FORMS, 0.5, "unconditional") == "dropped"
+    assert choose("sentinel", prompts.UNCONDITIONAL_FORMS, 0.5, "unconditional") == "sentinel"
+    with pytest.raises(ValueError, match=r"form \('reverse'\) must be one of: auto, image_first, masked"):
+        choose("reverse", prompts.CAPTION_FORMS, 0.5, "form")
