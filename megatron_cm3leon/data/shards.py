@@ -107,7 +107,7 @@ def shard_files(folder: Path, name: str) -> list[Path]:
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file that is either whole or absent, and on the disk when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -234,7 +234,7 @@ def _load_manifest(folder: Path) -> dict:
             f"with --output {folder} (again: it finishes what is missing)."
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         found = manifest["format"]
         manifest["vocabulary"], manifest["documents"], manifest["shards"][0]["files"]
         names = [entry["name"] for entry in manifest["shards"]]

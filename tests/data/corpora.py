@@ -61,3 +61,52 @@ def make_neighbors(corpus, columns=5, seed=0, missing=0.1):
     have = generator.binomial(columns, 1 - missing, corpus.documents)
     table[np.arange(columns) >= have[:, None]] = -1
     return Neighbors(table, corpus)
+
+
+class ByteText:
+    """A text tokenizer whose pieces are bytes."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids) -> str:
+        return bytes(ids).decode()
+
+
+class MeanImage:
+    """An image tokenizer of 8 x 8 pixels: four codes, the mean brightness of each quarter in 16 steps."""
+
+    image_size, grid, codebook_size = 8, (2, 2), 16
+
+    def encode(self, pixels):
+        assert pixels.shape[1:] == (3, 8, 8) and pixels.dtype.is_floating_point
+        means = pixels.mean(1).unflatten(1, (2, 4)).unflatten(3, (2, 4)).mean((2, 4))
+        return ((means + 1) * 7.5).round().long().flatten(1)
+
+
+class ByteTokenizers:
+    """Stands in for a tokenizer folder where a test asks about shards, not about tokenizers."""
+
+    def __init__(self) -> None:
+        self.text, self.image = ByteText(), MeanImage()
+        self.vocabulary = make_vocabulary(text=256, image=16, height=2, width=2)
+
+    @classmethod
+    def load(cls, folder) -> "ByteTokenizers":
+        return cls()
+
+
+def write_pictures(folder, count):
+    """`count` small pictures, each another grey, and the lines of a pairs.jsonl; returns its path."""
+    import json
+
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(count):
+        Image.new("RGB", (10, 8), (number * 7 % 256,) * 3).save(folder / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "caption": f"picture {number}", "id": number}))
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
