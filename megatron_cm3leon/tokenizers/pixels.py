@@ -34,12 +34,8 @@ def load_picture(source: str | Path | bytes) -> Image.Image:
     except FileNotFoundError as error:
         raise ValueError(f"{name}: no such file.") from error
     except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{name}: not a picture, or of none of these formats: {', '.join(FORMATS)}."
-        ) from error
-    except (
-        Exception
-    ) as error:  # decoders meet arbitrary bytes and raise OSError, SyntaxError, struct.error ...
+        raise ValueError(f"{name}: not a picture, or of none of these formats: {', '.join(FORMATS)}.") from error
+    except Exception as error:  # decoders meet arbitrary bytes and raise OSError, SyntaxError, struct.error ...
         raise ValueError(f"{name}: unreadable picture: {error or type(error).__name__}") from error
 
 
@@ -76,8 +72,7 @@ def _grey_to_8_bits(picture: Image.Image) -> Image.Image:
     top = 1.0 if picture.mode == "F" else 65535.0
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= top):
         raise ValueError(
-            f"grey values from {values.min():g} to {values.max():g} in mode {picture.mode} "
-            f"are outside 0..{top:g}"
+            f"grey values from {values.min():g} to {values.max():g} in mode {picture.mode} are outside 0..{top:g}"
         )
     return Image.fromarray(np.round(values * (255.0 / top)).astype(np.uint8))
 

@@ -1,0 +1,121 @@
+"""Image tokenizer: pictures to codes and codes to pictures, and its folder on disk.
+
+A folder holds config.json (the fields of VQGANConfig, and under "training" how it was made) and
+model.safetensors (the weights, fp32). Codes are computed in true fp32 everywhere.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
+
+FORMAT = 1
+
+
+@contextmanager
+def true_fp32() -> Iterator[None]:
+    """No autocast, no TF32: a code decided by rounding would differ from one machine to the next."""
+    matmul, tf32 = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        with (
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+            torch.backends.cudnn.flags(allow_tf32=False),
+            torch.no_grad(),
+        ):
+            yield
+    finally:
+        matmul.allow_tf32 = tf32
+
+
+class ImageTokenizer:
+    """Pictures to codes and back; `load` reads what `save` writes."""
+
+    def __init__(self, model: VQGAN) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config
+        self.codebook_size = model.config.codebook_size
+        self.image_size = model.config.image_size
+        side = self.image_size // model.config.downsample
+        self.grid = (side, side)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.quantize.embedding.weight.device
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to int64 codes [B, h * w], row by row."""
+        expected = (3, self.image_size, self.image_size)
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
+            raise ValueError(f"pixels of shape {list(pixels.shape)} must be [batch, {', '.join(map(str, expected))}].")
+        with true_fp32():
+            pixels = pixels.to(self.device, torch.float32)
+            return self.model.find_codes(self.model.encode(pixels)).flatten(1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, h * w] to pixels float32 [B, 3, H, W] in [-1, 1]."""
+        height, width = self.grid
+        if codes.ndim != 2 or codes.shape[1] != height * width:
+            raise ValueError(f"codes of shape {list(codes.shape)} must be [batch, {height * width}].")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise ValueError(
+                f"image codes {int(codes.min())} to {int(codes.max())} must lie in 0..{self.codebook_size - 1}."
+            )
+        with true_fp32():
+            latents = self.model.look_up(codes.to(self.device).view(-1, height, width))
+            return self.model.decode(latents).clamp(-1, 1)
+
+    def save(self, folder: str | Path, training: dict | None = None) -> None:
+        """Write config.json and model.safetensors; `training` is an account of how it was made."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"format": FORMAT, "type": "vqgan", **asdict(self.config), "training": training or {}}
+        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu") -> "ImageTokenizer":
+        """Read a folder with config.json and model.safetensors, the names and shapes checked strictly."""
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"no image tokenizer at {folder}: {name} is missing; tools/train_tokenizer.py image writes it."
+                )
+        values = json.loads((folder / "config.json").read_text())
+        if (values.get("format"), values.get("type")) != (FORMAT, "vqgan"):
+            raise ValueError(
+                f"{folder / 'config.json'} is not of format {FORMAT}, type vqgan; another version wrote it."
+            )
+        with torch.device("meta"):
+            model = VQGAN(VQGANConfig.from_dict(values))
+        try:
+            weights = load_file(folder / "model.safetensors", device=device)
+            check_weights(model, weights)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{folder / 'model.safetensors'} cannot be used: {error}") from error
+        model.load_state_dict(weights, assign=True)
+        return cls(model.float())
+
+
+def check_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Refuse weights whose names or shapes are not the model's."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = [
+        f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'no such weight')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if wrong:
+        raise ValueError(f"{len(wrong)} weights do not fit config.json: {'; '.join(wrong[:5])}.")

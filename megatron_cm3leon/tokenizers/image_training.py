@@ -1,0 +1,294 @@
+"""Training of the image tokenizer: reconstruction, a codebook that is used, an account at the end.
+
+1. The first `warmup_steps` train encoder and decoder alone, without the codebook.
+2. k-means of the latents they produce gives the codebook its first values.
+3. The rest trains all three: the decoder sees codes, its gradient passes straight through to the encoder,
+   the encoder is drawn to its codes (commitment), and the codes follow the latents: as moving averages
+   (`codebook=ema`) or by gradient (`codebook=gradient`). Codes that fall out of use restart at a latent.
+"""
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_cm3leon.progress import Meter, meter
+from megatron_cm3leon.tokenizers.image import ImageTokenizer
+from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig, find_nearest
+
+KMEANS_VECTORS_PER_CODE = 64
+KMEANS_ROUNDS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTrainingOptions:
+    """How long and by which terms the image tokenizer is trained."""
+
+    steps: int = 1000
+    """Optimizer steps in all."""
+    warmup_steps: int = 200
+    """Steps of them without the codebook."""
+    batch_size: int = 32
+    """Pictures a step."""
+    learning_rate: float = 2e-3
+    """Peak of the learning rate: a short linear rise, then a cosine to a hundredth."""
+    loss: str = "l1"
+    """Reconstruction error per pixel: l1 or l2."""
+    commitment: float = 0.25
+    """Weight of the term that draws latents to their codes."""
+    codebook: str = "ema"
+    """How codes follow latents: ema or gradient."""
+    ema_decay: float = 0.99
+    """Share of the moving average kept each step."""
+    revive_below: float = 0.03
+    """A code restarts when its moving count is below this share of an even use of all codes."""
+    precision: str = "bf16"
+    """bf16: autocast (half the time of fp32 on a CPU that has it); fp32. Codes are always made in fp32."""
+    seed: int = 0
+    """Seed of the weights, the batches and the codebook."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("loss", ("l1", "l2")),
+            ("codebook", ("ema", "gradient")),
+            ("precision", ("bf16", "fp32")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of: {', '.join(allowed)}.")
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"steps ({self.steps}) and batch_size ({self.batch_size}) must be at least 1.")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must leave steps for the codebook: 0 to {self.steps - 1}."
+            )
+
+
+class Pictures:
+    """Pictures of one size as uint8 in memory, or read anew for each batch where they would not fit."""
+
+    def __init__(self, paths: list[Path], size: int, memory_gigabytes: float = 4.0) -> None:
+        self.paths, self.size = paths, size
+        self.pool = ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads()))
+        self.skipped: list[str] = []
+        fits = len(paths) * 3 * size * size <= memory_gigabytes * 1e9
+        self.stored = self._read(range(len(paths))) if fits else None
+
+    def __len__(self) -> int:
+        return len(self.paths) if self.stored is None else len(self.stored)
+
+    def _read(self, numbers) -> Tensor:
+        pictures = [picture for picture in self.pool.map(self._read_one, numbers) if picture is not None]
+        if not pictures:
+            raise ValueError(f"no picture could be read; the first reason: {self.skipped[0]}")
+        return torch.stack(pictures)
+
+    def _read_one(self, number: int) -> Tensor | None:
+        try:
+            pixels = to_pixels(load_picture(self.paths[number]), self.size)
+        except ValueError as error:
+            self.skipped.append(str(error))
+            return None
+        return ((pixels + 1) * 127.5).round().to(torch.uint8)
+
+    def batch(self, numbers: Tensor, device: torch.device) -> Tensor:
+        """Pixels [B, 3, size, size] in [-1, 1], channels last."""
+        chosen = self._read(numbers.tolist()) if self.stored is None else self.stored[numbers]
+        pixels = chosen.to(device).float() / 127.5 - 1
+        return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def train_image(
+    pictures: Pictures, config: VQGANConfig, options: ImageTrainingOptions, device: str = "cpu"
+) -> ImageTokenizer:
+    """Train a tokenizer on pictures."""
+    torch.manual_seed(options.seed)
+    trainer = _Trainer(VQGAN(config), options, torch.device(device))
+    draws = torch.Generator().manual_seed(options.seed)
+    with meter(options.steps, "image tokenizer", "steps") as progress:
+        for step in range(options.steps):
+            if step == options.warmup_steps:
+                trainer.start_codebook(pictures, draws)
+            numbers = torch.randint(len(pictures), (options.batch_size,), generator=draws)
+            loss = trainer.step(step, pictures.batch(numbers, trainer.device))
+            _report(progress, loss)
+    return ImageTokenizer(trainer.model)
+
+
+def _report(progress: Meter, loss: Tensor) -> None:
+    if progress.done % 10 == 0:
+        progress.advance(1, f"loss {loss.item():.4f}")
+    else:
+        progress.advance(1, progress.note)
+
+
+class _Trainer:
+    """Model, optimizer and the codebook's moving averages."""
+
+    def __init__(self, model: VQGAN, options: ImageTrainingOptions, device: torch.device) -> None:
+        self.model = model.to(device, memory_format=torch.channels_last).train()
+        self.options, self.device = options, device
+        self.codebook = model.quantize.embedding.weight
+        if options.codebook == "ema":
+            self.codebook.requires_grad_(False)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        )
+        self.counts = torch.zeros(len(self.codebook), device=device)
+        self.sums = torch.zeros_like(self.codebook)
+        self.random = torch.Generator().manual_seed(options.seed + 1)
+
+    def step(self, step: int, pixels: Tensor) -> Tensor:
+        """One optimizer step; returns the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * learning_rate_share(step, self.options.steps)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            latents = self.model.encode(pixels).float()
+            if step < self.options.warmup_steps:
+                quantised, extra = latents, 0.0
+            else:
+                quantised, extra = self.quantise(latents)
+            drawn = self.model.decode(quantised)
+        error = F.l1_loss if self.options.loss == "l1" else F.mse_loss
+        loss = error(drawn.float(), pixels) + extra
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes in place of latents, with the gradient passed straight through, and the codebook's terms."""
+        codes = self.model.find_codes(latents.detach())
+        quantised = self.model.look_up(codes)
+        extra = self.options.commitment * F.mse_loss(latents, quantised.detach())
+        if self.options.codebook == "gradient":
+            extra = extra + F.mse_loss(quantised, latents.detach())
+        self.follow(latents.detach(), codes)
+        return latents + (quantised - latents).detach(), extra
+
+    @torch.no_grad()
+    def follow(self, latents: Tensor, codes: Tensor) -> None:
+        """Moving averages of the latents of each code; codes out of use restart at a latent of this batch."""
+        flat, codes = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]), codes.flatten()
+        keep = self.options.ema_decay
+        self.counts.mul_(keep).add_(torch.bincount(codes, minlength=len(self.counts)), alpha=1 - keep)
+        self.sums.mul_(keep).index_add_(0, codes, flat, alpha=1 - keep)
+        dead = self.counts < self.options.revive_below * len(codes) / len(self.counts)
+        if dead.any():
+            chosen = torch.randint(len(flat), (int(dead.sum()),), generator=self.random).to(self.device)
+            self.counts[dead] = len(codes) / len(self.counts)  # an even share: time to prove itself
+            self.sums[dead] = flat[chosen] * self.counts[dead, None]
+            self.codebook.data[dead] = flat[chosen]
+        if self.options.codebook == "ema":
+            self.codebook.data.copy_(self.sums / self.counts[:, None].clamp(min=1e-5))
+
+    @torch.no_grad()
+    def start_codebook(self, pictures: Pictures, draws: torch.Generator) -> None:
+        """k-means of latents as the first codebook."""
+        wanted = KMEANS_VECTORS_PER_CODE * len(self.codebook)
+        vectors = []
+        while sum(map(len, vectors)) < wanted:
+            numbers = torch.randint(len(pictures), (self.options.batch_size,), generator=draws)
+            latents = self.model.encode(pictures.batch(numbers, self.device))
+            vectors.append(latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).float())
+        centres, shares = find_centres(torch.cat(vectors), len(self.codebook), draws)
+        tokens = self.options.batch_size * latents.shape[2] * latents.shape[3]
+        self.codebook.data.copy_(centres)
+        self.counts.copy_(shares * tokens)
+        self.sums.copy_(centres * self.counts[:, None])
+
+
+def learning_rate_share(step: int, steps: int) -> float:
+    """Share of the peak learning rate: a linear rise over a twentieth of the steps, a cosine down to 0.01."""
+    rise = max(1, steps // 20)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def find_centres(vectors: Tensor, number: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """k-means: centres [number, D] and the share of the vectors nearest to each.
+
+    The first centres are drawn as k-means++ does, far ones more likely: flat patches are most of a picture
+    and would otherwise take most of the codes.
+    """
+    centres = vectors[torch.randint(len(vectors), (1,), generator=draws).to(vectors.device)]
+    distances = ((vectors - centres) ** 2).sum(1)
+    for _ in range(number - 1):
+        weights = (distances + 1e-12).double().cumsum(0)
+        draw = torch.rand(1, generator=draws, dtype=torch.float64).to(vectors.device) * weights[-1]
+        chosen = vectors[torch.searchsorted(weights, draw).clamp(max=len(vectors) - 1)]
+        centres = torch.cat([centres, chosen])
+        distances = torch.minimum(distances, ((vectors - chosen) ** 2).sum(1))
+    for _ in range(KMEANS_ROUNDS):
+        nearest = find_nearest(vectors, centres)
+        counts = torch.bincount(nearest, minlength=number).float()
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres)
+    return centres, counts / len(vectors)
+
+
+def measure_image(tokenizer: ImageTokenizer, pictures: Pictures, limit: int = 2000) -> dict:
+    """Held-out quality: mean PSNR of the reconstructions in dB, and how the codebook is used."""
+    numbers = torch.arange(min(len(pictures), limit))
+    counts, psnr = torch.zeros(tokenizer.codebook_size), []
+    for part in numbers.split(32):
+        pixels = pictures.batch(part, tokenizer.device)
+        codes = tokenizer.encode(pixels)
+        squared = ((tokenizer.decode(codes) - pixels) ** 2).mean(dim=(1, 2, 3)) / 4  # range 2 -> 1
+        psnr.append(-10 * torch.log10(squared.clamp(min=1e-10)).cpu())
+        counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
+    share = counts / counts.sum()
+    entropy = -(share * share.clamp(min=1e-12).log()).sum()
+    return {
+        "pictures": len(numbers),
+        "psnr_db": round(torch.cat(psnr).mean().item(), 3),
+        "codes_used": round((counts > 0).float().mean().item(), 4),
+        "codebook_perplexity": round(entropy.exp().item(), 2),
+    }
+
+
+def train_and_measure(
+    paths: list[Path],
+    config: VQGANConfig,
+    options: ImageTrainingOptions,
+    *,
+    heldout_paths: list[Path] | None = None,
+    heldout_share: float = 0.05,
+    device: str = "cpu",
+) -> tuple[ImageTokenizer, dict]:
+    """Train on a share of the pictures, measure on the rest (or on `heldout_paths`); returns also the account."""
+    if heldout_paths is None:
+        paths, heldout_paths = split_heldout(paths, heldout_share, options.seed)
+    pictures = Pictures(paths, config.image_size)
+    heldout = Pictures(heldout_paths, config.image_size)
+    started, cpu_started = time.monotonic(), time.process_time()
+    tokenizer = train_image(pictures, config, options, device)
+    account = {
+        **asdict(options),
+        "pictures": len(pictures),
+        "pictures_skipped": len(pictures.skipped) + len(heldout.skipped),
+        "parameters": sum(weight.numel() for weight in tokenizer.model.parameters()),
+        "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(time.process_time() - cpu_started, 1),
+        "heldout": measure_image(tokenizer, heldout),
+    }
+    return tokenizer, account
+
+
+def split_heldout(paths: list[Path], share: float, seed: int) -> tuple[list[Path], list[Path]]:
+    """(train, held-out) paths; at least one is held out."""
+    held = max(1, round(len(paths) * share))
+    if held >= len(paths):
+        raise ValueError(f"{len(paths)} pictures are too few to hold {held} of them out; give more.")
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:held])
+    train = [path for number, path in enumerate(paths) if number not in chosen]
+    return train, [paths[number] for number in sorted(chosen)]
