@@ -67,7 +67,7 @@ class Generator:
         decoder = Decoder.load(folder, dtype, device)
         account = folder / "cm3leon.json"
         training = json.loads(account.read_text())["training"] if account.is_file() else {}
-        return cls(decoder, Tokenizers.load(folder), training)
+        return cls(decoder, Tokenizers.load(folder, device), training)
 
     # Captions to pictures
 
@@ -88,8 +88,8 @@ class Generator:
         """`candidates` pictures of each caption, with seeds `seed`, `seed` + 1 ..., in the captions' order.
 
         `retrieved` gives each caption its retrieved documents (ids as stored, the most similar last). Temperature
-        0 is greedy. `unconditional` is the form of the prompt without the caption: see prompts.py. `advance(n)` is
-        told how many more pictures are done.
+        0 is greedy. `unconditional` is the form of the prompt without the caption: see prompts.py. `advance(n)`
+        is told how many more tokens are done, of captions x candidates x image tokens.
         """
         if candidates < 1:
             raise ValueError(f"candidates ({candidates}) must be at least 1.")
@@ -320,9 +320,8 @@ class Generator:
                 sampling,
                 seeds[part],
                 None if forced is None else forced[part],
+                advance,
             )
-            if advance:
-                advance(len(given[part]))
         return made
 
     def _batch_size(self, length: int, streams: int) -> int:
@@ -334,7 +333,7 @@ class Generator:
     @torch.inference_mode()
     def _run_batch(
         self, given: list, unconditional: list, segment: Segment, sampling: Sampling, seeds: list[int],
-        forced: np.ndarray | None,
+        forced: np.ndarray | None, advance: Callable[[int], None] | None,
     ) -> np.ndarray:  # fmt: skip
         decoder, count = self.decoder, len(given)
         allowed = segment.allowed.to(decoder.device)
@@ -361,8 +360,11 @@ class Generator:
             ids[:, turn] = token.masked_fill(done, -1)
             if segment.ends:
                 done |= torch.isin(token, ends)
-                if done.all():
-                    break
+            finished = bool(segment.ends) and bool(done.all())
+            if advance:
+                advance(count * (segment.length - turn if finished else 1))
+            if finished:
+                break
             if turn + 1 < segment.length:
                 state = decoder.step(torch.cat([token, token]) if unconditional else token, cache)
         return self._ended(ids, segment).cpu().numpy()
