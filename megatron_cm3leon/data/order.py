@@ -33,7 +33,7 @@ def draw_bits(key: int, *counters) -> np.ndarray:
     """64 random bits for each element of the broadcast counters (at least one-dimensional)."""
     bits = np.array([key], np.uint64)  # an array, not a scalar: numpy warns when scalars wrap around
     for counter in counters:
-        bits = _mix(bits + (np.asarray(counter).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+        bits = _mix(bits + (np.atleast_1d(counter).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     return bits
 
 

@@ -1,0 +1,110 @@
+"""Shards on disk: what the reader refuses, and how it says so."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from corpora import make_pairs, make_vocabulary, write_shards
+
+from megatron_cm3leon.data.shards import open_shards, split_segments
+from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
+
+V = make_vocabulary()
+
+
+@pytest.fixture
+def pairs():
+    return make_pairs(30, V)
+
+
+@pytest.fixture
+def folder(tmp_path, pairs):
+    write_shards(tmp_path / "shards", pairs, V, 8)
+    return tmp_path / "shards"
+
+
+def test_documents_come_back_in_manifest_order(folder, pairs):
+    corpus = open_shards(folder)
+    assert corpus.documents == 30 and corpus.lengths.dtype == np.uint32
+    for number in (29, 0, 8, 7, 15):
+        assert corpus.read(number).tolist() == pairs[number].tolist()
+        assert corpus.lengths[number] == len(pairs[number])
+    assert corpus.metadata(["caption"])["caption"].to_pylist() == [f"caption {number}" for number in range(30)]
+    assert not corpus.read(0).flags.writeable
+    corpus.prefetch(range(30))
+    with pytest.raises(IndexError, match=r"document 30 is outside 0\.\.29"):
+        corpus.read(30)
+    again = pickle.loads(pickle.dumps(corpus))
+    assert again.identity == corpus.identity and again.read(3).tolist() == pairs[3].tolist()
+
+
+def test_ids_beyond_16_bits_are_stored_in_32(tmp_path):
+    vocabulary = make_vocabulary(text=70_000)
+    corpus = write_shards(tmp_path / "shards", [[69_999, vocabulary.break_id, 70_001]], vocabulary)
+    assert corpus.read(0).tolist() == [69_999, vocabulary.break_id, 70_001] and corpus.read(0).dtype == np.uint32
+
+
+def test_reading_works_with_fewer_open_files_than_shards(folder, pairs):
+    corpus = open_shards(folder)
+    corpus._map_limit = 2
+    assert [corpus.read(number).tolist() for number in range(30)] == [pair.tolist() for pair in pairs]
+    assert len(corpus._maps) == 2
+
+
+def test_a_damaged_document_is_named(folder):
+    tar = folder / "shard-000001-000.tar"
+    content = bytearray(tar.read_bytes())
+    offset = int(np.load(folder / "shard-000001-000.idx.npy")["offset"][2])
+    content[offset + 3] ^= 1
+    tar.write_bytes(content)
+    corpus = open_shards(folder)
+    corpus.read(9)
+    with pytest.raises(ValueError, match=r"document 10 \(row 2 of .*shard-000001-000\.tar\) is damaged.*crc32"):
+        corpus.read(10)
+
+
+def change_manifest(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_files_that_do_not_match_the_manifest_are_refused(folder, tmp_path):
+    def refused(match, damage):
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        damage(copy)
+        with pytest.raises(ValueError, match=match):
+            open_shards(copy)
+        shutil.rmtree(copy)
+
+    name = "shard-000002-000"
+    refused(f"{name}.tar is missing", lambda copy: (copy / f"{name}.tar").unlink())
+    refused(r"\.parquet is missing.*--overwrite", lambda copy: (copy / f"{name}.parquet").unlink())
+    refused(r"tar has \d+ bytes instead of", lambda copy: (copy / f"{name}.tar").open("ab").write(b"x"))
+    size = (folder / f"{name}.idx.npy").stat().st_size
+    refused("idx.npy is unreadable", lambda copy: (copy / f"{name}.idx.npy").write_bytes(b"x" * size))
+    refused(
+        "it counts 31 documents, the files 30", lambda copy: change_manifest(copy, lambda m: m.update(documents=31))
+    )
+    refused(
+        "has format 2; this version reads format 1", lambda copy: change_manifest(copy, lambda m: m.update(format=2))
+    )
+    refused("is no manifest of shards", lambda copy: (copy / "manifest.json").write_text("{"))
+    refused("is no manifest of shards", lambda copy: change_manifest(copy, lambda m: m.pop("shards")))
+    refused("outside its own folder", lambda copy: change_manifest(copy, lambda m: m["shards"][0].update(name="../x")))
+    refused("vocabulary hash", lambda copy: change_manifest(copy, lambda m: m["vocabulary"].update(text_size=7)))
+    refused(r"has no manifest\.json, which is written last", lambda copy: (copy / "manifest.json").unlink())
+
+
+def test_another_vocabulary_is_refused_by_name(folder):
+    other = make_vocabulary(text=120)
+    with pytest.raises(ValueError, match=r"shards was made with another vocabulary.*text_size: 100 instead of 120"):
+        check_same_vocabulary(other, open_shards(folder).vocabulary, "shards")
+
+
+def test_split_segments():
+    ids = np.array([1, 2, V.break_id, 3, V.break_id])
+    assert [segment.tolist() for segment in split_segments(ids, V)] == [[1, 2], [3], []]
