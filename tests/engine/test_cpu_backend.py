@@ -1,0 +1,48 @@
+"""The CPU substitutes: megatron-core's RNG tracker really tracks, and torch stays as it is for others."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import torch
+from megatron_cm3leon.engine import cpu_backend
+cpu_backend.install()
+from megatron.core.tensor_parallel import random
+import megatron.core.optimizer.clip_grads as clip_grads
+
+tracker = random.CudaRNGStatesTracker()
+tracker.add("a", 1)
+tracker.add("b", 2)
+with tracker.fork("a"):
+    first = torch.rand(3)
+with tracker.fork("b"):
+    other = torch.rand(3)
+with tracker.fork("a"):
+    second = torch.rand(3)
+expected = torch.rand(6, generator=torch.Generator().manual_seed(1))
+assert torch.equal(torch.cat([first, second]), expected), "a fork goes on where the last one ended"
+assert not torch.equal(first, other)
+torch.manual_seed(5)
+before = torch.rand(2)
+torch.manual_seed(5)
+with tracker.fork("b"):
+    torch.rand(1)
+assert torch.equal(torch.rand(2), before), "a fork leaves the default generator alone"
+
+assert clip_grads.torch.zeros(1, device="cuda").device.type == "cpu"
+assert torch.zeros(1).type() == "torch.FloatTensor", "other callers see the tensor's real type"
+try:
+    torch.zeros(1).cuda()
+except (AssertionError, RuntimeError):
+    pass
+else:
+    raise AssertionError("other callers' cuda() still asks for a GPU")
+print("fine")
+"""
+
+
+def test_substitutes_serve_megatron_core_alone():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "fine\n"
+    assert "CPU RNG state changed" not in done.stderr

@@ -1,0 +1,40 @@
+"""The model: parameter counts of the paper's presets, initial weights, logits of an independent forward."""
+
+import pytest
+import torch
+
+from megatron_cm3leon.config import load_config
+from tests.distributed.launch import torchrun
+
+
+@pytest.mark.parametrize(("preset", "parameters"), [("350m", 373_293_056), ("760m", 786_432_000), ("7b", 6_727_663_616)])
+def test_presets_have_the_papers_parameter_counts(preset, parameters):
+    from megatron_cm3leon.model.builder import count_parameters
+
+    config = load_config(None, [f"preset={preset}"])
+    config.validate()
+    assert count_parameters(config, 65_536) == parameters
+
+
+def test_initial_weights_follow_the_paper():
+    from megatron_cm3leon.model.builder import initial_weight
+
+    config = load_config(None, ["preset=350m"])
+    config.validate()
+    words = initial_weight("embedding.word_embeddings.weight", (4096, 256), config)
+    assert abs(words.std() / 0.006 - 0.9866) < 0.01  # a normal cut at 3 has 0.9866 of its deviation
+    assert words.abs().max() <= 0.018
+    positions = initial_weight("embedding.position_embeddings.weight", (4096, 256), config)
+    assert abs(positions.std() / 0.0002 - 0.9866) < 0.01
+    for name in ("self_attention.linear_proj", "mlp.linear_fc2"):
+        assert not initial_weight(f"decoder.layers.3.{name}.weight", (8, 8), config).any()
+    again = initial_weight("embedding.word_embeddings.weight", (4096, 256), config)
+    assert torch.equal(words, again)
+    config.seed = 1
+    assert not torch.equal(words, initial_weight("embedding.word_embeddings.weight", (4096, 256), config))
+
+
+def test_padding_changes_no_loss(tmp_path):
+    """164 true rows in 256: the loss is that of a softmax over the true ones."""
+    done = torchrun(1, "tests/model/check_forward.py")
+    assert "forward agrees" in done.stdout

@@ -1,0 +1,141 @@
+"""The training command: resuming exactly, and what stops it before any process group is made."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_cm3leon.checkpoint.sharded import list_checkpoints
+from megatron_cm3leon.config import load_config
+from megatron_cm3leon.metrics import flops_per_token, read_metrics
+from megatron_cm3leon.schedule import learning_rate
+from tests.data.corpora import make_pairs, make_vocabulary, write_shards
+from tests.distributed.launch import ROOT, torchrun
+
+YAML = """
+model: {layers: 2, hidden_size: 32, heads: 4, init_std: 0.02}
+data: {seq_length: 32, packing: stream, workers: 1}
+train: {steps: 30, global_batch_size: 4, micro_batch_size: 2, precision: fp32, threads: 1}
+schedule: {warmup_steps: 5}
+checkpoint: {interval: 4, keep_last: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """shards/, other/ (another vocabulary), config.yaml and the uninterrupted run straight/."""
+    folder = tmp_path_factory.mktemp("train")
+    write_shards(folder / "shards", make_pairs(40, make_vocabulary()), make_vocabulary())
+    other = make_vocabulary(text=90)
+    write_shards(folder / "other", make_pairs(40, other), other)
+    (folder / "config.yaml").write_text(YAML)
+    done = train(folder, "straight")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def command(folder, output, *more):
+    paths = [f"output={folder / output}", f"data.shards={folder / 'shards'}"]
+    return [sys.executable, "-m", "megatron_cm3leon.train", str(folder / "config.yaml"), *paths, *more]
+
+
+def train(folder, output, *more):
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        command(folder, output, *more), capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment
+    )
+
+
+def losses(run):
+    return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(run)]
+
+
+def test_a_run_leaves_what_it_promises(folder):
+    run = folder / "straight"
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    wanted = "attempt step batch loss loss_text loss_image grad_norm learning_rate tokens tokens_trimmed"
+    wanted += " tokens_per_second tflops_per_gpu step_seconds data_seconds"
+    assert set(wanted.split()) <= set(lines[0])
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000028", "step-00000030"]
+    assert (run / "latest").read_text() == "step-00000030\n"
+    assert list((run / "tensorboard").iterdir())
+    assert load_config(run / "config.yaml").train.steps == 30
+
+
+def test_killed_at_any_moment_it_goes_on_as_if_never_stopped(folder):
+    process = subprocess.Popen(command(folder, "killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    metrics = folder / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 10):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1].decode()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = train(folder, "killed")
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stderr
+    assert losses(folder / "killed") == losses(folder / "straight")
+
+
+def test_a_run_stopped_on_purpose_goes_on_the_same(folder):
+    assert train(folder, "stopped", "train.stop_after=7").returncode == 0
+    assert [path.name for path in list_checkpoints(folder / "stopped")] == ["step-00000004", "step-00000007"]
+    assert train(folder, "stopped").returncode == 0
+    assert losses(folder / "stopped") == losses(folder / "straight")
+
+
+def test_another_stream_or_model_needs_a_word_and_is_recorded(folder):
+    assert train(folder, "changed", "train.stop_after=1").returncode == 0
+    refused = train(folder, "changed", "cm3.probability=0.5", "train.stop_after=2")
+    assert refused.returncode == 2
+    assert "cm3.probability (0.5) was 1.0" in refused.stderr and "--allow-change cm3.probability" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    allowed = train(folder, "changed", "cm3.probability=0.5", "train.stop_after=2", "--allow-change", "cm3.probability")
+    assert allowed.returncode == 0, allowed.stderr
+    state = (list_checkpoints(folder / "changed")[-1] / "state.json").read_text()
+    assert '"field": "cm3.probability"' in state
+
+
+def test_shards_of_another_vocabulary_are_refused_by_name(folder):
+    done = train(folder, "straight", f"data.shards={folder / 'other'}", "train.steps=40")
+    assert done.returncode == 2
+    assert "was made with another vocabulary" in done.stderr and "text_size: 100 instead of 90" in done.stderr
+
+
+def test_an_impossible_layout_is_refused_once_before_any_group(folder):
+    script = command(folder, "layout", "parallel.tensor=2", "parallel.pipeline=2")[1:]
+    done = torchrun(3, *script, check=False)
+    assert done.returncode != 0
+    sentence = "= 4 must divide the number of ranks (3); start 4 ranks"
+    assert done.stderr.count(sentence) == 1
+    assert not (folder / "layout").exists()
+
+
+def test_too_many_broken_batches_stop_the_run(folder):
+    done = train(folder, "broken", "optimizer.learning_rate=1e38", "train.max_skipped=2", "schedule.warmup_steps=0")
+    assert done.returncode == 2
+    assert "batches in a row had a non-finite loss or gradient" in done.stderr
+    assert "tools/show_batch.py" in done.stderr
+
+
+def test_learning_rate_warms_up_and_falls_to_the_floor():
+    config = load_config(None, ["train.steps=20", "schedule.warmup_steps=4", "optimizer.learning_rate=1.0"])
+    rates = [learning_rate(config, step) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[11] == pytest.approx(0.1 + 0.9 * 0.5)
+    config.schedule.name = "cosine"
+    assert learning_rate(config, 11) == pytest.approx(0.55)
+    config.schedule.name = "constant"
+    assert learning_rate(config, 19) == 1.0
+
+
+def test_flops_count_each_matrix_three_times_twice():
+    config = load_config(None, ["model.layers=1", "model.hidden_size=8", "model.heads=1", "data.seq_length=10"])
+    config.validate()
+    assert flops_per_token(config, 100) == 6 * (4 * 64 + 8 * 64 + 800) + 6 * 10 * 8
