@@ -1,0 +1,65 @@
+"""Embed the documents of shards, index them, and write which ones each document may retrieve.
+
+python tools/build_index.py --shards shards/ --encoder clip/ --output index/
+python tools/build_index.py --shards heldout/ --bank shards/ --encoder clip/ --output heldout_index/
+"""
+
+import argparse
+from dataclasses import fields
+
+from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.retrieval.build import IndexOptions, build_index_folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Build the retrieval index of shards: embeddings, FAISS index, table of neighbours.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--shards", required=True, help="shards whose documents are the queries")
+    parser.add_argument("--bank", help="shards that are retrieved from, the memory bank (default: --shards)")
+    parser.add_argument("--encoder", required=True, help="CLIP folder (tools/train_clip.py, or a published one)")
+    parser.add_argument("--output", required=True, help="index folder to write; an unfinished one is continued")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished index, encode again")
+    add = {"pictures": {"choices": ("source", "tokens")}, "device": {"choices": ("cpu", "cuda")}}
+    for field in fields(IndexOptions):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=field.type,
+            default=field.default,
+            help=HELP[field.name],
+            **add.get(field.name, {}),
+        )
+    options = parser.parse_args()
+    chosen = IndexOptions(**{field.name: getattr(options, field.name) for field in fields(IndexOptions)})
+    description = build_index_folder(
+        options.output, options.shards, options.encoder, options.bank, chosen, options.overwrite
+    )
+    found = description["neighbors_found"]
+    full = found[-1] / max(1, description["documents"])
+    mean = sum(count * documents for count, documents in enumerate(found)) / max(1, description["documents"])
+    print(
+        f"wrote {options.output}: {description['documents']} documents, {mean:.2f} of {description['neighbors']} "
+        f"neighbours each ({full:.1%} have all, {found[0]} none), index {description['factory']}, "
+        f"recall@10 {description['recall_at_10']:.3f}"
+    )
+
+
+HELP = {
+    "neighbors": "neighbours kept for each document",
+    "threshold": "largest cosine of a neighbour to the query and to another neighbour",
+    "query_dropout": "share of the query's text tokens left out when searching",
+    "pictures": "encode the raw pictures, or those decoded from the shards' image tokens",
+    "tokenizer": "tokenizer folder, for --pictures tokens",
+    "factory": "FAISS factory string (empty: by the size of the bank)",
+    "search": "FAISS search parameters, such as nprobe=64 (empty: with the factory)",
+    "candidates": "candidates searched first for each document",
+    "max_candidates": "candidates searched where the filters leave too few neighbours",
+    "recall_queries": "queries on which recall@10 is measured against exact search",
+    "seed": "seed of query dropout, index training and recall sample",
+    "device": "device of the encoder",
+}
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,52 @@
+"""Train a small CLIP on pairs, so that retrieval works without a published one.
+
+python tools/train_clip.py --input pairs.jsonl --text-model tokenizer/text.model --output clip/ --steps 400
+"""
+
+import argparse
+from dataclasses import fields
+
+from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.retrieval.train import ClipOptions, train_clip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train a small CLIP contrastively on image-text pairs; writes a CLIPModel folder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--input", required=True, help="JSONL file of pairs, or folder of pictures and captions")
+    parser.add_argument("--text-model", required=True, help="SentencePiece model (text.model of a tokenizer folder)")
+    parser.add_argument("--output", required=True, help="CLIP folder to write")
+    for field in fields(ClipOptions):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=field.type, default=field.default, help=HELP[field.name]
+        )
+    options = parser.parse_args()
+    chosen = ClipOptions(**{field.name: getattr(options, field.name) for field in fields(ClipOptions)})
+    figures = train_clip(options.input, options.text_model, options.output, chosen)
+    print(
+        f"wrote {options.output}: trained on {figures['pairs']} pairs, loss {figures['loss']:.3f}; of "
+        f"{figures['heldout_pairs']} held-out captions {figures['recall_at_1']:.1%} find their own picture first, "
+        f"{figures['recall_at_10']:.1%} among ten"
+    )
+
+
+HELP = {
+    "steps": "optimizer steps",
+    "batch_size": "pairs in a step",
+    "image_size": "side of the pictures the encoder sees, in pixels",
+    "patch_size": "side of a patch, in pixels",
+    "width": "width of the encoders and of the vectors",
+    "layers": "layers of each encoder",
+    "learning_rate": "peak learning rate",
+    "max_scale": "largest scale of the cosines in the loss; lower spreads the cosines more",
+    "heldout": "share of the pairs measured with instead of trained on",
+    "max_pairs": "pairs read at most",
+    "threads": "CPU threads; a model this small is slower on many",
+    "seed": "seed of weights, batches and held-out pairs",
+}
+
+
+if __name__ == "__main__":
+    run_tool(main)
