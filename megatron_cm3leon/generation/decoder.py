@@ -156,15 +156,19 @@ class Decoder:
         return functional.linear(state, self.head if head is None else head).float()
 
     @torch.inference_mode()
-    def all_logits(self, ids_BS: Tensor) -> Tensor:
-        """fp32 logits [B, S, vocabulary] of whole sequences, without a cache (losses, tests)."""
+    def states(self, ids_BS: Tensor) -> Tensor:
+        """Final hidden states [B, S, H] of whole sequences, without a cache; `logits` takes any of them."""
         self.check_length(ids_BS.shape[1], 1)
         state_BSH = self.words[ids_BS] + self.positions[: ids_BS.shape[1]]
         for layer in self.layers:
             query, keys, values = (part.transpose(1, 2) for part in self._project(layer, state_BSH))
             attended = functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
             self._finish(layer, state_BSH, attended.transpose(1, 2))
-        return self.logits(self._normalise(state_BSH))
+        return self._normalise(state_BSH)
+
+    def all_logits(self, ids_BS: Tensor) -> Tensor:
+        """fp32 logits [B, S, vocabulary] of whole sequences."""
+        return self.logits(self.states(ids_BS))
 
     def check_length(self, prompt: int, room: int) -> None:
         """Refuse a prompt that leaves no room; the last token generated needs no position of its own."""

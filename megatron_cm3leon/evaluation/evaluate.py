@@ -1,0 +1,358 @@
+"""Evaluation of an exported model on held-out shards; what tools/report.py shows.
+
+Held-out documents are drawn once: some for choosing the guidance, others, reported, for everything else. Measured are
+
+    the checker's accuracy on generated pictures (and on the image tokenizer's reconstructions: its ceiling),
+    the accuracy of generated captions, the reconstructions' PSNR, the loss with and without retrieved documents,
+
+and examples of each are written as pictures, beside evaluation.json:
+
+    figures           the numbers
+    sweep             accuracy by guidance
+    examples          captions with their pictures: held-out, generated at guidance 1 and at the best one
+    reconstructions   originals and what the image tokenizer makes of them
+    retrieval         queries and their retrieved documents
+    infilling         pictures with a part made anew
+    captions          pictures and the captions made of them
+    seconds           time of each part
+"""
+
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from megatron_cm3leon.data.shards import Corpus, open_shards, split_segments
+from megatron_cm3leon.evaluation.judge import judge_captions, judge_pictures, load_checker, share_right
+from megatron_cm3leon.evaluation.loss import measure_loss
+from megatron_cm3leon.generation.generate import Generator
+from megatron_cm3leon.generation.retrieved import DocumentSource
+from megatron_cm3leon.progress import track
+from megatron_cm3leon.tokenizers.pixels import from_pixels, load_picture, to_pixels
+from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions:
+    """What is measured, and on how much."""
+
+    pictures: int = 144
+    """Held-out documents that are reported on."""
+    sweep_pictures: int = 48
+    """Other held-out documents, on which the guidance is chosen."""
+    guidance: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.0, 4.0])
+    """Guidance weights that are tried."""
+    temperature: float = 0.7
+    """Temperature of generated pictures; 0 is greedy."""
+    top_p: float = 1.0
+    """Share of the probability that pictures are drawn from."""
+    documents: int | None = None
+    """Retrieved documents of a prompt; by default as many as the model was trained with."""
+    examples: int = 8
+    """Examples of each kind that are shown."""
+    seed: int = 0
+    """Seed of the choice of documents and of the pictures."""
+
+
+@dataclass
+class Heldout:
+    """Held-out pairs: caption, image codes, the stored document and where its picture is."""
+
+    captions: list[str]
+    codes: np.ndarray
+    documents: list[np.ndarray]
+    files: list[Path | None]
+
+    def part(self, chosen: slice) -> "Heldout":
+        return Heldout(self.captions[chosen], self.codes[chosen], self.documents[chosen], self.files[chosen])
+
+
+def read_heldout(corpus: Corpus, count: int, seed: int, checker=None) -> Heldout:
+    """`count` pairs drawn from a corpus, of those whose captions the checker understands."""
+    metadata = corpus.metadata(["caption", "image"]).to_pydict()
+    vocabulary, folder = corpus.vocabulary, Path(corpus.manifest.get("input", ""))
+    pairs = Heldout([], np.empty((0, vocabulary.image_tokens), np.int64), [], [])
+    codes = []
+    for number in np.random.default_rng(seed).permutation(corpus.documents):
+        ids = corpus.read(int(number)).astype(np.int64)
+        pictures = [part for part in split_segments(ids, vocabulary) if len(part) and vocabulary.is_image(part[0])]
+        caption = metadata["caption"][number]
+        if len(pictures) != 1 or not caption or (checker and checker.parse_caption(caption) is None):
+            continue
+        pairs.captions.append(caption)
+        pairs.documents.append(ids)
+        pairs.files.append(folder / metadata["image"][number] if metadata["image"][number] else None)
+        codes.append(pictures[0] - vocabulary.image_start)
+        if len(codes) == count:
+            break
+    if len(codes) < min(count, 2):
+        raise ValueError(
+            f"{corpus.folder} has {len(codes)} pairs of one picture and a caption that can be evaluated; "
+            f"{count} were asked for."
+        )
+    pairs.codes = np.stack(codes)
+    return pairs
+
+
+def measure_psnr(original: Image.Image, reconstruction: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB of two RGB pictures of one size; at most 100."""
+    left, right = (np.asarray(picture, np.float64) for picture in (original, reconstruction))
+    return float(min(100.0, 10 * np.log10(255.0**2 / max(((left - right) ** 2).mean(), 1e-9))))
+
+
+def evaluate_model(
+    model: str | Path,
+    shards: str | Path,
+    output: str | Path,
+    options: EvaluationOptions,
+    *,
+    checker: str | Path | None = None,
+    index: str | Path | None = None,
+    encoder: str | Path | None = None,
+    dtype: str = "fp32",
+    device: str = "auto",
+) -> dict:
+    """Evaluate; write evaluation.json and pictures/ to `output` and return the former's content."""
+    return _Evaluation(model, shards, Path(output), options, checker, index, encoder, dtype, device).run()
+
+
+class _Evaluation:
+    def __init__(self, model, shards, output, options, checker, index, encoder, dtype, device) -> None:
+        self.options, self.output, self.seconds = options, output, {}
+        with self._timed("load"):
+            self.checker = load_checker(checker) if checker else None
+            self.generator = Generator.load(model, dtype, device)
+            self.vocabulary = self.generator.vocabulary
+            corpus = open_shards(shards)
+            check_same_vocabulary(self.vocabulary, corpus.vocabulary, f"the shards at {shards}")
+            wanted = options.pictures + options.sweep_pictures
+            pairs = read_heldout(corpus, wanted, options.seed, self.checker)
+            held_back = min(options.sweep_pictures, len(pairs.captions) // 3)
+            self.sweep_pairs, self.pairs = pairs.part(slice(0, held_back)), pairs.part(slice(held_back, None))
+            self.count = options.documents
+            if self.count is None:
+                self.count = self.generator.training.get("retrieved_documents") or 2
+            self.source = DocumentSource.load(index, self.vocabulary, encoder) if index and self.count else None
+        self.result = {"format": 1, "figures": {}, "sweep": [], "options": vars(options) | {"documents": self.count}}
+        (output / "pictures").mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> dict:
+        parts = (self.reconstruct, self.retrieve, self.generate, self.caption, self.infill, self.lose)
+        for part in track(parts, label="evaluating", unit="parts"):
+            with self._timed(part.__name__):
+                part()
+        self.result["seconds"] = self.seconds
+        text = json.dumps(self.result, indent=1, ensure_ascii=False)
+        (self.output / "evaluation.json").write_text(text + "\n")
+        return self.result
+
+    @contextmanager
+    def _timed(self, name: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+
+    def _save(self, picture: Image.Image, name: str) -> str:
+        path = f"pictures/{name}.png"
+        picture.save(self.output / path)
+        return path
+
+    def _wanted(self, pairs: Heldout) -> list[dict]:
+        return [self.checker.parse_caption(caption) for caption in pairs.captions]
+
+    @property
+    def shown(self) -> int:
+        return min(self.options.examples, len(self.pairs.captions))
+
+    def reconstruct(self) -> None:
+        """The image tokenizer alone: PSNR, and how well the checker reads its pictures."""
+        self.reconstructions = self.generator.decode_pictures(self.pairs.codes)
+        size = self.generator.image.image_size
+        self.originals = [
+            from_pixels(to_pixels(load_picture(file), size)) if file is not None and file.is_file() else None
+            for file in self.pairs.files
+        ]
+        scores = [
+            None if original is None else measure_psnr(original, made)
+            for original, made in zip(self.originals, self.reconstructions, strict=True)
+        ]
+        known = [score for score in scores if score is not None]
+        self.result["figures"]["image_psnr_db"] = float(np.mean(known)) if known else None
+        if self.checker:
+            judged = judge_pictures(self.checker, self.reconstructions, self._wanted(self.pairs))
+            self.result["figures"]["checker_ceiling"] = share_right(judged)
+        self.result["reconstructions"] = [
+            {
+                "caption": self.pairs.captions[number],
+                "original": self._save(self.originals[number], f"original-{number}"),
+                "reconstruction": self._save(self.reconstructions[number], f"reconstruction-{number}"),
+                "psnr_db": scores[number],
+            }
+            for number in range(self.shown)
+            if self.originals[number] is not None
+        ]
+
+    def retrieve(self) -> None:
+        """Documents for captions (which generate pictures) and for pictures (which get captions)."""
+        self.by_text = self.by_picture = self.sweep_by_text = None
+        if self.source is None:
+            return
+        self.sweep_by_text = self.source.read(self.source.find(self.count, texts=self.sweep_pairs.captions))
+        numbers = self.source.find(self.count, texts=self.pairs.captions)
+        self.by_text = self.source.read(numbers)
+        self.by_picture = self.source.read(self.source.find(self.count, pictures=self.reconstructions))
+        encoder = self.source.retriever.encoder
+        shown = [self._describe_retrieved(number, numbers[number], encoder) for number in range(min(3, self.shown))]
+        self.result["retrieval"] = shown
+
+    def _describe_retrieved(self, number: int, found: list[int], encoder) -> dict:
+        captions = self.source.bank.metadata(["caption"])["caption"]
+        query = encoder.encode_texts([self.pairs.captions[number]])[0]
+        vectors = self.source.retriever.data.vectors
+        neighbours = []
+        for bank_number in reversed(found):  # the most similar first
+            picture = self._document_picture(self.source.bank.read(bank_number))
+            neighbours.append(
+                {
+                    "caption": captions[bank_number].as_py(),
+                    "picture": self._save(picture, f"bank-{bank_number}"),
+                    "score": float(np.asarray(vectors[bank_number], np.float32) @ query),
+                }
+            )
+        picture = self._save(self.reconstructions[number], f"reconstruction-{number}")
+        return {"caption": self.pairs.captions[number], "picture": picture, "neighbours": neighbours}
+
+    def _document_picture(self, ids: np.ndarray) -> Image.Image:
+        ids = ids.astype(np.int64)
+        codes = ids[self.vocabulary.is_image(ids)][: self.vocabulary.image_tokens] - self.vocabulary.image_start
+        return self.generator.decode_pictures(codes[None])[0]
+
+    def _images(self, pairs: Heldout, documents, guidance: float) -> list:
+        options = self.options
+        made = self.generator.images(
+            pairs.captions,
+            documents,
+            guidance=guidance,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
+        return [one.picture for one in made]
+
+    def generate(self) -> None:
+        """Choose the guidance on the sweep's captions; then all reported ones, with it and with none."""
+        best = self._sweep() if self.checker else self.options.guidance[-1]
+        plain = self._images(self.pairs, self.by_text, 1.0)
+        guided = plain if best == 1 else self._images(self.pairs, self.by_text, best)
+        figures = self.result["figures"]
+        figures["guidance"] = best
+        judged = {}
+        if self.checker:
+            wanted = self._wanted(self.pairs)
+            judged = {
+                "plain": judge_pictures(self.checker, plain, wanted),
+                "guided": judge_pictures(self.checker, guided, wanted),
+            }
+            figures["heldout_accuracy"] = share_right(judged["guided"])
+            figures["heldout_accuracy_without_guidance"] = share_right(judged["plain"])
+            if self.source is not None:
+                alone = judge_pictures(self.checker, self._images(self.pairs, None, best), wanted)
+                figures["heldout_accuracy_without_retrieval"] = share_right(alone)
+        if self.source is not None:
+            figures["clip_score"] = self._clip_scores({"generated": guided, "heldout": self.reconstructions})
+        self.result["examples"] = [
+            {
+                "caption": self.pairs.captions[number],
+                "original": self._save(self.originals[number] or self.reconstructions[number], f"original-{number}"),
+                "plain": self._save(plain[number], f"plain-{number}"),
+                "guided": self._save(guided[number], f"guided-{number}"),
+                **{f"{name}_judged": rows[number] for name, rows in judged.items()},
+            }
+            for number in range(self.shown)
+        ]
+
+    def _sweep(self) -> float:
+        """The guidance with the highest accuracy of all attributes together; of equals the mean, then the lowest."""
+        wanted = self._wanted(self.sweep_pairs)
+        for guidance in sorted(set(self.options.guidance)):
+            pictures = self._images(self.sweep_pairs, self.sweep_by_text, guidance)
+            shares = share_right(judge_pictures(self.checker, pictures, wanted))
+            self.result["sweep"].append({"guidance": guidance, "accuracy": shares})
+        return max(self.result["sweep"], key=lambda row: (row["accuracy"]["all"], sum(row["accuracy"].values())))[
+            "guidance"
+        ]
+
+    def _clip_scores(self, pictures: dict[str, list]) -> dict[str, float]:
+        """Mean inner product of captions and pictures by the index's own encoder."""
+        encoder = self.source.retriever.encoder
+        texts = encoder.encode_texts(self.pairs.captions)
+        return {name: float((encoder.encode_pictures(each) * texts).sum(1).mean()) for name, each in pictures.items()}
+
+    def caption(self) -> None:
+        """Captions of the held-out pictures, as their codes stand in the shards."""
+        texts = self.generator.captions(list(self.pairs.codes), self.by_picture)
+        if self.checker:
+            judged = judge_captions(self.checker, texts, self._wanted(self.pairs))
+            right = [all(entry[2] for entry in one.values()) for one in judged]
+        else:
+            right = [text == caption for text, caption in zip(texts, self.pairs.captions, strict=True)]
+        self.result["figures"]["caption_accuracy"] = sum(right) / len(right)
+        self.result["captions"] = [
+            {
+                "picture": self._save(self.reconstructions[number], f"reconstruction-{number}"),
+                "caption": self.pairs.captions[number],
+                "made": texts[number],
+                "right": right[number],
+            }
+            for number in range(self.shown)
+        ]
+
+    def infill(self) -> None:
+        """The lower half of pictures made anew under their captions."""
+        height, width = self.vocabulary.image_height, self.vocabulary.image_width
+        box = (height // 2, 0, height, width)
+        count = min(4, self.shown)
+        codes, captions = self.pairs.codes[:count], self.pairs.captions[:count]
+        documents = None if self.by_text is None else self.by_text[:count]
+        room = self.generator.decoder.context - max(len(ids) for ids in self.pairs.documents[:count]) - 8
+        if documents and max(sum(len(ids) + 1 for ids in row) for row in documents) > room:
+            documents = None
+        made = self.generator.infill_pictures(
+            list(codes), box, captions, documents, temperature=self.options.temperature, seed=self.options.seed
+        )
+        self.result["infilling"] = [
+            {
+                "caption": captions[number],
+                "before": self._save(self.reconstructions[number], f"reconstruction-{number}"),
+                "masked": self._save(_cover(self.reconstructions[number], box, (height, width)), f"masked-{number}"),
+                "after": self._save(made[number].picture, f"infilled-{number}"),
+                "kept_codes": int((made[number].codes == codes[number])[: box[0] * width].sum()),
+                "other_codes": box[0] * width,
+            }
+            for number in range(count)
+        ]
+
+    def lose(self) -> None:
+        """Loss on the reported documents' own tokens, with and without retrieved ones."""
+        decoder, queries = self.generator.decoder, self.pairs.documents
+        without = measure_loss(decoder, queries, [[] for _ in queries], self.vocabulary)
+        figures = self.result["figures"]
+        figures["loss_without_retrieval"], figures["loss_parts_without_retrieval"] = without["loss"], without
+        figures["loss_with_retrieval"] = None
+        if self.by_text is not None:
+            found = measure_loss(decoder, queries, self.by_text, self.vocabulary)
+            figures["loss_with_retrieval"], figures["loss_parts_with_retrieval"] = found["loss"], found
+
+
+def _cover(picture: Image.Image, box: tuple[int, int, int, int], grid: tuple[int, int]) -> Image.Image:
+    """The picture with the part that is to be made anew checkered."""
+    picture = picture.copy()
+    down, across = picture.height // grid[0], picture.width // grid[1]
+    rows, columns = np.mgrid[: (box[2] - box[0]) * down, : (box[3] - box[1]) * across]
+    checks = np.where((rows // max(1, down) + columns // max(1, across)) % 2, 165, 205).astype(np.uint8)
+    picture.paste(Image.fromarray(checks).convert("RGB"), (box[1] * across, box[0] * down))
+    return picture

@@ -1,0 +1,62 @@
+"""Evaluate an exported model on held-out shards: accuracies, losses and examples for tools/report.py.
+
+    python tools/evaluate.py --model exported/ --shards heldout-shards/ --index heldout-index/ \\
+        --checker examples/shapes/checker.py --output evaluation/
+"""
+
+import argparse
+
+from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
+from megatron_cm3leon.generation.decoder import DTYPES
+
+
+def parse_arguments() -> argparse.Namespace:
+    defaults = EvaluationOptions()
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder that tools/convert_checkpoint.py export wrote")
+    add("--shards", required=True, help="shards of held-out pairs")
+    add("--output", required=True, help="folder for evaluation.json and pictures/")
+    add("--index", help="index whose memory bank documents are retrieved from; none without it")
+    add("--checker", help="Python file with classify(picture) and parse_caption(text); it is run")
+    add("--pictures", type=int, default=defaults.pictures, help="held-out pairs that are reported on")
+    add("--sweep-pictures", type=int, default=defaults.sweep_pictures, help="other pairs, to choose the guidance on")
+    add("--guidance", type=float, nargs="+", default=defaults.guidance, help="guidance weights to try; 1 is none")
+    add("--temperature", type=float, default=defaults.temperature, help="of generated pictures; 0 is greedy")
+    add("--top-p", type=float, default=defaults.top_p, help="draw among the tokens that make up this probability")
+    add("--documents", type=int, help="retrieved documents of a prompt (default: as in training)")
+    add("--examples", type=int, default=defaults.examples, help="examples of each kind to keep")
+    add("--seed", type=int, default=defaults.seed, help="of the choice of pairs and of the pictures")
+    add("--encoder", help="CLIP folder, where it is no longer where the index recorded it")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="type the model computes in")
+    add("--device", default="auto", help="cpu, cuda, or auto: CUDA where there is a device")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    names = EvaluationOptions.__dataclass_fields__
+    options = EvaluationOptions(**{name: getattr(arguments, name) for name in names})
+    result = evaluate_model(
+        arguments.model,
+        arguments.shards,
+        arguments.output,
+        options,
+        checker=arguments.checker,
+        index=arguments.index,
+        encoder=arguments.encoder,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    for name, value in result["figures"].items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
+        print(f"{name}: {value if isinstance(value, str) or value is None else format(value, '.4g')}")
+    print(f"wrote {arguments.output}/evaluation.json and pictures/ in {sum(result['seconds'].values()):.0f} s")
+
+
+if __name__ == "__main__":
+    run_tool(main)
