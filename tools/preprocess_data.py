@@ -25,6 +25,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--part-size", type=int, default=10_000, help="inputs a part; a part is the unit of resuming")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures encoded at once")
+    parser.add_argument("--device", default="cpu", help="where pictures are encoded: cpu, cuda, cuda:1 ...")
     parser.add_argument("--max-bad-fraction", type=float, default=0.01, help="largest share of unusable inputs, 0 to 1")
     parser.add_argument("--overwrite", action="store_true", help="replace shards made with other options")
     return parser.parse_args(arguments)
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         output=Path(args.output),
         workers=args.workers,
         batch_size=args.batch_size,
+        device=args.device,
         max_bad_fraction=args.max_bad_fraction,
         overwrite=args.overwrite,
         command=command,

@@ -1,12 +1,13 @@
 """Preprocessing: raw pairs -> tokenised shards, by several processes, with an account of every input.
 
 The input is cut into fixed parts, each part is encoded by one process in fixed batches with one thread:
-the bytes of the shards depend on input, tokenizers, part size and batch size alone. A part's files are
+the bytes of the shards depend on input, tokenizers, part size, batch size and device alone. A part's files are
 written under a temporary name and renamed when whole; its record in `.work/` follows them; the manifest
 is written last. A run that was interrupted is finished by the same command: whole parts are kept.
 """
 
 import fcntl
+import functools
 import json
 import multiprocessing
 import os
@@ -42,6 +43,8 @@ class PreprocessOptions:
     """Processes; 1 works in the calling one."""
     batch_size: int = 32
     """Pictures encoded at once."""
+    device: str = "cpu"
+    """Where the image tokenizer computes."""
     max_bad_fraction: float = 0.01
     """Largest share of unusable inputs."""
     overwrite: bool = False
@@ -77,13 +80,14 @@ def preprocess(source: JsonlSource | FolderSource, options: PreprocessOptions) -
     if options.load_tokenizers is None:
         from megatron_cm3leon.tokenizers.folder import Tokenizers
 
-        options.load_tokenizers = Tokenizers.load
+        options.load_tokenizers = functools.partial(Tokenizers.load, device=options.device)
     tokenizers = options.load_tokenizers(options.tokenizer)
     plan = {
         "input_sha256": source.identity,
         "vocabulary": tokenizers.vocabulary.hash,
         "part_size": source.part_size,
         "batch_size": options.batch_size,
+        "device": options.device,
     }
     options.output.mkdir(parents=True, exist_ok=True)
     with _lock(options.output):

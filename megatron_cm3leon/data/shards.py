@@ -176,6 +176,12 @@ class Corpus:
         paths = [self.folder / f"{entry['name']}.parquet" for entry in self.shards]
         return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
 
+    def metadata_row(self, number: int) -> dict:
+        """Metadata of one document; reads its shard's file alone."""
+        shard, row, *_ = self._locate(number)
+        path = self.folder / f"{self.shards[shard]['name']}.parquet"
+        return pq.read_table(path, memory_map=True).slice(row, 1).to_pylist()[0]
+
     def prefetch(self, numbers) -> None:
         """Ask the kernel to read documents ahead; a hint that changes nothing else."""
         for number in numbers:

@@ -19,9 +19,13 @@ from megatron_cm3leon.data.stream import Stream
 V = make_vocabulary()
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data") / "shards", make_pairs(60, V), V)
+
+
 @pytest.fixture(scope="module", params=["query", "stream"])
-def stream(request, tmp_path_factory):
-    corpus = write_shards(tmp_path_factory.mktemp("data") / "shards", make_pairs(60, V), V)
+def stream(request, corpus):
     config = Config()
     config.data.packing, config.data.seq_length, config.train.global_batch_size = request.param, 64, 8
     return Stream(config, corpus, make_neighbors(corpus))
@@ -115,8 +119,8 @@ if sys.argv[2] == "die":
 
 
 @pytest.mark.parametrize("ending", ["exit", "die"])
-def test_workers_end_with_a_program_that_does_not_close_its_loader(stream, ending):
-    command = [sys.executable, "-c", PROGRAM, str(stream.corpus.folder), ending]
+def test_workers_end_with_a_program_that_does_not_close_its_loader(corpus, ending):
+    command = [sys.executable, "-c", PROGRAM, str(corpus.folder), ending]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
     assert result.returncode == (0 if ending == "exit" else -signal.SIGKILL)
     pids = [int(pid) for pid in result.stdout.split()]

@@ -1,0 +1,102 @@
+"""tools/preprocess_data.py with a real tokenizer folder, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_cm3leon.data.shards import open_shards, split_segments
+from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
+from megatron_cm3leon.tokenizers.image import ImageTokenizer
+from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.text import train_text
+from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from corpora import write_pictures
+
+ROOT = Path(__file__).parents[2]
+TRICKY = "<break> and <sentinel:0> </s>  two  spaces, ünïcode 🎈"
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """Pairs and, beside them, an untrained tokenizer of 4 x 4 codes a picture."""
+    folder = tmp_path_factory.mktemp("tool")
+    pairs = write_pictures(folder / "raw", 20)
+    with pairs.open("a") as file:
+        file.write(json.dumps({"image": "3.png", "caption": TRICKY}) + "\n")
+    (folder / "tok").mkdir()
+    train_text([f"picture {number}" for number in range(50)], 280).save(folder / "tok/text.model")
+    torch.manual_seed(0)
+    config = VQGANConfig(
+        image_size=16, codebook_size=32, embed_dim=8, latent_channels=32, base_channels=32,
+        channel_multiplier=(1, 1, 1),
+        num_res_blocks=1, mid_attention=False,
+    )  # fmt: skip
+    ImageTokenizer(VQGAN(config)).save(folder / "tok/image")
+    write_vocabulary(folder / "tok", specials=32, sentinels=16)
+    return folder
+
+
+def run_tool(folder, *arguments, tool="preprocess_data.py"):
+    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
+
+
+def test_pairs_become_the_tokens_of_both_tokenizers(raw):
+    arguments = ["--input", "raw/pairs.jsonl", "--tokenizer", "tok", "--output", "shards", "--part-size", 8]
+    result = run_tool(raw, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "shards: 3 shards." in result.stdout and "21 documents of" in result.stdout
+    corpus, tokenizers = open_shards(raw / "shards"), Tokenizers.load(raw / "tok")
+    assert corpus.vocabulary == tokenizers.vocabulary
+    assert "--part-size 8" in corpus.manifest["command"] and corpus.manifest["options"]["part_size"] == 8
+    text, image = split_segments(corpus.read(20), corpus.vocabulary)
+    assert tokenizers.text.decode(text.tolist()) == TRICKY
+    assert corpus.vocabulary.is_text(text).all() and corpus.vocabulary.is_image(image).all()
+    pixels = to_pixels(load_picture(raw / "raw/3.png"), 16)
+    codes = tokenizers.image.encode(pixels[None])[0] + corpus.vocabulary.image_start
+    assert image.tolist() == codes.tolist()
+    again = run_tool(raw, *arguments)
+    assert again.returncode == 0 and "already holds these shards; nothing to do" in again.stdout
+    other = run_tool(raw, *arguments[:-1], 9)
+    assert other.returncode == 2 and other.stdout == ""
+    assert other.stderr.startswith("error: --output shards holds shards made with other options (part_size: 8, now 9)")
+
+
+def test_too_many_bad_inputs_exit_with_2_and_name_the_list(raw):
+    pairs = raw / "raw/bad.jsonl"
+    pairs.write_text((raw / "raw/pairs.jsonl").read_text() + '{"image": "none.png", "caption": "x"}\n')
+    arguments = ["--input", pairs, "--tokenizer", "tok", "--output", "bad"]
+    result = run_tool(raw, *arguments)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "1 of the 22 inputs read are unusable" in result.stderr and "bad/quarantine.jsonl" in result.stderr
+    result = run_tool(raw, *arguments, "--max-bad-fraction", 0.1)
+    assert result.returncode == 0
+    assert "1 unusable inputs are listed in bad/quarantine.jsonl:\n  1 x missing picture" in result.stdout
+
+
+def test_usage_errors(raw):
+    for arguments, message in (
+        (["--workers", 0], "error: --workers (0) must be at least 1."),
+        (["--max-bad-fraction", 2], "error: --max-bad-fraction (2.0) must be between 0 and 1."),
+        (["--tokenizer", "nowhere"], "error: no vocabulary at nowhere"),
+    ):
+        result = run_tool(raw, "--input", "raw", "--tokenizer", "tok", "--output", "x", *arguments)
+        assert result.returncode == 2 and result.stderr.startswith(message), result.stderr
+    result = run_tool(raw, "--help")
+    assert result.returncode == 0 and "(default: 0.01)" in result.stdout
+
+
+def test_show_batch_prints_the_captions(raw):
+    shards = raw / "one"
+    run_tool(raw, "--input", "raw/pairs.jsonl", "--tokenizer", "tok", "--output", "one")
+    (raw / "config.yaml").write_text(f"data: {{shards: {shards}, seq_length: 127}}\ntrain: {{global_batch_size: 21}}\n")
+    arguments = ["config.yaml", "cm3.probability=0", "--tokenizer", "tok", "--blocks", 0]
+    result = run_tool(raw, *arguments, tool="show_batch.py")
+    assert result.returncode == 0, result.stderr
+    assert TRICKY in result.stdout and result.stdout.count("[picture: 16 codes]") == 21

@@ -1,0 +1,69 @@
+"""tools/show_batch.py prints what the model sees."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_cm3leon.config import Config
+from megatron_cm3leon.data.show import BlockPrinter
+from megatron_cm3leon.data.stream import Stream
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from corpora import ByteText, make_neighbors, make_vocabulary, write_shards
+
+ROOT = Path(__file__).parents[2]
+V = make_vocabulary(text=256, image=16, height=2, width=2)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    documents = [[*f"kite {name}".encode(), V.break_id, *[V.image_start + 3] * 4] for name in "abcd"]
+    return write_shards(tmp_path / "shards", documents, V)
+
+
+def make_printer(corpus, neighbors=None, **options):
+    config = Config()
+    config.data.seq_length, config.data.image_first_probability = 31, 0.0
+    config.cm3.probability, config.retrieval.documents, config.retrieval.loss_weight = 0.0, 1, 0.25
+    return BlockPrinter(Stream(config, corpus, neighbors), ByteText(), **options)
+
+
+def test_a_block_reads_as_text(corpus):
+    text = make_printer(corpus).describe(0)
+    header, query, tokens = text.split("\n")
+    assert header == "block 0  epoch 0  13 tokens (4 of pictures), 19 padding, 0 trimmed, loss weight 12"
+    number = int(query.split()[1][:-1])
+    assert query == f"  query {number}: made ({number}.png)"
+    assert tokens == f"</s>kite {'abcd'[number]}<break>[picture: 4 codes]</s><pad> x 19"
+
+
+def test_weights_and_colour(corpus):
+    neighbors = make_neighbors(corpus, columns=1, missing=0.0)
+    tokens = make_printer(corpus, neighbors).describe(0).split("\n")[-1]
+    assert tokens.startswith("</s>⟦0.25: kite ") and "codes]<break>⟧kite " in tokens
+    assert "\033[36m[picture: 4 codes]\033[0m" in make_printer(corpus, colour=True).describe(0)
+
+
+def test_sentinels_and_cut_pictures(corpus):
+    tokens = np.array([V.image_start, V.sentinel(3), 65, 27, V.eoss, V.eoss, V.pad])
+    shown = make_printer(corpus).show_tokens(tokens, np.array([1, 1, 1, 1, 1, 1, 0], np.float32))
+    assert shown == "[picture: 1 codes]<sentinel:3>A\\x1b<eoss><eoss><pad>"
+
+
+def run_tool(*arguments):
+    command = [sys.executable, str(ROOT / "tools/show_batch.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def test_the_tool_prints_a_batch_and_names_what_is_missing(corpus, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("train: {global_batch_size: 2}\ndata: {seq_length: 31}\n")
+    result = run_tool(config, f"data.shards={corpus.folder}", "cm3.probability=0", "--batch", 3)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("batch 3: blocks 6..7, stream ") and "block 7  epoch 1" in result.stdout
+    assert "\033" not in result.stdout and result.stdout.count("[picture: 4 codes]") == 2
+    result = run_tool(config)
+    assert result.returncode == 2 and result.stderr.startswith("error: data.shards is empty; give the folder")
