@@ -1,0 +1,140 @@
+"""A random exported model, held-out shards, an index and a checker: all real files, tiny."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import OPTConfig, OPTForCausalLM
+
+from megatron_cm3leon.data.shards import ShardWriter, build_manifest, open_shards, write_json
+from megatron_cm3leon.generation.decoder import Decoder
+from megatron_cm3leon.generation.generate import Generator
+from megatron_cm3leon.generation.retrieved import DocumentSource
+from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+WORDS = ["dark", "light", "picture", "a"]
+VOCABULARY = Vocabulary(
+    text_size=4,
+    image_size=8,
+    sentinels=2,
+    specials=6,
+    image_height=2,
+    image_width=2,
+    text_sha256="a" * 64,
+    image_sha256="b" * 64,
+)
+CHECKER = """
+def classify(picture):
+    return {"tone": "light" if sum(picture.convert("L").tobytes()) > 4 * 128 else "dark"}
+
+def parse_caption(text):
+    found = [word for word in text.split() if word in ("dark", "light")]
+    return {"tone": found[0]} if len(found) == 1 else None
+"""
+
+
+class WordTokenizer:
+    def encode(self, text):
+        return [WORDS.index(word) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(WORDS[number] for number in ids)
+
+
+class LevelTokenizer:
+    """One code a pixel: its level, 0 to 7."""
+
+    image_size, grid, codebook_size = 2, (2, 2), 8
+
+    def encode(self, pixels):
+        return ((pixels[:, 0] + 1) / 2 * 7).round().long().reshape(len(pixels), 4)
+
+    def decode(self, codes):
+        return (codes.reshape(-1, 1, 2, 2).float() / 7 * 2 - 1).expand(-1, 3, -1, -1)
+
+
+class FakeEncoder:
+    """Vectors by the brightness of a picture, or by the tone that a text names."""
+
+    def encode_texts(self, texts):
+        return np.array([[1.0, 0.0] if "light" in text else [0.0, 1.0] for text in texts], np.float32)
+
+    def encode_pictures(self, pictures):
+        light = np.array([np.asarray(picture.convert("L")).mean() / 255 for picture in pictures], np.float32)
+        return np.stack([light, 1 - light], 1)
+
+
+class FakeRetriever:
+    """Always the same documents of its bank."""
+
+    def __init__(self, bank):
+        self.bank, self.encoder = bank, FakeEncoder()
+        self.data = SimpleNamespace(vectors=np.full((bank.documents, 2), 0.5, np.float16))
+
+    def search(self, texts=None, pictures=None, k=2):
+        return np.tile(np.arange(k), (len(texts if texts is not None else pictures), 1))
+
+
+def write_shards(folder, count, seed):
+    """`count` pairs of grey pictures, with their files beside the shards."""
+    random = np.random.default_rng(seed)
+    pictures = folder.parent / f"{folder.name}-pictures"
+    folder.mkdir(parents=True)
+    pictures.mkdir()
+    writer = ShardWriter(folder, "shard-00000-0", VOCABULARY)
+    for number in range(count):
+        light = number % 2
+        codes = random.integers(4, 8, 4) if light else random.integers(0, 3, 4)
+        Image.fromarray((codes.reshape(2, 2) * 36).astype(np.uint8)).save(pictures / f"{number}.png")
+        caption = f"a {WORDS[light]} picture"
+        ids = [3, light, 2, VOCABULARY.break_id, *(VOCABULARY.image_start + codes)]
+        fields = {"caption": caption, "image": f"{number}.png", "source": "", "picture_sha256": "", "extra": "{}"}
+        writer.add(f"{number:06d}", np.array(ids), fields)
+    write_json(folder / "manifest.json", build_manifest(VOCABULARY, [writer.close()], input=str(pictures)))
+    return folder
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Folders model, shards and bank, and a checker file; tokenizers and retriever are fakes."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY.size,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=32,
+        max_position_embeddings=40,
+        enable_bias=False,
+        layer_norm_elementwise_affine=False,
+        do_layer_norm_before=True,
+        dropout=0.0,
+        init_std=0.3,
+        bos_token_id=VOCABULARY.eos,
+        eos_token_id=VOCABULARY.eos,
+        pad_token_id=VOCABULARY.pad,
+    )
+    model = tmp_path / "model"
+    OPTForCausalLM(config).save_pretrained(model)
+    account = {"max_abs_logit_diff": 0.0, "training": {"retrieved_documents": 2}}
+    (model / "cm3leon.json").write_text(json.dumps(account))
+    tokenizers = SimpleNamespace(text=WordTokenizer(), image=LevelTokenizer(), vocabulary=VOCABULARY)
+    generator = Generator(Decoder.load(model), tokenizers, account["training"])
+    monkeypatch.setattr(Generator, "load", classmethod(lambda *_: generator))
+    checker = tmp_path / "checker.py"
+    checker.write_text(CHECKER)
+    shards, bank = write_shards(tmp_path / "heldout", 20, 1), write_shards(tmp_path / "bank", 6, 2)
+    return SimpleNamespace(
+        path=tmp_path,
+        model=model,
+        shards=shards,
+        bank=bank,
+        checker=checker,
+        generator=generator,
+        source=DocumentSource(FakeRetriever(open_shards(bank))),
+    )
