@@ -1,0 +1,214 @@
+"""An index folder from shards: what is on disk, what is refused, what an interrupted build leaves."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.retrieval import embeddings
+from megatron_cm3leon.retrieval.build import IndexOptions, build_index_folder
+from megatron_cm3leon.retrieval.encoder import Encoder, combine
+from megatron_cm3leon.retrieval.neighbors import load_description, load_neighbors
+
+OPTIONS = IndexOptions(neighbors=3, threshold=0.999)  # an untrained encoder finds everything alike
+
+
+@pytest.fixture(scope="module")
+def index(shards, clip_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built") / "index"
+    build_index_folder(folder, shards, clip_folder, options=OPTIONS)
+    return folder
+
+
+def test_the_folder_is_as_described(index, shards, clip_folder):
+    corpus = open_shards(shards)
+    description = load_description(index)
+    assert description["documents"] == description["bank_documents"] == corpus.documents == 180
+    assert description["vocabulary_hash"] == corpus.vocabulary.hash
+    assert description["encoder_sha256"] == Encoder.load(clip_folder).sha256
+    assert description["factory"] == "Flat" and description["recall_at_10"] == 1
+    assert description["options"]["query_dropout"] == 0.2
+    assert sum(description["neighbors_found"]) == 180
+    names = {str(path.relative_to(index)) for path in index.rglob("*") if path.is_file()}
+    parts = [f"embeddings/{name}{end}" for name in ("bank", "queries") for end in (".npy", ".json", "_identities.npy")]
+    assert names == {"index.json", "index.faiss", "neighbors.npy", "scores.npy", *parts}
+    vectors = np.load(index / "embeddings/bank.npy")
+    assert vectors.dtype == np.float16 and vectors.shape == (180, 32)
+    np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=2e-3)
+
+
+def test_vectors_are_those_of_caption_and_picture(index, shards, shapes, clip_folder):
+    encoder = Encoder.load(clip_folder)
+    fields = json.loads((shapes / "train.jsonl").read_text().splitlines()[100])
+    picture = encoder.encode_pictures([Image.open(shapes / fields["image"])])
+    expected = combine(encoder.encode_texts([fields["caption"]]), picture)
+    np.testing.assert_allclose(np.load(index / "embeddings/bank.npy")[100], expected[0], atol=2e-3)
+    query = combine(encoder.encode_texts([fields["caption"]], 0.2, [(0, 100)]), picture)
+    np.testing.assert_allclose(np.load(index / "embeddings/queries.npy")[100], query[0], atol=2e-3)
+
+
+def test_the_table_keeps_the_filters(index, shards):
+    corpus = open_shards(shards)
+    neighbors = load_neighbors(index, corpus)
+    assert neighbors.bank is corpus
+    assert neighbors.table.shape == (180, 3) and isinstance(neighbors.table, np.memmap)
+    vectors, queries = (np.load(index / f"embeddings/{name}.npy").astype(np.float32) for name in ("bank", "queries"))
+    checksums = np.array(corpus.metadata(["picture_sha256"]).column(0).to_pylist())
+    for number, row in enumerate(neighbors.table):
+        kept = row[row >= 0]
+        assert len(kept)
+        assert number not in kept and len({*checksums[kept], checksums[number]}) == len(kept) + 1
+        assert (vectors[kept] @ queries[number] <= 0.999 + 1e-6).all()
+        between = vectors[kept] @ vectors[kept].T - 2 * np.eye(len(kept))
+        assert (between <= 0.999 + 1e-6).all()
+        assert (np.diff(np.load(index / "scores.npy")[number][row >= 0]) <= 0).all()
+
+
+def test_heldout_queries_retrieve_from_the_training_bank(shards, heldout_shards, clip_folder, tmp_path):
+    description = build_index_folder(tmp_path / "index", heldout_shards, clip_folder, shards, OPTIONS)
+    assert (description["documents"], description["bank_documents"]) == (20, 180)
+    heldout = open_shards(heldout_shards)
+    neighbors = load_neighbors(tmp_path / "index", heldout)
+    assert neighbors.table.shape == (20, 3) and neighbors.table.max() >= 20
+    assert neighbors.bank.documents == 180
+    assert neighbors.bank.read(int(neighbors.table[0, 0])).size > 4
+
+
+def test_the_bank_is_found_beside_a_moved_index(shapes, write_shards, heldout_shards, clip_folder, tmp_path):
+    bank = write_shards(shapes / "train.jsonl", tmp_path / "before/bank")
+    build_index_folder(tmp_path / "before/index", heldout_shards, clip_folder, bank, OPTIONS)
+    (tmp_path / "before").rename(tmp_path / "after")
+    corpus = open_shards(heldout_shards)
+    assert load_neighbors(tmp_path / "after/index", corpus).bank.folder == tmp_path / "after/bank"
+    shutil.rmtree(tmp_path / "after/bank")
+    with pytest.raises(ValueError, match=r"the memory bank of the index .* is neither at .*before.* nor at .*after"):
+        load_neighbors(tmp_path / "after/index", corpus)
+
+
+def test_an_index_of_other_shards_is_refused(index, heldout_shards):
+    with pytest.raises(ValueError, match=r"built from other shards: manifest.json of .* had sha256 .*, that of .* has"):
+        load_neighbors(index, open_shards(heldout_shards))
+
+
+def test_an_edited_manifest_is_refused(index, shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    load_neighbors(index, open_shards(copy))  # a copy is the same shards
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"note": "edited"}))
+    with pytest.raises(ValueError, match=r"built from other shards.*copy"):
+        load_neighbors(index, open_shards(copy))
+    with pytest.raises(ValueError, match=r"built from other bank.*copy"):
+        load_neighbors(index, open_shards(shards), open_shards(copy))
+
+
+def test_another_vocabulary_is_refused(index, shapes, write_shards, vocabulary, clip_folder, shards, tmp_path):
+    other = type(vocabulary)(**{**_fields(vocabulary), "image_size": 300})
+    folder = write_shards(shapes / "train.jsonl", tmp_path / "other", other)
+    with pytest.raises(ValueError, match=rf"built with vocabulary {vocabulary.hash}, but the shards .* {other.hash}"):
+        load_neighbors(index, open_shards(folder))
+    with pytest.raises(ValueError, match=r"the memory bank at .* was made with another vocabulary .*image_size: 300"):
+        build_index_folder(tmp_path / "index", shards, clip_folder, folder, OPTIONS)
+
+
+def _fields(vocabulary):
+    return {name: getattr(vocabulary, name) for name in vocabulary.__dataclass_fields__}
+
+
+def test_damaged_index_folders(index, shards, tmp_path):
+    corpus = open_shards(shards)
+    with pytest.raises(ValueError, match=r"no index at .*: it has no index.json"):
+        load_neighbors(tmp_path, corpus)
+    copy = shutil.copytree(index, tmp_path / "copy")
+    np.save(copy / "neighbors.npy", np.zeros((4, 3), np.int64))
+    with pytest.raises(ValueError, match=r"neighbors.npy is int64 \[4, 3\] instead of int64 \[180, 3\]"):
+        load_neighbors(copy, corpus)
+    (copy / "neighbors.npy").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"neighbors.npy is unreadable"):
+        load_neighbors(copy, corpus)
+    (copy / "index.json").write_text('{"format": 9}')
+    with pytest.raises(ValueError, match="has format 9; this version reads format 1"):
+        load_neighbors(copy, corpus)
+    (copy / "index.json").write_text("{")
+    with pytest.raises(ValueError, match="is no description of an index"):
+        load_neighbors(copy, corpus)
+
+
+def test_an_interrupted_build_goes_on(index, shards, clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(embeddings, "PART_DOCUMENTS", 64)
+    encoded, stop_at = [], 130
+    original = Encoder.encode_pictures
+
+    def counting(self, pictures):
+        encoded.append(len(pictures))
+        if sum(encoded) > stop_at:
+            raise KeyboardInterrupt
+        return original(self, pictures)
+
+    monkeypatch.setattr(Encoder, "encode_pictures", counting)
+    with pytest.raises(KeyboardInterrupt):
+        build_index_folder(tmp_path / "index", shards, clip_folder, options=OPTIONS)
+    with pytest.raises(ValueError, match="written last"):
+        load_neighbors(tmp_path / "index", open_shards(shards))
+    encoded.clear()
+    build_index_folder(tmp_path / "index", shards, clip_folder, options=OPTIONS)
+    assert sum(encoded) == 180 - 128  # two whole parts were kept
+    for name in ("neighbors.npy", "embeddings/bank.npy", "embeddings/queries.npy"):
+        assert (tmp_path / "index" / name).read_bytes() == (index / name).read_bytes()
+
+
+def test_finished_and_differently_begun_outputs(index, shards, clip_folder, tmp_path):
+    copy = shutil.copytree(index, tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"already holds a finished index; give another --output, or --overwrite"):
+        build_index_folder(copy, shards, clip_folder, options=OPTIONS)
+    (copy / "index.json").unlink()
+    changed = IndexOptions(neighbors=3, query_dropout=0.5)
+    with pytest.raises(
+        ValueError, match=r"queries.npy was begun with other settings \(query_dropout: 0.2 instead of 0.5"
+    ):
+        build_index_folder(copy, shards, clip_folder, options=changed)
+    description = build_index_folder(copy, shards, clip_folder, options=changed, overwrite=True)
+    assert description["options"]["query_dropout"] == 0.5
+
+
+def test_a_changed_or_missing_picture_is_named(shapes, write_shards, clip_folder, tmp_path):
+    source = shutil.copytree(shapes, tmp_path / "source")
+    folder = write_shards(source / "heldout.jsonl", tmp_path / "shards")
+    Image.new("RGB", (32, 32)).save(source / "heldout/000003.png")
+    with pytest.raises(ValueError, match=r"000003.png is not the picture that .* was made from"):
+        build_index_folder(tmp_path / "index", folder, clip_folder, options=OPTIONS)
+    (source / "heldout/000003.png").unlink()
+    with pytest.raises(ValueError, match=r"000003.png, a picture of .* cannot be read .*--pictures tokens"):
+        build_index_folder(tmp_path / "index", folder, clip_folder, options=OPTIONS)
+
+
+def test_pictures_can_come_from_the_tokens(heldout_shards, vocabulary):
+    class Decoder:
+        def decode(self, codes):
+            assert codes.min() >= 0 and codes.max() < vocabulary.image_size
+            grey = codes.float().mean(dim=1) / 127.5 - 1
+            return grey[:, None, None, None].expand(-1, 3, 8, 8)
+
+    corpus = open_shards(heldout_shards)
+    pictures = embeddings.read_token_pictures(corpus, Decoder())(range(3))
+    ids = corpus.read(2).astype(np.int64)
+    mean = (ids[-4:] - vocabulary.image_start).mean()
+    assert [picture.size for picture in pictures] == [(8, 8)] * 3
+    assert abs(np.asarray(pictures[2])[0, 0, 0] - mean) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (IndexOptions(neighbors=0), r"--neighbors \(0\) must be at least 1"),
+        (IndexOptions(threshold=1.5), r"--threshold \(1.5\) must be above 0 and at most 1"),
+        (IndexOptions(query_dropout=1.0), r"--query-dropout \(1.0\) must be in \[0, 1\)"),
+        (IndexOptions(pictures="tokens"), "--pictures tokens needs --tokenizer"),
+        (IndexOptions(candidates=0), "must be at least 1"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        options.validate()

@@ -1,0 +1,58 @@
+"""Training a small CLIP: it learns, its folder loads, neighbours share what they show; messages."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_cm3leon.retrieval.encoder import Encoder
+from megatron_cm3leon.retrieval.train import ClipOptions, contrast, train_clip
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_few_steps_teach_captions_their_pictures(shapes, text_model, tmp_path):
+    options = ClipOptions(steps=60, batch_size=64, width=32, layers=1, heldout=0.2)
+    figures = train_clip(shapes / "train.jsonl", text_model, tmp_path / "clip", options)
+    assert figures["pairs"] == 144 and figures["heldout_pairs"] == 36
+    assert figures["loss"] < 3.7  # ln 64 = 4.16 is chance
+    assert figures["recall_at_10"] > 0.4  # 10 of 36 is chance
+    assert Encoder.load(tmp_path / "clip").encode_texts(["a small red circle"]).shape == (1, 32)
+
+
+def test_contrast_by_hand():
+    texts = torch.tensor([[1.0, 0], [0, 1], [1, 0]])
+    scale = torch.tensor(2.0).log()
+    # Captions 0 and 2 are equal: each faces only caption 1, cosine 1 against 0 at scale 2.
+    expected = torch.log1p(torch.exp(torch.tensor(-2.0)))
+    found = contrast(texts, texts, scale, torch.tensor([5, 6, 5]))
+    row = torch.log(1 + 2 * torch.exp(torch.tensor(-2.0)))  # caption 1 faces two others
+    assert torch.isclose(found, (2 * expected + row) / 3)
+
+
+def test_the_tool_writes_a_folder_and_says_how_good_it_is(shapes, text_model, tmp_path):
+    arguments = ["--input", shapes / "heldout", "--text-model", text_model, "--output", tmp_path / "clip"]
+    arguments += ["--steps", "2", "--batch-size", "4", "--width", "32", "--layers", "1"]
+    tool = [sys.executable, ROOT / "tools/train_clip.py"]
+    done = subprocess.run([*tool, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "wrote" in done.stdout and "held-out captions" in done.stdout
+    names = {path.name for path in (tmp_path / "clip").iterdir()}
+    assert names == {"config.json", "model.safetensors", "text.model"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 500}, r"--batch-size \(500\) exceeds the 171 training pairs"),
+        ({"batch_size": 1}, r"--batch-size \(1\) must be at least 2"),
+        ({"patch_size": 5}, r"the patch size \(5\) must divide the picture size \(32\)"),
+        ({"steps": 0}, r"--steps \(0\) must be at least 1"),
+        ({"heldout": 0.0}, r"--heldout \(0.0\) must be a share"),
+    ],
+)
+def test_messages(shapes, text_model, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train_clip(shapes / "train.jsonl", text_model, tmp_path / "clip", ClipOptions(**changes))

@@ -1,0 +1,119 @@
+"""CLIP bi-encoder: unit vectors, query dropout, both kinds of folder, messages."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPModel
+
+from megatron_cm3leon.retrieval.encoder import Encoder, combine, drop_tokens
+from megatron_cm3leon.tokenizers.text import train_text
+
+
+@pytest.fixture(scope="module")
+def encoder(clip_folder):
+    return Encoder.load(clip_folder)
+
+
+def test_vectors_are_of_length_one_and_independent_of_the_batch(encoder):
+    texts = ["a small red circle", "on white, a large blue ring in the centre of it", ""]
+    vectors = encoder.encode_texts(texts)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [1, 1, 0], atol=1e-6)
+    alone = np.concatenate([encoder.encode_texts([text]) for text in texts])
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)  # padding changes nothing
+    pictures = [Image.new("RGB", (32, 32), "red"), Image.new("RGB", (50, 70), "blue")]
+    np.testing.assert_allclose(np.linalg.norm(encoder.encode_pictures(pictures), axis=1), 1, atol=1e-6)
+
+
+def test_text_vectors_are_those_of_the_model(encoder, clip_folder):
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    ids = encoder.tokenize(["a small red circle"])
+    pieces = model.config.text_config.vocab_size - 2
+    assert ids[0, 0] == pieces and ids[0, -1] == pieces + 1
+    with torch.no_grad():
+        expected = model.get_text_features(input_ids=ids).pooler_output[0]
+    found = encoder.encode_texts(["a small red circle"])[0]
+    np.testing.assert_allclose(found, (expected / expected.norm()).numpy(), atol=1e-6)
+
+
+def test_a_long_caption_is_cut_behind_its_beginning(encoder):
+    ids = encoder.tokenize(["circle " * 500])
+    assert ids.shape == (1, encoder.positions)
+    assert ids[0, -1] == encoder.model.config.text_config.eos_token_id
+
+
+def test_a_pair_is_the_average_of_both_parts():
+    text, picture = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
+    np.testing.assert_allclose(combine(text, picture), [[0.5**0.5, 0.5**0.5]])
+    np.testing.assert_allclose(combine(None, picture), picture)
+    np.testing.assert_allclose(combine(np.zeros((1, 2)), picture), picture)
+    with pytest.raises(ValueError, match="give texts, pictures or both"):
+        combine(None, None)
+    with pytest.raises(ValueError, match="2 texts and 1 pictures do not pair up"):
+        combine(np.zeros((2, 2)), picture)
+
+
+def test_query_dropout_is_a_function_of_its_key():
+    ids = list(range(1000))
+    dropped = drop_tokens(ids, 0.2, (0, 7))
+    assert dropped == drop_tokens(ids, 0.2, (0, 7)) != drop_tokens(ids, 0.2, (0, 8))
+    assert 0.75 < len(dropped) / 1000 < 0.85
+    assert drop_tokens(ids, 0.0, (0, 7)) == ids
+    assert len(drop_tokens([5], 0.99, (0, 0))) == 1  # one token at least stays
+    assert drop_tokens([], 0.5, (0, 0)) == []
+
+
+def test_encoding_with_dropout_follows_the_keys(encoder):
+    texts = ["a small red circle in the top left corner on a white background"] * 2
+    one = encoder.encode_texts(texts, 0.5, [(0, 1), (0, 2)])
+    two = encoder.encode_texts(texts, 0.5, [(0, 2), (0, 1)])
+    assert not np.allclose(one[0], one[1], atol=1e-4)
+    np.testing.assert_allclose(one, two[::-1], atol=1e-5)
+
+
+def test_identity_covers_weights_and_tokenizer(clip_folder, tmp_path):
+    copy = shutil.copytree(clip_folder, tmp_path / "copy")
+    assert Encoder.load(copy).sha256 == Encoder.load(clip_folder).sha256
+    (copy / "text.model").write_bytes((copy / "text.model").read_bytes() + b"\x00")
+    assert Encoder.load(clip_folder).sha256 != _hash_without_loading(copy)
+
+
+def _hash_without_loading(folder):
+    encoder = Encoder.__new__(Encoder)
+    encoder.folder = folder
+    return encoder.sha256
+
+
+def test_a_published_folder_uses_its_own_tokenizer_and_processor(clip_folder, tmp_path):
+    """CLIP's files: byte-pair vocabulary and merges, and how pictures are resized and scaled."""
+    folder = shutil.copytree(clip_folder, tmp_path / "published")
+    (folder / "text.model").unlink()
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    vocabulary = {piece: number for number, piece in enumerate([*letters, "re", "red</w>"])}
+    vocabulary |= {"<|startoftext|>": 320, "<|endoftext|>": 321}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
+    processor = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+    processor |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "do_normalize": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    encoder = Encoder.load(folder)
+    assert encoder.tokenize(["Red"]).tolist() == [[320, vocabulary["red</w>"], 321]]
+    white = encoder.prepare_pixels([Image.new("RGB", (64, 48), "white")])
+    assert white.shape == (1, 3, 32, 32)
+    np.testing.assert_allclose(white.numpy(), 2.0, atol=1e-5)  # (1 - 0.5) / 0.25
+    np.testing.assert_allclose(np.linalg.norm(encoder.encode_texts(["red"]), axis=1), 1, atol=1e-6)
+
+
+def test_messages(clip_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"no CLIP encoder at .*config.json is missing.*tools/train_clip.py"):
+        Encoder.load(tmp_path)
+    folder = shutil.copytree(clip_folder, tmp_path / "without")
+    (folder / "text.model").unlink()
+    with pytest.raises(ValueError, match=r"has no text tokenizer: put text.model"):
+        Encoder.load(folder)
+    train_text(["a few other words"], 290).save(folder / "text.model")
+    with pytest.raises(ValueError, match=r"text.model has 290 pieces, but the CLIP model beside it was made for 320"):
+        Encoder.load(folder)

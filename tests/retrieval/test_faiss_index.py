@@ -1,0 +1,70 @@
+"""FAISS behind our functions: exact search, factories, recall, files, messages."""
+
+import numpy as np
+import pytest
+
+from megatron_cm3leon.retrieval import index as faiss_index
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    made = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
+    return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+
+def test_exact_search_is_numpys(vectors, monkeypatch):
+    monkeypatch.setattr(faiss_index, "PIECE", 700)  # several pieces, the last one short
+    queries = vectors[:50]
+    expected = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
+    for scores, numbers in (
+        faiss_index.search_exact(vectors, queries, 10),
+        faiss_index.search_index(faiss_index.build_index(vectors, "Flat"), queries, 10),
+    ):
+        assert (numbers == expected).all()
+        np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, expected, 1), rtol=1e-5)
+
+
+def test_factory_follows_the_size_of_the_bank():
+    assert faiss_index.choose_factory(200_000, 512) == ("Flat", "")
+    assert faiss_index.choose_factory(10**6, 512)[0] == "IVF4096,PQ128x4fs,Refine(SQfp16)"
+    assert faiss_index.choose_factory(10**8, 512)[0] == "IVF262144_HNSW32,PQ64x4fs,Refine(SQ8)"
+
+
+def test_recall_is_measured(vectors):
+    exact = faiss_index.build_index(vectors.astype(np.float16), "Flat")
+    rough = faiss_index.build_index(vectors, "IVF64,Flat", "nprobe=2")
+    better = faiss_index.build_index(vectors, "IVF64,Flat", "nprobe=32")
+    assert faiss_index.measure_recall(exact, vectors.astype(np.float16), vectors[:100]) == 1
+    low = faiss_index.measure_recall(rough, vectors, vectors[:100])
+    assert low < faiss_index.measure_recall(better, vectors, vectors[:100]) <= 1
+
+
+def test_recall_in_a_bank_smaller_than_ten(vectors):
+    assert faiss_index.measure_recall(faiss_index.build_index(vectors[:4], "Flat"), vectors[:4], vectors[:20]) == 1
+
+
+def test_the_refined_factory_builds_and_reloads(vectors, tmp_path):
+    parameters = "nprobe=16,k_factor_rf=8"
+    built = faiss_index.build_index(vectors, "IVF32,PQ4x4fs,Refine(SQfp16)", parameters)
+    faiss_index.save_index(built, tmp_path / "index.faiss")
+    loaded = faiss_index.load_index(tmp_path / "index.faiss", parameters)
+    for one, two in zip(
+        faiss_index.search_index(built, vectors[:9], 5), faiss_index.search_index(loaded, vectors[:9], 5), strict=True
+    ):
+        assert (one == two).all()
+    assert faiss_index.measure_recall(loaded, vectors, vectors[:100]) > 0.8
+    assert [path.name for path in tmp_path.iterdir()] == ["index.faiss"]
+
+
+@pytest.mark.parametrize("factory", ["Nonsense", "PQ7", "IVF5000,Flat"])
+def test_a_factory_that_does_not_suit_is_refused(vectors, factory):
+    with pytest.raises(ValueError, match=f"index factory '{factory}'.* does not suit 3000 vectors of width 16: .*Flat"):
+        faiss_index.build_index(vectors, factory)
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(ValueError, match=r"no FAISS index at .*tools/build_index.py writes one"):
+        faiss_index.load_index(tmp_path / "index.faiss")
+    (tmp_path / "index.faiss").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="is damaged or no FAISS index"):
+        faiss_index.load_index(tmp_path / "index.faiss")
