@@ -1,0 +1,171 @@
+"""tools/generate.py from the command line, on a random model with real tokenizers and a real index."""
+
+import importlib.util
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import OPTConfig, OPTForCausalLM
+
+from megatron_cm3leon import cli
+from megatron_cm3leon.tokenizers.folder import Tokenizers
+from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
+
+ROOT = Path(__file__).resolve().parents[2]
+COLOURS = {"red": (220, 0, 0), "green": (0, 150, 30), "blue": (0, 30, 235)}
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_tool(name, *arguments):
+    """Call a tool as its command line does, in this process: what it prints, and its exit status."""
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.run_tool(module.main)
+    return Done(end.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def make(name, *arguments):
+    done = run_tool(name, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("world")
+    pairs = []
+    for number in range(24):
+        colour = list(COLOURS)[number % 3]
+        pixels = np.full((16, 16, 3), COLOURS[colour], np.uint8)
+        pixels[number % 16] = 255
+        Image.fromarray(pixels).save(path / f"{number}.png")
+        pairs.append({"image": f"{number}.png", "caption": f"a {colour} picture with a white line"})
+    (path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    specials = ["--specials", 16, "--sentinels", 4]
+    tok = path / "exported"
+    make("train_tokenizer", "text", "--input", path / "pairs.jsonl", "--vocab-size", 290, "--output", tok, *specials)
+    make("train_tokenizer", "image", "--input", path / "pairs.jsonl", "--image-size", 16, "--downsample", 4,
+         "--codebook-size", 8, "--steps", 2, "--warmup-steps", 1, "--output", tok, *specials)  # fmt: skip
+    vocabulary = Tokenizers.load(tok).vocabulary
+    torch.manual_seed(0)
+    OPTForCausalLM(
+        OPTConfig(
+            vocab_size=vocabulary.size,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            ffn_dim=64,
+            max_position_embeddings=128,
+            enable_bias=False,
+            layer_norm_elementwise_affine=False,
+            do_layer_norm_before=True,
+            dropout=0.0,
+            init_std=0.2,
+        )
+    ).save_pretrained(tok)
+    return path
+
+
+def read_account(folder):
+    return json.loads((folder / "generated.json").read_text())
+
+
+def test_images(world):
+    out = world / "images"
+    options = ["--model", world / "exported", "--guidance", 2, "--seed", 4, "--candidates", 2]
+    done = make("generate", "image", "a red picture", "a blue one", *options, "--output", out)
+    assert f"wrote 4 pictures, contact_sheet.png and generated.json to {out}" in done.stdout
+    assert "64/64 tokens" in done.stdout
+    made = read_account(out)["made"]
+    assert [(one["caption"], one["seed"]) for one in made] == [
+        ("a red picture", 4), ("a red picture", 5), ("a blue one", 4), ("a blue one", 5)]  # fmt: skip
+    for one in made:
+        with Image.open(out / one["picture"]) as picture:
+            assert picture.size == (16, 16)
+        assert len(one["codes"]) == 16 and max(one["codes"]) < 8
+    assert (out / "contact_sheet.png").is_file()
+    alone = world / "alone"
+    make("generate", "image", "a blue one", *options, "--output", alone)
+    assert read_account(alone)["made"][0]["codes"] == made[2]["codes"]
+    again = run_tool("generate", "image", "a", "--model", world / "exported", "--output", out)
+    assert again.returncode == 2 and "holds the results of an earlier call" in again.stderr
+
+
+def test_captions(world):
+    done = make("generate", "caption", world / "0.png", world / "1.png", "--model", world / "exported",
+                "--output", world / "captions")  # fmt: skip
+    assert done.stdout.startswith(f"{world / '0.png'}: ")
+    assert len(read_account(world / "captions")["made"]) == 2
+
+
+def test_infilling(world):
+    model = ["--model", world / "exported"]
+    make("generate", "infill", *model, "--text", "a <mask> picture", "--output", world / "text")
+    filled = read_account(world / "text")["made"][0]["filled"]
+    assert filled.startswith("a") and filled.endswith(" picture")
+    box = ["--picture", world / "0.png", "--box", 1, 0, 3, 4]
+    make("generate", "infill", *model, *box, "--caption", "a red picture", "--output", world / "box")
+    made = read_account(world / "box")["made"][0]
+    before = Tokenizers.load(world / "exported")
+    codes = before.image.encode(to_pixels(load_picture(world / "0.png"), 16)[None])[0].tolist()
+    assert made["codes"][:4] == codes[:4] and made["codes"][12:] == codes[12:]
+
+
+def test_retrieved_documents_stand_in_front(world):
+    make("preprocess_data", "--input", world / "pairs.jsonl", "--tokenizer", world / "exported",
+         "--output", world / "shards", "--workers", 1)  # fmt: skip
+    make("train_clip", "--input", world / "pairs.jsonl", "--text-model", world / "exported/text.model",
+         "--output", world / "clip", "--steps", 2, "--batch-size", 8)  # fmt: skip
+    make("build_index", "--shards", world / "shards", "--encoder", world / "clip", "--output", world / "index")
+    options = ["--model", world / "exported", "--retrieve", world / "index", "--documents", 2, "--temperature", 0]
+    make("generate", "image", "a red picture", *options, "--output", world / "retrieved")
+    made = read_account(world / "retrieved")["made"][0]
+    assert len(made["retrieved"]) <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["image", "a", "--model", "{world}", "--output", "{world}/new"],
+            "is no exported model: it has no config.json",
+        ),
+        (["image", "a", "--model", "{model}", "--temperature", "-1", "--output", "{world}/new"], "temperature (-1.0)"),
+        (["image", "long " * 200, "--model", "{model}", "--output", "{world}/new"], "the model's context has 128"),
+        (["caption", "{world}/none.png", "--model", "{model}"], "none.png: no such file"),
+        (["caption", "{world}/pairs.jsonl", "--model", "{model}"], "not a picture"),
+        (["infill", "--text", "no hole", "--model", "{model}"], "must hold <mask> exactly once"),
+        (["infill", "--model", "{model}"], 'give either --text "... <mask> ..."'),
+        (["infill", "--box", "0", "0", "1", "1", "--model", "{model}"], "--box needs the --picture"),
+        (
+            ["infill", "--picture", "{world}/0.png", "--box", "0", "0", "9", "1", "--model", "{model}"],
+            "must lie within the picture's 4 rows and 4 columns",
+        ),
+    ],
+)
+def test_errors_are_sentences(world, arguments, message):
+    filled = [text.format(world=world, model=world / "exported") for text in arguments]
+    done = run_tool("generate", *filled)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    assert not (world / "new").exists()
