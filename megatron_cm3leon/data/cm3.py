@@ -101,7 +101,7 @@ def choose_segment(delimiters: list[int], start: int, uniform: float) -> list[tu
 
 def find_delimiters(tokens: np.ndarray, vocabulary: Vocabulary) -> list[int]:
     """Places of <break> and </s>."""
-    return np.flatnonzero((tokens == vocabulary.break_id) | (tokens == vocabulary.eos)).tolist()
+    return ((tokens == vocabulary.break_id) | (tokens == vocabulary.eos)).nonzero()[0].tolist()
 
 
 def apply_spans(

@@ -195,15 +195,12 @@ class StreamPacking:
 
     def _find_epoch(self, token: int) -> tuple[int, int]:
         """Epoch in which a token of the whole stream stands, and its place within that epoch."""
+        if not self.samples.documents:  # without retrieved documents every epoch is as long
+            return divmod(token, self._plain_tokens)
         while token >= self.epoch_starts[-1]:
-            self.epoch_starts.append(self.epoch_starts[-1] + self._epoch_tokens(len(self.epoch_starts) - 1))
+            self.epoch_starts.append(self.epoch_starts[-1] + int(self._table(len(self.epoch_starts) - 1)[-1]))
         epoch = bisect_right(self.epoch_starts, token) - 1
         return epoch, token - self.epoch_starts[epoch]
-
-    def _epoch_tokens(self, epoch: int) -> int:
-        if self.samples.documents:
-            return int(self._table(epoch)[-1])
-        return self._plain_tokens  # without retrieved documents every epoch is as long
 
     def _table(self, epoch: int) -> np.ndarray:
         """Token at which every GROUP-th sample of an epoch begins, and the epoch's tokens; int64."""

@@ -109,7 +109,7 @@ class Samples:
 
 def turn_document(ids: np.ndarray, image_first: bool, vocabulary: Vocabulary) -> list[np.ndarray]:
     """The document as pieces to concatenate; a pair is turned round where `image_first` asks for it."""
-    breaks = np.flatnonzero(ids == vocabulary.break_id)
+    breaks = (ids == vocabulary.break_id).nonzero()[0]
     if len(breaks) != 1:
         return [ids]
     place = int(breaks[0])

@@ -6,12 +6,16 @@ A picture that spans, sentinels or the block's ends cut is shown with the codes 
 tokens whose loss weight is neither 0 nor 1, with the weight; padding is counted.
 """
 
+import re
+
 import numpy as np
 
 from megatron_cm3leon.data.stream import Stream
 from megatron_cm3leon.tokenizers.vocab import NAMED_SPECIALS, Vocabulary
 
 _SPECIAL, _PICTURE, _DIM, _PLAIN = "\033[35m", "\033[36m", "\033[2m", "\033[0m"
+
+_SPELLED_SPECIAL = re.compile(r"<(/s|pad|break|eoss|(sentinel|reserved):\d+)>")
 
 
 def name_special(token: int, vocabulary: Vocabulary) -> str:
@@ -81,5 +85,6 @@ class BlockPrinter:
 
 
 def _escape(text: str) -> str:
-    """Control characters, of which a caption may hold any, as Python writes them."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """Control characters as Python writes them; `\\<break>` for a caption that spells a special."""
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return _SPELLED_SPECIAL.sub(r"\\\g<0>", text)

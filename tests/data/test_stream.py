@@ -94,6 +94,12 @@ def test_stream_packing_reaches_any_group_of_the_prefix_table(tmp_path, monkeypa
         assert make_stream(corpus, packing="stream").block(number).tokens.tolist() == whole[number].tokens.tolist()
 
 
+@pytest.mark.parametrize("packing", ["query", "stream"])
+def test_a_far_block_costs_no_more_than_a_near_one(corpus, packing):
+    stream = make_stream(corpus, packing == "query", packing)
+    assert stream.block(10**12).epoch > 10**9
+
+
 def test_a_block_longer_than_many_epochs(tmp_path):
     corpus = write_shards(tmp_path, make_pairs(2, VOCABULARY), VOCABULARY)
     block = make_stream(corpus, False, "stream", 400, cm3__probability=0.0).block(3)
