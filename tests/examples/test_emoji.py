@@ -1,0 +1,142 @@
+"""Emoji corpus: parsing on hand-written snippets always; rendering where the font and Unicode's data are."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from examples.emoji import generate  # noqa: E402
+
+EMOJI_TEST = """\
+# emoji-test.txt
+# group: Smileys & Emotion
+# subgroup: face-smiling
+1F600 ; fully-qualified # \U0001f600 E1.0 grinning face
+263A FE0F ; fully-qualified # \u263a\ufe0f E0.6 smiling face
+263A ; unqualified # \u263a E0.6 smiling face
+# group: People & Body
+1F44B ; fully-qualified # \U0001f44b E0.6 waving hand
+1F44B 1F3FB ; fully-qualified # \U0001f44b\U0001f3fb E1.0 waving hand: light skin tone
+# group: Component
+1F3FB ; component # \U0001f3fb E1.0 light skin tone
+# group: Flags
+1F1EB 1F1F7 ; fully-qualified # \U0001f1eb\U0001f1f7 E2.0 flag: France
+"""
+
+ANNOTATIONS = """\
+<?xml version="1.0" encoding="UTF-8" ?>
+<!DOCTYPE ldml SYSTEM "../../common/dtd/ldml.dtd">
+<ldml><annotations>
+<annotation cp="\U0001f600">face | grin | Grinning face</annotation>
+<annotation cp="\U0001f600" type="tts">grinning face</annotation>
+<annotation cp="\u263a">face | smile</annotation>
+<annotation cp="\u263a" type="tts">smiling face, says CLDR</annotation>
+</annotations></ldml>
+"""
+
+
+def test_parsing_the_list():
+    found = list(generate.parse_emoji_test(EMOJI_TEST.splitlines()))
+    assert [(emoji.name, emoji.group) for emoji in found] == [
+        ("grinning face", "Smileys & Emotion"),
+        ("smiling face", "Smileys & Emotion"),
+        ("waving hand", "People & Body"),
+        ("flag: France", "Flags"),
+    ]
+    assert found[1].text == "\u263a\ufe0f" and found[3].codepoints == "1F1EB 1F1F7"
+    with_tones = list(generate.parse_emoji_test(EMOJI_TEST.splitlines(), skin_tones=True))
+    assert [emoji.name for emoji in with_tones][3] == "waving hand: light skin tone"
+
+
+def test_annotations_name_and_keywords(tmp_path):
+    (tmp_path / "en.xml").write_text(ANNOTATIONS, encoding="utf-8")
+    known = generate.parse_annotations([tmp_path / "en.xml"])
+    grinning, smiling, waving, _ = (
+        generate.annotate(emoji, known) for emoji in generate.parse_emoji_test(EMOJI_TEST.splitlines())
+    )
+    assert grinning.captions() == ["grinning face", "grinning face: face, grin"]
+    assert smiling.name == "smiling face, says CLDR"  # found without the variation selector
+    assert waving.captions() == ["waving hand"]  # CLDR has nothing: the list's own name
+
+
+def test_split_holds_out_a_tenth_of_the_pictures():
+    train, heldout = generate.split_pictures(50, 0)
+    assert len(heldout) == 5 and sorted(train + heldout) == list(range(50))
+    assert generate.split_pictures(50, 0) == (train, heldout) != generate.split_pictures(50, 1)
+
+
+def test_missing_data_names_the_packages(tmp_path):
+    for what, option, package in (
+        ("font", "--font", "fonts-noto-color-emoji"),
+        ("emoji list", "--emoji-list", "unicode-data"),
+        ("annotations", "--annotations", "unicode-cldr-core"),
+    ):
+        with pytest.raises(ValueError, match=rf"no {what} at .*nowhere; install it .*in {package}\).*{option}"):
+            generate.find_file(what, str(tmp_path / "nowhere"), [])
+
+
+def test_options_out_of_range_and_no_font(tmp_path):
+    with pytest.raises(ValueError, match=r"--size \(500\) must be from 8 to 136"):
+        generate.parse_options(["--output", str(tmp_path), "--size", "500"])
+    with pytest.raises(ValueError, match=r"--limit \(-1\) must be 0"):
+        generate.parse_options(["--output", str(tmp_path), "--limit", "-1"])
+    (tmp_path / "font.ttf").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"font.ttf is no font with colour bitmaps of 109 pixels"):
+        generate.load_font(tmp_path / "font.ttf")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The first 60 emoji, rendered."""
+    folder = tmp_path_factory.mktemp("emoji")
+    options = generate.parse_options(["--output", str(folder), "--size", "32", "--limit", "60"])
+    try:
+        generate.find_file("font", None, generate.font_places())
+        generate.find_file("emoji list", None, [generate.EMOJI_TEST])
+        generate.find_file("annotations", None, [f"{generate.CLDR}/annotations/en.xml"])
+    except ValueError as error:
+        pytest.skip(str(error))
+    return folder, generate.generate(options)
+
+
+def test_the_corpus_in_both_forms(corpus):
+    folder, counts = corpus
+    assert counts["emoji"] == 60 and counts["missing"] == 0 and counts["pictures"] <= 60
+    seen = set()
+    for split, share in (("train", 0.9), ("heldout", 0.1)):
+        lines = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        pictures = sorted((folder / split).glob("*.png"))
+        assert len(lines) == counts[split] and len(pictures) == round(share * counts["pictures"])
+        assert {fields["image"] for fields in lines} == {f"{split}/{path.name}" for path in pictures}
+        for path in pictures:
+            with Image.open(path) as picture:
+                assert picture.size == (32, 32) and picture.mode == "RGB"
+                assert np.asarray(picture).std() > 10  # it shows something
+                content = picture.tobytes()
+            assert content not in seen  # no picture twice, above all not in both splits
+            seen.add(content)
+            assert path.with_suffix(".txt").read_text().strip()
+    first = json.loads((folder / "train.jsonl").read_text().splitlines()[0])
+    assert first["caption"] and first["name"] and first["group"] == "Smileys & Emotion"
+
+
+def test_the_grinning_face_is_yellow(corpus):
+    font = generate.load_font(generate.find_file("font", None, generate.font_places()))
+    picture = generate.render(generate.Emoji(text="\U0001f600", name="", group=""), font, 32)
+    red, green, blue = np.asarray(picture)[10, 16].tolist()
+    assert red > 200 and green > 150 and blue < 120
+    assert np.asarray(picture)[0, 0].tolist() == [255, 255, 255]
+    assert generate.render(generate.Emoji(text="\U0001f600\U0001f600", name="", group=""), font, 32) is None
+
+
+def test_a_second_run_into_the_same_folder_is_refused(corpus):
+    folder, _ = corpus
+    options = generate.parse_options(["--output", str(folder), "--limit", "20"])
+    with pytest.raises(ValueError, match="is not empty; give another --output"):
+        generate.generate(options)
