@@ -1,34 +1,44 @@
 """tools/build_index.py: the command line, its one line of result, its exit statuses."""
 
+import hashlib
+import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from examples.shapes import generate  # noqa: E402
+from megatron_cm3leon.cli import run_tool  # noqa: E402
+from megatron_cm3leon.data.shards import MANIFEST, ShardWriter, build_manifest, write_json  # noqa: E402
+from megatron_cm3leon.retrieval.encoder import build_tiny_clip, save_clip  # noqa: E402
+from megatron_cm3leon.tokenizers.text import train_text  # noqa: E402
+from megatron_cm3leon.tokenizers.vocab import Vocabulary  # noqa: E402
 
 
-def run(*arguments):
-    command = [sys.executable, ROOT / "tools/build_index.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Function that runs the tool in this process: (exit status, stdout, stderr)."""
+    specification = importlib.util.spec_from_file_location("build_index_tool", ROOT / "tools/build_index.py")
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["build_index.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            run_tool(tool.main)
+        return (ended.value.code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture
 def corpus(tmp_path):
     """Ten documents as shards, and an untrained CLIP."""
-    import hashlib
-
-    import numpy as np
-
-    sys.path.insert(0, str(ROOT))
-    from examples.shapes import generate
-    from megatron_cm3leon.data.shards import MANIFEST, ShardWriter, build_manifest, write_json
-    from megatron_cm3leon.retrieval.encoder import build_tiny_clip, save_clip
-    from megatron_cm3leon.tokenizers.text import train_text
-    from megatron_cm3leon.tokenizers.vocab import Vocabulary
-
     generate.generate(tmp_path / "raw", 20, 32, 0)
     lines = [json.loads(line) for line in (tmp_path / "raw/train.jsonl").read_text().splitlines()]
     (tmp_path / "clip").mkdir()
@@ -50,27 +60,25 @@ def corpus(tmp_path):
     return tmp_path
 
 
-def test_builds_says_so_and_refuses_a_second_time(corpus):
+def test_builds_says_so_and_refuses_a_second_time(corpus, run):
     arguments = ["--shards", corpus / "shards", "--encoder", corpus / "clip", "--output", corpus / "index"]
-    done = run(*arguments, "--neighbors", 2, "--threshold", 0.9999)
-    assert done.returncode == 0, done.stderr
-    assert "18 documents" in done.stdout and "of 2 neighbours each" in done.stdout
-    assert "recall@10 1.000" in done.stdout
+    status, out, err = run(*arguments, "--neighbors", 2, "--threshold", 0.9999)
+    assert status == 0, err
+    assert "18 documents" in out and "of 2 neighbours each" in out and "recall@10 1.000" in out
     assert json.loads((corpus / "index/index.json").read_text())["neighbors"] == 2
-    again = run(*arguments)
-    assert again.returncode == 2
-    assert again.stderr.strip().startswith("error: ") and "already holds a finished index" in again.stderr
-    assert "Traceback" not in again.stderr
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert err.strip().startswith("error: ") and "already holds a finished index" in err
 
 
-def test_help_shows_defaults():
-    done = run("--help")
-    assert done.returncode == 0
-    assert "(default: 0.9)" in done.stdout and "(default: 8)" in done.stdout
+def test_help_shows_defaults(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    assert "(default: 0.9)" in out and "(default: 8)" in out
 
 
-def test_missing_shards(tmp_path):
-    done = run("--shards", tmp_path, "--encoder", tmp_path, "--output", tmp_path / "index")
-    assert done.returncode == 2
-    assert "error: no shards at" in done.stderr
+def test_missing_shards(tmp_path, run):
+    status, _, err = run("--shards", tmp_path, "--encoder", tmp_path, "--output", tmp_path / "index")
+    assert status == 2
+    assert "error: no shards at" in err
     assert not (tmp_path / "index").exists()
