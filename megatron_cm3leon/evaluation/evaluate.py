@@ -30,10 +30,13 @@ from megatron_cm3leon.data.shards import Corpus, open_shards, split_segments
 from megatron_cm3leon.evaluation.judge import judge_captions, judge_pictures, load_checker, share_right
 from megatron_cm3leon.evaluation.loss import measure_loss
 from megatron_cm3leon.generation.generate import Generator
-from megatron_cm3leon.generation.retrieved import DocumentSource
+from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
 from megatron_cm3leon.progress import track
 from megatron_cm3leon.tokenizers.pixels import from_pixels, load_picture, to_pixels
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
+
+PROMPT_TOKENS = 8
+"""What the forms of prompts.py add to a pair at most, with some room for a caption longer than its picture's."""
 
 
 @dataclass(kw_only=True)
@@ -201,13 +204,23 @@ class _Evaluation:
         self.by_text = self.by_picture = self.sweep_by_text = None
         if self.source is None:
             return
-        self.sweep_by_text = self.source.read(self.source.find(self.count, texts=self.sweep_pairs.captions))
         numbers = self.source.find(self.count, texts=self.pairs.captions)
-        self.by_text = self.source.read(numbers)
-        self.by_picture = self.source.read(self.source.find(self.count, pictures=self.reconstructions))
+        self.by_text = self._read_documents(numbers, self.pairs)
+        self.sweep_by_text = self._read_documents(
+            self.source.find(self.count, texts=self.sweep_pairs.captions), self.sweep_pairs
+        )
+        self.by_picture = self._read_documents(self.source.find(self.count, pictures=self.reconstructions), self.pairs)
         encoder = self.source.retriever.encoder
         shown = [self._describe_retrieved(number, numbers[number], encoder) for number in range(min(3, self.shown))]
         self.result["retrieval"] = shown
+
+    def _read_documents(self, numbers: list[list[int]], pairs: Heldout) -> list[list[np.ndarray]]:
+        """Ids of as many of the documents as leave room for the pair and what a prompt adds."""
+        context = self.generator.decoder.context
+        return [
+            keep_nearest(documents, len(own) + PROMPT_TOKENS, context)
+            for documents, own in zip(self.source.read(numbers), pairs.documents, strict=True)
+        ]
 
     def _describe_retrieved(self, number: int, found: list[int], encoder) -> dict:
         captions = self.source.bank.metadata(["caption"])["caption"]
@@ -318,9 +331,6 @@ class _Evaluation:
         count = min(4, self.shown)
         codes, captions = self.pairs.codes[:count], self.pairs.captions[:count]
         documents = None if self.by_text is None else self.by_text[:count]
-        room = self.generator.decoder.context - max(len(ids) for ids in self.pairs.documents[:count]) - 8
-        if documents and max(sum(len(ids) + 1 for ids in row) for row in documents) > room:
-            documents = None
         made = self.generator.infill_pictures(
             list(codes), box, captions, documents, temperature=self.options.temperature, seed=self.options.seed
         )

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.prompts import begin_sample
+from megatron_cm3leon.generation.retrieved import keep_nearest
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 LOGIT_BYTES = 256 << 20
@@ -24,13 +25,13 @@ def build_sequence(query, documents: list, vocabulary: Vocabulary, context: int)
     Of more documents than fit, the farthest (first) ones are left out, as query packing does in training.
     """
     query = [int(token) for token in query]
-    for dropped in range(len(documents) + 1):
-        head = begin_sample(documents[dropped:], vocabulary)
-        if len(head) + len(query) <= context + 1:
-            return head + query, len(head)
-    raise ValueError(
-        f"a held-out document of {len(query)} tokens does not fit into the model's context of {context} tokens."
-    )
+    if len(query) > context:
+        raise ValueError(
+            f"a held-out document of {len(query)} tokens does not fit into the model's context of {context} tokens."
+        )
+    # The last token is a target alone: it takes no place.
+    head = begin_sample(keep_nearest(documents, len(query) - 1, context), vocabulary)
+    return head + query, len(head)
 
 
 def measure_loss(decoder: Decoder, queries: list, documents: list[list], vocabulary: Vocabulary) -> dict[str, float]:

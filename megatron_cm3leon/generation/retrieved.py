@@ -8,6 +8,14 @@ from PIL import Image
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
 
+def keep_nearest(documents: list, needed: int, context: int) -> list:
+    """The last (most similar) documents that fit in front of `needed` tokens, as query packing keeps them."""
+    kept = list(documents)
+    while kept and 1 + sum(len(one) + 1 for one in kept) + needed > context:
+        del kept[0]
+    return kept
+
+
 class DocumentSource:
     """An index and its memory bank, as generation uses them."""
 
