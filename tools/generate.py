@@ -69,7 +69,7 @@ def _add_shared(
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the tokens that make up this probability")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same result for a prompt")
     parser.add_argument("--retrieve", metavar="INDEX", help="index folder to retrieve documents from")
-    parser.add_argument("--documents", type=int, default=2, help="documents to retrieve for each prompt")
+    parser.add_argument("--documents", type=int, help="documents to retrieve for each prompt (default: as in training)")
     parser.add_argument("--encoder", help="CLIP folder, where it is no longer where the index recorded it")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="type the model computes in")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA where there is a device")
@@ -85,7 +85,8 @@ def retrieve(arguments: argparse.Namespace, generator: Generator, **queries):
     if not arguments.retrieve:
         return None, None
     source = DocumentSource.load(arguments.retrieve, generator.vocabulary, arguments.encoder)
-    numbers = source.find(arguments.documents, **queries)
+    count = arguments.documents
+    numbers = source.find(generator.training_documents if count is None else count, **queries)
     return numbers, source.read(numbers)
 
 

@@ -113,7 +113,7 @@ def _headline(figures: dict) -> list[dict]:
         (number(figures["loss_without_retrieval"], ".3f"), "held-out loss without them"),
         (number(clip.get("generated"), ".3f"), f"CLIP score of generated pictures ({real} of held-out ones)"),
         (number(figures["tokens_per_second"], ",.0f"), "training tokens a second"),
-        (number(figures["export_max_abs_logit_diff"], ".1e"), "largest logit difference of the export"),
+        (number(figures["export_max_abs_logit_diff"], ".2g"), "largest logit difference of the export"),
     ]  # fmt: skip
     return [{"value": value, "label": label} for value, label in rows if value not in (None, "–")]
 

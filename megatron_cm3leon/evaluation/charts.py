@@ -27,7 +27,7 @@ _STYLE = {
 }
 
 
-def draw_loss_curves(records: list[dict], width: float = 7.4, height: float = 3.6) -> str:
+def draw_loss_curves(records: list[dict], width: float = 6.2, height: float = 3.4) -> str:
     """Loss of text, image and all tokens by step; each attempt (leg) of the run is marked where it begins.
 
     `records` are the lines of metrics.jsonl in the order they were written.
@@ -46,9 +46,7 @@ def draw_loss_curves(records: list[dict], width: float = 7.4, height: float = 3.
                 axes.plot(steps, smooth(values), color=colour, linewidth=1.8, label=NAMES[key])
             held_out = [(one["step"], one[f"validation_{key}"]) for one in records if one.get(f"validation_{key}")]
             if held_out:
-                axes.plot(
-                    *zip(*held_out, strict=True), "o", color=colour, markersize=4.5, label=f"{NAMES[key]}, held-out"
-                )
+                axes.plot(*zip(*held_out, strict=True), "o", color=colour, markersize=4.5)
         for leg in legs[1:]:
             axes.axvline(leg[0]["step"] - 0.5, color=INK, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(
@@ -66,7 +64,7 @@ def draw_loss_curves(records: list[dict], width: float = 7.4, height: float = 3.
         axes.set_xlim(left=0)
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        axes.legend(unique.values(), unique.keys(), frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, 0.93))
+        axes.legend(unique.values(), unique.keys(), frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
         return _to_svg(figure)
 
 

@@ -138,7 +138,7 @@ class _Evaluation:
             self.sweep_pairs, self.pairs = pairs.part(slice(0, held_back)), pairs.part(slice(held_back, None))
             self.count = options.documents
             if self.count is None:
-                self.count = self.generator.training.get("retrieved_documents") or 2
+                self.count = self.generator.training_documents
             self.source = DocumentSource.load(index, self.vocabulary, encoder) if index and self.count else None
         self.result = {"format": 1, "figures": {}, "sweep": [], "options": vars(options) | {"documents": self.count}}
         (output / "pictures").mkdir(parents=True, exist_ok=True)
@@ -179,6 +179,9 @@ class _Evaluation:
             from_pixels(to_pixels(load_picture(file), size)) if file is not None and file.is_file() else None
             for file in self.pairs.files
         ]
+        # What a reader sees of a held-out pair: its picture or, where that is no longer there, its tokens'.
+        both = zip(self.originals, self.reconstructions, strict=True)
+        self.seen = [made if original is None else original for original, made in both]
         scores = [
             None if original is None else measure_psnr(original, made)
             for original, made in zip(self.originals, self.reconstructions, strict=True)
@@ -209,7 +212,7 @@ class _Evaluation:
         self.sweep_by_text = self._read_documents(
             self.source.find(self.count, texts=self.sweep_pairs.captions), self.sweep_pairs
         )
-        self.by_picture = self._read_documents(self.source.find(self.count, pictures=self.reconstructions), self.pairs)
+        self.by_picture = self._read_documents(self.source.find(self.count, pictures=self.seen), self.pairs)
         encoder = self.source.retriever.encoder
         shown = [self._describe_retrieved(number, numbers[number], encoder) for number in range(min(3, self.shown))]
         self.result["retrieval"] = shown
@@ -236,7 +239,7 @@ class _Evaluation:
                     "score": float(np.asarray(vectors[bank_number], np.float32) @ query),
                 }
             )
-        picture = self._save(self.reconstructions[number], f"reconstruction-{number}")
+        picture = self._save(self.seen[number], f"original-{number}")
         return {"caption": self.pairs.captions[number], "picture": picture, "neighbours": neighbours}
 
     def _document_picture(self, ids: np.ndarray) -> Image.Image:
@@ -276,11 +279,11 @@ class _Evaluation:
                 alone = judge_pictures(self.checker, self._images(self.pairs, None, best), wanted)
                 figures["heldout_accuracy_without_retrieval"] = share_right(alone)
         if self.source is not None:
-            figures["clip_score"] = self._clip_scores({"generated": guided, "heldout": self.reconstructions})
+            figures["clip_score"] = self._clip_scores({"generated": guided, "heldout": self.seen})
         self.result["examples"] = [
             {
                 "caption": self.pairs.captions[number],
-                "original": self._save(self.originals[number] or self.reconstructions[number], f"original-{number}"),
+                "original": self._save(self.seen[number], f"original-{number}"),
                 "plain": self._save(plain[number], f"plain-{number}"),
                 "guided": self._save(guided[number], f"guided-{number}"),
                 **{f"{name}_judged": rows[number] for name, rows in judged.items()},
@@ -316,7 +319,7 @@ class _Evaluation:
         self.result["figures"]["caption_accuracy"] = sum(right) / len(right)
         self.result["captions"] = [
             {
-                "picture": self._save(self.reconstructions[number], f"reconstruction-{number}"),
+                "picture": self._save(self.seen[number], f"original-{number}"),
                 "caption": self.pairs.captions[number],
                 "made": texts[number],
                 "right": right[number],

@@ -17,6 +17,8 @@ STYLE = """
   --good: #17692f; --bad: #b3261e; --accent: #2f6fd0; }
 @media (prefers-color-scheme: dark) { :root { --paper: #15181c; --card: #1e2228; --ink: #e7eaee; --soft: #a3adb8;
   --line: #3a424c; --good: #6fcf8b; --bad: #ff8a80; --accent: #7fb0ff; } }
+@media (max-width: 34rem) { .scroll table { font-size: .78rem; } .scroll td.n, .scroll th.n { padding: .3rem .2rem; }
+  main { padding: 1.2rem .9rem 3rem; } }
 @media print { :root { --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --good: #17692f;
   --bad: #b3261e; } body { font-size: 10.5pt; } section, .card, figure, tr { break-inside: avoid; } }
 * { box-sizing: border-box; }
@@ -41,7 +43,8 @@ figcaption { font-size: .85rem; line-height: 1.35; margin-top: .3rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; }
+th { font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; padding: .3rem .5rem; }
+.gap { margin-top: 1.4rem; }
 .card table { width: 100%; font-size: .85rem; margin-top: .6rem; }
 .card th, .card td { padding: .15rem .5rem .15rem 0; }
 .card tr:last-child > * { border-bottom: 0; }
@@ -55,13 +58,13 @@ def build_report(content: dict, pictures: str | Path) -> str:
     page = _Page(content, Path(pictures))
     parts = [
         page.numbers(),
-        page.curves(),
-        page.accuracy(),
         page.examples(),
+        page.accuracy(),
         page.captions(),
         page.infilling(),
         page.retrieval(),
         page.reconstructions(),
+        page.curves(),
         page.stages(),
     ]
     title = escape(content.get("title", "Report"))
@@ -120,7 +123,7 @@ class _Page:
         text = self._share_table("Pictures", names, [(one["name"], one["shares"]) for one in rows])
         if sweep:
             lines = [(f"guidance {one['guidance']:g}", one["accuracy"]) for one in sweep]
-            text += "<p>The guidance was chosen on other held-out captions:</p>"
+            text += '<p class="gap">The guidance was chosen on other held-out captions:</p>'
             text += self._share_table("Sweep", names, lines)
         about = escape(self.content.get("accuracy_note", "Share of pictures that show what their caption says."))
         return f"<section><h2>Does the picture show its caption?</h2><p>{about}</p>{text}</section>"

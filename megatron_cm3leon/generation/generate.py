@@ -69,6 +69,11 @@ class Generator:
         training = json.loads(account.read_text())["training"] if account.is_file() else {}
         return cls(decoder, Tokenizers.load(folder, device), training)
 
+    @property
+    def training_documents(self) -> int:
+        """Retrieved documents that stood in front of a query in training; 2, as in the paper, where none did."""
+        return self.training.get("retrieved_documents") or 2
+
     # Captions to pictures
 
     def images(
