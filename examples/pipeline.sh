@@ -4,7 +4,9 @@
 #   OUT      folder of everything that is made; CONFIG  the training YAML
 #   PAIRS    command that writes $OUT/pairs/{train,heldout}.jsonl and their pictures
 #   TEXT IMAGE CLIP TRAIN EVALUATE   arrays: further options of the tools
-#   FIRST_LEG_STEPS                  steps of the first leg
+#   SPECIALS                         options that size the special tokens, the same for both tokenizers
+#   CAPTION                          a caption to draw, not necessarily in the corpus
+#   FIRST_LEG_STEPS                  steps of the first leg;  TITLE  title of the report
 
 run_pipeline() {
     local pairs=$OUT/pairs tokenizer=$OUT/tokenizer exported=$OUT/exported run=$OUT/train
@@ -28,6 +30,11 @@ run_pipeline() {
         parallel.zero=1
     stage "conversion" python tools/convert_checkpoint.py export --tokenizer "$tokenizer" \
         --checkpoint "$run/checkpoints/$(cat "$run/latest")" --output "$exported"
+    stage "generation" generate_examples "$exported"
+    stage "evaluation" python tools/evaluate.py --model "$exported" --shards "$OUT/shards/heldout" \
+        --index "$OUT/index/heldout" --output "$OUT/evaluation" "${EVALUATE[@]}"
+    stage "report" python tools/report.py --evaluation "$OUT/evaluation" --model "$exported" --run "$run" \
+        --stages "$STAGES" --title "$TITLE" --output "$OUT"
 }
 
 make_shards() {
@@ -42,4 +49,43 @@ make_indexes() {
     python tools/build_index.py --shards "$OUT/shards/train" --encoder "$OUT/clip" --output "$OUT/index/train"
     python tools/build_index.py --shards "$OUT/shards/heldout" --bank "$OUT/shards/train" \
         --encoder "$OUT/clip" --output "$OUT/index/heldout"
+}
+
+# The three directions once from the command line: a picture, its caption, and a part of it made anew.
+generate_examples() {
+    python tools/generate.py image --model "$1" "$CAPTION" --candidates 4 --output "$OUT/generated"
+    python tools/generate.py image --model "$1" "$CAPTION" --candidates 4 --retrieve "$OUT/index/train" \
+        --output "$OUT/generated-with-retrieval"
+    local picture
+    picture=$(find "$OUT/generated" -name '*.png' ! -name '*sheet*' | sort | head -n 1)
+    python tools/generate.py caption --model "$1" "$picture"
+    python tools/generate.py infill --model "$1" --picture "$picture" --box 2 2 6 6 --caption "$CAPTION" \
+        --output "$OUT/infilled"
+}
+
+# parse_options DEFAULT ARGUMENTS...: sets OUT and SIZE (quickstart, small or long), and empties OUT.
+parse_options() {
+    OUT=$1 SIZE=default
+    shift
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --out) OUT=${2:?--out needs a folder}; shift 2 ;;
+            --long) SIZE=long; shift ;;
+            --small) SIZE=small; shift ;;
+            -h | --help) usage; exit 0 ;;
+            *) echo "error: unknown option $1" >&2; usage >&2; exit 2 ;;
+        esac
+    done
+    mkdir -p "$OUT"
+    OUT=$(cd "$OUT" && pwd)
+}
+
+# Start again cleanly: remove what an earlier run of this script made, and nothing else.
+clear_output() {
+    if [ -n "$(ls -A "$OUT")" ] && [ ! -f "$OUT/stages.tsv" ]; then
+        echo "error: $OUT is not empty and was not made by this script; give another --out." >&2
+        exit 2
+    fi
+    find "$OUT" -mindepth 1 -delete
+    : >"$OUT/stages.tsv"
 }

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Pairs in, pictures out: the whole path on coloured shapes, on two CPU cores.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$ROOT/examples/pipeline.sh"
+
+usage() {
+    cat <<'TXT'
+usage: bash examples/quickstart.sh [--out DIR] [--long | --small]
+
+Makes coloured shapes with captions, trains both tokenizers, a retrieval encoder and a model in two legs
+(tensor 2 x pipeline 2, then data parallel 2 with ZeRO-1), converts it, draws held-out captions, and
+writes DIR/report.html and DIR/report.json.
+
+  --out DIR   where everything goes (default: runs/quickstart); a second run starts again
+  --long      more steps: an hour instead of a quarter
+  --small     a few steps of everything, to see that it runs; the pictures mean nothing
+  PYTHON, VENV (environment)   interpreter and virtual environment (default: python3, .venv)
+TXT
+}
+
+parse_options "$ROOT/runs/quickstart" "$@"
+cd "$ROOT"
+prepare_environment
+clear_output
+
+pairs=12000 image_steps=1200 clip_steps=400 train_steps=1500 FIRST_LEG_STEPS=40
+EVALUATE=(--checker examples/shapes/checker.py) IMAGE=()
+case $SIZE in
+    long) train_steps=8000 ;;
+    small)
+        pairs=400 image_steps=30 clip_steps=10 train_steps=12 FIRST_LEG_STEPS=6
+        IMAGE+=(--warmup-steps 10)
+        EVALUATE+=(--pictures 8 --sweep-pictures 4 --guidance 1 2 --examples 4)
+        ;;
+esac
+TITLE="Coloured shapes: captions to pictures and back"
+CONFIG=examples/quickstart/train.yaml
+CAPTION="a large red circle in the centre on a white background"
+PAIRS=(python examples/shapes/generate.py --pairs "$pairs" --size 32)
+SPECIALS=(--specials 32 --sentinels 16)
+TEXT=(--vocab-size 352)
+IMAGE+=(--image-size 32 --downsample 4 --codebook-size 256 --steps "$image_steps")
+CLIP=(--steps "$clip_steps")
+TRAIN=("train.steps=$train_steps")
+run_pipeline
+echo
+echo "open $OUT/report.html"

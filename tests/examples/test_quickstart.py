@@ -1,0 +1,73 @@
+"""The quickstart's own script on its smallest setting: every station, and the report it promises."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from megatron_cm3leon.metrics import read_metrics
+from tests.distributed.launch import ROOT
+
+ACCURACIES = {"colour", "shape", "size", "position", "background", "all"}
+
+
+def quickstart(*arguments, timeout=600):
+    environment = {**os.environ, "VENV": sys.prefix, "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "examples" / "quickstart.sh"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart")
+    done = quickstart("--small", "--out", out)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out, done.stdout
+
+
+def test_report_json_has_every_promised_figure(run):
+    out, _ = run
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["heldout_accuracy"]) == set(report["checker_ceiling"]) == ACCURACIES
+    for name in ("caption_accuracy", "image_psnr_db", "tokens_per_second"):
+        assert isinstance(report[name], float | int), name
+    for name in ("loss_with_retrieval", "loss_without_retrieval"):
+        assert 0 < report[name] < 20, name
+    assert 0 <= report["export_max_abs_logit_diff"] <= 1e-5
+    assert {"pairs", "shards", "index", "conversion", "evaluation"} <= set(report["stage_seconds"])
+
+
+def test_report_html_is_self_contained(run):
+    page = (run[0] / "report.html").read_text()
+    assert "<img" in page and "data:image/" in page
+    assert not re.findall(r"(?:src|href)=[\"']https?://", page)
+
+
+def test_two_legs_under_two_layouts_are_one_run(run):
+    out, printed = run
+    lines = read_metrics(out / "train")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["attempt"] for line in lines] == [1] * 6 + [2] * 6
+    assert "resumed from" in printed or (out / "train" / "latest").read_text() == "step-00000012\n"
+
+
+def test_pictures_captions_and_infills_are_there(run):
+    out, printed = run
+    for folder in ("generated", "generated-with-retrieval", "infilled"):
+        assert list((out / folder).glob("*.png")), folder
+    assert "=== a batch as the model sees it" in printed
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = quickstart("--small", "--out", tmp_path)
+    assert done.returncode == 2 and "was not made by this script" in done.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_an_unknown_option_is_named():
+    done = quickstart("--smal")
+    assert done.returncode == 2 and "unknown option --smal" in done.stderr
