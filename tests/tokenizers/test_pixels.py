@@ -72,10 +72,7 @@ def test_transparent_colour_of_an_rgb_png():
 
 
 def test_cmyk():
-    assert (
-        np.abs(np.subtract(colour(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")), RED)).max()
-        <= 3
-    )
+    assert np.abs(np.subtract(colour(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")), RED)).max() <= 3
 
 
 def test_exif_rotation_is_applied():

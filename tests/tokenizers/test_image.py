@@ -1,0 +1,106 @@
+"""Codes of pictures, pictures of codes, and the folder on disk."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_cm3leon.tokenizers.image import ImageTokenizer
+from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
+
+
+@pytest.fixture
+def tokenizer() -> ImageTokenizer:
+    torch.manual_seed(0)
+    config = VQGANConfig(
+        image_size=16,
+        codebook_size=32,
+        embed_dim=4,
+        latent_channels=16,
+        base_channels=16,
+        channel_multiplier=(1, 1, 1),
+        num_res_blocks=0,
+        mid_attention=False,
+        norm="pixel",
+        encoder_kernel=1,
+    )
+    model = VQGAN(config)
+    with torch.no_grad():  # codes that lie where the latents do
+        model.quantize.embedding.weight.copy_(model.encode(draw_pixels(2))[0].flatten(1).T.repeat(2, 1))
+    return ImageTokenizer(model)
+
+
+def draw_pixels(pictures: int = 3, size: int = 16) -> torch.Tensor:
+    return torch.rand(pictures, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_shapes_types_and_ranges(tokenizer):
+    assert (tokenizer.image_size, tokenizer.grid, tokenizer.codebook_size) == (16, (4, 4), 32)
+    codes = tokenizer.encode(draw_pixels())
+    assert codes.shape == (3, 16) and codes.dtype == torch.int64
+    assert codes.min() >= 0 and codes.max() < 32 and len(codes.unique()) > 3
+    pixels = tokenizer.decode(codes)
+    assert pixels.shape == (3, 3, 16, 16) and pixels.dtype == torch.float32
+    assert pixels.min() >= -1 and pixels.max() <= 1
+    assert not pixels.requires_grad
+
+
+def test_codes_run_row_by_row(tokenizer):
+    """A changed patch in row 1, column 2 of the grid changes the code at 1 * 4 + 2, and none far away."""
+    pixels = draw_pixels(1)
+    before = tokenizer.model.encode(pixels)
+    pixels[:, :, 4:8, 8:12] *= -1
+    moved = (before - tokenizer.model.encode(pixels)).abs().amax(dim=1).flatten() > 1e-6
+    assert moved[6] and not moved[7:].any()
+
+
+def test_codes_are_true_fp32(tokenizer):
+    """Autocast around the call, as in a training loop, changes no code."""
+    pixels = draw_pixels(16)
+    expected = tokenizer.encode(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tokenizer.encode(pixels), expected)
+        assert tokenizer.decode(expected).dtype == torch.float32
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path, training={"steps": 3})
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["format"] == 1 and config["type"] == "vqgan" and config["training"] == {"steps": 3}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = ImageTokenizer.load(tmp_path)
+    assert loaded.config == tokenizer.config
+    codes = tokenizer.encode(draw_pixels())
+    assert torch.equal(loaded.encode(draw_pixels()), codes)
+    assert torch.equal(loaded.decode(codes), tokenizer.decode(codes))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 3, 16, 8), (1, 1, 16, 16), (1, 3, 32, 32)])
+def test_wrong_pixels_are_refused(tokenizer, shape):
+    with pytest.raises(ValueError, match=r"pixels of shape .* must be \[batch, 3, 16, 16\]"):
+        tokenizer.encode(torch.zeros(shape))
+
+
+def test_wrong_codes_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"codes of shape \[1, 9\] must be \[batch, 16\]"):
+        tokenizer.decode(torch.zeros(1, 9, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"image codes 0 to 32 must lie in 0\.\.31"):
+        tokenizer.decode(torch.tensor([[0] * 15 + [32]]))
+
+
+def test_folder_errors_are_readable(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"no image tokenizer at .*config\.json is missing"):
+        ImageTokenizer.load(tmp_path)
+    tokenizer.save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    renamed = {name.replace("quant_conv.bias", "extra"): value for name, value in weights.items()}
+    save_file(renamed, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"extra is \(4,\), expected no such weight.*quant_conv\.bias is missing"):
+        ImageTokenizer.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be used"):
+        ImageTokenizer.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"format": 2, "type": "vqgan"}))
+    with pytest.raises(ValueError, match="not of format 1, type vqgan"):
+        ImageTokenizer.load(tmp_path)

@@ -1,0 +1,98 @@
+"""The command: both orders, what it prints and writes, and errors with exit status 2."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.tokenizers.folder import Tokenizers
+
+TOOL = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
+IMAGE_FLAGS = ["--image-size", 16, "--downsample", 4, "--codebook-size", 8, "--base-channels", 16]
+IMAGE_FLAGS += ["--steps", 6, "--warmup-steps", 2, "--batch-size", 8]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    random = np.random.default_rng(0)
+    with (folder / "pairs.jsonl").open("w") as lines:
+        for number in range(24):
+            Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+            lines.write(json.dumps({"image": f"{number}.png", "caption": f"picture {number} of noise"}) + "\n")
+    return folder / "pairs.jsonl"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the tool in this process (a new one takes seconds to import torch): status, stdout, stderr."""
+    spec = importlib.util.spec_from_file_location("train_tokenizer", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run_here(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            run_tool(tool.main)
+        return ended.value.code, *capsys.readouterr()
+
+    return run_here
+
+
+@pytest.mark.parametrize("order", [("text", "image"), ("image", "text")])
+def test_whichever_comes_second_writes_the_vocabulary(run, pairs, tmp_path, order):
+    flags = {"text": ["--vocab-size", 280], "image": IMAGE_FLAGS}
+    shared = ["--input", pairs, "--output", tmp_path, "--specials", 40, "--sentinels", 16]
+    status, first, error = run(order[0], *shared, *flags[order[0]])
+    assert status == 0, error
+    assert f"vocab.json follows when the {order[1]} tokenizer is" in first
+    status, second, error = run(order[1], *shared, *flags[order[1]])
+    assert status == 0, error
+    assert "vocab.json: 328 ids = 280 text + 8 image + 40 special" in second
+    assert "4 x 4 tokens a picture, 8 codes; 1 held-out pictures: PSNR" in first + second
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")) == [
+        "image/config.json",
+        "image/model.safetensors",
+        "text.model",
+        "vocab.json",
+    ]
+    assert Tokenizers.load(tmp_path).vocabulary.sentinels == 16
+    training = json.loads((tmp_path / "image" / "config.json").read_text())["training"]
+    assert training["steps"] == 6 and training["pictures"] == 23
+    assert set(training["heldout"]) == {"pictures", "psnr_db", "codes_used", "codebook_perplexity"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["text", "--vocab-size", 9000], "vocab_size (9000) is more than the 24 captions can fill; the largest"),
+        (["image", *IMAGE_FLAGS, "--downsample", 6], "--downsample (6) must be a power of 2"),
+        (["image", *IMAGE_FLAGS, "--channel-multiplier", 1, 2], "--channel-multiplier has 2 numbers; --downsample 4"),
+        (["image", *IMAGE_FLAGS, "--norm", "group"], "base_channels (16) must be a multiple of 32 with norm=group"),
+        (["image", *IMAGE_FLAGS, "--steps", 1], "warmup_steps (2) must leave steps for the codebook"),
+    ],
+)
+def test_errors_are_one_sentence_and_status_2(run, pairs, tmp_path, arguments, message):
+    status, _, error = run(*arguments, "--input", pairs, "--output", tmp_path)
+    assert status == 2
+    assert error.startswith("error: ") and message in error
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_missing_input_as_a_command(tmp_path):
+    command = [sys.executable, TOOL, "text", "--input", tmp_path / "gone.jsonl", "--output", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and "gone.jsonl does not exist" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["text", "image"])
+def test_help_shows_defaults(run, command):
+    status, out, _ = run(command, "--help")
+    assert status == 0 and "(default: 1024)" in out

@@ -1,0 +1,195 @@
+"""Train the two halves of a tokenizer folder, in either order; the second one writes vocab.json.
+
+    python tools/train_tokenizer.py text  --input pairs.jsonl --vocab-size 56320 --output tok/
+    python tools/train_tokenizer.py image --input pairs.jsonl --image-size 32 --downsample 4 \\
+        --codebook-size 128 --output tok/
+
+Input is a JSONL file with {"image": path, "caption": text} a line, or a folder with img.png beside img.txt.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.tokenizers.corpus import list_pictures, read_captions
+from megatron_cm3leon.tokenizers.folder import IMAGE_FOLDER, TEXT_MODEL, VOCABULARY, write_vocabulary
+from megatron_cm3leon.tokenizers.image_training import ImageTrainingOptions, train_and_measure
+from megatron_cm3leon.tokenizers.text import train_text
+from megatron_cm3leon.tokenizers.vqgan import VQGANConfig
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, summary, add_flags in (
+        ("text", "SentencePiece BPE with byte fallback", add_text_flags),
+        ("image", "VQGAN, encoder and decoder", add_image_flags),
+    ):
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.add_argument("--input", required=True, help="JSONL file of pairs, or a folder")
+        command.add_argument("--output", required=True, help="tokenizer folder to write to")
+        add_flags(command)
+        command.add_argument(
+            "--specials", type=int, default=1024, help="special tokens in all, in the joint vocabulary"
+        )
+        command.add_argument("--sentinels", type=int, default=512, help="sentinel tokens among the specials")
+    return parser.parse_args()
+
+
+def add_text_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--vocab-size", type=int, default=56320, help="text pieces, bytes included")
+    command.add_argument(
+        "--coverage",
+        type=float,
+        default=0.9995,
+        help="share of the characters in the text that get a piece; rarer ones are spelled in bytes",
+    )
+
+
+def add_image_flags(command: argparse.ArgumentParser) -> None:
+    network = command.add_argument_group("network")
+    add = network.add_argument
+    add("--image-size", type=int, default=256, help="height and width of a picture, pixels")
+    add("--downsample", type=int, default=8, help="pixels of the side of one image token; a power of 2")
+    add("--codebook-size", type=int, default=8192, help="codes, K")
+    add("--embed-dim", type=int, default=16, help="width of a code")
+    add("--base-channels", type=int, default=32, help="channels at full resolution")
+    add(
+        "--channel-multiplier",
+        type=int,
+        nargs="+",
+        help="channels of each level as multiples of the base, log2(downsample) + 1 numbers (default: all 1)",
+        default=argparse.SUPPRESS,
+    )
+    add(
+        "--latent-channels",
+        type=int,
+        help="channels between encoder and codebook (default: the base channels)",
+        default=argparse.SUPPRESS,
+    )
+    add("--num-res-blocks", type=int, default=0, help="residual blocks of a level; decoder levels have one more")
+    add("--attn-resolutions", type=int, nargs="*", default=[], help="resolutions with attention, pixels")
+    add("--mid-attention", action="store_true", help="attention at the lowest resolution")
+    add("--norm", choices=("pixel", "group"), default="pixel", help="over one pixel, or (taming) the whole picture")
+    add(
+        "--encoder-kernel",
+        type=int,
+        choices=(1, 3),
+        default=1,
+        help="1: a code sees little more than its own patch and is easy to predict; 3: taming",
+    )
+    defaults = ImageTrainingOptions()
+    training = command.add_argument_group("training")
+    add = training.add_argument
+    add("--steps", type=int, default=defaults.steps, help="optimizer steps")
+    add("--warmup-steps", type=int, default=defaults.warmup_steps, help="steps of them before the codebook")
+    add("--batch-size", type=int, default=defaults.batch_size, help="pictures a step")
+    add("--learning-rate", type=float, default=defaults.learning_rate, help="peak learning rate")
+    add("--loss", choices=("l1", "l2"), default=defaults.loss, help="reconstruction error per pixel")
+    add("--commitment", type=float, default=defaults.commitment, help="weight of the commitment term")
+    add(
+        "--codebook",
+        choices=("ema", "gradient"),
+        default=defaults.codebook,
+        help="codes follow latents as moving averages, or by gradient",
+    )
+    add("--ema-decay", type=float, default=defaults.ema_decay, help="share of the moving average kept a step")
+    add(
+        "--revive-below",
+        type=float,
+        default=defaults.revive_below,
+        help="a code restarts below this share of an even use of all codes",
+    )
+    add("--precision", choices=("bf16", "fp32"), default=defaults.precision, help="of the training arithmetic")
+    add("--seed", type=int, default=defaults.seed, help="seed of weights, batches and codebook")
+    add("--heldout", help="JSONL file or folder to measure on, instead of a share of the input", default=None)
+    add("--heldout-share", type=float, default=0.05, help="share of the input held out to measure on")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if arguments.command == "text":
+        train_text_tool(arguments, output)
+    else:
+        train_image_tool(arguments, output)
+    vocabulary = write_vocabulary(output, specials=arguments.specials, sentinels=arguments.sentinels)
+    if vocabulary is None:
+        other = "image" if arguments.command == "text" else "text"
+        print(f"{VOCABULARY} follows when the {other} tokenizer is in {output} too")
+    else:
+        print(
+            f"wrote {output / VOCABULARY}: {vocabulary.size:,} ids = {vocabulary.text_size:,} text + "
+            f"{vocabulary.image_size:,} image + {vocabulary.specials:,} special, hash {vocabulary.hash}"
+        )
+
+
+def train_text_tool(arguments: argparse.Namespace, output: Path) -> None:
+    tokenizer = train_text(read_captions(arguments.input), arguments.vocab_size, coverage=arguments.coverage)
+    tokenizer.save(output / TEXT_MODEL)
+    print(f"wrote {output / TEXT_MODEL}: {tokenizer.size:,} pieces")
+
+
+def train_image_tool(arguments: argparse.Namespace, output: Path) -> None:
+    config, options = build_config(arguments), build_options(arguments)
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, account = train_and_measure(
+        list_pictures(arguments.input),
+        config,
+        options,
+        heldout_paths=list_pictures(arguments.heldout) if arguments.heldout else None,
+        heldout_share=arguments.heldout_share,
+        device=device,
+    )
+    tokenizer.save(output / IMAGE_FOLDER, training=account)
+    measured, (height, width) = account["heldout"], tokenizer.grid
+    print(
+        f"wrote {output / IMAGE_FOLDER}: {height} x {width} tokens a picture, {config.codebook_size:,} codes; "
+        f"{measured['pictures']} held-out pictures: PSNR {measured['psnr_db']:.2f} dB, "
+        f"{measured['codes_used']:.0%} of the codes used, perplexity {measured['codebook_perplexity']:.1f}"
+    )
+    if account["pictures_skipped"]:
+        print(f"{account['pictures_skipped']} pictures could not be read and were left out")
+
+
+def build_config(arguments: argparse.Namespace) -> VQGANConfig:
+    levels = math.log2(arguments.downsample) + 1 if arguments.downsample > 0 else 0.5
+    if levels != int(levels):
+        raise ValueError(f"--downsample ({arguments.downsample}) must be a power of 2: 1, 2, 4, 8 ...")
+    multiplier = getattr(arguments, "channel_multiplier", [1] * int(levels))
+    if len(multiplier) != levels:
+        raise ValueError(
+            f"--channel-multiplier has {len(multiplier)} numbers; --downsample {arguments.downsample} has "
+            f"{int(levels)} levels and needs as many."
+        )
+    return VQGANConfig(
+        image_size=arguments.image_size,
+        codebook_size=arguments.codebook_size,
+        embed_dim=arguments.embed_dim,
+        latent_channels=getattr(arguments, "latent_channels", arguments.base_channels),
+        base_channels=arguments.base_channels,
+        channel_multiplier=multiplier,
+        num_res_blocks=arguments.num_res_blocks,
+        attn_resolutions=arguments.attn_resolutions,
+        mid_attention=arguments.mid_attention,
+        norm=arguments.norm,
+        encoder_kernel=arguments.encoder_kernel,
+    )
+
+
+def build_options(arguments: argparse.Namespace) -> ImageTrainingOptions:
+    names = ImageTrainingOptions.__dataclass_fields__
+    return ImageTrainingOptions(**{name: getattr(arguments, name) for name in names})
+
+
+if __name__ == "__main__":
+    run_tool(main)
