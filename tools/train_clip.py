@@ -1,6 +1,6 @@
 """Train a small CLIP on pairs, so that retrieval works without a published one.
 
-python tools/train_clip.py --input pairs.jsonl --text-model tokenizer/text.model --output clip/ --steps 400
+python tools/train_clip.py --input pairs.jsonl --text-model tokenizer/text.model --output clip/ --steps 600
 """
 
 import argparse
@@ -40,7 +40,7 @@ HELP = {
     "width": "width of the encoders and of the vectors",
     "layers": "layers of each encoder",
     "learning_rate": "peak learning rate",
-    "max_scale": "largest scale of the cosines in the loss; lower spreads the cosines more",
+    "max_scale": "largest scale of the cosines in the loss",
     "heldout": "share of the pairs measured with instead of trained on",
     "max_pairs": "pairs read at most",
     "threads": "CPU threads; a model this small is slower on many",
