@@ -103,6 +103,7 @@ def _headline(figures: dict) -> list[dict]:
         return None if value is None else format(value, form)
 
     clip = figures.get("clip_score") or {}
+    alone = "" if figures["loss_with_retrieval"] is None else " without them"
     real = number(clip.get("heldout"), ".3f")
     rows = [
         (percent(all_of("heldout_accuracy")), "of held-out captions drawn right in every attribute"),
@@ -110,7 +111,7 @@ def _headline(figures: dict) -> list[dict]:
         (percent(figures["caption_accuracy"]), "of held-out pictures captioned right"),
         (number(figures["image_psnr_db"], ".1f"), "dB PSNR of the image tokenizer"),
         (number(figures["loss_with_retrieval"], ".3f"), "held-out loss behind retrieved documents"),
-        (number(figures["loss_without_retrieval"], ".3f"), "held-out loss without them"),
+        (number(figures["loss_without_retrieval"], ".3f"), f"held-out loss{alone}"),
         (number(clip.get("generated"), ".3f"), f"CLIP score of generated pictures ({real} of held-out ones)"),
         (number(figures["tokens_per_second"], ",.0f"), "training tokens a second"),
         (number(figures["export_max_abs_logit_diff"], ".2g"), "largest logit difference of the export"),

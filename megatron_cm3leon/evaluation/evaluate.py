@@ -292,15 +292,14 @@ class _Evaluation:
         ]
 
     def _sweep(self) -> float:
-        """The guidance with the highest accuracy of all attributes together; of equals the mean, then the lowest."""
+        """The guidance with the highest mean over the accuracies; of equals the lowest."""
         wanted = self._wanted(self.sweep_pairs)
         for guidance in sorted(set(self.options.guidance)):
             pictures = self._images(self.sweep_pairs, self.sweep_by_text, guidance)
             shares = share_right(judge_pictures(self.checker, pictures, wanted))
             self.result["sweep"].append({"guidance": guidance, "accuracy": shares})
-        return max(self.result["sweep"], key=lambda row: (row["accuracy"]["all"], sum(row["accuracy"].values())))[
-            "guidance"
-        ]
+        best = max(self.result["sweep"], key=lambda row: sum(row["accuracy"].values()))
+        return best["guidance"]
 
     def _clip_scores(self, pictures: dict[str, list]) -> dict[str, float]:
         """Mean inner product of captions and pictures by the index's own encoder."""

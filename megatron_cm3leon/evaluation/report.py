@@ -28,7 +28,7 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .4rem; padding-top: .9rem; border-top: 1px solid var(--line); }
 p { max-width: 44rem; margin: .3rem 0 1rem; }
 .soft, figcaption, .note { color: var(--soft); }
-.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .75rem;
+.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem;
   margin: 1.4rem 0; }
 .number { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
 .number b { display: block; font-size: 1.5rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
@@ -39,13 +39,14 @@ p { max-width: 44rem; margin: .3rem 0 1rem; }
 .row { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: .6rem; }
 figure { margin: 0; }
 figure img { display: block; width: 100%; height: auto; image-rendering: pixelated; border: 1px solid var(--line); }
-figcaption { font-size: .85rem; line-height: 1.35; margin-top: .3rem; }
+figcaption { font-size: .85rem; line-height: 1.35; margin-top: .3rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; padding: .3rem .5rem; }
 .gap { margin-top: 1.4rem; }
-.card table { width: 100%; font-size: .85rem; margin-top: .6rem; }
+.card table { width: 100%; table-layout: fixed; font-size: .85rem; margin-top: .4rem; }
+.card th { font-weight: 400; } .card thead { position: absolute; clip-path: inset(50%); }
 .card th, .card td { padding: .15rem .5rem .15rem 0; }
 .card tr:last-child > * { border-bottom: 0; }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
@@ -119,7 +120,7 @@ class _Page:
         sweep = self.content.get("sweep") or []
         if not rows:
             return ""
-        names = list(rows[0]["shares"])
+        names = sorted(rows[0]["shares"], key=lambda name: name != "all")  # the sum of it first
         text = self._share_table("Pictures", names, [(one["name"], one["shares"]) for one in rows])
         if sweep:
             lines = [(f"guidance {one['guidance']:g}", one["accuracy"]) for one in sweep]
@@ -184,7 +185,8 @@ class _Page:
         heads = "".join(
             f'<th scope="col">{label}</th>' for label in ["guidance 1", f"guidance {guidance:g}"][: len(shown)]
         )
-        return f'<table><tr><th scope="col">wanted</th>{heads}</tr>{lines}</table>'
+        # The pictures above are the columns' headings; the words are for those who do not see them.
+        return f'<table><thead><tr><th scope="col">wanted</th>{heads}</tr></thead><tbody>{lines}</tbody></table>'
 
     def captions(self) -> str:
         captions = self.content.get("captions")
@@ -200,7 +202,7 @@ class _Page:
         share = percent(self.figures.get("caption_accuracy"))
         return (
             f"<section><h2>Captions of held-out pictures</h2><p>{share} of them are right.</p>"
-            f'<div class="cards" style="grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr))">'
+            f'<div class="cards" style="grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr))">'
             f"{''.join(cards)}</div></section>"
         )
 
@@ -251,13 +253,14 @@ class _Page:
         cards = []
         for one in rows:
             pair = self.picture(one["original"], f"Original: {one['caption']}", "original")
-            label = f"reconstruction, {one['psnr_db']:.1f} dB"
+            label = f"rebuilt, {one['psnr_db']:.1f} dB"
             pair += self.picture(one["reconstruction"], f"Reconstruction: {one['caption']}", label)
             cards.append(f'<div class="card"><div class="row">{pair}</div></div>')
         psnr = self.figures.get("image_psnr_db")
         return (
             "<section><h2>The image tokenizer</h2><p>What its tokens keep of held-out pictures"
-            f"{f': {psnr:.1f} dB PSNR on average' if psnr is not None else ''}. No generated picture can be better.</p>"
+            f"{f': {psnr:.1f} dB PSNR on average' if psnr is not None else ''}. Generated pictures are drawn with "
+            "the same tokens.</p>"
             f'<div class="cards" style="grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr))">'
             f"{''.join(cards)}</div></section>"
         )
