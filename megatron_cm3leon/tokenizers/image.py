@@ -97,7 +97,7 @@ class ImageTokenizer:
             raise ValueError(
                 f"{folder / 'config.json'} is not of format {FORMAT}, type vqgan; another version wrote it."
             )
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]):  # initial weights, overwritten below, must not move the caller's draws
             model = VQGAN(VQGANConfig.from_dict(values))
         try:
             weights = load_file(folder / "model.safetensors", device=device)

@@ -107,8 +107,10 @@ def train_image(
     pictures: Pictures, config: VQGANConfig, options: ImageTrainingOptions, device: str = "cpu"
 ) -> ImageTokenizer:
     """Train a tokenizer on pictures."""
-    torch.manual_seed(options.seed)
-    trainer = _Trainer(VQGAN(config), options, torch.device(device))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model = VQGAN(config)
+    trainer = _Trainer(model, options, torch.device(device))
     draws = torch.Generator().manual_seed(options.seed)
     with meter(options.steps, "image tokenizer", "steps") as progress:
         for step in range(options.steps):

@@ -71,6 +71,11 @@ def test_save_and_load(tokenizer, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     loaded = ImageTokenizer.load(tmp_path)
     assert loaded.config == tokenizer.config
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    ImageTokenizer.load(tmp_path)
+    assert torch.equal(torch.rand(1), expected), "loading moved the caller's random numbers"
     codes = tokenizer.encode(draw_pixels())
     assert torch.equal(loaded.encode(draw_pixels()), codes)
     assert torch.equal(loaded.decode(codes), tokenizer.decode(codes))
