@@ -54,14 +54,8 @@ def test_caption_by_hand():
         "position": "top left",
         "background": "grey",
     }
-    assert (
-        drawing.write_caption(attributes, 0)
-        == "a small orange ring in the top left corner on a grey background"
-    )
-    assert (
-        drawing.write_caption(attributes, 4)
-        == "an orange ring, small, in the top left corner of a grey picture"
-    )
+    assert drawing.write_caption(attributes, 0) == "a small orange ring in the top left corner on a grey background"
+    assert drawing.write_caption(attributes, 4) == "an orange ring, small, in the top left corner of a grey picture"
 
 
 @pytest.mark.parametrize(
