@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_cm3leon.retrieval.encoder import Encoder
-from megatron_cm3leon.retrieval.train import ClipOptions, contrast, train_clip
+from megatron_cm3leon.retrieval.train import ClipOptions, contrast, rate_factor, train_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +20,15 @@ def test_a_few_steps_teach_captions_their_pictures(shapes, text_model, tmp_path)
     assert figures["loss"] < 3.7  # ln 64 = 4.16 is chance
     assert figures["recall_at_10"] > 0.4  # 10 of 36 is chance
     assert Encoder.load(tmp_path / "clip").encode_texts(["a small red circle"]).shape == (1, 32)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 11, 600])
+def test_learning_rate_rises_to_its_peak_and_falls(steps):
+    rates = [rate_factor(step, steps) for step in range(steps + 1)]  # the schedule looks one step ahead
+    peak = max(1, steps // 10) - 1
+    assert rates[peak] == 1
+    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert all(0 < rate <= 1 for rate in rates[:steps])
 
 
 def test_contrast_by_hand():
