@@ -56,9 +56,7 @@ def _load_masks(picture_size: int) -> tuple[list[tuple[str, str, str]], np.ndarr
     names = list(itertools.product(SHAPES, EXTENTS, POSITIONS, JITTERS))
     sharp = [Image.fromarray(draw_mask(*name, picture_size).astype(np.uint8) * 255) for name in names]
     blur = ImageFilter.GaussianBlur(BLUR * picture_size)
-    masks = [
-        np.asarray(mask, np.float32).ravel() / 255 for mask in sharp + [mask.filter(blur) for mask in sharp]
-    ]
+    masks = [np.asarray(mask, np.float32).ravel() / 255 for mask in sharp + [mask.filter(blur) for mask in sharp]]
     masks = np.stack(masks)
     return [name[:3] for name in names] * 2, masks, masks.sum(axis=1), (masks**2).sum(axis=1)
 
@@ -149,9 +147,7 @@ def main() -> None:
         description="Share of pictures that show what their captions say.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--input", required=True, help='JSONL file of {"image", "caption"}, paths relative to it'
-    )
+    parser.add_argument("--input", required=True, help='JSONL file of {"image", "caption"}, paths relative to it')
     options = parser.parse_args()
     for name, share in judge_file(options.input).items():
         print(f"{name:<10} {100 * share:6.1f} %")

@@ -47,8 +47,7 @@ def split_combinations(seed: int) -> tuple[list[dict], list[dict]]:
         chosen = min(
             (number for number in order if number not in heldout),
             key=lambda number: sum(
-                (counts[name][value] * len(ATTRIBUTES[name])) ** 2
-                for name, value in combinations[number].items()
+                (counts[name][value] * len(ATTRIBUTES[name])) ** 2 for name, value in combinations[number].items()
             ),
         )
         heldout.add(chosen)
@@ -109,9 +108,7 @@ def main() -> None:
         description="Write a corpus of coloured shapes, a tenth of the attribute combinations held out.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--output", required=True, help="folder to write train/, heldout/ and their JSONL files to"
-    )
+    parser.add_argument("--output", required=True, help="folder to write train/, heldout/ and their JSONL files to")
     parser.add_argument("--pairs", type=int, default=6000, help="pairs in all; a tenth of them is held out")
     parser.add_argument("--size", type=int, default=32, choices=PICTURE_SIZES, help="picture size in pixels")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split, the jitter and the phrasings")
