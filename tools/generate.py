@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         "--unconditional", choices=UNCONDITIONAL_FORMS, default="auto",
         help="guidance's prompt without the caption: caption dropped, or masked by a sentinel",
     )  # fmt: skip
-    _add_shared(image, temperature=1.0, guidance=3.0, output="out")
+    _add_shared(image, temperature=0.7, guidance=2.0, output="out")
     caption = commands.add_parser("caption", help="captions of pictures", **style)
     caption.add_argument("pictures", nargs="+", help="picture files")
     caption.add_argument(

@@ -47,9 +47,9 @@ class EvaluationOptions:
     """Held-out documents that are reported on."""
     sweep_pictures: int = 48
     """Other held-out documents, on which the guidance is chosen."""
-    guidance: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.0, 4.0])
+    guidance: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
     """Guidance weights that are tried."""
-    temperature: float = 0.7
+    temperature: float = 0.5
     """Temperature of generated pictures; 0 is greedy."""
     top_p: float = 1.0
     """Share of the probability that pictures are drawn from."""

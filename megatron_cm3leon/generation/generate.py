@@ -1,7 +1,7 @@
 """Generator: captions to pictures, pictures to captions, and infilling, from an exported folder alone.
 
     generator = Generator.load("exported/")
-    made = generator.images(["a red circle"], guidance=3.0, seed=1)
+    made = generator.images(["a red circle"], guidance=2.0, seed=1)
     made[0].picture.save("circle.png")
     generator.captions([made[0].picture])
 
@@ -81,8 +81,8 @@ class Generator:
         captions: list[str],
         retrieved: list | None = None,
         *,
-        guidance: float = 3.0,
-        temperature: float = 1.0,
+        guidance: float = 2.0,
+        temperature: float = 0.7,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -99,14 +99,16 @@ class Generator:
         if candidates < 1:
             raise ValueError(f"candidates ({candidates}) must be at least 1.")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
-        form = self._form(unconditional, prompts.UNCONDITIONAL_FORMS, "unconditional")
         documents = _per_item(retrieved, captions, "captions")
         jobs = [(number, seed + turn) for number in range(len(captions)) for turn in range(candidates)]
         given = [
             prompts.picture_prompt(self.text.encode(c), d, self.vocabulary)
             for c, d in zip(captions, documents, strict=True)
         ]
-        without = [prompts.unconditional_prompt(d, form, self.vocabulary) for d in documents]
+        forms = [prompts.choose_unconditional_form(unconditional, d, self.training) for d in documents]
+        without = [
+            prompts.unconditional_prompt(d, form, self.vocabulary) for d, form in zip(documents, forms, strict=True)
+        ]
         codes = self._run(
             [given[number] for number, _ in jobs],
             picture_segment(self.vocabulary),
@@ -143,7 +145,7 @@ class Generator:
         the first where the model was trained on pairs that begin with their picture.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        form = self._form(form, prompts.CAPTION_FORMS, "form")
+        form = prompts.choose_caption_form(form, self.training)
         documents = _per_item(retrieved, pictures, "pictures")
         given = [
             prompts.caption_prompt(ids, docs, form, self.vocabulary)
@@ -298,9 +300,6 @@ class Generator:
     def _pieces(self, row: np.ndarray) -> list[int]:
         """The text pieces of a generated row: without the ending token and what follows it."""
         return [int(token) for token in row if 0 <= token < self.vocabulary.text_size]
-
-    def _form(self, form: str, forms: tuple[str, ...], name: str) -> str:
-        return prompts.choose_form(form, forms, self.training.get("image_first_probability", 0.5), name)
 
     # Decoding
 

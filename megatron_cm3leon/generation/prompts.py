@@ -17,17 +17,34 @@ UNCONDITIONAL_FORMS = ("auto", "dropped", "sentinel")
 CAPTION_FORMS = ("auto", "image_first", "masked")
 
 
-def choose_form(form: str, forms: tuple[str, ...], image_first_probability: float, name: str) -> str:
-    """Resolve "auto": what begins with a picture is native to a model that was trained on such pairs.
+def choose_caption_form(form: str, training: dict) -> str:
+    """Resolve "auto": the order in which pairs stood, where the model was trained on pictures before texts.
 
-    Such a model has seen `</s> picture <break> caption` as often as the other order. <sentinel:0> for a *whole*
-    caption it has met only where a span happened to cover one, or where rotation was on.
+    <sentinel:0> for a *whole* caption is rarer in training: a span has to cover one, or rotation to be on.
     """
-    if form not in forms:
-        raise ValueError(f"{name} ({form!r}) must be one of: {', '.join(forms)}.")
+    _check_form(form, CAPTION_FORMS, "form")
     if form != "auto":
         return form
-    return forms[1] if image_first_probability > 0 else forms[2]
+    return "image_first" if training.get("image_first_probability", 0.5) > 0 else "masked"
+
+
+def choose_unconditional_form(form: str, documents, training: dict) -> str:
+    """Resolve "auto" as CM3Leon does: a sentinel for the caption, or behind retrieved documents none at all.
+
+    Unless the model has not met it: sentinels without CM3 masking, or documents that begin with their picture.
+    """
+    _check_form(form, UNCONDITIONAL_FORMS, "unconditional")
+    if form != "auto":
+        return form
+    if training.get("cm3_probability", 1.0) == 0:
+        return "dropped"
+    begins_with_picture = training.get("image_first_probability", 0.5) > 0
+    return "dropped" if len(documents) and begins_with_picture else "sentinel"
+
+
+def _check_form(form: str, forms: tuple[str, ...], name: str) -> None:
+    if form not in forms:
+        raise ValueError(f"{name} ({form!r}) must be one of: {', '.join(forms)}.")
 
 
 def begin_sample(documents, vocabulary: Vocabulary) -> list[int]:

@@ -60,7 +60,7 @@ def test_guidance_of_1_is_no_guidance(generator, monkeypatch):
     near = codes_of(generator.images(CAPTIONS, guidance=1.0 + 1e-7, **options))  # through both streams
     assert plain == near
     assert plain != codes_of(generator.images(CAPTIONS, guidance=6.0, **options))
-    other = codes_of(generator.images(CAPTIONS, guidance=6.0, unconditional="sentinel", **options))
+    other = codes_of(generator.images(CAPTIONS, guidance=6.0, unconditional="dropped", **options))
     assert other != codes_of(generator.images(CAPTIONS, guidance=6.0, **options))
 
 

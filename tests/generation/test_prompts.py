@@ -37,10 +37,12 @@ def test_a_masked_block_of_the_stream_begins_with_the_infilling_prompt(vocabular
 
 
 def test_auto_follows_how_the_model_was_trained():
-    choose = prompts.choose_form
-    assert choose("auto", prompts.CAPTION_FORMS, 0.5, "form") == "image_first"
-    assert choose("auto", prompts.CAPTION_FORMS, 0.0, "form") == "masked"
-    assert choose("auto", prompts.UNCONDITIONAL_FORMS, 0.5, "unconditional") == "dropped"
-    assert choose("sentinel", prompts.UNCONDITIONAL_FORMS, 0.5, "unconditional") == "sentinel"
+    caption, without = prompts.choose_caption_form, prompts.choose_unconditional_form
+    assert caption("auto", {"image_first_probability": 0.5}) == caption("auto", {}) == "image_first"
+    assert caption("auto", {"image_first_probability": 0.0}) == "masked"
+    assert without("auto", [], {}) == "sentinel" and without("auto", [DOCUMENT], {}) == "dropped"
+    assert without("auto", [DOCUMENT], {"image_first_probability": 0.0}) == "sentinel"
+    assert without("auto", [], {"cm3_probability": 0.0}) == "dropped"
+    assert without("dropped", [], {}) == "dropped"
     with pytest.raises(ValueError, match=r"form \('reverse'\) must be one of: auto, image_first, masked"):
-        choose("reverse", prompts.CAPTION_FORMS, 0.5, "form")
+        caption("reverse", {})
