@@ -81,13 +81,18 @@ def add_image_flags(command: argparse.ArgumentParser) -> None:
         type=int,
         choices=(1, 3),
         default=1,
-        help="1: a code sees little more than its own patch and is easy to predict; 3: taming",
+        help="1: a code is a function of its own patch alone (with norm=pixel), easy to predict; 3: taming",
     )
     defaults = ImageTrainingOptions()
     training = command.add_argument_group("training")
     add = training.add_argument
     add("--steps", type=int, default=defaults.steps, help="optimizer steps")
-    add("--warmup-steps", type=int, default=defaults.warmup_steps, help="steps of them before the codebook")
+    add(
+        "--warmup-steps",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="steps of them before the codebook (default: a third)",
+    )
     add("--batch-size", type=int, default=defaults.batch_size, help="pictures a step")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="peak learning rate")
     add("--loss", choices=("l1", "l2"), default=defaults.loss, help="reconstruction error per pixel")
@@ -187,8 +192,10 @@ def build_config(arguments: argparse.Namespace) -> VQGANConfig:
 
 
 def build_options(arguments: argparse.Namespace) -> ImageTrainingOptions:
-    names = ImageTrainingOptions.__dataclass_fields__
-    return ImageTrainingOptions(**{name: getattr(arguments, name) for name in names})
+    given = {
+        name: value for name, value in vars(arguments).items() if name in ImageTrainingOptions.__dataclass_fields__
+    }
+    return ImageTrainingOptions(**given)
 
 
 if __name__ == "__main__":

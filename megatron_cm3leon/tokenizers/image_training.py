@@ -32,11 +32,11 @@ class ImageTrainingOptions:
 
     steps: int = 1000
     """Optimizer steps in all."""
-    warmup_steps: int = 200
-    """Steps of them without the codebook."""
+    warmup_steps: int | None = None
+    """Steps of them without the codebook; None: a third."""
     batch_size: int = 32
     """Pictures a step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Peak of the learning rate: a short linear rise, then a cosine to a hundredth."""
     loss: str = "l2"
     """Reconstruction error per pixel: l2, or l1, which learns slowly where most of a picture is flat."""
@@ -63,6 +63,8 @@ class ImageTrainingOptions:
                 raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of: {', '.join(allowed)}.")
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"steps ({self.steps}) and batch_size ({self.batch_size}) must be at least 1.")
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", self.steps // 3)
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must leave steps for the codebook: 0 to {self.steps - 1}."

@@ -6,7 +6,7 @@
 The checkpoints of Make-A-Scene's descendants share this layout (encoder.down.i.block.j, encoder.mid,
 quantize.embedding, decoder.up.i ...); the encoder half is what transformers calls ChameleonVQVAE.
 Two options keep the names but change the function, for small models whose codes must be easy to predict:
-`norm: pixel` and `encoder_kernel: 1` make a code depend on little more than its own patch.
+`norm: pixel` and `encoder_kernel: 1` make a code a function of its own patch of the picture alone.
 """
 
 from dataclasses import dataclass, fields
@@ -42,7 +42,8 @@ class VQGANConfig:
     norm: str = "group"
     """group: GroupNorm over channels and the whole picture (taming); pixel: over the channels of one pixel."""
     encoder_kernel: int = 3
-    """Kernel of the encoder's convolutions that keep the resolution: 3 (taming), or 1, which sees no neighbours."""
+    """Kernel of the encoder's convolutions: 3 (taming), or 1, which with norm=pixel makes a code a function
+    of its own patch of the picture alone."""
 
     def __post_init__(self) -> None:
         for name in ("channel_multiplier", "attn_resolutions"):
@@ -152,12 +153,15 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
+    """Half the resolution: 3 x 3 pixels into one (taming), or 2 x 2, which do not overlap, with kernel 1."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.overlap = kernel // 2
+        self.conv = nn.Conv2d(channels, channels, 2 + self.overlap, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, (0, self.overlap, 0, self.overlap)))
 
 
 class Upsample(nn.Module):
@@ -213,7 +217,7 @@ class Encoder(nn.Module):
             before, after = channels[number : number + 2]
             level = build_level(config, before, after, config.num_res_blocks, kernel, size)
             if size != config.resolutions[-1]:
-                level.downsample = Downsample(after)
+                level.downsample = Downsample(after, kernel)
             self.down.append(level)
         self.mid = build_middle(config, channels[-1], kernel)
         self.norm_out = build_norm(config, channels[-1])
