@@ -11,6 +11,7 @@ import argparse
 
 from megatron_cm3leon.checkpoint.convert import DTYPES, LARGEST_LOGIT_DIFFERENCE, export_checkpoint
 from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.engine.trained import open_trained_model
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,9 +37,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    account = export_checkpoint(
-        arguments.checkpoint, arguments.tokenizer, arguments.output, dtype=arguments.dtype
-    )
+    options = (arguments.checkpoint, arguments.tokenizer, arguments.output)
+    if arguments.dtype == "fp32":
+        with open_trained_model(arguments.checkpoint) as logits:
+            account = export_checkpoint(*options, trained_logits=logits)
+    else:  # the weights are rounded: compared with a plain forward of the rounded ones
+        account = export_checkpoint(*options, dtype=arguments.dtype)
     print(
         f"max |logit difference| between OPTForCausalLM and the trained model: "
         f"{account['max_abs_logit_diff']:.3g} (at most {LARGEST_LOGIT_DIFFERENCE:g})"

@@ -66,13 +66,13 @@ def initialize_groups(config: Config, rank: Rank, device: torch.device) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        # A run of one rank talks to nobody: port 0 takes any free one.
-        os.environ.setdefault("MASTER_PORT", "0" if rank.world_size == 1 else "29500")
+        # A run of one rank talks to nobody: it needs no address and no port.
+        store = dist.HashStore() if rank.world_size == 1 else None
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             rank=rank.rank,
             world_size=rank.world_size,
+            store=store,
             timeout=TIMEOUT,
         )
     parallel_state.initialize_model_parallel(
