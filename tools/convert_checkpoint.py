@@ -44,8 +44,9 @@ def main() -> None:
     else:  # the weights are rounded: compared with a plain forward of the rounded ones
         account = export_checkpoint(*options, dtype=arguments.dtype)
     print(
-        f"max |logit difference| between OPTForCausalLM and the trained model: "
-        f"{account['max_abs_logit_diff']:.3g} (at most {LARGEST_LOGIT_DIFFERENCE:g})"
+        f"max |logit difference| between OPTForCausalLM and the trained model, fp32 weights: "
+        f"{account['max_abs_logit_diff']:.3g} in fp64 arithmetic (at most {LARGEST_LOGIT_DIFFERENCE:g}); in fp32 "
+        f"{account['max_relative_logit_diff_fp32']:.3g} of the largest logit"
     )
     print(
         f"wrote {arguments.output}: {account['parameters']:,} parameters in {account['dtype']}, "

@@ -12,9 +12,10 @@ from megatron_cm3leon.engine.parallel import Rank, destroy_groups, initialize_gr
 
 
 @contextmanager
-def open_trained_model(checkpoint: str | Path) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Inside the `with`: ids int64 [B, S] -> fp32 logits [B, S, padded rows] of the megatron-core model.
+def open_trained_model(checkpoint: str | Path) -> Iterator[Callable[[torch.Tensor, torch.dtype], torch.Tensor]]:
+    """Inside the `with`: (ids int64 [B, S], dtype) -> logits [B, S, padded rows] of the megatron-core model.
 
+    Weights are the checkpoint's fp32 ones, the arithmetic is that of `dtype` (fp32 or fp64).
     The checkpoint may be of any layout. Process groups of one rank exist inside the `with` alone.
     """
     reader = CheckpointReader(checkpoint)
@@ -30,8 +31,8 @@ def open_trained_model(checkpoint: str | Path) -> Iterator[Callable[[torch.Tenso
                 parameter.copy_(reader.read_part(place.name, "weight", place.offset, place.local_shape))
 
         @torch.no_grad()
-        def logits(ids: torch.Tensor) -> torch.Tensor:
-            return stage(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
+        def logits(ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            return stage.to(dtype)(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
 
         yield logits
     finally:

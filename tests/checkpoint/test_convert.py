@@ -112,7 +112,7 @@ def test_qkv_rows_are_grouped_per_head():
 def test_a_difference_fails_and_leaves_nothing(tmp_path, tokenizer):
     reader = FakeReader()
 
-    def other(ids):
+    def other(ids, dtype):
         return reference_logits(reader.read, reader.config, ids) + 2e-5
 
     with pytest.raises(ValueError, match=r"differ from the trained model's by 2.*at most 1e-05"):
