@@ -27,6 +27,19 @@ class LayerNormWithoutParameters(torch.nn.Module):
         return F.layer_norm(hidden_SBH, self.shape, eps=self.eps)
 
 
+LONGEST_WRITTEN_OUT = 256
+"""Longest sequence for which bf16 on a CPU takes `attend_written_out`: forward and backward of 16 x 160 tokens
+take 16 ms instead of 38 (4 heads of 48), of 16 x 256 tokens 46 instead of 63; from 512 on torch's is faster."""
+
+
+def attend_written_out(query, key, value, scale: float | None = None) -> torch.Tensor:
+    """Causal attention by two matrix products around an fp32 softmax; arguments and result are [B, N, S, D]."""
+    length, width = query.shape[-2:]
+    future = torch.full((length, length), -torch.inf, device=query.device).triu(1)
+    scores = (query * (scale or width**-0.5)) @ key.transpose(-1, -2)
+    return (scores.float() + future).softmax(-1).to(value.dtype) @ value
+
+
 class CausalAttention(torch.nn.Module):
     """megatron-core's `core_attention` by torch's scaled-dot-product attention (flash where there is one).
 
@@ -58,6 +71,9 @@ class CausalAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
     def _attend(self, query, key, value, dropout: float) -> torch.Tensor:
+        on_cpu_in_bf16 = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+        if on_cpu_in_bf16 and not dropout and query.shape[2] <= LONGEST_WRITTEN_OUT:
+            return attend_written_out(query, key, value, self.softmax_scale)
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=self.softmax_scale
         )
