@@ -181,7 +181,9 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
     tokens = options.micro_batch * options.accumulate * options.sequence
     ours = seconds["megatron_cm3leon"]
-    print(f"{options.precision}, {options.layers} layers, width {options.hidden}, sequence {options.sequence}, {device}")
+    print(
+        f"{options.precision}, {options.layers} layers, width {options.hidden}, sequence {options.sequence}, {device}"
+    )
     print(f"{'':20}{'fastest ms':>12}{'median ms':>12}{'tokens/s':>10}{'/ ours, fastest':>17}{'median of pairs':>17}")
     for name, times in seconds.items():
         pairs = statistics.median(theirs / mine for theirs, mine in zip(times, ours, strict=True))

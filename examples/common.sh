@@ -56,5 +56,6 @@ prepare_environment() {
 as_ranks() {
     local ranks=$1
     shift
-    torchrun --standalone --nproc-per-node "$ranks" "$@"
+    # One OpenMP thread a rank until train.threads sets them; torchrun would warn about the same default.
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} torchrun --standalone --nproc-per-node "$ranks" "$@"
 }

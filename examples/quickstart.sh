@@ -23,10 +23,10 @@ cd "$ROOT"
 prepare_environment
 clear_output
 
-pairs=9000 image_steps=1200 warmup=400 clip_steps=400 train_steps=1000 FIRST_LEG_STEPS=40
+pairs=9000 image_steps=1200 warmup=400 clip_steps=400 train_steps=3000 FIRST_LEG_STEPS=40
 EVALUATE=(--checker examples/shapes/checker.py)
 case $SIZE in
-    long) train_steps=8000 ;;
+    long) train_steps=10000 ;;
     small)
         pairs=400 warmup=10 image_steps=30 clip_steps=10 train_steps=12 FIRST_LEG_STEPS=6
         EVALUATE+=(--pictures 8 --sweep-pictures 4 --guidance 1 2 --examples 4)

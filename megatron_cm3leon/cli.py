@@ -5,9 +5,15 @@ import sys
 from collections.abc import Callable
 
 
+def show_messages(level: int = logging.INFO) -> None:
+    """Print this project's messages from `level` on, and only warnings of the libraries beneath."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("megatron_cm3leon").setLevel(level)
+
+
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a tool's `main` and exit: 0 done, 2 for an error the user can mend, 130 after Ctrl-C."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    show_messages()
     try:
         status = main() or 0
     except (ValueError, OSError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.cli import show_messages
 from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config, save_config
 from megatron_cm3leon.data.loader import Loader
 from megatron_cm3leon.data.stream import Stream, build_stream
@@ -26,7 +27,7 @@ from megatron_cm3leon.metrics import MetricsLogger
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.schedule import learning_rate
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_cm3leon.train")  # by name: this module also runs as __main__
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -204,8 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; exit status 0 done, 2 for an error the user can mend (told once, by the rank that met it)."""
     options = parse_arguments(arguments)
     rank = Rank.from_environment()
-    logging.basicConfig(level=logging.INFO if rank.rank == 0 else logging.WARNING, format="%(message)s")
-    logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every bucket and option
+    show_messages(logging.INFO if rank.rank == 0 else logging.WARNING)
     try:
         config = load_config(options.config, options.overrides)
         config.validate(rank.world_size)

@@ -29,9 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     export.add_argument("--tokenizer", required=True, help="tokenizer folder the run was trained with")
     export.add_argument("--output", required=True, help="folder to write; must be new or empty")
-    export.add_argument(
-        "--dtype", choices=list(DTYPES), default="fp32", help="type of the weights in the files"
-    )
+    export.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="type of the weights in the files")
     return parser.parse_args()
 
 
@@ -48,10 +46,7 @@ def main() -> None:
         f"{account['max_abs_logit_diff']:.3g} in fp64 arithmetic (at most {LARGEST_LOGIT_DIFFERENCE:g}); in fp32 "
         f"{account['max_relative_logit_diff_fp32']:.3g} of the largest logit"
     )
-    print(
-        f"wrote {arguments.output}: {account['parameters']:,} parameters in {account['dtype']}, "
-        f"with the tokenizers"
-    )
+    print(f"wrote {arguments.output}: {account['parameters']:,} parameters in {account['dtype']}, with the tokenizers")
 
 
 if __name__ == "__main__":

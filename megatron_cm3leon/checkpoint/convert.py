@@ -111,8 +111,7 @@ def _check_names(reader, expected: dict[str, tuple[int, ...]], checkpoint) -> No
     """Every weight of the family is there, with its shape, and no other."""
     if reader.config.model.family != "cm3leon":
         raise ValueError(
-            f"model.family ({reader.config.model.family!r}) of {checkpoint} has no export to OPT; it must be "
-            f"'cm3leon'."
+            f"model.family ({reader.config.model.family!r}) of {checkpoint} has no export to OPT; it must be 'cm3leon'."
         )
     found = set(reader.names)
     missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
@@ -125,9 +124,7 @@ def _check_names(reader, expected: dict[str, tuple[int, ...]], checkpoint) -> No
         )
     for name, shape in expected.items():
         if tuple(reader.shape(name)) != shape:
-            raise ValueError(
-                f"{name} of {checkpoint} has shape {tuple(reader.shape(name))}; {shape} is required."
-            )
+            raise ValueError(f"{name} of {checkpoint} has shape {tuple(reader.shape(name))}; {shape} is required.")
 
 
 def _some(names: list[str]) -> str:
@@ -215,17 +212,11 @@ def _write_weights(folder: Path, read, config: Config, vocabulary_size: int, dty
         filled += size
     weight_map, total = {}, 0
     for number, group in enumerate(groups, 1):
-        name = (
-            "model.safetensors"
-            if len(groups) == 1
-            else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        )
+        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = {}
         for canonical, arrange in group:
             tensors.update(arrange(read(canonical)))
-        save_file(
-            {key: value.contiguous() for key, value in tensors.items()}, folder / name, {"format": "pt"}
-        )
+        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name, {"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
         total += sum(value.numel() for value in tensors.values())
     if len(groups) > 1:

@@ -78,13 +78,13 @@ def test_damage_is_named(tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="rank-00001.safetensors does not match its SHA-256"):
+    with pytest.raises(ValueError, match=r"rank-00001\.safetensors does not match its SHA-256"):
         list(CheckpointReader(folder).verify())
     file.write_bytes(content[:-4])
     with pytest.raises(ValueError, match=r"rank-00001.safetensors has \d+ bytes, \d+ bytes were written"):
         CheckpointReader(folder)
     file.unlink()
-    with pytest.raises(ValueError, match="rank-00001.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"rank-00001\.safetensors is missing"):
         CheckpointReader(folder)
 
 

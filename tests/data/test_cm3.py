@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from corpora import make_vocabulary
 
 from megatron_cm3leon.config import CM3Config
 from megatron_cm3leon.data.cm3 import (
@@ -14,6 +13,7 @@ from megatron_cm3leon.data.cm3 import (
     find_delimiters,
     mask_block,
 )
+from tests.data.corpora import make_vocabulary
 
 V = make_vocabulary(text=50, image=20, height=2, width=2)
 EOS, BREAK, PAD, EOSS = V.eos, V.break_id, V.pad, V.eoss

@@ -10,11 +10,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
 
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import Loader
 from megatron_cm3leon.data.stream import Stream
+from tests.data.corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
 
 V = make_vocabulary()
 

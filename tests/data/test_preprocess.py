@@ -6,13 +6,13 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
-from corpora import ByteTokenizers, write_pictures
 from PIL import Image
 
 from megatron_cm3leon.data import parts
 from megatron_cm3leon.data.preprocess import PreprocessOptions, preprocess
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.data.sources import open_source
+from tests.data.corpora import ByteTokenizers, write_pictures
 
 
 def run(pairs, output, part_size=4, **options):

@@ -6,10 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from corpora import make_pairs, make_vocabulary, write_shards
 
 from megatron_cm3leon.data.shards import open_shards, split_segments
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
+from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 
 V = make_vocabulary()
 

@@ -4,11 +4,11 @@ import pickle
 
 import numpy as np
 import pytest
-from corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
 
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.samples import turn_document
 from megatron_cm3leon.data.stream import Stream, build_stream
+from tests.data.corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
 
 VOCABULARY = make_vocabulary()
 

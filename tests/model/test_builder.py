@@ -7,7 +7,9 @@ from megatron_cm3leon.config import load_config
 from tests.distributed.launch import torchrun
 
 
-@pytest.mark.parametrize(("preset", "parameters"), [("350m", 373_293_056), ("760m", 786_432_000), ("7b", 6_727_663_616)])
+@pytest.mark.parametrize(
+    ("preset", "parameters"), [("350m", 373_293_056), ("760m", 786_432_000), ("7b", 6_727_663_616)]
+)
 def test_presets_have_the_papers_parameter_counts(preset, parameters):
     from megatron_cm3leon.model.builder import count_parameters
 

@@ -1,6 +1,5 @@
 """Cross-entropy over partitions and padding equals torch's over the true vocabulary."""
 
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,5 +56,3 @@ def test_losses_and_gradients_equal_torchs(tmp_path, size):
     gradient = torch.cat([torch.tensor(part) for _, _, part in results], dim=1)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
     assert not gradient[:, TRUE:].any()  # padded rows learn nothing
-
-

@@ -19,7 +19,7 @@ from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from corpora import write_pictures
+from tests.data.corpora import write_pictures
 
 ROOT = Path(__file__).parents[2]
 TRICKY = "<break> and <sentinel:0> </s>  two  spaces, ünïcode 🎈"

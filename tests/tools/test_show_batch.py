@@ -12,7 +12,7 @@ from megatron_cm3leon.data.show import BlockPrinter
 from megatron_cm3leon.data.stream import Stream
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from corpora import ByteText, make_neighbors, make_vocabulary, write_shards
+from tests.data.corpora import ByteText, make_neighbors, make_vocabulary, write_shards
 
 ROOT = Path(__file__).parents[2]
 V = make_vocabulary(text=256, image=16, height=2, width=2)
