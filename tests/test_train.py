@@ -21,6 +21,7 @@ data: {seq_length: 32, packing: stream, workers: 1}
 train: {steps: 30, global_batch_size: 4, micro_batch_size: 2, precision: fp32, threads: 1}
 schedule: {warmup_steps: 5}
 checkpoint: {interval: 4, keep_last: 2}
+validation: {interval: 15, batches: 2}
 """
 
 
@@ -38,7 +39,8 @@ def folder(tmp_path_factory):
 
 
 def command(folder, output, *more):
-    paths = [f"output={folder / output}", f"data.shards={folder / 'shards'}"]
+    shards = folder / "shards"
+    paths = [f"output={folder / output}", f"data.shards={shards}", f"validation.shards={shards}"]
     return [sys.executable, "-m", "megatron_cm3leon.train", str(folder / "config.yaml"), *paths, *more]
 
 
@@ -64,6 +66,8 @@ def test_a_run_leaves_what_it_promises(folder):
     assert [path.name for path in list_checkpoints(run)] == ["step-00000028", "step-00000030"]
     assert (run / "latest").read_text() == "step-00000030\n"
     assert list((run / "tensorboard").iterdir())
+    validated = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    assert list(validated) == [15, 30] and validated[30] < validated[15]
     assert load_config(run / "config.yaml").train.steps == 30
 
 
