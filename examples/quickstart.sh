@@ -23,12 +23,12 @@ cd "$ROOT"
 prepare_environment
 clear_output
 
-pairs=9000 image_steps=1200 warmup=400 clip_steps=400 train_steps=3000 FIRST_LEG_STEPS=40
+pairs=9000 image_steps=1200 clip_steps=400 train_steps=3000 FIRST_LEG_STEPS=40
 EVALUATE=(--checker examples/shapes/checker.py)
 case $SIZE in
     long) train_steps=10000 ;;
     small)
-        pairs=400 warmup=10 image_steps=30 clip_steps=10 train_steps=12 FIRST_LEG_STEPS=6
+        pairs=400 image_steps=30 clip_steps=10 train_steps=12 FIRST_LEG_STEPS=6
         EVALUATE+=(--pictures 8 --sweep-pictures 4 --guidance 1 2 --examples 4)
         ;;
 esac
@@ -38,8 +38,7 @@ CAPTION="a large red circle in the centre on a white background"
 PAIRS=(python examples/shapes/generate.py --pairs "$pairs" --size 32)
 SPECIALS=(--specials 32 --sentinels 16)
 TEXT=(--vocab-size 480)
-IMAGE=(--image-size 32 --downsample 4 --codebook-size 256 --learning-rate 4e-3)
-IMAGE+=(--steps "$image_steps" --warmup-steps "$warmup")
+IMAGE=(--image-size 32 --downsample 4 --codebook-size 256 --steps "$image_steps")
 CLIP=(--steps "$clip_steps")
 TRAIN=("train.steps=$train_steps")
 run_pipeline
