@@ -114,8 +114,6 @@ class TrainConfig:
     """auto, cpu or cuda; auto takes CUDA where there is a device for every local rank."""
     threads: int = 0
     """CPU threads a rank; 0 divides the cores among the ranks of this node."""
-    log_interval: int = 10
-    """Steps between printed lines; metrics.jsonl gets every step."""
     stop_after: int = 0
     """Stop, with a checkpoint, once this step is reached; 0 goes on to `steps`."""
     max_skipped: int = 10
@@ -283,7 +281,6 @@ _RANGES = {
     "train.global_batch_size": (1, None),
     "train.micro_batch_size": (1, None),
     "train.threads": (0, None),
-    "train.log_interval": (1, None),
     "train.stop_after": (0, None),
     "train.max_skipped": (0, None),
     "optimizer.learning_rate": (0, None),
