@@ -32,7 +32,7 @@ logger = logging.getLogger("megatron_cm3leon.train")  # by name: this module als
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="megatron_cm3leon.train", description=__doc__)
-    parser.add_argument("config", help="YAML file of the run; megatron_cm3leon/config.py documents every field")
+    parser.add_argument("config", help="YAML file of the run; megatron_cm3leon/config_fields.py documents every field")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")
     parser.add_argument(
         "--allow-change",

@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_cm3leon.config import CM3Config
+from megatron_cm3leon.config_fields import CM3Config
 from megatron_cm3leon.data.order import derive_key, draw_uniform, poisson_table
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
-from megatron_cm3leon.config import ParallelConfig
+from megatron_cm3leon.config_fields import ParallelConfig
 from megatron_cm3leon.engine.parallel import Rank, destroy_groups, initialize_groups
 
 

@@ -120,12 +120,16 @@ def _headline(figures: dict) -> list[dict]:
 
 
 def _accuracy_rows(figures: dict) -> list[dict]:
-    guidance = figures.get("guidance")
+    guidance, retrieval = figures.get("guidance", 1), figures.get("retrieval", False)
+    behind = {True: "behind retrieved documents", False: "no retrieved documents"}
     rows = [
         ("checker_ceiling", "held-out, reconstructed"),
-        ("heldout_accuracy", f"generated, guidance {guidance:g}" if guidance is not None else "generated"),
-        ("heldout_accuracy_without_guidance", "generated, no guidance"),
-        ("heldout_accuracy_without_retrieval", "generated, no retrieved documents"),
+        ("heldout_accuracy", f"generated, guidance {guidance:g}, {behind[retrieval]}"),
+        ("heldout_accuracy_without_guidance", f"generated, no guidance, {behind[retrieval]}"),
+        (
+            "heldout_accuracy_without_retrieval" if retrieval else "heldout_accuracy_with_retrieval",
+            f"generated, guidance {guidance:g}, {behind[not retrieval]}",
+        ),
     ]
     if guidance == 1:
         del rows[2]

@@ -1,6 +1,6 @@
 """Evaluation of an exported model on held-out shards; what tools/report.py shows.
 
-Held-out documents are drawn once: some for choosing the guidance, others, reported, for everything else. Measured are
+Held-out documents are drawn once: some to choose guidance and retrieval on, others, reported, for all else. Measured:
 
     the checker's accuracy on generated pictures (and on the image tokenizer's reconstructions: its ceiling),
     the accuracy of generated captions, the reconstructions' PSNR, the loss with and without retrieved documents,
@@ -8,7 +8,7 @@ Held-out documents are drawn once: some for choosing the guidance, others, repor
 and examples of each are written as pictures, beside evaluation.json:
 
     figures           the numbers
-    sweep             accuracy by guidance
+    sweep             accuracy (or CLIP score) by guidance, with and without retrieved documents
     examples          captions with their pictures: held-out, generated at guidance 1 and at the best one
     reconstructions   originals and what the image tokenizer makes of them
     retrieval         queries and their retrieved documents
@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_cm3leon.data.shards import Corpus, open_shards, split_segments
+from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.evaluation.heldout import Heldout, cover_box, measure_psnr, read_heldout
 from megatron_cm3leon.evaluation.judge import judge_captions, judge_pictures, load_checker, share_right
 from megatron_cm3leon.evaluation.loss import measure_loss
 from megatron_cm3leon.generation.generate import Generator
@@ -46,7 +47,7 @@ class EvaluationOptions:
     pictures: int = 144
     """Held-out documents that are reported on."""
     sweep_pictures: int = 48
-    """Other held-out documents, on which the guidance is chosen."""
+    """Other held-out documents, on which guidance and retrieval are chosen."""
     guidance: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
     """Guidance weights that are tried."""
     temperature: float = 0.5
@@ -59,52 +60,6 @@ class EvaluationOptions:
     """Examples of each kind that are shown."""
     seed: int = 0
     """Seed of the choice of documents and of the pictures."""
-
-
-@dataclass
-class Heldout:
-    """Held-out pairs: caption, image codes, the stored document and where its picture is."""
-
-    captions: list[str]
-    codes: np.ndarray
-    documents: list[np.ndarray]
-    files: list[Path | None]
-
-    def part(self, chosen: slice) -> "Heldout":
-        return Heldout(self.captions[chosen], self.codes[chosen], self.documents[chosen], self.files[chosen])
-
-
-def read_heldout(corpus: Corpus, count: int, seed: int, checker=None) -> Heldout:
-    """`count` pairs drawn from a corpus, of those whose captions the checker understands."""
-    metadata = corpus.metadata(["caption", "image"]).to_pydict()
-    vocabulary, folder = corpus.vocabulary, Path(corpus.manifest.get("input", ""))
-    pairs = Heldout([], np.empty((0, vocabulary.image_tokens), np.int64), [], [])
-    codes = []
-    for number in np.random.default_rng(seed).permutation(corpus.documents):
-        ids = corpus.read(int(number)).astype(np.int64)
-        pictures = [part for part in split_segments(ids, vocabulary) if len(part) and vocabulary.is_image(part[0])]
-        caption = metadata["caption"][number]
-        if len(pictures) != 1 or not caption or (checker and checker.parse_caption(caption) is None):
-            continue
-        pairs.captions.append(caption)
-        pairs.documents.append(ids)
-        pairs.files.append(folder / metadata["image"][number] if metadata["image"][number] else None)
-        codes.append(pictures[0] - vocabulary.image_start)
-        if len(codes) == count:
-            break
-    if len(codes) < min(count, 2):
-        raise ValueError(
-            f"{corpus.folder} has {len(codes)} pairs of one picture and a caption that can be evaluated; "
-            f"{count} were asked for."
-        )
-    pairs.codes = np.stack(codes)
-    return pairs
-
-
-def measure_psnr(original: Image.Image, reconstruction: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of two RGB pictures of one size; at most 100."""
-    left, right = (np.asarray(picture, np.float64) for picture in (original, reconstruction))
-    return float(min(100.0, 10 * np.log10(255.0**2 / max(((left - right) ** 2).mean(), 1e-9))))
 
 
 def evaluate_model(
@@ -260,12 +215,13 @@ class _Evaluation:
         return [one.picture for one in made]
 
     def generate(self) -> None:
-        """Choose the guidance on the sweep's captions; then all reported ones, with it and with none."""
-        best = self._sweep() if self.checker else self.options.guidance[-1]
-        plain = self._images(self.pairs, self.by_text, 1.0)
-        guided = plain if best == 1 else self._images(self.pairs, self.by_text, best)
+        """Choose guidance and retrieval on the sweep's captions; then draw all reported ones, so and unguided."""
+        best = self._sweep()
+        documents = self.by_text if best["retrieval"] else None
+        plain = self._images(self.pairs, documents, 1.0)
+        guided = plain if best["guidance"] == 1 else self._images(self.pairs, documents, best["guidance"])
         figures = self.result["figures"]
-        figures["guidance"] = best
+        figures["guidance"], figures["retrieval"] = best["guidance"], best["retrieval"]
         judged = {}
         if self.checker:
             wanted = self._wanted(self.pairs)
@@ -276,10 +232,16 @@ class _Evaluation:
             figures["heldout_accuracy"] = share_right(judged["guided"])
             figures["heldout_accuracy_without_guidance"] = share_right(judged["plain"])
             if self.source is not None:
-                alone = judge_pictures(self.checker, self._images(self.pairs, None, best), wanted)
-                figures["heldout_accuracy_without_retrieval"] = share_right(alone)
+                other = self._images(self.pairs, None if best["retrieval"] else self.by_text, best["guidance"])
+                arms = [figures["heldout_accuracy"], share_right(judge_pictures(self.checker, other, wanted))]
+                with_, without = arms if best["retrieval"] else reversed(arms)
+                figures["heldout_accuracy_with_retrieval"] = with_
+                figures["heldout_accuracy_without_retrieval"] = without
         if self.source is not None:
-            figures["clip_score"] = self._clip_scores({"generated": guided, "heldout": self.seen})
+            figures["clip_score"] = {
+                "generated": self._clip_score(self.pairs, guided),
+                "heldout": self._clip_score(self.pairs, self.seen),
+            }
         self.result["examples"] = [
             {
                 "caption": self.pairs.captions[number],
@@ -291,21 +253,33 @@ class _Evaluation:
             for number in range(self.shown)
         ]
 
-    def _sweep(self) -> float:
-        """The guidance with the highest mean over the accuracies; of equals the lowest."""
-        wanted = self._wanted(self.sweep_pairs)
-        for guidance in sorted(set(self.options.guidance)):
-            pictures = self._images(self.sweep_pairs, self.sweep_by_text, guidance)
-            shares = share_right(judge_pictures(self.checker, pictures, wanted))
-            self.result["sweep"].append({"guidance": guidance, "accuracy": shares})
-        best = max(self.result["sweep"], key=lambda row: sum(row["accuracy"].values()))
-        return best["guidance"]
+    def _sweep(self) -> dict:
+        """The best of guidance x retrieval by the checker's mean accuracy, else by the CLIP score; of equals the first.
 
-    def _clip_scores(self, pictures: dict[str, list]) -> dict[str, float]:
-        """Mean inner product of captions and pictures by the index's own encoder."""
+        With neither checker nor index there is nothing to choose by: the last guidance asked for.
+        """
+        if not self.checker and self.source is None:
+            return {"guidance": self.options.guidance[-1], "retrieval": False}
+        for guidance in sorted(set(self.options.guidance)):
+            for retrieval in (True, False) if self.source is not None else (False,):
+                pictures = self._images(self.sweep_pairs, self.sweep_by_text if retrieval else None, guidance)
+                row = {"guidance": guidance, "retrieval": retrieval}
+                if self.checker:
+                    row["accuracy"] = share_right(
+                        judge_pictures(self.checker, pictures, self._wanted(self.sweep_pairs))
+                    )
+                else:
+                    row["clip_score"] = self._clip_score(self.sweep_pairs, pictures)
+                self.result["sweep"].append(row)
+        return max(
+            self.result["sweep"],
+            key=lambda row: sum(row["accuracy"].values()) if self.checker else row["clip_score"],
+        )
+
+    def _clip_score(self, pairs: Heldout, pictures: list) -> float:
+        """Mean inner product of captions and their pictures by the index's own encoder."""
         encoder = self.source.retriever.encoder
-        texts = encoder.encode_texts(self.pairs.captions)
-        return {name: float((encoder.encode_pictures(each) * texts).sum(1).mean()) for name, each in pictures.items()}
+        return float((encoder.encode_pictures(pictures) * encoder.encode_texts(pairs.captions)).sum(1).mean())
 
     def caption(self) -> None:
         """Captions of the held-out pictures, as their codes stand in the shards."""
@@ -340,7 +314,7 @@ class _Evaluation:
             {
                 "caption": captions[number],
                 "before": self._save(self.reconstructions[number], f"reconstruction-{number}"),
-                "masked": self._save(_cover(self.reconstructions[number], box, (height, width)), f"masked-{number}"),
+                "masked": self._save(cover_box(self.reconstructions[number], box, (height, width)), f"masked-{number}"),
                 "after": self._save(made[number].picture, f"infilled-{number}"),
                 "kept_codes": int((made[number].codes == codes[number])[: box[0] * width].sum()),
                 "other_codes": box[0] * width,
@@ -358,13 +332,3 @@ class _Evaluation:
         if self.by_text is not None:
             found = measure_loss(decoder, queries, self.by_text, self.vocabulary)
             figures["loss_with_retrieval"], figures["loss_parts_with_retrieval"] = found["loss"], found
-
-
-def _cover(picture: Image.Image, box: tuple[int, int, int, int], grid: tuple[int, int]) -> Image.Image:
-    """The picture with the part that is to be made anew checkered."""
-    picture = picture.copy()
-    down, across = picture.height // grid[0], picture.width // grid[1]
-    rows, columns = np.mgrid[: (box[2] - box[0]) * down, : (box[3] - box[1]) * across]
-    checks = np.where((rows // max(1, down) + columns // max(1, across)) % 2, 165, 205).astype(np.uint8)
-    picture.paste(Image.fromarray(checks).convert("RGB"), (box[1] * across, box[0] * down))
-    return picture

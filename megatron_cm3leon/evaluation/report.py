@@ -82,6 +82,11 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.0f} %"
 
 
+def _name_setting(row: dict) -> str:
+    """A row of the sweep in words."""
+    return f"guidance {row['guidance']:g}, {'with' if row['retrieval'] else 'without'} retrieved documents"
+
+
 class _Page:
     def __init__(self, content: dict, pictures: Path) -> None:
         self.content, self.pictures = content, pictures
@@ -119,15 +124,30 @@ class _Page:
         rows = self.content.get("accuracy") or []
         sweep = self.content.get("sweep") or []
         if not rows:
-            return ""
+            return self._clip_sweep(sweep)
         names = sorted(rows[0]["shares"], key=lambda name: name != "all")  # the sum of it first
         text = self._share_table("Pictures", names, [(one["name"], one["shares"]) for one in rows])
         if sweep:
-            lines = [(f"guidance {one['guidance']:g}", one["accuracy"]) for one in sweep]
-            text += '<p class="gap">The guidance was chosen on other held-out captions:</p>'
+            lines = [(_name_setting(one), one["accuracy"]) for one in sweep]
+            text += '<p class="gap">Guidance and retrieval were chosen on other held-out captions:</p>'
             text += self._share_table("Sweep", names, lines)
         about = escape(self.content.get("accuracy_note", "Share of pictures that show what their caption says."))
         return f"<section><h2>Does the picture show its caption?</h2><p>{about}</p>{text}</section>"
+
+    @staticmethod
+    def _clip_sweep(sweep: list) -> str:
+        """Without a checker: the CLIP scores by which guidance and retrieval were chosen."""
+        if not sweep:
+            return ""
+        lines = "".join(
+            f'<tr><th scope="row">{escape(_name_setting(one))}</th><td class="n">{one["clip_score"]:.3f}</td></tr>'
+            for one in sweep
+        )
+        return (
+            "<section><h2>Choice of guidance and retrieval</h2><p>By the mean CLIP score of pictures drawn for other "
+            'held-out captions.</p><div class="scroll"><table><tr><th scope="col">setting</th>'
+            f'<th class="n" scope="col">CLIP score</th></tr>{lines}</table></div></section>'
+        )
 
     @staticmethod
     def _share_table(first: str, names: list[str], rows: list) -> str:

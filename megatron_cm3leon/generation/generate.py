@@ -18,18 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from megatron_cm3leon.generation import prompts
+from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.grammar import Segment, picture_segment, text_segment
-from megatron_cm3leon.generation.sampling import Sampling, apply_guidance, draw, uniform_numbers
+from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.tokenizers.pixels import from_pixels, to_pixels
-
-CACHE_BYTES = {"cpu": 1 << 29, "cuda": 16 << 30}
-"""Keys and values of one batch; more prompts are decoded one batch after the other."""
-LARGEST_BATCH = 128
-"""Streams in a batch on the CPU, where larger ones gain nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +104,8 @@ class Generator:
         without = [
             prompts.unconditional_prompt(d, form, self.vocabulary) for d, form in zip(documents, forms, strict=True)
         ]
-        codes = self._run(
+        codes = decode_segments(
+            self.decoder,
             [given[number] for number, _ in jobs],
             picture_segment(self.vocabulary),
             sampling,
@@ -151,7 +147,8 @@ class Generator:
             prompts.caption_prompt(ids, docs, form, self.vocabulary)
             for ids, docs in zip(self._picture_ids(pictures), documents, strict=True)
         ]
-        ids = self._run(
+        ids = decode_segments(
+            self.decoder,
             given,
             self._text_segment(longest, given, infill=form == "masked"),
             sampling,
@@ -185,7 +182,9 @@ class Generator:
             prompts.infill_text_prompt(left, right, ids, docs, self.vocabulary)
             for (left, right), ids, docs in zip(parts, shown, documents, strict=True)
         ]
-        ids = self._run(given, self._text_segment(longest, given, infill=True), sampling, [seed] * len(given))
+        ids = decode_segments(
+            self.decoder, given, self._text_segment(longest, given, infill=True), sampling, [seed] * len(given)
+        )
         return [
             self.text.decode([*left, *self._pieces(row), *right]) for (left, right), row in zip(parts, ids, strict=True)
         ]
@@ -225,7 +224,8 @@ class Generator:
             ]
 
         ids = np.array(shown)
-        ids[:, start:end] = self._run(
+        ids[:, start:end] = decode_segments(
+            self.decoder,
             build(texts),
             picture_segment(self.vocabulary, end - start),
             sampling,
@@ -300,86 +300,6 @@ class Generator:
     def _pieces(self, row: np.ndarray) -> list[int]:
         """The text pieces of a generated row: without the ending token and what follows it."""
         return [int(token) for token in row if 0 <= token < self.vocabulary.text_size]
-
-    # Decoding
-
-    def _run(
-        self, given: list, segment: Segment, sampling: Sampling, seeds: list[int], *, unconditional: list | None = None,
-        forced: np.ndarray | None = None, advance: Callable[[int], None] | None = None,
-    ) -> np.ndarray:  # fmt: skip
-        """Ids [prompts, segment.length] that follow each prompt, -1 after an ending token."""
-        made = np.full((len(given), segment.length), -1, np.int64)
-        guided = unconditional is not None and sampling.guidance != 1
-        if not given:
-            return made
-        longest = max(map(len, given + (unconditional if guided else [])))
-        self.decoder.check_length(longest, segment.length)
-        size = self._batch_size(longest + segment.length, 2 if guided else 1)
-        for start in range(0, len(given), size):
-            part = slice(start, start + size)
-            made[part] = self._run_batch(
-                given[part],
-                unconditional[part] if guided else [],
-                segment,
-                sampling,
-                seeds[part],
-                None if forced is None else forced[part],
-                advance,
-            )
-        return made
-
-    def _batch_size(self, length: int, streams: int) -> int:
-        device = self.decoder.device.type
-        fitting = CACHE_BYTES.get(device, CACHE_BYTES["cpu"]) // (streams * self.decoder.cache_bytes(length))
-        most = LARGEST_BATCH // streams if device == "cpu" else fitting
-        return max(1, min(fitting, most))
-
-    @torch.inference_mode()
-    def _run_batch(
-        self, given: list, unconditional: list, segment: Segment, sampling: Sampling, seeds: list[int],
-        forced: np.ndarray | None, advance: Callable[[int], None] | None,
-    ) -> np.ndarray:  # fmt: skip
-        decoder, count = self.decoder, len(given)
-        allowed = segment.allowed.to(decoder.device)
-        head = decoder.head[allowed]
-        # Equal prompts (candidates, or a common unconditional one) are read once.
-        unique = {tuple(prompt): None for prompt in given + unconditional}
-        place = {prompt: number for number, prompt in enumerate(unique)}
-        which = torch.tensor([place[tuple(prompt)] for prompt in given + unconditional], device=decoder.device)
-        state, cache = decoder.start(list(unique), segment.length)
-        state, cache = state[which], cache.select(which) if len(unique) < len(which) else cache
-        noise = np.stack([uniform_numbers(s, p, segment.length) for s, p in zip(seeds, given, strict=True)])
-        noise = torch.from_numpy(noise).to(decoder.device)
-        kept = None if forced is None else torch.from_numpy(forced).to(decoder.device)
-        ends = torch.tensor(segment.ends, device=decoder.device)
-        ids = torch.full((count, segment.length), -1, device=decoder.device)
-        done = torch.zeros(count, dtype=torch.bool, device=decoder.device)
-        for turn in range(segment.length):
-            logits = decoder.logits(state, head)
-            if unconditional:
-                logits = apply_guidance(logits[:count], logits[count:], sampling.guidance)
-            token = allowed[draw(logits, sampling, noise[:, turn])]
-            if kept is not None:
-                token = torch.where(kept[:, turn] >= 0, kept[:, turn], token)
-            ids[:, turn] = token.masked_fill(done, -1)
-            if segment.ends:
-                done |= torch.isin(token, ends)
-            finished = bool(segment.ends) and bool(done.all())
-            if advance:
-                advance(count * (segment.length - turn if finished else 1))
-            if finished:
-                break
-            if turn + 1 < segment.length:
-                state = decoder.step(torch.cat([token, token]) if unconditional else token, cache)
-        return self._ended(ids, segment).cpu().numpy()
-
-    @staticmethod
-    def _ended(ids: Tensor, segment: Segment) -> Tensor:
-        """Text that reached its length without an ending token gets one: what is returned is well formed."""
-        if segment.ends:
-            last = ids[:, -1]
-            ids[:, -1] = torch.where(last >= 0, segment.ends[0], last)
-        return ids
 
 
 def _per_item(retrieved: list | None, items: list, name: str) -> list:

@@ -21,7 +21,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_cm3leon.config import VOCABULARY_ROW_MULTIPLE, Config
+from megatron_cm3leon.config import Config
+from megatron_cm3leon.config_rules import VOCABULARY_ROW_MULTIPLE
 from megatron_cm3leon.model.layers import build_block_spec
 from megatron_cm3leon.model.loss import cross_entropy
 from megatron_cm3leon.tokenizers.vocab import Vocabulary

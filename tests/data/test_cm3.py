@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_cm3leon.config import CM3Config
+from megatron_cm3leon.config_fields import CM3Config
 from megatron_cm3leon.data.cm3 import (
     SpanSampler,
     apply_spans,

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from megatron_cm3leon.data.shards import open_shards
-from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model, measure_psnr, read_heldout
+from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
+from megatron_cm3leon.evaluation.heldout import measure_psnr, read_heldout
 from megatron_cm3leon.evaluation.judge import judge_captions, load_checker, share_right
 from megatron_cm3leon.evaluation.loss import build_sequence, measure_loss
 from megatron_cm3leon.generation.retrieved import DocumentSource
@@ -31,8 +32,12 @@ def test_everything_is_measured(world, monkeypatch):
     assert figures["loss_with_retrieval"] != figures["loss_without_retrieval"]
     parts = [figures[f"loss_parts_{way}_retrieval"] for way in ("with", "without")]
     assert parts[0]["tokens"] == parts[1]["tokens"] == 12 * 8
-    assert [row["guidance"] for row in result["sweep"]] == [1.0, 2.0]
-    assert figures["guidance"] in (1.0, 2.0)
+    settings = [(row["guidance"], row["retrieval"]) for row in result["sweep"]]
+    assert settings == [(1.0, True), (1.0, False), (2.0, True), (2.0, False)]
+    best = max(result["sweep"], key=lambda row: sum(row["accuracy"].values()))
+    assert (figures["guidance"], figures["retrieval"]) == (best["guidance"], best["retrieval"])
+    arm = "with" if figures["retrieval"] else "without"
+    assert figures[f"heldout_accuracy_{arm}_retrieval"] == figures["heldout_accuracy"]
     assert len(result["examples"]) == len(result["reconstructions"]) == 3
     assert [len(one["neighbours"]) for one in result["retrieval"]] == [2, 2, 2]
     assert all(one["kept_codes"] == one["other_codes"] == 2 for one in result["infilling"])
@@ -40,6 +45,16 @@ def test_everything_is_measured(world, monkeypatch):
     named = [value for part in ("examples", "reconstructions", "captions", "infilling") for one in result[part]
              for value in one.values() if str(value).endswith(".png")]  # fmt: skip
     assert named and all((out / path).is_file() for path in named)
+
+
+def test_without_checker_the_clip_score_chooses(world, monkeypatch):
+    source = world.source
+    monkeypatch.setattr(DocumentSource, "load", classmethod(lambda *_: source))
+    options = EvaluationOptions(**OPTIONS)
+    result = evaluate_model(world.model, world.shards, world.path / "out", options, index="index")
+    best = max(result["sweep"], key=lambda row: row["clip_score"])
+    assert len(result["sweep"]) == 4 and result["figures"]["guidance"] == best["guidance"]
+    assert result["figures"]["retrieval"] == best["retrieval"]
 
 
 def test_without_checker_and_index(world):

@@ -24,10 +24,12 @@ def world(tmp_path):
     caption = 'a <b>"red"</b> & small circle'
     measured = {
         "figures": {"heldout_accuracy": SHARES, "checker_ceiling": SHARES, "heldout_accuracy_without_guidance": SHARES,
-                    "guidance": 3.0, "caption_accuracy": 0.75, "image_psnr_db": 21.5, "loss_with_retrieval": 1.25,
+                    "guidance": 3.0, "retrieval": False, "heldout_accuracy_with_retrieval": SHARES,
+                    "caption_accuracy": 0.75, "image_psnr_db": 21.5, "loss_with_retrieval": 1.25,
                     "loss_without_retrieval": 1.5},
         "options": {"pictures": 8},
-        "sweep": [{"guidance": 1.0, "accuracy": SHARES}, {"guidance": 3.0, "accuracy": SHARES}],
+        "sweep": [{"guidance": 1.0, "retrieval": True, "accuracy": SHARES},
+                  {"guidance": 3.0, "retrieval": False, "accuracy": SHARES}],
         "examples": [{"caption": caption, "original": a, "plain": a, "guided": a, "plain_judged": JUDGED,
                       "guided_judged": JUDGED}],
         "captions": [{"picture": a, "caption": caption, "made": "", "right": False}],
@@ -82,6 +84,8 @@ def test_report_has_everything_and_loads_nothing(world):
                     "Captions of held-out pictures", "The image tokenizer", "Time"):  # fmt: skip
         assert f"<h2>{heading}</h2>" in page
     assert "leg 2 begins" in page and "45 %" in page and "21.5 dB" in page and "training, two ranks" in page
+    assert "guidance 3, without retrieved documents" in page
+    assert "generated, guidance 3, behind retrieved documents" in page
     assert "✗ circle" in page and "✓" in page and "0.80" in page
     pictures = [attributes for tag, attributes in tags if tag == "img"]
     assert len(pictures) == 3 + 1 + 3 + 2 + 2
@@ -109,6 +113,19 @@ def test_parts_that_were_not_measured_are_left_out(world):
     Reader(page)
     assert figures["heldout_accuracy"] is None and figures["stage_seconds"] == {}
     assert "Held-out captions" not in page and "Training" not in page and "None" not in page and "30.0" in page
+
+
+def test_without_a_checker_the_sweep_is_of_clip_scores(world):
+    path = world / "evaluation/evaluation.json"
+    measured = json.loads(path.read_text())
+    for name in [name for name in measured["figures"] if name.startswith(("heldout_", "checker_"))]:
+        del measured["figures"][name]
+    measured["sweep"] = [{"guidance": 1.5, "retrieval": True, "clip_score": 0.2504}]
+    path.write_text(json.dumps(measured))
+    page, _ = build(world)
+    Reader(page)
+    assert "guidance 1.5, with retrieved documents" in page and "0.250" in page
+    assert "Does the picture" not in page
 
 
 def test_what_is_missing_is_named(world):

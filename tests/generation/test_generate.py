@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_cm3leon.generation import generate
+from megatron_cm3leon.generation import batch
+from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.generate import Generator
 from megatron_cm3leon.generation.grammar import text_segment
 from megatron_cm3leon.generation.sampling import Sampling
@@ -50,7 +51,7 @@ def test_same_seed_same_picture_whatever_else_is_made(generator, monkeypatch):
     candidates = codes_of(generator.images(["a red circle"], candidates=4, **{**options, "seed": 3}))
     assert candidates[2] == alone[0]
     assert len({tuple(row) for row in candidates}) == 4
-    monkeypatch.setattr(generate, "LARGEST_BATCH", 2)  # one picture a batch
+    monkeypatch.setattr(batch, "LARGEST_BATCH", 2)  # one picture a batch
     assert codes_of(generator.images(CAPTIONS, **options)) == alone
 
 
@@ -78,10 +79,10 @@ def test_captions_hold_text_alone(generator, form):
     assert generator.captions([pictures[1]], form=form, temperature=3.0, longest=9) == [texts[1]]
 
 
-def test_text_ends_as_the_grammar_says(generator, vocabulary):
+def test_text_ends_as_the_grammar_says(decoder, vocabulary):
     segment = text_segment(vocabulary, 20)
     given = [[27, number % 10, 28] for number in range(60)]
-    ids = generator._run(given, segment, Sampling(temperature=4.0), list(range(60)))
+    ids = decode_segments(decoder, given, segment, Sampling(temperature=4.0), list(range(60)))
     ended = 0
     for row in ids:
         made = row[row >= 0].tolist()
@@ -89,7 +90,9 @@ def test_text_ends_as_the_grammar_says(generator, vocabulary):
         assert made[-1] in (vocabulary.eos, vocabulary.break_id)
         ended += len(made) < 21
     assert ended > 30
-    infilled = generator._run(given, text_segment(vocabulary, 5, infill=True), Sampling(temperature=4.0), [0] * 60)
+    infilled = decode_segments(
+        decoder, given, text_segment(vocabulary, 5, infill=True), Sampling(temperature=4.0), [0] * 60
+    )
     assert set(infilled[infilled >= 10].tolist()) == {vocabulary.eoss}
 
 
