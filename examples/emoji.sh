@@ -23,11 +23,11 @@ cd "$ROOT"
 prepare_environment
 clear_output
 
-image_steps=2000 clip_steps=400 train_steps=2500 FIRST_LEG_STEPS=40
+image_steps=2000 clip_steps=400 train_steps=2500 FIRST_LEG_STEPS=40 validate_every=500
 PAIRS=(python examples/emoji/generate.py)
 EVALUATE=(--pictures 64 --sweep-pictures 16 --guidance 1 3 --examples 12)
 if [ "$SIZE" = small ]; then
-    image_steps=30 clip_steps=20 train_steps=12 FIRST_LEG_STEPS=6
+    image_steps=30 clip_steps=20 train_steps=12 FIRST_LEG_STEPS=6 validate_every=6
     PAIRS+=(--limit 200)
     EVALUATE=(--pictures 4 --sweep-pictures 2 --guidance 1 2 --examples 4)
 fi
@@ -38,7 +38,7 @@ SPECIALS=(--specials 64 --sentinels 32)
 TEXT=(--vocab-size 1472)
 IMAGE=(--image-size 32 --downsample 4 --codebook-size 512 --num-res-blocks 1 --steps "$image_steps")
 CLIP=(--steps "$clip_steps")
-TRAIN=("train.steps=$train_steps")
+TRAIN=("train.steps=$train_steps" "validation.interval=$validate_every")
 run_pipeline
 echo
 echo "open $OUT/report.html"

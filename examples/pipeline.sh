@@ -11,7 +11,8 @@
 run_pipeline() {
     local pairs=$OUT/pairs tokenizer=$OUT/tokenizer exported=$OUT/exported run=$OUT/train
     STAGES=$OUT/stages.tsv
-    local data=("data.shards=$OUT/shards/train" "retrieval.index=$OUT/index/train" "output=$run" "${TRAIN[@]}")
+    local data=("data.shards=$OUT/shards/train" "retrieval.index=$OUT/index/train"
+        "validation.shards=$OUT/shards/heldout" "validation.index=$OUT/index/heldout" "output=$run" "${TRAIN[@]}")
 
     stage "pairs" "${PAIRS[@]}" --output "$pairs"
     stage "text tokenizer" python tools/train_tokenizer.py text --input "$pairs/train.jsonl" \

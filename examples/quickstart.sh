@@ -23,12 +23,12 @@ cd "$ROOT"
 prepare_environment
 clear_output
 
-pairs=9000 image_steps=1200 clip_steps=400 train_steps=3000 FIRST_LEG_STEPS=40
+pairs=9000 image_steps=1200 clip_steps=400 train_steps=3000 FIRST_LEG_STEPS=40 validate_every=500
 EVALUATE=(--checker examples/shapes/checker.py)
 case $SIZE in
     long) train_steps=10000 ;;
     small)
-        pairs=400 image_steps=30 clip_steps=10 train_steps=12 FIRST_LEG_STEPS=6
+        pairs=400 image_steps=30 clip_steps=10 train_steps=12 FIRST_LEG_STEPS=6 validate_every=6
         EVALUATE+=(--pictures 8 --sweep-pictures 4 --guidance 1 2 --examples 4)
         ;;
 esac
@@ -40,7 +40,7 @@ SPECIALS=(--specials 32 --sentinels 16)
 TEXT=(--vocab-size 480)
 IMAGE=(--image-size 32 --downsample 4 --codebook-size 256 --steps "$image_steps")
 CLIP=(--steps "$clip_steps")
-TRAIN=("train.steps=$train_steps")
+TRAIN=("train.steps=$train_steps" "validation.interval=$validate_every")
 run_pipeline
 echo
 echo "open $OUT/report.html"

@@ -26,8 +26,12 @@ from megatron_cm3leon.engine.parallel import (
 from megatron_cm3leon.metrics import MetricsLogger
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.schedule import learning_rate
+from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
 logger = logging.getLogger("megatron_cm3leon.train")  # by name: this module also runs as __main__
+
+SECONDS_FOR_FIRST_RANK = 20
+"""A launcher ends all ranks with the first that ends: the others wait, so that the first rank's sentence is printed."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,35 +54,43 @@ def latest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def check_changes(folder: Path, config: Config, stream: Stream, state: TrainState, allowed: list[str]) -> None:
-    """Refuse to resume with another model or stream unless each changed field was allowed; record those."""
-    old = sharded.CheckpointReader(folder).config
-    changes = {name: pair for name, pair in changed_fields(old, config).items() if name.startswith(FIXED_FIELDS)}
+def check_changes(
+    reader: sharded.CheckpointReader, config: Config, stream: Stream, state: TrainState, allowed: list[str]
+) -> None:
+    """Refuse to resume with another vocabulary, model or stream unless each changed field was allowed; record those."""
+    check_same_vocabulary(stream.vocabulary, reader.vocabulary, f"checkpoint {reader.folder}")
+    found = changed_fields(reader.config, config)
+    changes = {name: pair for name, pair in found.items() if name.startswith(FIXED_FIELDS)}
     for name, (before, after) in changes.items():
         if name not in allowed:
             raise ValueError(
-                f"{name} ({after}) was {before} in {folder}; resume with the old value, start a new run folder "
+                f"{name} ({after}) was {before} in {reader.folder}; resume with the old value, start a new run folder "
                 f"(output=...), or confirm with --allow-change {name}."
             )
         state.changes.append({"step": state.step, "field": name, "old": before, "new": after})
     if state.stream != stream.fingerprint and not changes and "data.shards" not in allowed:
         raise ValueError(
-            f"the shards or the index behind this run are not those of {folder}; give the same ones, start a new "
-            f"run folder (output=...), or confirm with --allow-change data.shards."
+            f"the shards or the index behind this run are not those of {reader.folder}; give the same ones, start a "
+            f"new run folder (output=...), or confirm with --allow-change data.shards."
         )
 
 
-def resume(engine: Engine, config: Config, stream: Stream, allowed: list[str]) -> TrainState:
-    """State to go on from: the last checkpoint's, or a new one."""
+def open_run(config: Config, stream: Stream, device, allowed: list[str]) -> tuple[Engine, TrainState]:
+    """Engine and state to go on from, the last checkpoint's or new. Changed fields are told before weights are read."""
+    from megatron_cm3leon.engine.megatron import MegatronEngine
+
     folder = latest_checkpoint(Path(config.output))
     if folder is None:
-        return TrainState(stream=stream.fingerprint, attempt=1)
-    state = engine.load(folder)
-    check_changes(folder, config, stream, state, allowed)
+        return MegatronEngine(config, stream.vocabulary, device), TrainState(stream=stream.fingerprint, attempt=1)
+    reader = sharded.CheckpointReader(folder)
+    state = reader.state
+    check_changes(reader, config, stream, state, allowed)
+    engine = MegatronEngine(config, stream.vocabulary, device)
+    engine.load(folder)
     state.stream = stream.fingerprint
     state.attempt += 1
     logger.info("resumed from %s at step %d", folder, state.step)
-    return state
+    return engine, state
 
 
 def build_loader(config: Config, stream: Stream, engine: Engine, start_batch: int) -> Loader:
@@ -146,12 +158,9 @@ def save_checkpoint(engine: Engine, state: TrainState, config: Config, first: bo
 
 def train(config: Config, rank: Rank, allowed: list[str]) -> None:
     """Run the loop on this rank to train.steps, or to train.stop_after."""
-    from megatron_cm3leon.engine.megatron import MegatronEngine
-
     run, first = Path(config.output), rank.rank == 0
     stream = build_stream(config)
-    engine = MegatronEngine(config, stream.vocabulary, choose_device(config.train.device, rank))
-    state = resume(engine, config, stream, allowed)
+    engine, state = open_run(config, stream, choose_device(config.train.device, rank), allowed)
     validation = Validation(config) if config.validation.interval else None
     if first:
         run.mkdir(parents=True, exist_ok=True)
@@ -210,9 +219,11 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         config.validate(rank.world_size)
         device = choose_device(config.train.device, rank)
-    except ValueError as error:  # the same on every rank
+    except ValueError as error:  # the same on every rank: the first one tells it
         if rank.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SECONDS_FOR_FIRST_RANK)
         return 2
     set_threads(config.train.threads, rank)
     initialize_groups(config, rank, device)

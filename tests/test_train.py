@@ -99,6 +99,8 @@ def test_another_stream_or_model_needs_a_word_and_is_recorded(folder):
     assert refused.returncode == 2
     assert "cm3.probability (0.5) was 1.0" in refused.stderr and "--allow-change cm3.probability" in refused.stderr
     assert "Traceback" not in refused.stderr
+    wider = train(folder, "changed", "model.hidden_size=64", "train.stop_after=2")
+    assert wider.returncode == 2 and "model.hidden_size (64) was 32" in wider.stderr
     allowed = train(folder, "changed", "cm3.probability=0.5", "train.stop_after=2", "--allow-change", "cm3.probability")
     assert allowed.returncode == 0, allowed.stderr
     state = (list_checkpoints(folder / "changed")[-1] / "state.json").read_text()

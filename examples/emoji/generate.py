@@ -64,7 +64,7 @@ class Emoji:
         return [self.name] + ([f"{self.name}: {', '.join(others)}"] if others else [])
 
 
-def parse_emoji_test(lines, skin_tones: bool = False) -> Iterator[Emoji]:
+def parse_emoji_test(lines, skin_tones: bool = True) -> Iterator[Emoji]:
     """Fully-qualified emoji of Unicode's emoji-test.txt, in its order."""
     group = ""
     for line in lines:
@@ -216,7 +216,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder to write train/, heldout/ and their JSONL files to")
     parser.add_argument("--size", type=int, default=64, help="picture size in pixels, up to 136")
     parser.add_argument("--captions", type=int, default=2, choices=(1, 2), help="name; name with keywords")
-    parser.add_argument("--skin-tones", action="store_true", help="also the 1,785 emoji with a skin tone")
+    parser.add_argument(
+        "--skin-tones",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also the 1,785 emoji with a skin tone",
+    )
     parser.add_argument("--limit", type=int, default=0, help="emoji that are rendered; 0 is all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split")
     parser.add_argument("--font", help="NotoColorEmoji.ttf (default: found by fontconfig)")

@@ -109,6 +109,7 @@ def _headline(figures: dict) -> list[dict]:
         (percent(all_of("heldout_accuracy")), "of held-out captions drawn right in every attribute"),
         (percent(all_of("checker_ceiling")), "of reconstructions read right by the checker: the ceiling"),
         (percent(figures["caption_accuracy"]), "of held-out pictures captioned right"),
+        (number(figures.get("caption_word_f1"), ".2f"), "F1 of the words of those captions"),
         (number(figures["image_psnr_db"], ".1f"), "dB PSNR of the image tokenizer"),
         (number(figures["loss_with_retrieval"], ".3f"), "held-out loss behind retrieved documents"),
         (number(figures["loss_without_retrieval"], ".3f"), f"held-out loss{alone}"),

@@ -28,7 +28,7 @@ from PIL import Image
 
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.evaluation.heldout import Heldout, cover_box, measure_psnr, read_heldout
-from megatron_cm3leon.evaluation.judge import judge_captions, judge_pictures, load_checker, share_right
+from megatron_cm3leon.evaluation.judge import judge_captions, judge_pictures, load_checker, share_right, word_f1
 from megatron_cm3leon.evaluation.loss import measure_loss
 from megatron_cm3leon.generation.generate import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
@@ -290,6 +290,8 @@ class _Evaluation:
         else:
             right = [text == caption for text, caption in zip(texts, self.pairs.captions, strict=True)]
         self.result["figures"]["caption_accuracy"] = sum(right) / len(right)
+        overlaps = [word_f1(text, caption) for text, caption in zip(texts, self.pairs.captions, strict=True)]
+        self.result["figures"]["caption_word_f1"] = float(np.mean(overlaps))
         self.result["captions"] = [
             {
                 "picture": self._save(self.seen[number], f"original-{number}"),

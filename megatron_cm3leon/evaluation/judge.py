@@ -9,6 +9,8 @@ such as examples/shapes/checker.py. A corpus without one (`None` everywhere here
 """
 
 import importlib.util
+import re
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +50,13 @@ def judge_captions(checker: ModuleType, texts: list[str], wanted: list[dict]) ->
         found = checker.parse_caption(text) or {}
         judged.append({name: [value, found.get(name), found.get(name) == value] for name, value in attributes.items()})
     return judged
+
+
+def word_f1(made: str, wanted: str) -> float:
+    """Harmonic mean of precision and recall of the words of a caption, whatever their order and case."""
+    left, right = (Counter(re.findall(r"\w+", text.lower())) for text in (made, wanted))
+    common = (left & right).total()
+    return 2 * common / (left.total() + right.total()) if common else 0.0
 
 
 def share_right(judged: list[dict]) -> dict[str, float]:

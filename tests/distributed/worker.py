@@ -15,7 +15,8 @@ from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.config import load_config
 from megatron_cm3leon.data.stream import build_stream
 from megatron_cm3leon.engine.parallel import Rank, choose_device, initialize_groups, set_threads
-from megatron_cm3leon.train import build_loader, resume
+from megatron_cm3leon.schedule import learning_rate
+from megatron_cm3leon.train import build_loader, open_run
 
 
 def run_case(case: dict, rank: Rank, folder: Path) -> None:
@@ -25,12 +26,9 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
     config.validate(rank.world_size)
     device = choose_device(config.train.device, rank)
     initialize_groups(config, rank, device)
-    from megatron_cm3leon.engine.megatron import MegatronEngine
-    from megatron_cm3leon.schedule import learning_rate
 
     stream = build_stream(config)
-    engine = MegatronEngine(config, stream.vocabulary, device)
-    state = resume(engine, config, stream, [])
+    engine, state = open_run(config, stream, device, [])
     if case.get("save_start"):
         engine.save(sharded.step_folder(Path(config.output), 0), state)
     loader = build_loader(config, stream, engine, state.batch)

@@ -11,7 +11,7 @@ from PIL import Image
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
 from megatron_cm3leon.evaluation.heldout import measure_psnr, read_heldout
-from megatron_cm3leon.evaluation.judge import judge_captions, load_checker, share_right
+from megatron_cm3leon.evaluation.judge import judge_captions, load_checker, share_right, word_f1
 from megatron_cm3leon.evaluation.loss import build_sequence, measure_loss
 from megatron_cm3leon.generation.retrieved import DocumentSource
 
@@ -106,6 +106,12 @@ def test_documents_that_do_not_fit_are_left_out_farthest_first(world):
     assert ids == [vocabulary.eos, *[8] * 30, vocabulary.break_id, 1, 2] and start == 32
     with pytest.raises(ValueError, match=r"41 tokens does not fit into the model's context of 40"):
         build_sequence([1] * 41, [], vocabulary, 40)
+
+
+def test_words_in_common():
+    assert word_f1("a red circle", "A circle, red") == 1
+    assert word_f1("a a red", "a blue") == pytest.approx(2 / 5)
+    assert word_f1("", "a") == word_f1("x", "y") == 0
 
 
 def test_psnr():

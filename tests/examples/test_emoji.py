@@ -1,17 +1,13 @@
 """Emoji corpus: parsing on hand-written snippets always; rendering where the font and Unicode's data are."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from examples.emoji import generate  # noqa: E402
+from examples.emoji import generate
+from tests.examples.run import run_example
 
 EMOJI_TEST = """\
 # emoji-test.txt
@@ -42,7 +38,7 @@ ANNOTATIONS = """\
 
 
 def test_parsing_the_list():
-    found = list(generate.parse_emoji_test(EMOJI_TEST.splitlines()))
+    found = list(generate.parse_emoji_test(EMOJI_TEST.splitlines(), skin_tones=False))
     assert [(emoji.name, emoji.group) for emoji in found] == [
         ("grinning face", "Smileys & Emotion"),
         ("smiling face", "Smileys & Emotion"),
@@ -50,7 +46,7 @@ def test_parsing_the_list():
         ("flag: France", "Flags"),
     ]
     assert found[1].text == "\u263a\ufe0f" and found[3].codepoints == "1F1EB 1F1F7"
-    with_tones = list(generate.parse_emoji_test(EMOJI_TEST.splitlines(), skin_tones=True))
+    with_tones = list(generate.parse_emoji_test(EMOJI_TEST.splitlines()))
     assert [emoji.name for emoji in with_tones][3] == "waving hand: light skin tone"
 
 
@@ -58,7 +54,7 @@ def test_annotations_name_and_keywords(tmp_path):
     (tmp_path / "en.xml").write_text(ANNOTATIONS, encoding="utf-8")
     known = generate.parse_annotations([tmp_path / "en.xml"])
     grinning, smiling, waving, _ = (
-        generate.annotate(emoji, known) for emoji in generate.parse_emoji_test(EMOJI_TEST.splitlines())
+        generate.annotate(emoji, known) for emoji in generate.parse_emoji_test(EMOJI_TEST.splitlines(), False)
     )
     assert grinning.captions() == ["grinning face", "grinning face: face, grin"]
     assert smiling.name == "smiling face, says CLDR"  # found without the variation selector
@@ -92,16 +88,21 @@ def test_options_out_of_range_and_no_font(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """The first 60 emoji, rendered."""
-    folder = tmp_path_factory.mktemp("emoji")
-    options = generate.parse_options(["--output", str(folder), "--size", "32", "--limit", "60"])
+def fonts():
+    """The Debian packages; what needs them is skipped without."""
     try:
         generate.find_file("font", None, generate.font_places())
         generate.find_file("emoji list", None, [generate.EMOJI_TEST])
         generate.find_file("annotations", None, [f"{generate.CLDR}/annotations/en.xml"])
     except ValueError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def corpus(fonts, tmp_path_factory):
+    """The first 60 emoji, rendered."""
+    folder = tmp_path_factory.mktemp("emoji")
+    options = generate.parse_options(["--output", str(folder), "--size", "32", "--limit", "60"])
     return folder, generate.generate(options)
 
 
@@ -140,3 +141,18 @@ def test_a_second_run_into_the_same_folder_is_refused(corpus):
     options = generate.parse_options(["--output", str(folder), "--limit", "20"])
     with pytest.raises(ValueError, match="is not empty; give another --output"):
         generate.generate(options)
+
+
+def test_the_whole_path_without_a_checker(fonts, tmp_path):
+    done = run_example("emoji.sh", "--small", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["heldout_accuracy"] is None and 0 < report["loss_with_retrieval"] < 20
+    assert -1 <= report["clip_score"]["generated"] <= 1 and report["retrieval"] in (True, False)
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Choice of guidance and retrieval" in page and "Held-out captions" in page
+
+
+def test_there_is_no_longer_setting():
+    done = run_example("emoji.sh", "--long")
+    assert done.returncode == 2 and "emoji.sh has no --long" in done.stderr

@@ -1,29 +1,20 @@
 """The quickstart's own script on its smallest setting: every station, and the report it promises."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from megatron_cm3leon.metrics import read_metrics
-from tests.distributed.launch import ROOT
+from tests.examples.run import run_example
 
 ACCURACIES = {"colour", "shape", "size", "position", "background", "all"}
-
-
-def quickstart(*arguments, timeout=600):
-    environment = {**os.environ, "VENV": sys.prefix, "PYTHON": sys.executable}
-    command = ["bash", str(ROOT / "examples" / "quickstart.sh"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("quickstart")
-    done = quickstart("--small", "--out", out)
+    done = run_example("quickstart.sh", "--small", "--out", out)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out, done.stdout
 
@@ -51,6 +42,7 @@ def test_two_legs_under_two_layouts_are_one_run(run):
     lines = read_metrics(out / "train")
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["attempt"] for line in lines] == [1] * 6 + [2] * 6
+    assert [line["step"] for line in lines if "validation_loss" in line] == [6, 12]
     assert "resumed from" in printed or (out / "train" / "latest").read_text() == "step-00000012\n"
 
 
@@ -63,11 +55,11 @@ def test_pictures_captions_and_infills_are_there(run):
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    done = quickstart("--small", "--out", tmp_path)
+    done = run_example("quickstart.sh", "--small", "--out", tmp_path)
     assert done.returncode == 2 and "was not made by this script" in done.stderr
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_an_unknown_option_is_named():
-    done = quickstart("--smal")
+    done = run_example("quickstart.sh", "--smal")
     assert done.returncode == 2 and "unknown option --smal" in done.stderr

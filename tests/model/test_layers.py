@@ -20,3 +20,16 @@ def test_attention_written_out_equals_torchs(dtype, tolerance):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_dropout_drops_weights_and_keeps_their_mean():
+    from megatron_cm3leon.model.layers import attend_written_out
+
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 1, 12, 16, generator=generator) for _ in range(2))
+    value = torch.eye(12)[None, None]  # the result is the weights themselves
+    whole = attend_written_out(query, key, value)
+    torch.manual_seed(0)
+    draws = torch.stack([attend_written_out(query, key, value, dropout=0.25) for _ in range(4000)])
+    assert (draws[..., 11, :] == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(draws.mean(0), whole, rtol=0, atol=0.03)
