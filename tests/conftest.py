@@ -2,4 +2,6 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the machine's cores belong to the ranks under test
+# Before torch is imported: the machine's cores belong to the ranks under test; with tiny tensors a second
+# thread costs more than it brings, and it sums in another order.
+os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,6 +1,7 @@
 """Export: stock OPT gives the trained model's logits; what cannot be exported is refused in a sentence."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,18 +11,9 @@ from megatron_cm3leon.checkpoint import convert
 from megatron_cm3leon.checkpoint.convert import export_checkpoint, split_qkv
 from megatron_cm3leon.checkpoint.reference import canonical_shapes, reference_logits
 from megatron_cm3leon.config import Config
-from megatron_cm3leon.tokenizers.vocab import Vocabulary
+from tests.data.corpora import make_vocabulary
 
-VOCABULARY = Vocabulary(
-    text_size=40,
-    image_size=16,
-    sentinels=4,
-    specials=10,
-    image_height=2,
-    image_width=3,
-    text_sha256="a" * 64,
-    image_sha256="b" * 64,
-)
+VOCABULARY = make_vocabulary(text=40, image=16, height=2, width=3, sentinels=4, specials=10)
 
 
 class FakeReader:
@@ -171,9 +163,7 @@ def test_wrong_inputs_are_refused(tmp_path, tokenizer):
     (tokenizer / "text.model").unlink()
     with pytest.raises(ValueError, match=r"has no text.model"):
         export_checkpoint("s", tokenizer, tmp_path / "out", reader=reader)
-    fields = {name: getattr(VOCABULARY, name) for name in Vocabulary.__dataclass_fields__}
-    other = Vocabulary(**{**fields, "text_size": 41})
-    other.save(tokenizer / "vocab.json")
+    replace(VOCABULARY, text_size=41).save(tokenizer / "vocab.json")
     with pytest.raises(ValueError, match=r"another vocabulary .*text_size: 41 instead of 40"):
         export_checkpoint("s", tokenizer, tmp_path / "out", reader=reader)
 

@@ -9,6 +9,7 @@ from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 
 def make_vocabulary(text=100, image=32, height=4, width=4, sentinels=16, specials=32) -> Vocabulary:
+    """A vocabulary of these sizes, of no tokenizer's files."""
     return Vocabulary(
         text_size=text,
         image_size=image,

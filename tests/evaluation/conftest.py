@@ -5,27 +5,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import OPTConfig, OPTForCausalLM
 
 from megatron_cm3leon.data.shards import ShardWriter, build_manifest, open_shards, write_json
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.generate import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource
-from megatron_cm3leon.tokenizers.vocab import Vocabulary
+from tests.data.corpora import make_vocabulary
+from tests.models import make_tokenizers, save_random_opt
 
 WORDS = ["dark", "light", "picture", "a"]
-VOCABULARY = Vocabulary(
-    text_size=4,
-    image_size=8,
-    sentinels=2,
-    specials=6,
-    image_height=2,
-    image_width=2,
-    text_sha256="a" * 64,
-    image_sha256="b" * 64,
-)
+VOCABULARY = make_vocabulary(text=len(WORDS), image=8, height=2, width=2, sentinels=2, specials=6)
 CHECKER = """
 def classify(picture):
     return {"tone": "light" if sum(picture.convert("L").tobytes()) > 4 * 128 else "dark"}
@@ -34,26 +24,6 @@ def parse_caption(text):
     found = [word for word in text.split() if word in ("dark", "light")]
     return {"tone": found[0]} if len(found) == 1 else None
 """
-
-
-class WordTokenizer:
-    def encode(self, text):
-        return [WORDS.index(word) for word in text.split()]
-
-    def decode(self, ids):
-        return " ".join(WORDS[number] for number in ids)
-
-
-class LevelTokenizer:
-    """One code a pixel: its level, 0 to 7."""
-
-    image_size, grid, codebook_size = 2, (2, 2), 8
-
-    def encode(self, pixels):
-        return ((pixels[:, 0] + 1) / 2 * 7).round().long().reshape(len(pixels), 4)
-
-    def decode(self, codes):
-        return (codes.reshape(-1, 1, 2, 2).float() / 7 * 2 - 1).expand(-1, 3, -1, -1)
 
 
 class FakeEncoder:
@@ -100,31 +70,11 @@ def write_shards(folder, count, seed):
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """Folders model, shards and bank, and a checker file; tokenizers and retriever are fakes."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=VOCABULARY.size,
-        hidden_size=16,
-        word_embed_proj_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        ffn_dim=32,
-        max_position_embeddings=40,
-        enable_bias=False,
-        layer_norm_elementwise_affine=False,
-        do_layer_norm_before=True,
-        dropout=0.0,
-        init_std=0.3,
-        bos_token_id=VOCABULARY.eos,
-        eos_token_id=VOCABULARY.eos,
-        pad_token_id=VOCABULARY.pad,
-    )
     model = tmp_path / "model"
-    OPTForCausalLM(config).save_pretrained(model)
+    save_random_opt(model, VOCABULARY, hidden_size=16, positions=40)
     account = {"max_abs_logit_diff": 0.0, "training": {"retrieved_documents": 2}}
     (model / "cm3leon.json").write_text(json.dumps(account))
-    tokenizers = SimpleNamespace(text=WordTokenizer(), image=LevelTokenizer(), vocabulary=VOCABULARY)
-    generator = Generator(Decoder.load(model), tokenizers, account["training"])
+    generator = Generator(Decoder.load(model), make_tokenizers(WORDS, VOCABULARY), account["training"])
     monkeypatch.setattr(Generator, "load", classmethod(lambda *_: generator))
     checker = tmp_path / "checker.py"
     checker.write_text(CHECKER)

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from examples.shapes import checker, drawing, generate
 
-from examples.shapes import checker, drawing, generate  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_there_are_1440_combinations_drawn_apart():

@@ -2,25 +2,18 @@
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from examples.shapes import generate
 from megatron_cm3leon.data.shards import MANIFEST, ShardWriter, build_manifest, write_json
 from megatron_cm3leon.retrieval.encoder import TEXT_MODEL, build_tiny_clip, save_clip
 from megatron_cm3leon.tokenizers.text import TextTokenizer, train_text
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+from tests.data.corpora import make_vocabulary
 
 
 @pytest.fixture(scope="session")
@@ -52,16 +45,7 @@ def clip_folder(text_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def vocabulary() -> Vocabulary:
-    return Vocabulary(
-        text_size=320,
-        image_size=256,
-        sentinels=8,
-        specials=16,
-        image_height=2,
-        image_width=2,
-        text_sha256="text",
-        image_sha256="image",
-    )
+    return make_vocabulary(text=320, image=256, height=2, width=2, sentinels=8, specials=16)
 
 
 @pytest.fixture(scope="session")

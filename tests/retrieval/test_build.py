@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,16 +106,12 @@ def test_an_edited_manifest_is_refused(index, shards, tmp_path):
 
 
 def test_another_vocabulary_is_refused(index, shapes, write_shards, vocabulary, clip_folder, shards, tmp_path):
-    other = type(vocabulary)(**{**_fields(vocabulary), "image_size": 300})
+    other = replace(vocabulary, image_size=300)
     folder = write_shards(shapes / "train.jsonl", tmp_path / "other", other)
     with pytest.raises(ValueError, match=rf"built with vocabulary {vocabulary.hash}, but the shards .* {other.hash}"):
         load_neighbors(index, open_shards(folder))
     with pytest.raises(ValueError, match=r"the memory bank at .* was made with another vocabulary .*image_size: 300"):
         build_index_folder(tmp_path / "index", shards, clip_folder, folder, OPTIONS)
-
-
-def _fields(vocabulary):
-    return {name: getattr(vocabulary, name) for name in vocabulary.__dataclass_fields__}
 
 
 def test_damaged_index_folders(index, shards, tmp_path):

@@ -1,16 +1,11 @@
 """Training a small CLIP: it learns, its folder loads, neighbours share what they show; messages."""
 
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from megatron_cm3leon.retrieval.encoder import Encoder
 from megatron_cm3leon.retrieval.train import ClipOptions, contrast, rate_factor, train_clip
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tools.call import call_tool
 
 
 def test_a_few_steps_teach_captions_their_pictures(shapes, text_model, tmp_path):
@@ -41,13 +36,12 @@ def test_contrast_by_hand():
     assert torch.isclose(found, (2 * expected + row) / 3)
 
 
-def test_the_tool_writes_a_folder_and_says_how_good_it_is(shapes, text_model, tmp_path, monkeypatch, capsys):
+def test_the_tool_writes_a_folder_and_says_how_good_it_is(shapes, text_model, tmp_path):
     arguments = ["--input", shapes / "heldout", "--text-model", text_model, "--output", tmp_path / "clip"]
     arguments += ["--steps", "2", "--batch-size", "4", "--width", "32", "--layers", "1"]
-    monkeypatch.setattr(sys, "argv", ["train_clip.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "tools/train_clip.py"))["main"]()
-    out = capsys.readouterr().out
-    assert "wrote" in out and "held-out captions" in out
+    done = call_tool("train_clip", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "wrote" in done.stdout and "held-out captions" in done.stdout
     names = {path.name for path in (tmp_path / "clip").iterdir()}
     assert names == {"config.json", "model.safetensors", "text.model"}
 

@@ -1,39 +1,17 @@
 """tools/build_index.py: the command line, its one line of result, its exit statuses."""
 
 import hashlib
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from examples.shapes import generate  # noqa: E402
-from megatron_cm3leon.cli import run_tool  # noqa: E402
-from megatron_cm3leon.data.shards import MANIFEST, ShardWriter, build_manifest, write_json  # noqa: E402
-from megatron_cm3leon.retrieval.encoder import build_tiny_clip, save_clip  # noqa: E402
-from megatron_cm3leon.tokenizers.text import train_text  # noqa: E402
-from megatron_cm3leon.tokenizers.vocab import Vocabulary  # noqa: E402
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Function that runs the tool in this process: (exit status, stdout, stderr)."""
-    specification = importlib.util.spec_from_file_location("build_index_tool", ROOT / "tools/build_index.py")
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["build_index.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run_tool(tool.main)
-        return (ended.value.code, *capsys.readouterr())
-
-    return run
+from examples.shapes import generate
+from megatron_cm3leon.data.shards import MANIFEST, ShardWriter, build_manifest, write_json
+from megatron_cm3leon.retrieval.encoder import build_tiny_clip, save_clip
+from megatron_cm3leon.tokenizers.text import train_text
+from tests.data.corpora import make_vocabulary
+from tests.tools.call import call_tool
 
 
 @pytest.fixture
@@ -45,8 +23,7 @@ def corpus(tmp_path):
     text = train_text((fields["caption"] for fields in lines), 300)
     text.save(tmp_path / "clip/text.model")
     save_clip(build_tiny_clip(300, 32, 16, 32, 1), tmp_path / "clip")
-    sizes = {"text_size": 300, "image_size": 16, "sentinels": 4, "specials": 8, "image_height": 1, "image_width": 2}
-    vocabulary = Vocabulary(**sizes, text_sha256="text", image_sha256="image")
+    vocabulary = make_vocabulary(text=300, image=16, height=1, width=2, sentinels=4, specials=8)
     (tmp_path / "shards").mkdir()
     writer = ShardWriter(tmp_path / "shards", "shard-000000-000", vocabulary)
     for number, fields in enumerate(lines):
@@ -60,25 +37,25 @@ def corpus(tmp_path):
     return tmp_path
 
 
-def test_builds_says_so_and_refuses_a_second_time(corpus, run):
+def test_builds_says_so_and_refuses_a_second_time(corpus):
     arguments = ["--shards", corpus / "shards", "--encoder", corpus / "clip", "--output", corpus / "index"]
-    status, out, err = run(*arguments, "--neighbors", 2, "--threshold", 0.9999)
-    assert status == 0, err
-    assert "18 documents" in out and "of 2 neighbours each" in out and "recall@10 1.000" in out
+    done = call_tool("build_index", *arguments, "--neighbors", 2, "--threshold", 0.9999)
+    assert done.returncode == 0, done.stderr
+    assert "18 documents" in done.stdout and "of 2 neighbours each" in done.stdout and "recall@10 1.000" in done.stdout
     assert json.loads((corpus / "index/index.json").read_text())["neighbors"] == 2
-    status, _, err = run(*arguments)
-    assert status == 2
-    assert err.strip().startswith("error: ") and "already holds a finished index" in err
+    done = call_tool("build_index", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.strip().startswith("error: ") and "already holds a finished index" in done.stderr
 
 
-def test_help_shows_defaults(run):
-    status, out, _ = run("--help")
-    assert status == 0
-    assert "(default: 0.9)" in out and "(default: 8)" in out
+def test_help_shows_defaults():
+    done = call_tool("build_index", "--help")
+    assert done.returncode == 0
+    assert "(default: 0.9)" in done.stdout and "(default: 8)" in done.stdout
 
 
-def test_missing_shards(tmp_path, run):
-    status, _, err = run("--shards", tmp_path, "--encoder", tmp_path, "--output", tmp_path / "index")
-    assert status == 2
-    assert "error: no shards at" in err
+def test_missing_shards(tmp_path):
+    done = call_tool("build_index", "--shards", tmp_path, "--encoder", tmp_path, "--output", tmp_path / "index")
+    assert done.returncode == 2
+    assert "error: no shards at" in done.stderr
     assert not (tmp_path / "index").exists()

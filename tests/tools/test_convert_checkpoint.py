@@ -1,47 +1,20 @@
 """tools/convert_checkpoint.py from the command line: a real checkpoint folder, exit statuses, sentences."""
 
-import importlib.util
-import io
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
 
-from megatron_cm3leon import cli
 from megatron_cm3leon.checkpoint.reference import canonical_shapes, reference_logits
 from megatron_cm3leon.checkpoint.sharded import Piece, begin, finish, read_weights, write_rank
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.generation.decoder import Decoder
-from megatron_cm3leon.tokenizers.vocab import Vocabulary
+from tests.data.corpora import make_vocabulary
+from tests.tools.call import call_tool
 
-ROOT = Path(__file__).resolve().parents[2]
-VOCABULARY = Vocabulary(
-    text_size=20,
-    image_size=8,
-    sentinels=4,
-    specials=8,
-    image_height=2,
-    image_width=2,
-    text_sha256="a" * 64,
-    image_sha256="b" * 64,
-)
-
-
-def call(*arguments):
-    """The tool as its command line runs it, in this process: (exit status, printed, errors)."""
-    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools/convert_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["convert_checkpoint", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.run_tool(module.main)
-    return SimpleNamespace(returncode=end.value.code or 0, stdout=out.getvalue(), stderr=err.getvalue())
+VOCABULARY = make_vocabulary(text=20, image=8, height=2, width=2, sentinels=4, specials=8)
+call = partial(call_tool, "convert_checkpoint")
 
 
 @pytest.fixture(scope="module")

@@ -1,56 +1,28 @@
 """tools/generate.py from the command line, on a random model with real tokenizers and a real index."""
 
-import importlib.util
-import io
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import OPTConfig, OPTForCausalLM
 
-from megatron_cm3leon import cli
 from megatron_cm3leon.tokenizers.folder import Tokenizers
 from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
+from tests.models import save_random_opt
+from tests.tools.call import call_tool
 
-ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {"red": (220, 0, 0), "green": (0, 150, 30), "blue": (0, 30, 235)}
 
 
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run_tool(name, *arguments):
-    """Call a tool as its command line does, in this process: what it prints, and its exit status."""
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.run_tool(module.main)
-    return Done(end.value.code or 0, out.getvalue(), err.getvalue())
-
-
 def make(name, *arguments):
-    done = run_tool(name, *arguments)
+    """Call a tool that has to succeed."""
+    done = call_tool(name, *arguments)
     assert done.returncode == 0, done.stderr
     return done
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("world")
     pairs = []
     for number in range(24):
@@ -65,24 +37,7 @@ def world(tmp_path_factory):
     make("train_tokenizer", "text", "--input", path / "pairs.jsonl", "--vocab-size", 290, "--output", tok, *specials)
     make("train_tokenizer", "image", "--input", path / "pairs.jsonl", "--image-size", 16, "--downsample", 4,
          "--codebook-size", 8, "--steps", 2, "--warmup-steps", 1, "--output", tok, *specials)  # fmt: skip
-    vocabulary = Tokenizers.load(tok).vocabulary
-    torch.manual_seed(0)
-    OPTForCausalLM(
-        OPTConfig(
-            vocab_size=vocabulary.size,
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            ffn_dim=64,
-            max_position_embeddings=128,
-            enable_bias=False,
-            layer_norm_elementwise_affine=False,
-            do_layer_norm_before=True,
-            dropout=0.0,
-            init_std=0.2,
-        )
-    ).save_pretrained(tok)
+    save_random_opt(tok, Tokenizers.load(tok).vocabulary, positions=128, init_std=0.2)
     return path
 
 
@@ -107,7 +62,7 @@ def test_images(world):
     alone = world / "alone"
     make("generate", "image", "a blue one", *options, "--output", alone)
     assert read_account(alone)["made"][0]["codes"] == made[2]["codes"]
-    again = run_tool("generate", "image", "a", "--model", world / "exported", "--output", out)
+    again = call_tool("generate", "image", "a", "--model", world / "exported", "--output", out)
     assert again.returncode == 2 and "holds the results of an earlier call" in again.stderr
 
 
@@ -165,7 +120,7 @@ def test_retrieved_documents_stand_in_front(world):
 )
 def test_errors_are_sentences(world, arguments, message):
     filled = [text.format(world=world, model=world / "exported") for text in arguments]
-    done = run_tool("generate", *filled)
+    done = call_tool("generate", *filled)
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
     assert not (world / "new").exists()

@@ -1,28 +1,24 @@
 """tools/preprocess_data.py with a real tokenizer folder, as a user runs it."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
 
-from megatron_cm3leon import cli
 from megatron_cm3leon.data.shards import open_shards, split_segments
 from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
 from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from tests.data.corpora import write_pictures
+from tests.tools.call import TOOLS, call_tool
 
-ROOT = Path(__file__).parents[2]
 TRICKY = "<break> and <sentinel:0> </s>  two  spaces, ünïcode 🎈"
+preprocess = partial(call_tool, "preprocess_data")
 
 
 @pytest.fixture(scope="module")
@@ -45,38 +41,23 @@ def raw(tmp_path_factory):
     return folder
 
 
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def run_tool(raw, monkeypatch, capsys):
-    """Runs a tool in this process, in the folder `raw`; a process of its own spends seconds on imports."""
+@pytest.fixture(autouse=True)
+def work_in_raw(raw, monkeypatch):
+    """Paths on the command lines are relative to `raw`."""
     monkeypatch.chdir(raw)
-
-    def run(*arguments, tool="preprocess_data"):
-        with pytest.raises(SystemExit) as ended:
-            cli.run_tool(lambda: load_tool(tool).main([str(argument) for argument in arguments]))
-        streams = capsys.readouterr()
-        return SimpleNamespace(returncode=ended.value.code or 0, stdout=streams.out, stderr=streams.err)
-
-    return run
 
 
 def test_the_tool_runs_as_a_program(raw):
-    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", "raw/pairs.jsonl"]
+    command = [sys.executable, str(TOOLS / "preprocess_data.py"), "--input", "raw/pairs.jsonl"]
     command += ["--tokenizer", "tok", "--output", "program", "--workers", "1"]
     result = subprocess.run(command, cwd=raw, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     assert open_shards(raw / "program").manifest["command"].startswith("preprocess_data.py --input raw/pairs.jsonl")
 
 
-def test_pairs_become_the_tokens_of_both_tokenizers(raw, run_tool):
+def test_pairs_become_the_tokens_of_both_tokenizers(raw):
     arguments = ["--input", "raw/pairs.jsonl", "--tokenizer", "tok", "--output", "shards", "--part-size", 8]
-    result = run_tool(*arguments)
+    result = preprocess(*arguments)
     assert result.returncode == 0, result.stderr
     assert "shards: 3 shards." in result.stdout and "21 documents of" in result.stdout
     corpus, tokenizers = open_shards(raw / "shards"), Tokenizers.load(raw / "tok")
@@ -88,43 +69,43 @@ def test_pairs_become_the_tokens_of_both_tokenizers(raw, run_tool):
     pixels = to_pixels(load_picture(raw / "raw/3.png"), 16)
     codes = tokenizers.image.encode(pixels[None])[0] + corpus.vocabulary.image_start
     assert image.tolist() == codes.tolist()
-    again = run_tool(*arguments)
+    again = preprocess(*arguments)
     assert again.returncode == 0 and "already holds these shards; nothing to do" in again.stdout
-    other = run_tool(*arguments[:-1], 9)
+    other = preprocess(*arguments[:-1], 9)
     assert other.returncode == 2 and other.stdout == ""
     assert other.stderr.startswith("error: --output shards holds shards made with other options (part_size: 8, now 9)")
 
 
-def test_too_many_bad_inputs_exit_with_2_and_name_the_list(raw, run_tool):
+def test_too_many_bad_inputs_exit_with_2_and_name_the_list(raw):
     pairs = raw / "raw/bad.jsonl"
     pairs.write_text((raw / "raw/pairs.jsonl").read_text() + '{"image": "none.png", "caption": "x"}\n')
     arguments = ["--input", pairs, "--tokenizer", "tok", "--output", "bad"]
-    result = run_tool(*arguments)
+    result = preprocess(*arguments)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "1 of the 22 inputs read are unusable" in result.stderr and "bad/quarantine.jsonl" in result.stderr
-    result = run_tool(*arguments, "--max-bad-fraction", 0.1)
+    result = preprocess(*arguments, "--max-bad-fraction", 0.1)
     assert result.returncode == 0
     assert "1 unusable inputs are listed in bad/quarantine.jsonl:\n  1 x missing picture" in result.stdout
 
 
-def test_usage_errors(run_tool):
+def test_usage_errors():
     for arguments, message in (
         (["--workers", 0], "error: --workers (0) must be at least 1."),
         (["--max-bad-fraction", 2], "error: --max-bad-fraction (2.0) must be between 0 and 1."),
         (["--tokenizer", "nowhere"], "error: no vocabulary at nowhere"),
     ):
-        result = run_tool("--input", "raw", "--tokenizer", "tok", "--output", "x", *arguments)
+        result = preprocess("--input", "raw", "--tokenizer", "tok", "--output", "x", *arguments)
         assert result.returncode == 2 and result.stderr.startswith(message), result.stderr
-    result = run_tool("--help")
+    result = preprocess("--help")
     assert result.returncode == 0 and "(default: 0.01)" in " ".join(result.stdout.split())
 
 
-def test_show_batch_prints_the_captions(raw, run_tool):
+def test_show_batch_prints_the_captions(raw):
     shards = raw / "one"
-    run_tool("--input", "raw/pairs.jsonl", "--tokenizer", "tok", "--output", "one")
+    preprocess("--input", "raw/pairs.jsonl", "--tokenizer", "tok", "--output", "one")
     (raw / "config.yaml").write_text(f"data: {{shards: {shards}, seq_length: 127}}\ntrain: {{global_batch_size: 21}}\n")
     arguments = ["config.yaml", "cm3.probability=0", "--tokenizer", "tok", "--blocks", 0]
-    result = run_tool(*arguments, tool="show_batch")
+    result = call_tool("show_batch", *arguments)
     assert result.returncode == 0, result.stderr
     shown = TRICKY.replace("<break>", "\\<break>").replace("<sent", "\\<sent").replace("</s>", "\\</s>")
     assert shown in result.stdout and result.stdout.count("[picture: 16 codes]") == 21

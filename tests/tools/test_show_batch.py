@@ -1,20 +1,14 @@
 """tools/show_batch.py prints what the model sees."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.show import BlockPrinter
 from megatron_cm3leon.data.stream import Stream
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from tests.data.corpora import ByteText, make_neighbors, make_vocabulary, write_shards
+from tests.tools.call import call_tool
 
-ROOT = Path(__file__).parents[2]
 V = make_vocabulary(text=256, image=16, height=2, width=2)
 
 
@@ -53,17 +47,12 @@ def test_sentinels_and_cut_pictures(corpus):
     assert shown == "[picture: 1 codes]<sentinel:3>A\\x1b<eoss><eoss><pad>"
 
 
-def run_tool(*arguments):
-    command = [sys.executable, str(ROOT / "tools/show_batch.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
-
-
 def test_the_tool_prints_a_batch_and_names_what_is_missing(corpus, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("train: {global_batch_size: 2}\ndata: {seq_length: 31}\n")
-    result = run_tool(config, f"data.shards={corpus.folder}", "cm3.probability=0", "--batch", 3)
+    result = call_tool("show_batch", config, f"data.shards={corpus.folder}", "cm3.probability=0", "--batch", 3)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("batch 3: blocks 6..7, stream ") and "block 7  epoch 1" in result.stdout
     assert "\033" not in result.stdout and result.stdout.count("[picture: 4 codes]") == 2
-    result = run_tool(config)
+    result = call_tool("show_batch", config)
     assert result.returncode == 2 and result.stderr.startswith("error: data.shards is empty; give the folder")

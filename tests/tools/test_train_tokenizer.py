@@ -1,6 +1,5 @@
 """The command: both orders, what it prints and writes, and errors with exit status 2."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.cli import run_tool
 from megatron_cm3leon.tokenizers.folder import Tokenizers
+from tests.tools.call import TOOLS, call_tool
 
-TOOL = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
 IMAGE_FLAGS = ["--image-size", 16, "--downsample", 4, "--codebook-size", 8, "--base-channels", 16]
 IMAGE_FLAGS += ["--steps", 6, "--warmup-steps", 2, "--batch-size", 8]
 
@@ -29,33 +27,17 @@ def pairs(tmp_path_factory) -> Path:
     return folder / "pairs.jsonl"
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the tool in this process (a new one takes seconds to import torch): status, stdout, stderr."""
-    spec = importlib.util.spec_from_file_location("train_tokenizer", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def run_here(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run_tool(tool.main)
-        return ended.value.code, *capsys.readouterr()
-
-    return run_here
-
-
 @pytest.mark.parametrize("order", [("text", "image"), ("image", "text")])
-def test_whichever_comes_second_writes_the_vocabulary(run, pairs, tmp_path, order):
+def test_whichever_comes_second_writes_the_vocabulary(pairs, tmp_path, order):
     flags = {"text": ["--vocab-size", 280], "image": IMAGE_FLAGS}
     shared = ["--input", pairs, "--output", tmp_path, "--specials", 40, "--sentinels", 16]
-    status, first, error = run(order[0], *shared, *flags[order[0]])
-    assert status == 0, error
-    assert f"vocab.json follows when the {order[1]} tokenizer is" in first
-    status, second, error = run(order[1], *shared, *flags[order[1]])
-    assert status == 0, error
-    assert "vocab.json: 328 ids = 280 text + 8 image + 40 special" in second
-    assert "4 x 4 tokens a picture, 8 codes; 1 held-out pictures: PSNR" in first + second
+    first = call_tool("train_tokenizer", order[0], *shared, *flags[order[0]])
+    assert first.returncode == 0, first.stderr
+    assert f"vocab.json follows when the {order[1]} tokenizer is" in first.stdout
+    second = call_tool("train_tokenizer", order[1], *shared, *flags[order[1]])
+    assert second.returncode == 0, second.stderr
+    assert "vocab.json: 328 ids = 280 text + 8 image + 40 special" in second.stdout
+    assert "4 x 4 tokens a picture, 8 codes; 1 held-out pictures: PSNR" in first.stdout + second.stdout
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")) == [
         "image/config.json",
         "image/model.safetensors",
@@ -78,21 +60,22 @@ def test_whichever_comes_second_writes_the_vocabulary(run, pairs, tmp_path, orde
         (["image", *IMAGE_FLAGS, "--steps", 1], "warmup_steps (2) must leave steps for the codebook"),
     ],
 )
-def test_errors_are_one_sentence_and_status_2(run, pairs, tmp_path, arguments, message):
-    status, _, error = run(*arguments, "--input", pairs, "--output", tmp_path)
-    assert status == 2
-    assert error.startswith("error: ") and message in error
+def test_errors_are_one_sentence_and_status_2(pairs, tmp_path, arguments, message):
+    done = call_tool("train_tokenizer", *arguments, "--input", pairs, "--output", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr
     assert not list(tmp_path.rglob("*.*"))
 
 
 def test_missing_input_as_a_command(tmp_path):
-    command = [sys.executable, TOOL, "text", "--input", tmp_path / "gone.jsonl", "--output", tmp_path]
+    tool, gone = TOOLS / "train_tokenizer.py", tmp_path / "gone.jsonl"
+    command = [sys.executable, tool, "text", "--input", gone, "--output", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ") and "gone.jsonl does not exist" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["text", "image"])
-def test_help_shows_defaults(run, command):
-    status, out, _ = run(command, "--help")
-    assert status == 0 and "(default: 1024)" in out
+def test_help_shows_defaults(command):
+    done = call_tool("train_tokenizer", command, "--help")
+    assert done.returncode == 0 and "(default: 1024)" in done.stdout

@@ -1,0 +1,64 @@
+"""A tiny random model in an exported folder's form, and tokenizers simple enough to compute by hand."""
+
+from types import SimpleNamespace
+
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+
+def save_random_opt(folder, vocabulary, *, hidden_size=32, layers=2, heads=2, positions=64, init_std=0.3):
+    """Save OPT with random weights of seed 0, in the one form that an export has and the decoder accepts."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=vocabulary.size,
+        hidden_size=hidden_size,
+        word_embed_proj_dim=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        ffn_dim=2 * hidden_size,
+        max_position_embeddings=positions,
+        enable_bias=False,
+        layer_norm_elementwise_affine=False,
+        do_layer_norm_before=True,
+        dropout=0.0,
+        init_std=init_std,
+        bos_token_id=vocabulary.eos,
+        eos_token_id=vocabulary.eos,
+        pad_token_id=vocabulary.pad,
+    )
+    OPTForCausalLM(config).save_pretrained(folder)
+
+
+class WordTokenizer:
+    """One id a word, its place in `words`."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def encode(self, text):
+        return [self.words.index(word) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(self.words[number] for number in ids)
+
+
+class LevelTokenizer:
+    """One code a pixel of a grey picture: its level. Rows that the grid lacks to a square repeat its first."""
+
+    def __init__(self, vocabulary):
+        self.grid = vocabulary.image_height, vocabulary.image_width
+        self.image_size, self.codebook_size = vocabulary.image_width, vocabulary.image_size
+
+    def encode(self, pixels):
+        levels = (pixels[:, 0, : self.grid[0]] + 1) / 2 * (self.codebook_size - 1)
+        return levels.round().long().flatten(1)
+
+    def decode(self, codes):
+        levels = codes.reshape(-1, 1, *self.grid).float() / (self.codebook_size - 1) * 2 - 1
+        below = levels[:, :, : self.image_size - self.grid[0]]
+        return torch.cat([levels, below], dim=2).expand(-1, 3, -1, -1)
+
+
+def make_tokenizers(words, vocabulary):
+    """What a tokenizer folder loads as, with the two tokenizers above."""
+    return SimpleNamespace(text=WordTokenizer(words), image=LevelTokenizer(vocabulary), vocabulary=vocabulary)
