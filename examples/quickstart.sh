@@ -12,7 +12,7 @@ Makes coloured shapes with captions, trains both tokenizers, a retrieval encoder
 writes DIR/report.html and DIR/report.json.
 
   --out DIR   where everything goes (default: runs/quickstart); a second run starts again
-  --long      more steps: an hour instead of a quarter
+  --long      more steps: half an hour instead of a quarter
   --small     a few steps of everything, to see that it runs; the pictures mean nothing
   PYTHON, VENV (environment)   interpreter and virtual environment (default: python3, .venv)
 TXT
