@@ -23,7 +23,7 @@ cd "$ROOT"
 prepare_environment
 clear_output
 
-image_steps=2000 clip_steps=600 train_steps=5000 FIRST_LEG_STEPS=40 validate_every=500
+image_steps=2000 clip_steps=600 train_steps=3500 FIRST_LEG_STEPS=40 validate_every=500
 PAIRS=(python examples/emoji/generate.py)
 EVALUATE=(--pictures 64 --sweep-pictures 64 --guidance 1 1.5 2 --temperature 0.7 --examples 12)
 if [ "$SIZE" = small ]; then
