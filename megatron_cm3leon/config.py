@@ -14,23 +14,56 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_cm3leon.config_fields import Config
 
-PRESETS: dict[str, dict] = {
-    # Layers, width, peak rate and warm-up are CM3Leon's table 3. Heads, the activation, Adam's betas,
-    # epsilon, weight decay, clipping and the linear decay to 0.1 are OPT's: the paper does not print them.
-    "350m": {
-        "model": {"layers": 24, "hidden_size": 1024, "heads": 16},
-        "optimizer": {"learning_rate": 6e-4},
-        "train": {"global_batch_size": 2048},
+# Family cm3leon: layers, width, peak rate, batch and warm-up are CM3Leon's table 3. Heads, the activation, Adam's
+# betas, epsilon, weight decay, clipping and the linear decay to 0.1 are OPT's: the paper does not print them.
+# Family llama: 7b is Chameleon's (table 1, section 2.3), but for its decay, which ends at 0 and therefore cannot be
+# exponential to the letter: here it ends at a hundredth. The smaller sizes are ours, of cm3leon's widths and rates.
+_CHAMELEON = {"schedule": {"name": "exponential", "warmup_steps": 4000, "floor": 0.01}}
+_CHAMELEON_OPTIMIZER = {"epsilon": 1e-5, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 1.0}
+PRESETS: dict[str, dict[str, dict]] = {
+    "cm3leon": {
+        "350m": {
+            "model": {"layers": 24, "hidden_size": 1024, "heads": 16},
+            "optimizer": {"learning_rate": 6e-4},
+            "train": {"global_batch_size": 2048},
+        },
+        "760m": {
+            "model": {"layers": 24, "hidden_size": 1536, "heads": 16},
+            "optimizer": {"learning_rate": 5e-4},
+            "train": {"global_batch_size": 2048},
+        },
+        "7b": {
+            "model": {"layers": 32, "hidden_size": 4096, "heads": 32},
+            "optimizer": {"learning_rate": 1.2e-4},
+            "train": {"global_batch_size": 2048},
+        },
     },
-    "760m": {
-        "model": {"layers": 24, "hidden_size": 1536, "heads": 16},
-        "optimizer": {"learning_rate": 5e-4},
-        "train": {"global_batch_size": 2048},
-    },
-    "7b": {
-        "model": {"layers": 32, "hidden_size": 4096, "heads": 32},
-        "optimizer": {"learning_rate": 1.2e-4},
-        "train": {"global_batch_size": 2048},
+    "llama": {
+        "350m": {
+            **_CHAMELEON,
+            "model": {"layers": 24, "hidden_size": 1024, "heads": 16, "qk_norm": True},
+            "optimizer": {"learning_rate": 6e-4, **_CHAMELEON_OPTIMIZER},
+            "train": {"global_batch_size": 2048, "z_loss": 1e-5},
+        },
+        "760m": {
+            **_CHAMELEON,
+            "model": {"layers": 24, "hidden_size": 1536, "heads": 16, "qk_norm": True},
+            "optimizer": {"learning_rate": 5e-4, **_CHAMELEON_OPTIMIZER},
+            "train": {"global_batch_size": 2048, "z_loss": 1e-5},
+        },
+        "7b": {
+            **_CHAMELEON,
+            "model": {
+                "layers": 32,
+                "hidden_size": 4096,
+                "heads": 32,
+                "ffn_hidden_size": 11008,
+                "qk_norm": True,
+                "dropout": 0.1,
+            },
+            "optimizer": {"learning_rate": 1e-4, **_CHAMELEON_OPTIMIZER},
+            "train": {"global_batch_size": 2048, "z_loss": 1e-5},
+        },
     },
 }
 
@@ -41,6 +74,7 @@ FIXED_FIELDS = (
     "model.",
     "data.seq_length",
     "data.packing",
+    "data.attention",
     "data.image_first_probability",
     "retrieval.documents",
     "retrieval.choice",
@@ -74,9 +108,10 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     try:
         tree = OmegaConf.merge(OmegaConf.structured(Config), *layers)
         if tree.preset:
-            if tree.preset not in PRESETS:
-                raise ValueError(f"preset ({tree.preset!r}) must be one of: {', '.join(PRESETS)}.")
-            tree = OmegaConf.merge(OmegaConf.structured(Config), PRESETS[tree.preset], *layers)
+            sizes = PRESETS.get(tree.model.family, {})
+            if sizes and tree.preset not in sizes:
+                raise ValueError(f"preset ({tree.preset!r}) must be one of: {', '.join(sizes)}.")
+            tree = OmegaConf.merge(OmegaConf.structured(Config), sizes.get(tree.preset, {}), *layers)
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", None)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from megatron_cm3leon.config_rules import check_config
+from megatron_cm3leon.config_rules import check_config, fill_family
 
 
 @dataclass(kw_only=True)
@@ -10,17 +10,27 @@ class ModelConfig:
     """Shape of the decoder-only transformer (CM3Leon section 2.3, table 3)."""
 
     family: str = "cm3leon"
-    """cm3leon: pre-LayerNorm without parameters, no bias, learned positions, tied embeddings."""
+    """cm3leon: pre-LayerNorm without parameters, no bias, learned positions. llama: RMSNorm, RoPE, SwiGLU."""
     layers: int = 24
     """Transformer layers."""
     hidden_size: int = 1024
     """Width of the residual stream."""
     heads: int = 16
     """Attention heads; must divide hidden_size."""
+    kv_heads: int = 0
+    """Heads of keys and values (llama: grouped-query attention); 0 means as many as `heads`."""
     ffn_hidden_size: int = 0
-    """Width of the feed-forward layer; 0 means 4 x hidden_size."""
-    activation: str = "relu"
-    """relu (OPT's) or gelu (the exact, erf form)."""
+    """Width of the feed-forward layer; 0 means 4 x hidden_size, or 8/3 x hidden_size in whole 256s (llama)."""
+    activation: str = ""
+    """cm3leon: relu (OPT's) or gelu (the exact, erf form); llama: swiglu. Empty means the family's first."""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys, one scale a head dimension (llama; Chameleon's QK-norm in Qwen3's form)."""
+    rope_base: float = 10000.0
+    """Base of the rotary wavelengths (llama)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in every norm."""
+    tied_embeddings: bool | None = None
+    """Whether the head is the word embedding; unset means the family's: cm3leon yes, llama no."""
     init_std: float = 0.006
     """Standard deviation of the initial weights, a normal cut at 3 of them."""
     position_init_std: float = 0.0002
@@ -39,6 +49,8 @@ class DataConfig:
     """Tokens the model sees at once; also the number of learned positions."""
     packing: str = "query"
     """query: every query its own block, whole, at the end; stream: samples concatenated and cut."""
+    attention: str = "causal"
+    """causal: a token sees all before it in its block; sample: only those of its own sample (packed sequences)."""
     image_first_probability: float = 0.5
     """Probability, per document and epoch, that the picture of a pair comes before its text."""
     workers: int = 1
@@ -80,11 +92,21 @@ class ParallelConfig:
     """Layout over the ranks; data parallel is what is left of them."""
 
     tensor: int = 1
-    """Ranks over which each layer's matrices are partitioned; must divide model.heads."""
+    """Ranks over which each layer's matrices are partitioned; must divide model.heads and model.kv_heads."""
     pipeline: int = 1
     """Stages over which the layers are spread; must divide model.layers."""
+    interleave: int = 1
+    """Chunks of layers of each stage (interleaved schedule, less idle time); needs pipeline of 2 or more."""
+    sequence: bool = False
+    """Norms and dropout work on slices of the sequence over the tensor-parallel ranks."""
+    context: int = 1
+    """Ranks over which each sequence is spread, attention included; twice it must divide data.seq_length."""
     zero: int = 0
     """1 partitions the optimizer state over data-parallel ranks (megatron-core's distributed optimizer)."""
+    overlap: bool = True
+    """Gradients are reduced (and with zero parameters gathered) while the next layers compute."""
+    recompute: str = "none"
+    """none; selective: attention is computed again in the backward pass; full: whole layers are."""
 
 
 @dataclass(kw_only=True)
@@ -107,6 +129,8 @@ class TrainConfig:
     """Stop, with a checkpoint, once this step is reached; 0 goes on to `steps`."""
     max_skipped: int = 10
     """Batches in a row whose loss or gradient may be non-finite (and are skipped) before the run stops."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator, added to each token's loss (Chameleon: 1e-5)."""
 
 
 @dataclass(kw_only=True)
@@ -115,6 +139,8 @@ class OptimizerConfig:
 
     learning_rate: float = 6e-4
     """Peak learning rate."""
+    rule: str = "none"
+    """none; mm1: learning_rate and weight_decay follow from the number of parameters (MM1 section 3.3)."""
     beta1: float = 0.9
     """Decay of the mean of gradients."""
     beta2: float = 0.95
@@ -132,11 +158,13 @@ class ScheduleConfig:
     """Learning rate over the steps."""
 
     name: str = "linear"
-    """linear, cosine or constant, after the warm-up."""
+    """After the warm-up: linear, cosine, exponential (Chameleon), constant, or wsd (constant, then linear decay)."""
     warmup_steps: int = 1500
     """Steps of linear warm-up from 0."""
     floor: float = 0.1
-    """Final learning rate as a share of the peak."""
+    """Final learning rate as a share of the peak; exponential needs more than 0."""
+    decay_steps: int = 0
+    """Steps of the final decay of wsd; 0 means a tenth of train.steps."""
 
 
 @dataclass(kw_only=True)
@@ -168,7 +196,7 @@ class Config:
     """One run."""
 
     preset: str = ""
-    """350m, 760m or 7b: the paper's sizes with their optimizer settings; empty for none."""
+    """350m, 760m or 7b of model.family: sizes with their optimizer settings; empty for none."""
     output: str = "runs/train"
     """Run folder."""
     seed: int = 1234
@@ -189,10 +217,10 @@ class Config:
 
         Raises ValueError with the field, its value, the requirement and the remedy.
         """
-        if not self.model.ffn_hidden_size:
-            self.model.ffn_hidden_size = 4 * self.model.hidden_size
+        fill_family(self.model)
         check_config(self, world_size)
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Ranks that hold the same partition of the model."""
-        return world_size // (self.parallel.tensor * self.parallel.pipeline)
+        """Ranks that hold the same partition of the model and other data."""
+        parallel = self.parallel
+        return world_size // (parallel.tensor * parallel.pipeline * parallel.context)

@@ -3,19 +3,21 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_cm3leon.config_fields import Config
+    from megatron_cm3leon.config_fields import Config, ModelConfig
 
 VOCABULARY_ROW_MULTIPLE = 128
 """The model pads its vocabulary rows to a multiple of this, under every layout."""
 
 _CHOICES = {
-    "model.family": ("cm3leon",),
-    "model.activation": ("relu", "gelu"),
+    "model.family": ("cm3leon", "llama"),
+    "data.attention": ("causal", "sample"),
     "data.packing": ("query", "stream"),
     "retrieval.choice": ("fixed", "uniform"),
     "train.precision": ("bf16", "fp32"),
     "train.device": ("auto", "cpu", "cuda"),
-    "schedule.name": ("linear", "cosine", "constant"),
+    "schedule.name": ("linear", "cosine", "exponential", "constant", "wsd"),
+    "optimizer.rule": ("none", "mm1"),
+    "parallel.recompute": ("none", "selective", "full"),
     "parallel.zero": (0, 1),
 }
 
@@ -24,6 +26,9 @@ _RANGES = {
     "model.layers": (1, None),
     "model.hidden_size": (1, None),
     "model.heads": (1, None),
+    "model.kv_heads": (1, None),
+    "model.rope_base": (1, None),
+    "model.norm_epsilon": (0, None),
     "model.init_std": (0, None),
     "model.position_init_std": (0, None),
     "model.dropout": (0, 0.99),
@@ -39,12 +44,15 @@ _RANGES = {
     "cm3.rotation_probability": (0, 1),
     "parallel.tensor": (1, None),
     "parallel.pipeline": (1, None),
+    "parallel.interleave": (1, None),
+    "parallel.context": (1, None),
     "train.steps": (1, None),
     "train.global_batch_size": (1, None),
     "train.micro_batch_size": (1, None),
     "train.threads": (0, None),
     "train.stop_after": (0, None),
     "train.max_skipped": (0, None),
+    "train.z_loss": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.beta1": (0, 1),
     "optimizer.beta2": (0, 1),
@@ -53,6 +61,7 @@ _RANGES = {
     "optimizer.clip": (0, None),
     "schedule.warmup_steps": (0, None),
     "schedule.floor": (0, 1),
+    "schedule.decay_steps": (0, None),
     "checkpoint.interval": (1, None),
     "checkpoint.keep_last": (0, None),
     "validation.interval": (0, None),
@@ -60,11 +69,28 @@ _RANGES = {
 }
 
 
+FAMILY_ACTIVATIONS = {"cm3leon": ("relu", "gelu"), "llama": ("swiglu",)}
+
+
+def fill_family(model: "ModelConfig") -> None:
+    """Replace what is left to the family by its values."""
+    llama = model.family == "llama"
+    if not model.ffn_hidden_size:
+        model.ffn_hidden_size = -(-8 * model.hidden_size // (3 * 256)) * 256 if llama else 4 * model.hidden_size
+    model.activation = model.activation or FAMILY_ACTIVATIONS.get(model.family, ("",))[0]
+    model.kv_heads = model.kv_heads or model.heads
+    if model.tied_embeddings is None:
+        model.tied_embeddings = not llama
+
+
 def check_config(config: "Config", world_size: int | None) -> None:
     """Raise ValueError for the first field that breaks a rule; layouts against `world_size` where it is known."""
     _check_choices(config)
     _check_ranges(config)
-    _check_layout(config, world_size)
+    _check_family(config)
+    _check_layout(config)
+    if world_size is not None:
+        _check_ranks(config, world_size)
 
 
 def _get_field(config: "Config", path: str):
@@ -91,46 +117,112 @@ def _check_ranges(config: "Config") -> None:
             raise ValueError(f"{path} ({value}) must be {bound}.")
 
 
-def _check_layout(config: "Config", world_size: int | None) -> None:
-    model, parallel, train = config.model, config.parallel, config.train
+def _check_family(config: "Config") -> None:
+    model = config.model
+    activations = FAMILY_ACTIVATIONS[model.family]
+    if model.activation not in activations:
+        raise ValueError(
+            f"model.activation ({model.activation!r}) must be one of: {', '.join(activations)}, those of family "
+            f"{model.family}."
+        )
+    if model.family == "cm3leon":
+        for name, value, wanted in (
+            ("kv_heads", model.kv_heads, model.heads),
+            ("qk_norm", model.qk_norm, False),
+            ("tied_embeddings", model.tied_embeddings, True),
+            ("norm_epsilon", model.norm_epsilon, 1e-5),
+        ):
+            if value != wanted:
+                raise ValueError(
+                    f"model.{name} ({value}) must be {wanted} in family cm3leon, which is exported as OPT; leave it "
+                    f"out or use model.family=llama."
+                )
     if model.hidden_size % model.heads:
         raise ValueError(
             f"model.hidden_size ({model.hidden_size}) must be divisible by model.heads ({model.heads}); "
             f"change one of them."
         )
-    if model.heads % parallel.tensor:
+    if model.heads % model.kv_heads:
         raise ValueError(
-            f"parallel.tensor ({parallel.tensor}) must divide model.heads ({model.heads}); "
-            f"use one of {_divisors(model.heads)}."
+            f"model.kv_heads ({model.kv_heads}) must divide model.heads ({model.heads}); use one of "
+            f"{_divisors(model.heads)}."
         )
-    if model.ffn_hidden_size % parallel.tensor:
+    if model.family == "llama" and model.hidden_size // model.heads % 2:
         raise ValueError(
-            f"parallel.tensor ({parallel.tensor}) must divide model.ffn_hidden_size ({model.ffn_hidden_size})."
+            f"model.hidden_size ({model.hidden_size}) / model.heads ({model.heads}) must be even: RoPE rotates pairs."
         )
-    if VOCABULARY_ROW_MULTIPLE % parallel.tensor:
+    if config.schedule.name == "exponential" and not config.schedule.floor:
         raise ValueError(
-            f"parallel.tensor ({parallel.tensor}) must divide {VOCABULARY_ROW_MULTIPLE}, to which vocabulary "
+            "schedule.floor (0) must be above 0 with schedule.name=exponential, which never reaches 0; 0.01 decays to "
+            "a hundredth of the peak."
+        )
+
+
+def _check_layout(config: "Config") -> None:
+    model, parallel, data = config.model, config.parallel, config.data
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    for name, value in (
+        ("heads", model.heads),
+        ("kv_heads", model.kv_heads),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+    ):
+        if value % tensor:
+            raise ValueError(
+                f"parallel.tensor ({tensor}) must divide model.{name} ({value}); use one of {_divisors(value)}."
+            )
+    if VOCABULARY_ROW_MULTIPLE % tensor:
+        raise ValueError(
+            f"parallel.tensor ({tensor}) must divide {VOCABULARY_ROW_MULTIPLE}, to which vocabulary "
             f"rows are padded; use one of {_divisors(VOCABULARY_ROW_MULTIPLE)}."
         )
-    if model.layers % parallel.pipeline:
+    if model.layers % pipeline:
         raise ValueError(
-            f"parallel.pipeline ({parallel.pipeline}) must divide model.layers ({model.layers}); "
+            f"parallel.pipeline ({pipeline}) must divide model.layers ({model.layers}); "
             f"use one of {_divisors(model.layers)}."
         )
-    if world_size is None:
-        return
-    ranks = parallel.tensor * parallel.pipeline
-    if world_size % ranks:
+    if parallel.interleave > 1 and pipeline == 1:
         raise ValueError(
-            f"parallel.tensor ({parallel.tensor}) x parallel.pipeline ({parallel.pipeline}) = {ranks} must divide "
-            f"the number of ranks ({world_size}); start {ranks * max(1, world_size // ranks)} ranks "
-            f"(torchrun --nproc-per-node) or change parallel.tensor or parallel.pipeline."
+            f"parallel.interleave ({parallel.interleave}) needs parallel.pipeline of at least 2; it is 1: leave "
+            f"parallel.interleave at 1."
+        )
+    if model.layers % (pipeline * parallel.interleave):
+        raise ValueError(
+            f"parallel.pipeline ({pipeline}) x parallel.interleave ({parallel.interleave}) must divide model.layers "
+            f"({model.layers}); use a parallel.interleave of {_divisors(model.layers // pipeline)}."
+        )
+    if parallel.sequence and data.seq_length % (tensor * parallel.context):
+        raise ValueError(
+            f"data.seq_length ({data.seq_length}) must be divisible by parallel.tensor ({tensor}) x parallel.context "
+            f"({parallel.context}) with parallel.sequence; change one of them."
+        )
+    if parallel.context > 1 and data.seq_length % (2 * parallel.context):
+        raise ValueError(
+            f"data.seq_length ({data.seq_length}) must be divisible by 2 x parallel.context ({parallel.context}): each "
+            f"rank takes one chunk of either half."
+        )
+
+
+def _check_ranks(config: "Config", world_size: int) -> None:
+    parallel, train = config.parallel, config.train
+    ranks = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % ranks:
+        sizes = f"parallel.tensor ({parallel.tensor}) x parallel.pipeline ({parallel.pipeline})"
+        sizes += f" x parallel.context ({parallel.context})" if parallel.context > 1 else ""
+        raise ValueError(
+            f"{sizes} = {ranks} must divide the number of ranks ({world_size}); start "
+            f"{ranks * max(1, world_size // ranks)} ranks (torchrun --nproc-per-node) or change the layout."
         )
     blocks = train.micro_batch_size * (world_size // ranks)
     if train.global_batch_size % blocks:
         raise ValueError(
             f"train.global_batch_size ({train.global_batch_size}) must be divisible by train.micro_batch_size "
             f"({train.micro_batch_size}) x data-parallel ranks ({world_size // ranks}) = {blocks}."
+        )
+    if parallel.interleave > 1 and train.global_batch_size // blocks % parallel.pipeline:
+        raise ValueError(
+            f"train.global_batch_size ({train.global_batch_size}) gives {train.global_batch_size // blocks} "
+            f"micro-batches a rank; parallel.interleave needs a multiple of parallel.pipeline ({parallel.pipeline}): "
+            f"change train.global_batch_size or train.micro_batch_size."
         )
 
 

@@ -8,18 +8,22 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_cm3leon.config import Config
+from megatron_cm3leon.model.weights import POSITION_EMBEDDINGS, WORD_EMBEDDINGS, canonical_shapes
 from megatron_cm3leon.progress import Meter
 
 
 def flops_per_token(config: Config, vocabulary_size: int) -> int:
     """Floating-point operations of forward and backward for one token, nothing recomputed.
 
-    6 x the weights of every matrix it passes (the tied head included, look-ups not), and 6 x layers x
+    6 x the weights of every matrix it passes (the head included, tied or not, look-ups not), and 6 x layers x
     seq_length x width for causal attention: half of the full square.
     """
     model = config.model
-    layer = 4 * model.hidden_size**2 + 2 * model.hidden_size * model.ffn_hidden_size
-    weights = model.layers * layer + vocabulary_size * model.hidden_size
+    shapes = canonical_shapes(config, vocabulary_size)
+    looked_up = {WORD_EMBEDDINGS, POSITION_EMBEDDINGS}
+    weights = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) > 1 and name not in looked_up)
+    if model.tied_embeddings:
+        weights += vocabulary_size * model.hidden_size
     return 6 * weights + 6 * model.layers * config.data.seq_length * model.hidden_size
 
 

@@ -24,8 +24,9 @@ from megatron_cm3leon.engine.parallel import (
     set_threads,
 )
 from megatron_cm3leon.metrics import MetricsLogger
+from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.progress import meter
-from megatron_cm3leon.schedule import learning_rate
+from megatron_cm3leon.schedule import follow_rule, learning_rate
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
 logger = logging.getLogger("megatron_cm3leon.train")  # by name: this module also runs as __main__
@@ -160,6 +161,7 @@ def train(config: Config, rank: Rank, allowed: list[str]) -> None:
     """Run the loop on this rank to train.steps, or to train.stop_after."""
     run, first = Path(config.output), rank.rank == 0
     stream = build_stream(config)
+    follow_rule(config, count_parameters(config, stream.vocabulary.size))
     engine, state = open_run(config, stream, choose_device(config.train.device, rank), allowed)
     validation = Validation(config) if config.validation.interval else None
     if first:

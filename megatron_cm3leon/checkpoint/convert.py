@@ -24,14 +24,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_cm3leon.checkpoint.reference import (
-    POSITIONS,
-    WORDS,
-    canonical_shapes,
-    layer_name,
-    reference_logits,
-)
+from megatron_cm3leon.checkpoint.reference import reference_logits
 from megatron_cm3leon.config import Config
+from megatron_cm3leon.model.weights import POSITION_EMBEDDINGS, WORD_EMBEDDINGS, canonical_shapes, layer_name
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -187,7 +182,7 @@ def _opt_parts(config: Config) -> list[tuple[str, Callable[[Tensor], dict[str, T
     def renamed(name: str):
         return lambda weight: {name: weight}
 
-    parts = [(WORDS, renamed("model.decoder.embed_tokens.weight")), (POSITIONS, positions)]
+    parts = [(WORD_EMBEDDINGS, renamed("model.decoder.embed_tokens.weight")), (POSITION_EMBEDDINGS, positions)]
     for layer in range(config.model.layers):
         prefix = f"model.decoder.layers.{layer}"
         parts += [

@@ -11,29 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_cm3leon.config import Config
+from megatron_cm3leon.model.weights import POSITION_EMBEDDINGS, WORD_EMBEDDINGS, layer_name
 
 LAYER_NORM_EPSILON = 1e-5
 """Megatron-core's default and OPT's only value."""
-
-WORDS = "embedding.word_embeddings.weight"
-POSITIONS = "embedding.position_embeddings.weight"
-
-
-def layer_name(layer: int, part: str) -> str:
-    """Canonical name of one weight of one layer, `part` such as `mlp.linear_fc1`."""
-    return f"decoder.layers.{layer}.{part}.weight"
-
-
-def canonical_shapes(config: Config, vocabulary_size: int) -> dict[str, tuple[int, ...]]:
-    """Every canonical weight of the cm3leon family and its shape."""
-    hidden, ffn = config.model.hidden_size, config.model.ffn_hidden_size or 4 * config.model.hidden_size
-    shapes = {WORDS: (vocabulary_size, hidden), POSITIONS: (config.data.seq_length, hidden)}
-    for layer in range(config.model.layers):
-        shapes[layer_name(layer, "self_attention.linear_qkv")] = (3 * hidden, hidden)
-        shapes[layer_name(layer, "self_attention.linear_proj")] = (hidden, hidden)
-        shapes[layer_name(layer, "mlp.linear_fc1")] = (ffn, hidden)
-        shapes[layer_name(layer, "mlp.linear_fc2")] = (hidden, ffn)
-    return shapes
 
 
 @torch.no_grad()
@@ -41,8 +22,8 @@ def reference_logits(read: Callable[[str], Tensor], config: Config, ids_BS: Tens
     """Logits [B, S, vocabulary] of the trained model; `read(name)` gives one canonical weight at a time."""
     model = config.model
     activation = {"relu": functional.relu, "gelu": functional.gelu}[model.activation]
-    words = read(WORDS)
-    state_BSH = words[ids_BS] + read(POSITIONS)[: ids_BS.shape[1]]
+    words = read(WORD_EMBEDDINGS)
+    state_BSH = words[ids_BS] + read(POSITION_EMBEDDINGS)[: ids_BS.shape[1]]
     for layer in range(model.layers):
         qkv = read(layer_name(layer, "self_attention.linear_qkv"))
         attended = _attend(_normalise(state_BSH), qkv, model.heads)

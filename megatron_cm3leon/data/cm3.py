@@ -105,50 +105,56 @@ def find_delimiters(tokens: np.ndarray, vocabulary: Vocabulary) -> list[int]:
 
 
 def apply_spans(
-    tokens: np.ndarray, weights: np.ndarray, spans: list[tuple[int, int]], vocabulary: Vocabulary,
-    out_tokens: np.ndarray, out_weights: np.ndarray,
+    tokens: np.ndarray, values: np.ndarray, spans: list[tuple[int, int]], vocabulary: Vocabulary,
+    out_tokens: np.ndarray, out_values: np.ndarray,
 ) -> int:  # fmt: skip
-    """Write the masked source into `out_tokens` and `out_weights`; returns how many places were filled.
+    """Write the masked source into `out_tokens` and `out_values`; returns how many places were filled.
 
-    A sentinel takes the loss weight of the first token of its span, <eoss> that of the last.
+    `values` [..., tokens] travel with their tokens. A sentinel takes the value of the first token of its span,
+    <eoss> that of the last.
     """
     place = done = 0
     for index, (start, end) in enumerate(spans):
         kept = start - done
-        out_tokens[place : place + kept], out_weights[place : place + kept] = tokens[done:start], weights[done:start]
+        out_tokens[place : place + kept], out_values[..., place : place + kept] = (
+            tokens[done:start],
+            values[..., done:start],
+        )
         place += kept
-        out_tokens[place], out_weights[place] = vocabulary.sentinel(index), weights[start]
+        out_tokens[place], out_values[..., place] = vocabulary.sentinel(index), values[..., start]
         place, done = place + 1, end
     kept = len(tokens) - done
-    out_tokens[place : place + kept], out_weights[place : place + kept] = tokens[done:], weights[done:]
+    out_tokens[place : place + kept], out_values[..., place : place + kept] = tokens[done:], values[..., done:]
     place += kept
     for index, (start, end) in enumerate(spans):
-        out_tokens[place], out_weights[place] = vocabulary.sentinel(index), weights[start]
+        out_tokens[place], out_values[..., place] = vocabulary.sentinel(index), values[..., start]
         stop = place + 1 + end - start
-        out_tokens[place + 1 : stop], out_weights[place + 1 : stop] = tokens[start:end], weights[start:end]
-        out_tokens[stop], out_weights[stop] = vocabulary.eoss, weights[end - 1]
+        out_tokens[place + 1 : stop], out_values[..., place + 1 : stop] = tokens[start:end], values[..., start:end]
+        out_tokens[stop], out_values[..., stop] = vocabulary.eoss, values[..., end - 1]
         place = stop + 1
     return place
 
 
-def cut_source(tokens: np.ndarray, room: int, cut: str) -> np.ndarray:
-    """At most `room` tokens: without the tail, or ("head") without what follows token 0."""
-    if len(tokens) <= room:
-        return tokens
+def cut_source(values: np.ndarray, room: int, cut: str) -> np.ndarray:
+    """At most `room` tokens (the last axis): without the tail, or ("head") without what follows token 0."""
+    length = values.shape[-1]
+    if length <= room:
+        return values
     if cut == "tail":
-        return tokens[:room]
-    kept = tokens[len(tokens) - room :].copy()
-    kept[0] = tokens[0]
+        return values[..., :room]
+    kept = values[..., length - room :].copy()
+    kept[..., 0] = values[..., 0]
     return kept
 
 
 def mask_block(
-    tokens: np.ndarray, weights: np.ndarray, query_start: int, wanted: int, rotated: bool, uniforms: list[float],
-    vocabulary: Vocabulary, cut: str, out_tokens: np.ndarray, out_weights: np.ndarray,
+    tokens: np.ndarray, values: np.ndarray, query_start: int, wanted: int, rotated: bool, uniforms: list[float],
+    vocabulary: Vocabulary, cut: str, out_tokens: np.ndarray, out_values: np.ndarray,
 ) -> int:  # fmt: skip
     """Mask one source into a block; returns how many tokens of the source had to go.
 
-    `out_tokens` [length] comes filled with <pad>, `out_weights` [length] with 0. `query_start` is where the
+    `values` [..., tokens], the loss weights and what else belongs to a token, travel with it. `out_tokens` [length]
+    comes filled with <pad>, `out_values` [..., length] with what <pad> has. `query_start` is where the
     query document begins under `cut="head"`, where rotation chooses among its segments: the last of them
     trains the picture from its caption, the first the caption from its picture (or the reverse, as the
     pair stands). Under `cut="tail"` any whole segment of the block may move.
@@ -166,5 +172,5 @@ def mask_block(
     whole = cut_source(tokens, length - TOKENS_PER_SPAN * len(spans), cut)  # spans not found give room back
     if shift and len(whole) > len(source):
         spans = [(start + len(whole) - len(source), end + len(whole) - len(source)) for start, end in spans]
-    apply_spans(whole, cut_source(weights, len(whole), cut), spans, vocabulary, out_tokens, out_weights)
+    apply_spans(whole, cut_source(values, len(whole), cut), spans, vocabulary, out_tokens, out_values)
     return len(tokens) - len(whole)

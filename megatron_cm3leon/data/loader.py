@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection, wait
 import numpy as np
 import torch
 
-from megatron_cm3leon.data.stream import Stream
+from megatron_cm3leon.data.stream import Stream, positions_in_samples
 
 _PARENT_CHECK_SECONDS = 1.0
 _READY = b"ready"
@@ -44,7 +44,9 @@ class MicroBatch:
     loss_weights: torch.Tensor
     """Weight of each label's loss, float32 [micro_batch_size, seq_length]."""
     position_ids: torch.Tensor
-    """0, 1, 2 ... in every row, int64 [micro_batch_size, seq_length]."""
+    """0, 1, 2 ... in every row, or in every sample; int64 [micro_batch_size, seq_length]."""
+    samples: torch.Tensor | None
+    """Under data.attention=sample: the sample each token is of, int64 [micro_batch_size, seq_length]."""
     trimmed: int
     """Source tokens that masking pushed out of these blocks."""
 
@@ -66,17 +68,24 @@ class _Slice:
         start = self.first_block(batch)
         for row, block in enumerate(self.stream.blocks(start, start + self.blocks)):
             slot.tokens[row], slot.weights[row], slot.trimmed[row] = block.tokens, block.weights, block.trimmed
+            if slot.samples is not None:
+                slot.samples[row] = block.samples
+                slot.positions[row] = positions_in_samples(block.samples)
 
 
 class _Slot:
     """Memory of one batch, shared between a worker and the training process."""
 
-    def __init__(self, blocks: int, length: int) -> None:
-        memory = mmap.mmap(-1, blocks * (length * 8 + 8))  # anonymous and shared with forked children
+    def __init__(self, blocks: int, length: int, by_sample: bool) -> None:
+        size = blocks * length
+        memory = mmap.mmap(-1, blocks * 8 + size * (16 if by_sample else 8))  # anonymous, shared with forked children
         self.trimmed = np.frombuffer(memory, np.int64, blocks)
-        self.tokens = np.frombuffer(memory, np.int32, blocks * length, blocks * 8).reshape(blocks, length)
-        self.weights = np.frombuffer(memory, np.float32, blocks * length, blocks * (8 + length * 4))
-        self.weights = self.weights.reshape(blocks, length)
+
+        def part(number: int, dtype) -> np.ndarray:
+            return np.frombuffer(memory, dtype, size, blocks * 8 + number * size * 4).reshape(blocks, length)
+
+        self.tokens, self.weights = part(0, np.int32), part(1, np.float32)
+        self.samples, self.positions = (part(2, np.int32), part(3, np.int32)) if by_sample else (None, None)
 
 
 class _Worker:
@@ -108,6 +117,11 @@ class _Worker:
         """Give the slot of the last batch back; a worker that died is noticed by `receive`."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send_bytes(b"")
+
+
+def _part(array: np.ndarray, rows: slice) -> torch.Tensor:
+    """Rows of a slot without their last token, which is a label alone; int64, a copy."""
+    return torch.from_numpy(array[rows, :-1].astype(np.int64))
 
 
 def _death(process: multiprocessing.Process, batch: int) -> str:
@@ -184,12 +198,13 @@ class Loader:
         self.position_ids = torch.arange(stream.length - 1).repeat(micro_batch_size, 1)
         self.part = _Slice(stream, total, rank * (total // size), total // size)
         self.closed, self.workers = False, []
-        self.slot = None if workers else _Slot(self.part.blocks, stream.length)
+        by_sample = stream.config.data.attention == "sample"
+        self.slot = None if workers else _Slot(self.part.blocks, stream.length, by_sample)
         stream.prepare(self.part.first_block(start_batch))  # before forking, so that workers share its tables
         self._end = weakref.finalize(self, _end_workers, self.workers)
         _open_workers.append(self.workers)
         for offset in range(workers):
-            slots = [_Slot(self.part.blocks, stream.length) for _ in range(prefetch)]
+            slots = [_Slot(self.part.blocks, stream.length, by_sample) for _ in range(prefetch)]
             self.workers.append(_Worker(self.part, start_batch + offset, workers, slots))
 
     def __iter__(self) -> "Loader":
@@ -226,10 +241,11 @@ class Loader:
             rows = slice(start, start + self.micro_batch_size)
             micro_batches.append(
                 MicroBatch(
-                    tokens=torch.from_numpy(slot.tokens[rows, :-1].astype(np.int64)),
+                    tokens=_part(slot.tokens, rows),
                     labels=torch.from_numpy(slot.tokens[rows, 1:].astype(np.int64)),
                     loss_weights=torch.from_numpy(slot.weights[rows, 1:].copy()),
-                    position_ids=self.position_ids,
+                    position_ids=self.position_ids if slot.positions is None else _part(slot.positions, rows),
+                    samples=None if slot.samples is None else _part(slot.samples, rows),
                     trimmed=int(slot.trimmed[rows].sum()),
                 )
             )

@@ -31,6 +31,8 @@ class Block:
     """int64 [seq_length + 1], after CM3 masking."""
     weights: np.ndarray
     """Loss weight of each token as a target, float32 [seq_length + 1]; 0 for <pad>."""
+    samples: np.ndarray | None
+    """Which sample of the block a token is of, int64 [seq_length + 1], -1 for <pad>; None under attention=causal."""
     trimmed: int
     """Tokens of the source that masking pushed out, or of a query too long for a block."""
     documents: np.ndarray
@@ -78,10 +80,9 @@ class Stream:
         draws = self.sampler.draw(numbers)
         sources = self.packing.sources(numbers, TOKENS_PER_SPAN * draws.spans)
         tokens = np.full((len(numbers), self.length), self.vocabulary.pad, np.int64)
-        weights = np.zeros((len(numbers), self.length), np.float32)
         rows = zip(sources, draws.spans.tolist(), draws.rotated.tolist(), draws.uniforms, strict=True)
         return [
-            self._mask(source, spans, rotated, uniforms, tokens[row], weights[row])
+            self._mask(source, spans, rotated, uniforms, tokens[row])
             for row, (source, spans, rotated, uniforms) in enumerate(rows)
         ]
 
@@ -126,15 +127,18 @@ class Stream:
         sampled = np.ascontiguousarray(table[rows], np.int64)
         return hashlib.sha256(repr(table.shape).encode() + sampled.tobytes()).hexdigest()
 
-    def _mask(
-        self, source: Source, spans: int, rotated: bool, uniforms: list[float], tokens: np.ndarray, weights: np.ndarray
-    ) -> Block:
-        source_weights = np.ones(len(source.tokens), np.float32)
+    def _mask(self, source: Source, spans: int, rotated: bool, uniforms: list[float], tokens: np.ndarray) -> Block:
+        """Mask a source into `tokens`, which comes filled with <pad>."""
+        by_sample = self.config.data.attention == "sample"
+        values = np.ones((1 + by_sample, len(source.tokens)))  # loss weight, and number of the sample
         for start, end in source.retrieved_spans:
-            source_weights[start:end] = self.config.retrieval.loss_weight
+            values[0, start:end] = self.config.retrieval.loss_weight
+        masked = np.zeros((1 + by_sample, self.length))
+        if by_sample:
+            values[1], masked[1] = np.cumsum(source.tokens == self.vocabulary.eos), -1
         trimmed = mask_block(
             source.tokens,
-            source_weights,
+            values,
             source.query_start,
             spans,
             rotated,
@@ -142,11 +146,28 @@ class Stream:
             self.vocabulary,
             self.packing.cut,
             tokens,
-            weights,
+            masked,
         )
+        weights, samples = masked[0].astype(np.float32), None
+        if by_sample:
+            samples = masked[1].astype(np.int64)
+            # A span that was moved behind another sample begins behind a token that does not see its sample.
+            unseen = (samples[1:] != samples[:-1]) & (tokens[1:] != self.vocabulary.eos)
+            weights[1:][unseen] = 0
         documents = np.array(source.documents, np.int64)
         retrieved = np.array(source.retrieved, np.int64)
-        return Block(tokens, weights, trimmed + source.trimmed, documents, retrieved, source.epoch)
+        return Block(tokens, weights, samples, trimmed + source.trimmed, documents, retrieved, source.epoch)
+
+
+def positions_in_samples(samples: np.ndarray) -> np.ndarray:
+    """For each token, how many tokens of its own sample stand before it; `samples` as in Block."""
+    order = np.argsort(samples, kind="stable")
+    ordered = samples[order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    lengths = np.diff(np.r_[first, len(samples)])
+    positions = np.empty(len(samples), np.int64)
+    positions[order] = np.arange(len(samples)) - np.repeat(first, lengths)
+    return positions
 
 
 def build_stream(config: Config, train: bool = True, retrieval: bool = True) -> Stream:

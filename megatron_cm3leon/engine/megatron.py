@@ -29,6 +29,7 @@ from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.parallel import destroy_groups
+from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
@@ -43,30 +44,52 @@ class MegatronEngine:
     def __init__(self, config: Config, vocabulary: Vocabulary, device: torch.device) -> None:
         """Build model and optimizer on `device`; engine.parallel.initialize_groups comes first."""
         self.config, self.vocabulary, self.device = config, vocabulary, device
-        stage = build_stage(config, vocabulary).to(device)
-        self.stage = stage
-        self.placements = list(place_parameters(stage))
-        transformer = stage.config
-        module = Float16Module(transformer, stage) if transformer.bf16 else stage
-        self.model = DistributedDataParallel(
-            config=transformer,
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=config.parallel.zero == 1,
-                overlap_grad_reduce=False,
-            ),
-            module=module,
-        )
+        chunks = [chunk.to(device) for chunk in build_stage(config, vocabulary)]
+        self.placements = [pair for chunk in chunks for pair in place_parameters(chunk)]
+        self.model = [self._distribute(chunk, number) for number, chunk in enumerate(chunks)]
         self.optimizer = self._build_optimizer()
-        transformer.no_sync_func = self.model.no_sync
-        # The loss is already divided by the global sum of weights: nothing is left to scale.
-        transformer.finalize_model_grads_func = lambda model, num_tokens=None, **groups: finalize_model_grads(
-            model, None, **groups
-        )
+        self._schedule_communication(chunks)
         self.forward_backward = get_forward_backward_func()
         self.data_group = parallel_state.get_data_parallel_group()
         self.data_rank, self.data_size = self.data_group.rank(), self.data_group.size()
+        self.token_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.context_group = parallel_state.get_context_parallel_group()
         self.stage_group = parallel_state.get_pipeline_model_parallel_group()
+
+    def _distribute(self, chunk, number: int) -> DistributedDataParallel:
+        """One chunk under megatron-core's gradient buffers."""
+        transformer, parallel = chunk.config, self.config.parallel
+        return DistributedDataParallel(
+            config=transformer,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=parallel.zero == 1,
+                overlap_grad_reduce=self._overlaps,
+                overlap_param_gather=self._overlaps and parallel.zero == 1,
+            ),
+            module=Float16Module(transformer, chunk) if transformer.bf16 else chunk,
+            disable_bucketing=number > 0,  # later chunks' gradients come last in the schedule
+        )
+
+    @property
+    def _overlaps(self) -> bool:
+        return self.config.parallel.overlap and parallel_state.get_data_parallel_world_size(True) > 1
+
+    def _schedule_communication(self, chunks: list) -> None:
+        """Tell megatron-core's schedules when gradients are reduced."""
+
+        def one_or_all(functions: list):
+            return functions[0] if len(functions) == 1 else functions
+
+        def finalize(model, num_tokens=None, **groups):
+            # The loss is already divided by the global sum of weights: nothing is left to scale.
+            finalize_model_grads(model, None, **groups)
+
+        for chunk in chunks:
+            chunk.config.no_sync_func = one_or_all([model.no_sync for model in self.model])
+            chunk.config.finalize_model_grads_func = finalize
+            if self._overlaps and len(self.model) > 1:
+                chunk.config.grad_sync_func = one_or_all([model.start_grad_sync for model in self.model])
 
     def _build_optimizer(self):
         """megatron-core's optimizer around one AdamW over this rank's parameters."""
@@ -83,9 +106,10 @@ class MegatronEngine:
                 bf16=bf16,
                 params_dtype=torch.bfloat16 if bf16 else torch.float32,
                 use_distributed_optimizer=self.config.parallel.zero == 1,
+                overlap_param_gather=self._overlaps and self.config.parallel.zero == 1,
                 clip_grad=options.clip,
             ),
-            [self.model],
+            self.model,
             use_gloo_process_groups=False,
         )
         parts = getattr(chain, "chained_optimizers", [chain])
@@ -96,8 +120,9 @@ class MegatronEngine:
 
     def train_step(self, micro_batches: list[MicroBatch], step: int, learning_rate: float) -> StepMetrics:
         """One optimizer step; see Engine.train_step."""
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for model in self.model:
+            model.train()
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         if self.config.model.dropout:
             # Dropout is a function of (seed, step, data-parallel rank): nothing to save, nothing to restore.
@@ -119,7 +144,8 @@ class MegatronEngine:
     @torch.no_grad()
     def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:
         """Losses of a global batch; see Engine.eval_step."""
-        self.model.eval()
+        for model in self.model:
+            model.eval()
         return _metrics(self._run(micro_batches, forward_only=True), 0.0, False)
 
     def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> torch.Tensor:
@@ -133,11 +159,8 @@ class MegatronEngine:
 
         def forward_step(batches: Iterator[MicroBatch], model):
             batch = next(batches)
-            tokens, labels, weights, positions = (
-                tensor.to(self.device, non_blocking=True)
-                for tensor in (batch.tokens, batch.labels, batch.loss_weights, batch.position_ids)
-            )
-            output = model(tokens, positions, None, labels=labels)
+            tokens, labels, weights, positions, samples = self._local_part(batch)
+            output = model(tokens, positions, samples, labels=labels)
 
             def loss_function(losses):
                 weighted = losses.float() * weights
@@ -150,10 +173,11 @@ class MegatronEngine:
 
             return output, loss_function
 
+        iterators = [iter(micro_batches) for _ in self.model]
         sums = self.forward_backward(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=[self.model],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model,
             num_microbatches=len(micro_batches),
             seq_length=micro_batches[0].tokens.shape[1],
             micro_batch_size=micro_batches[0].tokens.shape[0],
@@ -163,8 +187,20 @@ class MegatronEngine:
         for part in sums:  # empty on every stage but the last
             total += part
         dist.all_reduce(total, group=self.stage_group)
-        dist.all_reduce(total, group=self.data_group)
+        dist.all_reduce(total, group=self.token_group)
         return total
+
+    def _local_part(self, batch: MicroBatch) -> tuple:
+        """Tokens, labels, weights and positions that this context-parallel rank holds; samples of all, or None."""
+        tensors = [batch.tokens, batch.labels, batch.loss_weights, batch.position_ids]
+        rank, size = self.context_group.rank(), self.context_group.size()
+        samples = None
+        if batch.samples is not None:
+            samples = torch.stack([batch.samples, batch.position_ids]).to(self.device, non_blocking=True)
+        if size > 1:
+            places = context_places(batch.tokens.shape[1], rank, size)
+            tensors = [tensor[:, places] for tensor in tensors]
+        return *(tensor.to(self.device, non_blocking=True) for tensor in tensors), samples
 
     def _sums(self, weighted, labels, weights, trimmed: int) -> torch.Tensor:
         """Of one micro-batch: loss, text loss, image loss, the three weights, targets that count, trimmed tokens."""
@@ -178,7 +214,7 @@ class MegatronEngine:
                 (weights * text).sum(dtype=torch.float64),
                 (weights * image).sum(dtype=torch.float64),
                 (weights > 0).sum().double(),
-                torch.tensor(float(trimmed), dtype=torch.float64, device=weights.device),
+                torch.tensor(trimmed / self.context_group.size(), dtype=torch.float64, device=weights.device),
             ]
         )
 
@@ -207,8 +243,8 @@ class MegatronEngine:
                 continue
             main, start, stop = self._main_parameters[parameter]
             replicated = not isinstance(self.optimizer, DistributedOptimizer)
-            if replicated and number % self.data_size != self.data_rank:
-                continue  # data-parallel ranks hold the same: each writes some of them
+            if replicated and number % self.token_group.size() != self.token_group.rank():
+                continue  # data- and context-parallel ranks hold the same: each writes some
             part = (place.kept_rows, *place.local_shape[1:])
             kept = min(stop, math.prod(part))
             if start >= kept:
@@ -239,7 +275,7 @@ class MegatronEngine:
     @torch.no_grad()
     def _load_parameter(self, reader: CheckpointReader, parameter, place: Placement, updates: int) -> None:
         weight = reader.read_part(place.name, "weight", place.offset, place.local_shape)
-        parameter.copy_(weight)
+        parameter.copy_(weight.view(parameter.shape))
         main, start, stop = self._main_parameters[parameter]
         if start == stop:
             return

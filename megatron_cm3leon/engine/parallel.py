@@ -80,6 +80,8 @@ def initialize_groups(config: Config, rank: Rank, device: torch.device) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=config.parallel.interleave if config.parallel.interleave > 1 else None,
+        context_parallel_size=config.parallel.context,
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)

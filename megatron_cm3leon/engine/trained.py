@@ -25,10 +25,12 @@ def open_trained_model(checkpoint: str | Path) -> Iterator[Callable[[torch.Tenso
     try:
         from megatron_cm3leon.model.builder import build_stage, place_parameters
 
-        stage = build_stage(config, reader.vocabulary).eval()
+        [stage] = build_stage(config, reader.vocabulary)
+        stage.eval()
         with torch.no_grad():
             for parameter, place in place_parameters(stage):
-                parameter.copy_(reader.read_part(place.name, "weight", place.offset, place.local_shape))
+                part = reader.read_part(place.name, "weight", place.offset, place.local_shape)
+                parameter.copy_(part.view(parameter.shape))
 
         @torch.no_grad()
         def logits(ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

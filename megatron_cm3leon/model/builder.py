@@ -4,7 +4,7 @@ Initial weights: every parameter is a function of (seed, its global name), drawn
 then sliced for this rank, so that every layout starts from the same values.
 """
 
-import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,23 +25,23 @@ from megatron_cm3leon.config import Config
 from megatron_cm3leon.config_rules import VOCABULARY_ROW_MULTIPLE
 from megatron_cm3leon.model.layers import build_block_spec
 from megatron_cm3leon.model.loss import cross_entropy
+from megatron_cm3leon.model.weights import OUTPUT_HEAD, WORD_EMBEDDINGS, initial_weight, layer_name
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
-WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
-POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
+_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
 
 
 class CM3LeonModel(GPTModel):
     """megatron-core's GPTModel with this project's loss; `forward(..., labels=)` gives [batch, seq] losses."""
 
-    def __init__(self, *, true_vocabulary_size: int, **options) -> None:
+    def __init__(self, *, true_vocabulary_size: int, z_loss: float, **options) -> None:
         super().__init__(**options)
-        self.true_vocabulary_size = true_vocabulary_size
+        self.true_vocabulary_size, self.z_loss = true_vocabulary_size, z_loss
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Token losses [batch, seq] in nats; labels [batch, seq], logits [seq, batch, rows of this rank]."""
-        losses_SB = cross_entropy(logits, labels.transpose(0, 1), self.true_vocabulary_size, self.pg_collection.tp)
+        targets_SB = labels.transpose(0, 1)
+        losses_SB = cross_entropy(logits, targets_SB, self.true_vocabulary_size, self.pg_collection.tp, self.z_loss)
         return losses_SB.transpose(0, 1)
 
 
@@ -59,15 +59,27 @@ def build_transformer_config(config: Config) -> TransformerConfig:
         num_layers=model.layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=model.activation == "swiglu",
         ffn_hidden_size=model.ffn_hidden_size,
         activation_func=_ACTIVATIONS[model.activation],
         add_bias_linear=False,
-        normalization="LayerNorm",
-        layernorm_epsilon=1e-5,
+        normalization="RMSNorm" if model.family == "llama" else "LayerNorm",
+        layernorm_epsilon=model.norm_epsilon,
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.interleave if parallel.interleave > 1 else None,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        context_parallel_size=parallel.context,
+        # Over gloo the interleaved schedule's batched messages are silently mismatched, plain 1F1B needs them batched.
+        overlap_p2p_comm=parallel.interleave > 1,
+        batch_p2p_comm=parallel.interleave == 1,
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        recompute_method="uniform" if parallel.recompute == "full" else None,
+        recompute_num_layers=1 if parallel.recompute == "full" else None,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=bf16,
@@ -78,26 +90,35 @@ def build_transformer_config(config: Config) -> TransformerConfig:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        deallocate_pipeline_outputs=True,
+        # Over gloo a send may still read what would be freed here (seen as NaN under the interleaved schedule).
+        deallocate_pipeline_outputs=torch.distributed.get_backend() == "nccl",
         calculate_per_token_loss=True,  # gradients are summed over ranks; the engine divides the loss
     )
 
 
-def build_stage(config: Config, vocabulary: Vocabulary) -> CM3LeonModel:
-    """This rank's pipeline stage, on the CPU, with its initial weights."""
+def build_stage(config: Config, vocabulary: Vocabulary) -> list[CM3LeonModel]:
+    """This rank's pipeline stage, on the CPU, with its initial weights: one model, or its interleaved chunks."""
+    return [_build_chunk(config, vocabulary, number) for number in range(config.parallel.interleave)]
+
+
+def _build_chunk(config: Config, vocabulary: Vocabulary, number: int) -> CM3LeonModel:
     transformer = build_transformer_config(config)
-    stage_layers = config.model.layers // config.parallel.pipeline
+    stage = number if config.parallel.interleave > 1 else None
+    layers = config.model.layers // (config.parallel.pipeline * config.parallel.interleave)
     model = CM3LeonModel(
         config=transformer,
-        transformer_layer_spec=build_block_spec(transformer, stage_layers),
+        transformer_layer_spec=build_block_spec(transformer, config.model, layers),
         vocab_size=padded_rows(vocabulary.size),
         true_vocabulary_size=vocabulary.size,
+        z_loss=config.train.z_loss,
         max_sequence_length=config.data.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         parallel_output=True,
-        share_embeddings_and_output_weights=True,
-        position_embedding_type="learned_absolute",
+        share_embeddings_and_output_weights=config.model.tied_embeddings,
+        # RoPE is applied by our own attention, which knows positions inside samples.
+        position_embedding_type="none" if config.model.family == "llama" else "learned_absolute",
+        vp_stage=stage,
     )
     _mark_partitions(model)
     initialize_weights(model, config)
@@ -131,7 +152,7 @@ class Placement:
     offset: tuple[int, ...]
     """Position of the local tensor's first element in the whole one."""
     local_shape: tuple[int, ...]
-    """Shape of the local tensor, padded vocabulary rows included."""
+    """Shape of the local tensor, padded vocabulary rows included; it may split the parameter's first dimension."""
 
     @property
     def kept_rows(self) -> int:
@@ -140,29 +161,34 @@ class Placement:
 
 
 def place_parameters(model: CM3LeonModel) -> Iterator[tuple[torch.nn.Parameter, Placement]]:
-    """Each parameter of this stage with its place in the whole model; tied copies have the same name."""
+    """Each parameter of this stage with its place in the whole model; tied copies have the same name.
+
+    A gated feed-forward layer's first matrix is [2, ffn_hidden_size, hidden_size] here: gate, then up. Each
+    tensor-parallel rank holds a part of both.
+    """
     rank, size = model.pg_collection.tp.rank(), model.pg_collection.tp.size()
-    first_layer = get_transformer_layer_offset(model.config, vp_stage=None, pp_rank=model.pg_collection.pp.rank())
+    first_layer = get_transformer_layer_offset(model.config, model.vp_stage, model.pg_collection.pp.rank())
     for local_name, parameter in model.named_parameters():
-        name = _canonical_name(local_name, first_layer)
-        dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-        shape, offset = list(parameter.shape), [0] * parameter.dim()
+        name = _canonical_name(local_name, first_layer, model.share_embeddings_and_output_weights)
+        partitioned = getattr(parameter, "tensor_model_parallel", False)
+        dim = parameter.partition_dim if partitioned else None
+        local = list(parameter.shape)
+        if name.endswith("linear_fc1.weight") and model.config.gated_linear_unit:
+            local, dim = [2, local[0] // 2, *local[1:]], 1
+        shape, offset = list(local), [0] * len(local)
         if dim is not None:
             offset[dim] = shape[dim] * rank
             shape[dim] *= size
-        if name == WORD_EMBEDDINGS:
+        if name in (WORD_EMBEDDINGS, OUTPUT_HEAD):
             shape[0] = model.true_vocabulary_size
-        yield parameter, Placement(name, tuple(shape), tuple(offset), tuple(parameter.shape))
+        yield parameter, Placement(name, tuple(shape), tuple(offset), tuple(local))
 
 
-def _canonical_name(local_name: str, first_layer: int) -> str:
-    if local_name == "output_layer.weight":  # the tied copy on the last stage
+def _canonical_name(local_name: str, first_layer: int, tied: bool) -> str:
+    if local_name == OUTPUT_HEAD and tied:  # the copy on the last stage
         return WORD_EMBEDDINGS
-    prefix = "decoder.layers."
-    if local_name.startswith(prefix):
-        number, rest = local_name[len(prefix) :].split(".", 1)
-        return f"{prefix}{int(number) + first_layer}.{rest}"
-    return local_name
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.weight", local_name)
+    return layer_name(int(found[1]) + first_layer, found[2]) if found else local_name
 
 
 @torch.no_grad()
@@ -173,26 +199,4 @@ def initialize_weights(model: CM3LeonModel, config: Config) -> None:
         parameter.zero_()  # padded vocabulary rows stay 0
         slices = tuple(slice(start, start + size) for start, size in zip(place.offset, place.local_shape, strict=True))
         part = whole[slices]
-        parameter[: part.shape[0]].copy_(part)
-
-
-def initial_weight(name: str, shape: tuple[int, ...], config: Config) -> torch.Tensor:
-    """Initial value of the whole parameter `name`: fp32, on the CPU.
-
-    A normal of standard deviation model.init_std (positions: position_init_std) cut at 3 of them. The
-    matrices that write into the residual stream start at 0: the paper's "output layers".
-    """
-    weight = torch.empty(shape)
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        return weight.zero_()
-    std = config.model.position_init_std if name == POSITION_EMBEDDINGS else config.model.init_std
-    digest = hashlib.sha256(f"{config.seed}/weights/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
-
-
-def count_parameters(config: Config, vocabulary_size: int) -> int:
-    """Parameters of the whole model, tied weights counted once, without vocabulary padding."""
-    model = config.model
-    layer = 4 * model.hidden_size**2 + 2 * model.hidden_size * model.ffn_hidden_size
-    return (vocabulary_size + config.data.seq_length) * model.hidden_size + model.layers * layer
+        parameter.view(place.local_shape)[: part.shape[0]].copy_(part)

@@ -2,6 +2,9 @@
 
 The padded rows take no part: their logits count as -inf. Everything is computed in fp32, whatever the
 precision of the logits. (megatron-core's fused native form rounds its gradient to bf16.)
+
+With a z-loss the value stays the cross-entropy, so that runs compare; the gradient is that of cross-entropy + z_loss x
+(log Z)^2, Z the denominator of the softmax (Chameleon section 2.3).
 """
 
 import torch
@@ -13,7 +16,7 @@ class _PartitionedCrossEntropy(torch.autograd.Function):
     """loss [T] of logits [T, columns of this rank] for targets [T] in whole-vocabulary ids."""
 
     @staticmethod
-    def forward(ctx, logits, targets, start, columns, group):
+    def forward(ctx, logits, targets, start, columns, group, z_loss):
         scores = logits[:, :columns].float()
         # A rank whose rows are all padding has no column: its maximum is -inf and its sum 0.
         highest = scores.amax(dim=-1) if columns else scores.new_full((scores.shape[0],), -torch.inf)
@@ -27,24 +30,25 @@ class _PartitionedCrossEntropy(torch.autograd.Function):
         sums[1, rows] = scores[rows, local] - highest[rows]
         dist.all_reduce(sums, group=group)
         probabilities /= sums[0, :, None]
-        ctx.save_for_backward(probabilities, rows, local)
-        ctx.shape, ctx.dtype = logits.shape, logits.dtype
-        return sums[0].log() - sums[1]
+        log_sums = sums[0].log()
+        ctx.save_for_backward(probabilities, rows, local, log_sums + highest)
+        ctx.shape, ctx.dtype, ctx.z_loss = logits.shape, logits.dtype, z_loss
+        return log_sums - sums[1]
 
     @staticmethod
     def backward(ctx, gradient):
-        probabilities, rows, local = ctx.saved_tensors
-        scores = probabilities * gradient[:, None]
+        probabilities, rows, local, log_z = ctx.saved_tensors
+        scores = probabilities * (gradient * (1 + 2 * ctx.z_loss * log_z))[:, None]
         scores[rows, local] -= gradient[rows]
         if scores.shape == ctx.shape:
-            return scores.to(ctx.dtype), None, None, None, None
+            return scores.to(ctx.dtype), None, None, None, None, None
         padded = torch.zeros(ctx.shape, dtype=ctx.dtype, device=scores.device)
         padded[:, : scores.shape[1]] = scores
-        return padded, None, None, None, None
+        return padded, None, None, None, None, None
 
 
 def cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, vocabulary_size: int, group: dist.ProcessGroup
+    logits: torch.Tensor, targets: torch.Tensor, vocabulary_size: int, group: dist.ProcessGroup, z_loss: float = 0.0
 ) -> torch.Tensor:
     """Loss of every token in nats, fp32.
 
@@ -56,7 +60,11 @@ def cross_entropy(
     columns = min(max(vocabulary_size - start, 0), partition)
     flat = logits.reshape(-1, partition)
     if group.size() == 1:
-        losses = F.cross_entropy(flat[:, :columns].float(), targets.reshape(-1), reduction="none")
+        scores = flat[:, :columns].float()
+        losses = F.cross_entropy(scores, targets.reshape(-1), reduction="none")
+        if z_loss:
+            extra = z_loss * scores.logsumexp(-1).square()
+            losses = losses + extra - extra.detach()
     else:
-        losses = _PartitionedCrossEntropy.apply(flat, targets.reshape(-1), start, columns, group)
+        losses = _PartitionedCrossEntropy.apply(flat, targets.reshape(-1), start, columns, group, z_loss)
     return losses.view(targets.shape)

@@ -9,8 +9,9 @@ from transformers import OPTForCausalLM
 
 from megatron_cm3leon.checkpoint import convert
 from megatron_cm3leon.checkpoint.convert import export_checkpoint, split_qkv
-from megatron_cm3leon.checkpoint.reference import canonical_shapes, reference_logits
+from megatron_cm3leon.checkpoint.reference import reference_logits
 from megatron_cm3leon.config import Config
+from megatron_cm3leon.model.weights import canonical_shapes
 from tests.data.corpora import make_vocabulary
 
 VOCABULARY = make_vocabulary(text=40, image=16, height=2, width=3, sentinels=4, specials=10)

@@ -36,7 +36,7 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
     while state.step < (config.train.stop_after or config.train.steps):
         batch, micro_batches = next(loader)
         metrics = engine.train_step(micro_batches, state.step, learning_rate(config, state.step))
-        assert metrics.stepped
+        assert metrics.stepped, (case["name"], state.step, metrics)
         state.step, state.batch = state.step + 1, batch + 1
         record.append({"step": state.step, "loss": metrics.loss, "grad_norm": metrics.grad_norm})
         if state.step % config.checkpoint.interval == 0:

@@ -37,7 +37,7 @@ def main() -> None:
     from megatron_cm3leon.model.builder import build_stage, place_parameters
 
     vocabulary = make_vocabulary()
-    stage = build_stage(config, vocabulary)
+    [stage] = build_stage(config, vocabulary)
     torch.manual_seed(0)
     weights = {}
     for parameter, place in place_parameters(stage):

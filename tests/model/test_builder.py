@@ -11,7 +11,7 @@ from tests.distributed.launch import torchrun
     ("preset", "parameters"), [("350m", 373_293_056), ("760m", 786_432_000), ("7b", 6_727_663_616)]
 )
 def test_presets_have_the_papers_parameter_counts(preset, parameters):
-    from megatron_cm3leon.model.builder import count_parameters
+    from megatron_cm3leon.model.weights import count_parameters
 
     config = load_config(None, [f"preset={preset}"])
     config.validate()
@@ -19,7 +19,7 @@ def test_presets_have_the_papers_parameter_counts(preset, parameters):
 
 
 def test_initial_weights_follow_the_paper():
-    from megatron_cm3leon.model.builder import initial_weight
+    from megatron_cm3leon.model.weights import initial_weight
 
     config = load_config(None, ["preset=350m"])
     config.validate()

@@ -5,11 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_cm3leon.checkpoint.reference import canonical_shapes, reference_logits
+from megatron_cm3leon.checkpoint.reference import reference_logits
 from megatron_cm3leon.checkpoint.sharded import Piece, begin, finish, read_weights, write_rank
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.generation.decoder import Decoder
+from megatron_cm3leon.model.weights import canonical_shapes
 from tests.data.corpora import make_vocabulary
 from tests.tools.call import call_tool
 

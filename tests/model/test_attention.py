@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_attention_written_out_equals_torchs(dtype, tolerance):
-    from megatron_cm3leon.model.layers import attend_written_out
+    from megatron_cm3leon.model.attention import attend_written_out
 
     generator = torch.Generator().manual_seed(0)
     ours = [torch.randn(2, 3, 20, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
@@ -23,7 +23,7 @@ def test_attention_written_out_equals_torchs(dtype, tolerance):
 
 
 def test_dropout_drops_weights_and_keeps_their_mean():
-    from megatron_cm3leon.model.layers import attend_written_out
+    from megatron_cm3leon.model.attention import attend_written_out
 
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 1, 12, 16, generator=generator) for _ in range(2))

@@ -1,0 +1,78 @@
+"""The whole model's parameters: canonical names, shapes, initial values; the same under every layout and engine.
+
+embedding.word_embeddings.weight                   [vocabulary, H]
+embedding.position_embeddings.weight               [seq_length, H]                        cm3leon
+decoder.layers.0.self_attention.linear_qkv.weight  [(N + 2 G) D, H], grouped per head of keys: its queries, k, v
+decoder.layers.0.self_attention.linear_proj.weight [H, N D]
+decoder.layers.0.mlp.linear_fc1.weight             [F, H], or [2, F, H]: gate, up         llama
+decoder.layers.0.mlp.linear_fc2.weight             [H, F]
+decoder.layers.0.input_layernorm.weight ...        [H], with qk_norm q_layernorm [D] ...  llama
+decoder.final_layernorm.weight                     [H]                                    llama
+output_layer.weight                                [vocabulary, H]                        untied
+"""
+
+import hashlib
+import math
+
+import torch
+
+from megatron_cm3leon.config import Config
+
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+OUTPUT_HEAD = "output_layer.weight"
+
+
+def layer_name(layer: int, part: str) -> str:
+    """Canonical name of one weight of one layer, `part` such as `mlp.linear_fc1`."""
+    return f"decoder.layers.{layer}.{part}.weight"
+
+
+def canonical_shapes(config: Config, vocabulary_size: int) -> dict[str, tuple[int, ...]]:
+    """Every parameter and its shape, without vocabulary padding; `config` is validated."""
+    model = config.model
+    hidden, ffn, llama = model.hidden_size, model.ffn_hidden_size, model.family == "llama"
+    head = hidden // model.heads
+    shapes = {WORD_EMBEDDINGS: (vocabulary_size, hidden)}
+    if not llama:
+        shapes[POSITION_EMBEDDINGS] = (config.data.seq_length, hidden)
+    for layer in range(model.layers):
+        parts = {
+            "self_attention.linear_qkv": ((model.heads + 2 * model.kv_heads) * head, hidden),
+            "self_attention.linear_proj": (hidden, hidden),
+            "mlp.linear_fc1": (2, ffn, hidden) if llama else (ffn, hidden),
+            "mlp.linear_fc2": (hidden, ffn),
+        }
+        if llama:
+            parts |= {"input_layernorm": (hidden,), "pre_mlp_layernorm": (hidden,)}
+        if model.qk_norm:
+            parts |= {"self_attention.q_layernorm": (head,), "self_attention.k_layernorm": (head,)}
+        shapes |= {layer_name(layer, part): shape for part, shape in parts.items()}
+    if llama:
+        shapes[FINAL_NORM] = (hidden,)
+    if not model.tied_embeddings:
+        shapes[OUTPUT_HEAD] = (vocabulary_size, hidden)
+    return shapes
+
+
+def count_parameters(config: Config, vocabulary_size: int) -> int:
+    """Parameters of the whole model, tied weights counted once, without vocabulary padding."""
+    return sum(math.prod(shape) for shape in canonical_shapes(config, vocabulary_size).values())
+
+
+def initial_weight(name: str, shape: tuple[int, ...], config: Config) -> torch.Tensor:
+    """Initial value of the whole parameter `name`: fp32, on the CPU, a function of (config.seed, name).
+
+    A normal of standard deviation model.init_std (positions: position_init_std) cut at 3 of them. The matrices that
+    write into the residual stream start at 0: the paper's "output layers" (CM3Leon section 2.3). Norms start at 1.
+    """
+    weight = torch.empty(shape)
+    if len(shape) == 1:
+        return weight.fill_(1.0)
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return weight.zero_()
+    std = config.model.position_init_std if name == POSITION_EMBEDDINGS else config.model.init_std
+    digest = hashlib.sha256(f"{config.seed}/weights/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
