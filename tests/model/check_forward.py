@@ -1,7 +1,8 @@
-"""One rank: token losses of the built stage against a forward written out in plain torch."""
+"""One rank: token losses of the built stage against a forward written out in plain torch, and against stock Qwen3."""
 
 import torch
 import torch.nn.functional as F
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_cm3leon.config import load_config
 from megatron_cm3leon.engine.parallel import Rank, choose_device, destroy_groups, initialize_groups
@@ -28,25 +29,75 @@ def plain_losses(weights: dict, tokens: torch.Tensor, labels: torch.Tensor, voca
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
 
-def main() -> None:
-    overrides = [f"model.layers={LAYERS}", f"model.hidden_size={WIDTH}", f"model.heads={HEADS}"]
+def stock_losses(weights: dict, tokens: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Qwen3ForCausalLM (LLaMA with RMSNorm of queries and keys) with the same weights."""
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocabulary,
+            hidden_size=WIDTH,
+            intermediate_size=256,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=2,
+            head_dim=WIDTH // HEADS,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=False,
+        )
+    )
+    state = {
+        "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"][:vocabulary],
+        "model.norm.weight": weights["decoder.final_layernorm.weight"],
+        "lm_head.weight": weights["output_layer.weight"][:vocabulary],
+    }
+    for layer in range(LAYERS):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        groups = weights[ours + "self_attention.linear_qkv.weight"].view(2, HEADS // 2 + 2, WIDTH // HEADS, WIDTH)
+        for name, part in zip("qkv", groups.split([HEADS // 2, 1, 1], dim=1), strict=True):
+            state[f"{theirs}self_attn.{name}_proj.weight"] = part.reshape(-1, WIDTH)
+        state[theirs + "self_attn.o_proj.weight"] = weights[ours + "self_attention.linear_proj.weight"]
+        for name in "qk":
+            state[f"{theirs}self_attn.{name}_norm.weight"] = weights[f"{ours}self_attention.{name}_layernorm.weight"]
+        gate, up = weights[ours + "mlp.linear_fc1.weight"].chunk(2)
+        state |= {theirs + "mlp.gate_proj.weight": gate, theirs + "mlp.up_proj.weight": up}
+        state[theirs + "mlp.down_proj.weight"] = weights[ours + "mlp.linear_fc2.weight"]
+        state[theirs + "input_layernorm.weight"] = weights[ours + "input_layernorm.weight"]
+        state[theirs + "post_attention_layernorm.weight"] = weights[ours + "pre_mlp_layernorm.weight"]
+    model.load_state_dict(state)
+    logits = model.eval()(tokens).logits
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+
+
+def check_family(rank: Rank, overrides: list[str], expected_losses) -> None:
+    overrides = [f"model.layers={LAYERS}", f"model.hidden_size={WIDTH}", f"model.heads={HEADS}", *overrides]
     config = load_config(None, [*overrides, f"data.seq_length={LENGTH}", "train.precision=fp32"])
     config.validate(1)
-    rank = Rank.from_environment()
     initialize_groups(config, rank, choose_device("cpu", rank))
+    from megatron.core import parallel_state
+
     from megatron_cm3leon.model.builder import build_stage, place_parameters
+    from megatron_cm3leon.model.weights import canonical_shapes
 
     vocabulary = make_vocabulary()
     [stage] = build_stage(config, vocabulary)
     torch.manual_seed(0)
-    weights = {}
+    weights, shapes = {}, {}
     for parameter, place in place_parameters(stage):
         torch.nn.init.normal_(parameter, std=0.2)  # padded rows too: they must not matter
-        weights[place.name] = parameter.detach()
+        weights[place.name], shapes[place.name] = parameter.detach(), place.shape
+    assert shapes == canonical_shapes(config, vocabulary.size)
     tokens, labels = torch.randint(0, vocabulary.size, (2, 3, LENGTH))
     positions = torch.arange(LENGTH).expand(3, -1)
     found = stage(tokens, positions, None, labels=labels)
-    torch.testing.assert_close(found, plain_losses(weights, tokens, labels, vocabulary.size), rtol=1e-5, atol=1e-5)
+    expected = expected_losses(weights, tokens, labels, vocabulary.size)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    parallel_state.destroy_model_parallel()
+
+
+def main() -> None:
+    rank = Rank.from_environment()
+    check_family(rank, [], plain_losses)
+    check_family(rank, ["model.family=llama", "model.kv_heads=2", "model.qk_norm=true"], stock_losses)
     print("forward agrees")
     destroy_groups()
 
