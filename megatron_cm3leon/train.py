@@ -14,6 +14,7 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.cli import show_messages
 from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config, save_config
 from megatron_cm3leon.data.loader import Loader
+from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.data.stream import Stream, build_stream
 from megatron_cm3leon.engine.base import Engine, StepMetrics
 from megatron_cm3leon.engine.parallel import (
@@ -25,6 +26,7 @@ from megatron_cm3leon.engine.parallel import (
 )
 from megatron_cm3leon.metrics import MetricsLogger
 from megatron_cm3leon.model.weights import count_parameters
+from megatron_cm3leon.plan import PAPER_VOCABULARY, describe
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.schedule import follow_rule, learning_rate
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
@@ -46,7 +48,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FIELD",
         help="field of the model or the stream that a resumed run may change, such as cm3.probability; repeatable",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print ranks, groups, parameters and bytes a rank; start nothing"
+    )
+    parser.add_argument("--ranks", type=int, default=0, help="ranks of a dry run (default: those that were launched)")
     return parser.parse_args(arguments)
+
+
+def dry_run(config: Config, ranks: int) -> str:
+    """What the run would need on `ranks` ranks; ValueError where the layout cannot be built."""
+    config.validate(ranks)
+    size = open_shards(config.data.shards).vocabulary.size if config.data.shards else PAPER_VOCABULARY
+    follow_rule(config, count_parameters(config, size))
+    return describe(config, size, ranks)
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -219,6 +233,10 @@ def main(arguments: list[str] | None = None) -> int:
     show_messages(logging.INFO if rank.rank == 0 else logging.WARNING)
     try:
         config = load_config(options.config, options.overrides)
+        if options.dry_run:
+            if rank.rank == 0:
+                print(dry_run(config, options.ranks or rank.world_size))
+            return 0
         config.validate(rank.world_size)
         device = choose_device(config.train.device, rank)
     except ValueError as error:  # the same on every rank: the first one tells it

@@ -48,6 +48,31 @@ def test_every_field_is_documented_and_has_a_default():
         (["parallel.tensor=3"], 3, "parallel.tensor (3) must divide model.heads (16); use one of [1, 2, 4, 8, 16]."),
         (["parallel.pipeline=5"], 5, "parallel.pipeline (5) must divide model.layers (24)"),
         (["parallel.tensor=2", "parallel.pipeline=2"], 6, "= 4 must divide the number of ranks (6); start 4 ranks"),
+        (
+            ["model.activation=swiglu"],
+            1,
+            "model.activation ('swiglu') must be one of: relu, gelu, those of family cm3leon",
+        ),
+        (["model.qk_norm=true"], 1, "model.qk_norm (True) must be False in family cm3leon"),
+        (["model.family=llama", "model.kv_heads=3"], 1, "model.kv_heads (3) must divide model.heads (16)"),
+        (
+            ["model.family=llama", "model.kv_heads=2", "parallel.tensor=4"],
+            4,
+            "must divide model.kv_heads (2); use one of",
+        ),
+        (["parallel.interleave=2"], 1, "parallel.interleave (2) needs parallel.pipeline of at least 2"),
+        (
+            ["parallel.pipeline=8", "parallel.interleave=2"],
+            8,
+            "must divide model.layers (24); use a parallel.interleave of",
+        ),
+        (["parallel.context=3"], 3, "data.seq_length (4096) must be divisible by 2 x parallel.context (3)"),
+        (
+            ["parallel.pipeline=2", "parallel.interleave=2", "train.global_batch_size=3"],
+            2,
+            "needs a multiple of parallel",
+        ),
+        (["schedule.name=exponential", "schedule.floor=0"], 1, "schedule.floor (0) must be above 0"),
         (["train.global_batch_size=6"], 4, "must be divisible by train.micro_batch_size (1) x data-parallel ranks (4)"),
     ],
 )
@@ -64,6 +89,16 @@ def test_a_missing_and_a_broken_file_are_named(tmp_path):
     path.write_text("model: {layers: 2\n")
     with pytest.raises(ValueError, match=r"broken.yaml is not valid YAML"):
         load_config(path)
+
+
+def test_the_family_fills_what_is_left_to_it():
+    config = load_config(None, ["preset=7b", "model.family=llama"])
+    config.validate()
+    assert (config.model.activation, config.model.ffn_hidden_size, config.model.kv_heads) == ("swiglu", 11008, 32)
+    assert config.model.tied_embeddings is False and config.model.qk_norm and config.train.z_loss == 1e-5
+    config = load_config(None, ["preset=350m"])
+    config.validate()
+    assert (config.model.activation, config.model.ffn_hidden_size) == ("relu", 4096) and config.model.tied_embeddings
 
 
 def test_changed_fields_names_both_values():

@@ -11,7 +11,7 @@ import pytest
 from megatron_cm3leon.checkpoint.sharded import list_checkpoints
 from megatron_cm3leon.config import load_config
 from megatron_cm3leon.metrics import flops_per_token, read_metrics
-from megatron_cm3leon.schedule import learning_rate
+from megatron_cm3leon.schedule import follow_rule, learning_rate
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import ROOT, torchrun
 
@@ -139,6 +139,21 @@ def test_learning_rate_warms_up_and_falls_to_the_floor():
     assert learning_rate(config, 11) == pytest.approx(0.55)
     config.schedule.name = "constant"
     assert learning_rate(config, 19) == 1.0
+    config.schedule.name = "exponential"
+    assert learning_rate(config, 11) == pytest.approx(0.1**0.5) and learning_rate(config, 19) == pytest.approx(0.1)
+    config.schedule.name, config.schedule.decay_steps = "wsd", 4
+    rates = [learning_rate(config, step) for step in range(20)]
+    assert rates[3:16] == [1.0] * 13 and rates[17] == pytest.approx(0.55) and rates[19] == pytest.approx(0.1)
+
+
+def test_mm1s_rule_sets_rate_and_decay():
+    config = load_config(None, ["optimizer.rule=mm1"])
+    follow_rule(config, 3_000_000_000)
+    assert config.optimizer.learning_rate == pytest.approx(6e-5, rel=0.05)  # the paper's own value at 3B
+    assert config.optimizer.weight_decay == pytest.approx(0.1 * config.optimizer.learning_rate)
+    config = load_config()
+    follow_rule(config, 3_000_000_000)
+    assert config.optimizer.learning_rate == 6e-4
 
 
 def test_flops_count_each_matrix_three_times_twice():

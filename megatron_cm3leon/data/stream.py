@@ -135,7 +135,7 @@ class Stream:
             values[0, start:end] = self.config.retrieval.loss_weight
         masked = np.zeros((1 + by_sample, self.length))
         if by_sample:
-            values[1], masked[1] = np.cumsum(source.tokens == self.vocabulary.eos), -1
+            values[1], masked[1] = number_samples(source.tokens, self.vocabulary.eos), -1
         trimmed = mask_block(
             source.tokens,
             values,
@@ -157,6 +157,12 @@ class Stream:
         documents = np.array(source.documents, np.int64)
         retrieved = np.array(source.retrieved, np.int64)
         return Block(tokens, weights, samples, trimmed + source.trimmed, documents, retrieved, source.epoch)
+
+
+def number_samples(tokens: np.ndarray, eos: int) -> np.ndarray:
+    """Which sample of an unmasked source a token is of, from 0: one begins at each </s> behind another's last </s>."""
+    ends = tokens == eos
+    return np.cumsum(np.r_[False, ends[1:] & ends[:-1]])
 
 
 def positions_in_samples(samples: np.ndarray) -> np.ndarray:

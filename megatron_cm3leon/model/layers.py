@@ -45,6 +45,32 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) x up of [..., 2 F]; keeps its input alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, both):
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        of_gate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
+        return torch.cat([of_gate, gradient * F.silu(gate)], dim=-1)
+
+
+class GatedMLP(MLP):
+    """megatron-core's MLP with SwiGLU (arXiv 2002.05202), which there keeps two more tensors."""
+
+    def forward(self, hidden_SBH: torch.Tensor, **options) -> tuple[torch.Tensor, None]:
+        both, _ = self.linear_fc1(hidden_SBH)
+        return self.linear_fc2(_SwiGLU.apply(both))
+
+
 def build_block_spec(config: TransformerConfig, model: ModelConfig, layers: int) -> TransformerBlockSubmodules:
     """Submodules of one stage of `layers` layers."""
     llama = model.family == "llama"
@@ -61,7 +87,7 @@ def build_block_spec(config: TransformerConfig, model: ModelConfig, layers: int)
         ),
     )
     mlp = ModuleSpec(
-        module=MLP,
+        module=GatedMLP if llama else MLP,
         submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
     )
     layer = ModuleSpec(

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.samples import turn_document
-from megatron_cm3leon.data.stream import Stream, build_stream
+from megatron_cm3leon.data.stream import Stream, build_stream, number_samples, positions_in_samples
 from tests.data.corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
 
 VOCABULARY = make_vocabulary()
@@ -228,3 +228,38 @@ def test_build_stream_names_the_missing_field(corpus):
     config = Config()
     config.data.shards = str(corpus.folder)
     assert build_stream(config).block(0).tokens.shape == (4097,)
+
+
+def test_samples_and_positions_by_hand():
+    eos = VOCABULARY.eos
+    tokens = np.array([3, 4, eos, eos, 5, eos, eos, 6])
+    samples = number_samples(tokens, eos)
+    assert samples.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert number_samples(np.array([eos, eos, 3]), eos).tolist() == [0, 1, 1]
+    assert positions_in_samples(samples).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert positions_in_samples(np.array([0, 1, 1, 0, -1, 1, -1])).tolist() == [0, 0, 1, 1, 0, 2, 1]
+
+
+def test_moved_spans_stay_with_their_sample(corpus):
+    """Taken out of a masked block, each sample is itself: its unmasked part, then its spans, its own positions."""
+    settings = {"packing": "stream", "retrieval": False, "cm3__probability": 1.0, "data__attention": "sample"}
+    stream, plain = make_stream(corpus, **settings), make_stream(corpus, packing="stream", retrieval=False)
+    several = 0
+    for number in range(40):
+        block, other = stream.block(number), plain.block(number)
+        assert np.array_equal(block.tokens, other.tokens)  # the mask of attention changes no token
+        assert other.samples is None
+        first_sentinels = {}
+        for sample in set(block.samples.tolist()) - {-1}:
+            own = block.tokens[block.samples == sample]
+            moved = [
+                place for place, token in enumerate(own) if VOCABULARY.sentinel(0) <= token < VOCABULARY.sentinel(7)
+            ]
+            first_sentinels[sample] = moved
+            assert len(moved) % 2 == 0  # each span's sentinel stands twice in the same sample
+        several += len(first_sentinels) > 1 and any(first_sentinels.values())
+        unseen = np.flatnonzero((np.diff(block.samples) != 0) & (block.tokens[1:] != VOCABULARY.eos)) + 1
+        assert not block.weights[unseen].any()
+        kept = np.setdiff1d(np.arange(len(block.tokens)), unseen)
+        assert np.array_equal(block.weights[kept], other.weights[kept])
+    assert several > 5

@@ -91,7 +91,21 @@ def check_family(rank: Rank, overrides: list[str], expected_losses) -> None:
     found = stage(tokens, positions, None, labels=labels)
     expected = expected_losses(weights, tokens, labels, vocabulary.size)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    check_samples(stage, vocabulary.size)
     parallel_state.destroy_model_parallel()
+
+
+def check_samples(stage, vocabulary: int) -> None:
+    """Two samples whose tokens alternate in one sequence have the losses that each has alone."""
+    tokens, labels = torch.randint(0, vocabulary, (2, 1, LENGTH))
+    samples = (torch.arange(LENGTH) * 2 // 3 % 2)[None]
+    positions = torch.where(samples == 0, (samples == 0).cumsum(1), (samples == 1).cumsum(1)) - 1
+    together = stage(tokens, positions, torch.stack([samples, positions]), labels=labels)
+    for sample in (0, 1):
+        places = (samples[0] == sample).nonzero()[:, 0]
+        alone = torch.arange(len(places))[None]
+        expected = stage(tokens[:, places], alone, None, labels=labels[:, places])
+        torch.testing.assert_close(together[:, places], expected, rtol=1e-5, atol=1e-5)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Cross-entropy over partitions and padding equals torch's over the true vocabulary."""
+"""Cross-entropy over partitions and padding equals torch's over the true vocabulary; the z-loss is in its gradient."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron_cm3leon.model.loss import cross_entropy
 
 TOKENS, TRUE, PADDED = 6, 150, 256
+Z_LOSS = 0.01
 
 
 def _example():
@@ -23,7 +24,8 @@ def _expected():
     logits, targets, weights = _example()
     logits.requires_grad_()
     losses = F.cross_entropy(logits[:, :TRUE], targets, reduction="none")
-    (losses * weights).sum().backward()
+    z = Z_LOSS * logits[:, :TRUE].logsumexp(-1).square()
+    ((losses + z) * weights).sum().backward()
     return losses.detach(), logits.grad
 
 
@@ -32,7 +34,7 @@ def _run_rank(rank, size, file, queue):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
     logits, targets, weights = _example()
     mine = logits.chunk(size, dim=1)[rank].clone().requires_grad_()
-    losses = cross_entropy(mine, targets, TRUE, dist.group.WORLD)
+    losses = cross_entropy(mine, targets, TRUE, dist.group.WORLD, Z_LOSS)
     (losses * weights).sum().backward()
     queue.put((rank, losses.detach().numpy(), mine.grad.numpy()))
     dist.barrier()

@@ -1,0 +1,86 @@
+"""This rank's peak resident memory over two steps, beside the plan: `torchrun measure_memory.py OVERRIDES`."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from megatron_cm3leon.config import load_config
+from megatron_cm3leon.data.loader import MicroBatch
+from megatron_cm3leon.engine.parallel import Rank, destroy_groups, initialize_groups, set_threads
+from megatron_cm3leon.plan import estimate_memory, place_rank
+from tests.data.corpora import make_vocabulary
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+class PeakWatch(threading.Thread):
+    """Looks every two milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.stopped = 0, False
+
+    def run(self) -> None:
+        while not self.stopped:
+            self.peak = max(self.peak, resident_bytes())
+            time.sleep(0.002)
+
+
+def load_libraries() -> None:
+    """Kernels bring code and tables of their own on their first use."""
+    torch.nn.Linear(512, 512)(torch.randn(64, 512)).sum().backward()
+    states = [torch.randn(1, 2, 64, 32, requires_grad=True) for _ in range(2)]
+    F.scaled_dot_product_attention(*states, is_causal=True).sum().backward()
+
+
+def make_batches(config, vocabulary, count: int) -> list[MicroBatch]:
+    size, length = config.train.micro_batch_size, config.data.seq_length
+    batches = []
+    for _ in range(count):
+        tokens = torch.randint(0, vocabulary.size, (size, length + 1))
+        positions = torch.arange(length).repeat(size, 1)
+        batches.append(MicroBatch(tokens[:, :-1], tokens[:, 1:], torch.ones(size, length), positions, None, 0))
+    return batches
+
+
+def main() -> None:
+    config, rank = load_config(None, sys.argv[1:]), Rank.from_environment()
+    config.validate(rank.world_size)
+    set_threads(1, rank)
+    initialize_groups(config, rank, torch.device("cpu"))
+    from megatron.core import parallel_state
+
+    from megatron_cm3leon.engine.megatron import MegatronEngine
+
+    place = place_rank(config, rank.world_size, rank.rank)
+    assert place.tensor == parallel_state.get_tensor_model_parallel_rank()
+    assert place.context == parallel_state.get_context_parallel_rank()
+    assert place.data == parallel_state.get_data_parallel_rank()
+    assert place.pipeline == parallel_state.get_pipeline_model_parallel_rank()
+    vocabulary = make_vocabulary(text=3000, image=1000, height=4, width=4)
+    blocks = config.train.micro_batch_size * config.data_parallel_size(rank.world_size)
+    batches = make_batches(config, vocabulary, config.train.global_batch_size // blocks)
+    load_libraries()
+    before = resident_bytes()
+    engine = MegatronEngine(config, vocabulary, torch.device("cpu"))
+    watch = PeakWatch()
+    watch.start()
+    for step in range(2):
+        engine.train_step(batches, step, 1e-4)
+    watch.stopped = True
+    watch.join()
+    planned = estimate_memory(config, vocabulary.size, rank.world_size, place.pipeline)
+    held = sum(parameter.numel() for parameter, _ in engine.placements)
+    assert held == planned.parameters, (held, planned.parameters)
+    print(f"rank {rank.rank}: planned/measured {planned.total / (watch.peak - before):.3f}")
+    destroy_groups()
+
+
+if __name__ == "__main__":
+    main()
