@@ -22,6 +22,7 @@ from megatron_cm3leon.engine.parallel import (
     choose_device,
     destroy_groups,
     initialize_groups,
+    is_first_to_fail,
     set_threads,
 )
 from megatron_cm3leon.metrics import MetricsLogger
@@ -250,7 +251,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         train(config, rank, options.allow_change)
     except (ValueError, OSError) as error:
-        print(f"error (rank {rank.rank}): {error}", file=sys.stderr, flush=True)
+        if is_first_to_fail():
+            print(f"error (rank {rank.rank}): {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         destroy_groups()

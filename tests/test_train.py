@@ -122,6 +122,14 @@ def test_an_impossible_layout_is_refused_once_before_any_group(folder):
     assert not (folder / "layout").exists()
 
 
+def test_an_error_of_all_ranks_is_told_once(folder):
+    assert train(folder, "twice", "train.stop_after=1").returncode == 0
+    script = command(folder, "twice", "model.hidden_size=64", "parallel.tensor=2")[1:]
+    done = torchrun(2, *script, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("model.hidden_size (64) was 32") == 1
+
+
 def test_too_many_broken_batches_stop_the_run(folder):
     done = train(folder, "broken", "optimizer.learning_rate=1e38", "train.max_skipped=2", "schedule.warmup_steps=0")
     assert done.returncode == 2

@@ -87,6 +87,12 @@ def initialize_groups(config: Config, rank: Rank, device: torch.device) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
 
 
+def is_first_to_fail() -> bool:
+    """Whether no other rank has asked this yet: of ranks that meet the same error one tells it."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.add("failed ranks", 1) == 1
+
+
 def destroy_groups() -> None:
     """End every process group: without it gloo sometimes aborts at interpreter exit."""
     from megatron.core import parallel_state
