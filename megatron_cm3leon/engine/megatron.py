@@ -114,6 +114,9 @@ class MegatronEngine:
         )
         parts = getattr(chain, "chained_optimizers", [chain])
         assert len(parts) == 1, "a dense model has one optimizer"
+        for group in parts[0].param_groups:
+            # megatron-core leaves this to its own schedule, which does not run here: vectors would be decayed too.
+            group["weight_decay"] = options.weight_decay * group["wd_mult"]
         return parts[0]
 
     # ------------------------------------------------------------------ steps
