@@ -191,6 +191,18 @@ class CheckpointReader:
         """Shape of a whole parameter; ValueError for a name the checkpoint does not have."""
         return self._find(name, "weight")[0][0].shape
 
+    def check_parameters(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """ValueError when a parameter of `shapes` (name -> shape of the whole tensor) is not the checkpoint's."""
+        unknown = shapes.keys() - set(self.names)
+        if unknown:
+            raise ValueError(f"checkpoint {self.folder} has no parameter {min(unknown)}; it was made by another model.")
+        for name, shape in shapes.items():
+            if self.shape(name) != shape:
+                raise ValueError(
+                    f"checkpoint {self.folder}: {name} has shape {self.shape(name)}, this model has {shape}; use the "
+                    f"model and data.seq_length of the checkpoint's config.yaml."
+                )
+
     def has(self, name: str, kind: str) -> bool:
         return (name, kind) in self._pieces
 

@@ -19,7 +19,6 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
 from megatron_cm3leon.checkpoint import sharded
@@ -28,6 +27,7 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
+from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
 from megatron_cm3leon.engine.parallel import destroy_groups
 from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
@@ -128,9 +128,7 @@ class MegatronEngine:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         if self.config.model.dropout:
-            # Dropout is a function of (seed, step, data-parallel rank): nothing to save, nothing to restore.
-            seed = hash((self.config.seed, step, self.data_rank)) % (1 << 31)
-            model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+            seed_dropout(self.config.seed, step, self.data_rank)
         sums = self._run(micro_batches, forward_only=False)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
@@ -142,23 +140,18 @@ class MegatronEngine:
                 parameters = self.optimizer.get_parameters()
                 clip_grad_by_total_norm_fp32(parameters, self.config.optimizer.clip, norm)
             self.optimizer.step_with_ready_grads()
-        return _metrics(sums, norm, stepped)
+        return to_metrics(sums, norm, stepped)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:
         """Losses of a global batch; see Engine.eval_step."""
         for model in self.model:
             model.eval()
-        return _metrics(self._run(micro_batches, forward_only=True), 0.0, False)
+        return to_metrics(self._run(micro_batches, forward_only=True), 0.0, False)
 
     def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> torch.Tensor:
-        """Forward (and backward) over the micro-batches; the global sums that `_metrics` reads, fp64."""
-        weight = torch.zeros((), dtype=torch.float64)
-        for micro_batch in micro_batches:
-            weight += micro_batch.loss_weights.double().sum()
-        weight = weight.to(self.device)
-        dist.all_reduce(weight, group=self.data_group)
-        scale = 1.0 / max(float(weight), 1e-30)
+        """Forward (and backward) over the micro-batches; the global sums that `to_metrics` reads, fp64."""
+        scale = loss_scale(micro_batches, self.device, self.data_group)
 
         def forward_step(batches: Iterator[MicroBatch], model):
             batch = next(batches)
@@ -168,11 +161,9 @@ class MegatronEngine:
             def loss_function(losses):
                 weighted = losses.float() * weights
                 count = torch.zeros((), dtype=torch.int, device=losses.device)
-                return (
-                    weighted.sum() * scale,
-                    count,
-                    self._sums(weighted.detach(), labels, weights, batch.trimmed),
-                )
+                trimmed = batch.trimmed / self.context_group.size()
+                sums = sum_losses(weighted.detach(), labels, weights, trimmed, self.vocabulary)
+                return weighted.sum() * scale, count, sums
 
             return output, loss_function
 
@@ -204,22 +195,6 @@ class MegatronEngine:
             places = context_places(batch.tokens.shape[1], rank, size)
             tensors = [tensor[:, places] for tensor in tensors]
         return *(tensor.to(self.device, non_blocking=True) for tensor in tensors), samples
-
-    def _sums(self, weighted, labels, weights, trimmed: int) -> torch.Tensor:
-        """Of one micro-batch: loss, text loss, image loss, the three weights, targets that count, trimmed tokens."""
-        text, image = self.vocabulary.is_text(labels), self.vocabulary.is_image(labels)
-        return torch.stack(
-            [
-                weighted.sum(dtype=torch.float64),
-                (weighted * text).sum(dtype=torch.float64),
-                (weighted * image).sum(dtype=torch.float64),
-                weights.sum(dtype=torch.float64),
-                (weights * text).sum(dtype=torch.float64),
-                (weights * image).sum(dtype=torch.float64),
-                (weights > 0).sum().double(),
-                torch.tensor(trimmed / self.context_group.size(), dtype=torch.float64, device=weights.device),
-            ]
-        )
 
     # ------------------------------------------------------------- checkpoints
 
@@ -262,16 +237,8 @@ class MegatronEngine:
         reader = CheckpointReader(folder)
         check_same_vocabulary(self.vocabulary, reader.vocabulary, f"checkpoint {folder}")
         state = reader.state
-        names = {place.name for _, place in self.placements}
-        unknown = names - set(reader.names)
-        if unknown:
-            raise ValueError(f"checkpoint {folder} has no parameter {min(unknown)}; it was made by another model.")
+        reader.check_parameters({place.name: place.shape for _, place in self.placements})
         for parameter, place in self.placements:
-            if reader.shape(place.name) != place.shape:
-                raise ValueError(
-                    f"checkpoint {folder}: {place.name} has shape {reader.shape(place.name)}, this model has "
-                    f"{place.shape}; use the model and data.seq_length of the checkpoint's config.yaml."
-                )
             self._load_parameter(reader, parameter, place, state.step)
         return state
 
@@ -340,20 +307,3 @@ def _range_of(optimizer, parameter: torch.nn.Parameter) -> tuple[int, int]:
         found = optimizer._get_model_param_range_map(parameter)["param"]
         return found.start, found.end
     return 0, parameter.numel()
-
-
-def _metrics(sums: torch.Tensor, norm: float, stepped: bool) -> StepMetrics:
-    loss, text, image, weight, text_weight, image_weight, tokens, trimmed = sums.tolist()
-
-    def mean(total: float, weights: float) -> float:
-        return total / weights if weights else math.nan
-
-    return StepMetrics(
-        loss=mean(loss, weight),
-        loss_text=mean(text, text_weight),
-        loss_image=mean(image, image_weight),
-        grad_norm=norm,
-        tokens=int(tokens),
-        tokens_trimmed=int(trimmed),
-        stepped=stepped,
-    )
