@@ -102,7 +102,8 @@ class ParallelConfig:
     context: int = 1
     """Ranks over which each sequence is spread, attention included; twice it must divide data.seq_length."""
     zero: int = 0
-    """1 partitions the optimizer state over data-parallel ranks (megatron-core's distributed optimizer)."""
+    """What is partitioned over data-parallel ranks: 1 optimizer state; with train.engine=deepspeed also 2 gradients,
+    3 weights too."""
     overlap: bool = True
     """Gradients are reduced (and with zero parameters gathered) while the next layers compute."""
     recompute: str = "none"
@@ -113,6 +114,8 @@ class ParallelConfig:
 class TrainConfig:
     """Length, batch and precision of a run."""
 
+    engine: str = "megatron"
+    """megatron: every layout. deepspeed: ZeRO 0-3 and CPU offload, with data and tensor parallel."""
     steps: int = 1000
     """Optimizer steps."""
     global_batch_size: int = 32
@@ -131,6 +134,18 @@ class TrainConfig:
     """Batches in a row whose loss or gradient may be non-finite (and are skipped) before the run stops."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator, added to each token's loss (Chameleon: 1e-5)."""
+
+
+@dataclass(kw_only=True)
+class DeepSpeedConfig:
+    """What train.engine=deepspeed does beside parallel.zero."""
+
+    offload_optimizer: bool = False
+    """Optimizer state and fp32 weights live in CPU memory and are updated there; needs parallel.zero of 1 or more."""
+    offload_parameters: bool = False
+    """Weights live in CPU memory and come to the device layer by layer; needs parallel.zero=3."""
+    json: str = ""
+    """A DeepSpeed JSON with further settings; a key that contradicts this configuration is refused."""
 
 
 @dataclass(kw_only=True)
@@ -207,6 +222,7 @@ class Config:
     cm3: CM3Config = field(default_factory=CM3Config)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -1,5 +1,6 @@
 """What a configuration must satisfy: choices, ranges, and layouts that can run."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,12 +14,13 @@ _CHOICES = {
     "data.attention": ("causal", "sample"),
     "data.packing": ("query", "stream"),
     "retrieval.choice": ("fixed", "uniform"),
+    "train.engine": ("megatron", "deepspeed"),
     "train.precision": ("bf16", "fp32"),
     "train.device": ("auto", "cpu", "cuda"),
     "schedule.name": ("linear", "cosine", "exponential", "constant", "wsd"),
     "optimizer.rule": ("none", "mm1"),
     "parallel.recompute": ("none", "selective", "full"),
-    "parallel.zero": (0, 1),
+    "parallel.zero": (0, 1, 2, 3),
 }
 
 # field -> (lowest, highest); None is no bound.
@@ -89,7 +91,9 @@ def check_config(config: "Config", world_size: int | None) -> None:
     _check_ranges(config)
     _check_family(config)
     _check_layout(config)
+    _check_engine(config)
     if world_size is not None:
+        _check_installed(config)
         _check_ranks(config, world_size)
 
 
@@ -199,6 +203,47 @@ def _check_layout(config: "Config") -> None:
         raise ValueError(
             f"data.seq_length ({data.seq_length}) must be divisible by 2 x parallel.context ({parallel.context}): each "
             f"rank takes one chunk of either half."
+        )
+
+
+def _check_engine(config: "Config") -> None:
+    parallel, offload = config.parallel, config.deepspeed
+    if config.train.engine == "megatron":
+        if parallel.zero > 1:
+            raise ValueError(
+                f"parallel.zero ({parallel.zero}) must be 0 or 1 with train.engine=megatron, which partitions the "
+                f"optimizer state alone; use parallel.zero=1 or train.engine=deepspeed."
+            )
+        for name in ("offload_optimizer", "offload_parameters", "json"):
+            if value := getattr(offload, name):
+                raise ValueError(
+                    f"deepspeed.{name} ({value}) needs train.engine=deepspeed; leave it out or choose that engine."
+                )
+        return
+    for name, wanted in (("pipeline", 1), ("interleave", 1), ("context", 1), ("sequence", False)):
+        value = getattr(parallel, name)
+        if value != wanted:
+            raise ValueError(
+                f"parallel.{name} ({value}) must be {wanted} with train.engine=deepspeed; use parallel.tensor and "
+                f"parallel.zero there, or train.engine=megatron."
+            )
+    if offload.offload_optimizer and not parallel.zero:
+        raise ValueError(
+            "deepspeed.offload_optimizer (True) needs parallel.zero of 1, 2 or 3; it is 0: use parallel.zero=1."
+        )
+    if offload.offload_parameters and parallel.zero != 3:
+        raise ValueError(
+            f"deepspeed.offload_parameters (True) needs parallel.zero=3, which partitions the weights; it is "
+            f"{parallel.zero}."
+        )
+
+
+def _check_installed(config: "Config") -> None:
+    """Where a run is about to start: a checkpoint of either engine is read without its packages."""
+    if config.train.engine == "deepspeed" and find_spec("deepspeed") is None:
+        raise ValueError(
+            "train.engine (deepspeed) needs the package deepspeed, which is not installed; run `pip install -e "
+            ".[deepspeed]` or use train.engine=megatron."
         )
 
 

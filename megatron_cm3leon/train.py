@@ -91,17 +91,27 @@ def check_changes(
         )
 
 
-def open_run(config: Config, stream: Stream, device, allowed: list[str]) -> tuple[Engine, TrainState]:
-    """Engine and state to go on from, the last checkpoint's or new. Changed fields are told before weights are read."""
+def engine_class(config: Config) -> type[Engine]:
+    """The class of `train.engine`; the other one's packages are not imported."""
+    if config.train.engine == "deepspeed":
+        from megatron_cm3leon.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine
     from megatron_cm3leon.engine.megatron import MegatronEngine
 
+    return MegatronEngine
+
+
+def open_run(config: Config, stream: Stream, device, allowed: list[str]) -> tuple[Engine, TrainState]:
+    """Engine and state to go on from, the last checkpoint's or new. Changed fields are told before weights are read."""
+    build_engine = engine_class(config)
     folder = latest_checkpoint(Path(config.output))
     if folder is None:
-        return MegatronEngine(config, stream.vocabulary, device), TrainState(stream=stream.fingerprint, attempt=1)
+        return build_engine(config, stream.vocabulary, device), TrainState(stream=stream.fingerprint, attempt=1)
     reader = sharded.CheckpointReader(folder)
     state = reader.state
     check_changes(reader, config, stream, state, allowed)
-    engine = MegatronEngine(config, stream.vocabulary, device)
+    engine = build_engine(config, stream.vocabulary, device)
     engine.load(folder)
     state.stream = stream.fingerprint
     state.attempt += 1
