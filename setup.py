@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+DEEPSPEED = "deepspeed==0.19.8"  # engine/deepspeed.py finds fp32 weights where this version keeps them
+
 setup(
     name="megatron_cm3leon",
     version="0.1.0",
@@ -33,7 +35,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
-        "deepspeed": ["deepspeed==0.19.8"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "webdataset"],
+        "deepspeed": [DEEPSPEED],
+        "dev": [DEEPSPEED, "pytest", "pytest-timeout", "ruff", "webdataset"],
     },
 )

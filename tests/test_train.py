@@ -168,3 +168,18 @@ def test_flops_count_each_matrix_three_times_twice():
     config = load_config(None, ["model.layers=1", "model.hidden_size=8", "model.heads=1", "data.seq_length=10"])
     config.validate()
     assert flops_per_token(config, 100) == 6 * (4 * 64 + 8 * 64 + 800) + 6 * 10 * 8
+
+
+def test_the_other_engine_goes_on_from_a_checkpoint_and_says_nothing_more(folder):
+    done = train(folder, "engines", "train.stop_after=16")
+    assert done.returncode == 0, done.stderr
+    done = train(folder, "engines", "train.engine=deepspeed", "parallel.zero=3")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("training: ")]
+    start, end = (folder / "engines" / "checkpoints" / f"step-000000{step}" for step in (16, 30))
+    assert said == [f"wrote {end}", f"resumed from {start} at step 16"]
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("deepspeed")]
+    found, expected = read_metrics(folder / "engines"), read_metrics(folder / "straight")
+    for name in ("loss", "validation_loss"):
+        pairs = [(a[name], b[name]) for a, b in zip(found, expected, strict=True) if name in a]
+        assert all(abs(a / b - 1) < 1e-6 for a, b in pairs) and len(pairs) == (30 if name == "loss" else 2)

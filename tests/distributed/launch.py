@@ -25,5 +25,6 @@ def run_cases(folder: Path, ranks: int, cases: list[dict]) -> dict[str, list[dic
     """Run `cases` (see worker.py) in one world of `ranks`; case name -> its steps."""
     path = folder / f"cases-{ranks}-{cases[0]['name']}.json"
     path.write_text(json.dumps(cases))
-    torchrun(ranks, str(ROOT / "tests" / "distributed" / "worker.py"), str(path))
+    worker = ROOT / "tests" / "distributed" / "worker.py"
+    torchrun(ranks, worker, path, timeout=120 + 30 * len(cases))
     return {case["name"]: json.loads((folder / f"{case['name']}.json").read_text()) for case in cases}

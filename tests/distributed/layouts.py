@@ -7,7 +7,7 @@ import argparse
 import platform
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from megatron_cm3leon.checkpoint.sharded import step_folder
 from megatron_cm3leon.progress import track
 from tests.data.corpora import make_vocabulary, write_shards
-from tests.distributed.launch import run_cases
+from tests.distributed.launch import ROOT, run_cases
 
 CONFIG = """
 model: {layers: 4, hidden_size: 64, heads: 4, init_std: 0.02}
@@ -28,6 +28,9 @@ checkpoint: {interval: 10}
 LLAMA = ("model.family=llama", "model.kv_heads=2", "model.qk_norm=true", "train.z_loss=1e-4")
 SAMPLES = ("data.attention=sample",)
 BF16 = ("train.precision=bf16",)
+DEEPSPEED = ("train.engine=deepspeed",)
+# Stage 3 would keep weights as small as these whole, and buckets as large as its default are never full.
+SMALL = (f"deepspeed.json={ROOT / 'tests' / 'distributed' / 'deepspeed.json'}",)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,62 @@ def _variants() -> list[Layout]:
     return rows
 
 
+def _deepspeed() -> list[Layout]:
+    """Rows of the DeepSpeed engine, against the megatron engine in one process; in bf16 against its own."""
+    layouts = [  # in the default suite, label, ranks, overrides
+        (False, "zero=0", 1, ("parallel.zero=0",)),
+        (False, "zero=1", 1, ("parallel.zero=1",)),
+        (False, "data 2 zero=0", 2, ("parallel.zero=0",)),
+        (False, "data 2 zero=1", 2, ("parallel.zero=1",)),
+        (True, "data 2 zero=2", 2, ("parallel.zero=2", *SMALL)),
+        (True, "data 2 zero=3", 2, ("parallel.zero=3", *SMALL)),
+        (False, "data 2 zero=3, small weights whole", 2, ("parallel.zero=3",)),
+        (False, "data 2 zero=2, not overlapped", 2, ("parallel.zero=2", "parallel.overlap=false")),
+        (False, "data 2 zero=2, micro-batches of 1", 2, ("parallel.zero=2", "train.micro_batch_size=1")),
+        (False, "data 2 zero=3, micro-batches of 4", 2, ("parallel.zero=3", "train.micro_batch_size=4", *SMALL)),
+        (False, "data 2 zero=1 offload", 2, ("parallel.zero=1", "deepspeed.offload_optimizer=true")),
+        (False, "data 2 zero=2 offload", 2, ("parallel.zero=2", "deepspeed.offload_optimizer=true")),
+        (
+            False,
+            "data 2 zero=3 offload",
+            2,
+            ("parallel.zero=3", "deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true", *SMALL),
+        ),
+        (False, "data 2 zero=1 recompute=full", 2, ("parallel.zero=1", "parallel.recompute=full")),
+        (False, "data 2 zero=3 recompute=full", 2, ("parallel.zero=3", "parallel.recompute=full", *SMALL)),
+        (False, "data 4 zero=1", 4, ("parallel.zero=1",)),
+        (False, "data 4 zero=3", 4, ("parallel.zero=3", *SMALL)),
+        (False, "tensor=2 data 2 zero=0", 4, ("parallel.tensor=2", "parallel.zero=0")),
+        (False, "tensor=2 data 2 zero=1", 4, ("parallel.tensor=2", "parallel.zero=1")),
+        (False, "tensor=2 data 2 zero=2", 4, ("parallel.tensor=2", "parallel.zero=2")),
+        (False, "tensor=2 data 2 zero=3", 4, ("parallel.tensor=2", "parallel.zero=3", *SMALL)),
+    ]
+    variants = [
+        (True, "llama", LLAMA, "tensor=2 zero=1", 2, ("parallel.tensor=2", "parallel.zero=1")),
+        (False, "llama", LLAMA, "tensor=2 data 2 zero=0", 4, ("parallel.tensor=2", "parallel.zero=0")),
+        (False, "llama", LLAMA, "tensor=2 data 2 zero=3", 4, ("parallel.tensor=2", "parallel.zero=3", *SMALL)),
+        (False, "by sample", SAMPLES, "data 2 zero=3", 2, ("parallel.zero=3", *SMALL)),
+        (False, "llama by sample", LLAMA + SAMPLES, "tensor=2 zero=2", 2, ("parallel.tensor=2", "parallel.zero=2")),
+    ]
+    own = "deepspeed bf16, one process"
+    precise = [
+        ("data 2 zero=0", 2, ("parallel.zero=0",)),
+        ("data 2 zero=1", 2, ("parallel.zero=1",)),
+        ("data 2 zero=2", 2, ("parallel.zero=2", *SMALL)),
+        ("data 2 zero=3", 2, ("parallel.zero=3", *SMALL)),
+        ("data 2 zero=2 offload", 2, ("parallel.zero=2", "deepspeed.offload_optimizer=true")),
+        ("tensor=2 data 2 zero=0", 4, ("parallel.tensor=2", "parallel.zero=0")),
+        ("tensor=2 data 2 zero=3", 4, ("parallel.tensor=2", "parallel.zero=3", *SMALL)),
+    ]
+    rows = [Layout(f"deepspeed, {name}", *row, covering=covering) for covering, name, *row in layouts]
+    for covering, label, extra, name, ranks, more in variants:
+        rows.append(Layout(f"deepspeed {label}, {name}", ranks, extra + more, f"{label}, one process", covering))
+    rows.append(Layout(own, 1, (*BF16, "parallel.zero=1"), own, False))
+    for name, ranks, more in precise:
+        rows.append(Layout(f"deepspeed bf16, {name}", ranks, BF16 + more, own, False, 5e-3, 0.1))
+    return [replace(row, overrides=DEEPSPEED + row.overrides) for row in rows]
+
+
 LAYOUTS = [
     Layout("one process", 1),
     Layout("micro-batches of 1", 1, ("train.micro_batch_size=1",), covering=False),
@@ -105,6 +164,7 @@ LAYOUTS = [
     _row("pipeline=4", 4, "pipeline=4", covering=False),
     _row("data 4 zero=1", 4, "zero=1", covering=False),
     *_variants(),
+    *_deepspeed(),
 ]
 
 
@@ -140,6 +200,18 @@ RESUMES = [
     Resume("llama, tensor=2 pipeline=2 sequence=true", "llama, context=2"),
     Resume("llama, context=2", "llama, tensor=2 pipeline=2 sequence=true"),
     Resume("bf16, zero=1 recompute=full", "bf16, zero=1 recompute=full"),
+    Resume("deepspeed, data 2 zero=3", "tensor=2", True),
+    Resume("pipeline=2", "deepspeed, data 2 zero=2", True),
+    Resume("deepspeed, data 2 zero=1", "deepspeed, zero=1"),
+    Resume("deepspeed, data 2 zero=1", "deepspeed, data 4 zero=1"),
+    Resume("deepspeed, tensor=2 data 2 zero=3", "deepspeed, data 2 zero=1"),
+    Resume("deepspeed, data 2 zero=3", "deepspeed, data 2 zero=3"),
+    Resume("deepspeed, data 2 zero=0", "deepspeed, data 4 zero=3"),
+    Resume("deepspeed, data 2 zero=2", "deepspeed, data 2 zero=3 offload"),
+    Resume("tensor=2 pipeline=2", "deepspeed, data 2 zero=0"),
+    Resume("deepspeed llama, tensor=2 data 2 zero=3", "llama, context=2"),
+    Resume("llama, tensor=2 sequence=true", "deepspeed llama, tensor=2 data 2 zero=0"),
+    Resume("deepspeed bf16, data 2 zero=1", "deepspeed bf16, data 2 zero=1"),
 ]
 
 

@@ -3,20 +3,33 @@
 Each case is {"name", "config" (YAML), "overrides"}; the first rank writes NAME.json with the losses and
 gradient norms of every step into the folder of CASES.json. Start-up is what costs, so one world serves
 every case of its size: megatron-core's groups are made and destroyed once a case.
+
+With "save_start" the initial weights are saved too. With "spoil" (a step) that step is first tried on a batch whose
+weights are infinite on the last data-parallel rank alone: no rank may step, and the run goes on as if nothing had been.
 """
 
 import json
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.config import load_config
+from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.data.stream import build_stream
 from megatron_cm3leon.engine.parallel import Rank, choose_device, initialize_groups, set_threads
 from megatron_cm3leon.schedule import learning_rate
 from megatron_cm3leon.train import build_loader, open_run
+
+
+def spoil(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    """The same, with infinite weights in the first micro-batch: its loss and its gradients are NaN."""
+    first, *others = micro_batches
+    return [replace(first, loss_weights=torch.full_like(first.loss_weights, torch.inf)), *others]
 
 
 def run_case(case: dict, rank: Rank, folder: Path) -> None:
@@ -35,6 +48,10 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
     record = []
     while state.step < (config.train.stop_after or config.train.steps):
         batch, micro_batches = next(loader)
+        if state.step == case.get("spoil"):
+            spoiled = spoil(micro_batches) if engine.data_rank == engine.data_size - 1 else micro_batches
+            metrics = engine.train_step(spoiled, state.step, learning_rate(config, state.step))
+            assert not metrics.stepped and not math.isfinite(metrics.loss), (case["name"], metrics)
         metrics = engine.train_step(micro_batches, state.step, learning_rate(config, state.step))
         assert metrics.stepped, (case["name"], state.step, metrics)
         state.step, state.batch = state.step + 1, batch + 1

@@ -1,0 +1,49 @@
+"""A loss that is not finite on one rank: no rank steps, and the run goes on as if the batch had not been."""
+
+import pytest
+
+from tests.data.corpora import make_vocabulary, write_shards
+from tests.distributed.launch import run_cases
+from tests.distributed.layouts import CONFIG, learnable_pairs
+
+ENGINES = {
+    "megatron": [],
+    "megatron zero=1 bf16": ["parallel.zero=1", "train.precision=bf16"],
+    "deepspeed zero=0": ["train.engine=deepspeed"],
+    "deepspeed zero=0 bf16": ["train.engine=deepspeed", "train.precision=bf16"],
+    "deepspeed zero=1": ["train.engine=deepspeed", "parallel.zero=1"],
+    "deepspeed zero=1 bf16": ["train.engine=deepspeed", "parallel.zero=1", "train.precision=bf16"],
+    "deepspeed zero=2 bf16": ["train.engine=deepspeed", "parallel.zero=2", "train.precision=bf16"],
+    "deepspeed zero=2 offload": ["train.engine=deepspeed", "parallel.zero=2", "deepspeed.offload_optimizer=true"],
+    "deepspeed zero=3": ["train.engine=deepspeed", "parallel.zero=3"],
+    "deepspeed zero=3 bf16": ["train.engine=deepspeed", "parallel.zero=3", "train.precision=bf16"],
+    "deepspeed zero=3 offload": ["train.engine=deepspeed", "parallel.zero=3", "deepspeed.offload_optimizer=true"],
+    "deepspeed tensor=2": ["train.engine=deepspeed", "parallel.tensor=2"],
+    "deepspeed tensor=2 bf16": ["train.engine=deepspeed", "parallel.tensor=2", "train.precision=bf16"],
+}
+COVERING = ("megatron", "deepspeed zero=2 bf16", "deepspeed zero=3")
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """Steps of each engine that this session asks for, with and without a spoiled batch."""
+    folder = tmp_path_factory.mktemp("nonfinite")
+    write_shards(folder / "shards", learnable_pairs(), make_vocabulary())
+    config = folder / "config.yaml"
+    config.write_text(CONFIG)
+    asked = {item.callspec.params.get("engine") for item in request.session.items if hasattr(item, "callspec")}
+    cases = []
+    for name in [name for name in ENGINES if name in asked]:
+        for kind, more in (("clean", {}), ("spoiled", {"spoil": 2})):
+            paths = [f"data.shards={folder / 'shards'}", f"output={folder / name / kind}", "train.steps=4"]
+            overrides = [*ENGINES[name], *paths, "schedule.warmup_steps=0"]
+            cases.append({"name": f"{name} {kind}", "config": str(config), "overrides": overrides, **more})
+    return run_cases(folder, 2, cases)
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=() if name in COVERING else pytest.mark.slow) for name in ENGINES]
+)
+def test_no_rank_steps_on_a_batch_that_is_not_finite_on_one(runs, engine):
+    assert len(runs[f"{engine} clean"]) == 4
+    assert runs[f"{engine} spoiled"] == runs[f"{engine} clean"]

@@ -1,0 +1,135 @@
+"""DeepSpeed's settings: what follows from the configuration, what a user's JSON may add, and what is refused."""
+
+import json
+from importlib import util
+
+import pytest
+
+from megatron_cm3leon import config_rules
+from megatron_cm3leon.config import load_config
+from megatron_cm3leon.engine.deepspeed_settings import build_settings
+
+BASE = ["train.engine=deepspeed", "train.global_batch_size=32", "train.micro_batch_size=2"]
+
+
+def settings(overrides=(), data_size=2, extra=None, folder=None):
+    overrides = [*BASE, *overrides]
+    if extra is not None:
+        path = folder / "user.json"
+        path.write_text(extra if isinstance(extra, str) else json.dumps(extra))
+        overrides.append(f"deepspeed.json={path}")
+    config = load_config(None, overrides)
+    config.validate()
+    return build_settings(config, data_size)
+
+
+def test_settings_follow_from_the_configuration():
+    found = settings(["parallel.zero=2", "deepspeed.offload_optimizer=true", "optimizer.clip=0.5"])
+    assert found["train_batch_size"] == 32
+    assert found["train_micro_batch_size_per_gpu"] == 2
+    assert found["gradient_accumulation_steps"] == 8
+    assert found["gradient_clipping"] == 0.5
+    assert found["bf16"]["enabled"] is True
+    assert found["zero_optimization"]["stage"] == 2
+    assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert "offload_param" not in found["zero_optimization"]
+
+
+def test_a_users_json_is_merged_in(tmp_path):
+    extra = {
+        "zero_optimization": {"stage": 3, "stage3_max_live_parameters": 5, "offload_param": {"pin_memory": True}},
+        "train_batch_size": "auto",
+        "optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "wall_clock_breakdown": True,
+    }
+    found = settings(["parallel.zero=3", "deepspeed.offload_parameters=true"], extra=extra, folder=tmp_path)
+    assert found["zero_optimization"]["stage3_max_live_parameters"] == 5
+    assert found["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert found["wall_clock_breakdown"] is True
+    assert found["train_batch_size"] == 32
+    assert "optimizer" not in found
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        ({"train_batch_size": 64}, "train_batch_size (64) contradicts train.global_batch_size, which makes it 32;"),
+        (
+            {"train_micro_batch_size_per_gpu": 1},
+            "train_micro_batch_size_per_gpu (1) contradicts train.micro_batch_size, which makes it 2;",
+        ),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps (1) contradicts train.global_batch_size"),
+        ({"gradient_clipping": 2.0}, "gradient_clipping (2.0) contradicts optimizer.clip, which makes it 1.0;"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled (False) contradicts train.precision, which makes it True;"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled (True) contradicts train.precision, which makes it False;"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            "zero_optimization.stage (3) contradicts parallel.zero, which makes it 1",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device ('nvme') contradicts deepspeed.offload_optimizer, which makes "
+            "it 'none'; remove it there or change deepspeed.offload_optimizer.",
+        ),
+        (
+            {"optimizer": {"type": "Lamb"}},
+            "optimizer.type ('Lamb') contradicts section optimizer, which makes it 'AdamW'",
+        ),
+        (
+            {"optimizer": {"params": {"lr": 1}}},
+            "optimizer.params.lr (1) contradicts section optimizer, which makes it 0.0006",
+        ),
+        (
+            {"optimizer": {"params": {"amsgrad": True}}},
+            "optimizer.params.amsgrad (True) is no field of section optimizer",
+        ),
+        ({"scheduler": {"type": "WarmupLR"}}, "is decided by section schedule; remove it there."),
+        ("{", "is not valid JSON"),
+        ("[1]", "must hold an object of settings, not [1]."),
+    ],
+)
+def test_what_contradicts_is_refused_by_name(tmp_path, extra, sentence):
+    with pytest.raises(ValueError) as error:
+        settings(["parallel.zero=1"], extra=extra, folder=tmp_path)
+    assert sentence in str(error.value)
+    assert "user.json" in str(error.value)
+
+
+def test_a_missing_json_is_named():
+    with pytest.raises(ValueError, match=r"deepspeed\.json \(absent\.json\) is no file"):
+        settings(["deepspeed.json=absent.json"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["parallel.zero=4"], "parallel.zero (4) must be one of: 0, 1, 2, 3."),
+        (["parallel.zero=2"], "use parallel.zero=1 or train.engine=deepspeed."),
+        (["deepspeed.offload_optimizer=true"], "deepspeed.offload_optimizer (True) needs train.engine=deepspeed;"),
+        (["deepspeed.json=a.json"], "deepspeed.json (a.json) needs train.engine=deepspeed;"),
+        ([*BASE, "parallel.pipeline=2"], "parallel.pipeline (2) must be 1 with train.engine=deepspeed; use"),
+        ([*BASE, "parallel.context=2"], "parallel.context (2) must be 1 with train.engine=deepspeed; use"),
+        ([*BASE, "parallel.sequence=true"], "parallel.sequence (True) must be False with train.engine=deepspeed; use"),
+        (
+            [*BASE, "deepspeed.offload_optimizer=true"],
+            "needs parallel.zero of 1, 2 or 3; it is 0: use parallel.zero=1.",
+        ),
+        (
+            [*BASE, "parallel.zero=2", "deepspeed.offload_parameters=true"],
+            "deepspeed.offload_parameters (True) needs parallel.zero=3, which partitions the weights; it is 2.",
+        ),
+    ],
+)
+def test_combinations_that_no_engine_has_are_refused(overrides, sentence):
+    with pytest.raises(ValueError) as error:
+        load_config(None, overrides).validate()
+    assert sentence in str(error.value)
+
+
+def test_a_missing_package_is_named_where_a_run_starts(monkeypatch):
+    monkeypatch.setattr(config_rules, "find_spec", lambda name: None)
+    config = load_config(None, BASE)
+    config.validate()  # reading a checkpoint needs no package
+    with pytest.raises(ValueError, match=r"pip install -e \.\[deepspeed\]"):
+        config.validate(2)
+    assert util.find_spec("deepspeed"), "the test environment has it"
