@@ -9,6 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import megatron.core
@@ -260,7 +261,7 @@ class DeepSpeedEngine:
             return flat, mapping.hp_fragment_address.start, held.start, held.start + held.numel
         return self._copies.get(parameter, parameter), 0, 0, numel
 
-    @property
+    @cached_property
     def _copies(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Stage 0 in bf16: parameter -> the fp32 copy that the optimizer updates."""
         if self.zero is self.adam:

@@ -114,9 +114,11 @@ def _without_agreement(extra: dict, governed: dict, path: str, prefix: str = "")
     kept = {}
     for name, value in extra.items():
         key = prefix + name
+        if value == "auto":
+            continue  # Hugging Face's word for: as the trainer's configuration says
         if key in governed:
             ours, field = governed[key]
-            if value == "auto" or value == ours:
+            if value == ours:
                 continue
             if ours is _NOT_HERE:
                 raise ValueError(f"deepspeed.json ({path}): {key} ({value}) is decided by {field}; remove it there.")

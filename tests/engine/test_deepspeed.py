@@ -39,6 +39,7 @@ def test_a_users_json_is_merged_in(tmp_path):
     extra = {
         "zero_optimization": {"stage": 3, "stage3_max_live_parameters": 5, "offload_param": {"pin_memory": True}},
         "train_batch_size": "auto",
+        "communication_data_type": "auto",
         "optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95], "weight_decay": 0.1}},
         "wall_clock_breakdown": True,
     }
@@ -47,6 +48,7 @@ def test_a_users_json_is_merged_in(tmp_path):
     assert found["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
     assert found["wall_clock_breakdown"] is True
     assert found["train_batch_size"] == 32
+    assert found["communication_data_type"] == "fp32"
     assert "optimizer" not in found
 
 
