@@ -184,12 +184,18 @@ class ScheduleConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """When the run is saved."""
+    """When the run is saved, and what is kept."""
 
     interval: int = 1000
     """Steps between checkpoints; the last step is always saved."""
+    asynchronous: bool = True
+    """Training waits only for a copy in CPU memory, which is written meanwhile; false: until all is written."""
     keep_last: int = 3
-    """Complete checkpoints that are kept; 0 keeps all."""
+    """Newest complete checkpoints that are kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of steps divisible by this are kept for ever; 0 is none."""
+    log_spaced: bool = False
+    """Also saves at steps 0 (before the first), 1, 2, 4 ... 512, and keeps those for ever (Pythia)."""
 
 
 @dataclass(kw_only=True)

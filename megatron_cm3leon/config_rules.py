@@ -66,6 +66,7 @@ _RANGES = {
     "schedule.decay_steps": (0, None),
     "checkpoint.interval": (1, None),
     "checkpoint.keep_last": (0, None),
+    "checkpoint.keep_every": (0, None),
     "validation.interval": (0, None),
     "validation.batches": (1, None),
 }
@@ -92,6 +93,7 @@ def check_config(config: "Config", world_size: int | None) -> None:
     _check_family(config)
     _check_layout(config)
     _check_engine(config)
+    _check_checkpoints(config)
     if world_size is not None:
         _check_installed(config)
         _check_ranks(config, world_size)
@@ -244,6 +246,15 @@ def _check_installed(config: "Config") -> None:
         raise ValueError(
             "train.engine (deepspeed) needs the package deepspeed, which is not installed; run `pip install -e "
             ".[deepspeed]` or use train.engine=megatron."
+        )
+
+
+def _check_checkpoints(config: "Config") -> None:
+    options = config.checkpoint
+    if options.keep_every % options.interval:
+        raise ValueError(
+            f"checkpoint.keep_every ({options.keep_every}) must be a multiple of checkpoint.interval "
+            f"({options.interval}): only what is saved can be kept; change one of them."
         )
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.checkpoint.schedule import RunSaver
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.cli import show_messages
 from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config, save_config
@@ -65,7 +66,7 @@ def dry_run(config: Config, ranks: int) -> str:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """Folder of the newest complete checkpoint, or None at the start of a run."""
+    """Folder of the newest checkpoint, or None at the start of a run. A damaged one is refused when it is opened."""
     found = sharded.list_checkpoints(run)
     return found[-1] if found else None
 
@@ -116,6 +117,8 @@ def open_run(config: Config, stream: Stream, device, allowed: list[str]) -> tupl
     state.stream = stream.fingerprint
     state.attempt += 1
     logger.info("resumed from %s at step %d", folder, state.step)
+    for left in sharded.list_unfinished(Path(config.output)):
+        logger.info("%s was not finished when the run ended; it is not used", left)
     return engine, state
 
 
@@ -175,13 +178,6 @@ def advance(state: TrainState, metrics: StepMetrics, config: Config) -> None:
         )
 
 
-def save_checkpoint(engine: Engine, state: TrainState, config: Config, first: bool) -> None:
-    folder = sharded.step_folder(Path(config.output), state.step)
-    engine.save(folder, state)
-    if first:
-        sharded.remove_old(config.output, config.checkpoint.keep_last)
-
-
 def train(config: Config, rank: Rank, allowed: list[str]) -> None:
     """Run the loop on this rank to train.steps, or to train.stop_after."""
     run, first = Path(config.output), rank.rank == 0
@@ -193,9 +189,10 @@ def train(config: Config, rank: Rank, allowed: list[str]) -> None:
         run.mkdir(parents=True, exist_ok=True)
         save_config(config, run / "config.yaml")
     end = min(config.train.steps, config.train.stop_after or config.train.steps)
-    saved = state.step if state.attempt > 1 else -1
+    saver = RunSaver(engine, config, first, saved=state.step if state.attempt > 1 else None)
+    saver.save_if_due(state)
     loader = build_loader(config, stream, engine, state.batch)
-    with meter(max(0, end - state.step), "training", "steps", quiet=not first) as progress:
+    with meter(max(0, end - state.step), "training", "steps", quiet=not first) as progress, saver:
         log = MetricsLogger(run, config, stream.vocabulary.size, rank.world_size, progress) if first else None
         while state.step < end:
             started = time.perf_counter()
@@ -225,16 +222,13 @@ def train(config: Config, rank: Rank, allowed: list[str]) -> None:
                     data_seconds=waited,
                     **extra,
                 )
-            if metrics.stepped and state.step % config.checkpoint.interval == 0:
-                save_checkpoint(engine, state, config, first)
-                saved = state.step
+            saver.poll()
+            saver.save_if_due(state)
     loader.close()
-    if saved != state.step:
-        save_checkpoint(engine, state, config, first)
+    folder = saver.finish(state)
     if first:
         log.close()
-        print(f"wrote {sharded.step_folder(run, state.step)}")
-    engine.close()
+        print(f"wrote {folder}")
 
 
 def main(arguments: list[str] | None = None) -> int:

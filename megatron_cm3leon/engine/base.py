@@ -42,10 +42,17 @@ class Engine(Protocol):
         """Losses of a global batch, without dropout and without a step."""
 
     def save(self, folder: Path, state: TrainState) -> None:
-        """Write a checkpoint; it appears under `folder` when every rank's part is whole."""
+        """Start writing a checkpoint, after the one before is written; later changes are not written.
+
+        It appears under `folder` when every rank's part is on the disk. With checkpoint.asynchronous off that is
+        before this returns. Raises what went wrong in the save before.
+        """
+
+    def poll(self) -> bool:
+        """Whether no save is under way; ValueError, with the path, when one went wrong. Not collective."""
 
     def load(self, folder: Path) -> TrainState:
-        """Read weights and optimizer state written under any layout of this engine."""
+        """Read weights and optimizer state of any layout of this engine, and compare checksums; collective."""
 
     def close(self) -> None:
-        """End the process groups."""
+        """Wait for the save under way, which may raise as poll() does, and end the process groups."""

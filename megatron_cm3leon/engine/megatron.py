@@ -21,14 +21,15 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, Piece
 from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.checkpoint.verify import verified
+from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
-from megatron_cm3leon.engine.parallel import destroy_groups
+from megatron_cm3leon.engine.parallel import destroy_groups, gather_objects
 from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
@@ -55,6 +56,9 @@ class MegatronEngine:
         self.token_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.context_group = parallel_state.get_context_parallel_group()
         self.stage_group = parallel_state.get_pipeline_model_parallel_group()
+        self.writer = CheckpointWriter(
+            dist.get_rank(), dist.get_world_size(), dist.barrier, asynchronous=config.checkpoint.asynchronous
+        )
 
     def _distribute(self, chunk, number: int) -> DistributedDataParallel:
         """One chunk under megatron-core's gradient buffers."""
@@ -199,17 +203,13 @@ class MegatronEngine:
     # ------------------------------------------------------------- checkpoints
 
     def save(self, folder: Path, state: TrainState) -> None:
-        """Write a checkpoint of weights and Adam's moments; collective."""
-        folder = Path(folder)
-        if dist.get_rank() == 0:
-            sharded.begin(folder)
-        dist.barrier()
-        sharded.write_rank(folder, dist.get_rank(), self._owned_pieces())
-        dist.barrier()
-        if dist.get_rank() == 0:
-            versions = {"torch": torch.__version__, "megatron-core": megatron.core.__version__}
-            sharded.finish(folder, self.config, self.vocabulary, state, versions)
-        dist.barrier()
+        """Write a checkpoint of weights and Adam's moments; collective. See Engine.save."""
+        versions = {"torch": torch.__version__, "megatron-core": megatron.core.__version__}
+        self.writer.save(folder, self._owned_pieces(), self.config, self.vocabulary, state, versions)
+
+    def poll(self) -> bool:
+        """Whether no save is under way; see Engine.poll."""
+        return self.writer.poll()
 
     def _owned_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
         """What this rank writes, so that all ranks together write every number once."""
@@ -236,11 +236,13 @@ class MegatronEngine:
         """Read a checkpoint of any layout; ValueError when it is of another model or vocabulary."""
         reader = CheckpointReader(folder)
         check_same_vocabulary(self.vocabulary, reader.vocabulary, f"checkpoint {folder}")
-        state = reader.state
-        reader.check_parameters({place.name: place.shape for _, place in self.placements})
-        for parameter, place in self.placements:
-            self._load_parameter(reader, parameter, place, state.step)
-        return state
+        shapes = {place.name: place.shape for _, place in self.placements}
+        parts = [(place.name, place.offset, place.local_shape) for _, place in self.placements]
+        with verified(reader, reader.files_of(parts), gather_objects):
+            reader.check_parameters(shapes)
+            for parameter, place in self.placements:
+                self._load_parameter(reader, parameter, place, reader.state.step)
+        return reader.state
 
     @torch.no_grad()
     def _load_parameter(self, reader: CheckpointReader, parameter, place: Placement, updates: int) -> None:
@@ -255,7 +257,9 @@ class MegatronEngine:
         moments = {}
         for kind in ("exp_avg", "exp_avg_sq"):
             whole = reader.read_part(place.name, kind, place.offset, place.local_shape)
-            moments[kind] = whole.view(-1)[start:stop].view(main.shape).to(main.device).clone()
+            part = whole.view(-1)[start:stop].view(main.shape)
+            # A slice would keep the whole tensor in memory.
+            moments[kind] = part.to(main.device) if part.numel() == whole.numel() else part.to(main.device, copy=True)
         adam = self.optimizer.optimizer
         if isinstance(adam, torch.optim.AdamW):
             moments["step"] = torch.tensor(float(updates))
@@ -278,6 +282,8 @@ class MegatronEngine:
         return mains
 
     def close(self) -> None:
+        """Wait for the save under way and end the process groups; see Engine.close."""
+        self.writer.close()
         destroy_groups()
 
 

@@ -93,6 +93,13 @@ def is_first_to_fail() -> bool:
     return store.add("failed ranks", 1) == 1
 
 
+def gather_objects(value: object) -> list:
+    """What every rank put in, in the order of the ranks; collective."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def destroy_groups() -> None:
     """End every process group: without it gloo sometimes aborts at interpreter exit."""
     from megatron.core import parallel_state

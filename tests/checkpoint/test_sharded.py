@@ -64,14 +64,6 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path):
     assert (tmp_path / "latest").read_text() == "step-00000005\n"
 
 
-def test_only_the_newest_are_kept(tmp_path):
-    folders = [write(tmp_path, step)[0] for step in (1, 2, 3)]
-    sharded.remove_old(tmp_path, 0)
-    assert sharded.list_checkpoints(tmp_path) == folders
-    sharded.remove_old(tmp_path, 2)
-    assert sharded.list_checkpoints(tmp_path) == folders[1:]
-
-
 def test_damage_is_named(tmp_path):
     folder, _ = write(tmp_path)
     file = folder / "rank-00001.safetensors"

@@ -11,6 +11,7 @@ weights are infinite on the last data-parallel rank alone: no rank may step, and
 import json
 import math
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
         if state.step % config.checkpoint.interval == 0:
             engine.save(sharded.step_folder(Path(config.output), state.step), state)
     loader.close()
+    while not engine.poll():
+        time.sleep(0.01)
     if rank.rank == 0:
         (folder / f"{case['name']}.json").write_text(json.dumps(record))
     dist.barrier()
