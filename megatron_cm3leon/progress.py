@@ -2,8 +2,9 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,6 +38,20 @@ class Meter:
         elif now - self.printed >= self.interval:
             self.printed = now
             self.print_line(now)
+
+    def count(self, parts: int) -> Callable[[int], None]:
+        """A function to call, from any thread, with finished parts of units; `parts` make one unit."""
+        lock, left = Lock(), 0
+
+        def add(finished: int) -> None:
+            nonlocal left
+            with lock:
+                left += finished
+                if left >= parts:
+                    self.advance(left // parts)
+                    left %= parts
+
+        return add
 
     def rate(self, now: float) -> str:
         per_second = self.done / max(now - self.started, 1e-9)

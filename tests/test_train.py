@@ -1,6 +1,7 @@
 """The training command: resuming exactly, and what stops it before any process group is made."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from megatron_cm3leon.checkpoint.sharded import list_checkpoints
 from megatron_cm3leon.config import load_config
 from megatron_cm3leon.metrics import flops_per_token, read_metrics
 from megatron_cm3leon.schedule import follow_rule, learning_rate
+from tests.checkpoint.made import flip_byte
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import ROOT, torchrun
 
@@ -84,6 +86,98 @@ def test_killed_at_any_moment_it_goes_on_as_if_never_stopped(folder):
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stderr
     assert losses(folder / "killed") == losses(folder / "straight")
+
+
+STOPS_IN_STEP_8 = """
+import errno, os, sys, time
+from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.train import main
+
+write, action = sharded._write_all, sys.argv.pop(1)
+
+def stop(file, block):
+    half = len(block) // 2
+    if "step-00000008" in str(file.name) and file.tell():  # behind the header
+        write(file, block[:half])
+        if action == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+        time.sleep(600)
+    write(file, block)
+
+sharded._write_all = stop
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def stopping_command(folder, output, action):
+    """The training command, in which the rank file of step 8 stays half written: `hang`, or `full` like a disk."""
+    python, _, _, *arguments = command(folder, output)
+    return [python, "-c", STOPS_IN_STEP_8, action, *arguments]
+
+
+def test_killed_while_a_save_is_written_it_goes_on_from_the_one_before(folder):
+    run = folder / "cut"
+    half = run / "checkpoints/step-00000008.tmp/rank-00000.safetensors"
+    log = open(folder / "cut.log", "w")  # noqa: SIM115 - the process writes into it
+    process = subprocess.Popen(stopping_command(folder, "cut", "hang"), stdout=log, stderr=log, cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not (half.exists() and len(read_metrics(run)) >= 10):  # training went on beside the save
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "cut.log").read_text()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000004"]
+    done = train(folder, "cut")
+    assert done.returncode == 0, done.stderr
+    assert "step-00000004 at step 4" in done.stderr and "step-00000008.tmp was not finished" in done.stderr
+    assert losses(run) == losses(folder / "straight")
+    assert not half.parent.exists()
+
+
+def test_a_damaged_newest_checkpoint_is_refused_and_the_one_before_offered(folder):
+    run = folder / "damaged"
+    shutil.copytree(folder / "straight", run)
+    before, newest = list_checkpoints(run)
+    flip_byte(newest / "rank-00000.safetensors")
+    refused = train(folder, "damaged")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert f"checkpoint {newest} is damaged: rank-00000.safetensors does not match its SHA-256" in refused.stderr
+    assert f"The checkpoint before it is {before}:" in refused.stderr
+    remedy = refused.stderr.split("(mv ")[1].split(")")[0].split()
+    subprocess.run(["mv", *remedy], check=True)
+    done = train(folder, "damaged")
+    assert done.returncode == 0 and "step-00000028 at step 28" in done.stderr
+    assert losses(run) == losses(folder / "straight")
+
+
+def test_a_full_disk_stops_the_run_with_a_sentence(folder):
+    done = subprocess.run(
+        stopping_command(folder, "full", "full"), capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    path = folder / "full/checkpoints/step-00000008.tmp/rank-00000.safetensors"
+    assert f"{path}: No space left on device; make room" in done.stderr
+    assert "resumes from " + str(list_checkpoints(folder / "full")[-1]) in done.stderr
+    assert [path.name for path in list_checkpoints(folder / "full")] == ["step-00000004"]
+
+
+def test_what_is_kept_and_a_synchronous_run_is_the_same(folder):
+    kept = ["checkpoint.log_spaced=true", "checkpoint.keep_last=1", "checkpoint.keep_every=12"]
+    done = train(folder, "kept", *kept, "checkpoint.asynchronous=false")
+    assert done.returncode == 0, done.stderr
+    steps = [int(path.name[5:]) for path in list_checkpoints(folder / "kept")]
+    assert steps == [0, 1, 2, 4, 8, 12, 16, 24, 30]
+    assert done.stdout.rstrip().endswith(f"wrote {list_checkpoints(folder / 'kept')[-1]}")
+    assert losses(folder / "kept") == losses(folder / "straight")
+    asynchronous, synchronous = (list_checkpoints(folder / run)[-1] for run in ("straight", "kept"))
+    for name in ("rank-00000.safetensors", "state.json", "vocab.json"):
+        assert (asynchronous / name).read_bytes() == (synchronous / name).read_bytes()
+    shutil.rmtree(folder / "kept/checkpoints/step-00000030")
+    for step in (1, 2, 4, 8, 12, 16, 24):
+        shutil.rmtree(folder / f"kept/checkpoints/step-{step:08d}")
+    again = train(folder, "kept", *kept)
+    assert again.returncode == 0 and "step-00000000 at step 0" in again.stderr
+    assert losses(folder / "kept") == losses(folder / "straight")
 
 
 def test_a_run_stopped_on_purpose_goes_on_the_same(folder):

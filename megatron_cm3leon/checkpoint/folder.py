@@ -133,6 +133,14 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def total_bytes(folder: Path) -> int:
+    """Bytes that a checkpoint's manifest lists; 0 when it cannot be read."""
+    try:
+        return sum(record["bytes"] for record in read_manifest(folder)["files"].values())
+    except ValueError:
+        return 0
+
+
 def damaged(folder: Path, what: str) -> ValueError:
     """The error to raise; `what` begins with the file's name."""
     return ValueError(f"checkpoint {folder} is damaged: {what}.{offer_previous(folder)}")

@@ -62,13 +62,16 @@ def _share(reader: CheckpointFolder, files: set[str], gather: Gather) -> tuple[l
     return union[place :: len(peers)], len(peers)
 
 
-def find_damage(folder: Path, report: Callable[[int], None] = lambda size: None) -> list[str]:
-    """Everything that is wrong with a checkpoint, one sentence each; `report` is told the bytes read, in any thread."""
+def find_damage(folder: Path, report: Callable[[int], None] = lambda size: None, threads: int = 0) -> list[str]:
+    """Everything that is wrong with a checkpoint, one sentence each; `report` is told the bytes read, in any thread.
+
+    `threads` files are read at once; 0 takes every core.
+    """
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
         return [str(error)]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         files = manifest["files"].items()
         found = [what for what in pool.map(lambda file: content_damage(folder, *file, report), files) if what]
     if not found:

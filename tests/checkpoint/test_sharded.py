@@ -6,48 +6,29 @@ import pytest
 import torch
 
 from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, Piece
-from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.config import Config
+from tests.checkpoint.made import WHOLE, write_checkpoint
 from tests.data.corpora import make_vocabulary
 
 
-def write(run, step=3, ranks=2):
-    """A 6x4 tensor in two row halves: rank 0's whole, rank 1's in two flat runs; returns (folder, tensor)."""
-    folder = sharded.step_folder(run, step)
-    whole = torch.arange(24.0).view(6, 4)
-    place = {"name": "w", "kind": "weight", "shape": (6, 4), "part": (3, 4)}
-    pieces = [
-        [(Piece(**place, offset=(0, 0), start=0, stop=12), whole[:3].flatten())],
-        [
-            (Piece(**place, offset=(3, 0), start=0, stop=5), whole[3:].flatten()[:5]),
-            (Piece(**place, offset=(3, 0), start=5, stop=12), whole[3:].flatten()[5:]),
-        ],
-    ]
-    sharded.begin(folder)
-    for rank in range(ranks):
-        sharded.write_rank(folder, rank, pieces[rank])
-    sharded.finish(folder, Config(), make_vocabulary(), TrainState(step=step, batch=step), {"torch": "x"})
-    return folder, whole
-
-
 def test_whole_tensors_and_parts_come_back(tmp_path):
-    folder, whole = write(tmp_path)
+    folder = write_checkpoint(tmp_path)
     reader = CheckpointReader(folder)
     assert reader.names == ["w"] and reader.shape("w") == (6, 4)
-    assert torch.equal(reader.read("w"), whole)
-    assert torch.equal(reader.read_part("w", "weight", (2, 1), (3, 2)), whole[2:5, 1:3])
+    assert torch.equal(reader.read("w"), WHOLE)
+    assert torch.equal(reader.read_part("w", "weight", (2, 1), (3, 2)), WHOLE[2:5, 1:3])
 
 
 def test_rows_beyond_the_true_ones_are_zero(tmp_path):
-    folder, whole = write(tmp_path)
+    folder = write_checkpoint(tmp_path)
     part = CheckpointReader(folder).read_part("w", "weight", (4, 0), (4, 4))
-    assert torch.equal(part[:2], whole[4:]) and not part[2:].any()
+    assert torch.equal(part[:2], WHOLE[4:]) and not part[2:].any()
     assert not CheckpointReader(folder).read_part("w", "weight", (8, 0), (4, 4)).any()
 
 
 def test_state_config_and_vocabulary_travel_along(tmp_path):
-    reader = CheckpointReader(write(tmp_path)[0])
+    reader = CheckpointReader(write_checkpoint(tmp_path))
     assert reader.state.step == 3
     assert reader.vocabulary == make_vocabulary()
     assert reader.config.cm3 == Config().cm3
@@ -59,13 +40,13 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path):
     sharded.begin(folder)
     assert sharded.list_checkpoints(tmp_path) == []
     assert not (tmp_path / "latest").exists()
-    write(tmp_path, step=5)
+    write_checkpoint(tmp_path, step=5)
     assert sharded.list_checkpoints(tmp_path) == [folder]
     assert (tmp_path / "latest").read_text() == "step-00000005\n"
 
 
 def test_damage_is_named(tmp_path):
-    folder, _ = write(tmp_path)
+    folder = write_checkpoint(tmp_path)
     file = folder / "rank-00001.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -81,7 +62,7 @@ def test_damage_is_named(tmp_path):
 
 
 def test_missing_numbers_are_counted(tmp_path):
-    folder, _ = write(tmp_path, ranks=1)
+    folder = write_checkpoint(tmp_path, ranks=1)
     with pytest.raises(ValueError, match="misses 12 numbers of weight w"):
         CheckpointReader(folder).read("w")
 
@@ -89,7 +70,7 @@ def test_missing_numbers_are_counted(tmp_path):
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no complete checkpoint"):
         CheckpointReader(tmp_path)
-    folder, _ = write(tmp_path)
+    folder = write_checkpoint(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(ValueError, match="format 99 is not the one this version reads"):
@@ -98,4 +79,4 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 
 def test_another_models_parameter_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no weight of decoder.x; it was made by another model"):
-        CheckpointReader(write(tmp_path)[0]).read("decoder.x")
+        CheckpointReader(write_checkpoint(tmp_path)).read("decoder.x")

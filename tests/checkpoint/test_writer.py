@@ -1,0 +1,203 @@
+"""Writing while training goes on: the same bytes, what was there at save(), and errors that come back."""
+
+import errno
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+
+from megatron_cm3leon.checkpoint import sharded, writer
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints, step_folder, unfinished
+from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.checkpoint.writer import CheckpointWriter
+from megatron_cm3leon.config import Config
+from tests.checkpoint.made import WHOLE, make_pieces, run_ranks, write_checkpoint
+from tests.data.corpora import make_vocabulary
+
+
+def save(checkpoint_writer, run, step=3, pieces=None, **changed):
+    values = {"config": Config(), "vocabulary": make_vocabulary(), "state": TrainState(step=step)} | changed
+    pieces = make_pieces(0) if pieces is None else pieces
+    checkpoint_writer.save(step_folder(run, step), iter(pieces), versions={"torch": "x"}, **values)
+
+
+def alone(**options):
+    return CheckpointWriter(0, 1, lambda: None, **options)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Files are written only once this event is set."""
+    event, write = threading.Event(), sharded.write_rank
+
+    def wait_and_write(*arguments):
+        assert event.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(sharded, "write_rank", wait_and_write)
+    yield event
+    event.set()
+
+
+def test_asynchronous_and_synchronous_checkpoints_are_the_same_bytes(tmp_path):
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    contents = []
+    for asynchronous in (True, False):
+        run, barrier = tmp_path / str(asynchronous), threading.Barrier(3)
+
+        def save_one(rank, run=run, barrier=barrier, asynchronous=asynchronous):
+            checkpoint_writer = CheckpointWriter(rank, 3, barrier.wait, asynchronous=asynchronous)
+            save(checkpoint_writer, run, pieces=make_pieces(rank, kinds=kinds))
+            checkpoint_writer.close()
+
+        assert run_ranks(3, save_one) == [None] * 3
+        folder = step_folder(run, 3)
+        assert torch.equal(CheckpointReader(folder).read("w", "exp_avg_sq"), WHOLE)
+        contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert contents[0] == contents[1]
+    assert len(contents[0]) == 3 + 4
+
+
+def test_what_training_changes_after_save_is_not_written(tmp_path, held):
+    weights, state, config = WHOLE.clone(), TrainState(step=3, skipped=[1]), Config()
+    checkpoint_writer = alone()
+    place = make_pieces(0)[0][0]
+    save(checkpoint_writer, tmp_path, pieces=[(place, weights[:3].view(-1))], state=state, config=config)
+    weights.fill_(-1)
+    state.step, config.seed = 4, 5
+    state.skipped.append(2)
+    held.set()
+    checkpoint_writer.close()
+    reader = CheckpointReader(step_folder(tmp_path, 3))
+    assert torch.equal(reader.read_part("w", "weight", (0, 0), (3, 4)), WHOLE[:3])
+    assert reader.state == TrainState(step=3, skipped=[1]) and reader.config.seed == Config().seed
+
+
+def test_save_returns_at_once_and_the_checkpoint_appears_when_whole(tmp_path, held):
+    checkpoint_writer = alone()
+    assert checkpoint_writer.poll()
+    save(checkpoint_writer, tmp_path)
+    assert not checkpoint_writer.poll() and list_checkpoints(tmp_path) == []
+    held.set()
+    checkpoint_writer.wait()
+    assert checkpoint_writer.poll() and list_checkpoints(tmp_path) == [step_folder(tmp_path, 3)]
+
+
+def test_a_synchronous_save_is_on_disk_when_it_returns(tmp_path):
+    save(alone(asynchronous=False), tmp_path)
+    assert list_checkpoints(tmp_path) == [step_folder(tmp_path, 3)]
+
+
+def test_a_save_waits_for_the_one_before(tmp_path, held):
+    checkpoint_writer = alone()
+    save(checkpoint_writer, tmp_path, 1)
+    second = threading.Thread(target=save, args=(checkpoint_writer, tmp_path, 2))
+    second.start()
+    time.sleep(0.05)
+    assert second.is_alive() and not unfinished(step_folder(tmp_path, 2)).exists()
+    held.set()
+    second.join(30)
+    assert step_folder(tmp_path, 1) in list_checkpoints(tmp_path)
+    checkpoint_writer.close()
+    assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_memory_is_used_again_and_grows_once_there_are_moments(tmp_path):
+    checkpoint_writer, places = alone(), []
+    for step, kinds in ((0, ("weight",)), (1, ("weight", "exp_avg")), (2, ("weight", "exp_avg"))):
+        save(checkpoint_writer, tmp_path, step, make_pieces(0, kinds=kinds))
+        checkpoint_writer.wait()
+        places.append((checkpoint_writer._buffer._numbers.data_ptr(), checkpoint_writer._buffer._numbers.numel()))
+    assert places[1] == places[2] and [count for _, count in places] == [12, 24, 24]
+
+
+def full_disk(monkeypatch, name="rank-00000"):
+    """The disk is full once the header of a file whose name holds `name` is written."""
+    write = sharded._write_all
+
+    def fail(file, block):
+        if name in str(file.name) and file.tell():
+            raise OSError(errno.ENOSPC, "No space left on device", file.name)
+        write(file, block)
+
+    monkeypatch.setattr(sharded, "_write_all", fail)
+
+
+def test_a_full_disk_is_raised_by_poll_with_path_and_remedy(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 1)
+    checkpoint_writer = alone()
+    with monkeypatch.context() as patch:
+        full_disk(patch)
+        save(checkpoint_writer, tmp_path)
+        sentence = r"rank-00000.safetensors: No space left on device; make room .* resumes from .*step-00000001\)"
+        with pytest.raises(ValueError, match=sentence):
+            while not checkpoint_writer.poll():
+                time.sleep(0.01)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001"]
+    assert not list(unfinished(step_folder(tmp_path, 3)).glob("*.safetensors"))  # room was made
+    assert checkpoint_writer.poll()  # told once
+    save(checkpoint_writer, tmp_path)
+    checkpoint_writer.close()
+    assert (tmp_path / "latest").read_text() == "step-00000003\n"
+
+
+def test_a_full_disk_of_a_synchronous_save_is_raised_by_save(tmp_path, monkeypatch):
+    full_disk(monkeypatch)
+    with pytest.raises(ValueError, match=r"No space left on device.*the run has no checkpoint yet"):
+        save(alone(asynchronous=False), tmp_path)
+
+
+def test_the_first_rank_hears_of_another_ranks_disk(tmp_path, monkeypatch):
+    full_disk(monkeypatch, "rank-00001")
+    barrier = threading.Barrier(2)
+
+    def save_one(rank):
+        checkpoint_writer = CheckpointWriter(rank, 2, barrier.wait)
+        save(checkpoint_writer, tmp_path, pieces=make_pieces(rank))
+        checkpoint_writer.close()
+
+    first, second = run_ranks(2, save_one)
+    assert "was not written: rank-00001 met" in str(first) and "No space left on device" in str(first)
+    assert "rank-00001.safetensors: No space left on device" in str(second)
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_a_path_that_is_no_folder_is_named(tmp_path, held):
+    checkpoint_writer = alone()
+    save(checkpoint_writer, tmp_path)
+    temporary = unfinished(step_folder(tmp_path, 3))
+    shutil.rmtree(temporary)
+    temporary.write_text("in the way")
+    held.set()
+    with pytest.raises(ValueError, match=r"step-00000003.tmp/rank-00000.safetensors: Not a directory"):
+        checkpoint_writer.wait()
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(ValueError, match=r"was not written: .*checkpoints.*choose another with output="):
+        save(checkpoint_writer, tmp_path, 4)
+
+
+def test_the_first_rank_gives_up_on_ranks_that_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "SECONDS_WITHOUT_GROWTH", 0.1)
+    checkpoint_writer = CheckpointWriter(0, 3, lambda: None)
+    save(checkpoint_writer, tmp_path)
+    with pytest.raises(ValueError, match=r"nothing of rank 1 \(2 ranks in all\) has come"):
+        checkpoint_writer.wait()
+
+
+@pytest.mark.parametrize("stage", ["save_config", "seal", "_sync"])
+def test_stopped_while_finishing_the_one_before_stays_the_newest(tmp_path, monkeypatch, stage):
+    write_checkpoint(tmp_path, 1)
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sharded, stage, stop)
+    checkpoint_writer = alone()
+    save(checkpoint_writer, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint_writer.wait()
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001"]
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"

@@ -1,0 +1,67 @@
+"""Look at checkpoints without loading them.
+
+    python tools/checkpoint.py list runs/x
+    python tools/checkpoint.py verify runs/x
+    python tools/checkpoint.py inspect runs/x/checkpoints/step-00001000
+
+Exit status: 0 all well, 1 `verify` found damage, 2 a usage error.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_cm3leon.checkpoint.account import describe_checkpoint, describe_run, find_checkpoints
+from megatron_cm3leon.checkpoint.folder import total_bytes
+from megatron_cm3leon.checkpoint.verify import find_damage
+from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.progress import meter
+
+
+def parse_arguments() -> argparse.Namespace:
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser(
+        "list",
+        help="one line a checkpoint: step, tokens, time, bytes, whole or not, why it is kept",
+        formatter_class=style,
+    )
+    listing.add_argument("run", type=Path, help="run folder, such as runs/x")
+    verify = commands.add_parser("verify", help="compare the SHA-256 of every file", formatter_class=style)
+    verify.add_argument("path", type=Path, help="checkpoint folder, or run folder for all of its checkpoints")
+    verify.add_argument("--threads", type=int, default=0, help="files that are hashed at once; 0 takes every core")
+    inspect = commands.add_parser(
+        "inspect", help="configuration, state, versions, vocabulary, layout and every tensor", formatter_class=style
+    )
+    inspect.add_argument("checkpoint", type=Path, help="checkpoint folder, such as runs/x/checkpoints/step-00001000")
+    return parser.parse_args()
+
+
+def verify_all(path: Path, threads: int) -> int:
+    """Print what is damaged; 1 when something is."""
+    folders = find_checkpoints(path)
+    damage = []
+    with meter(sum(map(total_bytes, folders)) // 1_000_000, "verifying", "MB") as progress:
+        for folder in folders:
+            damage += find_damage(folder, progress.count(1_000_000), threads)
+    for sentence in damage:
+        print(f"error: {sentence}", file=sys.stderr)
+    noun = "checkpoint" if len(folders) == 1 else "checkpoints"
+    print(f"{path}: {len(folders)} {noun}, {f'{len(damage)} errors' if damage else 'every SHA-256 matches'}")
+    return 1 if damage else 0
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.command == "list":
+        print(describe_run(arguments.run))
+    elif arguments.command == "inspect":
+        print(describe_checkpoint(arguments.checkpoint))
+    else:
+        return verify_all(arguments.path, arguments.threads)
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
