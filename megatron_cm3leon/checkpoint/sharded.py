@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -53,7 +54,9 @@ __all__ = [
 ]
 
 WRITTEN_AT_ONCE = 4 << 20
-"""Bytes that are written while the same bytes are hashed."""
+"""Bytes; another thread hashes them, one block after the other."""
+BLOCKS_AHEAD = 64
+"""So far hashing may lag behind: it goes on while the disk is waited for, and holds 256 MiB at most."""
 
 
 def begin(folder: Path) -> None:
@@ -70,13 +73,14 @@ def write_rank(folder: Path, rank: int, pieces: Iterable[tuple[Piece, torch.Tens
     Tensors are flat and of any device; they become fp32. The record appears only once the file is on the disk.
     """
     path = unfinished(folder) / rank_file(rank)
-    digest, size = hashlib.sha256(), 0
+    digest, size, hashed = hashlib.sha256(), 0, deque()
     with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
         for block in _blocks(list(pieces)):
-            hashed = pool.submit(digest.update, block)
+            hashed.append(pool.submit(digest.update, block))
             size += len(block)
             _write_all(file, block)
-            hashed.result()
+            if len(hashed) > BLOCKS_AHEAD:
+                hashed.popleft().result()
         with _named(path):
             os.fsync(file.fileno())
     record = path.with_suffix(".json")

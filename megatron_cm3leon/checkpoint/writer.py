@@ -76,6 +76,11 @@ class CheckpointWriter:
         self._thread = Thread(target=self._run, args=(folder, copied, finish), name="checkpoint", daemon=True)
         self._thread.start()
 
+    def reserve(self, count: int, device: torch.device) -> None:
+        """Prepare memory for `count` numbers from `device` beside training, so that the first save finds it ready."""
+        if self.asynchronous:
+            self._buffer.reserve(count, device)
+
     def poll(self) -> bool:
         """Whether no save is under way on this rank (rank 0: the checkpoint is whole); raises what went wrong in it."""
         if self._thread is not None and self._thread.is_alive():
@@ -181,11 +186,26 @@ class _Buffer:
     def __init__(self) -> None:
         self._numbers = torch.empty(0)
         self._locked = False
+        self._preparation: Thread | None = None
+
+    def reserve(self, count: int, device: torch.device) -> None:
+        """Start making room: new memory costs more than the copy (its pages are cleared, and locked)."""
+
+        def prepare() -> None:
+            with suppress(MemoryError, RuntimeError):  # the save itself will tell
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)  # a thread begins on device 0
+                self._make(count, device.type == "cuda")
+                self._numbers.zero_()
+
+        self._preparation = Thread(target=prepare, name="checkpoint memory", daemon=True)
+        self._preparation.start()
 
     def copy(self, pieces: list[tuple[Piece, torch.Tensor]]) -> list[tuple[Piece, torch.Tensor]]:
         """The same pieces with copies of their tensors; the copies before them are overwritten."""
         cuda = any(tensor.is_cuda for _, tensor in pieces)
-        self._reserve(sum(tensor.numel() for _, tensor in pieces), cuda)
+        self._join()
+        self._make(sum(tensor.numel() for _, tensor in pieces), cuda)
         copies, end = [], 0
         for piece, tensor in pieces:
             target = self._numbers[end : end + tensor.numel()]
@@ -196,18 +216,27 @@ class _Buffer:
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def _reserve(self, count: int, locked: bool) -> None:
+    def _join(self) -> None:
+        if self._preparation is not None:
+            self._preparation.join()
+            self._preparation = None
+
+    def _make(self, count: int, locked: bool) -> None:
         if count <= self._numbers.numel() and locked == self._locked:
             return
-        self.release()
+        self._free()
         self._numbers = torch.empty(count)
         if locked and count:
             # torch's own page-locked memory comes in powers of two: up to twice of what is needed.
-            size = count * self._numbers.element_size()
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._numbers.data_ptr(), size, 0))
+            size = count * self._numbers.element_size()  # flag 1: for every device of this process
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._numbers.data_ptr(), size, 1))
             self._locked = True
 
     def release(self) -> None:
+        self._join()
+        self._free()
+
+    def _free(self) -> None:
         if self._locked:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._numbers.data_ptr()))
         self._numbers, self._locked = torch.empty(0), False

@@ -21,6 +21,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
+from megatron_cm3leon.checkpoint.folder import KINDS
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, Piece
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.checkpoint.verify import verified
@@ -59,6 +60,8 @@ class MegatronEngine:
         self.writer = CheckpointWriter(
             dist.get_rank(), dist.get_world_size(), dist.barrier, asynchronous=config.checkpoint.asynchronous
         )
+        weights = sum(piece.stop - piece.start for piece, _ in self._owned_pieces())
+        self.writer.reserve(len(KINDS) * weights, device)
 
     def _distribute(self, chunk, number: int) -> DistributedDataParallel:
         """One chunk under megatron-core's gradient buffers."""

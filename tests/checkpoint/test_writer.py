@@ -201,3 +201,15 @@ def test_stopped_while_finishing_the_one_before_stays_the_newest(tmp_path, monke
         checkpoint_writer.wait()
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001"]
     assert (tmp_path / "latest").read_text() == "step-00000001\n"
+
+
+def test_reserved_memory_is_used_by_every_save(tmp_path):
+    checkpoint_writer = alone()
+    checkpoint_writer.reserve(24, torch.device("cpu"))
+    for step, kinds in ((0, ("weight",)), (1, ("weight", "exp_avg"))):
+        save(checkpoint_writer, tmp_path, step, make_pieces(0, kinds=kinds))
+        checkpoint_writer.wait()
+        assert checkpoint_writer._buffer._numbers.numel() == 24
+    assert torch.equal(CheckpointReader(step_folder(tmp_path, 1)).read_part("w", "exp_avg", (0, 0), (3, 4)), WHOLE[:3])
+    checkpoint_writer.close()
+    assert checkpoint_writer._buffer._numbers.numel() == 0

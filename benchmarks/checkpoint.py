@@ -1,0 +1,195 @@
+"""Saving and loading a checkpoint: the stall of an asynchronous save, and our rates beside plain torch.save.
+
+    python benchmarks/checkpoint.py --megabytes 200
+    torchrun --standalone --nproc-per-node 2 benchmarks/checkpoint.py
+
+The bytes are weights and Adam's two moments, fp32, three times --megabytes; every rank writes its share. A round times
+each contender once, one after the other on the same disk; all of them wait until the bytes are on the disk (fsync), and
+all loads find the files in the page cache. Ours writes and compares a SHA-256 of every byte, which torch does not.
+Ratios are medians over the rounds of the pairs within a round.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_cm3leon.checkpoint.folder import KINDS, Piece, hash_file
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader, step_folder
+from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.checkpoint.verify import verified
+from megatron_cm3leon.checkpoint.writer import CheckpointWriter
+from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.config import Config
+from megatron_cm3leon.engine.parallel import Rank, gather_objects, set_threads
+from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+COLUMNS = 1024
+ROWS = 4096
+"""A tensor of 16 MiB, as a 760m model's largest layers have."""
+
+
+def make_tensors(megabytes: float, rank: Rank) -> dict[str, torch.Tensor]:
+    """This rank's rows of every tensor, named as in the checkpoint: `kind/name`."""
+    count = max(1, round(megabytes * 1e6 / (4 * ROWS * COLUMNS)))
+    rows = ROWS // rank.world_size
+    generator = torch.Generator().manual_seed(rank.rank)
+    return {
+        f"{kind}/layer{number}": torch.randn(rows, COLUMNS, generator=generator)
+        for number in range(count)
+        for kind in KINDS
+    }
+
+
+def make_pieces(tensors: dict[str, torch.Tensor], rank: Rank) -> list[tuple[Piece, torch.Tensor]]:
+    pieces = []
+    for key, tensor in tensors.items():
+        kind, name = key.split("/")
+        shape, offset = (ROWS // rank.world_size * rank.world_size, COLUMNS), (rank.rank * len(tensor), 0)
+        pieces.append((Piece(name, kind, shape, offset, tuple(tensor.shape), 0, tensor.numel()), tensor.view(-1)))
+    return pieces
+
+
+def synced_torch_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    with open(path, "wb") as file:
+        torch.save(tensors, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Contenders:
+    """What is timed; every method is called by all ranks at once."""
+
+    def __init__(self, folder: Path, tensors: dict[str, torch.Tensor], rank: Rank) -> None:
+        self.folder, self.tensors, self.rank = folder, tensors, rank
+        self.pieces = make_pieces(tensors, rank)
+        self.writers = {
+            asynchronous: CheckpointWriter(rank.rank, rank.world_size, dist.barrier, asynchronous=asynchronous)
+            for asynchronous in (True, False)
+        }
+        self.vocabulary = Vocabulary(
+            text_size=64, image_size=8, sentinels=4, specials=8, image_height=2, image_width=2,
+            text_sha256="", image_sha256="",
+        )  # fmt: skip
+        self.writers[True].reserve(sum(tensor.numel() for tensor in tensors.values()), torch.device("cpu"))
+        self.config = Config()
+        self.config.validate()
+
+    def save(self, asynchronous: bool) -> None:
+        """Returns after the stall: what training waits for."""
+        folder = step_folder(self.folder / str(asynchronous), 1)
+        writer = self.writers[asynchronous]
+        writer.save(folder, self.pieces, self.config, self.vocabulary, TrainState(step=1), {})
+
+    def wait(self) -> None:
+        """Until the asynchronous checkpoint is on the disk."""
+        self.writers[True].wait()
+
+    def load(self, check: bool) -> None:
+        """Read, and verify unless `check` is False, what this rank wrote."""
+        reader = CheckpointReader(step_folder(self.folder / "False", 1))
+        if not check:
+            reader.damage = lambda name: ""
+        parts = [(piece.name, piece.offset, piece.part) for piece, _ in self.pieces if piece.kind == "weight"]
+        with verified(reader, reader.files_of(parts), gather_objects):
+            loaded = {
+                f"{kind}/{name}": reader.read_part(name, kind, offset, size)
+                for name, offset, size in parts
+                for kind in KINDS
+            }
+        assert torch.equal(loaded["weight/layer0"], self.tensors["weight/layer0"])
+
+    def torch_save(self) -> None:
+        synced_torch_save(self.tensors, self.folder / f"{self.rank.rank}.pt")
+
+    def torch_load(self, check: bool) -> None:
+        if check:
+            hash_file(self.folder / f"{self.rank.rank}.pt")
+        loaded = torch.load(self.folder / f"{self.rank.rank}.pt", weights_only=True)
+        assert torch.equal(loaded["weight/layer0"], self.tensors["weight/layer0"])
+
+
+def timed(function: Callable[[], None]) -> float:
+    """Seconds from the moment all ranks are there until all are done."""
+    dist.barrier()
+    start = time.perf_counter()
+    function()
+    dist.barrier()
+    return time.perf_counter() - start
+
+
+def measure(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; the first round, in which memory is new, comes first."""
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds + 1):
+        once = {
+            "torch.save, fsync": timed(contenders.torch_save),
+            "synchronous save": timed(lambda: contenders.save(False)),
+            "stall of an asynchronous save": timed(lambda: contenders.save(True)),
+            "... until it is on the disk": timed(contenders.wait),
+            "load, SHA-256 compared": timed(lambda: contenders.load(True)),
+            "load without that": timed(lambda: contenders.load(False)),
+            "torch.load": timed(lambda: contenders.torch_load(False)),
+            "SHA-256 of its file, torch.load": timed(lambda: contenders.torch_load(True)),
+        }
+        for name, value in once.items():
+            seconds.setdefault(name, []).append(value)
+    return seconds
+
+
+def print_table(seconds: dict[str, list[float]], size: float) -> None:
+    print(f"{'':32}{'first, s':>10}{'fastest, s':>12}{'median, s':>11}{'GB/s, median':>14}")
+    for name, times in seconds.items():
+        later = times[1:]
+        middle = statistics.median(later)
+        print(f"{name:32}{times[0]:10.3f}{min(later):12.3f}{middle:11.3f}{size / middle / 1e9:14.2f}")
+
+    def ratio(one: str, other: str) -> float:
+        pairs = zip(seconds[one][1:], seconds[other][1:], strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+    stall, synchronous = "stall of an asynchronous save", "synchronous save"
+    first = seconds[stall][0] / seconds[synchronous][0]
+    print(f"stall / synchronous save: {ratio(stall, synchronous):.3f} (first save {first:.3f}; at most 0.1 is wanted)")
+    print(f"save rate / torch.save's: {ratio('torch.save, fsync', synchronous):.2f}")
+    checked, unchecked = "load, SHA-256 compared", "load without that"
+    print(
+        f"load rate / torch.load's: {ratio('torch.load', checked):.2f} (both with SHA-256: "
+        f"{ratio('SHA-256 of its file, torch.load', checked):.2f}, both without: {ratio('torch.load', unchecked):.2f})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=200, help="fp32 weights of all ranks (default: 200)")
+    parser.add_argument("--rounds", type=int, default=5, help="after a first one that is told apart (default: 5)")
+    parser.add_argument("--folder", type=Path, help="where to write and delete (default: a new temporary folder)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads a rank; 0 shares the cores (default: 0)")
+    options = parser.parse_args()
+    rank = Rank.from_environment()
+    set_threads(options.threads, rank)
+    store = dist.HashStore() if rank.world_size == 1 else None
+    dist.init_process_group("gloo", rank=rank.rank, world_size=rank.world_size, store=store)
+    [folder, *_] = gather_objects(tempfile.mkdtemp(dir=options.folder) if rank.rank == 0 else None)
+    try:
+        tensors = make_tensors(options.megabytes, rank)
+        size = sum(tensor.numel() * 4 for tensor in tensors.values()) * rank.world_size
+        seconds = measure(Contenders(Path(folder), tensors, rank), options.rounds)
+    finally:
+        dist.destroy_process_group()
+        if rank.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    if rank.rank == 0:
+        print(f"{size / 1e6:.0f} MB (weights and two moments, fp32), {rank.world_size} ranks, {options.rounds} rounds")
+        print_table(seconds, size)
+
+
+if __name__ == "__main__":
+    run_tool(main)
