@@ -17,15 +17,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, Piece
 from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.checkpoint.verify import verified
+from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
-from megatron_cm3leon.engine.parallel import destroy_groups
+from megatron_cm3leon.engine.parallel import destroy_groups, gather_objects
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
@@ -113,6 +114,9 @@ class DeepSpeedEngine:
         )
         # At stage 0 in bf16 DeepSpeed takes a step on zeros, which would count in Adam's bias correction.
         self.adam.state.clear()
+        self.writer = CheckpointWriter(
+            dist.get_rank(), dist.get_world_size(), dist.barrier, asynchronous=config.checkpoint.asynchronous
+        )
 
     def _sum_shared_gradients(self, model) -> None:
         """The norms of queries and keys see one rank's heads: their gradients are summed over tensor-parallel ranks."""
@@ -193,18 +197,13 @@ class DeepSpeedEngine:
     # ------------------------------------------------------------- checkpoints
 
     def save(self, folder: Path, state: TrainState) -> None:
-        """Write a checkpoint of weights and Adam's moments; collective."""
-        folder = Path(folder)
-        if dist.get_rank() == 0:
-            sharded.begin(folder)
-        dist.barrier()
-        sharded.write_rank(folder, dist.get_rank(), self._owned_pieces())
-        dist.barrier()
-        if dist.get_rank() == 0:
-            versions = {"torch": torch.__version__, "megatron-core": megatron.core.__version__}
-            versions["deepspeed"] = self.version
-            sharded.finish(folder, self.config, self.vocabulary, state, versions)
-        dist.barrier()
+        """Write a checkpoint of weights and Adam's moments; collective. See Engine.save."""
+        versions = {"torch": torch.__version__, "megatron-core": megatron.core.__version__, "deepspeed": self.version}
+        self.writer.save(folder, self._owned_pieces(), self.config, self.vocabulary, state, versions)
+
+    def poll(self) -> bool:
+        """Whether no save is under way; see Engine.poll."""
+        return self.writer.poll()
 
     def _owned_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
         """What this rank writes, so that all ranks together write every number once."""
@@ -227,9 +226,12 @@ class DeepSpeedEngine:
         """Read a checkpoint of any layout and engine; ValueError when it is of another model or vocabulary."""
         reader = CheckpointReader(folder)
         check_same_vocabulary(self.vocabulary, reader.vocabulary, f"checkpoint {folder}")
-        reader.check_parameters({place.name: place.shape for _, place in self.placements})
-        for parameter, place in self.placements:
-            self._load_parameter(reader, parameter, place, reader.state.step)
+        shapes = {place.name: place.shape for _, place in self.placements}
+        parts = [(place.name, place.offset, place.local_shape) for _, place in self.placements]
+        with verified(reader, reader.files_of(parts), gather_objects):
+            reader.check_parameters(shapes)
+            for parameter, place in self.placements:
+                self._load_parameter(reader, parameter, place, reader.state.step)
         self._refresh_parameters()
         return reader.state
 
@@ -299,6 +301,8 @@ class DeepSpeedEngine:
                 self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     def close(self) -> None:
+        """Wait for the save under way and end the process groups; see Engine.close."""
+        self.writer.close()
         self.engine.destroy()
         destroy_groups()
 

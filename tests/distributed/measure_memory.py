@@ -50,7 +50,9 @@ def make_batches(config, vocabulary, count: int) -> list[MicroBatch]:
 
 
 def main() -> None:
-    config, rank = load_config(None, sys.argv[1:]), Rank.from_environment()
+    # A save's copy of the weights, made ready while training begins, is not of the plan.
+    overrides = [*sys.argv[1:], "checkpoint.asynchronous=false"]
+    config, rank = load_config(None, overrides), Rank.from_environment()
     config.validate(rank.world_size)
     set_threads(1, rank)
     initialize_groups(config, rank, torch.device("cpu"))
