@@ -11,6 +11,8 @@ import torch.distributed as dist
 from megatron_cm3leon.config import Config
 
 TIMEOUT = timedelta(minutes=30)
+_store: dist.Store | None = None
+"""What the ranks of this run share; it outlives the process groups, so that errors at the end are told once too."""
 
 # megatron-core announces each optional package it does without; none is required here.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
@@ -67,6 +69,7 @@ def initialize_groups(config: Config, rank: Rank, device: torch.device) -> None:
         cpu_backend.install()
     from megatron.core import parallel_state, tensor_parallel
 
+    global _store
     if not dist.is_initialized():
         # A run of one rank talks to nobody: it needs no address and no port.
         store = dist.HashStore() if rank.world_size == 1 else None
@@ -77,6 +80,7 @@ def initialize_groups(config: Config, rank: Rank, device: torch.device) -> None:
             store=store,
             timeout=TIMEOUT,
         )
+        _store = dist.distributed_c10d._get_default_store()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
@@ -89,8 +93,10 @@ def initialize_groups(config: Config, rank: Rank, device: torch.device) -> None:
 
 def is_first_to_fail() -> bool:
     """Whether no other rank has asked this yet: of ranks that meet the same error one tells it."""
-    store = dist.distributed_c10d._get_default_store()
-    return store.add("failed ranks", 1) == 1
+    try:
+        return _store is None or _store.add("failed ranks", 1) == 1
+    except dist.DistError:
+        return True  # the rank that counts is gone: better told twice than not at all
 
 
 def gather_objects(value: object) -> list:
