@@ -82,15 +82,21 @@ def _stage_of_layer(config: Config, layer: int) -> int:
 
 
 def estimate_memory(config: Config, vocabulary_size: int, world_size: int, stage: int) -> Memory:
-    """Bytes of a rank of pipeline stage `stage` under the megatron engine."""
+    """Bytes of a rank of pipeline stage `stage`; with offloading, those that stay on its device.
+
+    Only the megatron engine's were compared with runs. DeepSpeed gathers a layer's weights (zero=3) and reduces
+    gradients in buckets: these come on top.
+    """
     parameters = count_stage_parameters(config, vocabulary_size, stage)
-    bf16 = config.train.precision == "bf16"
-    sharers = config.data_parallel_size(world_size) * config.parallel.context if config.parallel.zero else 1
+    bf16, zero, offload = config.train.precision == "bf16", config.parallel.zero, config.deepspeed
+    sharers = config.data_parallel_size(world_size) * config.parallel.context
+    own = -(-parameters // sharers)
+    weights = (own if zero == 3 else parameters) * (2 if bf16 else 4)
     return Memory(
         parameters=parameters,
-        weights=parameters * (2 if bf16 else 4),
-        gradients=parameters * 4,
-        optimizer=-(-parameters * (12 if bf16 else 8) // sharers),
+        weights=0 if offload.offload_parameters else weights,
+        gradients=(own if zero >= 2 else parameters) * 4,
+        optimizer=0 if offload.offload_optimizer else (own if zero else parameters) * (12 if bf16 else 8),
         activations=_activation_bytes(config, vocabulary_size, world_size, stage),
     )
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_cm3leon.config import load_config
 from megatron_cm3leon.model.weights import count_parameters
-from megatron_cm3leon.plan import count_stage_parameters, describe, list_groups
+from megatron_cm3leon.plan import count_stage_parameters, describe, estimate_memory, list_groups
 from megatron_cm3leon.train import main
 from tests.distributed.launch import torchrun
 
@@ -44,6 +44,17 @@ def test_stages_hold_the_whole_model():
         held = sum(count_stage_parameters(config, 65_536, stage) for stage in range(config.parallel.pipeline))
         tied_copy = config.model.tied_embeddings and config.parallel.pipeline > 1
         assert held == count_parameters(config, 65_536) + tied_copy * 65_536 * config.model.hidden_size
+
+
+def test_each_stage_of_zero_partitions_more():
+    base = "preset=350m train.engine=deepspeed train.precision=fp32"
+    plans = [estimate_memory(load(f"{base} parallel.zero={zero}", 4), 65_536, 4, 0) for zero in range(4)]
+    assert [plan.optimizer * 4 == plans[0].optimizer for plan in plans] == [False, True, True, True]
+    assert [plan.gradients * 4 == plans[0].gradients for plan in plans] == [False, False, True, True]
+    assert [plan.weights * 4 == plans[0].weights for plan in plans] == [False, False, False, True]
+    offloaded = f"{base} parallel.zero=3 deepspeed.offload_optimizer=true deepspeed.offload_parameters=true"
+    plan = estimate_memory(load(offloaded, 4), 65_536, 4, 0)
+    assert plan.optimizer == plan.weights == 0 < plan.gradients
 
 
 def test_groups_differ_in_one_coordinate():
