@@ -164,6 +164,18 @@ LAYOUTS = [
     _row("tensor=4 sequence=true", 4, "tensor=4 sequence=true", covering=False),
     _row("pipeline=4", 4, "pipeline=4", covering=False),
     _row("data 4 zero=1", 4, "zero=1", covering=False),
+    Layout("dropout, one process", 1, ("model.dropout=0.1",), "dropout, one process"),
+    *[
+        Layout(
+            f"dropout, recompute={kind}",
+            1,
+            ("model.dropout=0.1", f"parallel.recompute={kind}"),
+            "dropout, one process",
+            loss_tolerance=0.0,  # the same numbers are dropped when a layer is computed again
+            norm_tolerance=0.0,
+        )
+        for kind in ("selective", "full")
+    ],
     *_variants(),
     *_deepspeed(),
 ]
