@@ -6,6 +6,7 @@ marks="not slow and not gpu"
 if [ "${1:-}" = "--slow" ]; then
     marks="not gpu"
     shift
+    set -- -o timeout=3600 "$@"  # the whole table of layouts is one fixture
 fi
 cd "$ROOT"
 prepare_environment
