@@ -136,6 +136,7 @@ def make_batches(options: argparse.Namespace, vocabulary: Vocabulary) -> list[Mi
                 labels=block[:, 1:].contiguous(),
                 loss_weights=torch.ones(options.micro_batch, options.sequence),
                 position_ids=positions,
+                samples=None,
                 trimmed=0,
             )
         )
