@@ -19,16 +19,15 @@ from megatron.core import parallel_state
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, Piece
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.checkpoint.verify import verified
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
-from megatron_cm3leon.engine.parallel import destroy_groups, gather_objects
+from megatron_cm3leon.engine.parallel import destroy_groups, open_verified
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
-from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
+from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 
 def import_deepspeed(device: torch.device):
@@ -224,12 +223,7 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> TrainState:
         """Read a checkpoint of any layout and engine; ValueError when it is of another model or vocabulary."""
-        reader = CheckpointReader(folder)
-        check_same_vocabulary(self.vocabulary, reader.vocabulary, f"checkpoint {folder}")
-        shapes = {place.name: place.shape for _, place in self.placements}
-        parts = [(place.name, place.offset, place.local_shape) for _, place in self.placements]
-        with verified(reader, reader.files_of(parts), gather_objects):
-            reader.check_parameters(shapes)
+        with open_verified(folder, self.vocabulary, [place for _, place in self.placements]) as reader:
             for parameter, place in self.placements:
                 self._load_parameter(reader, parameter, place, reader.state.step)
         self._refresh_parameters()

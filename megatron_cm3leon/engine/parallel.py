@@ -2,13 +2,23 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
+from megatron_cm3leon.checkpoint.verify import verified
 from megatron_cm3leon.config import Config
+from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
+
+if TYPE_CHECKING:
+    from megatron_cm3leon.model.builder import Placement
 
 TIMEOUT = timedelta(minutes=30)
 _store: dist.Store | None = None
@@ -104,6 +114,21 @@ def gather_objects(value: object) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def open_verified(folder: Path, vocabulary: Vocabulary, places: list["Placement"]) -> Iterator[CheckpointReader]:
+    """A checkpoint's reader while its files are compared with their SHA-256; collective.
+
+    Raises ValueError on every rank for another vocabulary, for a parameter of `places` that is missing or of another
+    shape, and at the end for a damaged file.
+    """
+    reader = CheckpointReader(folder)
+    check_same_vocabulary(vocabulary, reader.vocabulary, f"checkpoint {folder}")
+    files = reader.files_of([(place.name, place.offset, place.local_shape) for place in places])
+    with verified(reader, files, gather_objects):
+        reader.check_parameters({place.name: place.shape for place in places})
+        yield reader
 
 
 def destroy_groups() -> None:
