@@ -1,141 +1,79 @@
 """One training step of ours beside plain PyTorch and Hugging Face, the same model, interleaved in one run.
 
-    python benchmarks/train_step.py --layers 6 --hidden 256 --sequence 512 --precision bf16
+    python benchmarks/train_step.py                                       both families, fp32 and bf16, 512 and 2048
+    python benchmarks/train_step.py --family llama --precision bf16 --sequence 512 --layers 4 --hidden 192 --heads 4
 
-Every contender takes the same weights' shapes, the same batch, AdamW with clipping at 1.0, fp32 main
-weights (bf16: the two peers under autocast). A round times each once; the table gives the fastest and
-the median round, and each peer's time over ours (above 1: ours is faster).
+Every contender takes the same shapes and the same batch, AdamW with clipping at 1.0, fp32 main weights (bf16: the two
+peers under autocast). A round times each once, the first two warm up; a peer's time over ours is above 1 where ours is
+faster, of the fastest rounds and as the median of pairs within a round. Start-up (interpreter, imports, building, two
+steps) and peak memory are those of a process that holds this contender alone.
 """
 
 import argparse
+import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
-import torch.nn.functional as F
-from transformers import OPTConfig, OPTForCausalLM
+from peers import Step, hugging_face_step, plain_step
 
 from megatron_cm3leon.cli import run_tool
-from megatron_cm3leon.config import load_config
+from megatron_cm3leon.config import Config, load_config
 from megatron_cm3leon.data.loader import MicroBatch
-from megatron_cm3leon.engine.parallel import Rank, choose_device, initialize_groups, set_threads
+from megatron_cm3leon.engine.parallel import Rank, choose_device, destroy_groups, initialize_groups, set_threads
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
-
-class PlainLayer(torch.nn.Module):
-    """The transformer layer of family cm3leon as one would write it by hand."""
-
-    def __init__(self, hidden: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = torch.nn.Linear(hidden, 3 * hidden, bias=False)
-        self.projection = torch.nn.Linear(hidden, hidden, bias=False)
-        self.up = torch.nn.Linear(hidden, 4 * hidden, bias=False)
-        self.down = torch.nn.Linear(4 * hidden, hidden, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, hidden = x.shape
-        qkv = self.qkv(F.layer_norm(x, (hidden,))).view(batch, length, 3, self.heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.projection(context.transpose(1, 2).reshape(batch, length, hidden))
-        return x + self.down(F.relu(self.up(F.layer_norm(x, (hidden,)))))
+OURS, PLAIN, HUGGING_FACE = CONTENDERS = "megatron_cm3leon", "plain PyTorch", "Hugging Face"
+WARM_UP = 2
 
 
-class PlainModel(torch.nn.Module):
-    def __init__(self, layers: int, hidden: int, heads: int, vocabulary: int, length: int) -> None:
-        super().__init__()
-        self.tokens = torch.nn.Embedding(vocabulary, hidden)
-        self.positions = torch.nn.Embedding(length, hidden)
-        self.layers = torch.nn.ModuleList(PlainLayer(hidden, heads) for _ in range(layers))
-        torch.nn.init.normal_(self.tokens.weight, std=0.02)
-
-    def forward(self, tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        x = self.tokens(tokens) + self.positions(position_ids)
-        for layer in self.layers:
-            x = layer(x)
-        return F.linear(F.layer_norm(x, x.shape[-1:]), self.tokens.weight)
-
-
-def torch_contender(model: torch.nn.Module, logits_of, bf16: bool, device: torch.device):
-    """Step function of a torch model: forward, weighted loss, backward, clip, fused AdamW."""
-    model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-    def step(batches: list[MicroBatch]) -> float:
-        total = sum(batch.loss_weights.sum() for batch in batches)
-        loss_sum = 0.0
-        for batch in batches:
-            tokens, labels, weights, positions = (
-                tensor.to(device) for tensor in (batch.tokens, batch.labels, batch.loss_weights, batch.position_ids)
-            )
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = logits_of(model, tokens, positions)
-            losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-            loss = (losses * weights.flatten()).sum() / total
-            loss.backward()
-            loss_sum += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss_sum
-
-    return step
-
-
-def build_contenders(options: argparse.Namespace, vocabulary: Vocabulary, device: torch.device) -> dict:
-    from megatron_cm3leon.engine.megatron import MegatronEngine
-
-    config = load_config(
-        None,
-        [
-            f"model.layers={options.layers}",
-            f"model.hidden_size={options.hidden}",
-            f"model.heads={options.heads}",
-            "model.init_std=0.02",
-            f"data.seq_length={options.sequence}",
-            f"train.precision={options.precision}",
-            f"parallel.zero={options.zero}",
-        ],
-    )
-    config.validate(1)
-    engine = MegatronEngine(config, vocabulary, device)
-    bf16 = options.precision == "bf16"
-    plain = PlainModel(options.layers, options.hidden, options.heads, vocabulary.size, options.sequence)
-    opt = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=vocabulary.size,
-            hidden_size=options.hidden,
-            num_hidden_layers=options.layers,
-            ffn_dim=4 * options.hidden,
-            num_attention_heads=options.heads,
-            max_position_embeddings=options.sequence,
-            word_embed_proj_dim=options.hidden,
-            dropout=0.0,
-            enable_bias=False,
-            layer_norm_elementwise_affine=False,
-            attn_implementation="sdpa",
-        )
-    )
-    return {
-        "megatron_cm3leon": lambda batches: engine.train_step(batches, 0, 1e-4).loss,
-        "plain PyTorch": torch_contender(plain, lambda model, t, p: model(t, p), bf16, device),
-        "Hugging Face OPT": torch_contender(opt, lambda model, t, p: model(t, use_cache=False).logits, bf16, device),
+def make_config(options: argparse.Namespace) -> Config:
+    values = {
+        "model.family": options.family,
+        "model.layers": options.layers,
+        "model.hidden_size": options.hidden,
+        "model.heads": options.heads,
+        "model.kv_heads": options.heads // 2 if options.family == "llama" else 0,
+        "data.seq_length": options.sequence,
+        "train.precision": options.precision,
+        "parallel.zero": options.zero,
     }
+    config = load_config(None, [f"{name}={value}" for name, value in values.items()])
+    config.validate(1)
+    return config
 
 
-def make_batches(options: argparse.Namespace, vocabulary: Vocabulary) -> list[MicroBatch]:
-    shape = (options.micro_batch, options.sequence + 1)
+def make_vocabulary(size: int) -> Vocabulary:
+    return Vocabulary(
+        text_size=size - 128, image_size=64, sentinels=32, specials=64, image_height=8, image_width=8,
+        text_sha256="", image_sha256="",
+    )  # fmt: skip
+
+
+def build(name: str, config: Config, vocabulary: Vocabulary, device: torch.device) -> Step:
+    """A contender's step: global batch -> loss."""
+    if name == OURS:
+        from megatron_cm3leon.engine.megatron import MegatronEngine
+
+        engine = MegatronEngine(config, vocabulary, device)
+        return lambda batches: engine.train_step(batches, 0, 1e-4).loss
+    arguments = config.model, vocabulary.size, config.data.seq_length, config.train.precision == "bf16", device
+    return plain_step(*arguments) if name == PLAIN else hugging_face_step(*arguments)
+
+
+def make_batches(vocabulary: int, blocks: int, length: int, accumulate: int) -> list[MicroBatch]:
     batches = []
-    for _ in range(options.accumulate):
-        block = torch.randint(0, vocabulary.size, shape)
-        positions = torch.arange(options.sequence).expand(options.micro_batch, -1)
+    for _ in range(accumulate):
+        block = torch.randint(0, vocabulary, (blocks, length + 1))
         batches.append(
             MicroBatch(
                 tokens=block[:, :-1].contiguous(),
                 labels=block[:, 1:].contiguous(),
-                loss_weights=torch.ones(options.micro_batch, options.sequence),
-                position_ids=positions,
+                loss_weights=torch.ones(blocks, length),
+                position_ids=torch.arange(length).expand(blocks, -1),
                 samples=None,
                 trimmed=0,
             )
@@ -143,58 +81,97 @@ def make_batches(options: argparse.Namespace, vocabulary: Vocabulary) -> list[Mi
     return batches
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--hidden", type=int, default=256, help="width of the residual stream")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--sequence", type=int, default=512, help="tokens a block")
-    parser.add_argument("--micro-batch", type=int, default=4, help="blocks in one forward pass")
-    parser.add_argument("--accumulate", type=int, default=1, help="forward passes a step")
-    parser.add_argument("--vocabulary", type=int, default=4096, help="tokens; a multiple of 128")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--zero", type=int, choices=(0, 1), default=0, help="parallel.zero of ours")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes every core")
-    options = parser.parse_args()
-    rank = Rank.from_environment()
+def measure(options: argparse.Namespace) -> dict:
+    """In this process: with --alone one contender's start-up and memory, else the seconds of each in each round."""
+    rank, config, vocabulary = Rank.from_environment(), make_config(options), make_vocabulary(options.vocabulary)
     device = choose_device("auto", rank)
     set_threads(options.threads, rank)
-    initialize_groups(load_config(), rank, device)
-    vocabulary = Vocabulary(
-        text_size=options.vocabulary - 128,
-        image_size=64,
-        sentinels=32,
-        specials=64,
-        image_height=8,
-        image_width=8,
-        text_sha256="",
-        image_sha256="",
-    )
-    contenders = build_contenders(options, vocabulary, device)
-    batches = make_batches(options, vocabulary)
-    seconds = {name: [] for name in contenders}
-    for number in range(options.rounds + 2):
+    names = [options.alone] if options.alone else CONTENDERS
+    if OURS in names:
+        initialize_groups(config, rank, device)
+    contenders = {name: build(name, config, vocabulary, device) for name in names}
+    blocks = max(1, options.tokens // options.sequence)
+    batches = make_batches(vocabulary.size, blocks, options.sequence, options.accumulate)
+    seconds = {name: [] for name in names}
+    for number in range(WARM_UP + (0 if options.alone else options.rounds)):
         for name, step in contenders.items():
             start = time.perf_counter()
-            step(batches)  # returns the loss as a float: the device has finished
-            if number >= 2:  # the first rounds warm up
+            step(batches)
+            if number >= WARM_UP:
                 seconds[name].append(time.perf_counter() - start)
-    tokens = options.micro_batch * options.accumulate * options.sequence
-    ours = seconds["megatron_cm3leon"]
-    print(
-        f"{options.precision}, {options.layers} layers, width {options.hidden}, sequence {options.sequence}, {device}"
-    )
-    print(f"{'':20}{'fastest ms':>12}{'median ms':>12}{'tokens/s':>10}{'/ ours, fastest':>17}{'median of pairs':>17}")
-    for name, times in seconds.items():
-        pairs = statistics.median(theirs / mine for theirs, mine in zip(times, ours, strict=True))
-        print(
-            f"{name:20}{min(times) * 1e3:12.1f}{statistics.median(times) * 1e3:12.1f}{tokens / min(times):10.0f}"
-            f"{min(times) / min(ours):17.3f}{pairs:17.3f}"
-        )
-    from megatron_cm3leon.engine.parallel import destroy_groups
+    if OURS in names:
+        destroy_groups()
+    return {"seconds": seconds, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
-    destroy_groups()
+
+def in_a_new_process(options: argparse.Namespace, alone: str = "") -> dict:
+    """`measure` of this point, and the seconds that the process took."""
+    given = {**vars(options), "alone": alone}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, __file__, "--here", *arguments],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise ValueError(f"a contender failed at {given}:\n{done.stderr}")
+    return {"wall": time.perf_counter() - start, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def print_rows(options: argparse.Namespace) -> list[float]:
+    """Measure one point and print its rows; ours against the faster peer, of the fastest rounds and of pairs."""
+    alone = {name: in_a_new_process(options, name) for name in CONTENDERS}
+    seconds = in_a_new_process(options)["seconds"]
+    tokens = max(1, options.tokens // options.sequence) * options.sequence * options.accumulate
+    ours, worst = seconds[OURS], [float("inf")] * 2
+    for name, times in seconds.items():
+        fastest = min(times) / min(ours)
+        pairs = statistics.median(theirs / mine for theirs, mine in zip(times, ours, strict=True))
+        if name != OURS:
+            worst = [min(worst[0], fastest), min(worst[1], pairs)]
+        print(
+            f"| {options.family}, {options.precision}, {options.sequence} | {name} | {min(times) * 1e3:.0f} | "
+            f"{statistics.median(times) * 1e3:.0f} | {tokens / min(times):.0f} | {fastest:.3f} | {pairs:.3f} | "
+            f"{alone[name]['wall']:.1f} | {alone[name]['memory'] / 1e6:.0f} |",
+            flush=True,
+        )
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=("cm3leon", "llama"), help="default: both")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: both")
+    parser.add_argument("--sequence", type=int, help="tokens a block (default: 512 and 2048)")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens in one forward pass (default: 2048)")
+    parser.add_argument("--accumulate", type=int, default=1, help="forward passes a step (default: 1)")
+    parser.add_argument("--layers", type=int, default=6, help="default: 6")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the residual stream (default: 256)")
+    parser.add_argument("--heads", type=int, default=8, help="default: 8; keys and values of llama have half of them")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="a multiple of 128 (default: 4096)")
+    parser.add_argument("--zero", type=int, choices=(0, 1), default=0, help="parallel.zero of ours (default: 0)")
+    parser.add_argument("--rounds", type=int, default=12, help="default: 12")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes every core (default: 0)")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        del options.here
+        print(json.dumps(measure(options)))
+        return
+    del options.here
+    print(f"{options.layers} layers, width {options.hidden}, vocabulary {options.vocabulary}, {options.tokens} tokens")
+    print("| model | | fastest, ms | median, ms | tokens/s | / ours, fastest | pairs | start-up, s | peak MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    worst = [float("inf")] * 2
+    for family in [options.family] if options.family else ["cm3leon", "llama"]:
+        for precision in [options.precision] if options.precision else ["fp32", "bf16"]:
+            for sequence in [options.sequence] if options.sequence else [512, 2048]:
+                point = argparse.Namespace(
+                    **{**vars(options), "family": family, "precision": precision, "sequence": sequence}
+                )
+                worst = [min(pair) for pair in zip(worst, print_rows(point), strict=True)]
+    print(f"the faster peer's time over ours, at its lowest: {worst[0]:.3f} fastest, {worst[1]:.3f} median of pairs")
 
 
 if __name__ == "__main__":

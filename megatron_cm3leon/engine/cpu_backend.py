@@ -16,6 +16,7 @@ import importlib
 import logging
 import sys
 import types
+from collections.abc import Iterator
 
 import torch
 
@@ -171,14 +172,25 @@ class _NoRngWarning(logging.Filter):
         return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """megatron-core decorates with torch.compile, which loads the compiler: seconds of start-up, for no fusion."""
+    original, torch.compile = torch.compile, lambda function=None, **options: function
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
 def install() -> None:
     """Make the loaded megatron-core run on CPU tensors. Calling it again does nothing."""
     global _installed
     if _installed:
         return
     _installed = True
-    for name in _LAZY_MODULES:
-        importlib.import_module(name)
+    with _nothing_compiled():
+        for name in _LAZY_MODULES:
+            importlib.import_module(name)
     stand_in = _build_torch_module()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and module is not None and getattr(module, "torch", None) is torch:

@@ -21,7 +21,7 @@ CONFIG = """
 model: {layers: 4, hidden_size: 64, heads: 4, init_std: 0.02}
 data: {seq_length: 48, packing: stream, workers: 0}
 train: {steps: 20, global_batch_size: 8, micro_batch_size: 2, precision: fp32}
-optimizer: {learning_rate: 6e-4}
+optimizer: {learning_rate: 6e-4, epsilon: 1e-6}  # at 1e-8 Adam takes whole steps along gradients of rounding alone
 schedule: {warmup_steps: 20}
 checkpoint: {interval: 10}
 """
