@@ -157,9 +157,8 @@ def main() -> None:
     peak = options.peak or (known[0] if known else 0)
     print(f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}, bf16, sequence {options.sequence}")
     print("FLOP a token = 6 x weights of its matrices (head included) + 6 x layers x sequence x width (causal: half)")
-    print(
-        f"MFU = FLOP a token x tokens/s / {f'{peak:.0f} TFLOP/s' if peak else 'the peak rate (give --peak)'}; ms a step\n"
-    )
+    rate = f"{peak:.0f} TFLOP/s" if peak else "the peak rate (give --peak)"
+    print(f"MFU = FLOP a token x tokens/s / {rate}; ms a step\n")
     print("| model | | ms | tokens/s | TFLOP/s | MFU | peak GiB |\n|---|---|---|---|---|---|---|")
     for family in options.families:
         for model in options.models:
