@@ -4,9 +4,9 @@
     python benchmarks/train_step.py --family llama --precision bf16 --sequence 512 --layers 4 --hidden 192 --heads 4
 
 Every contender takes the same shapes and the same batch, AdamW with clipping at 1.0, fp32 main weights (bf16: the two
-peers under autocast). A round times each once, the first two warm up; a peer's time over ours is above 1 where ours is
-faster, of the fastest rounds and as the median of pairs within a round. Start-up (interpreter, imports, building, two
-steps) and peak memory are those of a process that holds this contender alone.
+peers under autocast), in a process of its own: ours as training starts it, the peers as torch comes. A round times one
+step of each; a peer's time over ours is above 1 where ours is faster, of the fastest rounds and as the median of pairs
+within a round. Start-up is interpreter, imports, building and two steps.
 """
 
 import argparse
@@ -81,50 +81,71 @@ def make_batches(vocabulary: int, blocks: int, length: int, accumulate: int) -> 
     return batches
 
 
-def measure(options: argparse.Namespace) -> dict:
-    """In this process: with --alone one contender's start-up and memory, else the seconds of each in each round."""
+def serve(options: argparse.Namespace, name: str) -> None:
+    """Build one contender; for every line on standard input take a step and print its seconds and this peak memory."""
     rank, config, vocabulary = Rank.from_environment(), make_config(options), make_vocabulary(options.vocabulary)
     device = choose_device("auto", rank)
     set_threads(options.threads, rank)
-    names = [options.alone] if options.alone else CONTENDERS
-    if OURS in names:
+    if name == OURS:
         initialize_groups(config, rank, device)
-    contenders = {name: build(name, config, vocabulary, device) for name in names}
+    step = build(name, config, vocabulary, device)
     blocks = max(1, options.tokens // options.sequence)
     batches = make_batches(vocabulary.size, blocks, options.sequence, options.accumulate)
-    seconds = {name: [] for name in names}
-    for number in range(WARM_UP + (0 if options.alone else options.rounds)):
-        for name, step in contenders.items():
-            start = time.perf_counter()
-            step(batches)
-            if number >= WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
-    if OURS in names:
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step(batches)
+        seconds = time.perf_counter() - start
+        print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]), flush=True)
+    if name == OURS:
         destroy_groups()
-    return {"seconds": seconds, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def in_a_new_process(options: argparse.Namespace, alone: str = "") -> dict:
-    """`measure` of this point, and the seconds that the process took."""
-    given = {**vars(options), "alone": alone}
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, __file__, "--here", *arguments],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise ValueError(f"a contender failed at {given}:\n{done.stderr}")
-    return {"wall": time.perf_counter() - start, **json.loads(done.stdout.splitlines()[-1])}
+class Contender:
+    """A process that holds one contender, idle until it is asked for a step."""
+
+    def __init__(self, options: argparse.Namespace, name: str) -> None:
+        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items()]
+        start = time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *arguments, "--serve", name],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.seconds, self.memory = [], 0
+        for _ in range(WARM_UP):
+            self.step()
+        self.start_up = time.perf_counter() - start
+        self.seconds.clear()
+
+    def step(self) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise ValueError(f"a contender ended with exit status {self.process.wait()}; its error stands above.")
+        seconds, self.memory = json.loads(answer)
+        self.seconds.append(seconds)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def print_rows(options: argparse.Namespace) -> list[float]:
-    """Measure one point and print its rows; ours against the faster peer, of the fastest rounds and of pairs."""
-    alone = {name: in_a_new_process(options, name) for name in CONTENDERS}
-    seconds = in_a_new_process(options)["seconds"]
+    """Measure one point and print its rows; the faster peer's time over ours, of the fastest rounds and of pairs."""
+    contenders = {}
+    try:
+        for name in CONTENDERS:
+            contenders[name] = Contender(options, name)
+        for _ in range(options.rounds):
+            for contender in contenders.values():
+                contender.step()
+    finally:
+        for contender in contenders.values():
+            contender.close()
     tokens = max(1, options.tokens // options.sequence) * options.sequence * options.accumulate
-    ours, worst = seconds[OURS], [float("inf")] * 2
-    for name, times in seconds.items():
+    ours, worst = contenders[OURS].seconds, [float("inf")] * 2
+    for name, contender in contenders.items():
+        times = contender.seconds
         fastest = min(times) / min(ours)
         pairs = statistics.median(theirs / mine for theirs, mine in zip(times, ours, strict=True))
         if name != OURS:
@@ -132,7 +153,7 @@ def print_rows(options: argparse.Namespace) -> list[float]:
         print(
             f"| {options.family}, {options.precision}, {options.sequence} | {name} | {min(times) * 1e3:.0f} | "
             f"{statistics.median(times) * 1e3:.0f} | {tokens / min(times):.0f} | {fastest:.3f} | {pairs:.3f} | "
-            f"{alone[name]['wall']:.1f} | {alone[name]['memory'] / 1e6:.0f} |",
+            f"{contender.start_up:.1f} | {contender.memory / 1e6:.0f} |",
             flush=True,
         )
     return worst
@@ -152,14 +173,12 @@ def main() -> None:
     parser.add_argument("--zero", type=int, choices=(0, 1), default=0, help="parallel.zero of ours (default: 0)")
     parser.add_argument("--rounds", type=int, default=12, help="default: 12")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes every core (default: 0)")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.here:
-        del options.here
-        print(json.dumps(measure(options)))
+    contender = vars(options).pop("serve")
+    if contender:
+        serve(options, contender)
         return
-    del options.here
     print(f"{options.layers} layers, width {options.hidden}, vocabulary {options.vocabulary}, {options.tokens} tokens")
     print("| model | | fastest, ms | median, ms | tokens/s | / ours, fastest | pairs | start-up, s | peak MB |")
     print("|---|---|---|---|---|---|---|---|---|")

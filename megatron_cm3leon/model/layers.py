@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_cm3leon.config_fields import ModelConfig
 from megatron_cm3leon.model.attention import CoreAttention
 
+_LINEAR_LAYERS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
 
 class LayerNormWithoutParameters(torch.nn.Module):
     """LayerNorm with neither weight nor bias (CM3Leon section 2.3)."""
@@ -66,6 +68,9 @@ class _SwiGLU(torch.autograd.Function):
 class GatedMLP(MLP):
     """megatron-core's MLP with SwiGLU (arXiv 2002.05202), which there keeps two more tensors."""
 
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config, _LINEAR_LAYERS)
+
     def forward(self, hidden_SBH: torch.Tensor, **options) -> tuple[torch.Tensor, None]:
         both, _ = self.linear_fc1(hidden_SBH)
         return self.linear_fc2(_SwiGLU.apply(both))
@@ -86,10 +91,6 @@ def build_block_spec(config: TransformerConfig, model: ModelConfig, layers: int)
             k_layernorm=RMSNorm if model.qk_norm else None,
         ),
     )
-    mlp = ModuleSpec(
-        module=GatedMLP if llama else MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-    )
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -97,7 +98,8 @@ def build_block_spec(config: TransformerConfig, model: ModelConfig, layers: int)
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=mlp,
+            # megatron-core warns about every spec of a class that it does not know.
+            mlp=GatedMLP if llama else ModuleSpec(module=MLP, submodules=_LINEAR_LAYERS),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -33,8 +33,10 @@ class PeakWatch(threading.Thread):
 
 
 def load_libraries() -> None:
-    """Kernels bring code and tables of their own on their first use."""
-    torch.nn.Linear(512, 512)(torch.randn(64, 512)).sum().backward()
+    """Kernels and torch's optimizers bring code and tables of their own on their first use."""
+    layer = torch.nn.Linear(512, 512)
+    layer(torch.randn(64, 512)).sum().backward()
+    torch.optim.AdamW(layer.parameters(), fused=True).step()
     states = [torch.randn(1, 2, 64, 32, requires_grad=True) for _ in range(3)]
     F.scaled_dot_product_attention(*states, is_causal=True).sum().backward()
 
