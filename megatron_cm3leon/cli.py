@@ -1,6 +1,7 @@
 """What every command-line tool shares: errors as one sentence, and exit statuses."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -12,10 +13,13 @@ def show_messages(level: int = logging.INFO) -> None:
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
-    """Run a tool's `main` and exit: 0 done, 2 for an error the user can mend, 130 after Ctrl-C."""
+    """Run a tool's `main` and exit: 0 done, 2 for an error the user can mend, 130 after Ctrl-C, 141 in a closed pipe."""
     show_messages()
     try:
         status = main() or 0
+    except BrokenPipeError:  # who reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2

@@ -164,17 +164,16 @@ def advance(state: TrainState, metrics: StepMetrics, config: Config) -> None:
         state.step += 1
         return
     state.skipped.append(state.batch - 1)
-    logger.warning(
-        "batch %d: loss %s, gradient norm %s; no rank stepped",
-        state.batch - 1,
-        metrics.loss,
-        metrics.grad_norm,
+    # Below a warning: every rank knows it, the first one shows messages of this level.
+    logger.info(
+        "batch %d: loss %.6g, gradient norm %.6g; no rank stepped", state.batch - 1, metrics.loss, metrics.grad_norm
     )
     last = state.skipped[-config.train.max_skipped - 1 :]
     if len(last) > config.train.max_skipped and last[0] == state.batch - len(last):
         raise ValueError(
-            f"{len(last)} batches in a row had a non-finite loss or gradient ({last[0]} to {last[-1]}; "
-            f"tools/show_batch.py prints them); lower optimizer.learning_rate or raise train.max_skipped."
+            f"{len(last)} batches in a row had a non-finite loss or gradient, {last[0]} to {last[-1]}; look at them "
+            f"(tools/show_batch.py {Path(config.output) / 'config.yaml'} --batch {last[0]}), lower "
+            f"optimizer.learning_rate or raise train.max_skipped."
         )
 
 
