@@ -13,7 +13,7 @@ def show_messages(level: int = logging.INFO) -> None:
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
-    """Run a tool's `main` and exit: 0 done, 2 for an error the user can mend, 130 after Ctrl-C, 141 in a closed pipe."""
+    """Run a tool's `main` and exit: 0 done, 2 for a user's error, 130 after Ctrl-C, 141 for a closed pipe."""
     show_messages()
     try:
         status = main() or 0
