@@ -1,9 +1,10 @@
-"""CheckpointWriter: a checkpoint is written while training goes on; training waits for the copy alone.
+"""CheckpointWriter: a checkpoint is copied and written while training goes on, which waits for the copy alone.
 
-save()     waits for the save before it, copies this rank's pieces to the CPU and starts a thread
-thread     every rank: writes its rank file while hashing it, then its record rank-00000.json
-           rank 0:     waits on the file system until every rank's record is there, then finishes the folder
-poll()     tells whether this rank's thread is done, and raises what went wrong in it
+save()           waits for the save before it and starts a thread
+thread           every rank: copies its pieces to the CPU, writes its rank file and hashes it, then its record
+                 rank 0: waits on the file system until every rank's record is there, then finishes the folder
+wait_for_copy()  before the optimizer's next step: forward and backward passes leave weights and moments alone
+poll()           tells whether this rank's thread is done, and raises what went wrong in it
 
 Threads use no collective: those of the training step are under way at the same time. Any engine that can name its
 pieces (folder.Piece) can use it; it knows nothing of megatron-core or DeepSpeed.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import torch
 
@@ -45,6 +46,8 @@ class CheckpointWriter:
         self.rank, self.world_size, self.barrier, self.asynchronous = rank, world_size, barrier, asynchronous
         self._buffer = _Buffer()
         self._thread: Thread | None = None
+        self._copied = Event()
+        self._copied.set()
         self._error: BaseException | None = None
 
     def save(
@@ -56,10 +59,11 @@ class CheckpointWriter:
         state: TrainState,
         versions: dict[str, str],
     ) -> None:
-        """Start writing the checkpoint `folder`; every rank calls it. Changes after it are not written.
+        """Start writing the checkpoint `folder`; every rank calls it.
 
-        `pieces` are (place, flat tensor) of what this rank writes: all ranks together every number once. Raises what
-        went wrong in the save before, and ValueError when the temporary folder cannot be made.
+        The tensors must not change before wait_for_copy() has returned; state and config may at once. `pieces` are
+        (place, flat tensor) of what this rank writes: all ranks together every number once. Raises what went wrong in
+        the save before, and ValueError when the temporary folder cannot be made.
         """
         folder = Path(folder)
         self.wait()
@@ -72,9 +76,14 @@ class CheckpointWriter:
             self._write(folder, pieces, finish)
             self.barrier()
             return
-        copied = self._buffer.copy(list(pieces))
-        self._thread = Thread(target=self._run, args=(folder, copied, finish), name="checkpoint", daemon=True)
+        self._copied.clear()
+        arguments = folder, self._buffer.copies(list(pieces)), finish
+        self._thread = Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def wait_for_copy(self) -> None:
+        """Return once the tensors of the save under way may change."""
+        self._copied.wait()
 
     def reserve(self, count: int, device: torch.device) -> None:
         """Prepare memory for `count` numbers from `device` beside training, so that the first save finds it ready."""
@@ -104,11 +113,15 @@ class CheckpointWriter:
         finally:
             self._buffer.release()
 
-    def _run(self, folder: Path, pieces: Pieces, finish: Callable[[], None]) -> None:
+    def _run(self, folder: Path, copy_pieces: Callable[[], Pieces], finish: Callable[[], None]) -> None:
         try:
+            pieces = copy_pieces()
+            self._copied.set()
             self._write(folder, pieces, finish)
         except BaseException as error:  # whatever it is, the training loop has to hear of it
             self._error = error
+        finally:
+            self._copied.set()
 
     def _write(self, folder: Path, pieces: Pieces, finish: Callable[[], None]) -> None:
         with _explained(folder):
@@ -201,20 +214,36 @@ class _Buffer:
         self._preparation = Thread(target=prepare, name="checkpoint memory", daemon=True)
         self._preparation.start()
 
-    def copy(self, pieces: list[tuple[Piece, torch.Tensor]]) -> list[tuple[Piece, torch.Tensor]]:
-        """The same pieces with copies of their tensors; the copies before them are overwritten."""
-        cuda = any(tensor.is_cuda for _, tensor in pieces)
-        self._join()
-        self._make(sum(tensor.numel() for _, tensor in pieces), cuda)
-        copies, end = [], 0
+    def copies(self, pieces: list[tuple[Piece, torch.Tensor]]) -> Callable[[], Pieces]:
+        """A function that gives the same pieces with copies of their tensors; the copies before them are overwritten.
+
+        Another thread may call it: on a GPU the tensors are copied as they are now, beside the kernels that follow.
+        """
+        device = next((tensor.device for _, tensor in pieces if tensor.is_cuda), None)
+        now = torch.cuda.current_stream(device).record_event() if device else None
+
+        def copy_pieces() -> Pieces:
+            self._join()
+            if device is None:
+                return self._copy(pieces, locked=False)
+            torch.cuda.set_device(device)  # a thread begins on device 0
+            with torch.cuda.stream(torch.cuda.Stream(device)) as stream:
+                stream.wait_event(now)
+                copied = self._copy(pieces, locked=True)
+                stream.synchronize()
+            return copied
+
+        return copy_pieces
+
+    def _copy(self, pieces: list[tuple[Piece, torch.Tensor]], locked: bool) -> Pieces:
+        self._make(sum(tensor.numel() for _, tensor in pieces), locked)
+        copied, end = [], 0
         for piece, tensor in pieces:
             target = self._numbers[end : end + tensor.numel()]
-            target.copy_(tensor.detach().reshape(-1), non_blocking=cuda)
-            copies.append((piece, target))
+            target.copy_(tensor.detach().reshape(-1), non_blocking=locked)
+            copied.append((piece, target))
             end += tensor.numel()
-        if cuda:
-            torch.cuda.current_stream().synchronize()
-        return copies
+        return copied
 
     def _join(self) -> None:
         if self._preparation is not None:

@@ -188,6 +188,7 @@ class DeepSpeedEngine:
                 # on every rank.
                 factor = 1 + 0 * loss.detach()
                 self.engine.backward(loss * factor, scale_wrt_gas=False)
+                self.writer.wait_for_copy()
                 self.engine.step()  # counts the micro-batch; the last one's steps
             total += sum_losses(weighted.detach(), labels, weights, batch.trimmed, self.vocabulary)
         dist.all_reduce(total, group=self.data_group)

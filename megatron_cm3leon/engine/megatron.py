@@ -140,6 +140,7 @@ class MegatronEngine:
         norm = float(self.optimizer.get_grad_norm())
         stepped = math.isfinite(norm) and bool(torch.isfinite(sums[:3]).all())
         if stepped:
+            self.writer.wait_for_copy()
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             if self.config.optimizer.clip:

@@ -65,6 +65,7 @@ def test_what_training_changes_after_save_is_not_written(tmp_path, held):
     checkpoint_writer = alone()
     place = make_pieces(0)[0][0]
     save(checkpoint_writer, tmp_path, pieces=[(place, weights[:3].view(-1))], state=state, config=config)
+    checkpoint_writer.wait_for_copy()
     weights.fill_(-1)
     state.step, config.seed = 4, 5
     state.skipped.append(2)
@@ -73,6 +74,29 @@ def test_what_training_changes_after_save_is_not_written(tmp_path, held):
     reader = CheckpointReader(step_folder(tmp_path, 3))
     assert torch.equal(reader.read_part("w", "weight", (0, 0), (3, 4)), WHOLE[:3])
     assert reader.state == TrainState(step=3, skipped=[1]) and reader.config.seed == Config().seed
+
+
+def test_the_tensors_may_change_once_they_are_copied_and_not_before(tmp_path, held, monkeypatch):
+    weights, copying, copy_pieces = WHOLE.clone(), threading.Event(), writer._Buffer._copy
+
+    def copy_late(*arguments, **options):
+        assert copying.wait(30)
+        return copy_pieces(*arguments, **options)
+
+    monkeypatch.setattr(writer._Buffer, "_copy", copy_late)
+    checkpoint_writer = alone()
+    place = make_pieces(0)[0][0]
+    save(checkpoint_writer, tmp_path, pieces=[(place, weights[:3].view(-1))])
+    optimizer = threading.Thread(target=lambda: (checkpoint_writer.wait_for_copy(), weights.fill_(-1)))
+    optimizer.start()
+    optimizer.join(0.2)
+    assert optimizer.is_alive() and torch.equal(weights, WHOLE)
+    copying.set()
+    optimizer.join(30)
+    assert torch.equal(weights, torch.full_like(WHOLE, -1))
+    held.set()
+    checkpoint_writer.close()
+    assert torch.equal(CheckpointReader(step_folder(tmp_path, 3)).read_part("w", "weight", (0, 0), (3, 4)), WHOLE[:3])
 
 
 def test_save_returns_at_once_and_the_checkpoint_appears_when_whole(tmp_path, held):
