@@ -3,11 +3,15 @@
     shards/manifest.json              vocabulary, counts, checksums, the command and its options
     shards/shard-000000-000.tar       one member <key>.tokens.npy a document (uint16, or uint32)
     shards/shard-000000-000.idx.npy   (offset u64, tokens u32, crc32 u32) a document
-    shards/shard-000000-000.parquet   key, caption, image, source, picture_sha256, extra
+    shards/shard-000000-000.parquet   key, caption, image, source, picture_sha256, extra, kind
 
 `offset` is where a document's first token stands in the tar (behind the .npy header); the crc is over
 the token bytes and is compared on every read. A document's number is its place in manifest order.
-A document is stored as text ids, <break>, image ids; it holds no </s>.
+A pair is stored as text ids, <break>, image ids; a text as its ids; an interleaved document as its texts and
+pictures in their order with <break> between them. No document holds </s>.
+
+`caption` is a pair's alone: the ids of other texts decode to them exactly. Names and checksums of an interleaved
+document's pictures stand one a line.
 """
 
 import hashlib
@@ -19,6 +23,7 @@ import resource
 import tarfile
 import zlib
 from bisect import bisect_right
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +36,10 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("crc32", "<u4")])
 METADATA_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("key", "caption", "image", "source", "picture_sha256", "extra")]
+    [(name, pa.string()) for name in ("key", "caption", "image", "source", "picture_sha256", "extra", "kind")]
 )
 _TAR_BLOCK, _TAR_RECORD = 512, 10240
+_BUFFER_BYTES = 1 << 20
 _OPEN_FILES_KEPT_FREE = 256
 
 
@@ -58,45 +64,93 @@ class ShardWriter:
 
     def __init__(self, folder: Path, name: str, vocabulary: Vocabulary) -> None:
         self.folder, self.name, self.vocabulary = folder, name, vocabulary
-        self.index, self.rows, self.tokens = [], [], 0
         self.dtype = vocabulary.dtype.newbyteorder("<")
-        self.file = open(folder / f"{name}.tar", "wb")  # noqa: SIM115 (closed by `close`)
-
-    @property
-    def bytes(self) -> int:
-        return self.file.tell()
+        self.bytes = 0
+        """Size of the tar so far."""
+        self._index: list[tuple[int, int, int]] = []
+        self._columns: dict[str, list] = {name: [] for name in METADATA_SCHEMA.names}
+        self._waiting: list[bytes] = []
+        self._written, self._digest = 0, hashlib.sha256()
+        self._file = open(folder / f"{name}.tar", "wb")  # noqa: SIM115 (closed by `close`)
 
     def add(self, key: str, ids: np.ndarray, metadata: dict) -> None:
         """Append a document; `metadata` has METADATA_SCHEMA's fields except the key."""
         ids = np.asarray(ids)
         assert ids.ndim == 1 and len(ids), f"document {key} is not a row of ids"
         assert ids.min() >= 0 and ids.max() < self.vocabulary.size, f"document {key} has ids outside the vocabulary"
-        payload = np.ascontiguousarray(ids, self.dtype)
-        member = io.BytesIO()
-        np.lib.format.write_array(member, payload, version=(1, 0))
-        size = member.tell()
-        header = tarfile.TarInfo(f"{key}.tokens.npy")  # mtime, uid and gid are 0
-        header.size = size
-        self.file.write(header.tobuf(tarfile.USTAR_FORMAT))
-        offset = self.file.tell() + size - payload.nbytes
-        self.file.write(member.getbuffer())
-        self.file.write(bytes(-size % _TAR_BLOCK))
-        self.index.append((offset, len(payload), zlib.crc32(payload.data)))
-        self.rows.append({"key": key, **metadata})
-        self.tokens += len(payload)
+        self.add_bytes(key, np.ascontiguousarray(ids, self.dtype).tobytes(), metadata)
+
+    def add_bytes(self, key: str, payload: bytes, metadata: dict) -> None:
+        """Append a document whose ids are given as bytes of the shards' type."""
+        tokens = len(payload) // self.dtype.itemsize
+        assert tokens, f"document {key} has no ids"
+        start = _npy_header(tokens, self.dtype.str)
+        size = len(start) + len(payload)
+        padding = -size % _TAR_BLOCK
+        self._index.append((self.bytes + _TAR_BLOCK + len(start), tokens, zlib.crc32(payload)))
+        self._waiting += (_tar_header(f"{key}.tokens.npy", size), start, payload, _ZEROS[:padding])
+        self.bytes += _TAR_BLOCK + size + padding
+        for name, column in self._columns.items():
+            column.append(metadata.get(name))
+        self._columns["key"][-1] = key
+        if self.bytes - self._written > _BUFFER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        content = b"".join(self._waiting)
+        self._waiting.clear()
+        self._file.write(content)
+        self._digest.update(content)
+        self._written += len(content)
 
     def close(self) -> dict:
         """Finish the three files; returns the shard's entry in the manifest."""
-        self.file.write(bytes(2 * _TAR_BLOCK))
-        self.file.write(bytes(-self.file.tell() % _TAR_RECORD))
-        self.file.close()
-        np.save(self.folder / f"{self.name}.idx.npy", np.array(self.index, INDEX_DTYPE))
-        pq.write_table(pa.Table.from_pylist(self.rows, METADATA_SCHEMA), self.folder / f"{self.name}.parquet")
-        entry = {"name": self.name, "documents": len(self.index), "tokens": self.tokens, "files": {}}
+        end = self.bytes + 2 * _TAR_BLOCK
+        self._waiting.append(bytes(end + -end % _TAR_RECORD - self.bytes))
+        self._flush()
+        self._file.close()
+        index = np.array(self._index, INDEX_DTYPE)
+        np.save(self.folder / f"{self.name}.idx.npy", index)
+        columns = [pa.array(self._columns[field.name], field.type) for field in METADATA_SCHEMA]
+        pq.write_table(pa.Table.from_arrays(columns, schema=METADATA_SCHEMA), self.folder / f"{self.name}.parquet")
+        entry = {"name": self.name, "documents": len(index), "tokens": int(index["tokens"].sum()), "files": {}}
         for path in shard_files(self.folder, self.name):
-            entry["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            checksum = self._digest.hexdigest() if path.suffix == ".tar" else sha256_file(path)
+            entry["files"][path.name] = {"bytes": path.stat().st_size, "sha256": checksum}
         entry["sha256"] = entry["files"][f"{self.name}.tar"]["sha256"]
         return entry
+
+    def abandon(self) -> None:
+        """Close what will not be finished."""
+        self._file.close()
+
+
+_ZEROS = bytes(_TAR_BLOCK)
+
+
+@lru_cache(1 << 16)
+def _npy_header(tokens: int, dtype: str) -> bytes:
+    """What stands in front of a row of ids in a .npy file."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": (tokens,)})
+    return header.getvalue()
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """A member's header as tarfile writes it, several times faster: mtime, uid and gid are 0."""
+    start, middle, end, checksum = _tar_template()
+    text = name.encode()
+    assert len(text) <= 100 and size < 8**11, f"{name} of {size} bytes does not fit a plain tar header"
+    octal = b"%011o" % size
+    return b"".join((text.ljust(100, b"\0"), start, octal, middle, b"%06o" % (checksum + sum(text) + sum(octal)), end))
+
+
+@lru_cache(1)
+def _tar_template() -> tuple[bytes, bytes, bytes, int]:
+    """What is the same in every header: between name and size, size and checksum, behind it; and its sum."""
+    header = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+    start, middle, end = header[100:124], header[135:148], header[154:]
+    return start, middle, end, sum(start) + sum(middle) + sum(header[156:]) + 8 * ord(" ")
 
 
 def shard_files(folder: Path, name: str) -> list[Path]:
@@ -115,9 +169,15 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def build_manifest(vocabulary: Vocabulary, shards: list[dict], **others) -> dict:
-    """The manifest's content; `others` are the writer's own fields (accounts, command, options ...)."""
+    """The manifest's content; `others` are the writer's own fields (accounts, command, options ...).
+
+    `content_sha256` depends on the documents and their metadata alone: shards made again elsewhere, by another command
+    line or another number of workers, keep it.
+    """
+    checksums = [file["sha256"] for entry in shards for file in entry["files"].values()]
     return {
         "format": FORMAT,
+        "content_sha256": hashlib.sha256("\n".join([vocabulary.hash, *checksums]).encode()).hexdigest(),
         "vocabulary": vocabulary.to_dict(),
         "documents": sum(entry["documents"] for entry in shards),
         "tokens": sum(entry["tokens"] for entry in shards),

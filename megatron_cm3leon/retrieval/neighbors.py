@@ -139,8 +139,8 @@ class Neighbors:
 
 
 def manifest_sha256(corpus: Corpus) -> str:
-    """What an index remembers of a shard folder."""
-    return sha256_file(corpus.folder / MANIFEST)
+    """What an index remembers of a shard folder: its content_sha256, of an older one the sha256 of the manifest."""
+    return corpus.manifest.get("content_sha256") or sha256_file(corpus.folder / MANIFEST)
 
 
 def load_neighbors(folder: str | Path, corpus: Corpus, bank_corpus: Corpus | None = None) -> Neighbors:

@@ -172,7 +172,8 @@ def test_too_many_bad_inputs_stop_the_run_and_mending_them_finishes_it(tmp_path)
     assert not (tmp_path / "out/manifest.json").exists()
     (raw / "hidden").rename(raw / "1.png")
     manifest = run(pairs, tmp_path / "out", max_bad_fraction=0.1)
-    assert manifest["accounts"] == {"read": 12, "written": 11, "quarantined": 1, "reasons": {"missing picture": 1}}
+    expected = {"read": 12, "written": 11, "duplicates": 0, "filtered": 0, "quarantined": 1}
+    assert manifest["accounts"] == {**expected, "reasons": {"missing picture": 1}}
     with pytest.raises(ValueError, match="1 of the 12 inputs"):  # a complete folder, but not good enough
         run(pairs, tmp_path / "out")
 

@@ -1,0 +1,82 @@
+"""Files of lines: JSONL, and plain text with a document a line. A blank line is no input."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from megatron_cm3leon.data.sources.base import Part, Source
+from megatron_cm3leon.data.sources.documents import BadInput, Entry, RawText, check_document, make_document
+from megatron_cm3leon.data.sources.files import open_file
+
+_CHUNK_BYTES = 1 << 22
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_decode_json = json.JSONDecoder().decode
+
+
+class _LinesSource(Source):
+    def _cut(self, file: int) -> str:
+        digest, offsets, lines, place, last = hashlib.sha256(), [0], 0, 0, b"\n"
+        with open_file(self.files[file]) as content:
+            while chunk := content.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + 1
+                first = self.part_size - 1 - lines % self.part_size
+                offsets += (place + ends[first :: self.part_size]).tolist()
+                lines, place, last = lines + len(ends), place + len(chunk), chunk[-1:]
+        if last != b"\n":
+            lines += 1
+        self._add_parts(file, [offset for offset in offsets if offset < place], lines)
+        return digest.hexdigest()
+
+    def _read(self, part: Part) -> Iterator[Entry]:
+        name, parse = self.name_of(part.file), self._parser(part)
+        with open_file(self.files[part.file]) as content:
+            content.seek(part.begin)
+            for number in range(part.inputs):
+                line = content.readline()
+                if number == part.begin == 0:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
+                if line and not line.isspace():
+                    key, source = f"{part.first + number:08d}", f"{name}:{part.number + number + 1}"
+                    try:
+                        text = line.decode("utf-8")
+                    except UnicodeDecodeError as error:
+                        reason = f"not UTF-8: byte {error.start} of the line cannot be decoded"
+                        yield BadInput(key, source, reason)
+                        continue
+                    yield parse(text, key, source)
+
+    def _parser(self, part: Part):
+        """A function (line, key, source) -> Entry."""
+        raise NotImplementedError
+
+
+class JsonlSource(_LinesSource):
+    """A JSON object a line: {"image": .., "caption": ..}, {"text": ..} or {"segments": [..]}."""
+
+    expects = 'a line {"image": "path.png", "caption": "text"}, {"text": "..."} or {"segments": [...]}'
+
+    def _parser(self, part: Part):
+        names, locate = self.fields, self._locator(part.file)
+
+        def parse(line: str, key: str, source: str) -> Entry:
+            try:
+                fields = _decode_json(line)
+            except (ValueError, RecursionError) as error:
+                return BadInput(key, source, f"not JSON: {error}")
+            if not isinstance(fields, dict):
+                return BadInput(key, source, f"not a JSON object but {type(fields).__name__}")
+            return make_document(fields, key, source, names, locate)
+
+        return parse
+
+
+class TextLinesSource(_LinesSource):
+    """Plain text, a document a line."""
+
+    expects, external = "a line of text", False
+
+    def _parser(self, part: Part):
+        return lambda line, key, source: check_document(RawText(key, source, [line.rstrip("\r\n")]))
