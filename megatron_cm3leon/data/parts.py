@@ -35,7 +35,9 @@ SHARD_BYTES = 1 << 30
 WORK = ".work"
 """Folder, inside the output, of what an unfinished run needs."""
 MOST_WAITING = 1024
-"""Documents without pictures that wait for a batch to fill."""
+"""Documents, most of them without pictures, that wait for a batch of pictures to fill."""
+_TEXTS_AT_ONCE = 256
+"""Texts between two notes of progress."""
 
 
 @dataclass
@@ -80,7 +82,11 @@ def begin_work(task: Task, shared: Shared, progress: Meter | None = None) -> Non
         number = shared.workers.value
         shared.workers.value += 1
     load = task.load_tokenizers or load_on(choose_device(task.device, number))
-    _worker.update(task=task, shared=shared, progress=progress, tokenizers=load(task.tokenizer), duplicates=None)
+    tokenizers = load(task.tokenizer)
+    loader = Loader(tokenizers, task.filters)  # one a worker: it remembers words
+    _worker.update(
+        task=task, shared=shared, progress=progress, tokenizers=tokenizers, loader=loader, duplicates=None
+    )
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends this one
         threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -121,7 +127,7 @@ def work_on_part(part: int) -> dict:
     temporary.mkdir()
     if task.deduplicate and not _worker["duplicates"]:
         _worker["duplicates"] = Duplicates(task.output / WORK)
-    encoder = _PartEncoder(task, _worker["tokenizers"], temporary, part, _worker["duplicates"])
+    encoder = _PartEncoder(task, _worker["tokenizers"], _worker["loader"], temporary, part, _worker["duplicates"])
     try:
         record = encoder.run()
         _move_files(temporary, task.output, record["shards"])
@@ -153,7 +159,7 @@ def hash_part(part: int) -> dict:
         read = len(np.load(path, mmap_mode="r"))
         _advance(read)
         return {"part": part, "read": read, "quarantined": 0}
-    loader, rows, bad = Loader(_worker["tokenizers"], task.filters), [], 0
+    loader, rows, bad = _worker["loader"], [], 0
     for entry in task.source.read_part(part):
         loaded = loader.load(entry)
         bad += isinstance(loaded, BadInput)
@@ -199,7 +205,7 @@ def _kept_record(task: Task, path: Path, part: int) -> dict | None:
             if not file.is_file() or file.stat().st_size != shard["files"][file.name]["bytes"]:
                 return None
     bad = {entry["key"] for entry in record["quarantine"]} if task.source.external else ()
-    loader = Loader(_worker["tokenizers"], task.filters)
+    loader = _worker["loader"]
     for entry in task.source.read_part(part) if bad else ():
         key = getattr(entry, "key", None)
         if key in bad and not isinstance(loader.load(entry), BadInput):
@@ -239,6 +245,9 @@ class Loader:
         """Texts as ids and pictures as pixels, or why there are none."""
         if not isinstance(entry, RawDocument):
             return entry
+        if entry.kind == "text" and not self.filters.clean_captions:  # as fast as texts deserve
+            payload = self.text.encode(entry.segments[0])
+            return Loaded(entry, entry.segments, [payload], [], [])
         texts, pictures = entry.texts, entry.pictures
         if self.filters.clean_captions:
             texts = list(map(clean_caption, texts))
@@ -273,24 +282,33 @@ class Loader:
 class _PartEncoder:
     """Turns the inputs of one part into its shards."""
 
-    def __init__(self, task: Task, tokenizers, folder: Path, part: int, duplicates: Duplicates | None) -> None:
+    def __init__(
+        self, task: Task, tokenizers, loader: Loader, folder: Path, part: int, duplicates: Duplicates | None
+    ) -> None:
         self.task, self.tokenizers, self.folder, self.part = task, tokenizers, folder, part
-        self.vocabulary, self.duplicates = tokenizers.vocabulary, duplicates
-        self.loader = Loader(tokenizers, task.filters)
+        self.vocabulary, self.loader, self.duplicates = tokenizers.vocabulary, loader, duplicates
         self.shards, self.quarantine, self.left_out, self.kinds = [], [], Counter(), Counter()
         self.read = 0
         self.writer: ShardWriter | None = None
         self.break_bytes = np.array(self.vocabulary.break_id, self.loader.text.dtype).tobytes()
 
     def run(self) -> dict:
-        batch, pictures = [], 0
+        batch, pictures, texts = [], 0, 0
         for loaded in self._load_inputs():
+            if not loaded.pixels and not batch:  # nothing to wait for
+                self._add(loaded, loaded.payloads)
+                texts += 1
+                if texts == _TEXTS_AT_ONCE:
+                    _advance(texts)
+                    texts = 0
+                continue
             batch.append(loaded)
             pictures += len(loaded.pixels)
             if pictures >= self.task.batch_size or len(batch) >= max(MOST_WAITING, self.task.batch_size):
                 self._write(batch)
                 batch, pictures = [], 0
         self._write(batch)
+        _advance(texts)
         self._close_shard()
         return {
             "part": self.part,
@@ -337,20 +355,20 @@ class _PartEncoder:
             return
         pictures = self._encode_pictures([pixels for loaded in batch for pixels in loaded.pixels])
         for loaded in batch:
-            if self.writer and self.writer.bytes > SHARD_BYTES:
-                self._close_shard()
-            if not self.writer:
-                name = f"shard-{self.part:06d}-{len(self.shards):03d}"
-                self.writer = ShardWriter(self.folder, name, self.vocabulary)
-            raw, payloads = loaded.raw, iter(loaded.payloads)
-            if len(raw.segments) == 1 and loaded.payloads:
-                payload = loaded.payloads[0]
-            else:
-                pieces = [next(payloads if isinstance(segment, str) else pictures) for segment in raw.segments]
-                payload = self.break_bytes.join(pieces)
-            self.kinds[raw.kind] += 1
-            self.writer.add_bytes(raw.key, payload, describe_document(loaded))
+            texts = iter(loaded.payloads)
+            segments = loaded.raw.segments
+            self._add(loaded, [next(texts if isinstance(part, str) else pictures) for part in segments])
         _advance(len(batch))
+
+    def _add(self, loaded: Loaded, payloads: list[bytes]) -> None:
+        """Append a document whose segments have these ids."""
+        if self.writer and self.writer.bytes > SHARD_BYTES:
+            self._close_shard()
+        if not self.writer:
+            name = f"shard-{self.part:06d}-{len(self.shards):03d}"
+            self.writer = ShardWriter(self.folder, name, self.vocabulary)
+        self.kinds[loaded.raw.kind] += 1
+        self.writer.add_bytes(loaded.raw.key, self.break_bytes.join(payloads), describe_document(loaded))
 
     @torch.no_grad()
     def _encode_pictures(self, pixels: list[torch.Tensor]) -> Iterator[bytes]:
@@ -371,7 +389,7 @@ class _PartEncoder:
 def describe_document(loaded: Loaded) -> dict:
     """A document's row in the shard's Parquet file, without its key."""
     raw = loaded.raw
-    row = {"source": raw.source, "kind": raw.kind, "extra": raw.extra, "caption": "", "image": "", "picture_sha256": ""}
+    row = {"caption": "", "image": "", "source": raw.source, "picture_sha256": "", "extra": raw.extra, "kind": raw.kind}
     if loaded.sha256:
         row["image"] = "\n".join(picture.name for picture in raw.pictures)
         row["picture_sha256"] = "\n".join(loaded.sha256)

@@ -22,6 +22,7 @@ import os
 import resource
 import tarfile
 import zlib
+from array import array
 from bisect import bisect_right
 from functools import lru_cache
 from pathlib import Path
@@ -67,7 +68,7 @@ class ShardWriter:
         self.dtype = vocabulary.dtype.newbyteorder("<")
         self.bytes = 0
         """Size of the tar so far."""
-        self._index: list[tuple[int, int, int]] = []
+        self._offsets, self._tokens, self._crcs = array("Q"), array("L"), array("L")
         self._columns: dict[str, list] = {name: [] for name in METADATA_SCHEMA.names}
         self._waiting: list[bytes] = []
         self._written, self._digest = 0, hashlib.sha256()
@@ -87,11 +88,14 @@ class ShardWriter:
         start = _npy_header(tokens, self.dtype.str)
         size = len(start) + len(payload)
         padding = -size % _TAR_BLOCK
-        self._index.append((self.bytes + _TAR_BLOCK + len(start), tokens, zlib.crc32(payload)))
+        self._offsets.append(self.bytes + _TAR_BLOCK + len(start))
+        self._tokens.append(tokens)
+        self._crcs.append(zlib.crc32(payload))
         self._waiting += (_tar_header(f"{key}.tokens.npy", size), start, payload, _ZEROS[:padding])
         self.bytes += _TAR_BLOCK + size + padding
+        get = metadata.get
         for name, column in self._columns.items():
-            column.append(metadata.get(name))
+            column.append(get(name))
         self._columns["key"][-1] = key
         if self.bytes - self._written > _BUFFER_BYTES:
             self._flush()
@@ -109,7 +113,8 @@ class ShardWriter:
         self._waiting.append(bytes(end + -end % _TAR_RECORD - self.bytes))
         self._flush()
         self._file.close()
-        index = np.array(self._index, INDEX_DTYPE)
+        index = np.empty(len(self._offsets), INDEX_DTYPE)
+        index["offset"], index["tokens"], index["crc32"] = self._offsets, self._tokens, self._crcs
         np.save(self.folder / f"{self.name}.idx.npy", index)
         columns = [pa.array(self._columns[field.name], field.type) for field in METADATA_SCHEMA]
         pq.write_table(pa.Table.from_arrays(columns, schema=METADATA_SCHEMA), self.folder / f"{self.name}.parquet")
@@ -142,7 +147,12 @@ def _tar_header(name: str, size: int) -> bytes:
     text = name.encode()
     assert len(text) <= 100 and size < 8**11, f"{name} of {size} bytes does not fit a plain tar header"
     octal = b"%011o" % size
-    return b"".join((text.ljust(100, b"\0"), start, octal, middle, b"%06o" % (checksum + sum(text) + sum(octal)), end))
+    return b"".join((text.ljust(100, b"\0"), start, octal, middle, b"%06o" % (checksum + _sum(text) + _sum(octal)), end))
+
+
+def _sum(text: bytes) -> int:
+    """Sum of a short text's bytes, which is half of its Adler-32."""
+    return (zlib.adler32(text) & 0xFFFF) - 1
 
 
 @lru_cache(1)

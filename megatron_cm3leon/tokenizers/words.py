@@ -7,14 +7,17 @@ segmentations, with ties that rounding decides: they are not cut.
 """
 
 import re
+import sys
+from array import array
+from collections.abc import Callable
 
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_cm3leon.tokenizers.text import SPACE_MARK, TextTokenizer
 
-MAX_WORDS = 400_000
-"""Chunks that are remembered (some 100 MB); then the memory starts anew."""
+MAX_WORDS = 300_000
+"""Chunks that a memo holds (some 70 MB); then it starts anew."""
 LONGEST = 64
 """Characters of a chunk that is remembered."""
 _CHUNKS = re.compile(r" *[^ ]+| +")
@@ -26,32 +29,36 @@ class TextEncoder:
     def __init__(self, tokenizer, dtype: np.dtype) -> None:
         """`tokenizer`: a TextTokenizer, or anything with its `encode`, which is then called for every text."""
         self.tokenizer, self.dtype = tokenizer, np.dtype(dtype).newbyteorder("<")
-        self.words = _Memo(self._encode_whole) if is_divisible(tokenizer) else None
-        if self.words is not None and any(map(self._differs, _PROBES)):
-            self.words = None
+        self._code = {2: "H", 4: "I"}[self.dtype.itemsize]
+        self.divides = is_divisible(tokenizer)
+        """Whether texts are cut and their words remembered."""
+        self._chunks = _Memo(self._encode_whole)
+        self._words = _Memo(lambda word: self._encode_whole(" " + word))
+        self.divides = self.divides and not any(map(self._differs, _PROBES))
 
     def encode(self, text: str) -> bytes:
         """Ids of a text; an empty one has none."""
-        if self.words is None:
+        if not self.divides:
             return self._encode_whole(text)
         if "  " in text:
-            chunks = _CHUNKS.findall(text)
-        else:
-            first, *chunks = text.split(" ")
-            chunks = [" " + chunk for chunk in chunks]
-            if first:
-                chunks.insert(0, first)
-        return b"".join(map(self.words.__getitem__, chunks))
+            return b"".join(map(self._chunks.__getitem__, _CHUNKS.findall(text)))
+        words = text.split(" ")
+        return self._chunks[words.pop(0)] + b"".join(map(self._words.__getitem__, words))
 
     def _encode_whole(self, text: str) -> bytes:
-        return np.array(self.tokenizer.encode(text), self.dtype).tobytes()
+        ids = array(self._code, self.tokenizer.encode(text))
+        if sys.byteorder == "big":
+            ids.byteswap()
+        return ids.tobytes()
 
     def _differs(self, text: str) -> bool:
         return self.encode(text) != self._encode_whole(text)
 
 
 class _Memo(dict):
-    def __init__(self, encode) -> None:
+    """Chunk -> bytes of its ids, encoded when it is asked for the first time."""
+
+    def __init__(self, encode: Callable[[str], bytes]) -> None:
         self.encode = encode
 
     def __missing__(self, chunk: str) -> bytes:

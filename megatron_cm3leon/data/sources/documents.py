@@ -113,7 +113,7 @@ def make_document(
     interleaved document. A picture is a path, bytes, or {"bytes": .., "path": ..}. `locate` turns a path as the
     input gives it into (name relative to the source's folder, place to read it from).
     """
-    if fields.keys() == {"text"} and isinstance(fields["text"], str):  # the common row of a text corpus
+    if len(fields) == 1 and isinstance(fields.get("text"), str):  # the common row of a text corpus
         return check_document(RawText(key, source, [fields["text"]]))
     image = names.find(fields, names.image, PICTURE_FIELDS)
     caption = names.find(fields, names.caption, CAPTION_FIELDS)
