@@ -22,7 +22,6 @@ import functools
 import gzip
 import json
 import multiprocessing
-import os
 import random
 import re
 import shutil
@@ -44,7 +43,7 @@ from PIL import Image
 from megatron_cm3leon.cli import run_tool
 from megatron_cm3leon.data import parts
 from megatron_cm3leon.data.sources import open_source
-from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
+from megatron_cm3leon.tokenizers.folder import write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
 from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
 from megatron_cm3leon.tokenizers.text import train_text

@@ -111,13 +111,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report(result: dict, output: str) -> int:
     """Print what was written and what was not."""
+    if not result:
+        print(f"{output}: this task's hashes are done; when those of all tasks are, go on with --stage encode.")
+        return 0
     accounts = result["accounts"]
     if result.get("already_complete"):
         print(f"{output} already holds these shards; nothing to do.")
     elif "shards" in result:
         print(f"{output}: {len(result['shards'])} shards.")
     else:
-        print("this task's parts are done; when all tasks are, run preprocess_data.py merge (after --stage encode).")
+        print(f"{output}: this task's parts are done; when those of all tasks are, run preprocess_data.py merge.")
     tokens = f" of {result['tokens']} tokens" if "tokens" in result else ""
     print(f"{accounts['written']} documents{tokens} from {accounts['read']} inputs.")
     left_out = accounts.get("duplicates", 0) + accounts.get("filtered", 0)

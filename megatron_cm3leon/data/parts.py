@@ -84,9 +84,7 @@ def begin_work(task: Task, shared: Shared, progress: Meter | None = None) -> Non
     load = task.load_tokenizers or load_on(choose_device(task.device, number))
     tokenizers = load(task.tokenizer)
     loader = Loader(tokenizers, task.filters)  # one a worker: it remembers words
-    _worker.update(
-        task=task, shared=shared, progress=progress, tokenizers=tokenizers, loader=loader, duplicates=None
-    )
+    _worker.update(task=task, shared=shared, progress=progress, tokenizers=tokenizers, loader=loader, duplicates=None)
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends this one
         threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -152,17 +150,16 @@ def count_record(record: dict) -> dict:
 
 
 def hash_part(part: int) -> dict:
-    """Write the hashes of a part's pictures and texts, unless they are there; returns the part's counts."""
+    """Write the hashes of a part's pictures and texts, unless they are there; what is unusable is counted later."""
     task: Task = _worker["task"]
     path = hashes_path(task.output / WORK, part)
     if path.is_file():
         read = len(np.load(path, mmap_mode="r"))
         _advance(read)
         return {"part": part, "read": read, "quarantined": 0}
-    loader, rows, bad = _worker["loader"], [], 0
+    loader, rows = _worker["loader"], []
     for entry in task.source.read_part(part):
         loaded = loader.load(entry)
-        bad += isinstance(loaded, BadInput)
         hashes = np.zeros((2, 2), np.uint64)
         if isinstance(loaded, Loaded):
             pictures = [bytes.fromhex(sha256) for sha256 in loaded.sha256]
@@ -173,7 +170,7 @@ def hash_part(part: int) -> dict:
         save_array(path, np.stack(rows) if rows else np.zeros((0, 2, 2), np.uint64))
     except OSError as error:
         raise _explain_full(error, task.output) from error
-    return {"part": part, "read": len(rows), "quarantined": bad}
+    return {"part": part, "read": len(rows), "quarantined": 0}
 
 
 def _advance(inputs: int) -> None:

@@ -100,7 +100,7 @@ class PreprocessOptions:
 def preprocess(source: Source, options: PreprocessOptions) -> dict:
     """Write the shards of `source`; returns the manifest, with "already_complete" where nothing was to do.
 
-    One of several tasks, and stage hash, write no manifest: the result is {"accounts": ..} of this task's parts.
+    One of several tasks writes no manifest: the result is {"accounts": ..} of its parts; that of stage hash is empty.
     Raises ValueError when the folder holds something else, or when too many inputs are unusable.
     """
     load = options.load_tokenizers or load_on("cpu")
@@ -123,9 +123,9 @@ def preprocess(source: Source, options: PreprocessOptions) -> dict:
             check_bad_share(accounts["quarantined"], accounts["read"], options.max_bad_fraction, options.output)
             return {**complete, "already_complete": True}
         if options.deduplicate and options.stage != "encode":
-            account = _run_parts(hash_part, "hash", source, options)
+            _run_parts(hash_part, "hash", source, options)
             if options.stage == "hash":
-                return {"accounts": account.to_dict()}
+                return {}
         if options.deduplicate:
             _require_hashes(options.output / WORK, source.parts)
             find_duplicates(options.output / WORK, source.parts, options.deduplicate)

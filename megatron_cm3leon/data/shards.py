@@ -147,7 +147,9 @@ def _tar_header(name: str, size: int) -> bytes:
     text = name.encode()
     assert len(text) <= 100 and size < 8**11, f"{name} of {size} bytes does not fit a plain tar header"
     octal = b"%011o" % size
-    return b"".join((text.ljust(100, b"\0"), start, octal, middle, b"%06o" % (checksum + _sum(text) + _sum(octal)), end))
+    return b"".join(
+        (text.ljust(100, b"\0"), start, octal, middle, b"%06o" % (checksum + _sum(text) + _sum(octal)), end)
+    )
 
 
 def _sum(text: bytes) -> int:

@@ -9,24 +9,10 @@ import webdataset
 from PIL import Image
 
 from megatron_cm3leon.data import parts
-from megatron_cm3leon.data.preprocess import PreprocessOptions, preprocess
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.data.sources import open_source
 from tests.data.corpora import ByteTokenizers, write_pictures
-
-
-def run(pairs, output, part_size=4, **options):
-    options = {"load_tokenizers": ByteTokenizers.load, "max_bad_fraction": 0.0, "batch_size": 3, **options}
-    source = open_source(pairs, part_size)
-    return preprocess(source, PreprocessOptions(tokenizer=pairs, output=output, **options))
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def quarantine_of(folder):
-    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+from tests.data.runs import files_of, quarantine_of, run
 
 
 def test_a_hand_written_pair_has_exactly_these_ids_and_files(tmp_path):
