@@ -22,7 +22,6 @@ import os
 import resource
 import tarfile
 import zlib
-from array import array
 from bisect import bisect_right
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +40,7 @@ METADATA_SCHEMA = pa.schema(
 )
 _TAR_BLOCK, _TAR_RECORD = 512, 10240
 _BUFFER_BYTES = 1 << 20
+_NPY_HEADER = 128
 _OPEN_FILES_KEPT_FREE = 256
 
 
@@ -68,9 +68,10 @@ class ShardWriter:
         self.dtype = vocabulary.dtype.newbyteorder("<")
         self.bytes = 0
         """Size of the tar so far."""
-        self._offsets, self._tokens, self._crcs = array("Q"), array("L"), array("L")
+        self._indexes: list[np.ndarray] = []
         self._columns: dict[str, list] = {name: [] for name in METADATA_SCHEMA.names}
-        self._waiting: list[bytes] = []
+        self._keys, self._payloads, self._rows = [], [], []
+        """Documents that wait to be written."""
         self._written, self._digest = 0, hashlib.sha256()
         self._file = open(folder / f"{name}.tar", "wb")  # noqa: SIM115 (closed by `close`)
 
@@ -83,38 +84,44 @@ class ShardWriter:
 
     def add_bytes(self, key: str, payload: bytes, metadata: dict) -> None:
         """Append a document whose ids are given as bytes of the shards' type."""
-        tokens = len(payload) // self.dtype.itemsize
-        assert tokens, f"document {key} has no ids"
-        start = _npy_header(tokens, self.dtype.str)
-        size = len(start) + len(payload)
-        padding = -size % _TAR_BLOCK
-        self._offsets.append(self.bytes + _TAR_BLOCK + len(start))
-        self._tokens.append(tokens)
-        self._crcs.append(zlib.crc32(payload))
-        self._waiting += (_tar_header(f"{key}.tokens.npy", size), start, payload, _ZEROS[:padding])
-        self.bytes += _TAR_BLOCK + size + padding
-        get = metadata.get
-        for name, column in self._columns.items():
-            column.append(get(name))
-        self._columns["key"][-1] = key
+        assert payload, f"document {key} has no ids"
+        self._keys.append(key)
+        self._payloads.append(payload)
+        self._rows.append(metadata)
+        size = _NPY_HEADER + len(payload)
+        self.bytes += _TAR_BLOCK + size + -size % _TAR_BLOCK
         if self.bytes - self._written > _BUFFER_BYTES:
             self._flush()
 
     def _flush(self) -> None:
-        content = b"".join(self._waiting)
-        self._waiting.clear()
+        """Write the documents that wait: many headers at once cost a fraction of one after the other."""
+        if not self._keys:
+            return
+        content, offsets = pack_members(self._keys, self._payloads, self.dtype)
+        index = np.empty(len(offsets), INDEX_DTYPE)
+        index["offset"] = offsets + self._written
+        index["tokens"] = [len(payload) // self.dtype.itemsize for payload in self._payloads]
+        index["crc32"] = list(map(zlib.crc32, self._payloads))
+        self._indexes.append(index)
+        for name, column in self._columns.items():
+            column += self._keys if name == "key" else [row.get(name) for row in self._rows]
+        self._write(content)
+        for waiting in (self._keys, self._payloads, self._rows):
+            waiting.clear()
+        assert self._written == self.bytes, f"{self._written} bytes of {self.name}.tar instead of {self.bytes}"
+
+    def _write(self, content) -> None:
         self._file.write(content)
         self._digest.update(content)
         self._written += len(content)
 
     def close(self) -> dict:
         """Finish the three files; returns the shard's entry in the manifest."""
-        end = self.bytes + 2 * _TAR_BLOCK
-        self._waiting.append(bytes(end + -end % _TAR_RECORD - self.bytes))
         self._flush()
+        end = self.bytes + 2 * _TAR_BLOCK
+        self._write(bytes(end + -end % _TAR_RECORD - self.bytes))
         self._file.close()
-        index = np.empty(len(self._offsets), INDEX_DTYPE)
-        index["offset"], index["tokens"], index["crc32"] = self._offsets, self._tokens, self._crcs
+        index = np.concatenate(self._indexes)
         np.save(self.folder / f"{self.name}.idx.npy", index)
         columns = [pa.array(self._columns[field.name], field.type) for field in METADATA_SCHEMA]
         pq.write_table(pa.Table.from_arrays(columns, schema=METADATA_SCHEMA), self.folder / f"{self.name}.parquet")
@@ -130,7 +137,37 @@ class ShardWriter:
         self._file.close()
 
 
-_ZEROS = bytes(_TAR_BLOCK)
+def pack_members(keys: list[str], payloads: list[bytes], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Members <key>.tokens.npy as tarfile and numpy write them (mtime, uid and gid 0), one behind the other.
+
+    Returns the bytes, uint8, and the place of each payload in them, int64.
+    """
+    assert max(map(len, keys)) <= 89, "a key does not fit a plain tar header"
+    sizes = np.fromiter(map(len, payloads), np.int64, len(payloads))
+    spans = _TAR_BLOCK + _NPY_HEADER + sizes
+    spans += -spans % _TAR_BLOCK
+    starts = np.cumsum(spans) - spans
+    content = np.zeros(int(spans.sum()), np.uint8)
+    blocks, first = content.reshape(-1, _TAR_BLOCK), starts // _TAR_BLOCK
+    names = np.array([f"{key}.tokens.npy" for key in keys], "S100").view(np.uint8).reshape(-1, 100)
+    octal = _write_octal(sizes + _NPY_HEADER, 11)
+    blocks[first] = _tar_template()
+    blocks[first, :100] = names
+    blocks[first, 124:135] = octal
+    checksums = _tar_template().sum(dtype=np.int64) + names.sum(1, dtype=np.int64) + octal.sum(1)
+    blocks[first, 148:154] = _write_octal(checksums, 6)
+    blocks[first, 154:156] = np.frombuffer(b"\0 ", np.uint8)
+    headers = b"".join([_npy_header(size // dtype.itemsize, dtype.str) for size in sizes.tolist()])
+    blocks[first + 1, :_NPY_HEADER] = np.frombuffer(headers, np.uint8).reshape(-1, _NPY_HEADER)
+    offsets, view = starts + _TAR_BLOCK + _NPY_HEADER, memoryview(content)
+    for offset, payload in zip(offsets.tolist(), payloads, strict=True):
+        view[offset : offset + len(payload)] = payload
+    return content, offsets
+
+
+def _write_octal(numbers: np.ndarray, digits: int) -> np.ndarray:
+    """ASCII octal digits, int64 [numbers, digits]."""
+    return (numbers[:, None] >> 3 * np.arange(digits - 1, -1, -1) & 7) + ord("0")
 
 
 @lru_cache(1 << 16)
@@ -138,31 +175,16 @@ def _npy_header(tokens: int, dtype: str) -> bytes:
     """What stands in front of a row of ids in a .npy file."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": (tokens,)})
+    assert header.tell() == _NPY_HEADER, f"numpy writes {header.tell()} bytes in front of an array"
     return header.getvalue()
 
 
-def _tar_header(name: str, size: int) -> bytes:
-    """A member's header as tarfile writes it, several times faster: mtime, uid and gid are 0."""
-    start, middle, end, checksum = _tar_template()
-    text = name.encode()
-    assert len(text) <= 100 and size < 8**11, f"{name} of {size} bytes does not fit a plain tar header"
-    octal = b"%011o" % size
-    return b"".join(
-        (text.ljust(100, b"\0"), start, octal, middle, b"%06o" % (checksum + _sum(text) + _sum(octal)), end)
-    )
-
-
-def _sum(text: bytes) -> int:
-    """Sum of a short text's bytes, which is half of its Adler-32."""
-    return (zlib.adler32(text) & 0xFFFF) - 1
-
-
 @lru_cache(1)
-def _tar_template() -> tuple[bytes, bytes, bytes, int]:
-    """What is the same in every header: between name and size, size and checksum, behind it; and its sum."""
-    header = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-    start, middle, end = header[100:124], header[135:148], header[154:]
-    return start, middle, end, sum(start) + sum(middle) + sum(header[156:]) + 8 * ord(" ")
+def _tar_template() -> np.ndarray:
+    """A member's header as it is summed up: name and size empty, spaces for the checksum."""
+    header = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
+    header[124:135], header[148:156] = bytes(11), b" " * 8
+    return np.frombuffer(bytes(header), np.uint8)
 
 
 def shard_files(folder: Path, name: str) -> list[Path]:
