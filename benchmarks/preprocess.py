@@ -8,10 +8,11 @@ text: MB of text a second of CPU time, over all processes, from the same JSONL f
 approach is a pool whose workers call SentencePiece once a document and whose parent writes .bin and .idx. Ours is
 one worker of tools/preprocess_data.py, which also checks every line and writes checksums and metadata. Loading is left
 out of both. The text is prose of this machine: paragraphs of docstrings, documentation and manual pages, each once;
-captions are its sentences of 20 to 100 bytes, documents are 2 kB of its paragraphs; the BPE model is trained on all of it. `cold`: the first half of the file with no word remembered; `warm`: the other half, after it.
+captions are its sentences of 20 to 100 bytes, documents are 2 kB of its paragraphs; the BPE model is trained on all.
+`cold`: the first half of the file with no word remembered; `warm`: the other half, after it.
 
-pictures: where the time of a pair goes, with the VQGAN of the paper's size or a smaller one. The tokenizer's forward
-alone, on pixels that are ready, is timed in the same run.
+pictures: where the time of a pair goes, from a JPEG of 683 x 512 pixels to the shard, in one worker on one core, with
+the public VQGAN's shape (f8, 8,192 codes) or a smaller one.
 
 memory: largest resident set of a run of its own over corpora of two sizes.
 """
@@ -45,7 +46,6 @@ from megatron_cm3leon.data import parts
 from megatron_cm3leon.data.sources import open_source
 from megatron_cm3leon.tokenizers.folder import write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
-from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 
@@ -290,13 +290,8 @@ def time_pictures(work: Path, count: int, size: int, batch_size: int, channels: 
     started = time.perf_counter()
     parts.work_on_part(0)
     whole = time.perf_counter() - started
-    del tokenizer.encode
-    pixels = torch.stack([to_pixels(load_picture(pairs.parent / f"{n}.jpg"), size) for n in range(batch_size)])
-    started = time.perf_counter()
-    encode(pixels)
-    alone = (time.perf_counter() - started) / batch_size
-    print("\n| pairs | size | s a pair | forward's share | forward alone, s a picture |\n|---|---|---|---|---|")
-    print(f"| {count} | {size} | {whole / count:.3f} | {sum(forward) / whole:.1%} | {alone:.3f} |")
+    print("\n| pairs | size | s a pair | forward's share |\n|---|---|---|---|")
+    print(f"| {count} | {size} | {whole / count:.3f} | {sum(forward) / whole:.1%} |")
 
 
 # Memory

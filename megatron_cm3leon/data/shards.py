@@ -38,6 +38,8 @@ INDEX_DTYPE = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("crc32", "<u4")])
 METADATA_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("key", "caption", "image", "source", "picture_sha256", "extra", "kind")]
 )
+_REPEATING = ["caption", "image", "picture_sha256", "extra", "kind"]
+"""Columns of which a text corpus has one value; key and source differ in every row."""
 _TAR_BLOCK, _TAR_RECORD = 512, 10240
 _BUFFER_BYTES = 1 << 20
 _NPY_HEADER = 128
@@ -124,7 +126,8 @@ class ShardWriter:
         index = np.concatenate(self._indexes)
         np.save(self.folder / f"{self.name}.idx.npy", index)
         columns = [pa.array(self._columns[field.name], field.type) for field in METADATA_SCHEMA]
-        pq.write_table(pa.Table.from_arrays(columns, schema=METADATA_SCHEMA), self.folder / f"{self.name}.parquet")
+        table = pa.Table.from_arrays(columns, schema=METADATA_SCHEMA)
+        pq.write_table(table, self.folder / f"{self.name}.parquet", use_dictionary=_REPEATING)
         entry = {"name": self.name, "documents": len(index), "tokens": int(index["tokens"].sum()), "files": {}}
         for path in shard_files(self.folder, self.name):
             checksum = self._digest.hexdigest() if path.suffix == ".tar" else sha256_file(path)

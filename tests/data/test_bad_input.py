@@ -41,6 +41,7 @@ def list_files(folder):
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_tar_of_everything_that_can_be_wrong(tmp_path):
     grey = Image.new("L", (12, 12), 128)
     good = encode_picture(grey)
@@ -153,7 +154,7 @@ class SlowTokenizers(ByteTokenizers):
 
 def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path):
     pairs = write_pictures(tmp_path / "raw", 40)
-    run(pairs, tmp_path / "whole", workers=2)
+    run(pairs, tmp_path / "whole")
 
     def kill_a_writer():
         """SIGKILL to the worker whose temporary folder appears second."""
@@ -175,7 +176,7 @@ def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path):
     kept = {path.name for path in (tmp_path / "out/.work").glob("part-*.json")}
     assert kept and list((tmp_path / "out/.work").glob("*.tmp"))
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-000000*")}
-    run(pairs, tmp_path / "out", workers=2)
+    run(pairs, tmp_path / "out")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-000000*")} == before
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
@@ -184,7 +185,7 @@ def test_the_whole_run_killed_at_any_moment_is_finished_by_the_same_command(tmp_
     pairs = write_pictures(tmp_path / "raw", 30)
     run(pairs, tmp_path / "whole", deduplicate=("picture",))
     program = (
-        "import sys; from pathlib import Path; from tests.data.runs import run; from tests.data.test_bad_input import *\n"
+        "import sys; from tests.data.runs import run; from tests.data.test_bad_input import Path, SlowTokenizers\n"
         "run(Path(sys.argv[1]), Path(sys.argv[2]), deduplicate=('picture',), load_tokenizers=SlowTokenizers.load)"
     )
     command = [sys.executable, "-c", program, str(pairs), str(tmp_path / "out")]

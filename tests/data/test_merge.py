@@ -17,9 +17,7 @@ def test_tasks_of_any_number_write_what_one_run_writes(tmp_path):
     options = {"max_bad_fraction": 0.2}
     one = run(pairs, tmp_path / "one", command="one", **options)
     run(pairs, tmp_path / "tasks", tasks=4, task=3, command="four", **options)
-    with pytest.raises(
-        ValueError, match=r"5 of 6 parts are not done, such as part 0; run the tasks that have not ended"
-    ):
+    with pytest.raises(ValueError, match="5 of 6 parts are not done, such as part 0; run the tasks that"):
         merge(tmp_path / "tasks")
     run(pairs, tmp_path / "tasks", tasks=4, task=0, **options)
     run(pairs, tmp_path / "tasks", tasks=2, task=0, **options)  # another number of tasks goes on with the same parts

@@ -31,7 +31,7 @@ class _LinesSource(Source):
         return digest.hexdigest()
 
     def _read(self, part: Part) -> Iterator[Entry]:
-        name, parse = self.name_of(part.file), self._parser(part)
+        name, parse, first, ahead = self.name_of(part.file), self._parser(part), part.first, part.number + 1
         with open_file(self.files[part.file]) as content:
             content.seek(part.begin)
             for number in range(part.inputs):
@@ -39,7 +39,7 @@ class _LinesSource(Source):
                 if number == part.begin == 0:
                     line = line.removeprefix(_BYTE_ORDER_MARK)
                 if line and not line.isspace():
-                    key, source = f"{part.first + number:08d}", f"{name}:{part.number + number + 1}"
+                    key, source = f"{first + number:08d}", f"{name}:{ahead + number}"
                     try:
                         text = line.decode("utf-8")
                     except UnicodeDecodeError as error:
