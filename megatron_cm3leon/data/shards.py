@@ -206,21 +206,25 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def build_manifest(vocabulary: Vocabulary, shards: list[dict], **others) -> dict:
-    """The manifest's content; `others` are the writer's own fields (accounts, command, options ...).
-
-    `content_sha256` depends on the documents and their metadata alone: shards made again elsewhere, by another command
-    line or another number of workers, keep it.
-    """
-    checksums = [file["sha256"] for entry in shards for file in entry["files"].values()]
+    """The manifest's content; `others` are the writer's own fields (accounts, command, options ...)."""
     return {
         "format": FORMAT,
-        "content_sha256": hashlib.sha256("\n".join([vocabulary.hash, *checksums]).encode()).hexdigest(),
+        "content_sha256": hash_content(vocabulary.hash, shards),
         "vocabulary": vocabulary.to_dict(),
         "documents": sum(entry["documents"] for entry in shards),
         "tokens": sum(entry["tokens"] for entry in shards),
         "shards": shards,
         **others,
     }
+
+
+def hash_content(vocabulary_hash: str, shards: list[dict]) -> str:
+    """Identity of documents and their metadata, from a manifest's entries: SHA-256, hexadecimal.
+
+    Shards made again elsewhere, by another command line or another number of workers or tasks, keep it.
+    """
+    checksums = [file["sha256"] for entry in shards for file in entry["files"].values()]
+    return hashlib.sha256("\n".join([vocabulary_hash, *checksums]).encode()).hexdigest()
 
 
 class Corpus:
