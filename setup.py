@@ -24,9 +24,11 @@ setup(
         "omegaconf>=2.3",
         "pyyaml",
         "sentencepiece",
+        "protobuf",  # sentencepiece's description of its models
         "safetensors",
         "pillow",
         "pyarrow",
+        "fsspec",
         "faiss-cpu",
         "transformers>=5",
         "matplotlib",

@@ -4,38 +4,56 @@ A part is encoded in fixed batches with one thread, so its bytes do not depend o
 files are written under a temporary name and renamed when whole; its record in `.work/` follows them.
 """
 
+import errno
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from megatron_cm3leon.data.dedupe import REASONS, Duplicates, hash_parts, hashes_path, save_array
+from megatron_cm3leon.data.filters import Filters, clean_caption
 from megatron_cm3leon.data.shards import ShardWriter, shard_files, write_json
-from megatron_cm3leon.data.sources import BadInput, FolderSource, JsonlSource, RawPair
+from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawDocument, Source, read_picture
 from megatron_cm3leon.progress import Meter
 from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.words import TextEncoder
 
 SHARD_BYTES = 1 << 30
 """A part whose tar grows beyond this goes on in another shard."""
 WORK = ".work"
 """Folder, inside the output, of what an unfinished run needs."""
+MOST_WAITING = 1024
+"""Documents, most of them without pictures, that wait for a batch of pictures to fill."""
+_TEXTS_AT_ONCE = 256
+"""Texts between two notes of progress."""
 
 
 @dataclass
 class Task:
     """What every worker is told."""
 
-    source: JsonlSource | FolderSource
+    source: Source
     output: Path
     batch_size: int
+    filters: Filters = field(default_factory=Filters)
+    device: str = "cpu"
+    tokenizer: Path = Path()
+    load_tokenizers: Callable | None = None
+    """Loads the tokenizer folder; None is tokenizers.folder.Tokenizers.load on the worker's device."""
+    deduplicate: bool = False
+    """Whether duplicates.npy says what to leave out."""
 
 
 @dataclass
@@ -46,6 +64,8 @@ class Shared:
     """Inputs finished."""
     stop: object
     """1 once the run has failed."""
+    workers: object
+    """Workers that have begun."""
 
 
 class _Stopped(Exception):
@@ -55,15 +75,31 @@ class _Stopped(Exception):
 _worker: dict = {}
 
 
-def begin_work(
-    task: Task, shared: Shared, load_tokenizers: Callable, tokenizer: Path, progress: Meter | None = None
-) -> None:
+def begin_work(task: Task, shared: Shared, progress: Meter | None = None) -> None:
     """Prepare this process for `work_on_part`; `progress` is given in the main process only."""
     torch.set_num_threads(1)  # sums of floats depend on the number of threads, and codes on the sums
-    _worker.update(task=task, shared=shared, progress=progress, tokenizers=load_tokenizers(tokenizer))
+    with shared.workers.get_lock():
+        number = shared.workers.value
+        shared.workers.value += 1
+    load = task.load_tokenizers or load_on(choose_device(task.device, number))
+    tokenizers = load(task.tokenizer)
+    loader = Loader(tokenizers, task.filters)  # one a worker: it remembers words
+    _worker.update(task=task, shared=shared, progress=progress, tokenizers=tokenizers, loader=loader, duplicates=None)
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends this one
         threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def load_on(device: str) -> Callable:
+    """Loader of a tokenizer folder whose image tokenizer computes on `device`."""
+    from megatron_cm3leon.tokenizers.folder import Tokenizers
+
+    return functools.partial(Tokenizers.load, device=device)
+
+
+def choose_device(device: str, number: int) -> str:
+    """Where worker `number` computes: `cuda` spreads the workers over the GPUs of the node."""
+    return f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
 
 
 def _end_with_parent() -> None:
@@ -71,25 +107,70 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def record_path(work: Path, part: int) -> Path:
+    return work / f"part-{part:06d}.json"
+
+
 def work_on_part(part: int) -> dict:
-    """Write one part and its record, unless a whole one is there; returns the record."""
+    """Write one part and its record, unless a whole one is there; returns the record's counts."""
     task: Task = _worker["task"]
-    path = task.output / WORK / f"part-{part:06d}.json"
+    path = record_path(task.output / WORK, part)
     record = _kept_record(task, path, part)
     if record:
         _advance(record["read"])
-        return record
-    temporary = task.output / WORK / f"part-{part:06d}.tmp"
+        return count_record(record)
+    # Two tasks that were given the same part write the same bytes, each in its own folder.
+    temporary = task.output / WORK / f"part-{part:06d}.{socket.gethostname()}-{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    encoder = _PartEncoder(task, _worker["tokenizers"], temporary, part)
+    if task.deduplicate and not _worker["duplicates"]:
+        _worker["duplicates"] = Duplicates(task.output / WORK)
+    encoder = _PartEncoder(task, _worker["tokenizers"], _worker["loader"], temporary, part, _worker["duplicates"])
     try:
         record = encoder.run()
         _move_files(temporary, task.output, record["shards"])
+        write_json(path, record)
+    except OSError as error:
+        raise _explain_full(error, task.output) from error
     finally:
+        encoder.close()
         shutil.rmtree(temporary, ignore_errors=True)
-    write_json(path, record)
-    return record
+    return count_record(record)
+
+
+def count_record(record: dict) -> dict:
+    """What a run adds up of a part's record; the record itself stays on the disk."""
+    return {
+        "part": record["part"],
+        "read": record["read"],
+        "written": sum(shard["documents"] for shard in record["shards"]),
+        "quarantined": len(record["quarantine"]),
+        "left_out": record.get("left_out", {}),
+    }
+
+
+def hash_part(part: int) -> dict:
+    """Write the hashes of a part's pictures and texts, unless they are there; what is unusable is counted later."""
+    task: Task = _worker["task"]
+    path = hashes_path(task.output / WORK, part)
+    if path.is_file():
+        read = len(np.load(path, mmap_mode="r"))
+        _advance(read)
+        return {"part": part, "read": read, "quarantined": 0}
+    loader, rows = _worker["loader"], []
+    for entry in task.source.read_part(part):
+        loaded = loader.load(entry)
+        hashes = np.zeros((2, 2), np.uint64)
+        if isinstance(loaded, Loaded):
+            pictures = [bytes.fromhex(sha256) for sha256 in loaded.sha256]
+            hashes = np.stack([hash_parts(pictures), hash_parts([text.encode() for text in loaded.texts])])
+        rows.append(hashes)
+        _advance(1)
+    try:
+        save_array(path, np.stack(rows) if rows else np.zeros((0, 2, 2), np.uint64))
+    except OSError as error:
+        raise _explain_full(error, task.output) from error
+    return {"part": part, "read": len(rows), "quarantined": 0}
 
 
 def _advance(inputs: int) -> None:
@@ -102,6 +183,15 @@ def _advance(inputs: int) -> None:
         _worker["progress"].advance(inputs)
 
 
+def _explain_full(error: OSError, output: Path) -> OSError:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return error
+    return OSError(
+        f"--output {output} cannot take more: {error.strerror}. Make room and run the same command again: parts that "
+        f"are whole are kept."
+    )
+
+
 def _kept_record(task: Task, path: Path, part: int) -> dict | None:
     """The record of a part that an earlier run finished, if its files are whole and nothing was mended."""
     if not path.is_file():
@@ -111,9 +201,11 @@ def _kept_record(task: Task, path: Path, part: int) -> dict | None:
         for file in shard_files(task.output, shard["name"]):
             if not file.is_file() or file.stat().st_size != shard["files"][file.name]["bytes"]:
                 return None
-    bad = {entry["key"]: entry["reason"] for entry in record["quarantine"]}
+    bad = {entry["key"] for entry in record["quarantine"]} if task.source.external else ()
+    loader = _worker["loader"]
     for entry in task.source.read_part(part) if bad else ():
-        if entry.key in bad and not isinstance(_load_pixels(task.source.folder, entry, 8), BadInput):
+        key = getattr(entry, "key", None)
+        if key in bad and not isinstance(loader.load(entry), BadInput):
             return None
     return record
 
@@ -126,53 +218,164 @@ def _move_files(temporary: Path, output: Path, shards: list[dict]) -> None:
             os.replace(path, output / path.name)
 
 
+@dataclass(slots=True)
+class Loaded:
+    """A document ready to be encoded."""
+
+    raw: RawDocument
+    texts: list[str]
+    payloads: list[bytes]
+    """Ids of its texts."""
+    pixels: list[torch.Tensor]
+    sha256: list[str]
+    """Of its pictures' files."""
+
+
+class Loader:
+    """Reads the pictures of raw documents and applies the filters."""
+
+    def __init__(self, tokenizers, filters: Filters) -> None:
+        self.filters, self.size = filters, tokenizers.image.image_size
+        self.text = TextEncoder(tokenizers.text, tokenizers.vocabulary.dtype)
+
+    def load(self, entry: Entry) -> Loaded | BadInput | Filtered:
+        """Texts as ids and pictures as pixels, or why there are none."""
+        if not isinstance(entry, RawDocument):
+            return entry
+        if entry.kind == "text" and not self.filters.clean_captions:  # as fast as texts deserve
+            payload = self.text.encode(entry.segments[0])
+            return Loaded(entry, entry.segments, [payload], [], [])
+        texts, pictures = entry.texts, entry.pictures
+        if self.filters.clean_captions:
+            texts = list(map(clean_caption, texts))
+            if not all(texts):
+                return Filtered("caption empty after clean-up")
+        payloads = list(map(self.text.encode, texts))
+        if not all(payloads):
+            return BadInput(entry.key, entry.source, "empty caption: it encodes to no token")
+        loaded = Loaded(entry, texts, payloads, [], [])
+        for picture in pictures:
+            fault = self._load_picture(entry, picture, loaded)
+            if fault:
+                return fault
+        return loaded
+
+    def _load_picture(self, entry: RawDocument, picture, loaded: Loaded) -> BadInput | Filtered | None:
+        try:
+            content = read_picture(picture)
+            image = load_picture(content)
+        except FileNotFoundError:
+            return BadInput(entry.key, entry.source, f"missing picture: {picture.name}")
+        except (ValueError, OSError) as error:  # load_picture turns whatever a decoder raises into ValueError
+            return BadInput(entry.key, entry.source, f"unreadable picture: {picture.name}: {error}")
+        unwanted = self.filters.find_fault(image.size)
+        if unwanted:
+            return Filtered(unwanted)
+        loaded.pixels.append(to_pixels(image, self.size, self.filters.fit))
+        loaded.sha256.append(hashlib.sha256(content).hexdigest())
+        return None
+
+
 class _PartEncoder:
     """Turns the inputs of one part into its shards."""
 
-    def __init__(self, task: Task, tokenizers, folder: Path, part: int) -> None:
+    def __init__(
+        self, task: Task, tokenizers, loader: Loader, folder: Path, part: int, duplicates: Duplicates | None
+    ) -> None:
         self.task, self.tokenizers, self.folder, self.part = task, tokenizers, folder, part
-        self.vocabulary = tokenizers.vocabulary
-        self.shards, self.quarantine, self.read = [], [], 0
+        self.vocabulary, self.loader, self.duplicates = tokenizers.vocabulary, loader, duplicates
+        self.shards, self.quarantine, self.left_out, self.kinds = [], [], Counter(), Counter()
+        self.read = 0
         self.writer: ShardWriter | None = None
+        self.break_bytes = np.array(self.vocabulary.break_id, self.loader.text.dtype).tobytes()
 
     def run(self) -> dict:
-        batch = []
-        for entry in self.task.source.read_part(self.part):
+        batch, pictures, texts = [], 0, 0
+        for loaded in self._load_inputs():
+            if not loaded.pixels and not batch:  # nothing to wait for
+                self._add(loaded, loaded.payloads)
+                texts += 1
+                if texts == _TEXTS_AT_ONCE:
+                    _advance(texts)
+                    texts = 0
+                continue
+            batch.append(loaded)
+            pictures += len(loaded.pixels)
+            if pictures >= self.task.batch_size or len(batch) >= max(MOST_WAITING, self.task.batch_size):
+                self._write(batch)
+                batch, pictures = [], 0
+        self._write(batch)
+        _advance(texts)
+        self._close_shard()
+        return {
+            "part": self.part,
+            "read": self.read,
+            "shards": self.shards,
+            "quarantine": self.quarantine,
+            "left_out": dict(sorted(self.left_out.items())),
+            "kinds": dict(sorted(self.kinds.items())),
+        }
+
+    def close(self) -> None:
+        """Leave no file open, also when the run failed."""
+        if self.writer:
+            self.writer.abandon()
+
+    def _load_inputs(self) -> Iterator[Loaded]:
+        """What is to be written; everything else is counted here."""
+        dropped = self.duplicates.of_part(self.part) if self.duplicates else None
+        for number, entry in enumerate(self.task.source.read_part(self.part)):
             self.read += 1
-            loaded = _load_pixels(self.task.source.folder, entry, self.tokenizers.image.image_size)
-            text = [] if isinstance(loaded, BadInput) else self.tokenizers.text.encode(entry.caption)
-            if not isinstance(loaded, BadInput) and not len(text):
-                loaded = BadInput(entry.key, entry.source, "empty caption: it encodes to no token")
-            if isinstance(loaded, BadInput):
+            if dropped is not None and number < len(dropped) and dropped[number]:
+                self._leave_out(REASONS[int(dropped[number])])
+                continue
+            loaded = self.loader.load(entry)
+            if isinstance(loaded, Loaded):
+                yield loaded
+            elif isinstance(loaded, Filtered):
+                self._leave_out(loaded.reason)
+            else:
                 self.quarantine.append(loaded.to_dict())
                 _advance(1)
-                continue
-            batch.append((entry, text, *loaded))
-            if len(batch) == self.task.batch_size:
-                self._write(batch)
-                batch = []
-        self._write(batch)
-        self._close_shard()
-        fields = {"part": self.part, "read": self.read}
-        return {**fields, "shards": self.shards, "quarantine": self.quarantine}
+        if dropped is not None and self.read != len(dropped):
+            raise ValueError(
+                f"part {self.part} of the input has {self.read} inputs, but had {len(dropped)} when duplicates were "
+                f"looked for: the input has changed. Start again with --overwrite."
+            )
 
-    @torch.no_grad()
-    def _write(self, batch: list[tuple]) -> None:
+    def _leave_out(self, reason: str) -> None:
+        self.left_out[reason] += 1
+        _advance(1)
+
+    def _write(self, batch: list[Loaded]) -> None:
         if not batch:
             return
-        codes = self.tokenizers.image.encode(torch.stack([pixels for _, _, pixels, _ in batch]))
-        assert codes.shape == (len(batch), self.vocabulary.image_tokens), f"the image tokenizer gave {codes.shape}"
-        image_ids = codes.cpu().numpy() + self.vocabulary.image_start
-        for (pair, text, _, sha256), image in zip(batch, image_ids, strict=True):
-            if self.writer and self.writer.bytes > SHARD_BYTES:
-                self._close_shard()
-            if not self.writer:
-                name = f"shard-{self.part:06d}-{len(self.shards):03d}"
-                self.writer = ShardWriter(self.folder, name, self.vocabulary)
-            ids = np.concatenate([np.asarray(text, np.int64), [self.vocabulary.break_id], image])
-            fields = {"caption": pair.caption, "image": pair.image, "source": pair.source, "extra": pair.extra}
-            self.writer.add(pair.key, ids, {**fields, "picture_sha256": sha256})
+        pictures = self._encode_pictures([pixels for loaded in batch for pixels in loaded.pixels])
+        for loaded in batch:
+            texts = iter(loaded.payloads)
+            segments = loaded.raw.segments
+            self._add(loaded, [next(texts if isinstance(part, str) else pictures) for part in segments])
         _advance(len(batch))
+
+    def _add(self, loaded: Loaded, payloads: list[bytes]) -> None:
+        """Append a document whose segments have these ids."""
+        if self.writer and self.writer.bytes > SHARD_BYTES:
+            self._close_shard()
+        if not self.writer:
+            name = f"shard-{self.part:06d}-{len(self.shards):03d}"
+            self.writer = ShardWriter(self.folder, name, self.vocabulary)
+        self.kinds[loaded.raw.kind] += 1
+        self.writer.add_bytes(loaded.raw.key, self.break_bytes.join(payloads), describe_document(loaded))
+
+    @torch.no_grad()
+    def _encode_pictures(self, pixels: list[torch.Tensor]) -> Iterator[bytes]:
+        """Ids of each picture as bytes, encoded in batches."""
+        for start in range(0, len(pixels), self.task.batch_size):
+            chosen = pixels[start : start + self.task.batch_size]
+            codes = self.tokenizers.image.encode(torch.stack(chosen))
+            assert codes.shape == (len(chosen), self.vocabulary.image_tokens), f"the image tokenizer gave {codes.shape}"
+            ids = (codes.cpu().numpy() + self.vocabulary.image_start).astype(self.loader.text.dtype)
+            yield from (row.tobytes() for row in ids)
 
     def _close_shard(self) -> None:
         if self.writer:
@@ -180,17 +383,12 @@ class _PartEncoder:
             self.writer = None
 
 
-def _load_pixels(folder: Path, entry: RawPair | BadInput, size: int) -> tuple[torch.Tensor, str] | BadInput:
-    """Pixels of a pair's picture and the SHA-256 of its file, or why there are none."""
-    if isinstance(entry, BadInput):
-        return entry
-    path = folder / entry.image
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("not a regular file")  # a named pipe would never end
-        content = path.read_bytes()
-        return to_pixels(load_picture(content), size), hashlib.sha256(content).hexdigest()
-    except FileNotFoundError:
-        return BadInput(entry.key, entry.source, f"missing picture: {entry.image}")
-    except (ValueError, OSError) as error:  # load_picture turns whatever a decoder raises into ValueError
-        return BadInput(entry.key, entry.source, f"unreadable picture: {entry.image}: {error}")
+def describe_document(loaded: Loaded) -> dict:
+    """A document's row in the shard's Parquet file, without its key."""
+    raw = loaded.raw
+    row = {"caption": "", "image": "", "source": raw.source, "picture_sha256": "", "extra": raw.extra, "kind": raw.kind}
+    if loaded.sha256:
+        row["image"] = "\n".join(picture.name for picture in raw.pictures)
+        row["picture_sha256"] = "\n".join(loaded.sha256)
+        row["caption"] = loaded.texts[0] if raw.kind == "pair" else ""
+    return row

@@ -1,34 +1,47 @@
-"""Preprocessing: raw pairs -> tokenised shards, by several processes, with an account of every input.
+"""Preprocessing: a raw corpus -> tokenised shards, by several processes and tasks, with an account of every input.
 
 The input is cut into fixed parts, each part is encoded by one process in fixed batches with one thread:
-the bytes of the shards depend on input, tokenizers, part size, batch size and device alone. A part's files are
-written under a temporary name and renamed when whole; its record in `.work/` follows them; the manifest
-is written last. A run that was interrupted is finished by the same command: whole parts are kept.
+the bytes of the shards depend on input, tokenizers, filters, part size, batch size and kind of device alone. A
+part's files are written under a temporary name and renamed when whole; its record in `.work/` follows them; the
+manifest is written last. A run that was interrupted is finished by the same command: whole parts are kept.
+
+Duplicates are found by a pass of hashes over the whole input (dedupe.py) before anything is encoded. Several tasks
+work on parts task, task + tasks, ...; `merge` (merge.py) then writes the manifest.
 """
 
-import fcntl
-import functools
 import json
 import multiprocessing
-import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from megatron_cm3leon.data.parts import WORK, Shared, Task, begin_work, work_on_part
-from megatron_cm3leon.data.shards import MANIFEST, build_manifest, open_shards, write_json
-from megatron_cm3leon.data.sources import FolderSource, JsonlSource
+from megatron_cm3leon.data.account import QUARANTINE, Account, check_bad_share, write_quarantine
+from megatron_cm3leon.data.dedupe import BY, find_duplicates, hashes_path
+from megatron_cm3leon.data.filters import Filters
+from megatron_cm3leon.data.merge import finish, lock_output
+from megatron_cm3leon.data.parts import (
+    WORK,
+    Shared,
+    Task,
+    begin_work,
+    hash_part,
+    load_on,
+    record_path,
+    work_on_part,
+)  # fmt: skip
+from megatron_cm3leon.data.shards import MANIFEST, open_shards, write_json
+from megatron_cm3leon.data.sources import Source
 from megatron_cm3leon.progress import Meter, meter
 
-QUARANTINE = "quarantine.jsonl"
+STAGES = ("all", "hash", "encode")
 _POLL_SECONDS = 0.5
+_DEFAULTS = {**asdict(Filters()), "deduplicate": []}
+"""Of what manifests record only where it differs."""
 
 
 @dataclass(kw_only=True)
@@ -44,7 +57,16 @@ class PreprocessOptions:
     batch_size: int = 32
     """Pictures encoded at once."""
     device: str = "cpu"
-    """Where the image tokenizer computes."""
+    """Where the image tokenizer computes; cuda: worker i on GPU i modulo their number."""
+    filters: Filters = field(default_factory=Filters)
+    deduplicate: tuple[str, ...] = ()
+    """Of dedupe.BY: by what duplicates are found and left out."""
+    task: int = 0
+    """Which of the tasks this is."""
+    tasks: int = 1
+    """Tasks that share the input."""
+    stage: str = "all"
+    """hash: only look at what may be a duplicate; encode: only what follows."""
     max_bad_fraction: float = 0.01
     """Largest share of unusable inputs."""
     overwrite: bool = False
@@ -54,52 +76,88 @@ class PreprocessOptions:
     load_tokenizers: Callable | None = None
     """Loads the tokenizer folder; None is tokenizers.folder.Tokenizers.load."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.task < self.tasks:
+            raise ValueError(
+                f"--task-id ({self.task}) must be 0 to {self.tasks - 1}, below --num-tasks ({self.tasks})."
+            )
+        unknown = [what for what in self.deduplicate if what not in BY]
+        if unknown or self.stage not in STAGES:
+            raise ValueError(f"--deduplicate takes {' and '.join(BY)}; --stage one of {', '.join(STAGES)}.")
+        if self.stage != "all" and not self.deduplicate:
+            raise ValueError(f"--stage {self.stage} belongs to --deduplicate, which is not given.")
+        if self.stage == "all" and self.deduplicate and self.tasks > 1:
+            raise ValueError(
+                "--deduplicate over several tasks takes two rounds, as duplicates may stand anywhere: run all tasks "
+                "with --stage hash, and when they are done the same with --stage encode, then merge."
+            )
+        if self.overwrite and self.tasks > 1:
+            raise ValueError(
+                f"--overwrite with several tasks would remove what other tasks write; remove {self.output} first."
+            )
 
-@dataclass
-class Account:
-    """Every input is either written or quarantined."""
 
-    written: int = 0
-    quarantined: int = 0
-    reasons: Counter = field(default_factory=Counter)
-
-    @property
-    def read(self) -> int:
-        return self.written + self.quarantined
-
-    def to_dict(self) -> dict:
-        fields = {"read": self.read, "written": self.written, "quarantined": self.quarantined}
-        return {**fields, "reasons": dict(sorted(self.reasons.items()))}
-
-
-def preprocess(source: JsonlSource | FolderSource, options: PreprocessOptions) -> dict:
+def preprocess(source: Source, options: PreprocessOptions) -> dict:
     """Write the shards of `source`; returns the manifest, with "already_complete" where nothing was to do.
 
+    One of several tasks writes no manifest: the result is {"accounts": ..} of its parts; that of stage hash is empty.
     Raises ValueError when the folder holds something else, or when too many inputs are unusable.
     """
-    if options.load_tokenizers is None:
-        from megatron_cm3leon.tokenizers.folder import Tokenizers
-
-        options.load_tokenizers = functools.partial(Tokenizers.load, device=options.device)
-    tokenizers = options.load_tokenizers(options.tokenizer)
-    plan = {
-        "input_sha256": source.identity,
-        "vocabulary": tokenizers.vocabulary.hash,
-        "part_size": source.part_size,
-        "batch_size": options.batch_size,
-        "device": options.device,
+    load = options.load_tokenizers or load_on("cpu")
+    tokenizers = load(options.tokenizer)
+    plan = _make_plan(source, options, tokenizers.vocabulary.hash)
+    about = {
+        "parts": source.parts,
+        "input": str(source.folder),
+        "image_size": tokenizers.image.image_size,
+        "vocabulary": tokenizers.vocabulary.to_dict(),
+        "max_bad_fraction": options.max_bad_fraction,
+        "workers": options.workers,
+        "command": options.command,
     }
     options.output.mkdir(parents=True, exist_ok=True)
-    with _lock(options.output):
-        complete = _prepare_folder(options, plan)
+    with lock_output(options.output, shared=options.tasks > 1):
+        complete = _prepare_folder(options, plan, about)
         if complete:
-            _check_account(complete["accounts"]["quarantined"], complete["accounts"]["read"], options)
+            accounts = complete["accounts"]
+            check_bad_share(accounts["quarantined"], accounts["read"], options.max_bad_fraction, options.output)
             return {**complete, "already_complete": True}
-        records = _run_parts(source, options)
-        return _finish(source, options, plan, tokenizers, records)
+        if options.deduplicate and options.stage != "encode":
+            _run_parts(hash_part, "hash", source, options)
+            if options.stage == "hash":
+                return {}
+        if options.deduplicate:
+            _require_hashes(options.output / WORK, source.parts)
+            find_duplicates(options.output / WORK, source.parts, options.deduplicate)
+        account = _run_parts(work_on_part, "preprocess", source, options)
+        if options.tasks > 1:
+            return {"accounts": account.to_dict()}
+        return finish(options.output, {**plan, "about": about})
 
 
-def _prepare_folder(options: PreprocessOptions, plan: dict) -> dict | None:
+def _make_plan(source: Source, options: PreprocessOptions, vocabulary: str) -> dict:
+    """What the bytes of the shards depend on."""
+    chosen = {**asdict(options.filters), "deduplicate": sorted(options.deduplicate)}
+    return {
+        "input_sha256": source.identity,
+        "vocabulary": vocabulary,
+        "part_size": source.part_size,
+        "batch_size": options.batch_size,
+        "device": options.device.split(":")[0],
+        **{name: value for name, value in chosen.items() if value != _DEFAULTS[name]},
+    }
+
+
+def _require_hashes(work: Path, parts: int) -> None:
+    missing = [part for part in range(parts) if not hashes_path(work, part).is_file()]
+    if missing and not (work / "duplicates.npy").is_file():
+        raise ValueError(
+            f"{len(missing)} of {parts} parts have no hashes yet, such as part {missing[0]}; run every task with "
+            f"--stage hash to its end first."
+        )
+
+
+def _prepare_folder(options: PreprocessOptions, plan: dict, about: dict) -> dict | None:
     """Make the folder ready for this plan; returns the manifest if it already holds what is asked for."""
     output, work = options.output, options.output / WORK
     found, recorded = {}, plan
@@ -111,16 +169,14 @@ def _prepare_folder(options: PreprocessOptions, plan: dict) -> dict | None:
                 f"no shards of this tool; give a new or empty folder."
             )
     elif options.overwrite:
-        write_json(work / "plan.json", plan)  # first: what an interruption leaves must be known as ours
+        write_json(work / "plan.json", {**plan, "about": about})  # first: what an interruption leaves is known as ours
         _remove_shards(output)
     elif (output / MANIFEST).is_file():
         found = open_shards(output).manifest  # also refuses damaged files
         recorded = found.get("options", {})
     else:
         recorded = json.loads((work / "plan.json").read_text())
-    differing = [
-        f"{name}: {recorded.get(name)}, now {value}" for name, value in plan.items() if recorded.get(name) != value
-    ]
+    differing = list(_compare_plans(recorded, plan))
     if differing:
         raise ValueError(
             f"--output {output} holds shards made with other options ({'; '.join(differing)}). Give another "
@@ -129,55 +185,52 @@ def _prepare_folder(options: PreprocessOptions, plan: dict) -> dict | None:
     if found:
         return found
     work.mkdir(exist_ok=True)
-    for path in work.glob("*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(work / "plan.json", plan)
+    if options.tasks == 1:  # nobody else is at work
+        for path in [*work.glob("*.tmp"), *work.glob(".*.tmp")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(work / "plan.json", {**plan, "about": about})
     return None
+
+
+def _compare_plans(recorded: dict, plan: dict) -> Iterator[str]:
+    recorded = {**_DEFAULTS, **recorded, "device": str(recorded.get("device")).split(":")[0]}
+    for name, value in {**_DEFAULTS, **plan}.items():
+        if recorded.get(name) != value:
+            yield f"{name}: {recorded.get(name)}, now {value}"
 
 
 def _remove_shards(output: Path) -> None:
     """Remove what this tool writes, the manifest first, and nothing else."""
+    work = output / WORK
     shards = [path for path in output.glob("shard-*") if path.name.endswith((".tar", ".idx.npy", ".parquet"))]
-    for path in (output / MANIFEST, output / QUARANTINE, *(output / WORK).glob("part-*.json"), *shards):
+    notes = [*work.glob("part-*.json"), *work.glob("*.npy")]
+    for path in (output / MANIFEST, output / QUARANTINE, *notes, *shards):
         path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _lock(output: Path) -> Iterator[None]:
-    """One run at a time in a folder; the lock goes with the process."""
-    work = output / WORK
-    work.mkdir(exist_ok=True)
-    with open(work / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another run is writing --output {output}; wait for it or end it.") from error
-        try:
-            yield
-        finally:
-            if (output / MANIFEST).is_file() or not (work / "plan.json").is_file():
-                shutil.rmtree(work)
-
-
-def _run_parts(source: JsonlSource | FolderSource, options: PreprocessOptions) -> list[dict]:
-    """Records of all parts, in order; stops as soon as too many inputs are unusable."""
+def _run_parts(work: Callable[[int], dict], label: str, source: Source, options: PreprocessOptions) -> Account:
+    """Do `work` on all parts of this task; stops as soon as too many inputs are unusable."""
     context = multiprocessing.get_context("spawn")
-    shared = Shared(context.Value("q", 0), context.Value("b", 0))
-    task = Task(source, options.output, options.batch_size)
-    beginning = (task, shared, options.load_tokenizers, options.tokenizer)
-    with meter(source.count, "preprocess", "pairs") as progress:
-        if options.workers <= 1:
+    shared = Shared(context.Value("q", 0), context.Value("b", 0), context.Value("i", 0))
+    task = Task(
+        source, options.output, options.batch_size, options.filters, options.device, options.tokenizer,
+        options.load_tokenizers, bool(options.deduplicate),
+    )  # fmt: skip
+    parts = range(options.task, source.parts, options.tasks)
+    sizes = [source.part_inputs(part) for part in parts]
+    total = None if None in sizes else sum(sizes)
+    with meter(total, label, "inputs") as progress:
+        if options.workers <= 1 or len(parts) <= 1:
             threads = torch.get_num_threads()
-            begin_work(*beginning, progress)
+            begin_work(task, shared, progress)
             try:
-                return _collect(map(work_on_part, range(source.parts)), source, options, shared)
+                return _collect(map(work, parts), total, options, shared)
             finally:
                 torch.set_num_threads(threads)
-        workers = min(options.workers, source.parts)
-        with ProcessPoolExecutor(workers, context, begin_work, beginning) as pool:
+        with ProcessPoolExecutor(min(options.workers, len(parts)), context, begin_work, (task, shared)) as pool:
             try:
-                futures = [pool.submit(work_on_part, part) for part in range(source.parts)]
-                return _collect(_completed(futures, shared, progress), source, options, shared)
+                futures = [pool.submit(work, part) for part in parts]
+                return _collect(_completed(futures, shared, progress), total, options, shared)
             except BrokenProcessPool as error:
                 raise OSError(
                     "a worker process was killed (often for want of memory); lower --workers or --batch-size and "
@@ -199,58 +252,21 @@ def _completed(futures: list[Future], shared: Shared, progress: Meter) -> Iterat
     progress.advance(shared.done.value - progress.done)
 
 
-def _collect(
-    results: Iterable[dict], source: JsonlSource | FolderSource, options: PreprocessOptions, shared: Shared
-) -> list[dict]:
-    records, bad = {}, 0
-    for record in results:
-        records[record["part"]] = record
-        bad += len(record["quarantine"])
-        if bad > options.max_bad_fraction * source.count:  # no later part can mend this
-            shared.stop.value = 1
-            _write_quarantine(options.output, records)
-            _check_account(bad, sum(r["read"] for r in records.values()), options, source.count)
-    return [records[part] for part in range(source.parts)]
-
-
-def _check_account(bad: int, read: int, options: PreprocessOptions, total: int | None = None) -> None:
-    if bad <= options.max_bad_fraction * (total or read):
-        return
-    raise ValueError(
-        f"{bad} of the {read} inputs read are unusable, more than --max-bad-fraction {options.max_bad_fraction:g} "
-        f"allows; {options.output / QUARANTINE} names each with its reason. Mend them, or raise --max-bad-fraction; "
-        f"then run the same command again: parts that are whole are kept."
-    )
-
-
-def _write_quarantine(output: Path, records: dict[int, dict]) -> None:
-    temporary = output / WORK / f"{QUARANTINE}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        for part in sorted(records):
-            file.writelines(json.dumps(bad, ensure_ascii=False) + "\n" for bad in records[part]["quarantine"])
-    os.replace(temporary, output / QUARANTINE)
-
-
-def _finish(source, options: PreprocessOptions, plan: dict, tokenizers, records: list[dict]) -> dict:
-    """Check the account, then write quarantine list and manifest."""
+def _collect(results: Iterable[dict], total: int | None, options: PreprocessOptions, shared: Shared) -> Account:
+    """Add up what was done; ValueError once more inputs are unusable than the rest can make good."""
     account = Account()
-    for record in records:
-        account.written += sum(shard["documents"] for shard in record["shards"])
-        account.quarantined += len(record["quarantine"])
-        account.reasons.update(bad["reason"].split(":")[0] for bad in record["quarantine"])
-    assert account.read == sum(record["read"] for record in records), "an input was neither written nor quarantined"
-    _write_quarantine(options.output, dict(enumerate(records)))
-    _check_account(account.quarantined, account.read, options)
-    if not account.written:
-        raise ValueError(f"none of the {account.read} inputs is usable; see {options.output / QUARANTINE}.")
-    manifest = build_manifest(
-        tokenizers.vocabulary,
-        [shard for record in records for shard in record["shards"]],
-        image_size=tokenizers.image.image_size,
-        input=str(source.folder),
-        accounts=account.to_dict(),
-        command=options.command,
-        options={**plan, "max_bad_fraction": options.max_bad_fraction, "workers": options.workers},
-    )
-    write_json(options.output / MANIFEST, manifest)
-    return manifest
+    for counts in results:
+        account.add(counts)
+        if total and account.quarantined > options.max_bad_fraction * total:
+            shared.stop.value = 1
+            _write_known_quarantine(options.output)
+            check_bad_share(account.quarantined, account.read, options.max_bad_fraction, options.output, total)
+    if not total or options.tasks > 1:
+        _write_known_quarantine(options.output)
+        check_bad_share(account.quarantined, account.read, options.max_bad_fraction, options.output)
+    return account
+
+
+def _write_known_quarantine(output: Path) -> None:
+    """List what the finished parts of all tasks have quarantined."""
+    write_quarantine(output, sorted((output / WORK).glob(record_path(Path(), 0).name.replace("000000", "*"))))

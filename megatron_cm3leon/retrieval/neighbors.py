@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cm3leon.data.shards import MANIFEST, Corpus, open_shards, sha256_file
+from megatron_cm3leon.data.shards import MANIFEST, Corpus, hash_content, open_shards, sha256_file
 
 FORMAT = 1
 INDEX_FILE = "index.json"
@@ -139,7 +139,9 @@ class Neighbors:
 
 
 def manifest_sha256(corpus: Corpus) -> str:
-    """What an index remembers of a shard folder."""
+    """What an index remembers of a shard folder: its content's hash; of an older one, the manifest's own."""
+    if "content_sha256" in corpus.manifest:
+        return hash_content(corpus.vocabulary.hash, corpus.shards)
     return sha256_file(corpus.folder / MANIFEST)
 
 

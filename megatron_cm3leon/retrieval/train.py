@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_cm3leon.data.sources import RawPair, open_source
+from megatron_cm3leon.data.sources import RawPair, open_source, read_picture
 from megatron_cm3leon.progress import meter, track
 from megatron_cm3leon.retrieval.encoder import TEXT_MODEL, Encoder, build_tiny_clip, save_clip
 from megatron_cm3leon.tokenizers.pixels import load_picture
@@ -99,14 +99,14 @@ def _read_pairs(source: str | Path, options: ClipOptions) -> tuple[list[str], li
     captions, pictures = [], []
     for pair in track(
         (pair for part in range(raw.parts) for pair in raw.read_part(part)),
-        total=min(raw.count, options.max_pairs),
+        total=min(raw.count or options.max_pairs, options.max_pairs),
         label="read",
         unit="pairs",
     ):
         if isinstance(pair, RawPair):
             try:
-                picture = load_picture(raw.folder / pair.image)
-            except ValueError:
+                picture = load_picture(read_picture(pair.pictures[0]))
+            except (ValueError, OSError):
                 continue  # preprocessing quarantines and counts it
             picture.thumbnail((4 * options.image_size, 4 * options.image_size))
             captions.append(pair.caption)

@@ -29,7 +29,7 @@ def true_fp32() -> Iterator[None]:
         with (
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
-            torch.backends.cudnn.flags(allow_tf32=False),
+            torch.backends.cudnn.flags(allow_tf32=False, deterministic=True),
             torch.no_grad(),
         ):
             yield

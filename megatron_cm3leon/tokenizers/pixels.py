@@ -77,16 +77,31 @@ def _grey_to_8_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values * (255.0 / top)).astype(np.uint8))
 
 
-def to_pixels(picture: Image.Image, size: int) -> torch.Tensor:
-    """RGB picture to float32 [3, size, size] in [-1, 1]: the largest centred square, resized."""
+def to_pixels(picture: Image.Image, size: int, fit: str = "crop") -> torch.Tensor:
+    """RGB picture to float32 [3, size, size] in [-1, 1].
+
+    `fit` crop: the largest centred square, resized; pad: the whole picture, resized, in the middle of a white square.
+    """
+    width, height = picture.size
+    if (width, height) != (size, size):
+        picture = _pad(picture, size) if fit == "pad" else _crop(picture, size)
+    values_HWC = torch.from_numpy(np.array(picture, dtype=np.float32))
+    return (values_HWC / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def _crop(picture: Image.Image, size: int) -> Image.Image:
     width, height = picture.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    if (width, height) != (size, size):
-        box = (left, top, left + side, top + side)
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    values_HWC = torch.from_numpy(np.array(picture, dtype=np.float32))
-    return (values_HWC / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+    return picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def _pad(picture: Image.Image, size: int) -> Image.Image:
+    scale = size / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    square = Image.new("RGB", (size, size), "white")
+    square.paste(picture.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
+    return square
 
 
 def from_pixels(pixels: torch.Tensor) -> Image.Image:

@@ -9,24 +9,10 @@ import webdataset
 from PIL import Image
 
 from megatron_cm3leon.data import parts
-from megatron_cm3leon.data.preprocess import PreprocessOptions, preprocess
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.data.sources import open_source
 from tests.data.corpora import ByteTokenizers, write_pictures
-
-
-def run(pairs, output, part_size=4, **options):
-    options = {"load_tokenizers": ByteTokenizers.load, "max_bad_fraction": 0.0, "batch_size": 3, **options}
-    source = open_source(pairs, part_size)
-    return preprocess(source, PreprocessOptions(tokenizer=pairs, output=output, **options))
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def quarantine_of(folder):
-    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+from tests.data.runs import files_of, quarantine_of, run
 
 
 def test_a_hand_written_pair_has_exactly_these_ids_and_files(tmp_path):
@@ -172,7 +158,8 @@ def test_too_many_bad_inputs_stop_the_run_and_mending_them_finishes_it(tmp_path)
     assert not (tmp_path / "out/manifest.json").exists()
     (raw / "hidden").rename(raw / "1.png")
     manifest = run(pairs, tmp_path / "out", max_bad_fraction=0.1)
-    assert manifest["accounts"] == {"read": 12, "written": 11, "quarantined": 1, "reasons": {"missing picture": 1}}
+    expected = {"read": 12, "written": 11, "duplicates": 0, "filtered": 0, "quarantined": 1}
+    assert manifest["accounts"] == {**expected, "reasons": {"missing picture": 1}}
     with pytest.raises(ValueError, match="1 of the 12 inputs"):  # a complete folder, but not good enough
         run(pairs, tmp_path / "out")
 

@@ -1,13 +1,15 @@
 """Shards on disk: what the reader refuses, and how it says so."""
 
+import io
 import json
 import pickle
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
 
-from megatron_cm3leon.data.shards import open_shards, split_segments
+from megatron_cm3leon.data.shards import open_shards, pack_members, split_segments
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 
@@ -103,6 +105,25 @@ def test_another_vocabulary_is_refused_by_name(folder):
     other = make_vocabulary(text=120)
     with pytest.raises(ValueError, match=r"shards was made with another vocabulary.*text_size: 100 instead of 120"):
         check_same_vocabulary(other, open_shards(folder).vocabulary, "shards")
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_members_are_those_that_tarfile_and_numpy_write(dtype):
+    draws = np.random.default_rng(0)
+    rows = [draws.integers(0, 60_000, size).astype(dtype) for size in (1, 7, 191, 192, 193, 448, 5000, 100_000)]
+    keys = [f"{number:08d}" for number in range(7)] + ["k" * 89]
+    expected = io.BytesIO()
+    with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, row in zip(keys, rows, strict=True):
+            member = io.BytesIO()
+            np.save(member, row)
+            header = tarfile.TarInfo(f"{key}.tokens.npy")
+            header.size = member.tell()
+            tar.addfile(header, io.BytesIO(member.getvalue()))
+    content, offsets = pack_members(keys, [row.tobytes() for row in rows], np.dtype(dtype))
+    assert expected.getvalue()[: len(content)] == content.tobytes()
+    for row, offset in zip(rows, offsets, strict=True):
+        assert content[offset : offset + row.nbytes].tobytes() == row.tobytes()
 
 
 def test_split_segments():

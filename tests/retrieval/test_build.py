@@ -98,7 +98,10 @@ def test_an_edited_manifest_is_refused(index, shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
     load_neighbors(index, open_shards(copy))  # a copy is the same shards
     manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"note": "edited"}))
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"command": "another path's spelling"}))
+    load_neighbors(index, open_shards(copy))  # whoever made them
+    next(iter(manifest["shards"][0]["files"].values()))["sha256"] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"built from other shards.*copy"):
         load_neighbors(index, open_shards(copy))
     with pytest.raises(ValueError, match=r"built from other bank.*copy"):

@@ -88,6 +88,29 @@ def test_too_many_bad_inputs_exit_with_2_and_name_the_list(raw):
     assert "1 unusable inputs are listed in bad/quarantine.jsonl:\n  1 x missing picture" in result.stdout
 
 
+def test_a_job_array_and_merge(raw, monkeypatch):
+    arguments = ["--input", "raw/pairs.jsonl", "--tokenizer", "tok", "--part-size", 8, "--device", "cpu"]
+    arguments += ["--deduplicate", "picture", "--fit", "pad"]
+    assert preprocess(*arguments, "--output", "alone").returncode == 0
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
+    for stage in ("hash", "encode"):
+        result = preprocess("merge", "--output", "array")
+        assert result.returncode == 2 and "error: " in result.stderr
+        for task in ("1", "2"):  # an array that begins at 1
+            monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+            result = preprocess(*arguments, "--output", "array", "--stage", stage)
+            assert result.returncode == 0, result.stderr
+        assert f"this task's {'hashes' if stage == 'hash' else 'parts'} are done" in result.stdout
+    result = preprocess("merge", "--output", "array")
+    assert result.returncode == 0 and "20 documents of" in result.stdout, result.stderr
+    assert "1 duplicates and 0 filtered inputs were left out.\n  1 x duplicate picture" in result.stdout
+    alone, array = open_shards(raw / "alone").manifest, open_shards(raw / "array").manifest
+    assert alone["shards"] == array["shards"] and alone["content_sha256"] == array["content_sha256"]
+    result = preprocess(*arguments, "--output", "x", "--task-id", 2)
+    assert result.returncode == 2 and "give --task-id and --num-tasks together" in result.stderr
+
+
 def test_usage_errors():
     for arguments, message in (
         (["--workers", 0], "error: --workers (0) must be at least 1."),

@@ -1,0 +1,64 @@
+"""The account of every input: written + duplicates + filtered + quarantined = read."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_cm3leon.data.dedupe import REASONS
+
+QUARANTINE = "quarantine.jsonl"
+
+
+@dataclass
+class Account:
+    """Inputs by what became of them."""
+
+    written: int = 0
+    duplicates: int = 0
+    filtered: int = 0
+    quarantined: int = 0
+    reasons: Counter = field(default_factory=Counter)
+    """Of everything that was not written."""
+
+    @property
+    def read(self) -> int:
+        return self.written + self.duplicates + self.filtered + self.quarantined
+
+    def add(self, counts: dict) -> None:
+        """Add a part's counts (parts.count_record)."""
+        self.written += counts.get("written", 0)
+        self.quarantined += counts["quarantined"]
+        for reason, count in counts.get("left_out", {}).items():
+            self.reasons[reason] += count
+            if reason in REASONS.values():
+                self.duplicates += count
+            else:
+                self.filtered += count
+
+    def to_dict(self) -> dict:
+        names = ("read", "written", "duplicates", "filtered", "quarantined")
+        return {**{name: getattr(self, name) for name in names}, "reasons": dict(sorted(self.reasons.items()))}
+
+
+def write_quarantine(output: Path, records: Iterable[Path]) -> None:
+    """List what the parts' records have quarantined, in the order given."""
+    temporary = output / f".{QUARANTINE}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        for path in records:
+            quarantine = json.loads(path.read_text())["quarantine"]
+            file.writelines(json.dumps(bad, ensure_ascii=False) + "\n" for bad in quarantine)
+    os.replace(temporary, output / QUARANTINE)
+
+
+def check_bad_share(bad: int, read: int, allowed: float, output: Path, total: int | None = None) -> None:
+    """Refuse a run of which more than the share `allowed` of its inputs is unusable."""
+    if bad <= allowed * (total or read):
+        return
+    raise ValueError(
+        f"{bad} of the {read} inputs read are unusable, more than --max-bad-fraction {allowed:g} "
+        f"allows; {output / QUARANTINE} names each with its reason. Mend them, or raise --max-bad-fraction; "
+        f"then run the same command again: parts that are whole are kept."
+    )

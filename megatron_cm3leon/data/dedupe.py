@@ -1,0 +1,98 @@
+"""Exact duplicates of the whole input, found before anything is encoded, in bounded memory.
+
+    .work/hashes-000000.npy    uint64 [inputs, 2, 2]: 128 bits of SHA-256 of pictures and of texts, 0 = not compared
+    .work/duplicates.npy       uint8 [inputs of all parts]: 0 keep, 1 duplicate picture, 2 duplicate caption
+    .work/starts.npy           int64 [parts + 1]: a part's place in it
+
+The first of several stays. A document that is no document (unreadable, filtered) is nobody's first, and one
+that goes for its picture is nobody's first caption. Captions of two pictures are compared as they are stored.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+BY = ("picture", "caption")
+REASONS = {number: f"duplicate {what}" for number, what in enumerate(BY, 1)}
+BUCKET_BYTES = 1 << 28
+"""Memory of one pass over the hashes."""
+_ROW_BYTES = 80
+"""Bytes that finding duplicates holds for each hash compared: hash, place and their sorted copies."""
+
+
+def hash_parts(parts: list[bytes]) -> np.ndarray:
+    """128 bits of what `parts` hold, uint64 [2]; zeros for nothing."""
+    if not parts:
+        return np.zeros(2, np.uint64)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if len(parts) == 1 else hashlib.sha256(part).digest())
+    return np.frombuffer(digest.digest()[:16], np.uint64)
+
+
+def hashes_path(work: Path, part: int) -> Path:
+    return work / f"hashes-{part:06d}.npy"
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array that is either whole or absent."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def find_duplicates(work: Path, parts: int, by: tuple[str, ...]) -> None:
+    """Write duplicates.npy and starts.npy from the hashes of all parts; does nothing when they are there.
+
+    Several tasks may do this at once: they write the same bytes.
+    """
+    if (work / "duplicates.npy").is_file():
+        return
+    counts = [np.load(hashes_path(work, part), mmap_mode="r").shape[0] for part in range(parts)]
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    dropped = np.zeros(starts[-1], np.uint8)
+    buckets = max(1, -(-int(starts[-1]) * _ROW_BYTES // BUCKET_BYTES))
+    for what in (what for what in BY if what in by):
+        column = BY.index(what)
+        for bucket in range(buckets):
+            _drop_later_ones(work, starts, column, bucket, buckets, dropped)
+    save_array(work / "starts.npy", starts)
+    save_array(work / "duplicates.npy", dropped)
+
+
+def _drop_later_ones(
+    work: Path, starts: np.ndarray, column: int, bucket: int, buckets: int, dropped: np.ndarray
+) -> None:
+    """Mark in `dropped` whatever repeats an earlier hash of this bucket."""
+    hashes, places = [], []
+    for part, start in enumerate(starts[:-1].tolist()):
+        both = np.load(hashes_path(work, part), mmap_mode="r")[:, column]
+        chosen = both.any(1) & (dropped[start : start + len(both)] == 0)
+        if buckets > 1:
+            chosen &= both[:, 0] % np.uint64(buckets) == bucket
+        rows = np.flatnonzero(chosen)
+        hashes.append(both[rows])
+        places.append(rows + start)
+    low, high = np.concatenate(hashes).T
+    place = np.concatenate(places)
+    order = np.lexsort((place, high, low))
+    low, high = low[order], high[order]
+    repeats = np.flatnonzero((low[1:] == low[:-1]) & (high[1:] == high[:-1])) + 1
+    dropped[place[order[repeats]]] = column + 1
+
+
+class Duplicates:
+    """Which inputs of a part are duplicates."""
+
+    def __init__(self, work: Path) -> None:
+        self.starts = np.load(work / "starts.npy")
+        self.dropped = np.load(work / "duplicates.npy", mmap_mode="r")
+
+    def of_part(self, part: int) -> np.ndarray:
+        """uint8 [inputs of the part], as duplicates.npy has them."""
+        return self.dropped[self.starts[part] : self.starts[part + 1]]

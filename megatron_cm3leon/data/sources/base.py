@@ -1,0 +1,100 @@
+"""What all sources share: files cut into parts, and an identity.
+
+A part is read by one process at a time and is the unit of resuming. Where it begins depends on the input
+and the part size alone.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_cm3leon.data.sources.documents import Entry, Fields
+from megatron_cm3leon.data.sources.files import find_common_folder, is_url, join
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some consecutive inputs of one file."""
+
+    file: int
+    """Which of the source's files."""
+    begin: int
+    """Where it begins: a byte, or a row."""
+    number: int
+    """Inputs in front of it in its file."""
+    first: int
+    """Inputs in front of it in the source."""
+    inputs: int | None
+    """Inputs in it, blank lines among them; None: unknown until it is read."""
+
+
+class Source:
+    """Input files of one format."""
+
+    expects = ""
+    """What a usable input looks like, for messages."""
+    external = True
+    """Whether inputs refer to files beside them, which somebody may mend while a run is interrupted."""
+
+    def __init__(self, files: list[str], part_size: int, fields: Fields = Fields(), folder: str = "") -> None:  # noqa: B008
+        """`files`: absolute paths or URLs, in order; `folder` holds them all ("": the nearest that does)."""
+        self.files, self.part_size, self.fields = files, part_size, fields
+        self.folder = folder or find_common_folder(files)
+        """Paths in the shards' metadata are relative to this."""
+        self._parts: list[Part] = []
+        self.count: int | None = 0
+        """Inputs in all, blank lines among them; None: unknown until they are read."""
+        digests = [self._cut(number) for number in range(len(files))]
+        self.identity = self._identify(digests)
+        """What the bytes of the shards depend on, as a SHA-256."""
+
+    @property
+    def parts(self) -> int:
+        return len(self._parts)
+
+    def part_inputs(self, part: int) -> int | None:
+        """Inputs of a part, blank lines among them; None: unknown until it is read."""
+        return self._parts[part].inputs
+
+    def read_part(self, part: int) -> Iterator[Entry]:
+        """The inputs of a part in order."""
+        return self._read(self._parts[part])
+
+    def name_of(self, file: int) -> str:
+        """A file's name relative to the source's folder."""
+        return self.files[file][len(self.folder) :].lstrip("/")
+
+    def _cut(self, file: int) -> str:
+        """Append the parts of a file, and its inputs to `count`; returns a hash of the file."""
+        raise NotImplementedError
+
+    def _read(self, part: Part) -> Iterator[Entry]:
+        raise NotImplementedError
+
+    def _add_parts(self, file: int, begins: list[int], inputs: int) -> None:
+        """Parts of `part_size` inputs that begin at `begins`; the last one may have fewer."""
+        for index, begin in enumerate(begins):
+            number = index * self.part_size
+            size = min(self.part_size, inputs - number)
+            self._parts.append(Part(file, begin, number, self.count + number, size))
+        self.count += inputs
+
+    def _identify(self, digests: list[str]) -> str:
+        if len(digests) == 1 and self.fields == Fields():
+            return digests[0]
+        names = [self.name_of(number) for number in range(len(self.files))]
+        content = [names, digests, self.fields.image, self.fields.caption]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _locator(self, file: int):
+        """How a picture's path in this file becomes (name relative to the source's folder, place)."""
+        folder = self.files[file].rpartition("/")[0]
+        prefix = folder[len(self.folder) :].lstrip("/")
+
+        def locate(name: str) -> tuple[str, str]:
+            shown = f"{prefix}/{name}" if prefix and not is_url(name) and not os.path.isabs(name) else name
+            return shown, join(folder, name)
+
+        return locate

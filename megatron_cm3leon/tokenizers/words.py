@@ -1,0 +1,95 @@
+"""Text to ids a word at a time, each word encoded once and remembered.
+
+A BPE merge joins two neighbouring pieces into a piece of the vocabulary. Where no piece has a space behind
+another character, no merge crosses the place in front of a run of spaces, and a text's ids are those of its
+chunks (spaces and the word behind them) one after the other, exactly. Unigram models choose among whole
+segmentations, with ties that rounding decides: they are not cut.
+"""
+
+import re
+import sys
+from array import array
+from collections.abc import Callable
+
+import numpy as np
+from sentencepiece import sentencepiece_model_pb2
+
+from megatron_cm3leon.tokenizers.text import SPACE_MARK, TextTokenizer
+
+MAX_WORDS = 300_000
+"""Chunks that a memo holds (some 70 MB); then it starts anew."""
+LONGEST = 64
+"""Characters of a chunk that is remembered."""
+_CHUNKS = re.compile(r" *[^ ]+| +")
+
+
+class TextEncoder:
+    """Texts to the bytes of their ids, as the shards hold them: little-endian `dtype`."""
+
+    def __init__(self, tokenizer, dtype: np.dtype) -> None:
+        """`tokenizer`: a TextTokenizer, or anything with its `encode`, which is then called for every text."""
+        self.tokenizer, self.dtype = tokenizer, np.dtype(dtype).newbyteorder("<")
+        self._code = {2: "H", 4: "I"}[self.dtype.itemsize]
+        self.divides = is_divisible(tokenizer)
+        """Whether texts are cut and their words remembered."""
+        self._chunks = _Memo(self._encode_whole)
+        self._words = _Memo(lambda word: self._encode_whole(" " + word))
+        self.divides = self.divides and not any(map(self._differs, _PROBES))
+
+    def encode(self, text: str) -> bytes:
+        """Ids of a text; an empty one has none."""
+        if not self.divides:
+            return self._encode_whole(text)
+        if "  " in text:
+            return b"".join(map(self._chunks.__getitem__, _CHUNKS.findall(text)))
+        words = text.split(" ")
+        return self._chunks[words.pop(0)] + b"".join(map(self._words.__getitem__, words))
+
+    def _encode_whole(self, text: str) -> bytes:
+        ids = array(self._code, self.tokenizer.encode(text))
+        if sys.byteorder == "big":
+            ids.byteswap()
+        return ids.tobytes()
+
+    def _differs(self, text: str) -> bool:
+        return self.encode(text) != self._encode_whole(text)
+
+
+class _Memo(dict):
+    """Chunk -> bytes of its ids, encoded when it is asked for the first time."""
+
+    def __init__(self, encode: Callable[[str], bytes]) -> None:
+        self.encode = encode
+
+    def __missing__(self, chunk: str) -> bytes:
+        ids = self.encode(chunk)
+        if len(chunk) <= LONGEST:
+            if len(self) >= MAX_WORDS:
+                self.clear()
+            self[chunk] = ids
+        return ids
+
+
+def is_divisible(tokenizer) -> bool:
+    """Whether a text's ids are its chunks' ids: a BPE model without normalisation or pieces across words."""
+    if not isinstance(tokenizer, TextTokenizer):
+        return False
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
+    normal = model.normalizer_spec
+    return (
+        model.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+        and not (normal.precompiled_charsmap or normal.normalization_rule_tsv)
+        and not (normal.add_dummy_prefix or normal.remove_extra_whitespaces)
+        and normal.escape_whitespaces
+        and not model.trainer_spec.treat_whitespace_as_suffix
+        and all(piece.type != piece.USER_DEFINED for piece in model.pieces)
+        and not any(SPACE_MARK in piece.piece.lstrip(SPACE_MARK) for piece in model.pieces)
+    )
+
+
+_PROBES = (
+    " leading", "trailing ", "two  spaces   three ", "tab\tline\nreturn\r\n  indented\n\n", "▁mark▁▁ in ▁ text ▁",
+    "漢字 🙂👩‍👩‍👧 \u00a0no-break e\u0301", "<0x41> <unk> </s> <break> \x00 zero",
+    "it's well-known, isn't it? 3.14 (yes)",
+)  # fmt: skip
+"""What a fault would show on first: spaces of all sorts, the mark that stands for them, bytes."""

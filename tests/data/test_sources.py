@@ -1,0 +1,296 @@
+"""Readers: every format gives the same documents, wherever it is cut; containers that are damaged say so."""
+
+import io
+import json
+import re
+import tarfile
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from PIL import Image
+
+from megatron_cm3leon.data.sources import BadInput, Fields, Filtered, RawPair, RawText, open_source, read_picture
+
+
+def picture(grey=0, kind="PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (10, 8), (grey % 256,) * 3).save(file, kind)
+    return file.getvalue()
+
+
+def read_all(source):
+    return [entry for part in range(source.parts) for entry in source.read_part(part)]
+
+
+def contents(source):
+    """(caption, bytes) of every pair."""
+    return [(pair.caption, read_picture(pair.pictures[0])) for pair in read_all(source)]
+
+
+CAPTIONS = ['plain "quoted", commas', "two\nlines", "ünï 🎈", " padded ", "<break>", "7"]
+
+
+@pytest.fixture
+def forms(tmp_path):
+    """The same six pairs in every format."""
+    rows = [{"image": f"pictures/{n}.png", "caption": text} for n, text in enumerate(CAPTIONS)]
+    (tmp_path / "pictures").mkdir()
+    for number in range(6):
+        (tmp_path / f"pictures/{number}.png").write_bytes(picture(40 * number))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for ending, comma in (("csv", ","), ("tsv", "\t")):
+        lines = [comma.join('"' + row[name].replace('"', '""') + '"' for name in ("caption", "image")) for row in rows]
+        (tmp_path / f"pairs.{ending}").write_text("\r\n".join([comma.join(("caption", "image")), *lines]))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "paths.parquet", row_group_size=4)
+    embedded = [{"jpg": picture(40 * n), "caption": text, "n": n} for n, text in enumerate(CAPTIONS)]
+    pq.write_table(pa.Table.from_pylist(embedded), tmp_path / "bytes.parquet", row_group_size=2)
+    hub = [{"image": {"bytes": picture(40 * n), "path": "x.png"}, "text": text} for n, text in enumerate(CAPTIONS)]
+    pq.write_table(pa.Table.from_pylist(hub), tmp_path / "hub.parquet")
+    with webdataset.TarWriter(str(tmp_path / "pairs.tar")) as tar:
+        for number, text in enumerate(CAPTIONS):
+            tar.write({"__key__": f"{number:09d}", "png": picture(40 * number), "txt": text, "json": {"n": number}})
+    return tmp_path
+
+
+FORMS = ("pairs.jsonl", "pairs.csv", "pairs.tsv", "paths.parquet", "bytes.parquet", "hub.parquet", "pairs.tar")
+
+
+def test_every_format_gives_the_same_pairs_wherever_it_is_cut(forms):
+    expected = [(text, picture(40 * n)) for n, text in enumerate(CAPTIONS)]
+    for name in FORMS:
+        whole = open_source(forms / name, 100)
+        assert contents(whole) == expected, name
+        assert len({pair.key for pair in read_all(whole)}) == 6
+        for size in (1, 4, 5):
+            cut = open_source(forms / name, size)
+            assert cut.parts == (1 if name.endswith("tar") else -(-6 // size)), name
+            assert read_all(cut) == read_all(whole), name
+
+
+def test_several_files_are_one_input_with_keys_of_its_own(forms):
+    for folder in ("a", "b"):
+        (forms / folder).mkdir()
+        for name in ("pairs.jsonl", "pairs.tar", "paths.parquet", "pairs.csv"):
+            (forms / folder / name).write_bytes((forms / name).read_bytes())
+        (forms / folder / "pictures").symlink_to(forms / "pictures")
+    for name in ("pairs.jsonl", "pairs.tar", "paths.parquet", "pairs.csv"):
+        files = [forms / "a" / name, forms / "b" / name]
+        source = open_source(files, 4)
+        pairs = read_all(source)
+        assert [pair.caption for pair in pairs] == CAPTIONS * 2 and len({pair.key for pair in pairs}) == 12
+        assert source.folder == str(forms) and pairs[6].source.startswith(f"b/{name}")
+        assert contents(source)[6:] == contents(source)[:6]
+        if not name.endswith("tar"):
+            assert pairs[6].image == "b/pictures/0.png"
+        assert open_source(files[:1], 4).identity != source.identity != open_source(files[::-1], 4).identity
+    with pytest.raises(ValueError, match=r"files of several formats \(pairs\.jsonl: jsonl, pairs\.tar: tar\)"):
+        open_source([forms / "pairs.jsonl", forms / "pairs.tar"], 4)
+
+
+def test_urls_are_read_as_local_files_are(forms):
+    memory = fsspec.filesystem("memory")
+    for path in [forms / name for name in FORMS] + sorted((forms / "pictures").iterdir()):
+        memory.pipe(f"/corpus/{path.relative_to(forms)}", path.read_bytes())
+    memory.pipe("/folder/0.png", picture(1))
+    memory.pipe("/folder/0.txt", b"beside")
+    try:
+        for name in FORMS:
+            assert contents(open_source(f"memory://corpus/{name}", 4)) == contents(open_source(forms / name, 4)), name
+        assert contents(open_source("memory://folder", 4)) == [("beside", picture(1))]
+        assert contents(open_source(f"file://{forms}/pairs.jsonl", 4)) == contents(open_source(forms / FORMS[0], 4))
+        with pytest.raises(ValueError, match=r"--input memory://nowhere/x\.tar does not exist"):
+            open_source("memory://nowhere/x.tar", 4)
+    finally:
+        memory.store.clear()
+
+
+def test_img2dataset_output_is_read_as_it_is_written(tmp_path):
+    """Its three layouts: tars beside their Parquet and statistics, a folder of files, Parquet with the bytes."""
+    rows = []
+    (tmp_path / "tars").mkdir()
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"tars/{shard:05d}.tar")) as tar:
+            for number in range(3):
+                key = f"{shard:05d}{number:04d}"
+                described = {
+                    "caption": f"caption {key}", "url": f"http://x/{key}", "key": key, "status": "success",
+                    "error_message": None, "width": 10, "height": 8, "original_width": 20, "original_height": 16,
+                    "exif": "{}", "sha256": "0" * 64,
+                }  # fmt: skip
+                rows.append({**described, "jpg": picture(shard * 100 + number, "JPEG")})
+                sample = {"jpg": rows[-1]["jpg"], "txt": described["caption"], "json": described}
+                tar.write({"__key__": key, **sample})
+                folder = tmp_path / f"files/{shard:05d}"
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{key}.jpg").write_bytes(sample["jpg"])
+                (folder / f"{key}.txt").write_text(sample["txt"])
+                (folder / f"{key}.json").write_text(json.dumps(described))
+        (tmp_path / f"tars/{shard:05d}_stats.json").write_text('{"count": 3}')
+        pq.write_table(pa.table({"url": ["x"]}), tmp_path / f"tars/{shard:05d}.parquet")
+    failed = {**rows[0], "jpg": None, "status": "failed_to_download", "error_message": "HTTP Error 404"}
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(pa.Table.from_pylist([*rows, failed]), tmp_path / "parquet/00000.parquet")
+    expected = [(row["caption"], row["jpg"]) for row in rows]
+    for name in ("tars", "files"):
+        source = open_source(tmp_path / name, 4)
+        assert contents(source) == expected
+        assert json.loads(read_all(source)[4].extra)["url"] == "http://x/000010001"
+    assert open_source(tmp_path / "tars", 4).parts == 2
+    *pairs, missing = read_all(open_source(tmp_path / "parquet", 4))
+    assert [pair.caption for pair in pairs] == [caption for caption, _ in expected]
+    assert missing == Filtered("not downloaded")
+
+
+def test_texts_and_interleaved_documents(tmp_path):
+    (tmp_path / "corpus.txt").write_bytes("\ufefffirst line\r\n\n  second\nthird".encode())
+    lines = read_all(open_source(tmp_path / "corpus.txt", 2))
+    assert [line.segments for line in lines] == [["first line"], ["  second"], ["third"]]
+    assert all(isinstance(line, RawText) for line in lines) and lines[1].source == "corpus.txt:3"
+    (tmp_path / "folder/deep").mkdir(parents=True)
+    (tmp_path / "folder/deep/a.txt").write_text("a whole\n\nfile\n")
+    (tmp_path / "folder/b.md").write_bytes(b"\xff")
+    texts = read_all(open_source(tmp_path / "folder", 2, "texts"))
+    assert texts[0].reason == "not UTF-8: byte 0 cannot be decoded" and texts[1].segments == ["a whole\n\nfile\n"]
+    segments = [{"text": "one"}, {"image": "0.png"}, {"text": "two"}, {"image": "1.png"}]
+    (tmp_path / "mixed.jsonl").write_text(
+        json.dumps({"segments": segments, "id": 5}) + '\n{"text": "alone", "id": 6}\n' + '{"segments": []}\n'
+        '{"segments": [{"text": "a", "image": "b"}]}\n{"segments": [{"text": " "}]}\n{"segments": [{"image": 4}]}\n'
+    )
+    document, text, *bad = read_all(open_source(tmp_path / "mixed.jsonl", 10))
+    assert document.texts == ["one", "two"] and document.kind == "interleaved" and document.extra == '{"id": 5}'
+    assert [segment.path for segment in document.pictures] == [str(tmp_path / f"{n}.png") for n in range(2)]
+    assert text.segments == ["alone"] and text.kind == "text" and text.extra == '{"id": 6}'
+    assert [entry.reason for entry in bad] == [
+        'field "segments" is empty, not a list of texts and pictures',
+        'segment 0 is no {"text": ...} and no {"image": ...}',
+        "empty text",
+        'segment 0: field "image" is int, not text',
+    ]
+    pq.write_table(pa.Table.from_pylist([{"segments": segments, "id": 5}]), tmp_path / "mixed.parquet")
+    (row,) = read_all(open_source(tmp_path / "mixed.parquet", 10))
+    assert row.segments == document.segments
+
+
+def test_columns_of_other_names(tmp_path):
+    (tmp_path / "odd.csv").write_text("URL,TEXT\n0.png,hello\n")
+    (pair,) = read_all(open_source(tmp_path / "odd.csv", 10, fields=Fields("URL", "TEXT")))
+    assert isinstance(pair, RawPair) and (pair.caption, pair.image) == ("hello", "0.png")
+    (bad,) = read_all(open_source(tmp_path / "odd.csv", 10))
+    assert bad.reason == 'field "image" is missing'
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_members_that_make_no_pair_are_named(tmp_path):
+    image = picture()
+    path = write_tar(
+        tmp_path / "x.tar",
+        [
+            ("../../etc/0.JPG", image), ("../../etc/0.TXT", b"upper case, and a name that leaves the folder"),
+            ("1.jpg", image),
+            ("2.txt", b"no picture"),
+            ("3.jpg", image), ("3.txt", b"\xff"),
+            ("4.jpg", image), ("4.jpg", image), ("4.txt", b"x"),
+            ("5.jpg", image), ("5.png", image), ("5.txt", b"x"),
+            ("6.jpg", image), ("6.json", b'{"caption": "from json", "w": 1}'), ("6.cls", b"7"),
+            ("7.jpg", image), ("7.json", b"[]"),
+            ("/abs/1.jpg", image), ("/abs/1.txt", b"absolute"),
+            ("1.jpg", image), ("1.txt", b"again"),
+            ("8.jpg", b""), ("8.txt", b"zero bytes"),
+            ("9.jpg", image), ("9.txt", b" \n"),
+        ],
+    )  # fmt: skip
+    entries = read_all(open_source(path, 10))
+    assert [(entry.source, entry.reason) for entry in entries if isinstance(entry, BadInput)] == [
+        ("x.tar/1", "no caption: 1 has no .txt and no .json with a caption"),
+        ("x.tar/2", "no picture among the members of 2"),
+        ("x.tar/3", "not UTF-8: byte 0 of 3.txt cannot be decoded"),
+        ("x.tar/4", "duplicate key: 4 has more than one .jpg"),
+        ("x.tar/5", "duplicate picture members: jpg, png of 5"),
+        ("x.tar/7", "not a JSON object but list"),
+        ("x.tar/1", "duplicate key: 1 stands in this tar before, apart from these members"),
+        ("x.tar/9", "empty caption"),
+    ]
+    assert [entry.caption for entry in entries if isinstance(entry, RawPair)] == [
+        "upper case, and a name that leaves the folder", "from json", "absolute", "zero bytes",
+    ]  # fmt: skip
+    assert len(entries) == 12
+    assert [entry.key for entry in entries] == [f"000000-{number:06d}" for number in range(12)]
+
+
+def test_a_truncated_or_damaged_tar_says_where(tmp_path):
+    members = [(f"{n}.{ending}", content) for n in range(4) for ending, content in (("png", picture(n)), ("txt", b"t"))]
+    whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    used = 8 * 1024  # each member: header and one block
+    for size, pairs, message in (
+        (used + 512, 4, ""),  # one block of zeros ends an archive
+        (used, 3, r"truncated or damaged tar in 3 at byte 8192: the end mark is missing"),
+        (used - 100, 3, r"truncated or damaged tar in 3 at byte \d+: .*"),
+        (5 * 1024 + 512 + 10, 2, r"truncated or damaged tar in 2 at byte \d+: .*"),
+        (5 * 1024 + 100, 2, r"truncated or damaged tar in 2 at byte \d+: .*"),
+    ):
+        path = tmp_path / "cut.tar"
+        path.write_bytes(whole[:size])
+        entries = read_all(open_source(path, 10))
+        assert sum(isinstance(entry, RawPair) for entry in entries) == pairs, size
+        assert len(entries) == pairs + bool(message), size
+        if message:
+            assert re.fullmatch(message, entries[-1].reason), entries[-1].reason
+    (tmp_path / "magic.tar").write_bytes(whole[: 4 * 1024] + b"\x01" * 512 + whole[4 * 1024 + 512 :])
+    *good, bad = read_all(open_source(tmp_path / "magic.tar", 10))
+    assert len(good) == 1 and bad.reason == "truncated or damaged tar in 1 at byte 4096: a header is damaged"
+    (tmp_path / "html.tar").write_bytes(b"<html>no such file</html>" * 100)
+    (bad,) = read_all(open_source(tmp_path / "html.tar", 10))
+    assert bad.reason.startswith("not a tar: ") and "begins with b'<html>no'" in bad.reason
+
+
+def test_damaged_tables_are_named(tmp_path):
+    (tmp_path / "bad.csv").write_bytes(
+        b'image,caption\n0.png,fine\n\n1.png,a\n2.png\n3.png,\xff\n4.png,one,two\n5.png,"x"y\n'
+    )
+    entries = read_all(open_source(tmp_path / "bad.csv", 2))
+    assert [getattr(entry, "reason", "") for entry in entries] == [
+        "",
+        "",
+        "not CSV: 1 fields, the header has 2",
+        "not UTF-8: byte 6 of the record cannot be decoded",
+        "not CSV: 3 fields, the header has 2",
+        "not CSV: ',' expected after '\"' (1 lines)",
+    ]
+    (tmp_path / "open.csv").write_text('image,caption\n0.png,"never closed\n1.png,x\n2.png,y\n')
+    (entry,) = read_all(open_source(tmp_path / "open.csv", 2))
+    assert entry.reason == "not CSV: unexpected end of data (3 lines)"
+    rows = [{"image": picture(n), "caption": "x" * 2000 + str(n)} for n in range(300)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "good.parquet", row_group_size=100, compression="none")
+    content = bytearray((tmp_path / "good.parquet").read_bytes())
+    (tmp_path / "cut.parquet").write_bytes(content[:5000])
+    (bad,) = read_all(open_source(tmp_path / "cut.parquet", 10))
+    assert bad.reason.startswith("damaged Parquet file: ")
+    group = pq.ParquetFile(tmp_path / "good.parquet").metadata.row_group(1).column(1)
+    content[group.data_page_offset : group.data_page_offset + 40] = b"\xff" * 40
+    (tmp_path / "hole.parquet").write_bytes(content)
+    entries = read_all(open_source(tmp_path / "hole.parquet", 50))
+    assert len(entries) == 300 and sum(isinstance(entry, BadInput) for entry in entries) == 100
+    assert entries[100].reason.startswith("damaged Parquet file: ") and entries[100].source == "hole.parquet:row 101"
+
+
+def test_what_there_is_to_read_is_checked_first(tmp_path):
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(ValueError, match=r"--format texts reads a folder, but --input .*a\.tar is a file"):
+        open_source(tmp_path / "a.tar", 4, "texts")
+    with pytest.raises(ValueError, match=r"holds no \.csv or \.tsv file, which --format csv reads"):
+        open_source(tmp_path, 4, "csv")
+    with pytest.raises(ValueError, match="give one folder, or files; these are 2 of which one is a folder"):
+        open_source([tmp_path, tmp_path / "a.tar"], 4)
+    with pytest.raises(ValueError, match=r"--part-size \(0\) must be at least 1"):
+        open_source(tmp_path, 0)
