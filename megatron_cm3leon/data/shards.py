@@ -140,6 +140,7 @@ class Corpus:
         self.documents: int = self._starts[-1]
         self.lengths = np.concatenate([index["tokens"] for index in self._indexes])
         """Tokens of each document, uint32."""
+        self._checked = np.zeros(self.documents // 8 + 1, np.uint8)  # one bit a document: its crc was compared
         self._maps: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
         self._map_limit = _raise_open_files(len(self.shards))
         if self.documents != self.manifest["documents"]:
@@ -164,12 +165,24 @@ class Corpus:
         shard, row, offset, tokens, crc = self._locate(number)
         ids = self._map(shard)[1][offset : offset + tokens * self.dtype.itemsize]
         if zlib.crc32(ids) != crc:
-            raise ValueError(
-                f"document {number} (row {row} of {self.folder / self.shards[shard]['name']}.tar) is damaged: its "
-                f"bytes do not match their crc32. Copy this shard again, or write the folder again with "
-                f"tools/preprocess_data.py --overwrite."
-            )
+            raise self._damaged(shard, row)
         return ids.view(self.dtype)
+
+    def read_many(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """Ids of documents `numbers` (int64), as `read`; the crc of each is compared the first time it is read."""
+        shards = np.searchsorted(self._starts, numbers, "right") - 1
+        rows = numbers - np.take(self._starts, shards)
+        bits = np.left_shift(1, numbers & 7).astype(np.uint8)
+        checked = (self._checked[numbers >> 3] & bits).tolist()
+        size, indexes, documents = self.dtype.itemsize, self._indexes, []
+        for shard, row, known in zip(shards.tolist(), rows.tolist(), checked, strict=True):
+            offset, tokens, crc = indexes[shard].item(row)
+            ids = self._map(shard)[1][offset : offset + tokens * size]
+            if not known and zlib.crc32(ids) != crc:
+                raise self._damaged(shard, row)
+            documents.append(ids.view(self.dtype))
+        np.bitwise_or.at(self._checked, numbers >> 3, bits)
+        return documents
 
     def metadata(self, columns: list[str] | None = None) -> pa.Table:
         """Metadata of all documents in their order; `columns` chooses among METADATA_SCHEMA's."""
@@ -196,6 +209,13 @@ class Corpus:
         shard = bisect_right(self._starts, number) - 1
         row = number - self._starts[shard]
         return (shard, row, *self._indexes[shard].item(row))
+
+    def _damaged(self, shard: int, row: int) -> ValueError:
+        return ValueError(
+            f"document {self._starts[shard] + row} (row {row} of {self.folder / self.shards[shard]['name']}.tar) is "
+            f"damaged: its bytes do not match their crc32. Copy this shard again, or write the folder again with "
+            f"tools/preprocess_data.py --overwrite."
+        )
 
     def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         mapped = self._maps.get(shard)

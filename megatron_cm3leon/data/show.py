@@ -43,11 +43,9 @@ class BlockPrinter:
             f"block {number}  epoch {block.epoch}  {len(block.tokens) - padding} tokens ({pictures} of pictures), "
             f"{padding} padding, {block.trimmed} trimmed, loss weight {block.weights[1:].sum():g}"
         ]
-        for role, corpus, numbers in (
-            ("retrieved", self.stream.samples.bank, block.retrieved),
-            ("query", self.stream.corpus, block.documents),
-        ):
-            for document in numbers.tolist():
+        for role, numbers in (("retrieved", block.retrieved), ("query", block.documents)):
+            for number in numbers.tolist():
+                corpus, document = self.stream.library.locate(number)
                 row = corpus.metadata_row(document)
                 picture = f" ({row['image']})" if row["image"] != row["source"] else ""
                 lines.append(_escape(f"  {role} {document}: {row['source']}{picture}"))

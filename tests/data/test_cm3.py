@@ -31,9 +31,10 @@ def apply(source, spans, length, weights=None):
 
 def mask(source, length, wanted, uniforms, cut, rotated=False, query_start=1):
     tokens, weights = np.full(length, PAD), np.zeros(length, np.float32)
-    trimmed = mask_block(
+    trimmed, filled = mask_block(
         np.array(source), np.ones(len(source)), query_start, wanted, rotated, uniforms, V, cut, tokens, weights
     )
+    assert (weights > 0).sum() == filled
     return tokens.tolist(), weights.tolist(), trimmed
 
 

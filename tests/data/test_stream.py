@@ -30,15 +30,15 @@ def make_stream(corpus, retrieval=True, packing="query", seq_length=64, **change
 
 def write_sample(stream, epoch, position):
     """A sample written out the long way: tokens, and which of them are of retrieved documents."""
-    lineup = stream.samples.line_up(epoch, np.array([position]))
+    lineup = stream.samples.line_up(np.array([epoch * stream.samples.span + position]))
     tokens, marks = [VOCABULARY.eos], [False]
     pairs = zip(lineup.retrieved[0], lineup.retrieved_image_first[0], strict=True)
     for number, image_first in pairs:
         if number >= 0:
-            ids = np.concatenate(turn_document(stream.corpus.read(number), image_first, VOCABULARY)).tolist()
+            ids = np.concatenate(turn_document(stream.library.read(number), image_first, VOCABULARY)).tolist()
             tokens += [*ids, VOCABULARY.break_id]
             marks += [True] * (len(ids) + 1)
-    query = stream.corpus.read(lineup.queries[0])
+    query = stream.library.read(lineup.queries[0])
     tokens += np.concatenate(turn_document(query, lineup.query_image_first[0], VOCABULARY)).tolist()
     tokens += [VOCABULARY.eos]
     return tokens, marks + [False] * (len(tokens) - len(marks))
@@ -73,7 +73,9 @@ def test_stream_packing_is_the_samples_in_order_nothing_skipped_or_repeated(corp
             tokens, retrieved = write_sample(stream, epoch, position)
             expected += tokens
             marks += retrieved
-        queries.append(sorted(stream.samples.line_up(epoch, np.arange(corpus.documents)).queries.tolist()))
+        queries.append(
+            sorted(stream.samples.line_up(epoch * corpus.documents + np.arange(corpus.documents)).queries.tolist())
+        )
     assert queries == [list(range(corpus.documents))] * 3
     count = len(expected) // 65
     blocks = stream.blocks(0, count)
@@ -87,7 +89,7 @@ def test_stream_packing_is_the_samples_in_order_nothing_skipped_or_repeated(corp
 
 
 def test_stream_packing_reaches_any_group_of_the_prefix_table(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_cm3leon.data.packing.GROUP", 8)
+    monkeypatch.setattr("megatron_cm3leon.data.prefix.GROUP", 8)
     corpus = write_shards(tmp_path, make_pairs(45, VOCABULARY), VOCABULARY)
     whole = make_stream(corpus, packing="stream").blocks(0, 150)
     for number in (149, 17, 60, 0, 148):
@@ -185,11 +187,11 @@ def test_a_picture_that_no_block_can_hold_is_refused(corpus):
 
 def test_retrieved_documents_are_drawn_from_the_table_row(corpus):
     stream = make_stream(corpus, retrieval__choice="uniform")
-    table = stream.neighbors.table
+    table = stream.sources[0].neighbors.table
     queries = np.arange(corpus.documents)
     counts = np.zeros(4)
     for epoch in range(20):
-        retrieved = stream.samples.choose_retrieved(epoch, queries)
+        retrieved = stream.samples.sources[0].choose_retrieved(epoch, queries)
         for query, row in zip(queries, retrieved, strict=True):
             present = row[row >= 0].tolist()
             ranks = sorted(table[query].tolist().index(number) for number in present)
@@ -197,7 +199,7 @@ def test_retrieved_documents_are_drawn_from_the_table_row(corpus):
             if (table[query] >= 0).sum() >= 3:
                 counts[len(present)] += 1
     assert (np.abs(counts / counts.sum() - 0.25) < 0.05).all()
-    fixed = make_stream(corpus).samples.choose_retrieved(0, queries)
+    fixed = make_stream(corpus).samples.sources[0].choose_retrieved(0, queries)
     assert ((fixed >= 0).sum(1) == np.minimum((table >= 0).sum(1), 3)).all()
 
 
