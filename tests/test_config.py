@@ -43,7 +43,11 @@ def test_every_field_is_documented_and_has_a_default():
         (["model.layers=0"], 1, "model.layers (0) must be at least 1."),
         (["cm3.probability=1.5"], 1, "cm3.probability (1.5) must be between 0 and 1."),
         (["optimizer.learning_rate=nan"], 1, "optimizer.learning_rate (nan) must be at least 0."),
-        (["data.packing=tight"], 1, "data.packing ('tight') must be one of: query, stream."),
+        (
+            ["data.packing=tight"],
+            1,
+            "data.packing ('tight') must be one of: query, stream, stream_whole_images, documents.",
+        ),
         (["model.hidden_size=100"], 1, "must be divisible by model.heads (16)"),
         (["parallel.tensor=3"], 3, "parallel.tensor (3) must divide model.heads (16); use one of [1, 2, 4, 8, 16]."),
         (["parallel.pipeline=5"], 5, "parallel.pipeline (5) must divide model.layers (24)"),

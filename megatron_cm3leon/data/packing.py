@@ -161,8 +161,9 @@ class StreamPacking:
         """The group in which block `number` begins."""
         return self._group(number * self.length).anchor
 
-    def _measure(self, first: int, last: int) -> int:
-        return int(self.samples.lengths(np.arange(first, last)).sum())
+    def _measure(self, starts: list[int]) -> list[int]:
+        lengths = self.samples.lengths(np.arange(starts[0], starts[-1]))
+        return np.add.reduceat(lengths, np.array(starts[:-1]) - starts[0]).tolist()
 
     def _lay_out(self, numbers: np.ndarray, starts: list[int], ends: list[int]) -> Layout:
         """Layout of blocks that hold tokens starts..ends-1 of the whole stream, at most `length` each."""
@@ -237,6 +238,12 @@ def _between(ends: np.ndarray, starts: np.ndarray, firsts: np.ndarray, lasts: np
 
 class WholeImagesPacking(StreamPacking):
     """As stream, but no block begins inside a picture."""
+
+    @property
+    def max_growth(self) -> int:
+        """As under stream; negative where a picture is longer than a block."""
+        needed = self.samples.library.vocabulary.image_tokens + 4
+        return self.length - 1 if self.length >= needed else self.length - needed
 
     def lay_out(self, numbers: np.ndarray, growth: np.ndarray) -> Layout:
         """Layout of blocks `numbers` (int64); `growth` is not needed."""

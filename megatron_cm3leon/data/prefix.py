@@ -15,7 +15,9 @@ import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ GROUP = 4096
 _WALK = 64
 """Groups measured from an anchor before a table is built instead."""
 _ANCHORS_KEPT, _TABLES_KEPT = 1024, 4
+_THREADS, _TOGETHER = 8, 4
 
 
 @dataclass(frozen=True, order=True)
@@ -39,8 +42,8 @@ class Anchor:
 class Prefix:
     """Units of the groups of a stream whose spans have `span` samples each."""
 
-    def __init__(self, span: int, measure: Callable[[int, int], int], span_units: int | None = None) -> None:
-        """`measure(first, last)` counts the units of samples first..last-1, which are a group.
+    def __init__(self, span: int, measure: Callable[[list[int]], list[int]], span_units: int | None = None) -> None:
+        """`measure([first, .., last])` counts the units of consecutive groups, given their first samples.
 
         `span_units`: units of every span, where they are all the same.
         """
@@ -93,7 +96,7 @@ class Prefix:
     def _walk(self, anchor: Anchor, unit: int) -> Anchor | None:
         """Measure groups from an anchor on; None where the unit is beyond _WALK of them."""
         for _ in range(_WALK):
-            end = anchor.start + self.measure(*self.samples(anchor.span, anchor.group))
+            end = anchor.start + self.measure([*self.samples(anchor.span, anchor.group)])[0]
             if unit < end:
                 return anchor
             last = anchor.group == self.groups - 1
@@ -110,8 +113,12 @@ class Prefix:
 
     def _build(self, span: int) -> np.ndarray:
         """Units before each group of a span, and those of the span; int64 [groups + 1]."""
-        sizes = [self.measure(*self.samples(span, group)) for group in range(self.groups)]
-        table = np.cumsum([0, *sizes], dtype=np.int64)
+        first, last = span * self.span, (span + 1) * self.span
+        starts = [*range(first, last, GROUP), last]
+        parts = [starts[place : place + _TOGETHER + 1] for place in range(0, self.groups, _TOGETHER)]
+        threads = min(_THREADS, len(os.sched_getaffinity(0)))  # numpy computes without the interpreter's lock
+        with ThreadPoolExecutor(threads) as pool:
+            table = np.cumsum([0, *chain.from_iterable(pool.map(self.measure, parts))], dtype=np.int64)
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f".{self.name}-{span:06d}.{os.getpid()}.tmp"

@@ -54,6 +54,7 @@ class Samples:
         image_first_probability: float = 0.5,
     ) -> None:  # fmt: skip
         """`documents` retrieved documents stand in front of the query of a source that has neighbours."""
+        self.seed = seed
         first = sources[0].corpus
         for source in sources[1:]:
             check_same_vocabulary(first.vocabulary, source.corpus.vocabulary, f"the shards at {source.corpus.folder}")

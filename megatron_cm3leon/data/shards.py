@@ -18,7 +18,6 @@ import os
 import resource
 import tarfile
 import zlib
-from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -136,8 +135,8 @@ class Corpus:
         self.shards = self.manifest["shards"]
         self.dtype = self.vocabulary.dtype.newbyteorder("<")
         self._indexes = [self._load_index(entry) for entry in self.shards]
-        self._starts = np.cumsum([0] + [len(index) for index in self._indexes]).tolist()
-        self.documents: int = self._starts[-1]
+        self._starts = np.cumsum([0] + [len(index) for index in self._indexes])
+        self.documents = int(self._starts[-1])
         self.lengths = np.concatenate([index["tokens"] for index in self._indexes])
         """Tokens of each document, uint32."""
         self._checked = np.zeros(self.documents // 8 + 1, np.uint8)  # one bit a document: its crc was compared
@@ -170,17 +169,14 @@ class Corpus:
 
     def read_many(self, numbers: np.ndarray) -> list[np.ndarray]:
         """Ids of documents `numbers` (int64), as `read`; the crc of each is compared the first time it is read."""
-        shards = np.searchsorted(self._starts, numbers, "right") - 1
-        rows = numbers - np.take(self._starts, shards)
         bits = np.left_shift(1, numbers & 7).astype(np.uint8)
         checked = (self._checked[numbers >> 3] & bits).tolist()
-        size, indexes, documents = self.dtype.itemsize, self._indexes, []
-        for shard, row, known in zip(shards.tolist(), rows.tolist(), checked, strict=True):
-            offset, tokens, crc = indexes[shard].item(row)
-            ids = self._map(shard)[1][offset : offset + tokens * size]
+        size, dtype, documents = self.dtype.itemsize, self.dtype, []
+        for (shard, row, offset, tokens, crc), known in zip(self._locate_many(numbers), checked, strict=True):
+            ids = (self._maps.get(shard) or self._map(shard))[1][offset : offset + tokens * size]
             if not known and zlib.crc32(ids) != crc:
                 raise self._damaged(shard, row)
-            documents.append(ids.view(self.dtype))
+            documents.append(ids.view(dtype))
         np.bitwise_or.at(self._checked, numbers >> 3, bits)
         return documents
 
@@ -195,19 +191,28 @@ class Corpus:
         path = self.folder / f"{self.shards[shard]['name']}.parquet"
         return pq.read_table(path, memory_map=True).slice(row, 1).to_pylist()[0]
 
-    def prefetch(self, numbers) -> None:
-        """Ask the kernel to read documents ahead; a hint that changes nothing else."""
-        for number in numbers:
-            shard, _, offset, tokens, _ = self._locate(number)
+    def prefetch(self, numbers: np.ndarray) -> None:
+        """Ask the kernel to read documents (int64) ahead; a hint that changes nothing else."""
+        size = self.dtype.itemsize
+        for shard, _, offset, tokens, _ in self._locate_many(numbers):
             start = offset & -4096
-            length = offset - start + tokens * self.dtype.itemsize
-            self._map(shard)[0].madvise(mmap.MADV_WILLNEED, start, length)
+            mapped = self._maps.get(shard) or self._map(shard)
+            mapped[0].madvise(mmap.MADV_WILLNEED, start, offset - start + tokens * size)
+
+    def _locate_many(self, numbers: np.ndarray) -> list[tuple[int, int, int, int, int]]:
+        """`_locate` of many documents, which exist."""
+        shards = np.searchsorted(self._starts, numbers, "right") - 1
+        rows = numbers - self._starts[shards]
+        indexes = self._indexes
+        return [
+            (shard, row, *indexes[shard].item(row)) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)
+        ]
 
     def _locate(self, number: int) -> tuple[int, int, int, int, int]:
         if not 0 <= number < self.documents:
             raise IndexError(f"document {number} is outside 0..{self.documents - 1} of {self.folder}")
-        shard = bisect_right(self._starts, number) - 1
-        row = number - self._starts[shard]
+        shard = int(np.searchsorted(self._starts, number, "right")) - 1
+        row = number - int(self._starts[shard])
         return (shard, row, *self._indexes[shard].item(row))
 
     def _damaged(self, shard: int, row: int) -> ValueError:

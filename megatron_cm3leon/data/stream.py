@@ -8,12 +8,15 @@ Batch b is blocks [b * G, (b + 1) * G), G = train.global_batch_size; epochs foll
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_cm3leon.config import Config
+from megatron_cm3leon.config_fields import SourceConfig
+from megatron_cm3leon.data.best_fit import DocumentsPacking
 from megatron_cm3leon.data.cm3 import TOKENS_PER_SPAN, MaskDraws, SpanSampler, mask_block
 from megatron_cm3leon.data.layout import Layout, write_layout
 from megatron_cm3leon.data.packing import QueryPacking, StreamPacking, WholeImagesPacking
@@ -22,7 +25,12 @@ from megatron_cm3leon.data.shards import Corpus, open_shards
 
 STREAM_VERSION = 1
 """Part of the fingerprint; raised by any change of the code that changes a block."""
-PACKINGS = {"query": QueryPacking, "stream": StreamPacking, "stream_whole_images": WholeImagesPacking}
+PACKINGS = {
+    "query": QueryPacking,
+    "stream": StreamPacking,
+    "stream_whole_images": WholeImagesPacking,
+    "documents": DocumentsPacking,
+}
 _OF_PADDING = np.array([0, -1], np.float32)  # loss weight, number of the sample
 
 
@@ -308,17 +316,27 @@ def build_stream(config: Config, train: bool = True, retrieval: bool = True) -> 
 
     `retrieval=False` leaves retrieved documents out, whatever the config says.
     """
-    section = "data" if train else "validation"
-    folder = getattr(config, section).shards
-    if not folder:
+    if train:
+        described = config.data.sources or [SourceConfig(shards=config.data.shards, index=config.retrieval.index)]
+    else:
+        described = [SourceConfig(shards=config.validation.shards, index=config.validation.index)]
+    if not described[0].shards:
+        section = "data" if train else "validation"
         raise ValueError(
             f"{section}.shards is empty; give the folder of shards that tools/preprocess_data.py wrote "
             f"({section}.shards=...)."
         )
-    corpus = open_shards(folder)
-    index = config.retrieval.index if train else config.validation.index
-    if not (retrieval and index and config.retrieval.documents):
-        return Stream(config, corpus)
+    stream = Stream(config, [_open_source(source, retrieval and config.retrieval.documents) for source in described])
+    output = Path(config.output)
+    if train and output.is_dir() and os.access(output, os.W_OK):
+        stream.keep_tables(output / "stream")
+    return stream
+
+
+def _open_source(source: SourceConfig, retrieval: bool) -> DataSource:
+    corpus = open_shards(source.shards)
+    if not (retrieval and source.index):
+        return DataSource(corpus, weight=source.weight)
     from megatron_cm3leon.retrieval.neighbors import load_neighbors  # only where there is an index
 
-    return Stream(config, corpus, load_neighbors(index, corpus))
+    return DataSource(corpus, load_neighbors(source.index, corpus), source.weight)
