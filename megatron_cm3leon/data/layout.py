@@ -97,12 +97,13 @@ def _pieces(layout: Layout, ids: np.ndarray, vocabulary: Vocabulary) -> tuple[np
     sources = np.concatenate([firsts[straight], middle[turned] + 1, firsts[turned]])
     counts = np.concatenate([lengths[straight], behind, before])
     targets = np.concatenate([places[straight], places[turned], places[turned] + behind + 1])
-    base = bases[np.concatenate([straight, turned, turned])]
+    owners = np.concatenate([straight, turned, turned])
+    base, room = bases[owners], layout.filled[layout.rows[owners]]
     heads = np.maximum(-targets, 0)
-    starts, stops = targets + heads, np.minimum(targets + counts, layout.length)
+    starts, stops = targets + heads, np.minimum(targets + counts, room)
     inside = np.flatnonzero(stops > starts)
     new_breaks = places[turned] + behind
-    visible = (new_breaks >= 0) & (new_breaks < layout.length)
+    visible = (new_breaks >= 0) & (new_breaks < layout.filled[layout.rows[turned]])
     return (
         (base + starts)[inside],
         (base + stops)[inside],
