@@ -39,16 +39,18 @@ class BlockPrinter:
         block = self.stream.block(number)
         padding = int((block.tokens == self.vocabulary.pad).sum())
         pictures = int(self.vocabulary.is_image(block.tokens).sum())
+        spans = int((block.tokens == self.vocabulary.eoss).sum())
         lines = [
             f"block {number}  epoch {block.epoch}  {len(block.tokens) - padding} tokens ({pictures} of pictures), "
-            f"{padding} padding, {block.trimmed} trimmed, loss weight {block.weights[1:].sum():g}"
+            f"{padding} padding, {block.trimmed} trimmed, {spans} spans moved, loss weight {block.weights[1:].sum():g}"
         ]
         for role, numbers in (("retrieved", block.retrieved), ("query", block.documents)):
             for number in numbers.tolist():
                 corpus, document = self.stream.library.locate(number)
                 row = corpus.metadata_row(document)
                 picture = f" ({row['image']})" if row["image"] != row["source"] else ""
-                lines.append(_escape(f"  {role} {document}: {row['source']}{picture}"))
+                shards = f" of {corpus.folder}" if len(self.stream.library.corpora) > 1 else ""
+                lines.append(_escape(f"  {role} {document}{shards}: {row['source']}{picture}"))
         return "\n".join([*lines, self.show_tokens(block.tokens, block.weights)])
 
     def show_tokens(self, tokens: np.ndarray, weights: np.ndarray) -> str:

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from megatron_cm3leon.config import Config
+from megatron_cm3leon.config import Config, load_config, save_config
 from megatron_cm3leon.data.samples import turn_document
 from megatron_cm3leon.data.stream import Stream, build_stream, number_samples, positions_in_samples
 from tests.data.corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
@@ -265,3 +265,44 @@ def test_moved_spans_stay_with_their_sample(corpus):
         kept = np.setdiff1d(np.arange(len(block.tokens)), unseen)
         assert np.array_equal(block.weights[kept], other.weights[kept])
     assert several > 5
+
+
+def test_loss_weights_of_modalities_and_sentinels(corpus):
+    """CM3 (2201.07520, A.1) gives sentinels no loss; the ends of spans keep theirs."""
+    settings = {"packing": "stream", "retrieval__loss_weight": 0.5, "cm3__min_spans": 1}
+    plain = make_stream(corpus, **settings).blocks(0, 40)
+    factors = {"data__text_loss_weight": 2.0, "data__image_loss_weight": 0.25, "cm3__sentinel_loss_weight": 0.0}
+    weighted = make_stream(corpus, **settings, **factors).blocks(0, 40)
+    sentinels = 0
+    for block, other in zip(plain, weighted, strict=True):
+        tokens = block.tokens
+        assert np.array_equal(tokens, other.tokens)
+        expected = (
+            block.weights * np.where(tokens < 100, 2.0, 1.0) * np.where((tokens >= 100) & (tokens < 132), 0.25, 1)
+        )
+        places = (tokens >= VOCABULARY.sentinel(0)) & (tokens < VOCABULARY.sentinel(0) + VOCABULARY.sentinels)
+        expected[places] = 0
+        sentinels += places.sum()
+        assert np.allclose(other.weights, expected)
+        assert {0.5, 1.0} >= set(block.weights.tolist())
+    assert sentinels >= 70
+
+
+def test_sources_of_a_config_are_opened_with_their_weights(corpus, tmp_path):
+    other = write_shards(tmp_path / "texts", [[1, 2, 3], [4, 5]], VOCABULARY)
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"output: {tmp_path}\ndata:\n  seq_length: 64\n  sources:\n  - {{shards: {corpus.folder}, weight: 0.9}}\n"
+        f"  - {{shards: {other.folder}, weight: 0.1}}\n"
+    )
+    config = load_config(path)
+    config.validate()
+    stream = build_stream(config)
+    assert [source.corpus.folder.name for source in stream.sources] == ["shards", "texts"]
+    assert stream.samples.mixture.weights == [9, 1]
+    save_config(config, tmp_path / "again.yaml")
+    assert build_stream(load_config(tmp_path / "again.yaml")).fingerprint == stream.fingerprint
+    strange = write_shards(tmp_path / "strange", [[1, 2, 3]], make_vocabulary(text=90))
+    config.data.sources[1].shards = str(strange.folder)
+    with pytest.raises(ValueError, match=r"vocabulary.*strange|strange.*vocabulary"):
+        build_stream(config)
