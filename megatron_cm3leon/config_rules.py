@@ -95,6 +95,7 @@ def check_config(config: "Config", world_size: int | None) -> None:
     _check_choices(config)
     _check_ranges(config)
     _check_sources(config)
+    _check_masking(config)
     _check_family(config)
     _check_layout(config)
     _check_engine(config)
@@ -143,6 +144,12 @@ def _check_sources(config: "Config") -> None:
             raise ValueError(
                 f"data.sources[{number}].weight ({source.weight}) must be above 0; leave out a source without a share."
             )
+
+
+def _check_masking(config: "Config") -> None:
+    least, most = config.cm3.min_spans, config.cm3.max_spans
+    if least > most:
+        raise ValueError(f"cm3.min_spans ({least}) must be at most cm3.max_spans ({most}); change one of them.")
 
 
 def _check_family(config: "Config") -> None:

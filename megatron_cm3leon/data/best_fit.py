@@ -65,7 +65,8 @@ def pack_window(lengths: np.ndarray, room: int) -> list[list[int]]:
     """The better of best fit and in order; of equals, in order."""
     items = lengths.tolist()
     ordered = pack_in_order(items, room)
-    if len(ordered) == -(-sum(items) // room):
+    fewest = max(-(-sum(items) // room), -(-len(items) // (room // min(items))))
+    if len(ordered) == fewest:
         return ordered
     fitted = pack_best_fit(items, room)
     return fitted if len(fitted) < len(ordered) else ordered
