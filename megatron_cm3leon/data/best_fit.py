@@ -1,10 +1,10 @@
 """packing=documents: whole samples, best fit within windows of consecutive samples.
 
-A window is a group of the prefix table (4,096 samples). Its samples, longest first, each go into the fullest block that
-still has room; where that takes no fewer blocks than filling them in the order of the samples, the order is kept. A
-window's blocks then stand in a random order of their own, and a block's samples in the order of the stream. What a
-sample longer than a block loses is what packing=query would cut: the head of its retrieved documents, then text of the
-query, which is counted.
+A window is a group of the prefix table (4,096 samples). Its samples go into blocks in the best of three ways: in their
+order; longest first, each into the fullest block that still has room; in their order, but each block closed with the
+sample that fits best. A window's blocks then stand in a random order of their own, and a block's samples in the order
+of the stream. What a sample longer than a block loses is what packing=query would cut: the head of its retrieved
+documents, then text of the query, which is counted.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -61,15 +61,54 @@ def pack_best_fit(lengths: list[int], room: int) -> list[list[int]]:
     return [each for bins in by_room.values() for each in bins]
 
 
+def pack_closing(lengths: list[int], room: int) -> list[list[int]]:
+    """Bins of at most `room`, filled in order, but each closed with the item that fits best of all that are left.
+
+    Where many samples go into a block and their lengths differ little, longest first leaves the same rest in every
+    block; this leaves almost none.
+    """
+    by_size: dict[int, list[int]] = {}
+    for item in range(len(lengths) - 1, -1, -1):
+        by_size.setdefault(lengths[item], []).append(item)  # the first in order is taken first
+    sizes, used = sorted(by_size), [False] * len(lengths)
+    bins: list[list[int]] = []
+    following = done = 0
+
+    def take(size: int) -> int:
+        nonlocal done
+        items = by_size[size]
+        item = items.pop()
+        if not items:
+            del by_size[size], sizes[bisect_left(sizes, size)]
+        used[item], done = True, done + 1
+        return item
+
+    while done < len(lengths):
+        left, taken = room, []
+        while sizes and left >= sizes[0]:
+            while used[following]:
+                following += 1
+            size = lengths[following]
+            if left <= sizes[-1]:  # the last one: the longest that fits
+                size = sizes[bisect_right(sizes, left) - 1]
+            elif left - size < sizes[0] <= left - sizes[0]:  # leaves room for one more
+                size = sizes[bisect_right(sizes, left - sizes[0]) - 1]
+            elif size > left:
+                size = sizes[bisect_right(sizes, left) - 1]
+            taken.append(take(size))
+            left -= size
+        bins.append(taken)
+    return bins
+
+
 def pack_window(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """The better of best fit and in order; of equals, in order."""
+    """The fewest bins that any of the three ways finds; of equals, those of the first."""
     items = lengths.tolist()
     ordered = pack_in_order(items, room)
     fewest = max(-(-sum(items) // room), -(-len(items) // (room // min(items))))
     if len(ordered) == fewest:
         return ordered
-    fitted = pack_best_fit(items, room)
-    return fitted if len(fitted) < len(ordered) else ordered
+    return min(ordered, pack_best_fit(items, room), pack_closing(items, room), key=len)
 
 
 class DocumentsPacking:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_cm3leon.config import Config
-from megatron_cm3leon.data.best_fit import pack_best_fit, pack_in_order, pack_window
+from megatron_cm3leon.data.best_fit import pack_best_fit, pack_closing, pack_in_order, pack_window
 from megatron_cm3leon.data.samples import DataSource
 from megatron_cm3leon.data.stream import Stream, number_samples
 from tests.data.corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
@@ -125,6 +125,7 @@ def test_best_fit_by_hand():
     assert pack_in_order([5, 2, 4], 6) == [[0], [1, 2]]
     fitted = pack_best_fit([4, 3, 3, 2, 6, 1], 6)
     assert sorted(sorted(items) for items in fitted) == [[0, 3], [1, 2], [4], [5]]
+    assert pack_closing([4, 4, 3, 5, 2, 5], 9) == [[0, 3], [1, 5], [2, 4]]
     assert sorted(map(sorted, pack_window(np.array([4, 5, 2, 1]), 6))) == [[0, 2], [1, 3]]
 
 
