@@ -213,16 +213,18 @@ class DistantCorpus(Corpus):
 
     delay = 0.001
 
-    def prefetch(self, numbers) -> None:
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.due: dict[int, float] = {}
+
+    def prefetch(self, numbers: np.ndarray) -> None:
         super().prefetch(numbers)
-        now = time.perf_counter()
-        self.due = getattr(self, "due", {}) | {int(number): now + self.delay for number in numbers}
+        due = time.perf_counter() + self.delay
+        self.due |= dict.fromkeys(numbers.tolist(), due)
 
     def read_many(self, numbers: np.ndarray) -> list[np.ndarray]:
-        due = getattr(self, "due", {})
         for number in numbers.tolist():
-            left = due.pop(number, None)
-            wait = self.delay if left is None else left - time.perf_counter()
+            wait = self.due.pop(number, time.perf_counter() + self.delay) - time.perf_counter()
             if wait > 0:
                 time.sleep(wait)
         return super().read_many(numbers)

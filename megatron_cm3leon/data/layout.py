@@ -56,8 +56,8 @@ def write_layout(layout: Layout, library: Library, out: np.ndarray) -> None:
     vocabulary = library.vocabulary
     flat_out = out.reshape(-1)
     if len(layout.documents):
-        ids = _read(layout, library)
-        starts, stops, sources, breaks = _pieces(layout, ids, vocabulary)
+        ids, which = _read(layout, library)
+        starts, stops, sources, breaks = _pieces(layout, ids, which, vocabulary)
         for start, stop, source in zip(starts.tolist(), stops.tolist(), sources.tolist(), strict=True):
             flat_out[start:stop] = ids[source : source + stop - start]
         flat_out[breaks] = vocabulary.break_id
@@ -65,32 +65,41 @@ def write_layout(layout: Layout, library: Library, out: np.ndarray) -> None:
     flat_out[layout.eos] = vocabulary.eos
 
 
-def _read(layout: Layout, library: Library) -> np.ndarray:
-    """All documents one behind the other; those planned shorter than they are lose text."""
-    documents = library.read_many(layout.documents)
-    short = np.flatnonzero(layout.lengths < library.lengths[layout.documents])
-    for place in short.tolist():
-        documents[place] = shorten_document(documents[place], int(layout.lengths[place]), library.vocabulary)
-    return np.concatenate(documents)
+def _read(layout: Layout, library: Library) -> tuple[np.ndarray, np.ndarray]:
+    """All documents one behind the other, and which of them each of the layout's is.
+
+    Those planned shorter than they are lose text. One that goes on in the next block is read once.
+    """
+    documents, lengths = layout.documents, layout.lengths
+    first = np.ones(len(documents), bool)
+    first[1:] = (documents[1:] != documents[:-1]) | (lengths[1:] != lengths[:-1])
+    numbers, planned = documents[first], lengths[first]
+    read = library.read_many(numbers)
+    for place in np.flatnonzero(planned < library.lengths[numbers]).tolist():
+        read[place] = shorten_document(read[place], int(planned[place]), library.vocabulary)
+    return np.concatenate(read), np.cumsum(first) - 1
 
 
-def _pieces(layout: Layout, ids: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, ...]:
+def _pieces(layout: Layout, ids: np.ndarray, which: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, ...]:
     """What to copy, as starts and stops in the blocks (row * length + place) and starts in `ids`, the documents.
 
     A pair that is turned round is two pieces; the last array says where its <break> stands then.
     """
     lengths, places = layout.lengths, layout.places
-    ends = np.cumsum(lengths)
-    firsts = ends - lengths
+    sizes = np.empty(which[-1] + 1, np.int64)
+    sizes[which] = lengths
+    ends = np.cumsum(sizes)
+    firsts = ends - sizes
     breaks = np.flatnonzero(ids == vocabulary.break_id)
     owners = np.searchsorted(firsts, breaks, "right") - 1
     middle = firsts.copy()
     middle[owners] = breaks  # of a document with one <break>: where it is
     image_before = (middle > firsts) & vocabulary.is_image(ids[firsts])
     image_behind = (middle < ends - 1) & vocabulary.is_image(ids[ends - 1])
-    pair = np.bincount(owners, minlength=len(lengths)) == 1
-    turned = pair & (image_before != image_behind) & (image_before != layout.image_first)
+    pair = (np.bincount(owners, minlength=len(sizes)) == 1) & (image_before != image_behind)
+    turned = pair[which] & (image_before[which] != layout.image_first)
     straight, turned = np.flatnonzero(~turned), np.flatnonzero(turned)
+    firsts, middle, ends = firsts[which], middle[which], ends[which]
     before, behind = middle[turned] - firsts[turned], ends[turned] - middle[turned] - 1
 
     bases = layout.rows * layout.length

@@ -127,7 +127,7 @@ class Stream:
 
     def prefetch(self, plan: Plan) -> None:
         """Ask for the documents of a plan ahead of `fill`."""
-        self.library.prefetch(plan.layout.documents)
+        self.library.prefetch(np.unique(plan.layout.documents))
 
     def fill(self, plan: Plan) -> Blocks:
         """Read the documents of a plan and mask the blocks."""
