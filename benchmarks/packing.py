@@ -97,6 +97,9 @@ def measure_seek(options: argparse.Namespace) -> None:
         resumed.resume(cursor)
         plan = timed("the same batch from a checkpoint's cursor", lambda: resumed.plan(np.array([last])))
         assert np.array_equal(plan.layout.documents, stream.plan(np.array([last])).layout.documents)
+    far = make_stream(corpus, options.neighbors)
+    far.resume({"start": 200 * tokens, "span": 200, "group": 0})  # a made-up place: counting would take 200 tables
+    timed("a batch of epoch 200 from a cursor", lambda: far.plan(np.array([200 * tokens // 4097 + 2048])))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"\npeak memory {peak:.2f} GB, of which lengths {corpus.lengths.nbytes / 1e9:.2f} GB")
 

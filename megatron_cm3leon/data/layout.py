@@ -74,10 +74,14 @@ def _read(layout: Layout, library: Library) -> tuple[np.ndarray, np.ndarray]:
     first = np.ones(len(documents), bool)
     first[1:] = (documents[1:] != documents[:-1]) | (lengths[1:] != lengths[:-1])
     numbers, planned = documents[first], lengths[first]
-    read = library.read_many(numbers)
-    for place in np.flatnonzero(planned < library.lengths[numbers]).tolist():
-        read[place] = shorten_document(read[place], int(planned[place]), library.vocabulary)
-    return np.concatenate(read), np.cumsum(first) - 1
+    ids, lengths = library.read_many(numbers), library.lengths[numbers]
+    short = np.flatnonzero(planned < lengths)
+    if len(short):
+        parts = np.split(ids, np.cumsum(lengths, dtype=np.int64)[:-1])
+        for place in short.tolist():
+            parts[place] = shorten_document(parts[place], int(planned[place]), library.vocabulary)
+        ids = np.concatenate(parts)
+    return ids, np.cumsum(first) - 1
 
 
 def _pieces(layout: Layout, ids: np.ndarray, which: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, ...]:

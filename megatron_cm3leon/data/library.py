@@ -34,15 +34,14 @@ class Library:
         corpus, own = self.locate(number)
         return corpus.read(own)
 
-    def read_many(self, numbers: np.ndarray) -> list[np.ndarray]:
-        """Ids of documents, in order, as Corpus.read_many."""
-        if len(self.corpora) == 1:
-            return self.corpora[0].read_many(numbers)
-        result: list[np.ndarray] = [None] * len(numbers)
+    def read_many(self, numbers: np.ndarray) -> np.ndarray:
+        """Ids of documents, one behind the other, as Corpus.read_into."""
+        lengths = self.lengths[numbers].astype(np.int64)
+        ends = np.cumsum(lengths)
+        out = np.empty(ends[-1], self.vocabulary.dtype)
         for corpus, rows, own in self._by_corpus(numbers):
-            for row, ids in zip(rows.tolist(), corpus.read_many(own), strict=True):
-                result[row] = ids
-        return result
+            corpus.read_into(own, out, (ends - lengths)[rows])
+        return out
 
     def prefetch(self, numbers: np.ndarray) -> None:
         """Ask for documents that will be read soon, as Corpus.prefetch."""
@@ -51,6 +50,9 @@ class Library:
 
     def _by_corpus(self, numbers: np.ndarray):
         """Each corpus with its places in `numbers` and its own numbers of those documents."""
+        if len(self.corpora) == 1:
+            yield self.corpora[0], slice(None), numbers
+            return
         places = np.searchsorted(self.starts, numbers, "right") - 1
         for place in np.unique(places).tolist():
             rows = np.flatnonzero(places == place)
