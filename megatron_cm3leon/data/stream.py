@@ -242,7 +242,7 @@ class Stream:
         """Where block `number` stands, for a checkpoint: with it, `resume` costs the same at any step."""
         if not self.packing.prefix:
             return {}
-        return asdict(self.packing.anchor(number))
+        return dict(vars(self.packing.anchor(number)))
 
     def resume(self, cursor: dict) -> None:
         """Take up a cursor of this stream (of the same fingerprint)."""
