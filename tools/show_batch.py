@@ -8,12 +8,18 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from megatron_cm3leon.cli import run_tool
 from megatron_cm3leon.config import load_config
 from megatron_cm3leon.data.history import find_batch, read_history
-from megatron_cm3leon.data.show import BlockPrinter
-from megatron_cm3leon.data.stream import build_stream
+from megatron_cm3leon.data.show import BlockPrinter, find_pictures
+from megatron_cm3leon.data.stream import Stream, build_stream
 from megatron_cm3leon.data.waste import describe_waste
+from megatron_cm3leon.generation.sheet import draw_contact_sheet
+from megatron_cm3leon.tokenizers.folder import Tokenizers
+from megatron_cm3leon.tokenizers.pixels import from_pixels
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
 
@@ -32,16 +38,30 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="instead of tokens, count padding, trimmed tokens and whole queries in this many blocks from the batch on",
     )  # fmt: skip
     parser.add_argument("--tokenizer", help="tokenizer folder that turns text ids into text; without it ids are shown")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FILE", help="also draw the whole pictures of these blocks; needs --tokenizer"
+    )
     parser.add_argument("--validation", action="store_true", help="print the validation data's batch")
     return parser.parse_intermixed_args(arguments)
 
 
-def load_text(folder: str, vocabulary: Vocabulary):
-    """The text tokenizer of a folder, whose vocabulary has to be the stream's."""
-    from megatron_cm3leon.tokenizers.text import TextTokenizer
-
+def load_tokenizers(folder: str, vocabulary: Vocabulary) -> Tokenizers:
+    """The tokenizers of a folder, whose vocabulary has to be the stream's."""
     check_same_vocabulary(vocabulary, Vocabulary.load(folder), f"--tokenizer {folder}")
-    return TextTokenizer.load(Path(folder) / "text.model")
+    return Tokenizers.load(folder)
+
+
+def draw_pictures(stream: Stream, numbers: range, tokenizers: Tokenizers, path: Path) -> int:
+    """Decode the whole pictures of some blocks into one file; how many there were."""
+    found = [
+        (f"block {number}, token {place}", codes)
+        for number in numbers
+        for place, codes in find_pictures(stream.block(number).tokens, stream.vocabulary)
+    ]
+    if found:
+        pixels = tokenizers.image.decode(torch.from_numpy(np.stack([codes for _, codes in found])))
+        draw_contact_sheet([from_pixels(each) for each in pixels], [label for label, _ in found]).save(path)
+    return len(found)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,8 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(describe_waste(stream, first, args.report))
         return 0
     count = min(args.blocks or total, total)
-    text = load_text(args.tokenizer, stream.vocabulary) if args.tokenizer else None
-    printer = BlockPrinter(stream, text, colour=sys.stdout.isatty())
+    if args.pictures and not args.tokenizer:
+        raise ValueError("--pictures needs --tokenizer, the folder that decodes them.")
+    tokenizers = load_tokenizers(args.tokenizer, stream.vocabulary) if args.tokenizer else None
+    printer = BlockPrinter(stream, tokenizers and tokenizers.text, colour=sys.stdout.isatty())
     note = "" if args.validation else describe_batch(run, batch)
     print(f"batch {batch}: blocks {first}..{first + total - 1}, stream {stream.fingerprint}{note}")
     for number in range(first, first + count):
@@ -71,6 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(printer.describe(number))
     if count < total:
         print(f"\n({total - count} more blocks; --blocks 0 prints all)")
+    if args.pictures:
+        drawn = draw_pictures(stream, range(first, first + count), tokenizers, args.pictures)
+        print(f"\nwrote {args.pictures}: {drawn} pictures" if drawn else "\nno block holds a whole picture")
     return 0
 
 

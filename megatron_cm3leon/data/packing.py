@@ -167,16 +167,17 @@ class StreamPacking:
 
     def _lay_out(self, numbers: np.ndarray, starts: list[int], ends: list[int]) -> Layout:
         """Layout of blocks that hold tokens starts..ends-1 of the whole stream, at most `length` each."""
-        ranges: list[tuple[_Group, list]] = []
+        group = self._group(starts[0])
+        ranges: list[tuple[_Group, list]] = [(group, [])]
         for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
             token = start
             while token < end:
-                group = self._group(token)
-                if not ranges or ranges[-1][0] is not group:
+                if not group.start <= token < group.end:
+                    group = self._group(token)
                     ranges.append((group, []))
                 ranges[-1][1].append((row, token, min(end, group.end), start))
                 token = group.end
-        parts = [_take_ranges(group, np.array(rows), self.length) for group, rows in ranges]
+        parts = [_take_ranges(group, np.array(rows), self.length) for group, rows in ranges if rows]
         epochs, rows, documents, image_first, retrieved, places, lengths, eos, breaks = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )

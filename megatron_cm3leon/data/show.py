@@ -84,6 +84,17 @@ class BlockPrinter:
         return f"{code}{text}{_PLAIN}" if self.colour else text
 
 
+def find_pictures(tokens: np.ndarray, vocabulary: Vocabulary) -> list[tuple[int, np.ndarray]]:
+    """Whole pictures of a block: where each begins, and its codes, int64 [image_tokens]. Cut ones are left out."""
+    image = np.concatenate([[False], vocabulary.is_image(tokens), [False]])
+    edges = np.flatnonzero(image[1:] != image[:-1]).tolist()
+    return [
+        (start, tokens[start:end].astype(np.int64) - vocabulary.image_start)
+        for start, end in zip(edges[::2], edges[1::2], strict=True)
+        if end - start == vocabulary.image_tokens
+    ]
+
+
 def _escape(text: str) -> str:
     """Control characters as Python writes them; `\\<break>` for a caption that spells a special."""
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

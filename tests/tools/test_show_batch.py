@@ -1,16 +1,19 @@
 """tools/show_batch.py prints what the model sees."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.history import read_history
-from megatron_cm3leon.data.show import BlockPrinter
+from megatron_cm3leon.data.show import BlockPrinter, find_pictures
 from megatron_cm3leon.data.stream import Stream
 from tests.data.corpora import ByteText, make_neighbors, make_vocabulary, write_shards
 from tests.tools.call import call_tool
+from tools.show_batch import draw_pictures
 
 V = make_vocabulary(text=256, image=16, height=2, width=2)
 
@@ -103,3 +106,24 @@ def test_the_packing_report_counts_what_is_empty_cut_and_whole(corpus, tmp_path)
     assert lines[1].split()[1] == "0" and lines[4].split()[1:4] == ["22", "whole", "of"]
     lines = call_tool("show_batch", config, "--report", 2, "data.packing=documents").stdout.splitlines()
     assert lines[1].split()[1] == "12" and lines[4].split()[1] == "4"
+
+
+def test_pictures_are_drawn_from_the_tokens(corpus, tmp_path):
+    tokens = np.array([V.eos, *[V.image_start + 3] * 4, V.break_id, V.image_start, V.break_id, *range(256, 260)])
+    found = find_pictures(tokens, V)
+    assert [(place, codes.tolist()) for place, codes in found] == [(1, [3] * 4), (8, [0, 1, 2, 3])]
+    config, sheet = tmp_path / "config.yaml", tmp_path / "sheet.png"
+    config.write_text(f"data: {{seq_length: 31, shards: {corpus.folder}}}\ncm3: {{probability: 0}}\n")
+    assert draw_pictures(make_printer(corpus).stream, range(3), SimpleNamespace(image=MeanPicture()), sheet) == 3
+    with Image.open(sheet) as picture:
+        assert picture.mode == "RGB" and picture.width > 3 * 160
+    result = call_tool("show_batch", config, "--pictures", sheet)
+    assert result.returncode == 2 and "--pictures needs --tokenizer" in result.stderr
+
+
+class MeanPicture:
+    """Decodes four codes to four grey quarters of 8 x 8 pixels."""
+
+    def decode(self, codes):
+        grey = (codes.view(-1, 1, 2, 2) / 7.5 - 1).float()
+        return grey.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
