@@ -7,6 +7,7 @@ Precedence, lowest first: the defaults of config_fields.py, the preset, the YAML
 import difflib
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -76,6 +77,8 @@ FIXED_FIELDS = (
     "data.packing",
     "data.attention",
     "data.image_first_probability",
+    "data.text_loss_weight",
+    "data.image_loss_weight",
     "retrieval.documents",
     "retrieval.choice",
     "retrieval.loss_weight",
@@ -131,6 +134,9 @@ def _check_names(tree, schema=Config, prefix: str = "") -> None:
         section = known[name].type
         if is_dataclass(section):
             _check_names(value, section, f"{prefix}{name}.")
+        elif get_origin(section) is list and isinstance(value, list):
+            for number, each in enumerate(value):
+                _check_names(each, get_args(section)[0], f"{prefix}{name}[{number}].")
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -40,19 +40,38 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    shards: str = ""
+    """Folder of shards that tools/preprocess_data.py wrote."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other sources' (0.7, 0.2, 0.1 are 7, 2, 1)."""
+    index: str = ""
+    """Index folder that tools/build_index.py wrote for these shards; empty: no retrieved documents in this source."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """What is read, and how it becomes blocks of seq_length + 1 tokens."""
 
     shards: str = ""
     """Folder of shards that tools/preprocess_data.py wrote."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several sources with weights, in place of `shards` and retrieval.index."""
     seq_length: int = 4096
     """Tokens the model sees at once; also the number of learned positions."""
     packing: str = "query"
-    """query: every query its own block, whole, at the end; stream: samples concatenated and cut."""
+    """query: every query its own block, whole, at the end; stream: samples concatenated and cut;
+    stream_whole_images: no block begins inside a picture; documents: whole samples, best fit."""
     attention: str = "causal"
     """causal: a token sees all before it in its block; sample: only those of its own sample (packed sequences)."""
     image_first_probability: float = 0.5
     """Probability, per document and epoch, that the picture of a pair comes before its text."""
+    text_loss_weight: float = 1.0
+    """Factor of the loss weight of text tokens."""
+    image_loss_weight: float = 1.0
+    """Factor of the loss weight of image tokens."""
     workers: int = 1
     """Loader processes a rank; 0 loads in the training process."""
     prefetch: int = 4
@@ -81,8 +100,12 @@ class CM3Config:
     """Probability that a block is masked at all; 0 is plain autoregressive training."""
     mean_spans: float = 1.0
     """Mean of the Poisson distribution of the number of spans."""
+    min_spans: int = 0
+    """Smallest number of spans in a masked block (CM3Leon: 0; CM3 and InCoder: 1)."""
     max_spans: int = 511
-    """Largest number of spans in a block."""
+    """Largest number of spans in a block (CM3Leon: 511; CM3: 16; InCoder: 256)."""
+    sentinel_loss_weight: float = 1.0
+    """Factor of the loss weight of sentinels (CM3Leon: 1; CM3: 0)."""
     rotation_probability: float = 0.0
     """Probability that a masked block moves one whole segment instead of drawing spans."""
 

@@ -12,7 +12,7 @@ VOCABULARY_ROW_MULTIPLE = 128
 _CHOICES = {
     "model.family": ("cm3leon", "llama"),
     "data.attention": ("causal", "sample"),
-    "data.packing": ("query", "stream"),
+    "data.packing": ("query", "stream", "stream_whole_images", "documents"),
     "retrieval.choice": ("fixed", "uniform"),
     "train.engine": ("megatron", "deepspeed"),
     "train.precision": ("bf16", "fp32"),
@@ -36,13 +36,17 @@ _RANGES = {
     "model.dropout": (0, 0.99),
     "data.seq_length": (8, None),
     "data.image_first_probability": (0, 1),
+    "data.text_loss_weight": (0, None),
+    "data.image_loss_weight": (0, None),
     "data.workers": (0, None),
     "data.prefetch": (1, None),
     "retrieval.documents": (0, None),
     "retrieval.loss_weight": (0, None),
     "cm3.probability": (0, 1),
     "cm3.mean_spans": (0, None),
+    "cm3.min_spans": (0, None),
     "cm3.max_spans": (0, None),
+    "cm3.sentinel_loss_weight": (0, None),
     "cm3.rotation_probability": (0, 1),
     "parallel.tensor": (1, None),
     "parallel.pipeline": (1, None),
@@ -90,6 +94,8 @@ def check_config(config: "Config", world_size: int | None) -> None:
     """Raise ValueError for the first field that breaks a rule; layouts against `world_size` where it is known."""
     _check_choices(config)
     _check_ranges(config)
+    _check_sources(config)
+    _check_masking(config)
     _check_family(config)
     _check_layout(config)
     _check_engine(config)
@@ -121,6 +127,29 @@ def _check_ranges(config: "Config") -> None:
         if too_low or (highest is not None and value > highest):
             bound = f"at least {lowest}" if highest is None else f"between {lowest} and {highest}"
             raise ValueError(f"{path} ({value}) must be {bound}.")
+
+
+def _check_sources(config: "Config") -> None:
+    if not config.data.sources:
+        return
+    for path in ("data.shards", "retrieval.index"):
+        if value := _get_field(config, path):
+            raise ValueError(f"{path} ({value}) must be empty with data.sources, which name their own; leave one out.")
+    for number, source in enumerate(config.data.sources):
+        if not source.shards:
+            raise ValueError(
+                f"data.sources[{number}].shards is empty; give the folder that tools/preprocess_data.py wrote."
+            )
+        if not 0 < source.weight < float("inf"):
+            raise ValueError(
+                f"data.sources[{number}].weight ({source.weight}) must be above 0; leave out a source without a share."
+            )
+
+
+def _check_masking(config: "Config") -> None:
+    least, most = config.cm3.min_spans, config.cm3.max_spans
+    if least > most:
+        raise ValueError(f"cm3.min_spans ({least}) must be at most cm3.max_spans ({most}); change one of them.")
 
 
 def _check_family(config: "Config") -> None:

@@ -60,7 +60,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def dry_run(config: Config, ranks: int) -> str:
     """What the run would need on `ranks` ranks; ValueError where the layout cannot be built."""
     config.validate(ranks)
-    size = open_shards(config.data.shards).vocabulary.size if config.data.shards else PAPER_VOCABULARY
+    folder = config.data.sources[0].shards if config.data.sources else config.data.shards
+    size = open_shards(folder).vocabulary.size if folder else PAPER_VOCABULARY
     follow_rule(config, count_parameters(config, size))
     return describe(config, size, ranks)
 
@@ -87,8 +88,9 @@ def check_changes(
         state.changes.append({"step": state.step, "field": name, "old": before, "new": after})
     if state.stream != stream.fingerprint and not changes and "data.shards" not in allowed:
         raise ValueError(
-            f"the shards or the index behind this run are not those of {reader.folder}; give the same ones, start a "
-            f"new run folder (output=...), or confirm with --allow-change data.shards."
+            f"the shards or the index behind this run, or the weights of data.sources, are not those of "
+            f"{reader.folder}; give the same ones, start a new run folder (output=...), or confirm with "
+            f"--allow-change data.shards."
         )
 
 
@@ -114,6 +116,8 @@ def open_run(config: Config, stream: Stream, device, allowed: list[str]) -> tupl
     check_changes(reader, config, stream, state, allowed)
     engine = build_engine(config, stream.vocabulary, device)
     engine.load(folder)
+    if state.stream == stream.fingerprint:
+        stream.resume(state.cursor)
     state.stream = stream.fingerprint
     state.attempt += 1
     logger.info("resumed from %s at step %d", folder, state.step)
@@ -132,6 +136,7 @@ def build_loader(config: Config, stream: Stream, engine: Engine, start_batch: in
         start_batch=start_batch,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
+        pin_memory=engine.device.type == "cuda",
     )
 
 
@@ -201,6 +206,7 @@ def train(config: Config, rank: Rank, allowed: list[str]) -> None:
             rate = learning_rate(config, state.step)
             metrics = engine.train_step(micro_batches, state.step, rate)
             advance(state, metrics, config)
+            state.cursor = loader.cursor
             seconds = time.perf_counter() - started
             extra = {}
             if validation and state.step % config.validation.interval == 0:

@@ -1,56 +1,113 @@
 """Print a batch as the model sees it: text, <specials>, pictures, sources and loss weights.
 
 Any batch of any run can be printed again: a batch depends on the shards, the stream's settings, the seed
-and its number alone. Give the run's config.yaml and, as for training, section.key=value overrides.
+and its number alone. Give the run folder or a config.yaml and, as for training, section.key=value overrides.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from megatron_cm3leon.cli import run_tool
 from megatron_cm3leon.config import load_config
-from megatron_cm3leon.data.show import BlockPrinter
-from megatron_cm3leon.data.stream import build_stream
+from megatron_cm3leon.data.history import find_batch, read_history
+from megatron_cm3leon.data.show import BlockPrinter, find_pictures
+from megatron_cm3leon.data.stream import Stream, build_stream
+from megatron_cm3leon.data.waste import describe_waste
+from megatron_cm3leon.generation.sheet import draw_contact_sheet
+from megatron_cm3leon.tokenizers.folder import Tokenizers
+from megatron_cm3leon.tokenizers.pixels import from_pixels
+from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("config", help="YAML file, such as the config.yaml of a run folder")
+    parser.add_argument("config", help="YAML file, or a run folder, which has config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the file's")
-    parser.add_argument("--batch", type=int, default=0, help="number of the batch, from 0")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--batch", type=int, default=0, help="number of the batch, from 0")
+    which.add_argument("--step", type=int, help="the batch on which the run of this folder took this step, from 1")
     parser.add_argument("--blocks", type=int, default=4, help="blocks of the batch to print; 0 prints all")
+    parser.add_argument(
+        "--report", type=int, default=0, metavar="BLOCKS",
+        help="instead of tokens, count padding, trimmed tokens and whole queries in this many blocks from the batch on",
+    )  # fmt: skip
     parser.add_argument("--tokenizer", help="tokenizer folder that turns text ids into text; without it ids are shown")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FILE", help="also draw the whole pictures of these blocks; needs --tokenizer"
+    )
     parser.add_argument("--validation", action="store_true", help="print the validation data's batch")
     return parser.parse_intermixed_args(arguments)
 
 
+def load_tokenizers(folder: str, vocabulary: Vocabulary) -> Tokenizers:
+    """The tokenizers of a folder, whose vocabulary has to be the stream's."""
+    check_same_vocabulary(vocabulary, Vocabulary.load(folder), f"--tokenizer {folder}")
+    return Tokenizers.load(folder)
+
+
+def draw_pictures(stream: Stream, numbers: range, tokenizers: Tokenizers, path: Path) -> int:
+    """Decode the whole pictures of some blocks into one file; how many there were."""
+    found = [
+        (f"block {number}, token {place}", codes)
+        for number in numbers
+        for place, codes in find_pictures(stream.block(number).tokens, stream.vocabulary)
+    ]
+    if found:
+        pixels = tokenizers.image.decode(torch.from_numpy(np.stack([codes for _, codes in found])))
+        draw_contact_sheet([from_pixels(each) for each in pixels], [label for label, _ in found]).save(path)
+    return len(found)
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    if args.batch < 0 or args.blocks < 0:
-        raise ValueError(f"--batch ({args.batch}) and --blocks ({args.blocks}) must be at least 0.")
-    config = load_config(args.config, args.overrides)
+    if min(args.batch, args.blocks, args.report) < 0:
+        raise ValueError(
+            f"--batch ({args.batch}), --blocks ({args.blocks}) and --report ({args.report}) must be at least 0."
+        )
+    path = Path(args.config)
+    run = path if path.is_dir() else path.parent
+    config = load_config(run / "config.yaml" if path.is_dir() else path, args.overrides)
     config.validate()
     stream = build_stream(config, train=not args.validation)
-    tokenizer = None
-    if args.tokenizer:
-        from megatron_cm3leon.tokenizers.text import TextTokenizer
-        from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
-
-        check_same_vocabulary(stream.vocabulary, Vocabulary.load(args.tokenizer), f"--tokenizer {args.tokenizer}")
-        tokenizer = TextTokenizer.load(Path(args.tokenizer) / "text.model")
-    first = args.batch * stream.global_batch_size
-    count = min(args.blocks or stream.global_batch_size, stream.global_batch_size)
-    printer = BlockPrinter(stream, tokenizer, colour=sys.stdout.isatty())
-    print(f"batch {args.batch}: blocks {first}..{first + stream.global_batch_size - 1}, stream {stream.fingerprint}")
+    batch = args.batch if args.step is None else find_batch(run, args.step)
+    total = stream.global_batch_size
+    first = batch * total
+    if args.report:
+        print(describe_waste(stream, first, args.report))
+        return 0
+    count = min(args.blocks or total, total)
+    if args.pictures and not args.tokenizer:
+        raise ValueError("--pictures needs --tokenizer, the folder that decodes them.")
+    tokenizers = load_tokenizers(args.tokenizer, stream.vocabulary) if args.tokenizer else None
+    printer = BlockPrinter(stream, tokenizers and tokenizers.text, colour=sys.stdout.isatty())
+    note = "" if args.validation else describe_batch(run, batch)
+    print(f"batch {batch}: blocks {first}..{first + total - 1}, stream {stream.fingerprint}{note}")
     for number in range(first, first + count):
         print()
         print(printer.describe(number))
-    if count < stream.global_batch_size:
-        print(f"\n({stream.global_batch_size - count} more blocks; --blocks 0 prints all)")
+    if count < total:
+        print(f"\n({total - count} more blocks; --blocks 0 prints all)")
+    if args.pictures:
+        drawn = draw_pictures(stream, range(first, first + count), tokenizers, args.pictures)
+        print(f"\nwrote {args.pictures}: {drawn} pictures" if drawn else "\nno block holds a whole picture")
     return 0
+
+
+def describe_batch(run: Path, batch: int) -> str:
+    """What a run did with a batch, where the folder has a record of it."""
+    if not (run / "metrics.jsonl").is_file():
+        return ""
+    history = read_history(run)
+    if batch not in history:
+        return ", not reached by this run"
+    step, skipped = history[batch]
+    return f", SKIPPED by this run after step {step}: its loss was not finite" if skipped else f", step {step}"
 
 
 if __name__ == "__main__":

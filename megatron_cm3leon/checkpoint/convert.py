@@ -261,11 +261,12 @@ def _copy_tokenizers(source: Path, folder: Path) -> None:
 
 def _training_facts(config: Config) -> dict:
     """What generation chooses its prompts by: which forms of a pair the model has seen."""
+    index = config.retrieval.index or any(source.index for source in config.data.sources)
     return {
         "seq_length": config.data.seq_length,
         "packing": config.data.packing,
         "image_first_probability": config.data.image_first_probability,
-        "retrieved_documents": config.retrieval.documents if config.retrieval.index else 0,
+        "retrieved_documents": config.retrieval.documents if index else 0,
         "cm3_probability": config.cm3.probability,
         "cm3_rotation_probability": config.cm3.rotation_probability,
     }

@@ -17,6 +17,8 @@ class TrainState:
     """Target tokens seen, padding not counted."""
     skipped: list[int] = field(default_factory=list)
     """Batches whose loss or gradient was not finite, on which no rank stepped."""
+    cursor: dict = field(default_factory=dict)
+    """Where the last batch stands in the stream (Stream.resume), so that resuming costs the same at any step."""
     stream: str = ""
     """Fingerprint of the stream: data, settings, seed, global batch size."""
     attempt: int = 0

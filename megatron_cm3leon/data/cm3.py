@@ -55,7 +55,8 @@ class SpanSampler:
         masked, rotated, count = draw_uniform(self.block_key, numbers[:, None], np.arange(3)).T
         rotated = (rotated < self.config.rotation_probability) & (masked < self.config.probability)
         rotated &= self.max_spans > 0
-        spans = np.minimum(np.searchsorted(self.table, count, "right"), self.max_spans)
+        spans = np.maximum(np.searchsorted(self.table, count, "right"), self.config.min_spans)
+        spans = np.minimum(spans, self.max_spans)
         spans = np.where(rotated, 1, np.where(masked < self.config.probability, spans, 0))
         needed = np.where(rotated, 1, np.where(spans > 1, 2 * spans * spans, 2 * spans))
         ends = np.cumsum(needed)
@@ -105,33 +106,39 @@ def find_delimiters(tokens: np.ndarray, vocabulary: Vocabulary) -> list[int]:
 
 
 def apply_spans(
-    tokens: np.ndarray, values: np.ndarray, spans: list[tuple[int, int]], vocabulary: Vocabulary,
-    out_tokens: np.ndarray, out_values: np.ndarray,
+    tokens: np.ndarray, values: np.ndarray | None, spans: list[tuple[int, int]], vocabulary: Vocabulary,
+    out_tokens: np.ndarray, out_values: np.ndarray | None,
 ) -> int:  # fmt: skip
     """Write the masked source into `out_tokens` and `out_values`; returns how many places were filled.
 
-    `values` [..., tokens] travel with their tokens. A sentinel takes the value of the first token of its span,
-    <eoss> that of the last.
+    `values` [..., tokens], where there are any, travel with their tokens. A sentinel takes the value of the first
+    token of its span, <eoss> that of the last.
     """
     place = done = 0
+    pieces, marks = [], []  # (start, end, place) of what is copied; (place, token, whose value it takes)
+    sentinel = vocabulary.sentinel(0)
     for index, (start, end) in enumerate(spans):
-        kept = start - done
-        out_tokens[place : place + kept], out_values[..., place : place + kept] = (
-            tokens[done:start],
-            values[..., done:start],
-        )
-        place += kept
-        out_tokens[place], out_values[..., place] = vocabulary.sentinel(index), values[..., start]
+        pieces.append((done, start, place))
+        place += start - done
+        marks.append((place, sentinel + index, start))
         place, done = place + 1, end
-    kept = len(tokens) - done
-    out_tokens[place : place + kept], out_values[..., place : place + kept] = tokens[done:], values[..., done:]
-    place += kept
+    pieces.append((done, len(tokens), place))
+    place += len(tokens) - done
     for index, (start, end) in enumerate(spans):
-        out_tokens[place], out_values[..., place] = vocabulary.sentinel(index), values[..., start]
-        stop = place + 1 + end - start
-        out_tokens[place + 1 : stop], out_values[..., place + 1 : stop] = tokens[start:end], values[..., start:end]
-        out_tokens[stop], out_values[..., stop] = vocabulary.eoss, values[..., end - 1]
-        place = stop + 1
+        marks.append((place, sentinel + index, start))
+        pieces.append((start, end, place + 1))
+        place += 1 + end - start
+        marks.append((place, vocabulary.eoss, end - 1))
+        place += 1
+    for start, end, target in pieces:
+        out_tokens[target : target + end - start] = tokens[start:end]
+    for target, token, _ in marks:
+        out_tokens[target] = token
+    if values is not None:
+        for start, end, target in pieces:
+            out_values[..., target : target + end - start] = values[..., start:end]
+        for target, _, origin in marks:
+            out_values[..., target] = values[..., origin]
     return place
 
 
@@ -148,10 +155,10 @@ def cut_source(values: np.ndarray, room: int, cut: str) -> np.ndarray:
 
 
 def mask_block(
-    tokens: np.ndarray, values: np.ndarray, query_start: int, wanted: int, rotated: bool, uniforms: list[float],
-    vocabulary: Vocabulary, cut: str, out_tokens: np.ndarray, out_values: np.ndarray,
-) -> int:  # fmt: skip
-    """Mask one source into a block; returns how many tokens of the source had to go.
+    tokens: np.ndarray, values: np.ndarray | None, query_start: int, wanted: int, rotated: bool,
+    uniforms: list[float], vocabulary: Vocabulary, cut: str, out_tokens: np.ndarray, out_values: np.ndarray | None,
+) -> tuple[int, int]:  # fmt: skip
+    """Mask one source into a block; returns how many tokens of the source had to go, and how many places it fills.
 
     `values` [..., tokens], the loss weights and what else belongs to a token, travel with it. `out_tokens` [length]
     comes filled with <pad>, `out_values` [..., length] with what <pad> has. `query_start` is where the
@@ -172,5 +179,6 @@ def mask_block(
     whole = cut_source(tokens, length - TOKENS_PER_SPAN * len(spans), cut)  # spans not found give room back
     if shift and len(whole) > len(source):
         spans = [(start + len(whole) - len(source), end + len(whole) - len(source)) for start, end in spans]
-    apply_spans(whole, cut_source(values, len(whole), cut), spans, vocabulary, out_tokens, out_values)
-    return len(tokens) - len(whole)
+    kept_values = None if values is None else cut_source(values, len(whole), cut)
+    filled = apply_spans(whole, kept_values, spans, vocabulary, out_tokens, out_values)
+    return len(tokens) - len(whole), filled

@@ -21,16 +21,17 @@ import os
 import signal
 import traceback
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
 import numpy as np
 import torch
 
-from megatron_cm3leon.data.stream import Stream, positions_in_samples
+from megatron_cm3leon.data.stream import Blocks, Plan, Stream
 
 _PARENT_CHECK_SECONDS = 1.0
-_READY = b"ready"
+_BLOCKS_AT_ONCE = 64
 
 
 @dataclass
@@ -60,32 +61,80 @@ class _Slice:
     first: int
     blocks: int
 
-    def first_block(self, batch: int) -> int:
-        return batch * self.global_batch_size + self.first
+    def numbers(self, batch: int) -> np.ndarray:
+        """This rank's blocks of a batch, int64."""
+        start = batch * self.global_batch_size + self.first
+        return np.arange(start, start + self.blocks)
 
-    def fill(self, batch: int, slot: "_Slot") -> None:
-        """Write this rank's part of a batch into a slot."""
-        start = self.first_block(batch)
-        for row, block in enumerate(self.stream.blocks(start, start + self.blocks)):
-            slot.tokens[row], slot.weights[row], slot.trimmed[row] = block.tokens, block.weights, block.trimmed
-            if slot.samples is not None:
-                slot.samples[row] = block.samples
-                slot.positions[row] = positions_in_samples(block.samples)
+
+class _Filler:
+    """Fills batches start, start + step ..., several at a time: what numpy costs a call is shared by many blocks.
+
+    It plans one time more than it fills, and asks for the documents of that plan: they are read meanwhile.
+    """
+
+    def __init__(self, part: _Slice, start: int, step: int) -> None:
+        self.part, self.step = part, step
+        self.together = max(1, _BLOCKS_AT_ONCE // part.blocks)
+        self.batch, self.planned = start, start
+        self.plans: deque[tuple[int, Plan]] = deque()
+        self.ready: Blocks | None = None
+        self.row = 0
+
+    def __next__(self) -> Blocks:
+        """The next batch."""
+        if self.ready is None or self.row == len(self.ready.tokens):
+            self._fill()
+        rows = slice(self.row, self.row + self.part.blocks)
+        self.row = rows.stop
+        self.batch += self.step
+        return self.ready.rows(rows)
+
+    def _fill(self) -> None:
+        while len(self.plans) < 2:
+            self._plan()
+        batches, plan = self.plans.popleft()
+        try:
+            self.ready = self.part.stream.fill(plan)
+        except (ValueError, OSError):
+            if batches == 1:
+                raise
+            self.together, self.planned = 1, self.batch  # again one by one: the batch that fails is the one to blame
+            self.plans.clear()
+            return self._fill()
+        self.row = 0
+
+    def _plan(self) -> None:
+        batches = range(self.planned, self.planned + self.together * self.step, self.step)
+        plan = self.part.stream.plan(np.concatenate([self.part.numbers(batch) for batch in batches]))
+        self.part.stream.prefetch(plan)
+        self.plans.append((len(batches), plan))
+        self.planned += self.together * self.step
 
 
 class _Slot:
     """Memory of one batch, shared between a worker and the training process."""
 
-    def __init__(self, blocks: int, length: int, by_sample: bool) -> None:
+    def __init__(self, blocks: int, length: int, dtype: np.dtype, by_sample: bool) -> None:
         size = blocks * length
-        memory = mmap.mmap(-1, blocks * 8 + size * (16 if by_sample else 8))  # anonymous, shared with forked children
-        self.trimmed = np.frombuffer(memory, np.int64, blocks)
+        kinds = [np.dtype(np.int64), np.dtype(np.float32), *[np.dtype(np.int32)] * (2 * by_sample), dtype]
+        counts = [blocks, *[size] * (len(kinds) - 1)]
+        parts = [count * kind.itemsize for count, kind in zip(counts, kinds, strict=True)]
+        memory = mmap.mmap(-1, sum(parts))  # anonymous, shared with forked children
+        starts = itertools.accumulate(parts, initial=0)
+        arrays = [
+            np.frombuffer(memory, kind, count, start) for kind, count, start in zip(kinds, counts, starts, strict=False)
+        ]
+        self.trimmed = arrays[0]
+        shaped = [array.reshape(blocks, length) for array in arrays[1:]]
+        self.weights, self.tokens = shaped[0], shaped[-1]
+        self.samples, self.positions = shaped[1:3] if by_sample else (None, None)
 
-        def part(number: int, dtype) -> np.ndarray:
-            return np.frombuffer(memory, dtype, size, blocks * 8 + number * size * 4).reshape(blocks, length)
-
-        self.tokens, self.weights = part(0, np.int32), part(1, np.float32)
-        self.samples, self.positions = (part(2, np.int32), part(3, np.int32)) if by_sample else (None, None)
+    def take(self, blocks: Blocks) -> None:
+        """Copy a batch into this memory."""
+        self.tokens[:], self.weights[:], self.trimmed[:] = blocks.tokens, blocks.weights, blocks.trimmed
+        if self.samples is not None:
+            self.samples[:], self.positions[:] = blocks.samples, blocks.positions
 
 
 class _Worker:
@@ -100,28 +149,23 @@ class _Worker:
         self.process.start()
         theirs.close()  # so that the worker's end closes with the worker
 
-    def receive(self, batch: int) -> _Slot:
-        """Wait for the next batch; ValueError or OSError of the data, RuntimeError when the worker died."""
+    def receive(self, batch: int) -> tuple[_Slot, dict]:
+        """Wait for the next batch and its cursor; ValueError or OSError of the data, RuntimeError when it died."""
         wait([self.connection, self.process.sentinel])
         try:
             message = self.connection.recv_bytes()
         except (EOFError, ConnectionResetError):
             raise RuntimeError(_death(self.process, batch)) from None
-        if message == _READY:
-            return next(self.slots)
-        failure = json.loads(message)
+        answer = json.loads(message)
+        if "cursor" in answer:
+            return next(self.slots), answer["cursor"]
         kinds = {"ValueError": ValueError, "OSError": OSError}
-        raise kinds.get(failure["kind"], RuntimeError)(f"batch {batch}: {failure['message']}")
+        raise kinds.get(answer["kind"], RuntimeError)(f"batch {batch}: {answer['message']}")
 
     def release(self) -> None:
         """Give the slot of the last batch back; a worker that died is noticed by `receive`."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send_bytes(b"")
-
-
-def _part(array: np.ndarray, rows: slice) -> torch.Tensor:
-    """Rows of a slot without their last token, which is a label alone; int64, a copy."""
-    return torch.from_numpy(array[rows, :-1].astype(np.int64))
 
 
 def _death(process: multiprocessing.Process, batch: int) -> str:
@@ -142,14 +186,16 @@ def _fill_slots(part: _Slice, start: int, step: int, slots: list[_Slot], connect
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     try:
+        filler = _Filler(part, start, step)
         for turn, slot in enumerate(itertools.cycle(slots)):
             if turn >= len(slots):
                 while not connection.poll(_PARENT_CHECK_SECONDS):
                     if os.getppid() != parent:
                         return
                 connection.recv_bytes()
-            part.fill(start + turn * step, slot)
-            connection.send_bytes(_READY)
+            first = part.numbers(filler.batch)[0]
+            slot.take(next(filler))
+            connection.send_bytes(json.dumps({"cursor": part.stream.cursor(int(first))}).encode())
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the training process is gone
     except (ValueError, OSError) as error:
@@ -185,8 +231,12 @@ class Loader:
     def __init__(
         self, stream: Stream, *, rank: int = 0, size: int = 1, micro_batch_size: int = 1,
         global_batch_size: int | None = None, start_batch: int = 0, workers: int = 0, prefetch: int = 4,
+        pin_memory: bool = False,
     ) -> None:  # fmt: skip
-        """`rank` of `size` data-parallel ranks; each worker prepares up to `prefetch` batches ahead."""
+        """`rank` of `size` data-parallel ranks; each worker prepares up to `prefetch` batches ahead.
+
+        `pin_memory` gives page-locked tensors, which a GPU copies while it computes.
+        """
         total = global_batch_size or stream.global_batch_size
         assert 0 <= rank < size, f"rank {rank} is not one of {size}"
         if total % (size * micro_batch_size):
@@ -198,13 +248,17 @@ class Loader:
         self.position_ids = torch.arange(stream.length - 1).repeat(micro_batch_size, 1)
         self.part = _Slice(stream, total, rank * (total // size), total // size)
         self.closed, self.workers = False, []
+        self.cursor: dict = {}
+        """Where the last batch begins, for a checkpoint (Stream.resume)."""
+        self.pin_memory = pin_memory
         by_sample = stream.config.data.attention == "sample"
-        self.slot = None if workers else _Slot(self.part.blocks, stream.length, by_sample)
-        stream.prepare(self.part.first_block(start_batch))  # before forking, so that workers share its tables
+        stream.prepare(int(self.part.numbers(start_batch)[0]))  # before forking, so that workers begin from there
+        self.filler = None if workers else _Filler(self.part, start_batch, 1)
         self._end = weakref.finalize(self, _end_workers, self.workers)
         _open_workers.append(self.workers)
         for offset in range(workers):
-            slots = [_Slot(self.part.blocks, stream.length, by_sample) for _ in range(prefetch)]
+            shape = (self.part.blocks, stream.length, stream.vocabulary.dtype, by_sample)
+            slots = [_Slot(*shape) for _ in range(prefetch)]
             self.workers.append(_Worker(self.part, start_batch + offset, workers, slots))
 
     def __iter__(self) -> "Loader":
@@ -215,12 +269,12 @@ class Loader:
             raise StopIteration
         number = self.number
         try:
-            if self.slot:
-                self._fill_here(number)
-                micro_batches = self._split(self.slot)
+            if self.filler:
+                micro_batches = self._split(self._fill_here(number))
             else:
                 worker = self.workers[(number - self.start) % len(self.workers)]
-                micro_batches = self._split(worker.receive(number))
+                slot, self.cursor = worker.receive(number)
+                micro_batches = self._split(slot)
                 worker.release()
         except BaseException:
             self.close()
@@ -228,27 +282,32 @@ class Loader:
         self.number += 1
         return number, micro_batches
 
-    def _fill_here(self, number: int) -> None:
+    def _fill_here(self, number: int) -> Blocks:
         try:
-            self.part.fill(number, self.slot)
+            blocks = next(self.filler)
         except ValueError as error:
             raise ValueError(f"batch {number}: {error}") from error
+        self.cursor = self.part.stream.cursor(int(self.part.numbers(number)[0]))
+        return blocks
 
-    def _split(self, slot: _Slot) -> list[MicroBatch]:
-        """Copy a slot into micro-batches; nothing refers to the slot afterwards."""
+    def _split(self, batch: "_Slot | Blocks") -> list[MicroBatch]:
+        """Copy a batch into micro-batches; nothing refers to its memory afterwards."""
         micro_batches = []
+        by_sample = batch.samples is not None
         for start in range(0, self.part.blocks, self.micro_batch_size):
             rows = slice(start, start + self.micro_batch_size)
-            micro_batches.append(
-                MicroBatch(
-                    tokens=_part(slot.tokens, rows),
-                    labels=torch.from_numpy(slot.tokens[rows, 1:].astype(np.int64)),
-                    loss_weights=torch.from_numpy(slot.weights[rows, 1:].copy()),
-                    position_ids=self.position_ids if slot.positions is None else _part(slot.positions, rows),
-                    samples=None if slot.samples is None else _part(slot.samples, rows),
-                    trimmed=int(slot.trimmed[rows].sum()),
-                )
-            )
+            tensors = {
+                "tokens": torch.from_numpy(batch.tokens[rows, :-1].astype(np.int64)),
+                "labels": torch.from_numpy(batch.tokens[rows, 1:].astype(np.int64)),
+                "loss_weights": torch.from_numpy(batch.weights[rows, 1:].copy()),
+            }
+            if by_sample:
+                tensors["position_ids"] = torch.from_numpy(batch.positions[rows, :-1].astype(np.int64))
+                tensors["samples"] = torch.from_numpy(batch.samples[rows, :-1].astype(np.int64))
+            if self.pin_memory:
+                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            shared = {} if by_sample else {"position_ids": self.position_ids, "samples": None}
+            micro_batches.append(MicroBatch(**tensors, **shared, trimmed=int(batch.trimmed[rows].sum())))
         return micro_batches
 
     def close(self) -> None:

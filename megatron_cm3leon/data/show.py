@@ -39,18 +39,18 @@ class BlockPrinter:
         block = self.stream.block(number)
         padding = int((block.tokens == self.vocabulary.pad).sum())
         pictures = int(self.vocabulary.is_image(block.tokens).sum())
+        spans = int((block.tokens == self.vocabulary.eoss).sum())
         lines = [
             f"block {number}  epoch {block.epoch}  {len(block.tokens) - padding} tokens ({pictures} of pictures), "
-            f"{padding} padding, {block.trimmed} trimmed, loss weight {block.weights[1:].sum():g}"
+            f"{padding} padding, {block.trimmed} trimmed, {spans} spans moved, loss weight {block.weights[1:].sum():g}"
         ]
-        for role, corpus, numbers in (
-            ("retrieved", self.stream.samples.bank, block.retrieved),
-            ("query", self.stream.corpus, block.documents),
-        ):
-            for document in numbers.tolist():
+        for role, numbers in (("retrieved", block.retrieved), ("query", block.documents)):
+            for number in numbers.tolist():
+                corpus, document = self.stream.library.locate(number)
                 row = corpus.metadata_row(document)
                 picture = f" ({row['image']})" if row["image"] != row["source"] else ""
-                lines.append(_escape(f"  {role} {document}: {row['source']}{picture}"))
+                shards = f" of {corpus.folder}" if len(self.stream.library.corpora) > 1 else ""
+                lines.append(_escape(f"  {role} {document}{shards}: {row['source']}{picture}"))
         return "\n".join([*lines, self.show_tokens(block.tokens, block.weights)])
 
     def show_tokens(self, tokens: np.ndarray, weights: np.ndarray) -> str:
@@ -82,6 +82,17 @@ class BlockPrinter:
 
     def _paint(self, code: str, text: str) -> str:
         return f"{code}{text}{_PLAIN}" if self.colour else text
+
+
+def find_pictures(tokens: np.ndarray, vocabulary: Vocabulary) -> list[tuple[int, np.ndarray]]:
+    """Whole pictures of a block: where each begins, and its codes, int64 [image_tokens]. Cut ones are left out."""
+    image = np.concatenate([[False], vocabulary.is_image(tokens), [False]])
+    edges = np.flatnonzero(image[1:] != image[:-1]).tolist()
+    return [
+        (start, tokens[start:end].astype(np.int64) - vocabulary.image_start)
+        for start, end in zip(edges[::2], edges[1::2], strict=True)
+        if end - start == vocabulary.image_tokens
+    ]
 
 
 def _escape(text: str) -> str:

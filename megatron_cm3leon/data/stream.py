@@ -1,6 +1,6 @@
 """The stream: block and batch numbers -> tokens, as a pure function of data, settings and seed.
 
-    shards + neighbour table -> samples (samples.py) -> sources (packing.py) -> masked blocks (cm3.py)
+    shards + neighbour tables -> samples (samples.py) -> layouts (packing.py) -> masked blocks (cm3.py)
 
 `stream.block(n)` is the same for any number of ranks, workers or nodes, whenever it is asked for.
 Batch b is blocks [b * G, (b + 1) * G), G = train.global_batch_size; epochs follow one another without end.
@@ -8,19 +8,30 @@ Batch b is blocks [b * G, (b + 1) * G), G = train.global_batch_size; epochs foll
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
 from megatron_cm3leon.config import Config
-from megatron_cm3leon.data.cm3 import TOKENS_PER_SPAN, SpanSampler, mask_block
-from megatron_cm3leon.data.packing import QueryPacking, Source, StreamPacking
-from megatron_cm3leon.data.samples import Samples
-from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.config_fields import SourceConfig
+from megatron_cm3leon.data.best_fit import DocumentsPacking
+from megatron_cm3leon.data.cm3 import TOKENS_PER_SPAN, MaskDraws, SpanSampler, mask_block
+from megatron_cm3leon.data.layout import Layout, write_layout
+from megatron_cm3leon.data.packing import QueryPacking, StreamPacking, WholeImagesPacking
+from megatron_cm3leon.data.samples import DataSource, Samples, SourceSamples
+from megatron_cm3leon.data.shards import Corpus, open_shards
 
 STREAM_VERSION = 1
 """Part of the fingerprint; raised by any change of the code that changes a block."""
-_PACKINGS = {"query": QueryPacking, "stream": StreamPacking}
+PACKINGS = {
+    "query": QueryPacking,
+    "stream": StreamPacking,
+    "stream_whole_images": WholeImagesPacking,
+    "documents": DocumentsPacking,
+}
+_OF_PADDING = np.array([0, -1], np.float32)  # loss weight, number of the sample
 
 
 @dataclass
@@ -36,55 +47,183 @@ class Block:
     trimmed: int
     """Tokens of the source that masking pushed out, or of a query too long for a block."""
     documents: np.ndarray
-    """Numbers of the query documents in this block, int64."""
+    """Query documents in this block, by their number in the stream's library, int64."""
     retrieved: np.ndarray
-    """Numbers of the retrieved documents in the memory bank, int64."""
+    """Retrieved documents in this block, by their number in the stream's library, int64."""
     epoch: int
-    """Epoch of the first token, from 0."""
+    """Epoch of the first token, from 0; with several sources, of its source."""
+
+
+@dataclass
+class Plan:
+    """What is known of some blocks before their documents are read."""
+
+    layout: Layout
+    draws: MaskDraws
+
+
+@dataclass
+class Blocks:
+    """Some blocks, row by row."""
+
+    tokens: np.ndarray
+    """[rows, seq_length + 1], after CM3 masking, of the shards' type (uint16 or uint32)."""
+    weights: np.ndarray
+    """float32 [rows, seq_length + 1], as in Block."""
+    samples: np.ndarray | None
+    """int32 [rows, seq_length + 1], as in Block."""
+    trimmed: np.ndarray
+    """int64 [rows], as in Block."""
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Under attention=sample: how many tokens of its own sample stand before each, int64 [rows, length]."""
+        return np.stack([positions_in_samples(samples) for samples in self.samples])
+
+    def rows(self, rows: slice) -> "Blocks":
+        """Some of them; views."""
+        samples = None if self.samples is None else self.samples[rows]
+        return Blocks(self.tokens[rows], self.weights[rows], samples, self.trimmed[rows])
 
 
 class Stream:
-    """Blocks of a corpus under the settings of a Config."""
+    """Blocks of one or several corpora under the settings of a Config."""
 
-    def __init__(self, config: Config, corpus, neighbors=None) -> None:
-        """`neighbors` (.table, .bank) puts config.retrieval.documents in front of each query document."""
-        self.config, self.corpus, self.neighbors = config, corpus, neighbors
-        self.vocabulary = corpus.vocabulary
-        self.length = config.data.seq_length + 1
-        self.global_batch_size = config.train.global_batch_size
+    def __init__(self, config: Config, sources: Corpus | list[DataSource], neighbors=None) -> None:
+        """`sources`: a corpus with its `neighbors` (.table, .bank), or several DataSources.
+
+        Neighbours put config.retrieval.documents in front of each query document.
+        """
+        if isinstance(sources, Corpus):
+            sources = [DataSource(sources, neighbors)]
+        self.config, self.sources = config, sources
         self.samples = Samples(
-            corpus,
-            neighbors,
+            sources,
             seed=config.seed,
             documents=config.retrieval.documents,
             choice=config.retrieval.choice,
             image_first_probability=config.data.image_first_probability,
         )
-        self.packing = _PACKINGS[config.data.packing](self.samples, self.length)
+        self.library = self.samples.library
+        self.vocabulary = self.library.vocabulary
+        self.length = config.data.seq_length + 1
+        self.global_batch_size = config.train.global_batch_size
+        self.packing = PACKINGS[config.data.packing](self.samples, self.length)
         if self.packing.max_growth < 0:
             needed = self.length - 1 - self.packing.max_growth
             raise ValueError(
                 f"data.seq_length ({config.data.seq_length}) cannot hold a picture of "
-                f"{self.vocabulary.image_tokens} tokens with </s>, <break> and text, which packing=query needs; "
-                f"give at least {needed}, or use packing=stream or an image tokenizer with fewer tokens."
+                f"{self.vocabulary.image_tokens} tokens with </s>, <break> and text, which "
+                f"packing={config.data.packing} needs; give at least {needed}, or use packing=stream or an image "
+                f"tokenizer with fewer tokens."
             )
         limit = min(self.vocabulary.sentinels, self.packing.max_growth // TOKENS_PER_SPAN)
         self.sampler = SpanSampler(config.cm3, config.seed, limit)
+
+    def plan(self, numbers: np.ndarray) -> Plan:
+        """Decide all of blocks `numbers` (int64) that needs no document's tokens; cheapest for many at once."""
+        draws = self.sampler.draw(numbers)
+        return Plan(self.packing.lay_out(numbers, TOKENS_PER_SPAN * draws.spans), draws)
+
+    def prefetch(self, plan: Plan) -> None:
+        """Ask for the documents of a plan ahead of `fill`."""
+        self.library.prefetch(np.unique(plan.layout.documents))
+
+    def fill(self, plan: Plan) -> Blocks:
+        """Read the documents of a plan and mask the blocks."""
+        layout, draws, vocabulary = plan.layout, plan.draws, self.vocabulary
+        tokens = np.full((len(layout.numbers), self.length), vocabulary.pad, vocabulary.dtype)
+        write_layout(layout, self.library, tokens)
+        filled, trimmed = layout.filled.copy(), layout.trimmed.copy()
+        values = self._values(layout, tokens)
+        for row in np.flatnonzero(draws.spans).tolist():
+            count = int(layout.filled[row])
+            source, own = tokens[row, :count].copy(), None
+            if values is not None:
+                own = values[:, row, :count].copy()
+                values[:, row] = _OF_PADDING[: len(values), None]
+            tokens[row] = vocabulary.pad
+            gone, filled[row] = mask_block(
+                source,
+                own,
+                int(layout.query_starts[row]),
+                int(draws.spans[row]),
+                bool(draws.rotated[row]),
+                draws.uniforms[row],
+                vocabulary,
+                self.packing.cut,
+                tokens[row],
+                None if own is None else values[:, row],
+            )
+            trimmed[row] += gone
+        weights, samples = self._weigh(tokens, filled, values)
+        return Blocks(tokens, weights, samples, trimmed)
+
+    def _values(self, layout: Layout, tokens: np.ndarray) -> np.ndarray | None:
+        """What travels with the tokens, float32 [1 or 2, rows, length]: loss weight, number of the sample."""
+        by_sample, weight = self.config.data.attention == "sample", self.config.retrieval.loss_weight
+        if not by_sample and (weight == 1 or not self.samples.documents):
+            return None
+        values = np.ones((1 + by_sample, *tokens.shape), np.float32)
+        if weight != 1:
+            chosen = np.flatnonzero(layout.retrieved)
+            values[0].reshape(-1)[layout.breaks] = weight
+            stops = layout.places[chosen] + layout.lengths[chosen]
+            starts = np.maximum(layout.places[chosen], self.packing.cut == "head")  # there </s> has place 0
+            for row, start, stop in zip(layout.rows[chosen].tolist(), starts.tolist(), stops.tolist(), strict=True):
+                values[0, row, start:stop] = weight
+        if by_sample:
+            values[1] = number_samples(tokens, self.vocabulary.eos)
+        for row, count in enumerate(layout.filled.tolist()):
+            values[:, row, count:] = _OF_PADDING[: len(values), None]
+        return values
+
+    def _weigh(self, tokens: np.ndarray, filled: np.ndarray, values: np.ndarray | None):
+        """Loss weights float32 and, under attention=sample, samples int32 of masked blocks."""
+        weights, samples = np.ones(tokens.shape, np.float32), None
+        if values is None:
+            for row in np.flatnonzero(filled < self.length).tolist():
+                weights[row, filled[row] :] = 0
+        else:
+            weights = values[0]
+            if len(values) == 2:
+                samples = values[1].astype(np.int32)
+                # A span moved behind another sample begins behind a token that does not see its sample.
+                unseen = (samples[:, 1:] != samples[:, :-1]) & (tokens[:, 1:] != self.vocabulary.eos)
+                weights[:, 1:][unseen] = 0
+        data, cm3 = self.config.data, self.config.cm3
+        for factor, kind in (
+            (data.text_loss_weight, self.vocabulary.is_text),
+            (data.image_loss_weight, self.vocabulary.is_image),
+            (cm3.sentinel_loss_weight, self.vocabulary.is_sentinel),
+        ):
+            if factor != 1:
+                weights[kind(tokens)] *= factor
+        return weights, samples
 
     def blocks(self, start: int, stop: int) -> list[Block]:
         """Blocks start..stop-1."""
         assert 0 <= start <= stop, f"there are no blocks {start}..{stop}"
         if start == stop:
             return []
-        numbers = np.arange(start, stop)
-        draws = self.sampler.draw(numbers)
-        sources = self.packing.sources(numbers, TOKENS_PER_SPAN * draws.spans)
-        tokens = np.full((len(numbers), self.length), self.vocabulary.pad, np.int64)
-        rows = zip(sources, draws.spans.tolist(), draws.rotated.tolist(), draws.uniforms, strict=True)
-        return [
-            self._mask(source, spans, rotated, uniforms, tokens[row])
-            for row, (source, spans, rotated, uniforms) in enumerate(rows)
-        ]
+        plan = self.plan(np.arange(start, stop))
+        layout, blocks = plan.layout, self.fill(plan)
+        result = []
+        for row in range(stop - start):
+            own = layout.of_row(row)
+            documents, retrieved = layout.documents[own], layout.retrieved[own]
+            result.append(
+                Block(
+                    tokens=blocks.tokens[row].astype(np.int64),
+                    weights=blocks.weights[row],
+                    samples=None if blocks.samples is None else blocks.samples[row].astype(np.int64),
+                    trimmed=int(blocks.trimmed[row]),
+                    documents=documents[~retrieved],
+                    retrieved=documents[retrieved],
+                    epoch=int(layout.epochs[row]),
+                )
+            )
+        return result
 
     def block(self, number: int) -> Block:
         """One block; the same as in any batch."""
@@ -95,20 +234,37 @@ class Stream:
         return self.blocks(number * self.global_batch_size, (number + 1) * self.global_batch_size)
 
     def prepare(self, number: int) -> None:
-        """Build what block `number` needs, so that forked loader workers share it."""
-        if hasattr(self.packing, "prepare"):
-            self.packing.prepare(number)
+        """Find block `number`, so that forked loader workers begin from there."""
+        if self.packing.prefix:
+            self.packing.anchor(number)
+
+    def cursor(self, number: int) -> dict:
+        """Where block `number` stands, for a checkpoint: with it, `resume` costs the same at any step."""
+        if not self.packing.prefix:
+            return {}
+        return dict(vars(self.packing.anchor(number)))
+
+    def resume(self, cursor: dict) -> None:
+        """Take up a cursor of this stream (of the same fingerprint)."""
+        if cursor and self.packing.prefix:
+            self.packing.prefix.add_cursor(**cursor)
+
+    def keep_tables(self, folder: Path) -> None:
+        """Keep the tables that distant blocks need in `folder`."""
+        if self.packing.prefix:
+            self.packing.prefix.keep_tables(folder, self.fingerprint)
 
     @property
     def fingerprint(self) -> str:
         """Hash of all that determines batch b: data, neighbours, settings, seed, global batch size."""
         config = self.config
         data = asdict(config.data)
-        for name in ("shards", "workers", "prefetch"):
+        for name in ("shards", "sources", "workers", "prefetch"):
             del data[name]
         parts = {
             "version": STREAM_VERSION,
-            "corpus": self.corpus.identity,
+            "sources": [self._describe(source) for source in self.samples.sources],
+            "weights": self.samples.mixture.weights,
             "data": data,
             "cm3": asdict(config.cm3),
             "seed": config.seed,
@@ -117,52 +273,31 @@ class Stream:
         if self.samples.documents:
             retrieval = asdict(config.retrieval)
             del retrieval["index"]
-            parts |= {"retrieval": retrieval, "bank": self.samples.bank.identity, "table": self._table_hash()}
+            parts["retrieval"] = retrieval
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _table_hash(self) -> str:
-        """Hash of the neighbour table's shape and of up to 4,096 of its rows, evenly spaced."""
-        table = self.samples.table
-        rows = np.linspace(0, len(table) - 1, min(len(table), 4096)).astype(np.int64)
-        sampled = np.ascontiguousarray(table[rows], np.int64)
-        return hashlib.sha256(repr(table.shape).encode() + sampled.tobytes()).hexdigest()
+    def _describe(self, source: SourceSamples) -> list[str]:
+        """Hashes of a source's documents and, with retrieval, of its bank and of its neighbour table."""
+        parts = [source.corpus.identity]
+        return [*parts, source.bank.identity, _table_hash(source.table)] if source.documents else parts
 
-    def _mask(self, source: Source, spans: int, rotated: bool, uniforms: list[float], tokens: np.ndarray) -> Block:
-        """Mask a source into `tokens`, which comes filled with <pad>."""
-        by_sample = self.config.data.attention == "sample"
-        values = np.ones((1 + by_sample, len(source.tokens)))  # loss weight, and number of the sample
-        for start, end in source.retrieved_spans:
-            values[0, start:end] = self.config.retrieval.loss_weight
-        masked = np.zeros((1 + by_sample, self.length))
-        if by_sample:
-            values[1], masked[1] = number_samples(source.tokens, self.vocabulary.eos), -1
-        trimmed = mask_block(
-            source.tokens,
-            values,
-            source.query_start,
-            spans,
-            rotated,
-            uniforms,
-            self.vocabulary,
-            self.packing.cut,
-            tokens,
-            masked,
-        )
-        weights, samples = masked[0].astype(np.float32), None
-        if by_sample:
-            samples = masked[1].astype(np.int64)
-            # A span that was moved behind another sample begins behind a token that does not see its sample.
-            unseen = (samples[1:] != samples[:-1]) & (tokens[1:] != self.vocabulary.eos)
-            weights[1:][unseen] = 0
-        documents = np.array(source.documents, np.int64)
-        retrieved = np.array(source.retrieved, np.int64)
-        return Block(tokens, weights, samples, trimmed + source.trimmed, documents, retrieved, source.epoch)
+
+def _table_hash(table: np.ndarray) -> str:
+    """Hash of the neighbour table's shape and of up to 4,096 of its rows, evenly spaced."""
+    rows = np.linspace(0, len(table) - 1, min(len(table), 4096)).astype(np.int64)
+    sampled = np.ascontiguousarray(table[rows], np.int64)
+    return hashlib.sha256(repr(table.shape).encode() + sampled.tobytes()).hexdigest()
 
 
 def number_samples(tokens: np.ndarray, eos: int) -> np.ndarray:
-    """Which sample of an unmasked source a token is of, from 0: one begins at each </s> behind another's last </s>."""
+    """Which sample of its unmasked source [..., tokens] a token is of, from 0.
+
+    One begins at each </s> behind another's last </s>.
+    """
+    begins = np.zeros(tokens.shape, np.int64)
     ends = tokens == eos
-    return np.cumsum(np.r_[False, ends[1:] & ends[:-1]])
+    begins[..., 1:] = ends[..., 1:] & ends[..., :-1]
+    return np.cumsum(begins, -1)
 
 
 def positions_in_samples(samples: np.ndarray) -> np.ndarray:
@@ -181,17 +316,27 @@ def build_stream(config: Config, train: bool = True, retrieval: bool = True) -> 
 
     `retrieval=False` leaves retrieved documents out, whatever the config says.
     """
-    section = "data" if train else "validation"
-    folder = getattr(config, section).shards
-    if not folder:
+    if train:
+        described = config.data.sources or [SourceConfig(shards=config.data.shards, index=config.retrieval.index)]
+    else:
+        described = [SourceConfig(shards=config.validation.shards, index=config.validation.index)]
+    if not described[0].shards:
+        section = "data" if train else "validation"
         raise ValueError(
             f"{section}.shards is empty; give the folder of shards that tools/preprocess_data.py wrote "
             f"({section}.shards=...)."
         )
-    corpus = open_shards(folder)
-    index = config.retrieval.index if train else config.validation.index
-    if not (retrieval and index and config.retrieval.documents):
-        return Stream(config, corpus)
+    stream = Stream(config, [_open_source(source, retrieval and config.retrieval.documents) for source in described])
+    output = Path(config.output)
+    if train and output.is_dir() and os.access(output, os.W_OK):
+        stream.keep_tables(output / "stream")
+    return stream
+
+
+def _open_source(source: SourceConfig, retrieval: bool) -> DataSource:
+    corpus = open_shards(source.shards)
+    if not (retrieval and source.index):
+        return DataSource(corpus, weight=source.weight)
     from megatron_cm3leon.retrieval.neighbors import load_neighbors  # only where there is an index
 
-    return Stream(config, corpus, load_neighbors(index, corpus))
+    return DataSource(corpus, load_neighbors(source.index, corpus), source.weight)

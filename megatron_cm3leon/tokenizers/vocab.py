@@ -105,6 +105,11 @@ class Vocabulary:
         """Elementwise: is this id a text piece?"""
         return (ids >= 0) & (ids < self.text_size)
 
+    def is_sentinel(self, ids):
+        """Elementwise: is this id a sentinel?"""
+        first = self.sentinel(0)
+        return (ids >= first) & (ids < first + self.sentinels)
+
     @property
     def dtype(self) -> np.dtype:
         """The smallest unsigned type of the shards that holds every id: uint16 or uint32."""

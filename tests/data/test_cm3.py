@@ -31,9 +31,10 @@ def apply(source, spans, length, weights=None):
 
 def mask(source, length, wanted, uniforms, cut, rotated=False, query_start=1):
     tokens, weights = np.full(length, PAD), np.zeros(length, np.float32)
-    trimmed = mask_block(
+    trimmed, filled = mask_block(
         np.array(source), np.ones(len(source)), query_start, wanted, rotated, uniforms, V, cut, tokens, weights
     )
+    assert (weights > 0).sum() == filled
     return tokens.tolist(), weights.tolist(), trimmed
 
 
@@ -150,3 +151,22 @@ def test_span_ends_are_uniform_over_the_source():
     lengths = np.array([end - start for start, end in spans])
     assert lengths.mean() == pytest.approx(1000 / 3, rel=0.03)
     assert min(start for start, _ in spans) >= 1 and max(end for _, end in spans) <= 1000
+
+
+@pytest.mark.parametrize("most", [16, 256])
+def test_cm3_and_incoder_have_one_span_at_least(most):
+    """CM3 (2201.07520, A.1) clamps Poisson(1) to [1, 16], InCoder (2204.05999) to [1, 256]."""
+    sampler = SpanSampler(CM3Config(min_spans=1, max_spans=most), 7, 512)
+    shares = np.bincount(sampler.draw(np.arange(40_000)).spans) / 40_000
+    assert shares[0] == 0 and shares[1] == pytest.approx(2 * np.exp(-1), abs=0.01)
+    assert shares[2] == pytest.approx(np.exp(-1) / 2, abs=0.01)
+    many = SpanSampler(CM3Config(min_spans=1, max_spans=most, mean_spans=1000.0), 7, 512).draw(np.arange(50))
+    assert (many.spans == most).all()
+
+
+def test_cm3leon_leaves_as_many_blocks_unmasked_as_the_distribution_says():
+    """CM3Leon: Poisson(1) in [0, 511]; the mean is 1, and 1/e of the blocks stay as they are."""
+    spans = SpanSampler(CM3Config(), 11, 512).draw(np.arange(100_000)).spans
+    expected = np.exp(-1) / np.array([1, 1, 2, 6, 24, 120])
+    assert np.abs(np.bincount(spans, minlength=6)[:6] / 100_000 - expected).max() < 0.005
+    assert spans.mean() == pytest.approx(1, abs=0.02)

@@ -1,5 +1,6 @@
 """The loader: the same batches for any ranks, workers and micro-batches, from any start; failures are named."""
 
+import json
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ def corpus(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("data") / "shards", make_pairs(60, V), V)
 
 
-@pytest.fixture(scope="module", params=["query", "stream"])
+@pytest.fixture(scope="module", params=["query", "stream", "stream_whole_images", "documents"])
 def stream(request, corpus):
     config = Config()
     config.data.packing, config.data.seq_length, config.train.global_batch_size = request.param, 64, 8
@@ -63,6 +64,21 @@ def test_starting_at_a_batch_equals_continuing_over_epochs(stream):
     for (b, batches), (c, others) in zip(whole[23:], later, strict=True):
         assert b == c and torch.equal(batches[0].tokens, others[0].tokens)
     assert stream.block(29 * 8).epoch > 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cursor_leads_a_new_stream_to_the_next_batch(stream, corpus, workers, monkeypatch):
+    monkeypatch.setattr("megatron_cm3leon.data.prefix.GROUP", 8)
+    first = Stream(stream.config, corpus, make_neighbors(corpus))
+    expected = take(Loader(first, micro_batch_size=8), 21)[20][1][0]
+    loader = Loader(Stream(stream.config, corpus, make_neighbors(corpus)), micro_batch_size=8, workers=workers)
+    take(loader, 20)
+    resumed = Stream(stream.config, corpus, make_neighbors(corpus))
+    resumed.resume(json.loads(json.dumps(loader.cursor)))
+    monkeypatch.setattr("megatron_cm3leon.data.prefix.Prefix._build", None)  # no table: the cursor has to do
+    monkeypatch.setattr("megatron_cm3leon.data.prefix._WALK", 12)
+    batch = take(Loader(resumed, micro_batch_size=8, start_batch=20), 1)[0][1][0]
+    assert torch.equal(batch.tokens, expected.tokens) and torch.equal(batch.labels, expected.labels)
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(stream):

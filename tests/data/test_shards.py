@@ -1,7 +1,9 @@
 """Shards on disk: what the reader refuses, and how it says so."""
 
+import gc
 import io
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -35,7 +37,7 @@ def test_documents_come_back_in_manifest_order(folder, pairs):
         assert corpus.lengths[number] == len(pairs[number])
     assert corpus.metadata(["caption"])["caption"].to_pylist() == [f"caption {number}" for number in range(30)]
     assert not corpus.read(0).flags.writeable
-    corpus.prefetch(range(30))
+    corpus.prefetch(np.arange(30))
     with pytest.raises(IndexError, match=r"document 30 is outside 0\.\.29"):
         corpus.read(30)
     again = pickle.loads(pickle.dumps(corpus))
@@ -53,6 +55,45 @@ def test_reading_works_with_fewer_open_files_than_shards(folder, pairs):
     corpus._map_limit = 2
     assert [corpus.read(number).tolist() for number in range(30)] == [pair.tolist() for pair in pairs]
     assert len(corpus._maps) == 2
+
+
+def read_flat(corpus, numbers):
+    numbers = np.array(numbers)
+    lengths = corpus.lengths[numbers].astype(np.int64)
+    out = np.empty(lengths.sum(), corpus.dtype)
+    corpus.read_into(numbers, out, np.cumsum(lengths) - lengths)
+    return out.tolist()
+
+
+def test_many_documents_are_read_at_once(folder, pairs):
+    corpus = open_shards(folder)
+    corpus._map_limit = 2
+    numbers = [29, 0, 8, 8, 7, 15]
+    corpus.prefetch(np.array(numbers))
+    assert read_flat(corpus, numbers) == np.concatenate([pairs[number] for number in numbers]).tolist()
+    assert len(corpus._files) == 2
+    files = dict(corpus._files)
+    del corpus
+    gc.collect()
+    for file in files.values():
+        with pytest.raises(OSError):
+            os.fstat(file)
+
+
+def test_reading_many_compares_what_it_reads_for_the_first_time(folder, pairs):
+    corpus, whole = open_shards(folder), open_shards(folder)
+    read_flat(whole, range(30))
+    tar = folder / "shard-000001-000.tar"
+    content = bytearray(tar.read_bytes())
+    offset = int(np.load(folder / "shard-000001-000.idx.npy")["offset"][2])
+    content[offset + 3] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(ValueError, match=r"document 10 \(row 2 of .*shard-000001-000.tar\) is damaged"):
+        read_flat(corpus, [9, 10])
+    assert read_flat(corpus, [9]) == pairs[9].tolist()
+    os.truncate(tar, offset)
+    with pytest.raises(ValueError, match=r"document 10 \(row 2 of .*shard-000001-000.tar\) is damaged"):
+        read_flat(whole, [10])
 
 
 def test_a_damaged_document_is_named(folder):

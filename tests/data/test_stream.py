@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from megatron_cm3leon.config import Config
+from megatron_cm3leon.config import Config, load_config, save_config
 from megatron_cm3leon.data.samples import turn_document
 from megatron_cm3leon.data.stream import Stream, build_stream, number_samples, positions_in_samples
 from tests.data.corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
@@ -30,15 +30,15 @@ def make_stream(corpus, retrieval=True, packing="query", seq_length=64, **change
 
 def write_sample(stream, epoch, position):
     """A sample written out the long way: tokens, and which of them are of retrieved documents."""
-    lineup = stream.samples.line_up(epoch, np.array([position]))
+    lineup = stream.samples.line_up(np.array([epoch * stream.samples.span + position]))
     tokens, marks = [VOCABULARY.eos], [False]
     pairs = zip(lineup.retrieved[0], lineup.retrieved_image_first[0], strict=True)
     for number, image_first in pairs:
         if number >= 0:
-            ids = np.concatenate(turn_document(stream.corpus.read(number), image_first, VOCABULARY)).tolist()
+            ids = np.concatenate(turn_document(stream.library.read(number), image_first, VOCABULARY)).tolist()
             tokens += [*ids, VOCABULARY.break_id]
             marks += [True] * (len(ids) + 1)
-    query = stream.corpus.read(lineup.queries[0])
+    query = stream.library.read(lineup.queries[0])
     tokens += np.concatenate(turn_document(query, lineup.query_image_first[0], VOCABULARY)).tolist()
     tokens += [VOCABULARY.eos]
     return tokens, marks + [False] * (len(tokens) - len(marks))
@@ -73,7 +73,9 @@ def test_stream_packing_is_the_samples_in_order_nothing_skipped_or_repeated(corp
             tokens, retrieved = write_sample(stream, epoch, position)
             expected += tokens
             marks += retrieved
-        queries.append(sorted(stream.samples.line_up(epoch, np.arange(corpus.documents)).queries.tolist()))
+        queries.append(
+            sorted(stream.samples.line_up(epoch * corpus.documents + np.arange(corpus.documents)).queries.tolist())
+        )
     assert queries == [list(range(corpus.documents))] * 3
     count = len(expected) // 65
     blocks = stream.blocks(0, count)
@@ -87,7 +89,7 @@ def test_stream_packing_is_the_samples_in_order_nothing_skipped_or_repeated(corp
 
 
 def test_stream_packing_reaches_any_group_of_the_prefix_table(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_cm3leon.data.packing.GROUP", 8)
+    monkeypatch.setattr("megatron_cm3leon.data.prefix.GROUP", 8)
     corpus = write_shards(tmp_path, make_pairs(45, VOCABULARY), VOCABULARY)
     whole = make_stream(corpus, packing="stream").blocks(0, 150)
     for number in (149, 17, 60, 0, 148):
@@ -185,11 +187,11 @@ def test_a_picture_that_no_block_can_hold_is_refused(corpus):
 
 def test_retrieved_documents_are_drawn_from_the_table_row(corpus):
     stream = make_stream(corpus, retrieval__choice="uniform")
-    table = stream.neighbors.table
+    table = stream.sources[0].neighbors.table
     queries = np.arange(corpus.documents)
     counts = np.zeros(4)
     for epoch in range(20):
-        retrieved = stream.samples.choose_retrieved(epoch, queries)
+        retrieved = stream.samples.sources[0].choose_retrieved(epoch, queries)
         for query, row in zip(queries, retrieved, strict=True):
             present = row[row >= 0].tolist()
             ranks = sorted(table[query].tolist().index(number) for number in present)
@@ -197,7 +199,7 @@ def test_retrieved_documents_are_drawn_from_the_table_row(corpus):
             if (table[query] >= 0).sum() >= 3:
                 counts[len(present)] += 1
     assert (np.abs(counts / counts.sum() - 0.25) < 0.05).all()
-    fixed = make_stream(corpus).samples.choose_retrieved(0, queries)
+    fixed = make_stream(corpus).samples.sources[0].choose_retrieved(0, queries)
     assert ((fixed >= 0).sum(1) == np.minimum((table >= 0).sum(1), 3)).all()
 
 
@@ -263,3 +265,44 @@ def test_moved_spans_stay_with_their_sample(corpus):
         kept = np.setdiff1d(np.arange(len(block.tokens)), unseen)
         assert np.array_equal(block.weights[kept], other.weights[kept])
     assert several > 5
+
+
+def test_loss_weights_of_modalities_and_sentinels(corpus):
+    """CM3 (2201.07520, A.1) gives sentinels no loss; the ends of spans keep theirs."""
+    settings = {"packing": "stream", "retrieval__loss_weight": 0.5, "cm3__min_spans": 1}
+    plain = make_stream(corpus, **settings).blocks(0, 40)
+    factors = {"data__text_loss_weight": 2.0, "data__image_loss_weight": 0.25, "cm3__sentinel_loss_weight": 0.0}
+    weighted = make_stream(corpus, **settings, **factors).blocks(0, 40)
+    sentinels = 0
+    for block, other in zip(plain, weighted, strict=True):
+        tokens = block.tokens
+        assert np.array_equal(tokens, other.tokens)
+        expected = (
+            block.weights * np.where(tokens < 100, 2.0, 1.0) * np.where((tokens >= 100) & (tokens < 132), 0.25, 1)
+        )
+        places = (tokens >= VOCABULARY.sentinel(0)) & (tokens < VOCABULARY.sentinel(0) + VOCABULARY.sentinels)
+        expected[places] = 0
+        sentinels += places.sum()
+        assert np.allclose(other.weights, expected)
+        assert {0.5, 1.0} >= set(block.weights.tolist())
+    assert sentinels >= 70
+
+
+def test_sources_of_a_config_are_opened_with_their_weights(corpus, tmp_path):
+    other = write_shards(tmp_path / "texts", [[1, 2, 3], [4, 5]], VOCABULARY)
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"output: {tmp_path}\ndata:\n  seq_length: 64\n  sources:\n  - {{shards: {corpus.folder}, weight: 0.9}}\n"
+        f"  - {{shards: {other.folder}, weight: 0.1}}\n"
+    )
+    config = load_config(path)
+    config.validate()
+    stream = build_stream(config)
+    assert [source.corpus.folder.name for source in stream.sources] == ["shards", "texts"]
+    assert stream.samples.mixture.weights == [9, 1]
+    save_config(config, tmp_path / "again.yaml")
+    assert build_stream(load_config(tmp_path / "again.yaml")).fingerprint == stream.fingerprint
+    strange = write_shards(tmp_path / "strange", [[1, 2, 3]], make_vocabulary(text=90))
+    config.data.sources[1].shards = str(strange.folder)
+    with pytest.raises(ValueError, match=r"vocabulary.*strange|strange.*vocabulary"):
+        build_stream(config)

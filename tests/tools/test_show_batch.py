@@ -1,13 +1,19 @@
 """tools/show_batch.py prints what the model sees."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_cm3leon.config import Config
-from megatron_cm3leon.data.show import BlockPrinter
+from megatron_cm3leon.data.history import read_history
+from megatron_cm3leon.data.show import BlockPrinter, find_pictures
 from megatron_cm3leon.data.stream import Stream
 from tests.data.corpora import ByteText, make_neighbors, make_vocabulary, write_shards
 from tests.tools.call import call_tool
+from tools.show_batch import draw_pictures
 
 V = make_vocabulary(text=256, image=16, height=2, width=2)
 
@@ -28,7 +34,7 @@ def make_printer(corpus, neighbors=None, **options):
 def test_a_block_reads_as_text(corpus):
     text = make_printer(corpus).describe(0)
     header, query, tokens = text.split("\n")
-    assert header == "block 0  epoch 0  13 tokens (4 of pictures), 19 padding, 0 trimmed, loss weight 12"
+    assert header == "block 0  epoch 0  13 tokens (4 of pictures), 19 padding, 0 trimmed, 0 spans moved, loss weight 12"
     number = int(query.split()[1][:-1])
     assert query == f"  query {number}: made ({number}.png)"
     assert tokens == f"</s>kite {'abcd'[number]}<break>[picture: 4 codes]</s><pad> x 19"
@@ -56,3 +62,68 @@ def test_the_tool_prints_a_batch_and_names_what_is_missing(corpus, tmp_path):
     assert "\033" not in result.stdout and result.stdout.count("[picture: 4 codes]") == 2
     result = call_tool("show_batch", config)
     assert result.returncode == 2 and result.stderr.startswith("error: data.shards is empty; give the folder")
+
+
+def write_metrics(run, lines):
+    names = ("attempt", "step", "batch")
+    text = "".join(json.dumps(dict(zip(names, line, strict=True))) + "\n" for line in lines)
+    (run / "metrics.jsonl").write_text(text)
+
+
+def test_a_step_of_a_run_is_printed_and_skipped_batches_are_marked(corpus, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(
+        f"train: {{global_batch_size: 2}}\ndata: {{seq_length: 31, shards: {corpus.folder}}}\ncm3: {{probability: 0}}\n"
+    )
+    # Batch 1 was skipped; the second attempt went on from the checkpoint of step 1 and skipped batch 2 instead.
+    first = [(1, 1, 0), (1, 1, 1), (1, 2, 2), (1, 3, 3)]
+    write_metrics(run, first)
+    assert read_history(run) == {0: (1, False), 1: (1, True), 2: (2, False), 3: (3, False)}
+    write_metrics(run, [*first, (2, 2, 1), (2, 2, 2), (2, 3, 3)])
+    assert read_history(run) == {0: (1, False), 1: (2, False), 2: (2, True), 3: (3, False)}
+    result = call_tool("show_batch", run, "--step", 3)
+    assert result.returncode == 0 and result.stdout.startswith("batch 3: blocks 6..7, stream "), result.stderr
+    assert ", step 3\n" in result.stdout
+    assert ", SKIPPED by this run after step 2: its loss" in call_tool("show_batch", run, "--batch", 2).stdout
+    assert ", not reached by this run" in call_tool("show_batch", run / "config.yaml", "--batch", 9).stdout
+    result = call_tool("show_batch", run, "--step", 4)
+    assert result.returncode == 2 and "--step (4) is not among the steps of" in result.stderr
+    assert "it has steps 1 to 3" in result.stderr
+    result = call_tool("show_batch", corpus.folder.parent / "none.yaml", "--step", 4)
+    assert result.returncode == 2 and "no configuration file at" in result.stderr
+
+
+def test_the_packing_report_counts_what_is_empty_cut_and_whole(corpus, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data: {{seq_length: 31, shards: {corpus.folder}}}\ncm3: {{probability: 0}}\n")
+    lines = call_tool("show_batch", config, "--report", 8).stdout.splitlines()
+    assert lines[0] == "blocks 0..7 under packing=query, 32 places each"
+    assert [line.split()[1] for line in lines[1:6]] == ["152", "0", "0", "8", "0,"]  # 13 tokens a block
+    assert lines[-1].endswith("mean 13 tokens of 4 samples, standard deviation 0; were they equal, 2 a block "
+                              "would leave 18.8% empty.")  # fmt: skip
+    lines = call_tool("show_batch", config, "--report", 13, "data.packing=stream").stdout.splitlines()
+    assert lines[1].split()[1] == "0" and lines[4].split()[1:4] == ["22", "whole", "of"]
+    lines = call_tool("show_batch", config, "--report", 2, "data.packing=documents").stdout.splitlines()
+    assert lines[1].split()[1] == "12" and lines[4].split()[1] == "4"
+
+
+def test_pictures_are_drawn_from_the_tokens(corpus, tmp_path):
+    tokens = np.array([V.eos, *[V.image_start + 3] * 4, V.break_id, V.image_start, V.break_id, *range(256, 260)])
+    found = find_pictures(tokens, V)
+    assert [(place, codes.tolist()) for place, codes in found] == [(1, [3] * 4), (8, [0, 1, 2, 3])]
+    config, sheet = tmp_path / "config.yaml", tmp_path / "sheet.png"
+    config.write_text(f"data: {{seq_length: 31, shards: {corpus.folder}}}\ncm3: {{probability: 0}}\n")
+    assert draw_pictures(make_printer(corpus).stream, range(3), SimpleNamespace(image=MeanPicture()), sheet) == 3
+    with Image.open(sheet) as picture:
+        assert picture.mode == "RGB" and picture.width > 3 * 160
+    result = call_tool("show_batch", config, "--pictures", sheet)
+    assert result.returncode == 2 and "--pictures needs --tokenizer" in result.stderr
+
+
+class MeanPicture:
+    """Decodes four codes to four grey quarters of 8 x 8 pixels."""
+
+    def decode(self, codes):
+        grey = (codes.view(-1, 1, 2, 2) / 7.5 - 1).float()
+        return grey.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)

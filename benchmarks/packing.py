@@ -1,0 +1,151 @@
+"""Reaching any batch of an epoch of 10^8 documents, resuming there, and what the packings waste.
+
+    python benchmarks/packing.py seek --documents 100000000 --folder scratch/
+    python benchmarks/packing.py waste
+
+`seek` uses a synthetic table of lengths (captions geometric, 1,024 picture codes) and, with `--neighbors`, eight
+synthetic neighbours a document, three of which are drawn: the arithmetic of packing=stream without the tokens.
+`waste` packs drawn lengths: padding of packing=documents beside packing whole samples in order.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.config import load_config
+from megatron_cm3leon.data.best_fit import pack_in_order, pack_window
+from megatron_cm3leon.data.order import draw_bits
+from megatron_cm3leon.data.samples import DataSource
+from megatron_cm3leon.data.stream import Stream
+from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+PAPER = Vocabulary(text_size=56_320, image_size=8192, image_height=32, image_width=32, text_sha256="", image_sha256="")
+
+
+class Lengths:
+    """A corpus that has lengths alone."""
+
+    identity, folder, vocabulary = "synthetic", "synthetic", PAPER
+
+    def __init__(self, documents: int, caption: float = 41) -> None:
+        generator = np.random.default_rng(0)
+        self.documents = documents
+        self.lengths = np.empty(documents, np.uint32)
+        for start in range(0, documents, 1 << 20):
+            part = self.lengths[start : start + (1 << 20)]
+            part[:] = generator.geometric(1 / caption, len(part)) + 1025
+
+
+class HashedTable:
+    """Eight neighbours a document, computed when a row is asked for: a table of 10^8 rows would be 6.4 GB."""
+
+    def __init__(self, documents: int) -> None:
+        self.shape, self.count = (documents, 8), documents
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        bits = draw_bits(1, rows, np.arange(8)[:, None])
+        return (((bits >> np.uint64(32)) * np.uint64(self.count)) >> np.uint64(32)).astype(np.int64).T
+
+
+class HashedNeighbors:
+    def __init__(self, corpus: Lengths) -> None:
+        self.table, self.bank = HashedTable(corpus.documents), corpus
+
+
+def make_stream(corpus: Lengths, neighbors: bool, folder: Path | None = None) -> Stream:
+    config = load_config(None, ["data.packing=stream", "train.global_batch_size=2048"])
+    stream = Stream(config, [DataSource(corpus, HashedNeighbors(corpus) if neighbors else None)])
+    if folder:
+        stream.keep_tables(folder)
+    return stream
+
+
+def timed(label: str, action) -> object:
+    started = time.perf_counter()
+    result = action()
+    print(f"| {label} | {time.perf_counter() - started:.4f} |", flush=True)
+    return result
+
+
+def measure_seek(options: argparse.Namespace) -> None:
+    corpus = Lengths(options.documents)
+    tokens = int(corpus.lengths.sum(dtype=np.int64)) * (1 + 3 * options.neighbors)
+    last = tokens // 4097 - 2048 * 4  # a batch at the end of the epoch
+    print(f"{options.documents:,} documents, {tokens // 4097:,} blocks an epoch\n| | s |\n|---|---|")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        stream = make_stream(corpus, options.neighbors, Path(folder))
+        timed("block 0 of a new stream", lambda: stream.plan(np.array([0])))
+        timed("a batch at the end of the epoch, the first time", lambda: stream.plan(np.array([last])))
+        generator, seconds = np.random.default_rng(2), []
+        for number in generator.integers(0, last, 50):
+            started = time.perf_counter()
+            stream.plan(np.array([number]))
+            seconds.append(time.perf_counter() - started)
+        print(f"| any other batch, median of 50 (slowest) | {np.median(seconds):.4f} ({max(seconds):.4f}) |")
+        cursor = stream.cursor(last - 5000)
+        again = make_stream(corpus, options.neighbors, Path(folder))
+        timed("the same batch by another process, from the kept table", lambda: again.plan(np.array([last])))
+        resumed = make_stream(corpus, options.neighbors)
+        resumed.resume(cursor)
+        plan = timed("the same batch from a checkpoint's cursor", lambda: resumed.plan(np.array([last])))
+        assert np.array_equal(plan.layout.documents, stream.plan(np.array([last])).layout.documents)
+    far = make_stream(corpus, options.neighbors)
+    far.resume({"start": 200 * tokens, "span": 200, "group": 0})  # a made-up place: counting would take 200 tables
+    timed("a batch of epoch 200 from a cursor", lambda: far.plan(np.array([200 * tokens // 4097 + 2048])))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"\npeak memory {peak:.2f} GB, of which lengths {corpus.lengths.nbytes / 1e9:.2f} GB")
+
+
+def draw_lengths(name: str, generator: np.random.Generator, samples: int) -> np.ndarray:
+    """Tokens of whole samples, at most a block's."""
+    if name == "text, log-normal, median 350":
+        lengths = generator.lognormal(np.log(350), 1.0, samples).astype(np.int64) + 2
+    elif name == "30 % of the tokens text":
+        texts = draw_lengths("text, log-normal, median 350", generator, samples)
+        share = 0.3 / texts.mean() / (0.3 / texts.mean() + 0.7 / 1069)
+        pairs = draw_lengths("1024 image tokens", generator, samples)
+        lengths = np.where(generator.random(samples) < share, texts, pairs)
+    else:
+        image, caption = int(name.split()[0]), 41 if name.startswith("1024") else 6
+        lengths = generator.geometric(1 / caption, samples) + image + 3
+    return np.minimum(lengths, 4097)
+
+
+def measure_waste(options: argparse.Namespace) -> None:
+    """Padding of whole samples in blocks of 4,097, and how fast windows are packed."""
+    generator, windows = np.random.default_rng(0), 20
+    names = [f"{image} image tokens" for image in (64, 256, 1024)]
+    print("| samples | in order | best fit | documents/s |\n|---|---|---|---|")
+    for name in [*names, "30 % of the tokens text", "text, log-normal, median 350"]:
+        drawn = [draw_lengths(name, generator, 4096) for _ in range(windows)]
+        room = sum(lengths.sum() for lengths in drawn) / 4097
+        started = time.perf_counter()
+        fitted = sum(len(pack_window(lengths, 4097)) for lengths in drawn)
+        rate = windows * 4096 / (time.perf_counter() - started)
+        ordered = sum(len(pack_in_order(lengths.tolist(), 4097)) for lengths in drawn)
+        print(f"| {name} | {1 - room / ordered:.2%} | {1 - room / fitted:.2%} | {rate:,.0f} |")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("what", choices=["seek", "waste"])
+    parser.add_argument("--documents", type=int, default=100_000_000, help="documents of the epoch")
+    parser.add_argument("--neighbors", action="store_true", help="three retrieved documents in each sample")
+    parser.add_argument("--folder", type=Path, help="where the table is kept while this runs; default: the system's")
+    options = parser.parse_args(arguments)
+    (measure_seek if options.what == "seek" else measure_waste)(options)
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
