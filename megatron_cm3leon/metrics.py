@@ -65,14 +65,3 @@ def _plain(value):
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else None
     return value
-
-
-def read_metrics(run: str | Path) -> list[dict]:
-    """Steps of a run folder in order; of a step that was run twice the last attempt's line counts."""
-    lines = {}
-    with open(Path(run) / "metrics.jsonl") as file:
-        for line in file:
-            if line.endswith("\n"):  # a killed run can leave half a line
-                record = json.loads(line)
-                lines[record["step"]] = record
-    return [lines[step] for step in sorted(lines)]

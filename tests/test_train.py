@@ -11,7 +11,8 @@ import pytest
 
 from megatron_cm3leon.checkpoint.sharded import list_checkpoints
 from megatron_cm3leon.config import load_config
-from megatron_cm3leon.metrics import flops_per_token, read_metrics
+from megatron_cm3leon.data.history import read_metrics
+from megatron_cm3leon.metrics import flops_per_token
 from megatron_cm3leon.schedule import follow_rule, learning_rate
 from tests.checkpoint.made import flip_byte
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards

@@ -5,8 +5,8 @@
     shards/shard-000000-000.idx.npy   (offset u64, tokens u32, crc32 u32) a document
     shards/shard-000000-000.parquet   key, caption, image, source, picture_sha256, extra, kind
 
-`offset` is where a document's first token stands in the tar (behind the .npy header); the crc is over
-the token bytes and is compared on every read. A document's number is its place in manifest order.
+`offset` is where a document's first token stands in the tar (behind the .npy header); the crc is over the token bytes
+and is compared when a process reads a document for the first time. A document's number is its place in manifest order.
 A pair is stored as text ids, <break>, image ids; a text as its ids; an interleaved document as its texts and
 pictures in their order with <break> between them. No document holds </s>.
 
