@@ -25,7 +25,8 @@ import psutil
 from megatron_cm3leon.cli import run_tool
 from megatron_cm3leon.config import Config, load_config
 from megatron_cm3leon.data.loader import Loader
-from megatron_cm3leon.data.shards import MANIFEST, Corpus, ShardWriter, build_manifest, open_shards, write_json
+from megatron_cm3leon.data.shard_writer import ShardWriter
+from megatron_cm3leon.data.shards import MANIFEST, Corpus, build_manifest, open_shards, write_json
 from megatron_cm3leon.data.stream import Stream
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.retrieval.neighbors import Neighbors

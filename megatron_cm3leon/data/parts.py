@@ -25,7 +25,8 @@ import torch
 
 from megatron_cm3leon.data.dedupe import REASONS, Duplicates, hash_parts, hashes_path, save_array
 from megatron_cm3leon.data.filters import Filters, clean_caption
-from megatron_cm3leon.data.shards import ShardWriter, shard_files, write_json
+from megatron_cm3leon.data.shard_writer import ShardWriter
+from megatron_cm3leon.data.shards import shard_files, write_json
 from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawDocument, Source, read_picture
 from megatron_cm3leon.progress import Meter
 from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels

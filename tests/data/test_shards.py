@@ -11,7 +11,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from megatron_cm3leon.data.shards import open_shards, pack_members, split_segments
+from megatron_cm3leon.data.shard_writer import pack_members
+from megatron_cm3leon.data.shards import open_shards, split_segments
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 

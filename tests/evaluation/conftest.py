@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.data.shards import ShardWriter, build_manifest, open_shards, write_json
+from megatron_cm3leon.data.shard_writer import ShardWriter
+from megatron_cm3leon.data.shards import build_manifest, open_shards, write_json
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.generate import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource
