@@ -227,10 +227,11 @@ class _Buffer:
             if device is None:
                 return self._copy(pieces, locked=False)
             torch.cuda.set_device(device)  # a thread begins on device 0
-            with torch.cuda.stream(torch.cuda.Stream(device)) as stream:
-                stream.wait_event(now)
+            stream = torch.cuda.Stream(device)
+            stream.wait_event(now)
+            with torch.cuda.stream(stream):
                 copied = self._copy(pieces, locked=True)
-                stream.synchronize()
+            stream.synchronize()
             return copied
 
         return copy_pieces
