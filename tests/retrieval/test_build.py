@@ -10,9 +10,10 @@ from PIL import Image
 
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.retrieval import embeddings
-from megatron_cm3leon.retrieval.build import IndexOptions, build_index_folder
+from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import Encoder, combine
 from megatron_cm3leon.retrieval.neighbors import load_description, load_neighbors
+from megatron_cm3leon.retrieval.options import IndexOptions
 
 OPTIONS = IndexOptions(neighbors=3, threshold=0.999)  # an untrained encoder finds everything alike
 
@@ -34,8 +35,9 @@ def test_the_folder_is_as_described(index, shards, clip_folder):
     assert description["options"]["query_dropout"] == 0.2
     assert sum(description["neighbors_found"]) == 180
     names = {str(path.relative_to(index)) for path in index.rglob("*") if path.is_file()}
-    parts = [f"embeddings/{name}{end}" for name in ("bank", "queries") for end in (".npy", ".json", "_identities.npy")]
-    assert names == {"index.json", "index.faiss", "neighbors.npy", "scores.npy", *parts}
+    arrays = [f"embeddings/{name}.npy" for name in ("bank", "bank_identities", "queries_text", "queries_image")]
+    notes = ["embeddings/bank.json", "embeddings/queries_text.json", "index.faiss.json"]
+    assert names == {"index.json", "index.faiss", "neighbors.npy", "scores.npy", *arrays, *notes}
     vectors = np.load(index / "embeddings/bank.npy")
     assert vectors.dtype == np.float16 and vectors.shape == (180, 32)
     np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=2e-3)
@@ -47,8 +49,9 @@ def test_vectors_are_those_of_caption_and_picture(index, shards, shapes, clip_fo
     picture = encoder.encode_pictures([Image.open(shapes / fields["image"])])
     expected = combine(encoder.encode_texts([fields["caption"]]), picture)
     np.testing.assert_allclose(np.load(index / "embeddings/bank.npy")[100], expected[0], atol=2e-3)
-    query = combine(encoder.encode_texts([fields["caption"]], 0.2, [(0, 100)]), picture)
-    np.testing.assert_allclose(np.load(index / "embeddings/queries.npy")[100], query[0], atol=2e-3)
+    text = encoder.encode_texts([fields["caption"]], 0.2, [(0, 100)])
+    np.testing.assert_allclose(np.load(index / "embeddings/queries_text.npy")[100], text[0], atol=2e-3)
+    np.testing.assert_allclose(np.load(index / "embeddings/queries_image.npy")[100], picture[0], atol=2e-3)
 
 
 def test_the_table_keeps_the_filters(index, shards):
@@ -56,13 +59,15 @@ def test_the_table_keeps_the_filters(index, shards):
     neighbors = load_neighbors(index, corpus)
     assert neighbors.bank is corpus
     assert neighbors.table.shape == (180, 3) and isinstance(neighbors.table, np.memmap)
-    vectors, queries = (np.load(index / f"embeddings/{name}.npy").astype(np.float32) for name in ("bank", "queries"))
+    names = ("bank", "queries_text", "queries_image")
+    vectors, *views = (np.load(index / f"embeddings/{name}.npy").astype(np.float32) for name in names)
     checksums = np.array(corpus.metadata(["picture_sha256"]).column(0).to_pylist())
     for number, row in enumerate(neighbors.table):
         kept = row[row >= 0]
         assert len(kept)
         assert number not in kept and len({*checksums[kept], checksums[number]}) == len(kept) + 1
-        assert (vectors[kept] @ queries[number] <= 0.999 + 1e-6).all()
+        for query in (vectors, *views):
+            assert (vectors[kept] @ query[number] <= 0.999 + 1e-6).all()
         between = vectors[kept] @ vectors[kept].T - 2 * np.eye(len(kept))
         assert (between <= 0.999 + 1e-6).all()
         assert (np.diff(np.load(index / "scores.npy")[number][row >= 0]) <= 0).all()
@@ -152,7 +157,7 @@ def test_an_interrupted_build_goes_on(index, shards, clip_folder, tmp_path, monk
     encoded.clear()
     build_index_folder(tmp_path / "index", shards, clip_folder, options=OPTIONS)
     assert sum(encoded) == 180 - 128  # two whole parts were kept
-    for name in ("neighbors.npy", "embeddings/bank.npy", "embeddings/queries.npy"):
+    for name in ("neighbors.npy", "embeddings/bank.npy", "embeddings/queries_text.npy"):
         assert (tmp_path / "index" / name).read_bytes() == (index / name).read_bytes()
 
 
@@ -163,7 +168,7 @@ def test_finished_and_differently_begun_outputs(index, shards, clip_folder, tmp_
     (copy / "index.json").unlink()
     changed = IndexOptions(neighbors=3, query_dropout=0.5)
     with pytest.raises(
-        ValueError, match=r"queries.npy was begun with other settings \(query_dropout: 0.2 instead of 0.5"
+        ValueError, match=r"queries_text.npy was begun with other settings \(query_dropout: 0.2 instead of 0.5"
     ):
         build_index_folder(copy, shards, clip_folder, options=changed)
     description = build_index_folder(copy, shards, clip_folder, options=changed, overwrite=True)
@@ -179,21 +184,6 @@ def test_a_changed_or_missing_picture_is_named(shapes, write_shards, clip_folder
     (source / "heldout/000003.png").unlink()
     with pytest.raises(ValueError, match=r"000003.png, a picture of .* cannot be read .*--pictures tokens"):
         build_index_folder(tmp_path / "index", folder, clip_folder, options=OPTIONS)
-
-
-def test_pictures_can_come_from_the_tokens(heldout_shards, vocabulary):
-    class Decoder:
-        def decode(self, codes):
-            assert codes.min() >= 0 and codes.max() < vocabulary.image_size
-            grey = codes.float().mean(dim=1) / 127.5 - 1
-            return grey[:, None, None, None].expand(-1, 3, 8, 8)
-
-    corpus = open_shards(heldout_shards)
-    pictures = embeddings.read_token_pictures(corpus, Decoder())(range(3))
-    ids = corpus.read(2).astype(np.int64)
-    mean = (ids[-4:] - vocabulary.image_start).mean()
-    assert [picture.size for picture in pictures] == [(8, 8)] * 3
-    assert abs(np.asarray(pictures[2])[0, 0, 0] - mean) <= 1
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from megatron_cm3leon.retrieval.candidates import Bank, Queries, find_neighbors
 from megatron_cm3leon.retrieval.index import build_index, search_index
-from megatron_cm3leon.retrieval.neighbors import Bank, Queries, find_neighbors
 
 
 def on_circle(*cosines: float) -> np.ndarray:
@@ -17,12 +17,14 @@ def on_circle(*cosines: float) -> np.ndarray:
 def apply_filters(bank_vectors, *, bank_pictures=None, picture=(0, 0), own=-1, count=2, threshold=0.9):
     """Neighbours of the query (1, 0) as a list."""
     vectors = np.asarray(bank_vectors, np.float32)
-    identities = np.array(bank_pictures or [(n + 1, n + 1) for n in range(len(vectors))], np.uint64)
+    identities = np.array(bank_pictures or [(n + 1, n + 1) for n in range(len(vectors))], np.uint64)[:, None]
     index = build_index(vectors, "Flat")
     table, scores = find_neighbors(
         lambda part, k: search_index(index, part, k),
         Bank(vectors=vectors, identities=identities),
-        Queries(vectors=np.array([[1, 0]], np.float32), identities=np.array([picture], np.uint64), own=np.array([own])),
+        Queries(
+            vectors=np.array([[1, 0]], np.float32), identities=np.array([[picture]], np.uint64), own=np.array([own])
+        ),
         count,
         threshold=threshold,
     )
@@ -109,7 +111,7 @@ def test_table_equals_brute_force(dtype):
     random = np.random.default_rng(0)
     vectors = np.repeat(random.normal(size=(60, 8)), 5, axis=0) + 0.25 * random.normal(size=(300, 8))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(dtype)
-    identities = random.integers(1, 200, (300, 2)).astype(np.uint64)
+    identities = random.integers(1, 200, (300, 1, 2)).astype(np.uint64)
     own = np.arange(300)
     index = build_index(vectors, "Flat")
     table, scores = find_neighbors(
@@ -130,7 +132,7 @@ def test_the_result_does_not_depend_on_batches():
     random = np.random.default_rng(1)
     vectors = random.normal(size=(200, 4)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    identities = np.arange(1, 401, dtype=np.uint64).reshape(-1, 2)
+    identities = np.arange(1, 401, dtype=np.uint64).reshape(-1, 1, 2)
     index = build_index(vectors, "Flat")
     bank = Bank(vectors=vectors, identities=identities)
     queries = Queries(vectors=vectors, identities=identities, own=np.arange(200))
