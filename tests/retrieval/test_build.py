@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import faiss
 import numpy as np
 import pytest
 from PIL import Image
@@ -71,6 +72,48 @@ def test_the_table_keeps_the_filters(index, shards):
         between = vectors[kept] @ vectors[kept].T - 2 * np.eye(len(kept))
         assert (between <= 0.999 + 1e-6).all()
         assert (np.diff(np.load(index / "scores.npy")[number][row >= 0]) <= 0).all()
+
+
+def test_faiss_alone_reproduces_the_neighbours(index, shards):
+    """The oracle: FAISS's own exact index over the files, and the filters as one reads them."""
+    corpus = open_shards(shards)
+    checksums = corpus.metadata(["picture_sha256"]).column(0).to_pylist()
+    tokens = [corpus.read(number)[-4:].tobytes() for number in range(180)]
+    names = ("bank", "queries_text", "queries_image")
+    bank, *views = (np.load(index / f"embeddings/{name}.npy").astype(np.float32) for name in names)
+    exact = faiss.IndexFlatIP(bank.shape[1])
+    exact.add(bank)
+    orders = [exact.search(view, 180)[1] for view in views]
+    table, same = load_neighbors(index, corpus).table, 0
+    for number in range(180):
+        kept = []
+
+        def fits(other, number=number, kept=kept):
+            near = [bank[number], *(view[number] for view in views), *bank[kept]]
+            alike = [number, *kept]
+            return (
+                max(vector @ bank[other] for vector in near) <= OPTIONS.threshold
+                and checksums[other] not in [checksums[one] for one in alike]
+                and tokens[other] not in [tokens[one] for one in alike]
+            )
+
+        for place in range(3):
+            turns = [orders[place % 2][number], orders[1 - place % 2][number]]
+            kept += [int(other) for order in turns for other in order if fits(other)][:1]
+        same += sorted(kept) == sorted(table[number][table[number] >= 0].tolist())
+    assert same >= 178  # an untrained encoder leaves ties within rounding
+
+
+def test_a_low_recall_is_told(shards, clip_folder, tmp_path, caplog):
+    options = IndexOptions(neighbors=3, threshold=0.999, factory="IVF30,Flat", search="nprobe=1")
+    description = build_index_folder(tmp_path / "index", shards, clip_folder, options=options)
+    assert description["recall_at_10"] < 0.9 and description["search"] == "nprobe=1"
+    assert f"recall@10 of the index is {description['recall_at_10']:.3f}, below 0.9" in caplog.text
+    caplog.clear()
+    chosen = IndexOptions(neighbors=3, threshold=0.999, factory="IVF30,Flat")
+    description = build_index_folder(tmp_path / "chosen", shards, clip_folder, options=chosen)
+    assert description["recall_at_10"] > 0.9 and description["search"].startswith("nprobe=")
+    assert "recall@10" not in caplog.text
 
 
 def test_heldout_queries_retrieve_from_the_training_bank(shards, heldout_shards, clip_folder, tmp_path):
@@ -194,6 +237,8 @@ def test_a_changed_or_missing_picture_is_named(shapes, write_shards, clip_folder
         (IndexOptions(query_dropout=1.0), r"--query-dropout \(1.0\) must be in \[0, 1\)"),
         (IndexOptions(pictures="tokens"), "--pictures tokens needs --tokenizer"),
         (IndexOptions(candidates=0), "must be at least 1"),
+        (IndexOptions(recall=0), r"--recall \(0\) must be above 0"),
+        (IndexOptions(pictures="raw"), r"--pictures \(raw\) must be source or tokens"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -43,7 +43,7 @@ def test_recall_is_measured(vectors):
 
 @pytest.mark.parametrize(
     ("factory", "name"),
-    [("IVF64,Flat", "nprobe"), ("HNSW2", "efSearch"), ("IVF16,PQ8x4fs,Refine(SQfp16)", "k_factor_rf")],
+    [("IVF64,Flat", "nprobe"), ("HNSW4", "efSearch"), ("IVF16,PQ8x4fs,Refine(SQfp16)", "k_factor_rf")],
 )
 def test_search_parameters_are_chosen_by_measured_recall(vectors, factory, name):
     built = faiss_index.build_index(vectors, factory)
