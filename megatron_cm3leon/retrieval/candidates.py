@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_cm3leon.retrieval.rows import to_float32
+
 NO_NEIGHBOR = -1
-_CANDIDATE_BYTES = 64 << 20
-"""Candidate vectors that are held in memory at a time."""
+_CANDIDATE_BYTES = 8 << 20
+"""Candidate vectors that are compared at a time: few enough for the processor's cache."""
 _LARGEST_SQUARE = 256
 """Candidates of a document up to which all are compared with all at once; beyond, only with those kept."""
 _GROWTH = 4
@@ -81,13 +83,14 @@ def find_neighbors(
     open_rows = np.arange(len(table))
     views = max(1, len(queries.views))
     while len(open_rows):
+        asked = queries.rows(open_rows)
+        # A re-ranking of the candidates would stand behind this line.
+        numbers = np.stack([_search_view(search, view, wanted) for view in asked.views or (asked.vectors,)], axis=1)
         rows_at_once = max(1, _CANDIDATE_BYTES // (views * wanted * bank.vectors.shape[1] * 4))
         for start in range(0, len(open_rows), rows_at_once):
-            rows = open_rows[start : start + rows_at_once]
-            part = queries.rows(rows)
-            found = [_search_view(search, view, wanted) for view in part.views or (part.vectors,)]
-            # A re-ranking of the candidates would stand here.
-            table[rows], scores[rows] = filter_candidates(bank, part, np.stack(found, axis=1), count, threshold)
+            part = slice(start, start + rows_at_once)
+            found = filter_candidates(bank, asked.rows(part), numbers[part], count, threshold)
+            table[open_rows[part]], scores[open_rows[part]] = found
         open_rows = open_rows[table[open_rows, -1] == NO_NEIGHBOR]
         if wanted == largest:
             break
@@ -112,7 +115,7 @@ def filter_candidates(
     n, views, k = candidates.shape
     numbers = candidates.reshape(n, views * k)
     view_of = np.repeat(np.arange(views), k)
-    vectors = np.asarray(bank.vectors[numbers.clip(0)], np.float32)
+    vectors = to_float32(bank.vectors[numbers.clip(0)])
     searched = queries.views or (queries.vectors,)
     asked = np.stack([np.asarray(view, np.float32) for view in (queries.vectors, *searched)], axis=2)
     scores = np.matmul(vectors, asked)  # [n, candidates, 1 + views]

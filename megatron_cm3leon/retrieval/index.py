@@ -11,11 +11,13 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from megatron_cm3leon.retrieval.rows import to_float32
+
 logger = logging.getLogger(__name__)
 
 PIECE = 65536
 """Vectors converted to float32 at a time."""
-TRAINING_VECTORS_A_LIST = 64
+TRAINING_VECTORS_A_LIST = 40
 LARGEST_FLAT = 200_000
 LARGEST_PLAIN_IVF = 10_000_000
 
@@ -56,7 +58,7 @@ def build_index(vectors, factory: str, parameters: str = "", seed: int = 0, adva
             f"{reason}. Give another --factory, such as Flat or IVF{max(1, round(documents**0.5))},Flat."
         ) from error
     for start in range(0, documents, PIECE):
-        piece = _read(vectors, slice(start, start + PIECE))
+        piece = to_float32(vectors[start : start + PIECE])
         check_finite(piece, range(start, start + len(piece)))
         index.add(piece)
         advance(len(piece))
@@ -74,16 +76,12 @@ def check_finite(vectors: np.ndarray, numbers) -> None:
         )
 
 
-def _read(vectors, chosen) -> np.ndarray:
-    return np.ascontiguousarray(vectors[chosen], np.float32)
-
-
 def _train(index, vectors, seed: int) -> None:
     """Train on a seeded choice of vectors in storage order, enough for the number of lists."""
     ivf = _find_ivf(index)
     wanted = min(len(vectors), max(TRAINING_VECTORS_A_LIST * (ivf.nlist if ivf else 1024), PIECE))
     chosen = np.sort(np.random.default_rng(seed).choice(len(vectors), wanted, replace=False))
-    sample = _read(vectors, chosen)
+    sample = to_float32(vectors[chosen])
     check_finite(sample, chosen)
     if ivf and _count_gpus():
         clustering = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(index.d))  # k-means is most of the training
@@ -129,7 +127,7 @@ def search_exact(vectors, queries: np.ndarray, count: int) -> tuple[np.ndarray, 
     heap = faiss.ResultHeap(len(queries), count, keep_max=True)
     queries = np.ascontiguousarray(queries, np.float32)
     for start in range(0, len(vectors), PIECE):
-        piece = _read(vectors, slice(start, start + PIECE))
+        piece = to_float32(vectors[start : start + PIECE])
         scores, numbers = faiss.knn(queries, piece, min(count, len(piece)), metric=faiss.METRIC_INNER_PRODUCT)
         heap.add_result(scores, numbers + start)
     heap.finalize()
@@ -149,7 +147,7 @@ class Recall:
     def measure(self, index) -> np.ndarray:
         """Share of the best `count` that the index finds, for each query."""
         _, numbers = search_index(index, self.queries, self.count)
-        vectors = self.vectors[numbers.clip(0)].astype(np.float32)
+        vectors = to_float32(self.vectors[numbers.clip(0)])
         found = np.matmul(vectors, self.queries[:, :, None])[:, :, 0]
         return ((numbers >= 0) & (found >= self.least)).mean(axis=1)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megatron_cm3leon.data.shards import write_json
 
@@ -108,6 +109,13 @@ class Rows:
     def _shapes(self, part: int) -> dict[str, tuple[int, ...]]:
         content = self._load(part)
         return {array: content[array].shape[1:] for array in self.arrays}
+
+
+def to_float32(vectors: np.ndarray) -> np.ndarray:
+    """A copy as float32; of float16, torch makes it several times as fast as numpy."""
+    if vectors.dtype != np.float16:
+        return np.array(vectors, np.float32)
+    return torch.from_numpy(np.array(vectors)).float().numpy()
 
 
 def load_rows(path: Path) -> np.ndarray:
