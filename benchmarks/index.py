@@ -4,11 +4,12 @@
     python benchmarks/index.py --folder /scratch/vectors --documents 100000
 
 Vectors are made once, in `--folder`: 20,000 clusters whose centres, and whose members' distances from them, have
-standard deviations falling as i^-0.5 over 512 directions turned at random (a spectrum as CLIP's is taken to be), cosine
-of a vector to its centre about 0.74. Each option runs in a process of its own, on `--threads` threads: it trains, adds
-all vectors in pieces, chooses its probes by measured recall, and is measured on other queries. In rounds it then
-searches `--queries` documents of the corpus, in turn with exact search (faiss.knn) of some of them; times for the whole
-corpus are extrapolated from these. `x exact` is exact search of all documents over build and search of all documents.
+variances falling as i^-0.5 over 512 directions turned at random (a spectrum as CLIP's is taken to be; --spectrum 1 is
+harder: neighbours then often belong to other clusters), cosine of a vector to its centre about 0.74. Each option runs
+in a process of its own, on `--threads` threads: it trains, adds all vectors in pieces, chooses its probes by measured
+recall, and is measured on other queries. In rounds it then searches `--queries` documents of the corpus, in turn with
+exact search (faiss.knn) of some of them; times for the whole corpus are extrapolated from these. `x exact` is exact
+search of all documents over build and search of all documents.
 `table` is what tools/build_index.py does with the index: two searches a document, and the filters.
 Seconds are of CPU time, all threads added up, so that other work on the machine counts little.
 """
@@ -44,14 +45,14 @@ RECALL_QUERIES = 1000
 OPTIONS = ("IVF4096,Flat", "IVF4096,SQ8", "HNSW32,SQfp16", "IVF4096,PQ64")
 
 
-def make_vectors(folder: Path, documents: int, width: int, seed: int) -> Path:
+def make_vectors(folder: Path, documents: int, width: int, spectrum: float, seed: int) -> Path:
     """Write unit vectors, float16 [documents, width], piece by piece; kept from run to run."""
-    path = folder / f"vectors-{documents}-{width}-{seed}.npy"
+    path = folder / f"vectors-{documents}-{width}-{spectrum}-{seed}.npy"
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
-    deviations = np.arange(1, width + 1, dtype=np.float32) ** -0.5
+    deviations = np.arange(1, width + 1, dtype=np.float32) ** (-spectrum / 2)
     turn = np.linalg.qr(random.standard_normal((width, width)))[0].astype(np.float32)
     centres = unit(random.standard_normal((CLUSTERS, width), np.float32) * deviations)
     temporary = path.with_suffix(".tmp")
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the vectors are made and kept")
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--spectrum", type=float, default=0.5, help="variances fall as i to the minus this")
     parser.add_argument("--factory", nargs="*", default=[], help="options (empty: the one chosen by size, and others)")
     parser.add_argument("--search", default="", help="search parameters (empty: chosen by measured recall)")
     parser.add_argument("--recall", type=float, default=0.95, help="recall@10 that the probes are chosen for")
@@ -157,7 +159,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append each row to this file")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # this process is the one of an option
     options = parser.parse_args()
-    path = make_vectors(options.folder, options.documents, options.width, seed=0)
+    path = make_vectors(options.folder, options.documents, options.width, options.spectrum, seed=0)
     if options.only:
         print(json.dumps(measure_option(path, options.only, options)))
         return

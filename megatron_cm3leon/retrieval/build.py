@@ -2,7 +2,7 @@
 
 index/embeddings/          vectors of the bank and of the queries (embeddings.py)
 index/index.faiss          FAISS index over the bank, and index.faiss.json: how it was made, the measured recall
-index/neighbors.npy        what each document may retrieve (neighbors.py), and scores.npy beside it
+index/neighbors.npy        what each document may retrieve (neighbors.py), scores.npy and table.json beside it
 index/index.json           what it was built from and how; written last
 
 Three stages, each going on where an interrupted run stopped: encode, index, neighbors. The first and the last can be
@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_cm3leon.data.shards import Corpus, open_shards, write_json
 from megatron_cm3leon.progress import meter
-from megatron_cm3leon.retrieval.candidates import NO_NEIGHBOR, Bank, Queries, find_neighbors
+from megatron_cm3leon.retrieval.candidates import NO_NEIGHBOR, Bank, Queries
 from megatron_cm3leon.retrieval.contents import ContentReader
 from megatron_cm3leon.retrieval.embeddings import DOCUMENTS, QUERIES, Wanted, encode_corpus, open_embeddings
 from megatron_cm3leon.retrieval.encoder import Encoder
@@ -34,7 +34,6 @@ from megatron_cm3leon.retrieval.index import (
     load_index,
     place_for_search,
     save_index,
-    search_index,
     tune_search,
 )
 from megatron_cm3leon.retrieval.neighbors import (
@@ -47,14 +46,18 @@ from megatron_cm3leon.retrieval.neighbors import (
 from megatron_cm3leon.retrieval.options import IndexOptions
 from megatron_cm3leon.retrieval.pictures import SourcePictures, read_token_pictures
 from megatron_cm3leon.retrieval.rows import Rows
+from megatron_cm3leon.retrieval.table import (
+    TABLE_FILES,
+    count_neighbors,
+    count_shared_pictures,
+    open_table,
+    write_table,
+)
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
 logger = logging.getLogger(__name__)
 
 LOW_RECALL = 0.9
-PART_NEIGHBORS = 65536
-"""Documents of a part of the table."""
-_QUERY_BATCH = 1024
 _BANK_FILES = ("embeddings/bank.npy", "embeddings/bank_identities.npy", "embeddings/bank.json")
 _INDEX_FILES = ("index.faiss", "index.faiss.json")
 
@@ -118,9 +121,9 @@ class _Build:
         """Make room: a finished index is kept unless told otherwise, an unfinished one is continued."""
         if overwrite:
             (self.output / INDEX_FILE).unlink(missing_ok=True)
-            for name in ("embeddings", "table"):
+            for name in ("embeddings", ".table"):
                 shutil.rmtree(self.output / name, ignore_errors=True)
-            for name in _INDEX_FILES:
+            for name in _INDEX_FILES + TABLE_FILES:
                 (self.output / name).unlink(missing_ok=True)
         elif (self.output / INDEX_FILE).exists():
             raise ValueError(f"{self.output} already holds a finished index; give another --output, or --overwrite.")
@@ -239,38 +242,20 @@ class _Build:
 
     def find(self, task: int, tasks: int) -> None:
         """Write this task's parts of the table."""
-        options, rows = self.options, self._open_table()
+        rows = self._open_table()
         missing = rows.missing(task, tasks)
-        if not missing:
-            return
-        description = self._describe_index()
-        index = place_for_search(load_index(self.output / "index.faiss", description["search"]))
-        with meter(sum(len(rows.range(part)) for part in missing), "neighbours", "documents") as progress:
-            for part in missing:
-                pieces, numbers = [], rows.range(part)
-                for start in range(numbers.start, numbers.stop, _QUERY_BATCH):
-                    chosen = slice(start, min(start + _QUERY_BATCH, numbers.stop))
-                    found = find_neighbors(
-                        lambda vectors, count: search_index(index, vectors, count),
-                        self.bank_data,
-                        self.queries.rows(chosen),
-                        options.neighbors,
-                        threshold=options.threshold,
-                        candidates=options.candidates,
-                        max_candidates=options.max_candidates,
-                    )
-                    pieces.append(found)
-                    progress.advance(len(found[0]))
-                table, scores = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-                rows.write(part, {"neighbors": table, "scores": scores})
+        if missing:
+            index = load_index(self.output / "index.faiss", self._describe_index()["search"])
+            write_table(rows, missing, place_for_search(index), self.bank_data, self.queries, self.options)
 
     def _open_table(self) -> Rows:
-        options, described = self.options, self._describe_index()
-        settings = {name: getattr(options, name) for name in ("threshold", "candidates", "max_candidates")}
-        settings |= {"neighbors": options.neighbors, "factory": described["factory"], "search": described["search"]}
-        settings |= {"queries": manifest_sha256(self.corpus), "query_dropout": options.query_dropout}
-        folder = self.output / "table"
-        return Rows(folder, "table", ["neighbors", "scores"], self.corpus.documents, PART_NEIGHBORS, settings)
+        made = self._describe_index()
+        settings = {name: made[name] for name in ("encoder_sha256", "bank_manifest_sha256", "factory", "search")}
+        settings |= {
+            "queries_manifest_sha256": manifest_sha256(self.corpus),
+            "query_dropout": self.options.query_dropout,
+        }
+        return open_table(self.output, self.corpus.documents, self.options, settings)
 
     def _describe_index(self) -> dict:
         note = self.output / "index.faiss.json"
@@ -282,14 +267,6 @@ class _Build:
         """Join the table and write index.json."""
         rows, made = self._open_table(), self._describe_index()
         rows.join()
-        table = rows.load("neighbors")
-        found = np.zeros(self.options.neighbors + 1, np.int64)
-        for start in range(0, len(table), PART_NEIGHBORS):
-            kept = (table[start : start + PART_NEIGHBORS] != NO_NEIGHBOR).sum(axis=1)
-            found += np.bincount(kept, minlength=len(found))
-        for name in rows.arrays:
-            os.replace(rows.folder / f"{name}.npy", self.output / f"{name}.npy")
-        shutil.rmtree(rows.folder)
         description = {
             "format": FORMAT,
             "encoder": str(self.encoder_folder.resolve()),
@@ -300,11 +277,13 @@ class _Build:
             "documents": self.corpus.documents,
             "bank_documents": self.bank.documents,
             "neighbors": self.options.neighbors,
-            "neighbors_found": found.tolist(),
+            "neighbors_found": count_neighbors(rows.load("neighbors")),
             **{name: made[name] for name in ("factory", "search", "recall_at_10")},
             "options": asdict(self.options),
             "command": shlex.join(sys.argv),
         }
+        if self.own is not self.whole:
+            description["pictures_in_bank"] = count_shared_pictures(self.queries, self.bank_data)
         write_json(self.output / INDEX_FILE, description)
         return description
 

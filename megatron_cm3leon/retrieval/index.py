@@ -160,21 +160,44 @@ def measure_recall(index, vectors, queries: np.ndarray, count: int = 10) -> floa
 def tune_search(index, recall: Recall, target: float) -> str:
     """Set and return search parameters whose measured recall reaches `target` by a standard error.
 
-    Starts cheap and raises, step by step, the parameter that gains more: nprobe of an inverted file, k_factor_rf under
-    Refine, efSearch of an HNSW graph. The rest has nothing to tune: "". Where the target is out of reach, the largest
-    values are kept.
+    Starts cheap and raises, step by step, the parameter that gains most for the memory it reads: nprobe of an inverted
+    file, k_factor_rf under Refine, efSearch of an HNSW graph; then lowers again what can be. The rest has nothing to
+    tune: "". Where the target is out of reach, the largest values are kept.
     """
     steps = _list_steps(index)
-    chosen, found = dict.fromkeys(steps, 0), _try_parameters(index, recall, steps, dict.fromkeys(steps, 0))
-    while found.mean() - found.std() / max(1, len(found)) ** 0.5 < target:
+
+    def measure(places: dict[str, int]) -> tuple[float, bool]:
+        set_parameters(index, _spell(steps, places))
+        found = recall.measure(index)
+        return found.mean(), found.mean() - found.std() / max(1, len(found)) ** 0.5 >= target
+
+    chosen = dict.fromkeys(steps, 0)
+    found, enough = measure(chosen)
+    while not enough:
         raised = [{**chosen, name: place + 1} for name, place in chosen.items() if place + 1 < len(steps[name])]
         if not raised:
             break
-        results = [_try_parameters(index, recall, steps, places) for places in raised]
-        best = max(range(len(raised)), key=lambda number: results[number].mean())
-        chosen, found = raised[best], results[best]
-    _try_parameters(index, recall, steps, chosen)
+        results = [measure(places) for places in raised]
+        cost = _count_bytes(index, recall.count, steps, chosen)
+        worth = [
+            (result[0] - found) / (_count_bytes(index, recall.count, steps, places) - cost)
+            for places, result in zip(raised, results, strict=True)
+        ]
+        best = int(np.argmax(worth))
+        chosen, (found, enough) = raised[best], results[best]
+    for name in chosen:
+        while enough and chosen[name] and measure({**chosen, name: chosen[name] - 1})[1]:
+            chosen[name] -= 1
+    set_parameters(index, _spell(steps, chosen))
     return _spell(steps, chosen)
+
+
+def _count_bytes(index, count: int, steps: dict[str, list[int]], places: dict[str, int]) -> float:
+    """About how much memory a search for `count` reads; what Refine reads lies scattered: it counts four times."""
+    values = {name: steps[name][place] for name, place in places.items()}
+    ivf = _find_ivf(index)
+    read = values["nprobe"] * index.ntotal / ivf.nlist * ivf.code_size if ivf else values["efSearch"]
+    return read + 4 * values.get("k_factor_rf", 0) * count * 2 * index.d
 
 
 def _list_steps(index) -> dict[str, list[int]]:
@@ -192,11 +215,6 @@ def _list_steps(index) -> dict[str, list[int]]:
 
 def _spell(steps: dict[str, list[int]], places: dict[str, int]) -> str:
     return ",".join(f"{name}={steps[name][place]}" for name, place in places.items())
-
-
-def _try_parameters(index, recall: Recall, steps: dict[str, list[int]], places: dict[str, int]) -> np.ndarray:
-    set_parameters(index, _spell(steps, places))
-    return recall.measure(index)
 
 
 def set_parameters(index, parameters: str) -> None:

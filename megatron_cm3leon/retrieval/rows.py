@@ -31,9 +31,11 @@ class Rows:
         settings = {**settings, "part_size": size}
         note = folder / f"{name}.json"
         if note.is_file():
-            _compare(json.loads(note.read_text()), settings, folder / name)
+            _compare(json.loads(note.read_text()), settings, folder / f"{arrays[0]}.npy")
         else:
             folder.mkdir(parents=True, exist_ok=True)
+            for array in arrays:  # of unknown settings
+                (folder / f"{array}.npy").unlink(missing_ok=True)
             write_json(note, settings)
 
     @property
@@ -137,6 +139,6 @@ def _compare(written: dict, settings: dict, what: Path) -> None:
     ]
     if differing:
         raise ValueError(
-            f"{what}.npy was begun with other settings ({'; '.join(differing)}); give another --output, or --overwrite "
+            f"{what} was begun with other settings ({'; '.join(differing)}); give another --output, or --overwrite "
             f"to make it again."
         )

@@ -37,7 +37,7 @@ def test_the_folder_is_as_described(index, shards, clip_folder):
     assert sum(description["neighbors_found"]) == 180
     names = {str(path.relative_to(index)) for path in index.rglob("*") if path.is_file()}
     arrays = [f"embeddings/{name}.npy" for name in ("bank", "bank_identities", "queries_text", "queries_image")]
-    notes = ["embeddings/bank.json", "embeddings/queries_text.json", "index.faiss.json"]
+    notes = ["embeddings/bank.json", "embeddings/queries_text.json", "index.faiss.json", "table.json"]
     assert names == {"index.json", "index.faiss", "neighbors.npy", "scores.npy", *arrays, *notes}
     vectors = np.load(index / "embeddings/bank.npy")
     assert vectors.dtype == np.float16 and vectors.shape == (180, 32)
@@ -85,7 +85,7 @@ def test_faiss_alone_reproduces_the_neighbours(index, shards):
     exact.add(bank)
     orders = [exact.search(view, 180)[1] for view in views]
     table, same = load_neighbors(index, corpus).table, 0
-    for number in range(180):
+    for number in range(0, 180, 4):
         kept = []
 
         def fits(other, number=number, kept=kept):
@@ -98,10 +98,10 @@ def test_faiss_alone_reproduces_the_neighbours(index, shards):
             )
 
         for place in range(3):
-            turns = [orders[place % 2][number], orders[1 - place % 2][number]]
-            kept += [int(other) for order in turns for other in order if fits(other)][:1]
+            turn = [*orders[place % 2][number], *orders[1 - place % 2][number]]
+            kept += [other for other in [next(filter(fits, turn), None)] if other is not None]
         same += sorted(kept) == sorted(table[number][table[number] >= 0].tolist())
-    assert same >= 178  # an untrained encoder leaves ties within rounding
+    assert same >= 44  # of 45: an untrained encoder leaves ties within rounding
 
 
 def test_a_low_recall_is_told(shards, clip_folder, tmp_path, caplog):
@@ -119,11 +119,25 @@ def test_a_low_recall_is_told(shards, clip_folder, tmp_path, caplog):
 def test_heldout_queries_retrieve_from_the_training_bank(shards, heldout_shards, clip_folder, tmp_path):
     description = build_index_folder(tmp_path / "index", heldout_shards, clip_folder, shards, OPTIONS)
     assert (description["documents"], description["bank_documents"]) == (20, 180)
+    assert description["pictures_in_bank"] == 0
     heldout = open_shards(heldout_shards)
     neighbors = load_neighbors(tmp_path / "index", heldout)
     assert neighbors.table.shape == (20, 3) and neighbors.table.max() >= 20
     assert neighbors.bank.documents == 180
     assert neighbors.bank.read(int(neighbors.table[0, 0])).size > 4
+
+
+def test_heldout_pictures_in_the_bank_are_told(shapes, write_shards, shards, clip_folder, tmp_path, caplog):
+    """Two training pairs among the held-out ones: told, and their pictures are not retrieved for them."""
+    lines = (shapes / "heldout.jsonl").read_text().splitlines()[:3] + (shapes / "train.jsonl").read_text().splitlines()[
+        7:9
+    ]
+    (shapes / "leaked.jsonl").write_text("\n".join(lines))
+    folder = write_shards(shapes / "leaked.jsonl", tmp_path / "leaked")
+    description = build_index_folder(tmp_path / "index", folder, clip_folder, shards, OPTIONS)
+    assert description["pictures_in_bank"] == 2
+    assert "2 of 5 documents have a picture that the memory bank holds too" in caplog.text
+    assert not np.isin(load_neighbors(tmp_path / "index", open_shards(folder)).table[3:], [7, 8]).any()
 
 
 def test_the_bank_is_found_beside_a_moved_index(shapes, write_shards, heldout_shards, clip_folder, tmp_path):
@@ -209,6 +223,8 @@ def test_finished_and_differently_begun_outputs(index, shards, clip_folder, tmp_
     with pytest.raises(ValueError, match=r"already holds a finished index; give another --output, or --overwrite"):
         build_index_folder(copy, shards, clip_folder, options=OPTIONS)
     (copy / "index.json").unlink()
+    with pytest.raises(ValueError, match=r"neighbors.npy was begun with other settings \(neighbors: 3 instead of 2"):
+        build_index_folder(copy, shards, clip_folder, options=IndexOptions(neighbors=2, threshold=0.999))
     changed = IndexOptions(neighbors=3, query_dropout=0.5)
     with pytest.raises(
         ValueError, match=r"queries_text.npy was begun with other settings \(query_dropout: 0.2 instead of 0.5"

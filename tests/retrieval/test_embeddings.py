@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cm3leon.retrieval import build, embeddings
+from megatron_cm3leon.retrieval import embeddings, table
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import Encoder
 from megatron_cm3leon.retrieval.options import IndexOptions
@@ -21,7 +21,7 @@ FILES = ("neighbors.npy", "scores.npy", *(f"embeddings/{name}.npy" for name in (
 def small_parts():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embeddings, "PART_DOCUMENTS", 48)
-        patch.setattr(build, "PART_NEIGHBORS", 50)
+        patch.setattr(table, "PART_NEIGHBORS", 50)
         yield
 
 
@@ -107,5 +107,5 @@ def test_rows_of_different_widths_are_joined(tmp_path):
     expected = np.zeros((5, 2, 2))
     expected[:3, 0], expected[3:] = 1, 7
     assert (rows.load("a") == expected).all() and rows.joined and not rows.work.exists()
-    with pytest.raises(ValueError, match=r"numbers.npy was begun with other settings \(by: test instead of other"):
+    with pytest.raises(ValueError, match=r"a.npy was begun with other settings \(by: test instead of other"):
         Rows(tmp_path, "numbers", ["a"], 5, 3, {"by": "other"})
