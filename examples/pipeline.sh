@@ -48,7 +48,7 @@ make_shards() {
 
 make_indexes() {
     python tools/build_index.py --shards "$OUT/shards/train" --encoder "$OUT/clip" --output "$OUT/index/train"
-    python tools/build_index.py --shards "$OUT/shards/heldout" --bank "$OUT/shards/train" \
+    python tools/build_index.py --shards "$OUT/shards/heldout" --bank "$OUT/index/train" \
         --encoder "$OUT/clip" --output "$OUT/index/heldout"
 }
 

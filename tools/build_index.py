@@ -1,27 +1,39 @@
 """Embed the documents of shards, index them, and write which ones each document may retrieve.
 
 python tools/build_index.py --shards shards/ --encoder clip/ --output index/
-python tools/build_index.py --shards heldout/ --bank shards/ --encoder clip/ --output heldout_index/
+python tools/build_index.py --shards heldout/ --bank index/ --encoder clip/ --output heldout_index/
+
+A run that was interrupted is finished by the same command. On several nodes run the same command as a job array
+(SLURM_ARRAY_TASK_ID and _COUNT are read, or give --task-id and --num-tasks): each task embeds its share. The same
+command as one task then does the rest; or --stage index as one task, --stage neighbors as a job array, and then it.
 """
 
 import argparse
 from dataclasses import fields
 
 from megatron_cm3leon.cli import run_tool
-from megatron_cm3leon.retrieval.build import IndexOptions, build_index_folder
+from megatron_cm3leon.retrieval.build import build_index_folder
+from megatron_cm3leon.retrieval.options import STAGES, IndexOptions
+from megatron_cm3leon.tasks import find_task
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Build the retrieval index of shards: embeddings, FAISS index, table of neighbours.",
+        epilog=__doc__.partition("\n\n")[2],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--shards", required=True, help="shards whose documents are the queries")
-    parser.add_argument("--bank", help="shards that are retrieved from, the memory bank (default: --shards)")
+    parser.add_argument(
+        "--bank", help="what is retrieved from: shards, or an index whose bank is used (default: --shards)"
+    )
     parser.add_argument("--encoder", required=True, help="CLIP folder (tools/train_clip.py, or a published one)")
     parser.add_argument("--output", required=True, help="index folder to write; an unfinished one is continued")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished index, encode again")
-    add = {"pictures": {"choices": ("source", "tokens")}, "device": {"choices": ("cpu", "cuda")}}
+    parser.add_argument("--task-id", type=int, help="which of the tasks this is, from 0 (default: SLURM's)")
+    parser.add_argument("--num-tasks", type=int, help="tasks that share the work (default: SLURM's, else 1)")
+    parser.add_argument("--stage", choices=STAGES, default="", help="do this alone (empty: all; several tasks: encode)")
+    add = {"pictures": {"choices": ("source", "tokens")}}
     for field in fields(IndexOptions):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
@@ -32,9 +44,21 @@ def main() -> None:
         )
     options = parser.parse_args()
     chosen = IndexOptions(**{field.name: getattr(options, field.name) for field in fields(IndexOptions)})
+    task, tasks = find_task(options.task_id, options.num_tasks)
     description = build_index_folder(
-        options.output, options.shards, options.encoder, options.bank, chosen, options.overwrite
+        options.output,
+        options.shards,
+        options.encoder,
+        options.bank,
+        chosen,
+        options.overwrite,
+        options.stage,
+        task,
+        tasks,
     )
+    if description is None:
+        print(f"{options.output}: task {task} of {tasks} is done; when all are, run the same command as one task.")
+        return
     found = description["neighbors_found"]
     full = found[-1] / max(1, description["documents"])
     mean = sum(count * documents for count, documents in enumerate(found)) / max(1, description["documents"])
@@ -50,14 +74,15 @@ HELP = {
     "threshold": "largest cosine of a neighbour to the query and to another neighbour",
     "query_dropout": "share of the query's text tokens left out when searching",
     "pictures": "encode the raw pictures, or those decoded from the shards' image tokens",
-    "tokenizer": "tokenizer folder, for --pictures tokens",
+    "tokenizer": "tokenizer folder, for --pictures tokens and for documents other than pairs",
     "factory": "FAISS factory string (empty: by the size of the bank)",
-    "search": "FAISS search parameters, such as nprobe=64 (empty: with the factory)",
-    "candidates": "candidates searched first for each document",
+    "search": "FAISS search parameters, such as nprobe=64 (empty: by measured recall)",
+    "recall": "recall@10 that search parameters are chosen for",
+    "candidates": "candidates searched first for each document, by text and by picture each",
     "max_candidates": "candidates searched where the filters leave too few neighbours",
     "recall_queries": "queries on which recall@10 is measured against exact search",
     "seed": "seed of query dropout, index training and recall sample",
-    "device": "device of the encoder",
+    "device": "device of the encoder: auto, cpu, cuda, cuda:1 ...",
 }
 
 

@@ -1,86 +1,65 @@
 """Build an index folder: embed bank and queries, index the bank, write every document's neighbours.
 
 index/embeddings/          vectors of the bank and of the queries (embeddings.py)
-index/index.faiss          FAISS index over the bank
-index/neighbors.npy        what each document may retrieve (neighbors.py), and scores.npy beside it
-index/index.json           what it was built from and how, the measured recall; written last
+index/index.faiss          FAISS index over the bank, and index.faiss.json: how it was made, the measured recall
+index/neighbors.npy        what each document may retrieve (neighbors.py), scores.npy and table.json beside it
+index/index.json           what it was built from and how; written last
+
+Three stages, each going on where an interrupted run stopped: encode, index, neighbors. The first and the last can be
+shared by tasks. An index over a bank that another index folder has embedded takes its files from there.
 """
 
+import json
+import logging
 import os
 import shlex
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from megatron_cm3leon.data.shards import Corpus, open_shards, write_json
 from megatron_cm3leon.progress import meter
-from megatron_cm3leon.retrieval.embeddings import encode_corpus, read_source_pictures, read_token_pictures
+from megatron_cm3leon.retrieval.candidates import NO_NEIGHBOR, Bank, Queries
+from megatron_cm3leon.retrieval.contents import ContentReader
+from megatron_cm3leon.retrieval.embeddings import DOCUMENTS, QUERIES, Wanted, encode_corpus, open_embeddings
 from megatron_cm3leon.retrieval.encoder import Encoder
 from megatron_cm3leon.retrieval.index import (
+    Recall,
     build_index,
+    check_finite,
     choose_factory,
-    measure_recall,
+    load_index,
+    place_for_search,
     save_index,
-    search_index,
+    tune_search,
 )
 from megatron_cm3leon.retrieval.neighbors import (
     FORMAT,
     INDEX_FILE,
-    NO_NEIGHBOR,
-    Bank,
-    Queries,
-    find_neighbors,
+    load_description,
     manifest_sha256,
+    open_bank,
+)
+from megatron_cm3leon.retrieval.options import IndexOptions
+from megatron_cm3leon.retrieval.pictures import SourcePictures, read_token_pictures
+from megatron_cm3leon.retrieval.rows import Rows
+from megatron_cm3leon.retrieval.table import (
+    TABLE_FILES,
+    count_neighbors,
+    count_shared_pictures,
+    open_table,
+    write_table,
 )
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
-QUERY_BATCH = 1024
+logger = logging.getLogger(__name__)
 
-
-@dataclass(kw_only=True)
-class IndexOptions:
-    """How an index is built."""
-
-    neighbors: int = 8
-    """Neighbours kept for each document, M."""
-    threshold: float = 0.9
-    """Largest score (cosine) of a neighbour to the query and to another neighbour."""
-    query_dropout: float = 0.2
-    """Share of the query's text tokens that is left out when searching."""
-    pictures: str = "source"
-    """source: encode the raw pictures; tokens: pictures decoded from the shards."""
-    tokenizer: str = ""
-    """Tokenizer folder, which pictures=tokens needs."""
-    factory: str = ""
-    """FAISS factory string; empty chooses by the size of the bank."""
-    search: str = ""
-    """FAISS search parameters, such as nprobe=64; empty chooses with the factory."""
-    candidates: int = 64
-    """Candidates searched first for each document."""
-    max_candidates: int = 4096
-    """Candidates searched at most where the filters left fewer neighbours than asked for."""
-    recall_queries: int = 1000
-    """Queries of the sample on which recall@10 is measured against exact search."""
-    seed: int = 0
-    """Seed of the query dropout, of the index training and of the recall sample."""
-    device: str = "cpu"
-    """Device of the encoder: cpu or cuda."""
-
-    def validate(self) -> None:
-        """Raise ValueError for a value outside its range."""
-        if self.neighbors < 1:
-            raise ValueError(f"--neighbors ({self.neighbors}) must be at least 1.")
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"--threshold ({self.threshold}) must be above 0 and at most 1; the paper has 0.9.")
-        if not 0 <= self.query_dropout < 1:
-            raise ValueError(f"--query-dropout ({self.query_dropout}) must be in [0, 1); the paper has 0.2.")
-        if self.pictures == "tokens" and not self.tokenizer:
-            raise ValueError("--pictures tokens needs --tokenizer, the folder the shards were made with.")
-        if min(self.candidates, self.max_candidates, self.recall_queries) < 1:
-            raise ValueError("--candidates, --max-candidates and --recall-queries must be at least 1.")
+LOW_RECALL = 0.9
+_BANK_FILES = ("embeddings/bank.npy", "embeddings/bank_identities.npy", "embeddings/bank.json")
+_INDEX_FILES = ("index.faiss", "index.faiss.json")
 
 
 def build_index_folder(
@@ -90,138 +69,241 @@ def build_index_folder(
     bank: str | Path | None = None,
     options: IndexOptions | None = None,
     overwrite: bool = False,
-) -> dict:
-    """Build the index of `shards` over the memory bank `bank` (default: the shards themselves).
+    stage: str = "",
+    task: int = 0,
+    tasks: int = 1,
+) -> dict | None:
+    """Build the index of `shards` over the memory bank `bank` (shards or an index folder; default: the shards).
 
-    Goes on where an interrupted build stopped. Returns the content of index.json; ValueError when the output
-    holds a finished index (unless `overwrite`) or one begun with other settings.
+    `stage` encode or neighbors does that alone, as task `task` of `tasks`, and index what stands between them;
+    "" does everything, or as one of several tasks encodes. Returns the content of index.json, None where the folder
+    is not finished; ValueError when it holds a finished index (unless `overwrite`) or one begun with other settings.
     """
     options = options or IndexOptions()
     options.validate()
-    output, corpus = Path(output), open_shards(shards)
-    bank_corpus = corpus if bank is None else open_shards(bank)
-    check_same_vocabulary(corpus.vocabulary, bank_corpus.vocabulary, f"the memory bank at {bank_corpus.folder}")
-    _prepare_output(output, overwrite)
-    encoder = Encoder.load(encoder_folder, options.device)
-    encoder_sha256 = encoder.sha256
-    _encode(output / "embeddings", encoder, encoder_sha256, corpus, bank_corpus, options)
-    bank_data, queries = _load_embeddings(output / "embeddings", corpus, bank_corpus)
-
-    factory, search = choose_factory(*bank_data.vectors.shape)
-    factory, search = options.factory or factory, options.search or ("" if options.factory else search)
-    with meter(bank_corpus.documents, f"index {factory}", "documents") as progress:
-        index = build_index(bank_data.vectors, factory, search, options.seed, progress.advance)
-    save_index(index, output / "index.faiss")
-    sample = np.random.default_rng(options.seed).permutation(corpus.documents)[: options.recall_queries]
-    recall = measure_recall(index, bank_data.vectors, queries.vectors[np.sort(sample)])
-    found = _write_table(output, index, bank_data, queries, options)
-    description = {
-        "format": FORMAT,
-        "encoder": str(Path(encoder_folder).resolve()),
-        "encoder_sha256": encoder_sha256,
-        **_describe_corpus("shards", corpus, output),
-        **_describe_corpus("bank", bank_corpus, output),
-        "vocabulary_hash": corpus.vocabulary.hash,
-        "documents": corpus.documents,
-        "bank_documents": bank_corpus.documents,
-        "neighbors": options.neighbors,
-        "neighbors_found": found,
-        "factory": factory,
-        "search": search,
-        "recall_at_10": recall,
-        "options": asdict(options),
-        "command": shlex.join(sys.argv),
-    }
-    write_json(output / INDEX_FILE, description)
-    return description
+    if stage == "index" and tasks > 1:
+        raise ValueError("--stage index is the work of one task; run it without --task-id and --num-tasks.")
+    if overwrite and (tasks > 1 or stage):
+        raise ValueError(f"--overwrite would remove what other tasks or stages wrote; remove {output} first.")
+    build = _Build(Path(output), shards, Path(encoder_folder), bank, options)
+    build.prepare(overwrite)
+    if stage in ("", "encode"):
+        build.encode(task, tasks)
+    if stage == "encode" or (not stage and tasks > 1):
+        return None
+    build.join_embeddings()
+    if stage in ("", "index"):
+        build.index()
+    if stage == "index":
+        return None
+    build.find(task, tasks)
+    return None if stage else build.finish()
 
 
-def _prepare_output(output: Path, overwrite: bool) -> None:
-    """Make room: a finished index is kept unless told otherwise, an unfinished one is continued."""
-    if overwrite:
-        (output / INDEX_FILE).unlink(missing_ok=True)
-        if (output / "embeddings").is_dir():
-            shutil.rmtree(output / "embeddings")
-    elif (output / INDEX_FILE).exists():
-        raise ValueError(f"{output} already holds a finished index; give another --output, or --overwrite.")
-    output.mkdir(parents=True, exist_ok=True)
+class _Build:
+    """One index folder being built."""
 
+    def __init__(self, output: Path, shards, encoder_folder: Path, bank, options: IndexOptions) -> None:
+        self.output, self.options, self.encoder_folder = output, options, encoder_folder
+        self.corpus = open_shards(shards)
+        self.from_index = Path(bank) if bank and (Path(bank) / INDEX_FILE).is_file() else None
+        if self.from_index:
+            self.bank = open_bank(self.from_index, load_description(self.from_index))
+        else:
+            self.bank = self.corpus if bank is None else open_shards(bank)
+        if manifest_sha256(self.bank) == manifest_sha256(self.corpus):
+            self.bank = self.corpus
+        check_same_vocabulary(self.corpus.vocabulary, self.bank.vocabulary, f"the memory bank at {self.bank.folder}")
+        self.encoder = Encoder.load(encoder_folder, choose_device(options.device))
+        self.encoder_sha256 = self.encoder.sha256
 
-def _encode(
-    folder: Path, encoder: Encoder, encoder_sha256: str, corpus: Corpus, bank: Corpus, options: IndexOptions
-) -> None:
-    """Embed the bank whole and the queries with dropout; in one pass when they are the same shards."""
+    def prepare(self, overwrite: bool) -> None:
+        """Make room: a finished index is kept unless told otherwise, an unfinished one is continued."""
+        if overwrite:
+            (self.output / INDEX_FILE).unlink(missing_ok=True)
+            for name in ("embeddings", ".table"):
+                shutil.rmtree(self.output / name, ignore_errors=True)
+            for name in _INDEX_FILES + TABLE_FILES:
+                (self.output / name).unlink(missing_ok=True)
+        elif (self.output / INDEX_FILE).exists():
+            raise ValueError(f"{self.output} already holds a finished index; give another --output, or --overwrite.")
+        (self.output / "embeddings").mkdir(parents=True, exist_ok=True)
+        if self.from_index:
+            self._take_bank()
+        open_here = lambda *which, **more: open_embeddings(self.output / "embeddings", *which, **more)  # noqa: E731
+        dropout, seed = self.options.query_dropout, self.options.seed
+        self.whole = open_here("bank", DOCUMENTS, self.bank, self._settings(self.bank))
+        self.asking = open_here(
+            "queries", QUERIES, self.corpus, self._settings(self.corpus), dropout=dropout, seed=seed
+        )
+        self.own = self.whole
+        if self.bank is not self.corpus:
+            self.own = open_here("queries", DOCUMENTS, self.corpus, self._settings(self.corpus))
 
-    def settings(documents: Corpus, dropout: float) -> dict:
+    def _settings(self, corpus: Corpus) -> dict:
         return {
-            "encoder_sha256": encoder_sha256,
-            "manifest_sha256": manifest_sha256(documents),
-            "pictures": options.pictures,
-            "query_dropout": dropout,
-            "seed": options.seed if dropout else 0,
+            "encoder_sha256": self.encoder_sha256,
+            "manifest_sha256": manifest_sha256(corpus),
+            "pictures": self.options.pictures,
         }
 
-    outputs = {"bank": settings(bank, 0.0), "queries": settings(corpus, options.query_dropout)}
-    same = outputs["bank"]["manifest_sha256"] == outputs["queries"]["manifest_sha256"]
-    passes = (
-        [(corpus, outputs)] if same else [(bank, {"bank": outputs["bank"]}), (corpus, {"queries": outputs["queries"]})]
-    )
-    for documents, chosen in passes:
-        with meter(documents.documents, f"encode {' and '.join(chosen)}", "documents") as progress:
-            reader = _picture_reader(documents, options)
-            encode_corpus(folder, encoder, documents, reader, chosen, progress.advance)
+    def _take_bank(self) -> None:
+        """Link (copy, where the file system has no links) what another index holds of the bank."""
+        chosen = self.options.factory or self.options.search
+        description = json.loads((self.from_index / "index.faiss.json").read_text())
+        same = description["encoder_sha256"] == self.encoder_sha256 and not chosen
+        for name in _BANK_FILES + (_INDEX_FILES if same else ()):
+            if not (self.output / name).exists():
+                _link(self.from_index / name, self.output / name)
+
+    def encode(self, task: int, tasks: int) -> None:
+        """Embed this task's parts; in one pass when bank and queries are the same shards."""
+        for corpus, wanted in (
+            (self.bank, [self.whole] + ([self.asking] if self.own is self.whole else [])),
+            (self.corpus, [self.own, self.asking] if self.own is not self.whole else []),
+        ):
+            if any(each.rows.missing(task, tasks) for each in wanted):
+                self._encode(corpus, wanted, task, tasks)
+
+    def _encode(self, corpus: Corpus, wanted: list[Wanted], task: int, tasks: int) -> None:
+        rows = wanted[0].rows
+        total = sum(len(rows.range(part)) for part in range(task, rows.parts, tasks))
+        label = "encode bank" if corpus is self.bank else "encode queries"
+        tokenizers = self._load_tokenizers(corpus)
+        reader = ContentReader(corpus, tokenizers.text.decode if tokenizers else None)
+        read = read_token_pictures(tokenizers.image) if self.options.pictures == "tokens" else SourcePictures(corpus)
+        with meter(total, label, "documents") as progress:
+            encode_corpus(self.encoder, reader, read, wanted, task, tasks, progress.advance)
+
+    def _load_tokenizers(self, corpus: Corpus):
+        if not self.options.tokenizer:
+            return None
+        from megatron_cm3leon.tokenizers.folder import Tokenizers
+
+        tokenizers = Tokenizers.load(self.options.tokenizer)
+        check_same_vocabulary(corpus.vocabulary, tokenizers.vocabulary, f"the tokenizer at {self.options.tokenizer}")
+        return tokenizers
+
+    def join_embeddings(self) -> None:
+        """Make whole files of the parts; ValueError while a task has not ended."""
+        for rows in {id(each.rows): each.rows for each in (self.whole, self.own, self.asking)}.values():
+            rows.join()
+        vectors, identities = (self.whole.rows.load(name) for name in self.whole.rows.arrays)
+        self.bank_data = Bank(vectors=vectors, identities=identities)
+        own_vectors, own_identities = (self.own.rows.load(name) for name in self.own.rows.arrays)
+        documents = self.corpus.documents
+        self.queries = Queries(
+            vectors=own_vectors,
+            identities=own_identities,
+            own=np.arange(documents) if self.own is self.whole else np.full(documents, NO_NEIGHBOR, np.int64),
+            views=tuple(self.asking.rows.load(name) for name in self.asking.rows.arrays),
+        )
+
+    def index(self) -> None:
+        """Build index.faiss unless it is there, choose its search parameters, measure its recall."""
+        options, vectors = self.options, self.bank_data.vectors
+        factory = options.factory or choose_factory(*vectors.shape)
+        made = {
+            "encoder_sha256": self.encoder_sha256,
+            "bank_manifest_sha256": manifest_sha256(self.bank),
+            "factory": factory,
+            "seed": options.seed,
+        }
+        note = self.output / "index.faiss.json"
+        if note.is_file():
+            written = json.loads(note.read_text())
+            if all(written.get(name) == value for name, value in made.items()) and (
+                not options.search or options.search == written["search"]
+            ):
+                return
+        with meter(len(vectors), f"index {factory}", "documents") as progress:
+            index = build_index(vectors, factory, options.search, options.seed, progress.advance)
+        order = np.random.default_rng(options.seed).permutation(self.corpus.documents)
+        tuning, testing = (
+            self._read_views(np.sort(part))
+            for part in (order[: options.recall_queries], order[-options.recall_queries :])
+        )
+        search = options.search or tune_search(index, Recall(vectors, tuning), options.recall)
+        recall = float(Recall(vectors, testing).measure(index).mean())
+        if recall < LOW_RECALL:
+            logger.warning(
+                "recall@10 of the index is %.3f, below %.1f: %s (search %r) misses neighbours that exact search finds. "
+                "Give a larger --search value, or another --factory.", recall, LOW_RECALL, factory, search,
+            )  # fmt: skip
+        save_index(index, self.output / "index.faiss")
+        write_json(note, {**made, "search": search, "recall_at_10": recall, "recall_queries": len(testing)})
+
+    def _read_views(self, documents: np.ndarray) -> np.ndarray:
+        """What the bank is searched by for these documents: the text of one, the pictures of the next."""
+        chosen = [documents[place :: len(self.queries.views)] for place in range(len(self.queries.views))]
+        vectors = np.concatenate([view[part] for view, part in zip(self.queries.views, chosen, strict=True)])
+        check_finite(vectors, np.concatenate(chosen))
+        return np.asarray(vectors[vectors.any(axis=1)], np.float32)
+
+    def find(self, task: int, tasks: int) -> None:
+        """Write this task's parts of the table."""
+        rows = self._open_table()
+        missing = rows.missing(task, tasks)
+        if missing:
+            index = load_index(self.output / "index.faiss", self._describe_index()["search"])
+            write_table(rows, missing, place_for_search(index), self.bank_data, self.queries, self.options)
+
+    def _open_table(self) -> Rows:
+        made = self._describe_index()
+        settings = {name: made[name] for name in ("encoder_sha256", "bank_manifest_sha256", "factory", "search")}
+        settings |= {
+            "queries_manifest_sha256": manifest_sha256(self.corpus),
+            "query_dropout": self.options.query_dropout,
+        }
+        return open_table(self.output, self.corpus.documents, self.options, settings)
+
+    def _describe_index(self) -> dict:
+        note = self.output / "index.faiss.json"
+        if not note.is_file():
+            raise ValueError(f"{self.output} has no index.faiss yet; run --stage index (as one task) first.")
+        return json.loads(note.read_text())
+
+    def finish(self) -> dict:
+        """Join the table and write index.json."""
+        rows, made = self._open_table(), self._describe_index()
+        rows.join()
+        description = {
+            "format": FORMAT,
+            "encoder": str(self.encoder_folder.resolve()),
+            "encoder_sha256": self.encoder_sha256,
+            **_describe_corpus("shards", self.corpus, self.output),
+            **_describe_corpus("bank", self.bank, self.output),
+            "vocabulary_hash": self.corpus.vocabulary.hash,
+            "documents": self.corpus.documents,
+            "bank_documents": self.bank.documents,
+            "neighbors": self.options.neighbors,
+            "neighbors_found": count_neighbors(rows.load("neighbors")),
+            **{name: made[name] for name in ("factory", "search", "recall_at_10")},
+            "options": asdict(self.options),
+            "command": shlex.join(sys.argv),
+        }
+        if self.own is not self.whole:
+            description["pictures_in_bank"] = count_shared_pictures(self.queries, self.bank_data)
+        write_json(self.output / INDEX_FILE, description)
+        return description
 
 
-def _picture_reader(corpus: Corpus, options: IndexOptions):
-    if options.pictures == "source":
-        return read_source_pictures(corpus)
-    from megatron_cm3leon.tokenizers.folder import Tokenizers
+def choose_device(device: str) -> str:
+    """`auto` is the GPU where there is one."""
+    if device != "auto":
+        return device
+    import torch
 
-    tokenizers = Tokenizers.load(options.tokenizer)
-    check_same_vocabulary(corpus.vocabulary, tokenizers.vocabulary, f"the tokenizer at {options.tokenizer}")
-    return read_token_pictures(corpus, tokenizers.image)
-
-
-def _load_embeddings(folder: Path, corpus: Corpus, bank: Corpus) -> tuple[Bank, Queries]:
-    """Map what `_encode` wrote."""
-
-    def load(name: str) -> np.ndarray:
-        return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-
-    same = manifest_sha256(corpus) == manifest_sha256(bank)
-    own = np.arange(corpus.documents) if same else np.full(corpus.documents, NO_NEIGHBOR, np.int64)
-    queries = Queries(vectors=load("queries"), identities=load("queries_identities"), own=own)
-    return Bank(vectors=load("bank"), identities=load("bank_identities")), queries
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _write_table(output: Path, index, bank: Bank, queries: Queries, options: IndexOptions) -> list[int]:
-    """Write neighbors.npy and scores.npy; returns how many documents have 0, 1, ... M neighbours."""
-    documents = len(queries.vectors)
-    arrays = {"neighbors": np.int64, "scores": np.float32}
-    shape = (documents, options.neighbors)
-    table, scores = (
-        np.lib.format.open_memmap(output / f".{name}.tmp", "w+", dtype, shape) for name, dtype in arrays.items()
-    )
-    found = np.zeros(options.neighbors + 1, np.int64)
-    with meter(documents, "neighbours", "documents") as progress:
-        for start in range(0, documents, QUERY_BATCH):
-            rows = slice(start, min(start + QUERY_BATCH, documents))
-            table[rows], scores[rows] = find_neighbors(
-                lambda vectors, count: search_index(index, vectors, count),
-                bank,
-                queries.rows(rows),
-                options.neighbors,
-                threshold=options.threshold,
-                candidates=options.candidates,
-                max_candidates=options.max_candidates,
-            )
-            kept = (table[rows] != NO_NEIGHBOR).sum(axis=1)
-            found += np.bincount(kept, minlength=len(found))
-            progress.advance(len(kept))
-    for array, name in ((table, "neighbors"), (scores, "scores")):
-        array.flush()
-        os.replace(output / f".{name}.tmp", output / f"{name}.npy")
-    return found.tolist()
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        temporary = target.with_name(f".{target.name}.tmp")
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
 
 
 def _describe_corpus(role: str, corpus: Corpus, output: Path) -> dict[str, str]:

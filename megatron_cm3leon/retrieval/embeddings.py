@@ -1,145 +1,123 @@
-"""Embeddings of a corpus on disk: encoded in parts, and continued where an interrupted run stopped.
+"""Embeddings of a corpus on disk: of the memory bank's documents, and of the queries.
 
-embeddings/bank.npy              float16 [documents of the bank, width], unit vectors of whole pairs
-embeddings/bank_identities.npy   uint64 [documents, 2], what makes two pictures the same
-embeddings/bank.json             settings, and how many documents are done
-embeddings/queries.npy ...       the same of the query documents, part of whose text tokens is dropped
+embeddings/bank.npy                 float16 [documents, width], unit vectors of whole documents
+embeddings/bank_identities.npy      uint64 [documents, P, 2], what makes two pictures the same (contents.py)
+embeddings/queries.npy ...          the same of the query documents, where they are not the bank's
+embeddings/queries_text.npy         float16 [documents, width], of the text alone, a part of its tokens dropped
+embeddings/queries_image.npy        float16 [documents, width], of the pictures alone
+
+A row of zeros stands where a document has no text or no picture. A document's vector is its text's and its pictures'
+(the average of several), averaged; all are of length 1.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from megatron_cm3leon.data.shards import Corpus, write_json
-from megatron_cm3leon.retrieval.encoder import Encoder, combine
-from megatron_cm3leon.tokenizers.pixels import load_picture
+from megatron_cm3leon.data.shards import Corpus
+from megatron_cm3leon.retrieval.contents import Content, ContentReader, ReadPictures, compute_identities, read_ahead
+from megatron_cm3leon.retrieval.encoder import Encoder, combine, normalize
+from megatron_cm3leon.retrieval.rows import Rows
 
 PART_DOCUMENTS = 4096
-"""Documents between two notes of progress."""
+"""Documents of a part, the unit of resuming and of the tasks' work."""
 BATCH_DOCUMENTS = 64
 DTYPE = np.float16
-
-ReadPictures = Callable[[Sequence[int]], list[Image.Image]]
-
-
-def read_source_pictures(corpus: Corpus) -> ReadPictures:
-    """Reader of the raw pictures, from the folder that the shards were made from."""
-    folder = Path(corpus.manifest["input"])
-    table = corpus.metadata(["image", "picture_sha256"])
-    names, checksums = table.column("image"), table.column("picture_sha256")
-
-    def read(numbers: Sequence[int]) -> list[Image.Image]:
-        return [_read_source(folder / names[n].as_py(), checksums[n].as_py(), corpus) for n in numbers]
-
-    return read
+DOCUMENTS, QUERIES = "documents", "queries"
 
 
-def _read_source(path: Path, checksum: str, corpus: Corpus) -> Image.Image:
-    """Read one raw picture; ValueError when it is gone or no longer the one that was tokenised."""
-    remedy = "put it back, or decode pictures from the image tokens: --pictures tokens --tokenizer FOLDER."
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"{path}, a picture of {corpus.folder}, cannot be read ({error.strerror}); {remedy}"
-        ) from error
-    if hashlib.sha256(content).hexdigest() != checksum:
-        raise ValueError(f"{path} is not the picture that {corpus.folder} was made from (its sha256 differs); {remedy}")
-    return load_picture(content)
+@dataclass(kw_only=True)
+class Wanted:
+    """Embeddings of one kind of all documents of a corpus."""
+
+    rows: Rows
+    kind: str
+    """DOCUMENTS: whole ones and identities. QUERIES: text and pictures apart."""
+    dropout: float = 0.0
+    """Share of the text tokens that is left out of QUERIES."""
+    seed: int = 0
+    """Seed of the dropout."""
 
 
-def read_token_pictures(corpus: Corpus, image_tokenizer) -> ReadPictures:
-    """Reader that decodes pictures from the image tokens of the shards."""
-    import torch
-
-    from megatron_cm3leon.tokenizers.pixels import from_pixels
-
-    vocabulary = corpus.vocabulary
-
-    def read(numbers: Sequence[int]) -> list[Image.Image]:
-        codes = []
-        for number in numbers:
-            ids = corpus.read(number).astype(np.int64)
-            codes.append(ids[vocabulary.is_image(ids)][: vocabulary.image_tokens] - vocabulary.image_start)
-            if len(codes[-1]) != vocabulary.image_tokens:
-                raise ValueError(f"document {number} of {corpus.folder} has no whole picture to encode.")
-        pixels = image_tokenizer.decode(torch.from_numpy(np.stack(codes)))
-        return [from_pixels(picture) for picture in pixels]
-
-    return read
+def open_embeddings(folder: Path, name: str, kind: str, corpus: Corpus, settings: dict, dropout=0.0, seed=0) -> Wanted:
+    """The arrays of one kind in `folder`; `settings` says with what they are made besides dropout and seed."""
+    endings = {DOCUMENTS: ("", "_identities"), QUERIES: ("_text", "_image")}[kind]
+    if kind == QUERIES:
+        settings = {**settings, "query_dropout": dropout, "seed": seed if dropout else 0}
+    rows = Rows(
+        folder, f"{name}{endings[0]}", [name + end for end in endings], corpus.documents, PART_DOCUMENTS, settings
+    )
+    return Wanted(rows=rows, kind=kind, dropout=dropout, seed=seed)
 
 
 def encode_corpus(
-    folder: Path,
     encoder: Encoder,
-    corpus: Corpus,
+    reader: ContentReader,
     read_pictures: ReadPictures,
-    outputs: dict[str, dict],
+    wanted: list[Wanted],
+    task: int = 0,
+    tasks: int = 1,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write or finish embeddings of all documents in `folder`.
-
-    `outputs` maps a name (bank, queries) to its settings, which hold at least query_dropout and seed; two of
-    them share the work on pictures. Settings are compared with what is there already.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    done = min(_open_output(folder, name, settings, corpus, encoder.width) for name, settings in outputs.items())
-    advance(done)
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in outputs}
-    captions = corpus.metadata(["caption"]).column("caption")
-    for part in range(done, corpus.documents, PART_DOCUMENTS):
-        end = min(part + PART_DOCUMENTS, corpus.documents)
-        for start in range(part, end, BATCH_DOCUMENTS):
-            numbers = range(start, min(start + BATCH_DOCUMENTS, end))
-            texts = [captions[number].as_py() or "" for number in numbers]
-            pictures = encoder.encode_pictures(read_pictures(numbers))
-            for name, settings in outputs.items():
-                keys = [(settings["seed"], number) for number in numbers]
-                vectors = encoder.encode_texts(texts, settings["query_dropout"], keys)
-                arrays[name][start : numbers.stop] = combine(vectors, pictures)
+    """Write the missing parts of this task; several kinds share the work on pictures."""
+    missing = [set(each.rows.missing(task, tasks)) for each in wanted]
+    for part in range(task, wanted[0].rows.parts, tasks):
+        chosen = [each for each, parts in zip(wanted, missing, strict=True) if part in parts]
+        numbers = wanted[0].rows.range(part)
+        if not chosen:
             advance(len(numbers))
-        for name, settings in outputs.items():
-            arrays[name].flush()
-            write_json(folder / f"{name}.json", {"settings": settings, "done": end})
+            continue
+        starts = range(numbers.start, numbers.stop, BATCH_DOCUMENTS)
+        batches = [range(start, min(start + BATCH_DOCUMENTS, numbers.stop)) for start in starts]
+        pieces = [[] for _ in chosen]
+        for contents, pictures in read_ahead(reader, read_pictures, batches):
+            images = _encode_pictures(encoder, pictures)
+            for each, found in zip(chosen, pieces, strict=True):
+                found.append(_encode_batch(encoder, each, contents, images))
+            advance(len(contents))
+        for each, found in zip(chosen, pieces, strict=True):
+            vectors, others = zip(*found, strict=True)
+            content = zip(each.rows.arrays, (vectors, others), strict=True)
+            each.rows.write(part, {array: _concatenate(arrays) for array, arrays in content})
 
 
-def _open_output(folder: Path, name: str, settings: dict, corpus: Corpus, width: int) -> int:
-    """Documents that an earlier run finished with the same settings; starts the files where there are none."""
-    note = folder / f"{name}.json"
-    if note.is_file():
-        written = json.loads(note.read_text())
-        differing = [
-            f"{key}: {written['settings'].get(key)} instead of {settings[key]}"
-            for key in settings
-            if written["settings"].get(key) != settings[key]
-        ]
-        if differing:
+def _concatenate(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Arrays one behind the other, narrower ones filled with zeros."""
+    widest = np.max([array.shape[1:] for array in arrays], axis=0)
+    padded = [
+        np.pad(array, [(0, 0), *((0, most - width) for most, width in zip(widest, array.shape[1:], strict=True))])
+        for array in arrays
+    ]
+    return np.concatenate(padded)
+
+
+def _encode_pictures(encoder: Encoder, pictures: list[list]) -> np.ndarray:
+    """Unit vectors [documents, width] of each document's pictures on average; zeros where there is none."""
+    flat = [picture for each in pictures for picture in each]
+    vectors = np.concatenate(
+        [np.zeros((0, encoder.width), np.float32)]
+        + [encoder.encode_pictures(flat[n : n + BATCH_DOCUMENTS]) for n in range(0, len(flat), BATCH_DOCUMENTS)]
+    )
+    sums = np.zeros((len(pictures), encoder.width), np.float32)
+    np.add.at(sums, np.repeat(np.arange(len(pictures)), list(map(len, pictures))), vectors)
+    return normalize(sums)
+
+
+def _encode_batch(encoder: Encoder, wanted: Wanted, contents: list[Content], images: np.ndarray):
+    """The two arrays of a kind for some documents; ValueError names one whose vector is not finite."""
+    texts = [content.text for content in contents]
+    if wanted.kind == QUERIES:
+        keys = [(wanted.seed, content.number) for content in contents]
+        both = encoder.encode_texts(texts, wanted.dropout, keys), images
+    else:
+        both = combine(encoder.encode_texts(texts), images), compute_identities(contents)
+    for vectors in (both[0], images):
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(bad):
             raise ValueError(
-                f"{folder / name}.npy was begun with other settings ({'; '.join(differing)}); give another --output, "
-                f"or --overwrite to encode again."
+                f"the embedding of {contents[int(bad[0])].name} holds NaN or infinity: the weights of the encoder at "
+                f"{encoder.folder} are damaged, or do not suit this device. Nothing was written of this part."
             )
-        return written["done"]
-    np.lib.format.open_memmap(folder / f"{name}.npy", "w+", DTYPE, (corpus.documents, width)).flush()
-    np.save(folder / f"{name}_identities.npy", compute_identities(corpus))
-    write_json(note, {"settings": settings, "done": 0})
-    return 0
-
-
-def compute_identities(corpus: Corpus) -> np.ndarray:
-    """uint64 [documents, 2]: the first 64 bits of the picture file's sha256, and a hash of the image tokens.
-
-    Pictures that the image tokenizer cannot tell apart are the same picture to the model.
-    """
-    identities = np.zeros((corpus.documents, 2), np.uint64)
-    checksums = corpus.metadata(["picture_sha256"]).column("picture_sha256")
-    for number in range(corpus.documents):
-        identities[number, 0] = int((checksums[number].as_py() or "0")[:16], 16)
-        ids = corpus.read(number)
-        codes = ids[corpus.vocabulary.is_image(ids)]
-        if len(codes):
-            identities[number, 1] = int.from_bytes(hashlib.blake2b(codes.tobytes(), digest_size=8).digest(), "big")
-    return identities
+    return both[0].astype(DTYPE), both[1].astype(DTYPE) if wanted.kind == QUERIES else both[1]

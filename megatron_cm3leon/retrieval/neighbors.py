@@ -1,19 +1,13 @@
-"""Which documents of the memory bank each document may retrieve: the filters, the table, its reader.
+"""The table of an index folder: what each document may retrieve from the memory bank, and its reader.
 
-The filters are the paper's (CM3Leon section 2.1): going through the candidates by falling score, one is kept
-when its score to the query and to every kept one is at most `threshold` (0.9), when it is not the query
-document itself, and when its picture is neither the query's nor a kept one's. A document keeps M neighbours
-or, where the bank holds too few, fewer: the rest of its row is -1.
+    neighbors.npy   int64 [documents, M], document numbers of the bank, best first; -1 where the bank holds too few
+    scores.npy      float32 [documents, M], inner products with the whole query document, -inf beside -1
 
-    neighbors.npy   int64 [documents, M], document numbers of the bank, best first
-    scores.npy      float32 [documents, M], inner products of unit vectors, -inf beside -1
-
-Reading a table needs neither FAISS nor an encoder.
+candidates.py says which they are. Reading a table needs neither FAISS nor an encoder.
 """
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,110 +17,6 @@ from megatron_cm3leon.data.shards import MANIFEST, Corpus, hash_content, open_sh
 
 FORMAT = 1
 INDEX_FILE = "index.json"
-NO_NEIGHBOR = -1
-_CANDIDATE_BYTES = 64 << 20
-"""Candidate vectors that are held in memory at a time."""
-_GROWTH = 4
-
-
-@dataclass(kw_only=True)
-class Bank:
-    """What the filters need of the memory bank."""
-
-    vectors: np.ndarray
-    """Unit vectors [documents, width], float16 or float32; may be a memory map."""
-    identities: np.ndarray
-    """uint64 [documents, 2]: hashes of the picture file and of the image tokens; 0 where there is none."""
-
-
-@dataclass(kw_only=True)
-class Queries:
-    """Query documents, row by row."""
-
-    vectors: np.ndarray
-    """Unit vectors [n, width]."""
-    identities: np.ndarray
-    """uint64 [n, 2], as in Bank; zeros where the picture is not known."""
-    own: np.ndarray
-    """int64 [n]: the query's own number in the bank, -1 when it is not in it."""
-
-    def rows(self, chosen) -> "Queries":
-        """The queries of these rows."""
-        return Queries(vectors=self.vectors[chosen], identities=self.identities[chosen], own=self.own[chosen])
-
-
-def find_neighbors(
-    search: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
-    bank: Bank,
-    queries: Queries,
-    count: int,
-    *,
-    threshold: float = 0.9,
-    candidates: int = 64,
-    max_candidates: int = 4096,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Table int64 and scores float32 [n, count] of the neighbours of `queries`.
-
-    `search(vectors, k)` returns (scores, numbers) of the best k of the bank. It is asked for `candidates`, and
-    for four times as many, up to `max_candidates`, where those left fewer than `count` after the filters.
-    """
-    largest = min(max_candidates, len(bank.vectors))
-    wanted = min(max(candidates, count + 1), largest)
-    table = np.full((len(queries.vectors), count), NO_NEIGHBOR, np.int64)
-    scores = np.full(table.shape, -np.inf, np.float32)
-    open_rows = np.arange(len(table))
-    while len(open_rows):
-        rows_at_once = max(1, _CANDIDATE_BYTES // (wanted * bank.vectors.shape[1] * 4))
-        for start in range(0, len(open_rows), rows_at_once):
-            rows = open_rows[start : start + rows_at_once]
-            part = queries.rows(rows)
-            _, numbers = search(np.asarray(part.vectors, np.float32), wanted)
-            table[rows], scores[rows] = filter_candidates(bank, part, numbers, count, threshold)
-        open_rows = open_rows[table[open_rows, -1] == NO_NEIGHBOR]
-        if wanted == largest:
-            break
-        wanted = min(wanted * _GROWTH, largest)
-    return table, scores
-
-
-def filter_candidates(
-    bank: Bank, queries: Queries, candidates: np.ndarray, count: int, threshold: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Apply the filters to candidates int64 [n, k] (-1: none): table and scores [n, count].
-
-    Scores are computed again from the vectors, so that an index that approximates them changes nothing but
-    which candidates there are; equal scores are ordered by document number.
-    """
-    queries_nd = np.asarray(queries.vectors, np.float32)
-    vectors_nkd = np.asarray(bank.vectors[candidates.clip(0)], np.float32)
-    scores_nk = np.matmul(vectors_nkd, queries_nd[:, :, None])[:, :, 0]
-    identities_nk2 = bank.identities[candidates.clip(0)]
-    allowed_nk = (candidates != NO_NEIGHBOR) & (scores_nk <= threshold) & (candidates != queries.own[:, None])
-    allowed_nk &= ~_same_picture(identities_nk2, queries.identities[:, None])
-    order_nk = np.lexsort((candidates, -scores_nk), axis=-1)
-    rank_nk = np.empty_like(order_nk)
-    np.put_along_axis(rank_nk, order_nk, np.arange(order_nk.shape[1])[None], axis=1)
-
-    rows = np.arange(len(candidates))
-    table = np.full((len(rows), count), NO_NEIGHBOR, np.int64)
-    scores = np.full(table.shape, -np.inf, np.float32)
-    for place in range(count):
-        if not allowed_nk.any():
-            break
-        best = np.where(allowed_nk, rank_nk, rank_nk.shape[1]).argmin(axis=1)
-        found = allowed_nk[rows, best]
-        table[found, place] = candidates[rows, best][found]
-        scores[found, place] = scores_nk[rows, best][found]
-        alike_nk = np.matmul(vectors_nkd, vectors_nkd[rows, best][:, :, None])[:, :, 0] > threshold
-        alike_nk |= _same_picture(identities_nk2, identities_nk2[rows, best][:, None])
-        alike_nk[rows, best] = True
-        allowed_nk &= ~alike_nk
-    return table, scores
-
-
-def _same_picture(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Do two arrays of identities [..., 2] agree in the picture file or in the image tokens?"""
-    return ((left == right) & (left != 0)).any(axis=-1)
 
 
 @dataclass(kw_only=True)

@@ -7,17 +7,11 @@ import numpy as np
 from PIL import Image
 
 from megatron_cm3leon.data.shards import Corpus
+from megatron_cm3leon.retrieval.candidates import NO_NEIGHBOR, Bank, Queries, find_neighbors
 from megatron_cm3leon.retrieval.encoder import Encoder, combine
 from megatron_cm3leon.retrieval.index import load_index, search_index
-from megatron_cm3leon.retrieval.neighbors import (
-    NO_NEIGHBOR,
-    Bank,
-    Queries,
-    check_corpus,
-    find_neighbors,
-    load_description,
-    open_bank,
-)
+from megatron_cm3leon.retrieval.neighbors import check_corpus, load_description, open_bank
+from megatron_cm3leon.retrieval.rows import load_rows
 
 
 class Retriever:
@@ -26,10 +20,9 @@ class Retriever:
     def __init__(self, folder: Path, description: dict, encoder: Encoder, bank: Corpus) -> None:
         self.folder, self.description, self.encoder, self.bank = folder, description, encoder, bank
         self.index = load_index(folder / "index.faiss", description["search"])
-        self.data = Bank(
-            vectors=np.load(folder / "embeddings/bank.npy", mmap_mode="r", allow_pickle=False),
-            identities=np.load(folder / "embeddings/bank_identities.npy", mmap_mode="r", allow_pickle=False),
-        )
+        vectors, identities = (load_rows(folder / f"embeddings/{name}.npy") for name in ("bank", "bank_identities"))
+        # Indexes of the first version know one picture a document: [documents, 2].
+        self.data = Bank(vectors=vectors, identities=identities.reshape(len(identities), -1, 2))
 
     @classmethod
     def load(
@@ -63,17 +56,23 @@ class Retriever:
         A query is a text, an RGB picture, or both at the same place. `own` are the numbers of queries that are
         themselves documents of the bank; these, and any document with their picture, are left out.
         """
-        vectors = combine(
+        views = (
             None if texts is None else self.encoder.encode_texts(texts),
             None if pictures is None else self.encoder.encode_pictures(pictures),
         )
+        vectors = combine(*views)
         numbers = np.full(len(vectors), NO_NEIGHBOR) if own is None else np.asarray(own, np.int64)
-        identities = np.where(numbers[:, None] >= 0, self.data.identities[numbers.clip(0)], np.uint64(0))
+        identities = np.where(numbers[:, None, None] >= 0, self.data.identities[numbers.clip(0)], np.uint64(0))
         options = self.description["options"]
         table, _ = find_neighbors(
             lambda part, count: search_index(self.index, part, count),
             self.data,
-            Queries(vectors=vectors, identities=identities, own=numbers),
+            Queries(
+                vectors=vectors,
+                identities=identities,
+                own=numbers,
+                views=tuple(view for view in views if view is not None),
+            ),
             k,
             threshold=options["threshold"],
             candidates=options["candidates"],

@@ -4,15 +4,17 @@ import json
 import shutil
 from dataclasses import replace
 
+import faiss
 import numpy as np
 import pytest
 from PIL import Image
 
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.retrieval import embeddings
-from megatron_cm3leon.retrieval.build import IndexOptions, build_index_folder
+from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import Encoder, combine
 from megatron_cm3leon.retrieval.neighbors import load_description, load_neighbors
+from megatron_cm3leon.retrieval.options import IndexOptions
 
 OPTIONS = IndexOptions(neighbors=3, threshold=0.999)  # an untrained encoder finds everything alike
 
@@ -34,8 +36,9 @@ def test_the_folder_is_as_described(index, shards, clip_folder):
     assert description["options"]["query_dropout"] == 0.2
     assert sum(description["neighbors_found"]) == 180
     names = {str(path.relative_to(index)) for path in index.rglob("*") if path.is_file()}
-    parts = [f"embeddings/{name}{end}" for name in ("bank", "queries") for end in (".npy", ".json", "_identities.npy")]
-    assert names == {"index.json", "index.faiss", "neighbors.npy", "scores.npy", *parts}
+    arrays = [f"embeddings/{name}.npy" for name in ("bank", "bank_identities", "queries_text", "queries_image")]
+    notes = ["embeddings/bank.json", "embeddings/queries_text.json", "index.faiss.json", "table.json"]
+    assert names == {"index.json", "index.faiss", "neighbors.npy", "scores.npy", *arrays, *notes}
     vectors = np.load(index / "embeddings/bank.npy")
     assert vectors.dtype == np.float16 and vectors.shape == (180, 32)
     np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=2e-3)
@@ -47,8 +50,9 @@ def test_vectors_are_those_of_caption_and_picture(index, shards, shapes, clip_fo
     picture = encoder.encode_pictures([Image.open(shapes / fields["image"])])
     expected = combine(encoder.encode_texts([fields["caption"]]), picture)
     np.testing.assert_allclose(np.load(index / "embeddings/bank.npy")[100], expected[0], atol=2e-3)
-    query = combine(encoder.encode_texts([fields["caption"]], 0.2, [(0, 100)]), picture)
-    np.testing.assert_allclose(np.load(index / "embeddings/queries.npy")[100], query[0], atol=2e-3)
+    text = encoder.encode_texts([fields["caption"]], 0.2, [(0, 100)])
+    np.testing.assert_allclose(np.load(index / "embeddings/queries_text.npy")[100], text[0], atol=2e-3)
+    np.testing.assert_allclose(np.load(index / "embeddings/queries_image.npy")[100], picture[0], atol=2e-3)
 
 
 def test_the_table_keeps_the_filters(index, shards):
@@ -56,26 +60,84 @@ def test_the_table_keeps_the_filters(index, shards):
     neighbors = load_neighbors(index, corpus)
     assert neighbors.bank is corpus
     assert neighbors.table.shape == (180, 3) and isinstance(neighbors.table, np.memmap)
-    vectors, queries = (np.load(index / f"embeddings/{name}.npy").astype(np.float32) for name in ("bank", "queries"))
+    names = ("bank", "queries_text", "queries_image")
+    vectors, *views = (np.load(index / f"embeddings/{name}.npy").astype(np.float32) for name in names)
     checksums = np.array(corpus.metadata(["picture_sha256"]).column(0).to_pylist())
     for number, row in enumerate(neighbors.table):
         kept = row[row >= 0]
         assert len(kept)
         assert number not in kept and len({*checksums[kept], checksums[number]}) == len(kept) + 1
-        assert (vectors[kept] @ queries[number] <= 0.999 + 1e-6).all()
+        for query in (vectors, *views):
+            assert (vectors[kept] @ query[number] <= 0.999 + 1e-6).all()
         between = vectors[kept] @ vectors[kept].T - 2 * np.eye(len(kept))
         assert (between <= 0.999 + 1e-6).all()
         assert (np.diff(np.load(index / "scores.npy")[number][row >= 0]) <= 0).all()
 
 
+def test_faiss_alone_reproduces_the_neighbours(index, shards):
+    """The oracle: FAISS's own exact index over the files, and the filters as one reads them."""
+    corpus = open_shards(shards)
+    checksums = corpus.metadata(["picture_sha256"]).column(0).to_pylist()
+    tokens = [corpus.read(number)[-4:].tobytes() for number in range(180)]
+    names = ("bank", "queries_text", "queries_image")
+    bank, *views = (np.load(index / f"embeddings/{name}.npy").astype(np.float32) for name in names)
+    exact = faiss.IndexFlatIP(bank.shape[1])
+    exact.add(bank)
+    orders = [exact.search(view, 180)[1] for view in views]
+    table, same = load_neighbors(index, corpus).table, 0
+    for number in range(0, 180, 4):
+        kept = []
+
+        def fits(other, number=number, kept=kept):
+            near = [bank[number], *(view[number] for view in views), *bank[kept]]
+            alike = [number, *kept]
+            return (
+                max(vector @ bank[other] for vector in near) <= OPTIONS.threshold
+                and checksums[other] not in [checksums[one] for one in alike]
+                and tokens[other] not in [tokens[one] for one in alike]
+            )
+
+        for place in range(3):
+            turn = [*orders[place % 2][number], *orders[1 - place % 2][number]]
+            kept += [other for other in [next(filter(fits, turn), None)] if other is not None]
+        same += sorted(kept) == sorted(table[number][table[number] >= 0].tolist())
+    assert same >= 44  # of 45: an untrained encoder leaves ties within rounding
+
+
+def test_a_low_recall_is_told(shards, clip_folder, tmp_path, caplog):
+    options = IndexOptions(neighbors=3, threshold=0.999, factory="IVF30,Flat", search="nprobe=1")
+    description = build_index_folder(tmp_path / "index", shards, clip_folder, options=options)
+    assert description["recall_at_10"] < 0.9 and description["search"] == "nprobe=1"
+    assert f"recall@10 of the index is {description['recall_at_10']:.3f}, below 0.9" in caplog.text
+    caplog.clear()
+    chosen = IndexOptions(neighbors=3, threshold=0.999, factory="IVF30,Flat")
+    description = build_index_folder(tmp_path / "chosen", shards, clip_folder, options=chosen)
+    assert description["recall_at_10"] > 0.9 and description["search"].startswith("nprobe=")
+    assert "recall@10" not in caplog.text
+
+
 def test_heldout_queries_retrieve_from_the_training_bank(shards, heldout_shards, clip_folder, tmp_path):
     description = build_index_folder(tmp_path / "index", heldout_shards, clip_folder, shards, OPTIONS)
     assert (description["documents"], description["bank_documents"]) == (20, 180)
+    assert description["pictures_in_bank"] == 0
     heldout = open_shards(heldout_shards)
     neighbors = load_neighbors(tmp_path / "index", heldout)
     assert neighbors.table.shape == (20, 3) and neighbors.table.max() >= 20
     assert neighbors.bank.documents == 180
     assert neighbors.bank.read(int(neighbors.table[0, 0])).size > 4
+
+
+def test_heldout_pictures_in_the_bank_are_told(shapes, write_shards, shards, clip_folder, tmp_path, caplog):
+    """Two training pairs among the held-out ones: told, and their pictures are not retrieved for them."""
+    lines = (shapes / "heldout.jsonl").read_text().splitlines()[:3] + (shapes / "train.jsonl").read_text().splitlines()[
+        7:9
+    ]
+    (shapes / "leaked.jsonl").write_text("\n".join(lines))
+    folder = write_shards(shapes / "leaked.jsonl", tmp_path / "leaked")
+    description = build_index_folder(tmp_path / "index", folder, clip_folder, shards, OPTIONS)
+    assert description["pictures_in_bank"] == 2
+    assert "2 of 5 documents have a picture that the memory bank holds too" in caplog.text
+    assert not np.isin(load_neighbors(tmp_path / "index", open_shards(folder)).table[3:], [7, 8]).any()
 
 
 def test_the_bank_is_found_beside_a_moved_index(shapes, write_shards, heldout_shards, clip_folder, tmp_path):
@@ -155,7 +217,7 @@ def test_an_interrupted_build_goes_on(index, shards, clip_folder, tmp_path, monk
     encoded.clear()
     build_index_folder(tmp_path / "index", shards, clip_folder, options=OPTIONS)
     assert sum(encoded) == 180 - 128  # two whole parts were kept
-    for name in ("neighbors.npy", "embeddings/bank.npy", "embeddings/queries.npy"):
+    for name in ("neighbors.npy", "embeddings/bank.npy", "embeddings/queries_text.npy"):
         assert (tmp_path / "index" / name).read_bytes() == (index / name).read_bytes()
 
 
@@ -164,9 +226,11 @@ def test_finished_and_differently_begun_outputs(index, shards, clip_folder, tmp_
     with pytest.raises(ValueError, match=r"already holds a finished index; give another --output, or --overwrite"):
         build_index_folder(copy, shards, clip_folder, options=OPTIONS)
     (copy / "index.json").unlink()
+    with pytest.raises(ValueError, match=r"neighbors.npy was begun with other settings \(neighbors: 3 instead of 2"):
+        build_index_folder(copy, shards, clip_folder, options=IndexOptions(neighbors=2, threshold=0.999))
     changed = IndexOptions(neighbors=3, query_dropout=0.5)
     with pytest.raises(
-        ValueError, match=r"queries.npy was begun with other settings \(query_dropout: 0.2 instead of 0.5"
+        ValueError, match=r"queries_text.npy was begun with other settings \(query_dropout: 0.2 instead of 0.5"
     ):
         build_index_folder(copy, shards, clip_folder, options=changed)
     description = build_index_folder(copy, shards, clip_folder, options=changed, overwrite=True)
@@ -184,21 +248,6 @@ def test_a_changed_or_missing_picture_is_named(shapes, write_shards, clip_folder
         build_index_folder(tmp_path / "index", folder, clip_folder, options=OPTIONS)
 
 
-def test_pictures_can_come_from_the_tokens(heldout_shards, vocabulary):
-    class Decoder:
-        def decode(self, codes):
-            assert codes.min() >= 0 and codes.max() < vocabulary.image_size
-            grey = codes.float().mean(dim=1) / 127.5 - 1
-            return grey[:, None, None, None].expand(-1, 3, 8, 8)
-
-    corpus = open_shards(heldout_shards)
-    pictures = embeddings.read_token_pictures(corpus, Decoder())(range(3))
-    ids = corpus.read(2).astype(np.int64)
-    mean = (ids[-4:] - vocabulary.image_start).mean()
-    assert [picture.size for picture in pictures] == [(8, 8)] * 3
-    assert abs(np.asarray(pictures[2])[0, 0, 0] - mean) <= 1
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -207,6 +256,8 @@ def test_pictures_can_come_from_the_tokens(heldout_shards, vocabulary):
         (IndexOptions(query_dropout=1.0), r"--query-dropout \(1.0\) must be in \[0, 1\)"),
         (IndexOptions(pictures="tokens"), "--pictures tokens needs --tokenizer"),
         (IndexOptions(candidates=0), "must be at least 1"),
+        (IndexOptions(recall=0), r"--recall \(0\) must be above 0"),
+        (IndexOptions(pictures="raw"), r"--pictures \(raw\) must be source or tokens"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -25,9 +25,11 @@ def test_exact_search_is_numpys(vectors, monkeypatch):
 
 
 def test_factory_follows_the_size_of_the_bank():
-    assert faiss_index.choose_factory(200_000, 512) == ("Flat", "")
-    assert faiss_index.choose_factory(10**6, 512)[0] == "IVF4096,PQ128x4fs,Refine(SQfp16)"
-    assert faiss_index.choose_factory(10**8, 512)[0] == "IVF262144_HNSW32,PQ64x4fs,Refine(SQ8)"
+    assert faiss_index.choose_factory(200_000, 512) == "Flat"
+    assert faiss_index.choose_factory(10**6, 512) == "IVF4096,PQ128x4fs,Refine(SQfp16)"
+    assert faiss_index.choose_factory(10**7, 512) == "IVF16384,PQ128x4fs,Refine(SQfp16)"
+    assert faiss_index.choose_factory(10**8, 512) == "IVF65536_HNSW32,PQ64x4fs,Refine(SQ8)"
+    assert faiss_index.choose_factory(10**6, 500) == "IVF4096,SQfp16"
 
 
 def test_recall_is_measured(vectors):
@@ -37,6 +39,39 @@ def test_recall_is_measured(vectors):
     assert faiss_index.measure_recall(exact, vectors.astype(np.float16), vectors[:100]) == 1
     low = faiss_index.measure_recall(rough, vectors, vectors[:100])
     assert low < faiss_index.measure_recall(better, vectors, vectors[:100]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("factory", "name"),
+    [("IVF64,Flat", "nprobe"), ("HNSW4", "efSearch"), ("IVF16,PQ8x4fs,Refine(SQfp16)", "k_factor_rf")],
+)
+def test_search_parameters_are_chosen_by_measured_recall(vectors, factory, name):
+    built = faiss_index.build_index(vectors, factory)
+    recall = faiss_index.Recall(vectors, vectors[:300])
+    chosen = {target: faiss_index.tune_search(built, recall, target) for target in (0.5, 0.97)}
+    low, high = (int(chosen[target].split(f"{name}=")[1].split(",")[0]) for target in chosen)
+    assert low < high
+    assert recall.measure(built).mean() >= 0.97  # the last choice is set
+    assert chosen[0.97] == faiss_index.tune_search(built, recall, 0.97)
+
+
+def test_an_exact_index_has_nothing_to_choose(vectors):
+    built = faiss_index.build_index(vectors, "Flat")
+    assert faiss_index.tune_search(built, faiss_index.Recall(vectors, vectors[:20]), 0.95) == ""
+
+
+def test_an_index_of_nan_is_refused(vectors):
+    damaged = vectors.copy()
+    damaged[1234, 3] = np.nan
+    for factory in ("Flat", "IVF16,Flat"):
+        with pytest.raises(ValueError, match=r"the embedding of document 1234 holds NaN or infinity .*--overwrite"):
+            faiss_index.build_index(damaged, factory)
+
+
+def test_search_parameters_that_do_not_suit_are_refused(vectors):
+    built = faiss_index.build_index(vectors, "Flat")
+    with pytest.raises(ValueError, match=r"--search 'nprobe=4' does not suit the index"):
+        faiss_index.set_parameters(built, "nprobe=4")
 
 
 def test_recall_in_a_bank_smaller_than_ten(vectors):

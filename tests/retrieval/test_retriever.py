@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from megatron_cm3leon.data.shards import open_shards
-from megatron_cm3leon.retrieval.build import IndexOptions, build_index_folder
+from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.neighbors import load_neighbors
+from megatron_cm3leon.retrieval.options import IndexOptions
 from megatron_cm3leon.retrieval.search import Retriever
 
 

@@ -49,6 +49,29 @@ def test_builds_says_so_and_refuses_a_second_time(corpus):
     assert done.stderr.strip().startswith("error: ") and "already holds a finished index" in done.stderr
 
 
+def test_tasks_share_the_work(corpus, monkeypatch):
+    arguments = ["--shards", corpus / "shards", "--encoder", corpus / "clip", "--output", corpus / "index"]
+    arguments += ["--neighbors", 2, "--threshold", 0.9999]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    done = call_tool("build_index", *arguments)
+    assert done.returncode == 0 and "task 1 of 2 is done; when all are, run the same command as one task" in done.stdout
+    assert not (corpus / "index/embeddings/bank.npy").exists()
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    done = call_tool("build_index", *arguments, "--stage", "neighbors")
+    assert done.returncode == 2 and "1 of 1 parts of" in done.stderr  # task 0 has the only part
+    done = call_tool("build_index", *arguments, "--task-id", 0, "--num-tasks", 2)
+    assert done.returncode == 0, done.stderr
+    done = call_tool("build_index", *arguments, "--stage", "neighbors")
+    assert done.returncode == 2 and "has no index.faiss yet; run --stage index" in done.stderr
+    done = call_tool("build_index", *arguments, "--task-id", 1, "--num-tasks", 2, "--stage", "index")
+    assert done.returncode == 2 and "--stage index is the work of one task" in done.stderr
+    done = call_tool("build_index", *arguments)
+    assert done.returncode == 0 and "18 documents" in done.stdout
+    done = call_tool("build_index", *arguments, "--overwrite", "--stage", "encode")
+    assert done.returncode == 2 and "--overwrite would remove what other tasks or stages wrote" in done.stderr
+
+
 def test_help_shows_defaults():
     done = call_tool("build_index", "--help")
     assert done.returncode == 0

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from megatron_cm3leon.retrieval import candidates
+from megatron_cm3leon.retrieval.candidates import Bank, Queries, find_neighbors
 from megatron_cm3leon.retrieval.index import build_index, search_index
-from megatron_cm3leon.retrieval.neighbors import Bank, Queries, find_neighbors
 
 
 def on_circle(*cosines: float) -> np.ndarray:
@@ -17,12 +18,14 @@ def on_circle(*cosines: float) -> np.ndarray:
 def apply_filters(bank_vectors, *, bank_pictures=None, picture=(0, 0), own=-1, count=2, threshold=0.9):
     """Neighbours of the query (1, 0) as a list."""
     vectors = np.asarray(bank_vectors, np.float32)
-    identities = np.array(bank_pictures or [(n + 1, n + 1) for n in range(len(vectors))], np.uint64)
+    identities = np.array(bank_pictures or [(n + 1, n + 1) for n in range(len(vectors))], np.uint64)[:, None]
     index = build_index(vectors, "Flat")
     table, scores = find_neighbors(
         lambda part, k: search_index(index, part, k),
         Bank(vectors=vectors, identities=identities),
-        Queries(vectors=np.array([[1, 0]], np.float32), identities=np.array([picture], np.uint64), own=np.array([own])),
+        Queries(
+            vectors=np.array([[1, 0]], np.float32), identities=np.array([[picture]], np.uint64), own=np.array([own])
+        ),
         count,
         threshold=threshold,
     )
@@ -109,7 +112,7 @@ def test_table_equals_brute_force(dtype):
     random = np.random.default_rng(0)
     vectors = np.repeat(random.normal(size=(60, 8)), 5, axis=0) + 0.25 * random.normal(size=(300, 8))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(dtype)
-    identities = random.integers(1, 200, (300, 2)).astype(np.uint64)
+    identities = random.integers(1, 200, (300, 1, 2)).astype(np.uint64)
     own = np.arange(300)
     index = build_index(vectors, "Flat")
     table, scores = find_neighbors(
@@ -130,7 +133,7 @@ def test_the_result_does_not_depend_on_batches():
     random = np.random.default_rng(1)
     vectors = random.normal(size=(200, 4)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    identities = np.arange(1, 401, dtype=np.uint64).reshape(-1, 2)
+    identities = np.arange(1, 401, dtype=np.uint64).reshape(-1, 1, 2)
     index = build_index(vectors, "Flat")
     bank = Bank(vectors=vectors, identities=identities)
     queries = Queries(vectors=vectors, identities=identities, own=np.arange(200))
@@ -140,3 +143,64 @@ def test_the_result_does_not_depend_on_batches():
 
     pieces = [find(np.arange(start, min(start + 7, 200))) for start in range(0, 200, 7)]
     assert (find(np.arange(200)) == np.concatenate(pieces)).all()
+
+
+def test_text_and_picture_find_candidates_in_turn():
+    """Four documents near the text, four near the picture: the best two of each, put in the order of the whole."""
+    random = np.random.default_rng(2)
+    text, picture = np.eye(8, dtype=np.float32)[:2]
+    near = [view + 0.6 * random.normal(size=8) for view in (text,) * 4 + (picture,) * 4]
+    vectors = np.array([vector / np.linalg.norm(vector) for vector in near], np.float32)
+    whole = (text + picture) / 2**0.5
+    queries = Queries(
+        vectors=whole[None],
+        identities=np.zeros((1, 1, 2), np.uint64),
+        own=np.array([-1]),
+        views=(text[None], picture[None]),
+    )
+    index = build_index(vectors, "Flat")
+    bank = Bank(vectors=vectors, identities=np.arange(1, 17, dtype=np.uint64).reshape(-1, 1, 2))
+    table, scores = find_neighbors(lambda part, k: search_index(index, part, k), bank, queries, 4, threshold=1.0)
+    by_text, by_picture = np.argsort(-vectors @ text), np.argsort(-vectors @ picture)
+    expected = [*by_text[:1]]
+    for view, wanted in ((by_picture, 2), (by_text, 3), (by_picture, 4)):
+        expected += [number for number in view if number not in expected][: wanted - len(expected)]
+    assert sorted(table[0]) == sorted(expected)
+    assert (np.diff(scores[0]) <= 0).all()
+    np.testing.assert_allclose(scores[0], vectors[table[0]] @ whole, rtol=1e-5)
+    blind = Queries(
+        vectors=queries.vectors, identities=queries.identities, own=queries.own, views=(text[None], 0 * text[None])
+    )
+    table, _ = find_neighbors(lambda part, k: search_index(index, part, k), bank, blind, 4, threshold=1.0)
+    assert sorted(table[0]) == sorted(by_text[:4])
+
+
+def test_documents_of_several_pictures_share_none():
+    vectors = on_circle(0.8, 0.5, 0.2)
+    pictures = np.array([[(1, 1), (2, 2)], [(3, 3), (0, 0)], [(2, 9), (4, 4)]], np.uint64)
+    index = build_index(vectors, "Flat")
+
+    def find(own_pictures):
+        queries = Queries(
+            vectors=np.array([[1, 0]], np.float32),
+            identities=np.array([own_pictures], np.uint64),
+            own=np.array([-1]),
+        )
+        bank = Bank(vectors=vectors, identities=pictures)
+        return find_neighbors(lambda part, k: search_index(index, part, k), bank, queries, 2)[0][0].tolist()
+
+    assert find([(9, 8), (0, 0)]) == [0, 1]  # 2 shares a picture with 0
+    assert find([(8, 2), (0, 0)]) == [1, 2]  # 0 has the query's picture second
+
+
+def test_many_candidates_are_filtered_as_few_are(monkeypatch):
+    random = np.random.default_rng(3)
+    vectors = random.normal(size=(150, 6)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    identities = np.arange(1, 301, dtype=np.uint64).reshape(-1, 1, 2)
+    queries = Queries(vectors=vectors, identities=identities, own=np.arange(150))
+    every = np.tile(np.arange(150), (150, 1, 1))
+    few = candidates.filter_candidates(Bank(vectors=vectors, identities=identities), queries, every, 5, 0.7)
+    monkeypatch.setattr(candidates, "_LARGEST_SQUARE", 0)
+    many = candidates.filter_candidates(Bank(vectors=vectors, identities=identities), queries, every, 5, 0.7)
+    assert (few[0] == many[0]).all() and (few[0] >= 0).all()

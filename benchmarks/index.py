@@ -1,0 +1,195 @@
+"""FAISS options for the neighbours of a whole corpus: build, recall@10, time for all documents, memory.
+
+    python benchmarks/index.py --folder /scratch/vectors                 1,000,000 x 512
+    python benchmarks/index.py --folder /scratch/vectors --documents 100000
+
+Vectors are made once, in `--folder`: 20,000 clusters whose centres, and whose members' distances from them, have
+variances falling as i^-0.5 over 512 directions turned at random (a spectrum as CLIP's is taken to be; --spectrum 1 is
+harder: neighbours then often belong to other clusters), cosine of a vector to its centre about 0.74. Each option runs
+in a process of its own, on `--threads` threads: it trains, adds all vectors in pieces, chooses its probes by measured
+recall, and is measured on other queries. In rounds it then searches `--queries` documents of the corpus, in turn with
+exact search (faiss.knn) of some of them; times for the whole corpus are extrapolated from these. `x exact` is exact
+search of all documents over build and search of all documents.
+`table` is what tools/build_index.py does with the index: two searches a document, and the filters.
+Seconds are of CPU time, all threads added up, so that other work on the machine counts little.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.retrieval.candidates import Bank, Queries, find_neighbors
+from megatron_cm3leon.retrieval.index import (
+    Recall,
+    build_index,
+    choose_factory,
+    save_index,
+    search_exact,
+    search_index,
+    set_parameters,
+    tune_search,
+)
+
+CLUSTERS, COSINE_TO_CENTRE = 20_000, 0.74
+PIECE = 50_000
+RECALL_QUERIES = 1000
+OPTIONS = ("IVF4096,Flat", "IVF4096,SQ8", "HNSW32,SQfp16", "IVF4096,PQ64")
+
+
+def make_vectors(folder: Path, documents: int, width: int, spectrum: float, seed: int) -> Path:
+    """Write unit vectors, float16 [documents, width], piece by piece; kept from run to run."""
+    path = folder / f"vectors-{documents}-{width}-{spectrum}-{seed}.npy"
+    if path.is_file():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    deviations = np.arange(1, width + 1, dtype=np.float32) ** (-spectrum / 2)
+    turn = np.linalg.qr(random.standard_normal((width, width)))[0].astype(np.float32)
+    centres = unit(random.standard_normal((CLUSTERS, width), np.float32) * deviations)
+    temporary = path.with_suffix(".tmp")
+    array = np.lib.format.open_memmap(temporary, "w+", np.float16, (documents, width))
+    for start in range(0, documents, PIECE):
+        rows = slice(start, min(start + PIECE, documents))
+        members = centres[random.integers(0, CLUSTERS, rows.stop - start)]
+        apart = unit(random.standard_normal(members.shape, np.float32) * deviations)
+        vectors = COSINE_TO_CENTRE * members + (1 - COSINE_TO_CENTRE**2) ** 0.5 * apart
+        array[rows] = unit(vectors) @ turn
+    array.flush()
+    os.replace(temporary, path)
+    return path
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def peak_gigabytes() -> float:
+    """Largest resident memory of this process so far, mapped pages of files among it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def measure_option(path: Path, factory: str, options: argparse.Namespace) -> dict:
+    """Everything about one factory string, as a row of the table."""
+    faiss.omp_set_num_threads(options.threads)
+    vectors = np.load(path, mmap_mode="r")
+    documents = len(vectors)
+    chosen = np.random.default_rng(1).permutation(documents)[: 2 * RECALL_QUERIES + options.queries]
+    tuning, testing, timed = np.split(chosen, [RECALL_QUERIES, 2 * RECALL_QUERIES])
+    started = time.process_time()
+    index = build_index(vectors, factory)
+    built = time.process_time() - started
+    started = time.process_time()
+    parameters = options.search or tune_search(index, Recall(vectors, vectors[np.sort(tuning)]), options.recall)
+    set_parameters(index, parameters)
+    tuned = time.process_time() - started
+    recall = Recall(vectors, vectors[np.sort(testing)]).measure(index)
+    ours, exact, ours_queries, exact_queries = 0.0, 0.0, 0, 0
+    for part in np.array_split(timed, options.rounds):
+        queries = np.asarray(vectors[np.sort(part)], np.float32)
+        started = time.process_time()
+        search_index(index, queries, options.count)
+        ours, ours_queries = ours + time.process_time() - started, ours_queries + len(queries)
+        queries = queries[: options.exact_queries]
+        started = time.process_time()
+        search_exact(vectors, queries, options.count)
+        exact, exact_queries = exact + time.process_time() - started, exact_queries + len(queries)
+    peak = peak_gigabytes()
+    stored = path.with_name(f".{os.getpid()}.faiss")
+    save_index(index, stored)
+    size = stored.stat().st_size
+    stored.unlink()
+    search_all, exact_all = ours * documents / ours_queries, exact * documents / exact_queries
+    return {
+        "factory": factory,
+        "search": parameters,
+        "recall": float(recall.mean()),
+        "build_s": built,
+        "tune_s": tuned,
+        "search_all_s": search_all,
+        "exact_all_s": exact_all,
+        "table_all_s": measure_table(index, vectors, timed[: options.table_queries]) * documents,
+        "times_exact": exact_all / (built + search_all),
+        "times_exact_with_tuning": exact_all / (built + tuned + search_all),
+        "bytes_a_vector": size / documents,
+        "peak_gb": peak,
+    }
+
+
+def measure_table(index, vectors: np.ndarray, chosen: np.ndarray) -> float:
+    """Seconds a document of the neighbour table: 32 candidates of each of two views, and the filters."""
+    chosen = np.sort(chosen)
+    identities = np.arange(2 * len(vectors), dtype=np.uint64).reshape(-1, 1, 2)
+    queries = np.array(vectors[chosen])
+    started = time.process_time()
+    find_neighbors(
+        lambda part, count: search_index(index, part, count),
+        Bank(vectors=vectors, identities=identities),
+        Queries(vectors=queries, identities=identities[chosen], own=chosen, views=(queries, queries)),
+        8,
+    )
+    return (time.process_time() - started) / len(chosen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="where the vectors are made and kept")
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--spectrum", type=float, default=0.5, help="variances fall as i to the minus this")
+    parser.add_argument("--factory", nargs="*", default=[], help="options (empty: the one chosen by size, and others)")
+    parser.add_argument("--search", default="", help="search parameters (empty: chosen by measured recall)")
+    parser.add_argument("--recall", type=float, default=0.95, help="recall@10 that the probes are chosen for")
+    parser.add_argument("--queries", type=int, default=8000, help="documents searched for the extrapolation")
+    parser.add_argument("--exact-queries", type=int, default=2000, help="of them searched exactly, a round")
+    parser.add_argument("--table-queries", type=int, default=1024, help="documents whose row of the table is timed")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--count", type=int, default=10, help="neighbours asked for when timing")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="append each row to this file")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # this process is the one of an option
+    options = parser.parse_args()
+    path = make_vectors(options.folder, options.documents, options.width, options.spectrum, seed=0)
+    if options.only:
+        print(json.dumps(measure_option(path, options.only, options)))
+        return
+    columns = (
+        "option",
+        "search",
+        "recall@10",
+        "build, s",
+        "choose search, s",
+        "all, s",
+        "exact, s",
+        "x exact",
+        "table, s",
+    )
+    columns += ("bytes a vector", "peak GB")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    for factory in options.factory or (choose_factory(options.documents, options.width), *OPTIONS):
+        done = subprocess.run([sys.executable, *sys.argv, "--only", factory], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise ValueError(f"{factory} could not be measured (exit status {done.returncode}).")
+        row = json.loads(done.stdout.splitlines()[-1])
+        if options.json:
+            with open(options.json, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        cells = [row["factory"], row["search"], f"{row['recall']:.3f}"]
+        cells += [f"{row[name]:.0f}" for name in ("build_s", "tune_s", "search_all_s", "exact_all_s")]
+        cells += [f"{row['times_exact']:.1f}", f"{row['table_all_s']:.0f}"]
+        cells += [f"{row['bytes_a_vector']:.0f}", f"{row['peak_gb']:.2f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,223 @@
+"""What retrieval is worth: held-out loss with 0, 1, 2, 3 retrieved documents, and with random ones instead.
+
+    python benchmarks/retrieval_gain.py --corpora shapes emoji --steps 3000 --output runs/retrieval_gain
+
+For each corpus the tools make pairs, tokenizers, shards, a CLIP encoder and indexes, as examples/quickstart.sh and
+examples/emoji.sh do, once; `--prepared NAME=FOLDER` takes the output folder of such a script instead. For each seed a
+model is trained with K retrieved documents, K uniform in 0..3 (RA-CM3's choice, so that it has seen every number), and
+exported. Counted is the loss a token of held-out query documents, the same tokens every time, behind K documents: the
+nearest of their row of the table (found by text and by picture, as in training), the nearest by their text alone (as
+for a prompt), and random ones of the memory bank. Only held-out documents that have three neighbours take part. What is
+done is kept: the same command goes on where it stopped.
+
+Writes figures.json, gain.png, and prints the table.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.config import load_config, save_config
+from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.evaluation.loss import measure_loss
+from megatron_cm3leon.generation.decoder import Decoder
+from megatron_cm3leon.progress import track
+from megatron_cm3leon.retrieval.neighbors import load_neighbors
+from megatron_cm3leon.retrieval.search import Retriever
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = {"nearest": "#2f6fd0", "nearest by text": "#2e8b57", "random": "#c2630a"}
+MOST = 3
+"""Retrieved documents at most (CM3Leon's three)."""
+CORPORA = {
+    "shapes": {
+        "generate": "examples/shapes/generate.py",
+        "count": "--pairs",
+        "pairs": 9000,
+        "more": ["--size", "32"],
+        "specials": ["--specials", "32", "--sentinels", "16"],
+        "text": ["--vocab-size", "480"],
+        "image": ["--image-size", "32", "--downsample", "4", "--codebook-size", "256"],
+        "image_steps": 1200,
+        "clip_steps": 400,
+        "config": "examples/quickstart/train.yaml",
+    },
+    "emoji": {
+        "generate": "examples/emoji/generate.py",
+        "count": "--limit",
+        "pairs": 0,
+        "more": [],
+        "specials": ["--specials", "64", "--sentinels", "32"],
+        "text": ["--vocab-size", "1472"],
+        "image": ["--image-size", "32", "--downsample", "4", "--codebook-size", "512", "--num-res-blocks", "1"],
+        "image_steps": 2000,
+        "clip_steps": 600,
+        "config": "examples/emoji/train.yaml",
+    },
+}
+"""As the two scripts of examples/ have them."""
+
+
+def run(*arguments) -> None:
+    """One of the project's own commands in a process of its own; ValueError when it fails."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, *map(str, arguments)]
+    if subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode:
+        raise ValueError(f"{' '.join(command)} failed; mend the cause and give the same command again.")
+
+
+def prepare(name: str, folder: Path, options: argparse.Namespace) -> Path:
+    """Pairs, tokenizers, shards, encoder and indexes; each station is left out where its result is there."""
+    corpus, tokenizer, train = CORPORA[name], folder / "tokenizer", folder / "pairs/train.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    image_steps, clip_steps = (max(2, round(corpus[key] * options.scale)) for key in ("image_steps", "clip_steps"))
+    pairs = options.pairs or corpus["pairs"]
+    run_once(train, corpus["generate"], corpus["count"], pairs, "--output", folder / "pairs", *corpus["more"])
+    learn = ("tools/train_tokenizer.py", "{kind}", "--input", train, "--output", tokenizer, *corpus["specials"])
+    text, image = ([str(part).format(kind=kind) for part in learn] for kind in ("text", "image"))
+    run_once(tokenizer / "text.model", *text, *corpus["text"])
+    run_once(tokenizer / "vocab.json", *image, *corpus["image"], "--steps", image_steps)
+    shards, clip, index = folder / "shards", folder / "clip", folder / "index"
+    for split in ("train", "heldout"):
+        read = ("--input", folder / "pairs" / f"{split}.jsonl", "--tokenizer", tokenizer)
+        run_once(shards / split / "manifest.json", "tools/preprocess_data.py", *read, "--output", shards / split)
+    read = ("--input", train, "--text-model", tokenizer / "text.model")
+    run_once(clip / "model.safetensors", "tools/train_clip.py", *read, "--output", clip, "--steps", clip_steps)
+    for split, bank in (("train", ()), ("heldout", ("--bank", index / "train"))):
+        read = ("--shards", shards / split, *bank, "--encoder", clip)
+        run_once(index / split / "index.json", "tools/build_index.py", *read, "--output", index / split)
+    return folder
+
+
+def run_once(result: Path, *command) -> None:
+    """Run a command unless its result, the file it writes last, is there."""
+    if not result.is_file():
+        run(*command)
+
+
+def train_model(name: str, prepared: Path, folder: Path, seed: int, options: argparse.Namespace) -> Path:
+    """Train with K uniform in 0..3 and export; returns the exported folder."""
+    exported = folder / "exported"
+    if (exported / "config.json").is_file():
+        return exported
+    context = find_context(prepared)
+    overrides = [f"data.shards={prepared}/shards/train", f"retrieval.index={prepared}/index/train", f"seed={seed}"]
+    overrides += [f"retrieval.documents={MOST}", "retrieval.choice=uniform", f"data.seq_length={context}"]
+    overrides += [f"train.steps={options.steps}", f"checkpoint.interval={options.steps}", f"output={folder}/run"]
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "train.yaml"
+    save_config(load_config(ROOT / CORPORA[name]["config"], overrides + options.set), config)
+    run("-m", "megatron_cm3leon.train", config)
+    shutil.rmtree(exported, ignore_errors=True)
+    latest = folder / "run/checkpoints" / (folder / "run/latest").read_text().strip()
+    read = ("--checkpoint", latest, "--tokenizer", prepared / "tokenizer")
+    run("tools/convert_checkpoint.py", "export", *read, "--output", exported)
+    return exported
+
+
+def find_context(prepared: Path) -> int:
+    """Room for a query and three documents of nearly any length, in whole 32s, with some for masking."""
+    corpora = [open_shards(prepared / "shards" / split) for split in ("train", "heldout")]
+    query = max(int(corpus.lengths.max()) for corpus in corpora)
+    others = MOST * (int(np.quantile(corpora[0].lengths, 0.95)) + 1)
+    return -(-(query + others + 10) // 32) * 32
+
+
+def measure(exported: Path, prepared: Path, seed: int, options: argparse.Namespace) -> dict[str, dict]:
+    """Losses of held-out queries behind K documents of each kind, by name such as `nearest 2`."""
+    decoder = Decoder.load(exported)
+    heldout = open_shards(prepared / "shards/heldout")
+    neighbors = load_neighbors(prepared / "index/heldout", heldout)
+    captions = heldout.metadata(["caption"]).column("caption").to_pylist()
+    by_text = Retriever.load(prepared / "index/heldout", prepared / "clip").search(texts=captions, k=MOST)
+    full = (neighbors.table[:, :MOST] >= 0).all(axis=1) & (by_text >= 0).all(axis=1)
+    chosen = np.flatnonzero(full)[: options.queries]
+    if not len(chosen):
+        raise ValueError(f"no held-out document of {heldout.folder} has {MOST} neighbours; train a better encoder.")
+    random = np.random.default_rng(seed)
+    drawn = np.stack([random.choice(neighbors.bank.documents, MOST, replace=False) for _ in chosen])
+    tables = dict(zip(KINDS, (neighbors.table[chosen, :MOST], by_text[chosen], drawn), strict=True))
+    queries = [heldout.read(int(number)) for number in chosen]
+    losses = {"none": measure_loss(decoder, queries, [[] for _ in queries], heldout.vocabulary)}
+    for kind, table in tables.items():
+        for count in range(1, MOST + 1):
+            documents = [[neighbors.bank.read(int(number)) for number in row[:count][::-1]] for row in table]
+            losses[f"{kind} {count}"] = measure_loss(decoder, queries, documents, heldout.vocabulary)
+    return losses
+
+
+def summarise(results: dict) -> str:
+    """A table: mean over seeds, with the spread of the seeds' differences from no retrieved document."""
+    lines = ["| corpus | retrieved | loss | text | image | less than with none |", "|---|---|---|---|---|---|"]
+    for corpus, seeds in results.items():
+        for name in next(iter(seeds.values())):
+            rows = [losses[name] for losses in seeds.values()]
+            gains = [losses["none"]["loss"] - losses[name]["loss"] for losses in seeds.values()]
+            means = [np.mean([row[key] for row in rows]) for key in ("loss", "loss_text", "loss_image")]
+            gain = f"{np.mean(gains):+.4f} ({min(gains):+.4f} to {max(gains):+.4f})" if name != "none" else ""
+            lines.append(f"| {corpus} | {name} | {' | '.join(f'{mean:.4f}' for mean in means)} | {gain} |")
+    return "\n".join(lines)
+
+
+def draw(results: dict, path: Path) -> None:
+    """Loss by the number of retrieved documents, a panel a corpus; thin lines are the seeds, thick ones their mean."""
+    figure, panels = pyplot.subplots(1, len(results), figsize=(4.6 * len(results), 3.6), squeeze=False)
+    for axes, (corpus, seeds) in zip(panels[0], results.items(), strict=True):
+        for kind, colour in KINDS.items():
+            names = ["none", *(f"{kind} {count}" for count in range(1, MOST + 1))]
+            curves = np.array([[losses[name]["loss"] for name in names] for losses in seeds.values()])
+            for curve in curves:
+                axes.plot(range(MOST + 1), curve, color=colour, alpha=0.3, linewidth=1)
+            label = f"{kind} documents"
+            axes.plot(range(MOST + 1), curves.mean(axis=0), color=colour, linewidth=2.2, marker="o", label=label)
+        axes.set(title=corpus, xlabel="retrieved documents", ylabel="held-out loss, nats a token")
+        axes.set_xticks(range(MOST + 1))
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/retrieval_gain"), help="where everything goes")
+    parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the models")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of each model")
+    parser.add_argument("--queries", type=int, default=1000, help="held-out documents measured, at most")
+    parser.add_argument("--prepared", nargs="*", default=[], metavar="NAME=FOLDER", help="made by examples/*.sh")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the steps of image tokenizer and encoder")
+    parser.add_argument("--pairs", type=int, default=0, help="pairs of shapes, or emoji (0: as the examples have)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="more fields of the config")
+    options = parser.parse_args()
+    given = dict(entry.split("=", 1) for entry in options.prepared)
+    output = options.output.resolve()
+    results: dict[str, dict] = {}
+    for name in options.corpora:
+        prepared = Path(given[name]).resolve() if name in given else prepare(name, output / name / "data", options)
+        results[name] = {}
+        for seed in track(options.seeds, label=name, unit="seeds"):
+            exported = train_model(name, prepared, output / name / f"seed-{seed}", seed, options)
+            results[name][seed] = measure(exported, prepared, seed, options)
+    (output / "figures.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, output / "gain.png")
+    print(summarise(results))
+    print(f"wrote {output}/figures.json and gain.png")
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,94 @@
+"""Where the encoder's pictures come from: the raw files (in folders, stores or tars), or the image tokens."""
+
+import hashlib
+import tarfile
+from collections import OrderedDict
+from threading import Lock
+
+import fsspec
+import numpy as np
+from PIL import Image
+
+from megatron_cm3leon.data.shards import Corpus
+from megatron_cm3leon.retrieval.contents import Content, ReadPictures
+from megatron_cm3leon.tokenizers.pixels import load_picture
+
+_REMEDY = "put it back, or decode pictures from the image tokens: --pictures tokens --tokenizer FOLDER."
+_TARS_KEPT = 4
+
+
+class SourcePictures:
+    """Reads the raw pictures of documents from where the shards were made from, and compares their checksums."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus, self.input = corpus, str(corpus.manifest["input"]).rstrip("/")
+        self._tars: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
+        self._lock = Lock()
+
+    def __call__(self, content: Content) -> list[Image.Image]:
+        """The pictures of a document; ValueError where one is gone or no longer the one that was tokenised."""
+        if not len(content.image) == len(content.sha256) == len(content.codes):
+            raise ValueError(
+                f"{content.name} has {len(content.codes)} pictures, but its metadata name {len(content.image)} files; "
+                f"{_REMEDY}"
+            )
+        return [self._read(name, sha256) for name, sha256 in zip(content.image, content.sha256, strict=True)]
+
+    def _read(self, name: str, checksum: str) -> Image.Image:
+        place = name if "://" in name or name.startswith("/") else f"{self.input}/{name}"
+        try:
+            content = self._read_bytes(place)
+        except (OSError, tarfile.TarError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"{place}, a picture of {self.corpus.folder}, cannot be read ({reason}); {_REMEDY}"
+            ) from error
+        if hashlib.sha256(content).hexdigest() != checksum:
+            raise ValueError(
+                f"{place} is not the picture that {self.corpus.folder} was made from (its sha256 differs); {_REMEDY}"
+            )
+        return load_picture(content)
+
+    def _read_bytes(self, place: str) -> bytes:
+        archive, inside, member = place.partition(".tar/")
+        if not inside:
+            with fsspec.open(place, "rb") as file:
+                return file.read()
+        archive += ".tar"
+        with self._lock:
+            members = self._tars.get(archive) or self._list_members(archive)
+        if member not in members:
+            raise FileNotFoundError(2, "the tar has no such member")
+        offset, size = members[member]
+        with fsspec.open(archive, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def _list_members(self, archive: str) -> dict[str, tuple[int, int]]:
+        """Where each member's bytes stand in a tar, by its name with the ending in small letters."""
+        with fsspec.open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            members = {_lower_ending(member.name): (member.offset_data, member.size) for member in tar}
+        self._tars[archive] = members
+        if len(self._tars) > _TARS_KEPT:
+            self._tars.popitem(last=False)
+        return members
+
+
+def _lower_ending(name: str) -> str:
+    """A member's name as the metadata have it: WebDataset's key, which ends at the first dot of the base name."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, ending = base.partition(".")
+    return f"{folder}{slash}{stem}{dot}{ending.lower()}"
+
+
+def read_token_pictures(image_tokenizer) -> ReadPictures:
+    """Reader that decodes pictures from the image tokens of the shards."""
+    import torch
+
+    from megatron_cm3leon.tokenizers.pixels import from_pixels
+
+    def read(content: Content) -> list[Image.Image]:
+        pixels = image_tokenizer.decode(torch.from_numpy(np.stack(content.codes)))
+        return [from_pixels(picture) for picture in pixels]
+
+    return read

@@ -1,0 +1,21 @@
+"""Which share of the work is this process's: one of several tasks, such as those of a SLURM job array."""
+
+import os
+from collections.abc import Mapping
+
+
+def find_task(task: int | None, tasks: int | None, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """(task, tasks): `--task-id` and `--num-tasks` as given, else of the SLURM job array, else the only one.
+
+    ValueError where one is given without the other, or the task is none of them.
+    """
+    if (task is None) != (tasks is None) and tasks != 1:
+        raise ValueError("give --task-id and --num-tasks together.")
+    if tasks is None and "SLURM_ARRAY_TASK_ID" in environment:
+        first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))  # an array may begin at 1, and go up in steps
+        step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
+        return (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step, int(environment["SLURM_ARRAY_TASK_COUNT"])
+    task, tasks = task or 0, 1 if tasks is None else tasks
+    if not 0 <= task < tasks:
+        raise ValueError(f"--task-id ({task}) must be 0 to {tasks - 1}, below --num-tasks ({tasks}).")
+    return task, tasks

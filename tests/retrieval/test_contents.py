@@ -1,0 +1,153 @@
+"""What the encoder sees of pairs, texts and interleaved documents, and where their pictures come from."""
+
+import hashlib
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_cm3leon.data.shards import MANIFEST, ShardWriter, build_manifest, open_shards, write_json
+from megatron_cm3leon.retrieval.build import build_index_folder
+from megatron_cm3leon.retrieval.contents import MOST_PICTURES, ContentReader, compute_identities, read_ahead
+from megatron_cm3leon.retrieval.encoder import Encoder, combine, normalize
+from megatron_cm3leon.retrieval.neighbors import load_neighbors
+from megatron_cm3leon.retrieval.options import IndexOptions
+from megatron_cm3leon.retrieval.pictures import SourcePictures, read_token_pictures
+from megatron_cm3leon.tokenizers.text import TextTokenizer
+
+COLOURS = ("red", "blue", "green", "yellow", "black", "purple")
+
+
+def png(colour: str) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16), colour).save(content, "PNG")
+    return content.getvalue()
+
+
+@pytest.fixture(scope="module")
+def text(text_model):
+    return TextTokenizer.load(text_model)
+
+
+@pytest.fixture(scope="module")
+def mixed(text, vocabulary, tmp_path_factory):
+    """Shards of a pair, a text, an interleaved document with two pictures, and pairs of the other colours."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for colour in COLOURS:
+        (folder / f"{colour}.png").write_bytes(png(colour))
+    documents = [
+        ["a red square", "red"],
+        ["only words here"],
+        ["first", "blue", "then", "red"],
+        *([f"a {colour} square", colour] for colour in COLOURS[2:]),
+    ]
+    return write_documents(folder, documents, text, vocabulary)
+
+
+def write_documents(folder, documents, text, vocabulary):
+    """Shards of documents whose segments are texts and, where COLOURS has them, pictures of that colour."""
+    (folder / "shards").mkdir()
+    writer = ShardWriter(folder / "shards", "shard-000000-000", vocabulary)
+    for number, segments in enumerate(documents):
+        ids, colours = [], [segment for segment in segments if segment in COLOURS]
+        for segment in segments:
+            codes = vocabulary.image_start + COLOURS.index(segment) + np.arange(4) if segment in COLOURS else None
+            ids += [vocabulary.break_id, *(text.encode(segment) if codes is None else codes)]
+        pair = len(segments) == 2 and len(colours) == 1
+        metadata = {"caption": segments[0] if pair else "", "source": "made", "extra": "{}"}
+        metadata["image"] = "\n".join(f"{colour}.png" for colour in colours)
+        metadata["picture_sha256"] = "\n".join(hashlib.sha256(png(colour)).hexdigest() for colour in colours)
+        writer.add(f"{number:08d}", np.array(ids[1:]), metadata)
+    manifest = build_manifest(vocabulary, [writer.close()], input=str(folder), image_size=16)
+    write_json(folder / "shards" / MANIFEST, manifest)
+    return folder / "shards"
+
+
+def test_texts_and_pictures_of_every_kind(mixed, text):
+    corpus = open_shards(mixed)
+    pair, only_text, interleaved = ContentReader(corpus, text.decode).read(range(3))
+    assert (pair.text, pair.image) == ("a red square", ["red.png"])
+    assert (only_text.text, only_text.image, only_text.codes) == ("only words here", [], [])
+    assert (interleaved.text, interleaved.image) == ("first then", ["blue.png", "red.png"])
+    assert [codes.tolist() for codes in interleaved.codes] == [[1, 2, 3, 4], [0, 1, 2, 3]]
+
+
+def test_texts_that_are_not_in_the_metadata_need_the_tokenizer(mixed):
+    with pytest.raises(ValueError, match=r"document 1 \(00000001\) of .* has text that its metadata do not .*--token"):
+        ContentReader(open_shards(mixed)).read(range(3))
+
+
+def test_identities_know_every_picture(mixed, text):
+    contents = ContentReader(open_shards(mixed), text.decode).read(range(3))
+    pair, only_text, interleaved = compute_identities(contents)
+    assert pair.shape == (2, 2) and not only_text.any() and not pair[1].any()
+    assert (interleaved[1] == pair[0]).all() and (interleaved[0] != pair[0]).all()
+    contents[2].codes *= 20
+    assert compute_identities(contents).shape == (3, MOST_PICTURES, 2)
+
+
+def test_batches_are_read_ahead_in_order(mixed, text):
+    corpus = open_shards(mixed)
+    batches = [range(0, 2), range(2, 3), range(3, 7)]
+    found = list(read_ahead(ContentReader(corpus, text.decode), SourcePictures(corpus), batches))
+    assert [[content.number for content in contents] for contents, _ in found] == [list(batch) for batch in batches]
+    assert [[len(pictures) for pictures in each] for _, each in found] == [[1, 0], [2], [1, 1, 1, 1]]
+    assert found[1][1][0][1].getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_an_index_of_every_kind(mixed, text, clip_folder, tmp_path, monkeypatch):
+    class Tokenizers:
+        image = None
+
+    Tokenizers.text, Tokenizers.vocabulary = text, open_shards(mixed).vocabulary
+    from megatron_cm3leon.tokenizers import folder
+
+    monkeypatch.setattr(folder.Tokenizers, "load", classmethod(lambda cls, path: Tokenizers))
+    options = IndexOptions(neighbors=3, threshold=1.0, tokenizer="a tokenizer", device="cpu", query_dropout=0)
+    build_index_folder(tmp_path / "index", mixed, clip_folder, options=options)
+    encoder = Encoder.load(clip_folder)
+    red, blue = encoder.encode_pictures([Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")])
+    words = encoder.encode_texts(["only words here", "first then"])
+    bank = np.load(tmp_path / "index/embeddings/bank.npy").astype(np.float32)
+    np.testing.assert_allclose(bank[1], words[0], atol=2e-3)
+    np.testing.assert_allclose(bank[2], combine(words[1:], normalize((red + blue)[None]))[0], atol=2e-3)
+    images = np.load(tmp_path / "index/embeddings/queries_image.npy")
+    assert not images[1].any() and images[2].any()
+    table = load_neighbors(tmp_path / "index", open_shards(mixed)).table
+    assert 2 not in table[0] and 0 not in table[2]  # they share the red picture
+    assert (table[1] >= 0).all() and 1 not in table[1]  # a text is searched by its words alone
+
+
+def test_pictures_in_tars_are_read_where_they_are(text, vocabulary, tmp_path):
+    corpus = open_shards(write_documents(tmp_path, [["a red square", "red"]], text, vocabulary))
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for name, content in (("a.txt", b"a red square"), ("folder/a.PNG", png("red"))):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    content = ContentReader(corpus).read([0])[0]
+    content.image = ["00000.tar/folder/a.png"]
+    assert SourcePictures(corpus)(content)[0].getpixel((0, 0)) == (255, 0, 0)
+    content.image = ["00000.tar/b.png"]
+    with pytest.raises(ValueError, match=r"00000.tar/b.png, a picture of .* no such member.*--pictures tokens"):
+        SourcePictures(corpus)(content)
+    content.image = []
+    with pytest.raises(ValueError, match=r"document 0 .* has 1 pictures, but its metadata name 0 files"):
+        SourcePictures(corpus)(content)
+
+
+def test_pictures_can_come_from_the_tokens(heldout_shards, vocabulary):
+    class Decoder:
+        def decode(self, codes):
+            assert codes.min() >= 0 and codes.max() < vocabulary.image_size
+            grey = codes.float().mean(dim=1) / 127.5 - 1
+            return grey[:, None, None, None].expand(-1, 3, 8, 8)
+
+    corpus = open_shards(heldout_shards)
+    pictures = [read_token_pictures(Decoder())(content)[0] for content in ContentReader(corpus).read(range(3))]
+    ids = corpus.read(2).astype(np.int64)
+    mean = (ids[-4:] - vocabulary.image_start).mean()
+    assert [picture.size for picture in pictures] == [(8, 8)] * 3
+    assert abs(np.asarray(pictures[2])[0, 0, 0] - mean) <= 1

@@ -1,0 +1,111 @@
+"""Embeddings over tasks and after an interruption: the same bytes; a vector of NaN is refused by name."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_cm3leon.retrieval import embeddings, table
+from megatron_cm3leon.retrieval.build import build_index_folder
+from megatron_cm3leon.retrieval.encoder import Encoder
+from megatron_cm3leon.retrieval.options import IndexOptions
+from megatron_cm3leon.retrieval.rows import Rows
+
+OPTIONS = IndexOptions(neighbors=3, threshold=0.999)
+FILES = ("neighbors.npy", "scores.npy", *(f"embeddings/{name}.npy" for name in ("bank", "queries_text")))
+
+
+@pytest.fixture(scope="module")
+def small_parts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embeddings, "PART_DOCUMENTS", 48)
+        patch.setattr(table, "PART_NEIGHBORS", 50)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(shards, clip_folder, tmp_path_factory, small_parts):
+    folder = tmp_path_factory.mktemp("whole") / "index"
+    build_index_folder(folder, shards, clip_folder, options=OPTIONS)
+    return folder
+
+
+def test_tasks_write_what_one_process_writes(whole, shards, clip_folder, tmp_path):
+    folder = tmp_path / "index"
+    for task in (2, 0):
+        assert build_index_folder(folder, shards, clip_folder, options=OPTIONS, task=task, tasks=3) is None
+    with pytest.raises(ValueError, match=r"1 of 4 parts of .*bank are not done, such as part 1; run the tasks"):
+        build_index_folder(folder, shards, clip_folder, options=OPTIONS, stage="index")
+    build_index_folder(folder, shards, clip_folder, options=OPTIONS, task=1, tasks=3)
+    build_index_folder(folder, shards, clip_folder, options=OPTIONS, stage="index")
+    build_index_folder(folder, shards, clip_folder, options=OPTIONS, stage="neighbors", task=1, tasks=2)
+    assert build_index_folder(folder, shards, clip_folder, options=OPTIONS)["documents"] == 180
+    for name in FILES:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_heldout_documents_use_the_embeddings_of_their_bank(whole, heldout_shards, clip_folder, tmp_path, monkeypatch):
+    encoded, original = [], Encoder.encode_pictures
+
+    def count(self, pictures):
+        encoded.append(len(pictures))
+        return original(self, pictures)
+
+    monkeypatch.setattr(Encoder, "encode_pictures", count)
+    description = build_index_folder(tmp_path / "index", heldout_shards, clip_folder, whole, OPTIONS)
+    assert sum(encoded) == 20  # none of the bank's 180
+    assert (tmp_path / "index/embeddings/bank.npy").samefile(whole / "embeddings/bank.npy")
+    assert (tmp_path / "index/index.faiss").samefile(whole / "index.faiss")
+    again = build_index_folder(tmp_path / "again", heldout_shards, clip_folder, description["bank"], OPTIONS)
+    for name in ("neighbors.npy", "embeddings/bank.npy"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "index" / name).read_bytes()
+    changed = ("shards", "bank", "documents", "bank_documents", "factory", "search", "recall_at_10", "neighbors_found")
+    assert {name: again[name] for name in changed} == {name: description[name] for name in changed}
+
+
+def test_the_bank_of_another_encoder_is_refused(whole, heldout_shards, clip_folder, tmp_path):
+    other = shutil.copytree(clip_folder, tmp_path / "clip")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight * 1.5 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"bank.npy was begun with other settings \(encoder_sha256"):
+        build_index_folder(tmp_path / "index", heldout_shards, other, whole, OPTIONS)
+
+
+def test_an_embedding_of_nan_names_its_document(shards, clip_folder, tmp_path):
+    broken = shutil.copytree(clip_folder, tmp_path / "clip")
+    weights = load_file(broken / "model.safetensors")
+    weights["text_projection.weight"][3, 5] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    message = (
+        r"the embedding of document 0 \(0000000\) of .* holds NaN or infinity: the weights of the encoder at .*clip"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_index_folder(tmp_path / "index", shards, broken, options=OPTIONS)
+    assert not (tmp_path / "index/index.json").exists()
+    assert not list((tmp_path / "index").rglob("*.np?"))
+
+
+def test_embeddings_that_were_damaged_on_the_disk_are_refused(whole, heldout_shards, clip_folder, tmp_path):
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    vectors = np.load(copy / "embeddings/bank.npy")
+    vectors[77] = np.nan
+    np.save(copy / "embeddings/bank.npy", vectors)
+    options = IndexOptions(neighbors=3, threshold=0.999, factory="Flat")  # built anew from the damaged vectors
+    with pytest.raises(ValueError, match=r"the embedding of document 77 holds NaN or infinity .* encode again"):
+        build_index_folder(tmp_path / "index", heldout_shards, clip_folder, copy, options)
+
+
+def test_rows_of_different_widths_are_joined(tmp_path):
+    rows = Rows(tmp_path, "numbers", ["a"], 5, 3, {"by": "test"})
+    rows.write(0, {"a": np.ones((3, 1, 2))})
+    assert rows.missing() == [1] and rows.missing(0, 2) == []
+    rows.write(1, {"a": np.full((2, 2, 2), 7)})
+    rows.join()
+    expected = np.zeros((5, 2, 2))
+    expected[:3, 0], expected[3:] = 1, 7
+    assert (rows.load("a") == expected).all() and rows.joined and not rows.work.exists()
+    with pytest.raises(ValueError, match=r"a.npy was begun with other settings \(by: test instead of other"):
+        Rows(tmp_path, "numbers", ["a"], 5, 3, {"by": "other"})
