@@ -10,7 +10,6 @@ On several nodes run the same command as a job array (SLURM_ARRAY_TASK_ID and _C
 """
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_cm3leon.data.filters import FITS, Filters
 from megatron_cm3leon.data.merge import merge
 from megatron_cm3leon.data.preprocess import STAGES, PreprocessOptions, preprocess
 from megatron_cm3leon.data.sources import FORMATS, Fields, open_source
+from megatron_cm3leon.tasks import find_task
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -54,19 +54,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def find_task(args: argparse.Namespace, environment=os.environ) -> tuple[int, int]:
-    """(task, tasks): as given, else of the SLURM job array around this process, else the only one."""
-    if (args.task_id is None) != (args.num_tasks is None) and args.num_tasks != 1:
-        raise ValueError("give --task-id and --num-tasks together.")
-    if args.num_tasks is not None:
-        return args.task_id or 0, args.num_tasks
-    if "SLURM_ARRAY_TASK_ID" not in environment:
-        return 0, 1
-    first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))  # an array may begin at 1, and go up in steps
-    step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
-    return (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step, int(environment["SLURM_ARRAY_TASK_COUNT"])
-
-
 def merge_tasks(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="preprocess_data.py merge", description="Join what the tasks of a job array wrote: write the manifest."
@@ -86,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not value >= low or (high is not None and value > high):
             bound = f"at least {low}" if high is None else f"between {low} and {high}"
             raise ValueError(f"--{name.replace('_', '-')} ({value}) must be {bound}.")
-    task, tasks = find_task(args)
+    task, tasks = find_task(args.task_id, args.num_tasks)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     options = PreprocessOptions(
         tokenizer=Path(args.tokenizer),

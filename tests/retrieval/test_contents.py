@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.data.shards import MANIFEST, ShardWriter, build_manifest, open_shards, write_json
+from megatron_cm3leon.data.shard_writer import ShardWriter
+from megatron_cm3leon.data.shards import MANIFEST, build_manifest, open_shards, write_json
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.contents import MOST_PICTURES, ContentReader, compute_identities, read_ahead
 from megatron_cm3leon.retrieval.encoder import Encoder, combine, normalize
