@@ -108,16 +108,18 @@ def run_once(result: Path, *command) -> None:
 
 def train_model(name: str, prepared: Path, folder: Path, seed: int, options: argparse.Namespace) -> Path:
     """Train with K uniform in 0..3 and export; returns the exported folder."""
-    exported = folder / "exported"
-    if (exported / "config.json").is_file():
-        return exported
+    exported, config = folder / "exported", folder / "train.yaml"
     context = find_context(prepared)
     overrides = [f"data.shards={prepared}/shards/train", f"retrieval.index={prepared}/index/train", f"seed={seed}"]
     overrides += [f"retrieval.documents={MOST}", "retrieval.choice=uniform", f"data.seq_length={context}"]
     overrides += [f"train.steps={options.steps}", f"checkpoint.interval={options.steps}", f"output={folder}/run"]
+    wanted = load_config(ROOT / CORPORA[name]["config"], overrides + options.set)
+    if config.is_file() and load_config(config) != wanted:
+        raise ValueError(f"{folder} was trained with other settings ({config}); give another --output.")
+    if (exported / "config.json").is_file():
+        return exported
     folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "train.yaml"
-    save_config(load_config(ROOT / CORPORA[name]["config"], overrides + options.set), config)
+    save_config(wanted, config)
     run("-m", "megatron_cm3leon.train", config)
     shutil.rmtree(exported, ignore_errors=True)
     latest = folder / "run/checkpoints" / (folder / "run/latest").read_text().strip()
@@ -179,8 +181,7 @@ def draw(results: dict, path: Path) -> None:
             curves = np.array([[losses[name]["loss"] for name in names] for losses in seeds.values()])
             for curve in curves:
                 axes.plot(range(MOST + 1), curve, color=colour, alpha=0.3, linewidth=1)
-            label = f"{kind} documents"
-            axes.plot(range(MOST + 1), curves.mean(axis=0), color=colour, linewidth=2.2, marker="o", label=label)
+            axes.plot(range(MOST + 1), curves.mean(axis=0), color=colour, linewidth=2.2, marker="o", label=kind)
         axes.set(title=corpus, xlabel="retrieved documents", ylabel="held-out loss, nats a token")
         axes.set_xticks(range(MOST + 1))
         axes.grid(alpha=0.25)

@@ -149,10 +149,13 @@ class _Build:
 
     def _take_bank(self) -> None:
         """Link (copy, where the file system has no links) what another index holds of the bank."""
-        chosen = self.options.factory or self.options.search
-        description = json.loads((self.from_index / "index.faiss.json").read_text())
-        same = description["encoder_sha256"] == self.encoder_sha256 and not chosen
-        for name in _BANK_FILES + (_INDEX_FILES if same else ()):
+        missing = [name for name in _BANK_FILES + _INDEX_FILES if not (self.from_index / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"the index at {self.from_index} lacks {missing[0]}: it is of an earlier version, or incomplete. "
+                f"Give its shards as --bank, {self.bank.folder}, to make these files again."
+            )
+        for name in _BANK_FILES + _INDEX_FILES:
             if not (self.output / name).exists():
                 _link(self.from_index / name, self.output / name)
 
@@ -209,15 +212,18 @@ class _Build:
             "factory": factory,
             "seed": options.seed,
         }
-        note = self.output / "index.faiss.json"
-        if note.is_file():
-            written = json.loads(note.read_text())
-            if all(written.get(name) == value for name, value in made.items()) and (
-                not options.search or options.search == written["search"]
-            ):
-                return
-        with meter(len(vectors), f"index {factory}", "documents") as progress:
-            index = build_index(vectors, factory, options.search, options.seed, progress.advance)
+        chosen = {"wanted_search": options.search, "wanted_recall": options.recall}
+        note, path = self.output / "index.faiss.json", self.output / "index.faiss"
+        written = json.loads(note.read_text()) if note.is_file() and path.is_file() else {}
+        if written.items() >= {**made, **chosen}.items():
+            return
+        if written.items() >= made.items():
+            index = load_index(path, options.search)
+        else:
+            note.unlink(missing_ok=True)
+            with meter(len(vectors), f"index {factory}", "documents") as progress:
+                index = build_index(vectors, factory, options.search, options.seed, progress.advance)
+            save_index(index, path)
         order = np.random.default_rng(options.seed).permutation(self.corpus.documents)
         tuning, testing = (
             self._read_views(np.sort(part))
@@ -230,8 +236,8 @@ class _Build:
                 "recall@10 of the index is %.3f, below %.1f: %s (search %r) misses neighbours that exact search finds. "
                 "Give a larger --search value, or another --factory.", recall, LOW_RECALL, factory, search,
             )  # fmt: skip
-        save_index(index, self.output / "index.faiss")
-        write_json(note, {**made, "search": search, "recall_at_10": recall, "recall_queries": len(testing)})
+        measured = {"search": search, "recall_at_10": recall, "recall_queries": len(testing)}
+        write_json(note, {**made, **chosen, **measured})
 
     def _read_views(self, documents: np.ndarray) -> np.ndarray:
         """What the bank is searched by for these documents: the text of one, the pictures of the next."""
@@ -300,6 +306,8 @@ def choose_device(device: str) -> str:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
+    except FileExistsError:
+        return  # another task was quicker
     except OSError:
         temporary = target.with_name(f".{target.name}.tmp")
         shutil.copyfile(source, temporary)

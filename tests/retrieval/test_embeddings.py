@@ -1,6 +1,8 @@
 """Embeddings over tasks and after an interruption: the same bytes; a vector of NaN is refused by name."""
 
+import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +68,28 @@ def test_heldout_documents_use_the_embeddings_of_their_bank(whole, heldout_shard
     assert {name: again[name] for name in changed} == {name: description[name] for name in changed}
 
 
+def test_a_bank_of_an_earlier_version_is_refused(whole, heldout_shards, clip_folder, tmp_path):
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    (copy / "index.faiss.json").unlink()
+    with pytest.raises(ValueError, match=r"copy lacks index.faiss.json: it is of an earlier version.*Give its shards"):
+        build_index_folder(tmp_path / "index", heldout_shards, clip_folder, copy, OPTIONS)
+
+
+def test_another_recall_is_chosen_for_without_building_again(shards, clip_folder, tmp_path):
+    options = replace(OPTIONS, factory="IVF16,Flat", recall=0.3)
+    build_index_folder(tmp_path / "index", shards, clip_folder, options=options, stage="encode")
+    notes = []
+    for wanted in (0.3, 0.99, 0.99):
+        build_index_folder(
+            tmp_path / "index", shards, clip_folder, options=replace(options, recall=wanted), stage="index"
+        )
+        status = (tmp_path / "index/index.faiss").stat(), (tmp_path / "index/index.faiss.json").stat()
+        notes.append((json.loads((tmp_path / "index/index.faiss.json").read_text()), *status))
+    assert notes[0][0]["search"] == "nprobe=8" and notes[1][0]["recall_at_10"] > notes[0][0]["recall_at_10"]
+    assert notes[0][1].st_mtime_ns == notes[1][1].st_mtime_ns  # the same FAISS index
+    assert notes[1][2].st_mtime_ns == notes[2][2].st_mtime_ns  # nothing was to do
+
+
 def test_the_bank_of_another_encoder_is_refused(whole, heldout_shards, clip_folder, tmp_path):
     other = shutil.copytree(clip_folder, tmp_path / "clip")
     weights = load_file(other / "model.safetensors")
@@ -93,7 +117,7 @@ def test_embeddings_that_were_damaged_on_the_disk_are_refused(whole, heldout_sha
     vectors = np.load(copy / "embeddings/bank.npy")
     vectors[77] = np.nan
     np.save(copy / "embeddings/bank.npy", vectors)
-    options = IndexOptions(neighbors=3, threshold=0.999, factory="Flat")  # built anew from the damaged vectors
+    options = IndexOptions(neighbors=3, threshold=0.999, factory="IVF4,Flat")  # built anew from the damaged vectors
     with pytest.raises(ValueError, match=r"the embedding of document 77 holds NaN or infinity .* encode again"):
         build_index_folder(tmp_path / "index", heldout_shards, clip_folder, copy, options)
 
