@@ -7,7 +7,6 @@ files are written under a temporary name and renamed when whole; its record in `
 import errno
 import functools
 import gc
-import hashlib
 import json
 import multiprocessing
 import os
@@ -24,13 +23,12 @@ import numpy as np
 import torch
 
 from megatron_cm3leon.data.dedupe import REASONS, Duplicates, hash_parts, hashes_path, save_array
-from megatron_cm3leon.data.filters import Filters, clean_caption
+from megatron_cm3leon.data.document_reader import DocumentReader, Loaded, describe_document
+from megatron_cm3leon.data.filters import Filters
 from megatron_cm3leon.data.shard_writer import ShardWriter
 from megatron_cm3leon.data.shards import shard_files, write_json
-from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawDocument, Source, read_picture
+from megatron_cm3leon.data.sources import BadInput, Filtered, Source
 from megatron_cm3leon.progress import Meter
-from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
-from megatron_cm3leon.tokenizers.words import TextEncoder
 
 SHARD_BYTES = 1 << 30
 """A part whose tar grows beyond this goes on in another shard."""
@@ -85,8 +83,8 @@ def begin_work(task: Task, shared: Shared, progress: Meter | None = None) -> Non
         shared.workers.value += 1
     load = task.load_tokenizers or load_on(choose_device(task.device, number))
     tokenizers = load(task.tokenizer)
-    loader = Loader(tokenizers, task.filters)  # one a worker: it remembers words
-    _worker.update(task=task, shared=shared, progress=progress, tokenizers=tokenizers, loader=loader, duplicates=None)
+    reader = DocumentReader(tokenizers, task.filters)  # one a worker: it remembers words
+    _worker.update(task=task, shared=shared, progress=progress, tokenizers=tokenizers, reader=reader, duplicates=None)
     gc.freeze()  # the libraries' objects stay: looking through them again and again took a tenth of a caption's time
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends this one
@@ -128,7 +126,7 @@ def work_on_part(part: int) -> dict:
     temporary.mkdir()
     if task.deduplicate and not _worker["duplicates"]:
         _worker["duplicates"] = Duplicates(task.output / WORK)
-    encoder = _PartEncoder(task, _worker["tokenizers"], _worker["loader"], temporary, part, _worker["duplicates"])
+    encoder = _PartEncoder(task, _worker["tokenizers"], _worker["reader"], temporary, part, _worker["duplicates"])
     try:
         record = encoder.run()
         _move_files(temporary, task.output, record["shards"])
@@ -160,9 +158,9 @@ def hash_part(part: int) -> dict:
         read = len(np.load(path, mmap_mode="r"))
         _advance(read)
         return {"part": part, "read": read, "quarantined": 0}
-    loader, rows = _worker["loader"], []
+    reader, rows = _worker["reader"], []
     for entry in task.source.read_part(part):
-        loaded = loader.load(entry)
+        loaded = reader.read(entry)
         hashes = np.zeros((2, 2), np.uint64)
         if isinstance(loaded, Loaded):
             pictures = [bytes.fromhex(sha256) for sha256 in loaded.sha256]
@@ -205,10 +203,10 @@ def _kept_record(task: Task, path: Path, part: int) -> dict | None:
             if not file.is_file() or file.stat().st_size != shard["files"][file.name]["bytes"]:
                 return None
     bad = {entry["key"] for entry in record["quarantine"]} if task.source.external else ()
-    loader = _worker["loader"]
+    reader = _worker["reader"]
     for entry in task.source.read_part(part) if bad else ():
         key = getattr(entry, "key", None)
-        if key in bad and not isinstance(loader.load(entry), BadInput):
+        if key in bad and not isinstance(reader.read(entry), BadInput):
             return None
     return record
 
@@ -221,76 +219,18 @@ def _move_files(temporary: Path, output: Path, shards: list[dict]) -> None:
             os.replace(path, output / path.name)
 
 
-@dataclass(slots=True)
-class Loaded:
-    """A document ready to be encoded."""
-
-    raw: RawDocument
-    texts: list[str]
-    payloads: list[bytes]
-    """Ids of its texts."""
-    pixels: list[torch.Tensor]
-    sha256: list[str]
-    """Of its pictures' files."""
-
-
-class Loader:
-    """Reads the pictures of raw documents and applies the filters."""
-
-    def __init__(self, tokenizers, filters: Filters) -> None:
-        self.filters, self.size = filters, tokenizers.image.image_size
-        self.text = TextEncoder(tokenizers.text, tokenizers.vocabulary.dtype)
-
-    def load(self, entry: Entry) -> Loaded | BadInput | Filtered:
-        """Texts as ids and pictures as pixels, or why there are none."""
-        if not isinstance(entry, RawDocument):
-            return entry
-        if entry.kind == "text" and not self.filters.clean_captions:  # as fast as texts deserve
-            payload = self.text.encode(entry.segments[0])
-            return Loaded(entry, entry.segments, [payload], [], [])
-        texts, pictures = entry.texts, entry.pictures
-        if self.filters.clean_captions:
-            texts = list(map(clean_caption, texts))
-            if not all(texts):
-                return Filtered("caption empty after clean-up")
-        payloads = list(map(self.text.encode, texts))
-        if not all(payloads):
-            return BadInput(entry.key, entry.source, "empty caption: it encodes to no token")
-        loaded = Loaded(entry, texts, payloads, [], [])
-        for picture in pictures:
-            fault = self._load_picture(entry, picture, loaded)
-            if fault:
-                return fault
-        return loaded
-
-    def _load_picture(self, entry: RawDocument, picture, loaded: Loaded) -> BadInput | Filtered | None:
-        try:
-            content = read_picture(picture)
-            image = load_picture(content)
-        except FileNotFoundError:
-            return BadInput(entry.key, entry.source, f"missing picture: {picture.name}")
-        except (ValueError, OSError) as error:  # load_picture turns whatever a decoder raises into ValueError
-            return BadInput(entry.key, entry.source, f"unreadable picture: {picture.name}: {error}")
-        unwanted = self.filters.find_fault(image.size)
-        if unwanted:
-            return Filtered(unwanted)
-        loaded.pixels.append(to_pixels(image, self.size, self.filters.fit))
-        loaded.sha256.append(hashlib.sha256(content).hexdigest())
-        return None
-
-
 class _PartEncoder:
     """Turns the inputs of one part into its shards."""
 
     def __init__(
-        self, task: Task, tokenizers, loader: Loader, folder: Path, part: int, duplicates: Duplicates | None
+        self, task: Task, tokenizers, reader: DocumentReader, folder: Path, part: int, duplicates: Duplicates | None
     ) -> None:
         self.task, self.tokenizers, self.folder, self.part = task, tokenizers, folder, part
-        self.vocabulary, self.loader, self.duplicates = tokenizers.vocabulary, loader, duplicates
+        self.vocabulary, self.reader, self.duplicates = tokenizers.vocabulary, reader, duplicates
         self.shards, self.quarantine, self.left_out, self.kinds = [], [], Counter(), Counter()
         self.read = 0
         self.writer: ShardWriter | None = None
-        self.break_bytes = np.array(self.vocabulary.break_id, self.loader.text.dtype).tobytes()
+        self.break_bytes = np.array(self.vocabulary.break_id, self.reader.text.dtype).tobytes()
 
     def run(self) -> dict:
         batch, pictures, texts = [], 0, 0
@@ -332,7 +272,7 @@ class _PartEncoder:
             if dropped is not None and number < len(dropped) and dropped[number]:
                 self._leave_out(REASONS[int(dropped[number])])
                 continue
-            loaded = self.loader.load(entry)
+            loaded = self.reader.read(entry)
             if isinstance(loaded, Loaded):
                 yield loaded
             elif isinstance(loaded, Filtered):
@@ -377,21 +317,10 @@ class _PartEncoder:
             chosen = pixels[start : start + self.task.batch_size]
             codes = self.tokenizers.image.encode(torch.stack(chosen))
             assert codes.shape == (len(chosen), self.vocabulary.image_tokens), f"the image tokenizer gave {codes.shape}"
-            ids = (codes.cpu().numpy() + self.vocabulary.image_start).astype(self.loader.text.dtype)
+            ids = (codes.cpu().numpy() + self.vocabulary.image_start).astype(self.reader.text.dtype)
             yield from (row.tobytes() for row in ids)
 
     def _close_shard(self) -> None:
         if self.writer:
             self.shards.append(self.writer.close())
             self.writer = None
-
-
-def describe_document(loaded: Loaded) -> dict:
-    """A document's row in the shard's Parquet file, without its key."""
-    raw = loaded.raw
-    row = {"caption": "", "image": "", "source": raw.source, "picture_sha256": "", "extra": raw.extra, "kind": raw.kind}
-    if loaded.sha256:
-        row["image"] = "\n".join(picture.name for picture in raw.pictures)
-        row["picture_sha256"] = "\n".join(loaded.sha256)
-        row["caption"] = loaded.texts[0] if raw.kind == "pair" else ""
-    return row

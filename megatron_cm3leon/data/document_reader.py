@@ -1,0 +1,80 @@
+"""One document: its pictures read, its texts encoded, the filters applied; or why it is none."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from megatron_cm3leon.data.filters import Filters, clean_caption
+from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawDocument, read_picture
+from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.words import TextEncoder
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A document ready to be encoded."""
+
+    raw: RawDocument
+    texts: list[str]
+    payloads: list[bytes]
+    """Ids of its texts."""
+    pixels: list[torch.Tensor]
+    sha256: list[str]
+    """Of its pictures' files."""
+
+
+class DocumentReader:
+    """Reads the pictures of raw documents and applies the filters."""
+
+    def __init__(self, tokenizers, filters: Filters) -> None:
+        self.filters, self.size = filters, tokenizers.image.image_size
+        self.text = TextEncoder(tokenizers.text, tokenizers.vocabulary.dtype)
+
+    def read(self, entry: Entry) -> Loaded | BadInput | Filtered:
+        """Texts as ids and pictures as pixels, or why there are none."""
+        if not isinstance(entry, RawDocument):
+            return entry
+        if entry.kind == "text" and not self.filters.clean_captions:  # as fast as texts deserve
+            payload = self.text.encode(entry.segments[0])
+            return Loaded(entry, entry.segments, [payload], [], [])
+        texts, pictures = entry.texts, entry.pictures
+        if self.filters.clean_captions:
+            texts = list(map(clean_caption, texts))
+            if not all(texts):
+                return Filtered("caption empty after clean-up")
+        payloads = list(map(self.text.encode, texts))
+        if not all(payloads):
+            return BadInput(entry.key, entry.source, "empty caption: it encodes to no token")
+        loaded = Loaded(entry, texts, payloads, [], [])
+        for picture in pictures:
+            fault = self._load_picture(entry, picture, loaded)
+            if fault:
+                return fault
+        return loaded
+
+    def _load_picture(self, entry: RawDocument, picture, loaded: Loaded) -> BadInput | Filtered | None:
+        try:
+            content = read_picture(picture)
+            image = load_picture(content)
+        except FileNotFoundError:
+            return BadInput(entry.key, entry.source, f"missing picture: {picture.name}")
+        except (ValueError, OSError) as error:  # load_picture turns whatever a decoder raises into ValueError
+            return BadInput(entry.key, entry.source, f"unreadable picture: {picture.name}: {error}")
+        unwanted = self.filters.find_fault(image.size)
+        if unwanted:
+            return Filtered(unwanted)
+        loaded.pixels.append(to_pixels(image, self.size, self.filters.fit))
+        loaded.sha256.append(hashlib.sha256(content).hexdigest())
+        return None
+
+
+def describe_document(loaded: Loaded) -> dict:
+    """A document's row in the shard's Parquet file, without its key."""
+    raw = loaded.raw
+    row = {"caption": "", "image": "", "source": raw.source, "picture_sha256": "", "extra": raw.extra, "kind": raw.kind}
+    if loaded.sha256:
+        row["image"] = "\n".join(picture.name for picture in raw.pictures)
+        row["picture_sha256"] = "\n".join(loaded.sha256)
+        row["caption"] = loaded.texts[0] if raw.kind == "pair" else ""
+    return row
