@@ -291,15 +291,16 @@ class Loader:
         return blocks
 
     def _split(self, batch: "_Slot | Blocks") -> list[MicroBatch]:
-        """Copy a batch into micro-batches; nothing refers to its memory afterwards."""
+        """Copy a batch into micro-batches; nothing refers to a slot's memory afterwards."""
         micro_batches = []
         by_sample = batch.samples is not None
         for start in range(0, self.part.blocks, self.micro_batch_size):
             rows = slice(start, start + self.micro_batch_size)
+            weights = batch.weights[rows, 1:]
             tensors = {
                 "tokens": torch.from_numpy(batch.tokens[rows, :-1].astype(np.int64)),
                 "labels": torch.from_numpy(batch.tokens[rows, 1:].astype(np.int64)),
-                "loss_weights": torch.from_numpy(batch.weights[rows, 1:].copy()),
+                "loss_weights": torch.from_numpy(weights.copy() if self.workers else weights),
             }
             if by_sample:
                 tensors["position_ids"] = torch.from_numpy(batch.positions[rows, :-1].astype(np.int64))
