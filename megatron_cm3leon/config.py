@@ -116,6 +116,11 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
                 raise ValueError(f"preset ({tree.preset!r}) must be one of: {', '.join(sizes)}.")
             tree = OmegaConf.merge(OmegaConf.structured(Config), sizes.get(tree.preset, {}), *layers)
         return OmegaConf.to_object(tree)
+    except TypeError as error:
+        raise ValueError(
+            "one entry of a list cannot be changed alone on the command line; give the whole list, such as "
+            '"data.sources=[{shards: pairs, weight: 2}, {shards: text}]".'
+        ) from error
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", None)
         raise ValueError(f"{name or 'configuration'}: {error.msg or error}") from error

@@ -12,10 +12,21 @@ def find_task(task: int | None, tasks: int | None, environment: Mapping[str, str
     if (task is None) != (tasks is None) and tasks != 1:
         raise ValueError("give --task-id and --num-tasks together.")
     if tasks is None and "SLURM_ARRAY_TASK_ID" in environment:
-        first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))  # an array may begin at 1, and go up in steps
-        step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
-        return (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step, int(environment["SLURM_ARRAY_TASK_COUNT"])
+        # An array may begin at 1, and go up in steps.
+        first, step = (_read(environment, name, default) for name, default in (("MIN", "0"), ("STEP", "1")))
+        return (_read(environment, "ID") - first) // step, _read(environment, "COUNT")
     task, tasks = task or 0, 1 if tasks is None else tasks
     if not 0 <= task < tasks:
         raise ValueError(f"--task-id ({task}) must be 0 to {tasks - 1}, below --num-tasks ({tasks}).")
     return task, tasks
+
+
+def _read(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    variable = f"SLURM_ARRAY_TASK_{name}"
+    value = environment.get(variable, default)
+    if not value.isdecimal():
+        raise ValueError(
+            f"{variable} ({value!r}) must be a number where SLURM_ARRAY_TASK_ID is set; give --task-id and "
+            f"--num-tasks, or unset SLURM_ARRAY_TASK_ID."
+        )
+    return int(value)

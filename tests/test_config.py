@@ -123,3 +123,12 @@ def test_changed_fields_names_both_values():
 def test_every_example_is_valid(path):
     assert isinstance(yaml.safe_load(path.read_text()), dict)
     load_config(path).validate()
+
+
+def test_one_entry_of_a_list_is_not_changed_alone(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {sources: [{shards: a}, {shards: b}]}")
+    with pytest.raises(ValueError, match=r"one entry of a list cannot be changed alone .* give the whole list"):
+        load_config(path, ["data.sources.0.weight=3"])
+    config = load_config(path, ["data.sources=[{shards: a, weight: 2}, {shards: b}]"])
+    assert [(source.shards, source.weight) for source in config.data.sources] == [("a", 2), ("b", 1)]

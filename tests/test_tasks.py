@@ -18,3 +18,7 @@ def test_messages():
         find_task(2, None, {})
     with pytest.raises(ValueError, match=r"--task-id \(5\) must be 0 to 4"):
         find_task(5, 5, {})
+    with pytest.raises(ValueError, match="SLURM_ARRAY_TASK_COUNT \\(''\\) must be a number"):
+        find_task(None, None, {"SLURM_ARRAY_TASK_ID": "1"})
+    with pytest.raises(ValueError, match="SLURM_ARRAY_TASK_ID \\('abc'\\) must be a number"):
+        find_task(None, None, {"SLURM_ARRAY_TASK_ID": "abc", "SLURM_ARRAY_TASK_COUNT": "2"})

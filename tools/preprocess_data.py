@@ -14,8 +14,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-
 from megatron_cm3leon.cli import run_tool
 from megatron_cm3leon.data.account import QUARANTINE
 from megatron_cm3leon.data.dedupe import BY
@@ -23,6 +21,7 @@ from megatron_cm3leon.data.filters import FITS, Filters
 from megatron_cm3leon.data.merge import merge
 from megatron_cm3leon.data.preprocess import STAGES, PreprocessOptions, preprocess
 from megatron_cm3leon.data.sources import FORMATS, Fields, open_source
+from megatron_cm3leon.device import resolve_device
 from megatron_cm3leon.tasks import find_task
 
 
@@ -74,13 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
             bound = f"at least {low}" if high is None else f"between {low} and {high}"
             raise ValueError(f"--{name.replace('_', '-')} ({value}) must be {bound}.")
     task, tasks = find_task(args.task_id, args.num_tasks)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     options = PreprocessOptions(
         tokenizer=Path(args.tokenizer),
         output=Path(args.output),
         workers=args.workers,
         batch_size=args.batch_size,
-        device=device,
+        device=resolve_device(args.device),
         filters=Filters(
             fit=args.fit, min_side=args.min_side, max_aspect=args.max_aspect, clean_captions=args.clean_captions
         ),

@@ -22,6 +22,9 @@ from megatron_cm3leon.tokenizers.folder import Tokenizers
 from megatron_cm3leon.tokenizers.pixels import from_pixels
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
+LAST_BATCH = 1 << 40
+"""Beyond, numbers of samples exceed 63 bits."""
+
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -70,6 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError(
             f"--batch ({args.batch}), --blocks ({args.blocks}) and --report ({args.report}) must be at least 0."
         )
+    if args.validation and args.step is not None:
+        raise ValueError("--step is a step of training: a run's validation batches are numbered from 0; give --batch.")
+    if args.batch >= LAST_BATCH:
+        raise ValueError(f"--batch ({args.batch}) must be below {LAST_BATCH:,}.")
     path = Path(args.config)
     run = path if path.is_dir() else path.parent
     config = load_config(run / "config.yaml" if path.is_dir() else path, args.overrides)

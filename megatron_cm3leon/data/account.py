@@ -59,6 +59,7 @@ def check_bad_share(bad: int, read: int, allowed: float, output: Path, total: in
         return
     raise ValueError(
         f"{bad} of the {read} inputs read are unusable, more than --max-bad-fraction {allowed:g} "
-        f"allows; {output / QUARANTINE} names each with its reason. Mend them, or raise --max-bad-fraction; "
-        f"then run the same command again: parts that are whole are kept."
+        f"allows; {output / QUARANTINE} names each with its reason. Mend the pictures that it names, or "
+        f"raise --max-bad-fraction, and run the same command again: parts that are whole are kept. A changed input "
+        f"file itself needs --overwrite."
     )

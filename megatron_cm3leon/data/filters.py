@@ -27,7 +27,7 @@ class Filters:
             raise ValueError(f"--fit ({self.fit}) must be one of {', '.join(FITS)}.")
         if self.min_side < 0:
             raise ValueError(f"--min-side ({self.min_side}) must be at least 0 pixels.")
-        if self.max_aspect and self.max_aspect < 1:
+        if self.max_aspect != 0 and not self.max_aspect >= 1:
             raise ValueError(f"--max-aspect ({self.max_aspect}) must be at least 1, or 0 for any.")
 
     def find_fault(self, size: tuple[int, int]) -> str:

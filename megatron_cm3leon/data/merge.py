@@ -76,7 +76,10 @@ def finish(output: Path, plan: dict) -> dict:
     write_quarantine(output, records)
     check_bad_share(account.quarantined, account.read, about["max_bad_fraction"], output)
     if not account.written:
-        raise ValueError(f"none of the {account.read} inputs is usable; see {output / QUARANTINE}.")
+        raise ValueError(
+            f"none of the {account.read} inputs was written: {account.duplicates} duplicates, {account.filtered} "
+            f"filtered, {account.quarantined} unusable ({output / QUARANTINE} lists these)."
+        )
     manifest = build_manifest(
         Vocabulary.from_dict(about["vocabulary"]),
         shards,

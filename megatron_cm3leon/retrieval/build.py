@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cm3leon.data.shards import Corpus, open_shards, write_json
+from megatron_cm3leon.device import resolve_device
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.retrieval.candidates import NO_NEIGHBOR, Bank, Queries
 from megatron_cm3leon.retrieval.contents import ContentReader
@@ -114,7 +115,7 @@ class _Build:
         if manifest_sha256(self.bank) == manifest_sha256(self.corpus):
             self.bank = self.corpus
         check_same_vocabulary(self.corpus.vocabulary, self.bank.vocabulary, f"the memory bank at {self.bank.folder}")
-        self.encoder = Encoder.load(encoder_folder, choose_device(options.device))
+        self.encoder = Encoder.load(encoder_folder, resolve_device(options.device))
         self.encoder_sha256 = self.encoder.sha256
 
     def prepare(self, overwrite: bool) -> None:
@@ -292,15 +293,6 @@ class _Build:
             description["pictures_in_bank"] = count_shared_pictures(self.queries, self.bank_data)
         write_json(self.output / INDEX_FILE, description)
         return description
-
-
-def choose_device(device: str) -> str:
-    """`auto` is the GPU where there is one."""
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _link(source: Path, target: Path) -> None:

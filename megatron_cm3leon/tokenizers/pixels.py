@@ -8,6 +8,7 @@ Colour profiles are ignored; of an animation the first frame is taken.
 """
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ FORMATS = tuple(
 
 MAX_PIXELS = 89_478_485
 """Pictures above this are refused: a small file can unpack to gigabytes (Pillow's own warning level)."""
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of the same pictures
 
 
 def load_picture(source: str | Path | bytes) -> Image.Image:

@@ -82,7 +82,7 @@ def test_a_tar_of_everything_that_can_be_wrong(tmp_path):
         "a.tar/latin": "not UTF-8: byte 0 of latin.txt cannot be decoded",
         "a.tar/alone": "no caption: alone has no .txt and no .json with a caption",
         "a.tar/dup": "duplicate key: dup has more than one .png",
-        "b.tar": "truncated or damaged tar in bomb at byte ",
+        "b.tar": "truncated or damaged tar: in bomb at byte ",
     }.items():
         assert reasons.pop(source).startswith(reason), source
     assert not reasons

@@ -212,7 +212,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 
 def test_nothing_usable_and_nothing_there(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"image": "no.png", "caption": "x"}\n')
-    with pytest.raises(ValueError, match="none of the 1 inputs is usable"):
+    with pytest.raises(ValueError, match="none of the 1 inputs was written: 0 duplicates, 0 filtered, 1 unusable"):
         run(tmp_path / "pairs.jsonl", tmp_path / "out", max_bad_fraction=1.0)
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match=r"empty\.jsonl holds no pair; expected a line"):

@@ -213,10 +213,10 @@ def test_members_that_make_no_pair_are_named(tmp_path):
     entries = read_all(open_source(path, 10))
     assert [(entry.source, entry.reason) for entry in entries if isinstance(entry, BadInput)] == [
         ("x.tar/1", "no caption: 1 has no .txt and no .json with a caption"),
-        ("x.tar/2", "no picture among the members of 2"),
+        ("x.tar/2", "no picture among the members: 2"),
         ("x.tar/3", "not UTF-8: byte 0 of 3.txt cannot be decoded"),
         ("x.tar/4", "duplicate key: 4 has more than one .jpg"),
-        ("x.tar/5", "duplicate picture members: jpg, png of 5"),
+        ("x.tar/5", "duplicate picture members: jpg, png: 5"),
         ("x.tar/7", "not a JSON object but list"),
         ("x.tar/1", "duplicate key: 1 stands in this tar before, apart from these members"),
         ("x.tar/9", "empty caption"),
@@ -234,10 +234,10 @@ def test_a_truncated_or_damaged_tar_says_where(tmp_path):
     used = 8 * 1024  # each member: header and one block
     for size, pairs, message in (
         (used + 512, 4, ""),  # one block of zeros ends an archive
-        (used, 3, r"truncated or damaged tar in 3 at byte 8192: the end mark is missing"),
-        (used - 100, 3, r"truncated or damaged tar in 3 at byte \d+: .*"),
-        (5 * 1024 + 512 + 10, 2, r"truncated or damaged tar in 2 at byte \d+: .*"),
-        (5 * 1024 + 100, 2, r"truncated or damaged tar in 2 at byte \d+: .*"),
+        (used, 3, r"truncated or damaged tar: in 3 at byte 8192: the end mark is missing"),
+        (used - 100, 3, r"truncated or damaged tar: in 3 at byte \d+: .*"),
+        (5 * 1024 + 512 + 10, 2, r"truncated or damaged tar: in 2 at byte \d+: .*"),
+        (5 * 1024 + 100, 2, r"truncated or damaged tar: in 2 at byte \d+: .*"),
     ):
         path = tmp_path / "cut.tar"
         path.write_bytes(whole[:size])
@@ -248,7 +248,7 @@ def test_a_truncated_or_damaged_tar_says_where(tmp_path):
             assert re.fullmatch(message, entries[-1].reason), entries[-1].reason
     (tmp_path / "magic.tar").write_bytes(whole[: 4 * 1024] + b"\x01" * 512 + whole[4 * 1024 + 512 :])
     *good, bad = read_all(open_source(tmp_path / "magic.tar", 10))
-    assert len(good) == 1 and bad.reason == "truncated or damaged tar in 1 at byte 4096: a header is damaged"
+    assert len(good) == 1 and bad.reason == "truncated or damaged tar: in 1 at byte 4096: a header is damaged"
     (tmp_path / "html.tar").write_bytes(b"<html>no such file</html>" * 100)
     (bad,) = read_all(open_source(tmp_path / "html.tar", 10))
     assert bad.reason.startswith("not a tar: ") and "begins with b'<html>no'" in bad.reason
@@ -294,3 +294,15 @@ def test_what_there_is_to_read_is_checked_first(tmp_path):
         open_source([tmp_path, tmp_path / "a.tar"], 4)
     with pytest.raises(ValueError, match=r"--part-size \(0\) must be at least 1"):
         open_source(tmp_path, 0)
+
+
+def test_a_tar_of_the_same_size_and_another_content_is_another_input(tmp_path):
+    for name, text in (("one", b"a red kite"), ("two", b"a mad kite")):
+        (tmp_path / name).mkdir()
+        with tarfile.open(tmp_path / name / "x.tar", "w") as tar:
+            member = tarfile.TarInfo("0.txt")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    one, two = (open_source(tmp_path / name / "x.tar", 10) for name in ("one", "two"))
+    assert one.identity != two.identity
+    assert one.identity == open_source(tmp_path / "one" / "x.tar", 10).identity

@@ -1,5 +1,6 @@
 """Files of the raw input: local paths, and URLs of whatever fsspec opens (s3://, gs://, memory:// ...)."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import BinaryIO
@@ -65,6 +66,17 @@ def measure_file(path: str) -> int:
         store, place = _open_store(path)
         return store.info(place)["size"] if store.isfile(place) else -1
     return os.stat(path).st_size if os.path.isfile(path) else -1
+
+
+def identify_file(path: str) -> str:
+    """SHA-256 of a file's name, size and 64 blocks of 4 KiB all over it: for files too large to be read twice."""
+    size = measure_file(path)
+    digest = hashlib.sha256(f"{path.rpartition('/')[2]} {size}".encode())
+    with open_file(path) as content:
+        for number in range(64):
+            content.seek(max(0, size - 4096) * number // 63)
+            digest.update(content.read(4096))
+    return digest.hexdigest()
 
 
 def find_kind(path: str) -> str:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from megatron_cm3leon.data.sources.base import Part, Source
 from megatron_cm3leon.data.sources.documents import BadInput, Entry, make_document
-from megatron_cm3leon.data.sources.files import MAX_BYTES, measure_file, open_file
+from megatron_cm3leon.data.sources.files import MAX_BYTES, identify_file, open_file
 
 _ROWS_AT_ONCE = 64
 
@@ -104,7 +104,7 @@ class ParquetSource(Source):
             self.count += 1
             rows = -1
         self._add_parts(file, list(range(0, rows, self.part_size)), max(rows, 0))
-        return hashlib.sha256(f"{measure_file(path)} {rows}".encode()).hexdigest()
+        return identify_file(path)
 
     def _read(self, part: Part) -> Iterator[Entry]:
         name, locate, number = self.name_of(part.file), self._locator(part.file), part.number

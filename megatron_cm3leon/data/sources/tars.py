@@ -3,7 +3,6 @@
 A tar is a part. Nothing is unpacked to the disk, so a member's name can do no harm.
 """
 
-import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from megatron_cm3leon.data.sources.documents import (
     check_document,
     decode_text,
 )  # fmt: skip
-from megatron_cm3leon.data.sources.files import check_size, measure_file, open_file
+from megatron_cm3leon.data.sources.files import check_size, identify_file, open_file
 
 _PICTURES = tuple(ending[1:] for ending in PICTURE_ENDINGS)
 
@@ -45,7 +44,7 @@ class TarSource(Source):
     def _cut(self, file: int) -> str:
         self._parts.append(Part(file, 0, 0, 0, None))
         self.count = None
-        return hashlib.sha256(str(measure_file(self.files[file])).encode()).hexdigest()
+        return identify_file(self.files[file])
 
     def _read(self, part: Part) -> Iterator[Entry]:
         name, seen, number = self.name_of(part.file), set(), 0
@@ -89,7 +88,7 @@ def _read_groups(path: str) -> Iterator[_Group]:
                 _read_member(tar, member, ending, group)
             except (tarfile.TarError, EOFError, OSError, _DamagedTar) as error:
                 cut = f" in {group.name}" if group else ""
-                raise _DamagedTar(f"truncated or damaged tar{cut} at byte {tar.offset}: {error}") from error
+                raise _DamagedTar(f"truncated or damaged tar:{cut} at byte {tar.offset}: {error}") from error
     if group:
         yield group
 
@@ -136,7 +135,7 @@ def _make_pair(group: _Group, key: str, source: str) -> Entry:
     pictures = [ending for ending in group.members if ending in _PICTURES]
     if len(pictures) != 1:
         reason = f"duplicate picture members: {', '.join(pictures)}" if pictures else "no picture among the members"
-        return BadInput(key, source, f"{reason} of {group.name}")
+        return BadInput(key, source, f"{reason}: {group.name}")
     try:
         fields = _read_json(group.members["json"]) if "json" in group.members else {"key": group.name}
         caption = fields.pop("caption", None)
