@@ -128,6 +128,11 @@ class _Build:
                 (self.output / name).unlink(missing_ok=True)
         elif (self.output / INDEX_FILE).exists():
             raise ValueError(f"{self.output} already holds a finished index; give another --output, or --overwrite.")
+        elif self.output.exists() and (others := _list_others(self.output)):
+            raise ValueError(
+                f"--output {self.output} holds other files ({', '.join(others[:3])}"
+                f"{' ...' if len(others) > 3 else ''}); give a new or empty folder."
+            )
         (self.output / "embeddings").mkdir(parents=True, exist_ok=True)
         if self.from_index:
             self._take_bank()
@@ -293,6 +298,14 @@ class _Build:
             description["pictures_in_bank"] = count_shared_pictures(self.queries, self.bank_data)
         write_json(self.output / INDEX_FILE, description)
         return description
+
+
+def _list_others(folder: Path) -> list[str]:
+    """Names in a folder that no index has; hidden ones are not looked at."""
+    if not folder.is_dir():
+        return [f"{folder.name}, a file"]
+    own = {"embeddings", "table", "table.json", "neighbors.npy", "scores.npy", INDEX_FILE, *_INDEX_FILES}
+    return sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith("."))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -237,6 +237,15 @@ def test_finished_and_differently_begun_outputs(index, shards, clip_folder, tmp_
     assert description["options"]["query_dropout"] == 0.5
 
 
+def test_a_folder_with_other_files_is_left_alone(shards, clip_folder, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other files \(mine.txt\); give a new or empty folder"):
+        build_index_folder(tmp_path, shards, clip_folder, options=OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(ValueError, match=r"holds other files \(mine.txt, a file\)"):
+        build_index_folder(tmp_path / "mine.txt", shards, clip_folder, options=OPTIONS)
+
+
 def test_a_changed_or_missing_picture_is_named(shapes, write_shards, clip_folder, tmp_path):
     source = shutil.copytree(shapes, tmp_path / "source")
     folder = write_shards(source / "heldout.jsonl", tmp_path / "shards")
