@@ -252,7 +252,7 @@ class Loader:
         """Where the last batch begins, for a checkpoint (Stream.resume)."""
         self.pin_memory = pin_memory
         by_sample = stream.config.data.attention == "sample"
-        stream.prepare(int(self.part.numbers(start_batch)[0]))  # before forking, so that workers begin from there
+        stream.cursor(int(self.part.numbers(start_batch)[0]))  # before forking, so that workers begin from there
         self.filler = None if workers else _Filler(self.part, start_batch, 1)
         self._end = weakref.finalize(self, _end_workers, self.workers)
         _open_workers.append(self.workers)

@@ -233,11 +233,6 @@ class Stream:
         """Batch b of the whole run, over all ranks."""
         return self.blocks(number * self.global_batch_size, (number + 1) * self.global_batch_size)
 
-    def prepare(self, number: int) -> None:
-        """Find block `number`, so that forked loader workers begin from there."""
-        if self.packing.prefix:
-            self.packing.anchor(number)
-
     def cursor(self, number: int) -> dict:
         """Where block `number` stands, for a checkpoint: with it, `resume` costs the same at any step."""
         if not self.packing.prefix:

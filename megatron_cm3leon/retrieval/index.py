@@ -152,11 +152,6 @@ class Recall:
         return ((numbers >= 0) & (found >= self.least)).mean(axis=1)
 
 
-def measure_recall(index, vectors, queries: np.ndarray, count: int = 10) -> float:
-    """Mean recall of `queries`, see Recall."""
-    return float(Recall(vectors, queries, count).measure(index).mean())
-
-
 def tune_search(index, recall: Recall, target: float) -> str:
     """Set and return search parameters whose measured recall reaches `target` by a standard error.
 

@@ -7,6 +7,7 @@ and the part size alone.
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class Part:
     """Inputs in it, blank lines among them; None: unknown until it is read."""
 
 
-class Source:
+class Source(ABC):
     """Input files of one format."""
 
     expects = ""
@@ -67,11 +68,12 @@ class Source:
         return self.files[file][len(self.folder) :].lstrip("/")
 
     def _cut(self, file: int) -> str:
-        """Append the parts of a file, and its inputs to `count`; returns a hash of the file."""
+        """Append the parts of a file, and its inputs to `count`; returns a hash of the file. Folders are cut whole."""
         raise NotImplementedError
 
+    @abstractmethod
     def _read(self, part: Part) -> Iterator[Entry]:
-        raise NotImplementedError
+        """The inputs of a part in order."""
 
     def _add_parts(self, file: int, begins: list[int], inputs: int) -> None:
         """Parts of `part_size` inputs that begin at `begins`; the last one may have fewer."""

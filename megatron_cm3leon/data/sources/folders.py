@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Iterator
 
 from megatron_cm3leon.data.sources.base import Part, Source
@@ -43,14 +44,17 @@ class _FolderSource(Source):
                 digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
+    @abstractmethod
     def _list(self) -> list[str]:
-        raise NotImplementedError
+        """Names of the inputs in order, relative to the folder."""
 
+    @abstractmethod
     def _files_of(self, name: str) -> list[str]:
-        raise NotImplementedError
+        """The files of an input, whose sizes tell it from another."""
 
+    @abstractmethod
     def _read_input(self, name: str, key: str) -> Entry:
-        raise NotImplementedError
+        """The input of this name as a document, or why it is none."""
 
 
 class FolderSource(_FolderSource):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
@@ -48,9 +49,9 @@ class _LinesSource(Source):
                         continue
                     yield parse(text, key, source)
 
+    @abstractmethod
     def _parser(self, part: Part):
         """A function (line, key, source) -> Entry."""
-        raise NotImplementedError
 
 
 def decode_json(line: str):
