@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_cm3leon.data.filters import Filters, clean_caption
-from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawDocument, read_picture
+from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawDocument, RawText, read_picture
 from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
 from megatron_cm3leon.tokenizers.words import TextEncoder
 
@@ -35,9 +35,6 @@ class DocumentReader:
         """Texts as ids and pictures as pixels, or why there are none."""
         if not isinstance(entry, RawDocument):
             return entry
-        if entry.kind == "text" and not self.filters.clean_captions:  # as fast as texts deserve
-            payload = self.text.encode(entry.segments[0])
-            return Loaded(entry, entry.segments, [payload], [], [])
         texts, pictures = entry.texts, entry.pictures
         if self.filters.clean_captions:
             texts = list(map(clean_caption, texts))
@@ -78,3 +75,16 @@ def describe_document(loaded: Loaded) -> dict:
         row["picture_sha256"] = "\n".join(loaded.sha256)
         row["caption"] = loaded.texts[0] if raw.kind == "pair" else ""
     return row
+
+
+def describe_texts(texts: list[RawText]) -> dict[str, list]:
+    """Rows of texts without pictures, as `describe_document` has them, a column each."""
+    empty = [""] * len(texts)
+    return {
+        "caption": empty,
+        "image": empty,
+        "source": [text.source for text in texts],
+        "picture_sha256": empty,
+        "extra": [text.extra for text in texts],
+        "kind": [RawText.kind] * len(texts),
+    }

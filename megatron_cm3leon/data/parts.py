@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from megatron_cm3leon.data.dedupe import REASONS, Duplicates, hash_parts, hashes_path, save_array
-from megatron_cm3leon.data.document_reader import DocumentReader, Loaded, describe_document
+from megatron_cm3leon.data.document_reader import DocumentReader, Loaded, describe_document, describe_texts
 from megatron_cm3leon.data.filters import Filters
 from megatron_cm3leon.data.shard_writer import ShardWriter
 from megatron_cm3leon.data.shards import shard_files, write_json
-from megatron_cm3leon.data.sources import BadInput, Filtered, Source
+from megatron_cm3leon.data.sources import BadInput, Filtered, RawText, Source
 from megatron_cm3leon.progress import Meter
 
 SHARD_BYTES = 1 << 30
@@ -36,8 +36,8 @@ WORK = ".work"
 """Folder, inside the output, of what an unfinished run needs."""
 MOST_WAITING = 1024
 """Documents, most of them without pictures, that wait for a batch of pictures to fill."""
-_TEXTS_AT_ONCE = 256
-"""Texts between two notes of progress."""
+_TEXTS_AT_ONCE = 1024
+"""Consecutive texts that are encoded and written together."""
 
 
 @dataclass
@@ -233,22 +233,16 @@ class _PartEncoder:
         self.break_bytes = np.array(self.vocabulary.break_id, self.reader.text.dtype).tobytes()
 
     def run(self) -> dict:
-        batch, pictures, texts = [], 0, 0
-        for loaded in self._load_inputs():
-            if not loaded.pixels and not batch:  # nothing to wait for
-                self._add(loaded, loaded.payloads)
-                texts += 1
-                if texts == _TEXTS_AT_ONCE:
-                    _advance(texts)
-                    texts = 0
-                continue
-            batch.append(loaded)
-            pictures += len(loaded.pixels)
-            if pictures >= self.task.batch_size or len(batch) >= max(MOST_WAITING, self.task.batch_size):
-                self._write(batch)
-                batch, pictures = [], 0
-        self._write(batch)
-        _advance(texts)
+        batch, pictures, documents = [], 0, 0
+        for item in self._load_inputs():
+            batch.append(item)
+            pictures += 0 if isinstance(item, list) else len(item.pixels)
+            documents += len(item) if isinstance(item, list) else 1
+            full = pictures >= self.task.batch_size or documents >= max(MOST_WAITING, self.task.batch_size)
+            if full or not pictures:  # without pictures there is nothing to wait for
+                self._write(batch, documents)
+                batch, pictures, documents = [], 0, 0
+        self._write(batch, documents)
         self._close_shard()
         return {
             "part": self.part,
@@ -264,14 +258,25 @@ class _PartEncoder:
         if self.writer:
             self.writer.abandon()
 
-    def _load_inputs(self) -> Iterator[Loaded]:
-        """What is to be written; everything else is counted here."""
+    def _load_inputs(self) -> Iterator[Loaded | list[RawText]]:
+        """What is to be written, consecutive texts as lists; everything else is counted here."""
         dropped = self.duplicates.of_part(self.part) if self.duplicates else None
+        texts: list[RawText] = []
+        cleans = self.task.filters.clean_captions
         for number, entry in enumerate(self.task.source.read_part(self.part)):
-            self.read += 1
+            self.read = number + 1
             if dropped is not None and number < len(dropped) and dropped[number]:
                 self._leave_out(REASONS[int(dropped[number])])
                 continue
+            if type(entry) is RawText and not cleans:
+                texts.append(entry)
+                if len(texts) == _TEXTS_AT_ONCE:
+                    yield texts
+                    texts = []
+                continue
+            if texts:
+                yield texts
+                texts = []
             loaded = self.reader.read(entry)
             if isinstance(loaded, Loaded):
                 yield loaded
@@ -280,6 +285,8 @@ class _PartEncoder:
             else:
                 self.quarantine.append(loaded.to_dict())
                 _advance(1)
+        if texts:
+            yield texts
         if dropped is not None and self.read != len(dropped):
             raise ValueError(
                 f"part {self.part} of the input has {self.read} inputs, but had {len(dropped)} when duplicates were "
@@ -290,25 +297,35 @@ class _PartEncoder:
         self.left_out[reason] += 1
         _advance(1)
 
-    def _write(self, batch: list[Loaded]) -> None:
-        if not batch:
-            return
-        pictures = self._encode_pictures([pixels for loaded in batch for pixels in loaded.pixels])
-        for loaded in batch:
-            texts = iter(loaded.payloads)
-            segments = loaded.raw.segments
-            self._add(loaded, [next(texts if isinstance(part, str) else pictures) for part in segments])
-        _advance(len(batch))
+    def _write(self, batch: list[Loaded | list[RawText]], documents: int) -> None:
+        """Append what was loaded in its order, `documents` in all."""
+        loaded = [item for item in batch if isinstance(item, Loaded)]
+        pictures = self._encode_pictures([pixels for item in loaded for pixels in item.pixels])
+        for item in batch:
+            if isinstance(item, list):
+                self._add_texts(item)
+                continue
+            texts = iter(item.payloads)
+            payloads = [next(texts if isinstance(part, str) else pictures) for part in item.raw.segments]
+            self.kinds[item.raw.kind] += 1
+            self._open_writer().add_bytes(item.raw.key, self.break_bytes.join(payloads), describe_document(item))
+        _advance(documents)
 
-    def _add(self, loaded: Loaded, payloads: list[bytes]) -> None:
-        """Append a document whose segments have these ids."""
+    def _add_texts(self, texts: list[RawText]) -> None:
+        """Append texts as `_write` would one after the other, at a fraction of the cost."""
+        payloads = self.reader.text.encode_many([text.segments[0] for text in texts])
+        columns = describe_texts(texts)
+        self.kinds[RawText.kind] += len(texts)
+        self._open_writer().add_many([text.key for text in texts], payloads, columns)
+
+    def _open_writer(self) -> ShardWriter:
+        """The shard that the next documents go to."""
         if self.writer and self.writer.bytes > SHARD_BYTES:
             self._close_shard()
         if not self.writer:
             name = f"shard-{self.part:06d}-{len(self.shards):03d}"
             self.writer = ShardWriter(self.folder, name, self.vocabulary)
-        self.kinds[loaded.raw.kind] += 1
-        self.writer.add_bytes(loaded.raw.key, self.break_bytes.join(payloads), describe_document(loaded))
+        return self.writer
 
     @torch.no_grad()
     def _encode_pictures(self, pixels: list[torch.Tensor]) -> Iterator[bytes]:

@@ -31,7 +31,7 @@ class ShardWriter:
         """Size of the tar so far."""
         self._indexes: list[np.ndarray] = []
         self._columns: dict[str, list] = {name: [] for name in METADATA_SCHEMA.names}
-        self._keys, self._payloads, self._rows = [], [], []
+        self._keys, self._payloads = [], []
         """Documents that wait to be written."""
         self._written, self._digest = 0, hashlib.sha256()
         self._file = open(folder / f"{name}.tar", "wb")  # noqa: SIM115 (closed by `close`)
@@ -45,12 +45,17 @@ class ShardWriter:
 
     def add_bytes(self, key: str, payload: bytes, metadata: dict) -> None:
         """Append a document whose ids are given as bytes of the shards' type."""
-        assert payload, f"document {key} has no ids"
-        self._keys.append(key)
-        self._payloads.append(payload)
-        self._rows.append(metadata)
-        size = _NPY_HEADER + len(payload)
-        self.bytes += _TAR_BLOCK + size + -size % _TAR_BLOCK
+        self.add_many([key], [payload], {name: [metadata.get(name)] for name in self._columns})
+
+    def add_many(self, keys: list[str], payloads: list[bytes], metadata: dict[str, list]) -> None:
+        """Append documents; `metadata` has a list a field, as long as `keys`."""
+        assert all(payloads), f"document {keys[payloads.index(b'')]} has no ids"
+        self._keys += keys
+        self._payloads += payloads
+        for name, column in self._columns.items():
+            column += keys if name == "key" else metadata[name]
+        sizes = np.fromiter(map(len, payloads), np.int64, len(payloads)) + _NPY_HEADER
+        self.bytes += int((_TAR_BLOCK + sizes + -sizes % _TAR_BLOCK).sum())
         if self.bytes - self._written > _BUFFER_BYTES:
             self._flush()
 
@@ -64,11 +69,8 @@ class ShardWriter:
         index["tokens"] = [len(payload) // self.dtype.itemsize for payload in self._payloads]
         index["crc32"] = list(map(zlib.crc32, self._payloads))
         self._indexes.append(index)
-        for name, column in self._columns.items():
-            column += self._keys if name == "key" else [row.get(name) for row in self._rows]
         self._write(content)
-        for waiting in (self._keys, self._payloads, self._rows):
-            waiting.clear()
+        self._keys, self._payloads = [], []
         assert self._written == self.bytes, f"{self._written} bytes of {self.name}.tar instead of {self.bytes}"
 
     def _write(self, content) -> None:
@@ -119,7 +121,8 @@ def pack_members(keys: list[str], payloads: list[bytes], dtype: np.dtype) -> tup
     checksums = _tar_template().sum(dtype=np.int64) + names.sum(1, dtype=np.int64) + octal.sum(1)
     blocks[first, 148:154] = _write_octal(checksums, 6)
     blocks[first, 154:156] = np.frombuffer(b"\0 ", np.uint8)
-    headers = b"".join([_npy_header(size // dtype.itemsize, dtype.str) for size in sizes.tolist()])
+    name = dtype.str
+    headers = b"".join([_npy_header(tokens, name) for tokens in (sizes // dtype.itemsize).tolist()])
     blocks[first + 1, :_NPY_HEADER] = np.frombuffer(headers, np.uint8).reshape(-1, _NPY_HEADER)
     offsets, view = starts + _TAR_BLOCK + _NPY_HEADER, memoryview(content)
     for offset, payload in zip(offsets.tolist(), payloads, strict=True):

@@ -62,6 +62,12 @@ class TextTokenizer:
             first += self.mark_ids + part
         return first
 
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, in one call, which costs less than one a text."""
+        if any(SPACE_MARK in text for text in texts):
+            return list(map(self.encode, texts))
+        return self.processor.encode(texts, num_threads=1)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that are no UTF-8, as a model may draw them, become U+FFFD."""
         ids = [int(i) for i in ids]

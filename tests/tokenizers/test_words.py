@@ -64,3 +64,18 @@ def test_models_whose_pieces_cross_words_are_not_cut(tmp_path):
         assert np.frombuffer(TextEncoder(tokenizer, np.uint16).encode(text), np.uint16).tolist() == tokenizer.encode(
             text
         )
+
+
+@pytest.mark.parametrize("limit", [words.MAX_WORDS, 12])
+def test_many_texts_at_once_are_as_one_after_the_other(tokenizer, monkeypatch, limit):
+    monkeypatch.setattr(words, "MAX_WORDS", limit)
+    draws = random.Random(1)
+    letters = [*"abcdog ,.'(\n\t", "  ", " the ", "▁", "é", "🙂", "\x00", "cat", "long" * 20]
+    one, many = (TextEncoder(tokenizer, np.uint16) for _ in range(2))
+    assert many.encode_many([]) == []
+    for _ in range(300):
+        texts = [
+            "".join(draws.choice(letters) for _ in range(draws.randrange(12))) for _ in range(draws.randrange(1, 9))
+        ]
+        assert many.encode_many(texts) == list(map(one.encode, texts)), texts
+        assert len(many._words) <= limit

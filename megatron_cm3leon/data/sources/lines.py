@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -35,19 +36,18 @@ class _LinesSource(Source):
         name, parse, first, ahead = self.name_of(part.file), self._parser(part), part.first, part.number + 1
         with open_file(self.files[part.file]) as content:
             content.seek(part.begin)
-            for number in range(part.inputs):
-                line = content.readline()
+            for number, line in enumerate(islice(content, part.inputs)):
                 if number == part.begin == 0:
                     line = line.removeprefix(_BYTE_ORDER_MARK)
-                if line and not line.isspace():
-                    key, source = f"{first + number:08d}", f"{name}:{ahead + number}"
-                    try:
-                        text = line.decode("utf-8")
-                    except UnicodeDecodeError as error:
-                        reason = f"not UTF-8: byte {error.start} of the line cannot be decoded"
-                        yield BadInput(key, source, reason)
-                        continue
-                    yield parse(text, key, source)
+                if not line or line.isspace():
+                    continue
+                key, source = f"{first + number:08d}", f"{name}:{ahead + number}"
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError as error:
+                    yield BadInput(key, source, f"not UTF-8: byte {error.start} of the line cannot be decoded")
+                    continue
+                yield parse(text, key, source)
 
     @abstractmethod
     def _parser(self, part: Part):
