@@ -123,7 +123,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         ) from error
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", None)
-        raise ValueError(f"{name or 'configuration'}: {error.msg or error}") from error
+        first = str(error.msg or error).partition("\n")[0]  # what follows speaks of the library's own types
+        raise ValueError(f"{name or 'configuration'}: {first}") from error
 
 
 def _check_names(tree, schema=Config, prefix: str = "") -> None:

@@ -142,7 +142,8 @@ def _check_sources(config: "Config") -> None:
             )
         if not 0 < source.weight < float("inf"):
             raise ValueError(
-                f"data.sources[{number}].weight ({source.weight}) must be above 0; leave out a source without a share."
+                f"data.sources[{number}].weight ({source.weight}) must be above 0 and finite; leave out a source "
+                f"without a share."
             )
 
 

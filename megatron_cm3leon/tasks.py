@@ -9,13 +9,15 @@ def find_task(task: int | None, tasks: int | None, environment: Mapping[str, str
 
     ValueError where one is given without the other, or the task is none of them.
     """
-    if (task is None) != (tasks is None) and tasks != 1:
+    if (task is None) != (tasks is None) and (tasks is None or tasks > 1):
         raise ValueError("give --task-id and --num-tasks together.")
     if tasks is None and "SLURM_ARRAY_TASK_ID" in environment:
         # An array may begin at 1, and go up in steps.
         first, step = (_read(environment, name, default) for name, default in (("MIN", "0"), ("STEP", "1")))
         return (_read(environment, "ID") - first) // step, _read(environment, "COUNT")
     task, tasks = task or 0, 1 if tasks is None else tasks
+    if tasks < 1:
+        raise ValueError(f"--num-tasks ({tasks}) must be at least 1.")
     if not 0 <= task < tasks:
         raise ValueError(f"--task-id ({task}) must be 0 to {tasks - 1}, below --num-tasks ({tasks}).")
     return task, tasks

@@ -57,7 +57,12 @@ def main() -> None:
         tasks,
     )
     if description is None:
-        print(f"{options.output}: task {task} of {tasks} is done; when all are, run the same command as one task.")
+        done = (
+            "the index is built; go on"
+            if options.stage == "index"
+            else f"task {task} of {tasks} is done; go on, when all are,"
+        )
+        print(f"{options.output}: {done} with the same command as one task, without --stage.")
         return
     found = description["neighbors_found"]
     full = found[-1] / max(1, description["documents"])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_cm3leon.cli import run_tool
-from megatron_cm3leon.config import load_config
+from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config
 from megatron_cm3leon.data.history import find_batch, read_history
 from megatron_cm3leon.data.show import BlockPrinter, find_pictures
 from megatron_cm3leon.data.stream import Stream, build_stream
@@ -81,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     run = path if path.is_dir() else path.parent
     config = load_config(run / "config.yaml" if path.is_dir() else path, args.overrides)
     config.validate()
+    if args.step is not None:
+        refuse_another_stream(load_config(run / "config.yaml"), config)
     stream = build_stream(config, train=not args.validation)
     batch = args.batch if args.step is None else find_batch(run, args.step)
     total = stream.global_batch_size
@@ -104,6 +106,18 @@ def main(arguments: list[str] | None = None) -> int:
         drawn = draw_pictures(stream, range(first, first + count), tokenizers, args.pictures)
         print(f"\nwrote {args.pictures}: {drawn} pictures" if drawn else "\nno block holds a whole picture")
     return 0
+
+
+def refuse_another_stream(own: Config, config: Config) -> None:
+    """ValueError where overrides change which documents a step of the run saw."""
+    names = ("data.shards", "data.sources", "retrieval.index", *FIXED_FIELDS)
+    own.validate()
+    for name, (before, after) in changed_fields(own, config).items():
+        if name.startswith(names) and not name.startswith("model."):
+            raise ValueError(
+                f"--step goes by the batches of the run, whose {name} is {before}, not {after}; leave the override "
+                f"out, or give --batch."
+            )
 
 
 def describe_batch(run: Path, batch: int) -> str:

@@ -1,6 +1,7 @@
 """Where the encoder's pictures come from: the raw files (in folders, stores or tars), or the image tokens."""
 
 import hashlib
+import os
 import tarfile
 from collections import OrderedDict
 from threading import Lock
@@ -13,7 +14,10 @@ from megatron_cm3leon.data.shards import Corpus
 from megatron_cm3leon.retrieval.contents import Content, ReadPictures
 from megatron_cm3leon.tokenizers.pixels import load_picture
 
-_REMEDY = "put it back, or decode pictures from the image tokens: --pictures tokens --tokenizer FOLDER."
+_REMEDY = (
+    "put it back, or decode pictures from the image tokens (the way for an input that held them as bytes): "
+    "--pictures tokens --tokenizer FOLDER."
+)
 _TARS_KEPT = 4
 
 
@@ -51,7 +55,7 @@ class SourcePictures:
 
     def _read_bytes(self, place: str) -> bytes:
         archive, inside, member = place.partition(".tar/")
-        if not inside:
+        if not inside or os.path.isdir(f"{archive}.tar"):
             with fsspec.open(place, "rb") as file:
                 return file.read()
         archive += ".tar"

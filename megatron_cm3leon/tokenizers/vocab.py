@@ -152,7 +152,12 @@ class Vocabulary:
             path = path / "vocab.json"
         if not path.is_file():
             raise ValueError(f"no vocabulary at {path}; tools/train_tokenizer.py writes one.")
-        return cls.from_dict(json.loads(path.read_text()))
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is no vocab.json, or is damaged ({error}); give the tokenizer folder that has one."
+            ) from error
 
 
 def check_same_vocabulary(expected: Vocabulary, found: Vocabulary, what: str) -> None:

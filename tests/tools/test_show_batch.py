@@ -127,3 +127,14 @@ class MeanPicture:
     def decode(self, codes):
         grey = (codes.view(-1, 1, 2, 2) / 7.5 - 1).float()
         return grey.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+
+
+def test_a_step_is_one_of_the_runs_own_stream(corpus, tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        f"train: {{global_batch_size: 2}}\ndata: {{seq_length: 31, shards: {corpus.folder}}}\n"
+    )
+    (tmp_path / "metrics.jsonl").write_text('{"attempt": 1, "step": 1, "batch": 0}\n')
+    assert call_tool("show_batch", tmp_path, "--step", 1, "train.steps=9").returncode == 0
+    result = call_tool("show_batch", tmp_path, "--step", 1, "cm3.probability=0.5")
+    assert result.returncode == 2
+    assert "whose cm3.probability is 1.0, not 0.5; leave the override out, or give --batch" in result.stderr
