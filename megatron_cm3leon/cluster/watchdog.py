@@ -97,8 +97,6 @@ class Watchdog:
         try:
             self.peers.introduce()
             while not self._closing.is_set():
-                if self._host_is_dead():
-                    return
                 self._exchange()
                 self._heard = time.monotonic()
                 self._wake.wait(PERIOD_SECONDS)
@@ -108,12 +106,6 @@ class Watchdog:
                 time.sleep(TICK_SECONDS / 10)
         except dist.DistError as error:
             self._lost = str(error).splitlines()[0]
-
-    def _host_is_dead(self) -> bool:
-        """Whether the process that hosts the store is known to have ended: asking it would print torch's own traceback."""
-        if self.launcher is None and 0 in self.near and not self.near[0].lives():
-            self._lost = "its host has ended"
-        return bool(self._lost)
 
     def _exchange(self) -> None:
         news = self.peers.beat(self.count, self.phase)
@@ -268,7 +260,7 @@ class Watchdog:
         place = self.near.get(rank)
         if place is None:
             return
-        end = time.monotonic() + LINGER_SECONDS
+        end = time.monotonic() + 3 * LINGER_SECONDS
         while place.lives():
             if time.monotonic() > end:
                 os.kill(place.process, signal.SIGKILL)

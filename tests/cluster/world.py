@@ -13,6 +13,8 @@ from megatron_cm3leon.cluster.events import read_events
 from megatron_cm3leon.cluster.peers import start_of
 from tests.distributed.launch import ROOT
 
+MARK = "WORLD_OF_RANKS"
+"""Environment variable by which the processes of a world are found."""
 RANK = ROOT / "tests" / "cluster" / "rank.py"
 
 
@@ -30,7 +32,7 @@ class World:
         script = [str(RANK), str(plan), str(folder / "config.yaml"), *paths, *overrides]
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         base = {name: value for name, value in os.environ.items() if name not in names}
-        base |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        base |= {MARK: str(self.folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if launcher:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             self.processes = [self._start([*torchrun, *script], base, 0)]
@@ -70,15 +72,14 @@ class World:
 
     def members(self) -> list[int]:
         """Every process of the world that lives, loader workers included."""
-        sessions = {process.pid for process in self.processes}
         found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
+        for path in Path("/proc").glob("[0-9]*"):
             try:
-                fields = path.read_text().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
+                environment = (path / "environ").read_bytes()
+            except OSError:  # it has ended, or is another user's
                 continue
-            if int(fields[3]) in sessions and fields[0] not in "ZX":
-                found.append(int(path.parent.name))
+            if f"{MARK}={self.folder}".encode() in environment.split(b"\0") and start_of(int(path.name)):
+                found.append(int(path.name))
         return found
 
     def wait(self, seconds: float = 60) -> list[int]:
@@ -110,7 +111,3 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
-
-
-def lives(process: int) -> bool:
-    return bool(start_of(process))
