@@ -13,19 +13,13 @@ from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.schedule import RunSaver
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.cli import show_messages
+from megatron_cm3leon.cluster.attempt import USER_ERROR, Attempt, run_attempt
 from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config, save_config
 from megatron_cm3leon.data.loader import Loader
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.data.stream import Stream, build_stream
 from megatron_cm3leon.engine.base import Engine, StepMetrics
-from megatron_cm3leon.engine.parallel import (
-    Rank,
-    choose_device,
-    destroy_groups,
-    initialize_groups,
-    is_first_to_fail,
-    set_threads,
-)
+from megatron_cm3leon.engine.parallel import Rank, choose_device, set_threads
 from megatron_cm3leon.metrics import MetricsLogger
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.plan import PAPER_VOCABULARY, describe
@@ -105,12 +99,15 @@ def engine_class(config: Config) -> type[Engine]:
     return MegatronEngine
 
 
-def open_run(config: Config, stream: Stream, device, allowed: list[str]) -> tuple[Engine, TrainState]:
-    """Engine and state to go on from, the last checkpoint's or new. Changed fields are told before weights are read."""
+def open_run(config: Config, stream: Stream, device, allowed: list[str]) -> tuple[Engine, TrainState, Path | None]:
+    """Engine and state to go on from, the last checkpoint's (its folder comes third) or new.
+
+    Changed fields are told before weights are read.
+    """
     build_engine = engine_class(config)
     folder = latest_checkpoint(Path(config.output))
     if folder is None:
-        return build_engine(config, stream.vocabulary, device), TrainState(stream=stream.fingerprint, attempt=1)
+        return build_engine(config, stream.vocabulary, device), TrainState(stream=stream.fingerprint), None
     reader = sharded.CheckpointReader(folder)
     state = reader.state
     check_changes(reader, config, stream, state, allowed)
@@ -119,11 +116,10 @@ def open_run(config: Config, stream: Stream, device, allowed: list[str]) -> tupl
     if state.stream == stream.fingerprint:
         stream.resume(state.cursor)
     state.stream = stream.fingerprint
-    state.attempt += 1
     logger.info("resumed from %s at step %d", folder, state.step)
     for left in sharded.list_unfinished(Path(config.output)):
         logger.info("%s was not finished when the run ended; it is not used", left)
-    return engine, state
+    return engine, state, folder
 
 
 def build_loader(config: Config, stream: Stream, engine: Engine, start_batch: int) -> Loader:
@@ -182,34 +178,44 @@ def advance(state: TrainState, metrics: StepMetrics, config: Config) -> None:
         )
 
 
-def train(config: Config, rank: Rank, allowed: list[str]) -> None:
-    """Run the loop on this rank to train.steps, or to train.stop_after."""
-    run, first = Path(config.output), rank.rank == 0
+def train(config: Config, attempt: Attempt, allowed: list[str]) -> tuple[str, int]:
+    """Run the loop on this rank to train.steps, to train.stop_after or to a signal; returns which, and the step."""
+    run, first, watch = attempt.run, attempt.first, attempt.watch
+    watch.progress("opening the data")
     stream = build_stream(config)
     follow_rule(config, count_parameters(config, stream.vocabulary.size))
-    engine, state = open_run(config, stream, choose_device(config.train.device, rank), allowed)
+    watch.progress("building the model and loading a checkpoint")
+    engine, state, resumed = open_run(config, stream, attempt.device, allowed)
+    state.attempt = attempt.number
+    watch.progress("opening the validation data")
     validation = Validation(config) if config.validation.interval else None
     if first:
-        run.mkdir(parents=True, exist_ok=True)
         save_config(config, run / "config.yaml")
+        if resumed:
+            attempt.record("resume", step=state.step, checkpoint=resumed.name)
     end = min(config.train.steps, config.train.stop_after or config.train.steps)
-    saver = RunSaver(engine, config, first, saved=state.step if state.attempt > 1 else None)
+    saver = RunSaver(engine, config, first, saved=state.step if resumed else None)
     saver.save_if_due(state)
     loader = build_loader(config, stream, engine, state.batch)
+    stopped = False
     with meter(max(0, end - state.step), "training", "steps", quiet=not first) as progress, saver:
-        log = MetricsLogger(run, config, stream.vocabulary.size, rank.world_size, progress) if first else None
-        while state.step < end:
+        log = MetricsLogger(run, config, stream.vocabulary.size, attempt.rank.world_size, progress) if first else None
+        attempt.start_steps()
+        while state.step < end and not stopped:
+            watch.progress(f"waiting for batch {state.batch}")
             started = time.perf_counter()
             batch, micro_batches = next(loader)
             assert batch == state.batch, f"the loader is at batch {batch}, the run at {state.batch}"
             waited = time.perf_counter() - started
             rate = learning_rate(config, state.step)
+            watch.progress(f"step {state.step + 1}")
             metrics = engine.train_step(micro_batches, state.step, rate)
             advance(state, metrics, config)
             state.cursor = loader.cursor
             seconds = time.perf_counter() - started
             extra = {}
             if validation and state.step % config.validation.interval == 0:
+                watch.progress(f"validation at step {state.step}")
                 extra = validation.run(engine)
             if log:
                 log.log(
@@ -227,21 +233,31 @@ def train(config: Config, rank: Rank, allowed: list[str]) -> None:
                     data_seconds=waited,
                     **extra,
                 )
+            watch.progress(f"saving at step {state.step}")
             saver.poll()
-            saver.save_if_due(state)
+            stopped = attempt.stop_asked(state.step)
+            if not stopped:
+                saver.save_if_due(state)
     loader.close()
+    watch.progress(f"saving step {state.step}, the last one")
     folder = saver.finish(state)
     if first:
         log.close()
         print(f"wrote {folder}")
+    if state.step >= config.train.steps:
+        return "finished", state.step
+    if stopped:
+        logger.info("stopped at step %d as a signal asked for; the same command goes on", state.step)
+    return "signal" if stopped else "stop_after", state.step
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 0 done, 2 for an error the user can mend (told once, by the rank that met it)."""
+    """Command line; the exit status is that of cluster/attempt.py. Errors are told once, by the rank that met them."""
     options = parse_arguments(arguments)
-    rank = Rank.from_environment()
-    show_messages(logging.INFO if rank.rank == 0 else logging.WARNING)
+    rank = Rank(0, 1, 0, 1)
     try:
+        rank = Rank.from_environment()
+        show_messages(logging.INFO if rank.rank == 0 else logging.WARNING)
         config = load_config(options.config, options.overrides)
         if options.dry_run:
             if rank.rank == 0:
@@ -254,18 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SECONDS_FOR_FIRST_RANK)
-        return 2
+        return USER_ERROR
     set_threads(config.train.threads, rank)
-    initialize_groups(config, rank, device)
-    try:
-        train(config, rank, options.allow_change)
-    except (ValueError, OSError) as error:
-        if is_first_to_fail():
-            print(f"error (rank {rank.rank}): {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        destroy_groups()
-    return 0
+    return run_attempt(config, rank, device, lambda attempt: train(config, attempt, options.allow_change))
 
 
 if __name__ == "__main__":

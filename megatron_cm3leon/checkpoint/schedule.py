@@ -2,17 +2,27 @@
 
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_cm3leon.checkpoint.folder import list_checkpoints, list_unfinished, step_folder, step_of
+from megatron_cm3leon.checkpoint.folder import (
+    list_checkpoints,
+    list_unfinished,
+    step_folder,
+    step_of,
+    total_bytes,
+)
 from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.cluster import events
 from megatron_cm3leon.config_fields import CheckpointConfig, Config
 
 if TYPE_CHECKING:
     from megatron_cm3leon.engine.base import Engine
 
+PAUSE_SECONDS = 0.01
+"""Between two looks at the save that a new one waits for."""
 LOG_SPACED_STEPS = (0, *(2**power for power in range(10)))
 """0, 1, 2, 4 ... 512: where the early changes are (Pythia, arXiv 2304.01373)."""
 
@@ -54,6 +64,7 @@ class RunSaver:
         """`first`: this rank deletes; `saved`: the step that is on disk already, or None."""
         self.engine, self.config, self.first, self.saved = engine, config, first, saved
         self.under_way = False
+        self.begun, self.attempt = 0.0, 0
 
     def save_if_due(self, state: TrainState) -> None:
         """Start a save when the schedule asks for one; collective."""
@@ -63,8 +74,14 @@ class RunSaver:
     def save(self, state: TrainState) -> None:
         """Start a save unless this step has one; collective."""
         if state.step != self.saved:
+            if self.under_way:  # engine.save() would wait as well, and its folder would go unrecorded
+                while not self.engine.poll():
+                    time.sleep(PAUSE_SECONDS)
+                self._tidy()
+            self.begun, self.attempt = time.monotonic(), state.attempt
             self.engine.save(step_folder(Path(self.config.output), state.step), state)
             self.saved, self.under_way = state.step, True
+            self.poll()  # a synchronous save is done
 
     def __enter__(self) -> "RunSaver":
         return self
@@ -89,6 +106,11 @@ class RunSaver:
         return step_folder(Path(self.config.output), state.step)
 
     def _tidy(self) -> None:
+        """Record what is whole now, and delete what it makes superfluous."""
         self.under_way = False
         if self.first:
+            folder = step_folder(Path(self.config.output), self.saved)
+            seconds = time.monotonic() - self.begun
+            values = {"checkpoint": folder.name, "seconds": round(seconds, 3), "bytes": total_bytes(folder)}
+            events.record(self.config.output, self.attempt, "saved", step=self.saved, **values)
             remove_old(self.config.output, self.config.checkpoint)

@@ -11,16 +11,18 @@ Every object has `time` (Unix seconds), `attempt`, `event` and, where there is o
 | skipped | batch, loss, grad_norm: no rank stepped |
 | rollback | checkpoint, batches, loss: back to a checkpoint after a spike; these batches are left out |
 | stall | seconds, rank, host, cause: no step for too long; stacks are in the run folder |
-| failure | rank, host, cause: the first cause of an end that was not asked for |
+| failure | rank, host, cause, status: the first cause of an end that was not asked for; status 2 needs the user |
 | stop | reason: finished, stop_after, signal |
 | requeue | job, restarts, reason |
 
 An attempt without a `stop` ended without being asked to.
 """
 
+import fcntl
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 NAME = "events.jsonl"
@@ -28,12 +30,42 @@ NAME = "events.jsonl"
 
 def record(run: str | Path, attempt: int, event: str, **values) -> None:
     """Append one event. A single write of a line: several processes may record at once."""
-    line = json.dumps({"time": time.time(), "attempt": attempt, "event": event, **values}) + "\n"
-    file = os.open(Path(run) / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    file = _open(run)
     try:
-        os.write(file, line.encode())
+        os.write(file, _line(attempt, event, values))
     finally:
         os.close(file)
+
+
+def record_first(run: str | Path, attempt: int, event: str, **values) -> bool:
+    """Append the event unless this attempt has a failure or a stall already; whether it was appended.
+
+    For ranks that can no longer reach each other: of those that find the same cause, one records and tells it.
+    """
+    file = _open(run)
+    try:
+        with suppress(OSError):  # without locks two ranks may both be first
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        known = [each["event"] for each in read_events(run) if each["attempt"] == attempt]
+        if "failure" in known or "stall" in known:
+            return False
+        os.write(file, _line(attempt, event, values))
+        return True
+    finally:
+        os.close(file)
+
+
+def next_attempt(run: str | Path) -> int:
+    """The number of an attempt that begins now, from 1."""
+    return 1 + max((each["attempt"] for each in read_events(run)), default=0)
+
+
+def _open(run: str | Path) -> int:
+    return os.open(Path(run) / NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+
+
+def _line(attempt: int, event: str, values: dict) -> bytes:
+    return (json.dumps({"time": time.time(), "attempt": attempt, "event": event, **values}) + "\n").encode()
 
 
 def read_events(run: str | Path) -> list[dict]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.verify import verified
+from megatron_cm3leon.cluster.slurm_step import join_step
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from megatron_cm3leon.model.builder import Placement
 
 TIMEOUT = timedelta(minutes=30)
-_store: dist.Store | None = None
-"""What the ranks of this run share; it outlives the process groups, so that errors at the end are told once too."""
+MEETING = timedelta(minutes=15)
+"""Ranks start at different times: imports from a busy file system take minutes."""
 
 # megatron-core announces each optional package it does without; none is required here.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
@@ -41,6 +42,8 @@ class Rank:
 
     @classmethod
     def from_environment(cls) -> "Rank":
+        """This rank as torchrun's variables or, in an srun step, SLURM's say; ValueError as join_step()."""
+        join_step()
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         return cls(
             rank=int(os.environ.get("RANK", 0)),
@@ -69,8 +72,44 @@ def set_threads(threads: int, rank: Rank) -> None:
     torch.set_num_threads(threads or max(1, cores // rank.local_world_size))
 
 
-def initialize_groups(config: Config, rank: Rank, device: torch.device) -> None:
-    """Create torch's default group and megatron-core's groups for the layout of `config`."""
+def uses_launchers_store() -> bool:
+    """Whether torchrun hosts the store; else rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def meet(rank: Rank) -> dist.Store:
+    """The store that the ranks share, without waiting for all of them; a run of one rank needs no address and no port.
+
+    ValueError when no address is set or nobody answers there.
+    """
+    if rank.world_size == 1:
+        return dist.HashStore()
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not port:
+        raise ValueError(
+            f"MASTER_ADDR ({host}) and MASTER_PORT ({port}) must name the first rank's host and a free port there; "
+            f"start the ranks with torchrun or srun, which set them, or set both."
+        )
+    serves = rank.rank == 0 and not uses_launchers_store()
+    try:
+        store = dist.TCPStore(host, int(port), rank.world_size, serves, MEETING, wait_for_workers=False)
+    except dist.DistError as error:
+        what = "could not be opened" if serves else f"did not answer within {MEETING.seconds} s"
+        raise ValueError(
+            f"MASTER_ADDR ({host}) and MASTER_PORT ({port}) {what} ({str(error).splitlines()[0]}); see that rank 0 "
+            f"runs on that host, that the port is free there, and that nodes may connect to it."
+        ) from error
+    store.set_timeout(TIMEOUT)
+    return store
+
+
+def initialize_groups(
+    config: Config, rank: Rank, device: torch.device, store: dist.Store | None = None, longest: timedelta = TIMEOUT
+) -> None:
+    """Create torch's default group and megatron-core's groups for the layout of `config`.
+
+    `store`: where the ranks met, if they have. A collective may take 30 minutes, or `longest` if that is longer.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -79,18 +118,14 @@ def initialize_groups(config: Config, rank: Rank, device: torch.device) -> None:
         cpu_backend.install()
     from megatron.core import parallel_state, tensor_parallel
 
-    global _store
     if not dist.is_initialized():
-        # A run of one rank talks to nobody: it needs no address and no port.
-        store = dist.HashStore() if rank.world_size == 1 else None
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             rank=rank.rank,
             world_size=rank.world_size,
-            store=store,
-            timeout=TIMEOUT,
+            store=store or meet(rank),
+            timeout=max(TIMEOUT, longest),
         )
-        _store = dist.distributed_c10d._get_default_store()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
@@ -99,14 +134,6 @@ def initialize_groups(config: Config, rank: Rank, device: torch.device) -> None:
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
-
-
-def is_first_to_fail() -> bool:
-    """Whether no other rank has asked this yet: of ranks that meet the same error one tells it."""
-    try:
-        return _store is None or _store.add("failed ranks", 1) == 1
-    except dist.DistError:
-        return True  # the rank that counts is gone: better told twice than not at all
 
 
 def gather_objects(value: object) -> list:

@@ -42,7 +42,7 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
     initialize_groups(config, rank, device)
 
     stream = build_stream(config)
-    engine, state = open_run(config, stream, device, [])
+    engine, state, _ = open_run(config, stream, device, [])
     if case.get("save_start"):
         engine.save(sharded.step_folder(Path(config.output), 0), state)
     loader = build_loader(config, stream, engine, state.batch)

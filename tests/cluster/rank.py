@@ -1,0 +1,72 @@
+"""The training command with accidents: `python rank.py ACCIDENTS.json config.yaml ...`.
+
+ACCIDENTS.json: {"pace": seconds each step takes longer, "accidents": [{"rank", "step", "where", "do"}]}: on that rank, as
+step `step` (from 1) begins, `where` (loader, step, validation or save) does `do`: sleep, stop (SIGSTOP), kill (SIGKILL),
+raise (an error of the model), value (a ValueError), memory (CUDA's out of memory).
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from megatron_cm3leon import train
+from megatron_cm3leon.checkpoint.schedule import RunSaver
+from megatron_cm3leon.data.loader import Loader
+
+
+def happen(what: str) -> None:
+    if what == "sleep":
+        time.sleep(600)
+    elif what in ("stop", "kill"):
+        os.kill(os.getpid(), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
+    elif what == "raise":
+        raise KeyError("an error of the model")
+    elif what == "value":
+        raise ValueError("only this rank's shard is unreadable")
+    elif what == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    else:
+        raise AssertionError(what)
+
+
+def main() -> int:
+    plan = json.loads(open(sys.argv[1]).read())
+    rank, at = int(os.environ.get("RANK", 0)), {"step": 0}
+
+    def accident(where: str) -> None:
+        for each in plan["accidents"]:
+            if (each["rank"], each["step"], each["where"]) == (rank, at["step"], where):
+                happen(each["do"])
+
+    def before(kind: type, name: str, where: str) -> None:
+        original = getattr(kind, name)
+
+        def replaced(self, *arguments, **options):
+            if where == "step":
+                at["step"] = arguments[1] + 1
+                time.sleep(plan["pace"])
+            accident(where)
+            return original(self, *arguments, **options)
+
+        setattr(kind, name, replaced)
+
+    before(Loader, "__next__", "loader")
+    before(train.Validation, "run", "validation")
+    before(RunSaver, "save", "save")
+    find = train.engine_class
+
+    def engine_class(config):
+        kind = find(config)
+        before(kind, "train_step", "step")
+        return kind
+
+    train.engine_class = engine_class
+    return train.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
