@@ -13,7 +13,9 @@ from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.schedule import RunSaver
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.cli import show_messages
+from megatron_cm3leon.cluster.events import record
 from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config, save_config
+from megatron_cm3leon.data.history import NON_FINITE
 from megatron_cm3leon.data.loader import Loader
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.data.stream import Stream, build_stream
@@ -26,7 +28,8 @@ from megatron_cm3leon.engine.parallel import (
     is_first_to_fail,
     set_threads,
 )
-from megatron_cm3leon.metrics import MetricsLogger
+from megatron_cm3leon.loss_guard import LossGuard, leave_out
+from megatron_cm3leon.metrics import MetricsLogger, plain
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.plan import PAPER_VOCABULARY, describe
 from megatron_cm3leon.progress import meter
@@ -140,6 +143,18 @@ def build_loader(config: Config, stream: Stream, engine: Engine, start_batch: in
     )
 
 
+def restart_loader(loader: Loader, config: Config, stream: Stream, engine: Engine, state: TrainState) -> Loader:
+    """A loader that begins at the state's next batch, in place of `loader`."""
+    loader.close()
+    return build_loader(config, stream, engine, state.batch)
+
+
+def record_rollback(run: Path, log: MetricsLogger, state: TrainState, batches: range, steps_back: int) -> None:
+    log.leave_out(batches, attempt=state.attempt, step=state.step, reason="spike", steps_back=steps_back)
+    values = {"checkpoint": sharded.step_folder(run, state.step).name, "batches": [batches[0], batches[-1]]}
+    record(run, state.attempt, "rollback", step=state.step, loss=state.left_out[-1]["loss"], **values)
+
+
 class Validation:
     """The same held-out batches each time, with and without retrieved documents."""
 
@@ -198,7 +213,13 @@ def train(config: Config, rank: Rank, allowed: list[str]) -> None:
     loader = build_loader(config, stream, engine, state.batch)
     with meter(max(0, end - state.step), "training", "steps", quiet=not first) as progress, saver:
         log = MetricsLogger(run, config, stream.vocabulary.size, rank.world_size, progress) if first else None
+        guard = LossGuard(config)
         while state.step < end:
+            if asked := guard.asked_from(state.batch):
+                leave_out(state, asked, "asked")
+                if log:
+                    log.leave_out(asked, attempt=state.attempt, step=state.step, reason="asked")
+                loader = restart_loader(loader, config, stream, engine, state)
             started = time.perf_counter()
             batch, micro_batches = next(loader)
             assert batch == state.batch, f"the loader is at batch {batch}, the run at {state.batch}"
@@ -208,9 +229,9 @@ def train(config: Config, rank: Rank, allowed: list[str]) -> None:
             advance(state, metrics, config)
             state.cursor = loader.cursor
             seconds = time.perf_counter() - started
-            extra = {}
+            extra = {} if metrics.stepped else {"skipped": NON_FINITE}
             if validation and state.step % config.validation.interval == 0:
-                extra = validation.run(engine)
+                extra |= validation.run(engine)
             if log:
                 log.log(
                     seconds,
@@ -227,6 +248,17 @@ def train(config: Config, rank: Rank, allowed: list[str]) -> None:
                     data_seconds=waited,
                     **extra,
                 )
+                if not metrics.stepped:
+                    values = {"loss": plain(metrics.loss), "grad_norm": plain(metrics.grad_norm)}
+                    record(run, state.attempt, "skipped", step=state.step, batch=batch, **values)
+            if metrics.stepped and guard.sees_spike(state, metrics.loss):
+                saver.wait()
+                spiked, (state, batches) = state.step, guard.roll_back(engine, state, metrics.loss)
+                saver.saved = state.step
+                if log:
+                    record_rollback(run, log, state, batches, spiked - state.step)
+                loader = restart_loader(loader, config, stream, engine, state)
+                continue
             saver.poll()
             saver.save_if_due(state)
     loader.close()

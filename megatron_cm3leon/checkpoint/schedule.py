@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +80,12 @@ class RunSaver:
         """Raise what went wrong in the save under way; once it is whole, delete what is old."""
         if self.under_way and self.engine.poll():
             self._tidy()
+
+    def wait(self) -> None:
+        """Return once this rank's part of the save under way is on disk (rank 0: the checkpoint is whole)."""
+        while self.under_way:
+            self.poll()
+            time.sleep(0.01)
 
     def finish(self, state: TrainState) -> Path:
         """Save the last step, wait until it is on disk and end the engine; returns the checkpoint's folder."""

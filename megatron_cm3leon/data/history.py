@@ -1,11 +1,36 @@
 """What a run did at each step, from its metrics.jsonl.
 
-A step that met a non-finite loss or gradient skips its batch: its line repeats the step before it. A later attempt goes
-on from a checkpoint: its lines replace those of earlier attempts from its first batch on.
+A step that met a non-finite loss or gradient skips its batch: its line repeats the step before it. So does the line of
+a batch that was left out (after a spike, or because train.skip_batches asks for it); it replaces the line of the step
+that was taken back. A later attempt goes on from a checkpoint: its lines replace those of earlier attempts from its
+first batch on.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+
+NON_FINITE = "non-finite"
+REASONS = {
+    NON_FINITE: "its loss or gradient was not finite",
+    "spike": "the loss spiked, and the run went back to a checkpoint before it",
+    "asked": "train.skip_batches leaves it out",
+}
+"""Why a batch was skipped, as its line's key `skipped` names it, and in words."""
+
+
+def parse_lines(path: Path) -> Iterator[dict]:
+    """The objects of a file with one a line; ValueError naming the line that is none."""
+    for number, text in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
+        # What follows the last line end is the half line that a killed run can leave.
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged: line {number} is no JSON object ({error}). Training does not read this file; "
+                f"delete the line to read the others."
+            ) from error
+        yield line
 
 
 def read_lines(run: str | Path) -> list[tuple[dict, bool]]:
@@ -15,10 +40,7 @@ def read_lines(run: str | Path) -> list[tuple[dict, bool]]:
         raise ValueError(f"{run} is no run folder: it has no metrics.jsonl, which training writes.")
     lines: dict[int, dict] = {}
     attempt = None
-    for text in path.read_text().splitlines(keepends=True):
-        if not text.endswith("\n"):  # a killed run can leave half a line
-            continue
-        line = json.loads(text)
+    for line in parse_lines(path):
         if line["attempt"] != attempt:
             attempt, lines = line["attempt"], {each: lines[each] for each in lines if each < line["batch"]}
         lines[line["batch"]] = line
@@ -32,9 +54,12 @@ def read_metrics(run: str | Path) -> list[dict]:
     return [line for line, skipped in read_lines(run) if not skipped]
 
 
-def read_history(run: str | Path) -> dict[int, tuple[int, bool]]:
-    """Batch -> (step, whether it was skipped)."""
-    return {line["batch"]: (line["step"], skipped) for line, skipped in read_lines(run)}
+def read_history(run: str | Path) -> dict[int, tuple[int, str]]:
+    """Batch -> (step, why it was skipped, one of REASONS; empty when it was not)."""
+    return {
+        line["batch"]: (line["step"], line.get("skipped", NON_FINITE) if skipped else "")
+        for line, skipped in read_lines(run)
+    }
 
 
 def find_batch(run: str | Path, step: int) -> int:

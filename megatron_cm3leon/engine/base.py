@@ -52,7 +52,10 @@ class Engine(Protocol):
         """Whether no save is under way; ValueError, with the path, when one went wrong. Not collective."""
 
     def load(self, folder: Path) -> TrainState:
-        """Read weights and optimizer state of any layout of this engine, and compare checksums; collective."""
+        """Read weights and optimizer state of any layout of this engine, and compare checksums; collective.
+
+        Also into an engine that has trained: nothing of it remains.
+        """
 
     def close(self) -> None:
         """Wait for the save under way, which may raise as poll() does, and end the process groups."""

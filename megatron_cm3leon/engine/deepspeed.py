@@ -237,7 +237,10 @@ class DeepSpeedEngine:
             return
         targets = {"weight": main}
         if reader.has(place.name, "exp_avg"):
-            targets |= self._moments(main) or self._new_moments(main, updates)
+            targets |= self._moments(main) or self._new_moments(main)
+            self._count_updates(main, updates)
+        else:  # saved before the first step
+            self.adam.state.pop(main, None)
         for kind, target in targets.items():
             whole = reader.read_part(place.name, kind, place.offset, place.local_shape)
             target.view(-1)[offset : offset + stop - start].copy_(whole.view(-1)[start:stop])
@@ -271,13 +274,16 @@ class DeepSpeedEngine:
         state = self.adam.state.get(main, {})
         return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
 
-    def _new_moments(self, main: torch.Tensor, updates: int) -> dict[str, torch.Tensor]:
-        """Moments of zeros, put where Adam expects those of `updates` steps."""
-        moments = {kind: torch.zeros_like(main) for kind in ("exp_avg", "exp_avg_sq")}
+    def _new_moments(self, main: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Moments of zeros, put where Adam expects them."""
+        self.adam.state[main] = {kind: torch.zeros_like(main) for kind in ("exp_avg", "exp_avg_sq")}
+        return dict(self.adam.state[main])
+
+    def _count_updates(self, main: torch.Tensor, updates: int) -> None:
+        """Let Adam's bias correction go on from `updates` steps."""
         is_torch = isinstance(self.adam, torch.optim.AdamW)
         steps = torch.tensor(float(updates), device=main.device) if is_torch else updates
-        self.adam.state[main] = {"step": steps, **moments}
-        return moments
+        self.adam.state[main]["step"] = steps
 
     @torch.no_grad()
     def _refresh_parameters(self) -> None:

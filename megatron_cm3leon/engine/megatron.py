@@ -250,15 +250,16 @@ class MegatronEngine:
         if start == stop:
             return
         main.copy_(weight.view(-1)[start:stop].view(main.shape))
-        if not reader.has(place.name, "exp_avg"):
-            return  # saved before the first step
+        adam = self.optimizer.optimizer
+        if not reader.has(place.name, "exp_avg"):  # saved before the first step
+            adam.state.pop(main, None)
+            return
         moments = {}
         for kind in ("exp_avg", "exp_avg_sq"):
             whole = reader.read_part(place.name, kind, place.offset, place.local_shape)
             part = whole.view(-1)[start:stop].view(main.shape)
             # A slice would keep the whole tensor in memory.
             moments[kind] = part.to(main.device) if part.numel() == whole.numel() else part.to(main.device, copy=True)
-        adam = self.optimizer.optimizer
         if isinstance(adam, torch.optim.AdamW):
             moments["step"] = torch.tensor(float(updates))
         else:  # TransformerEngine's and apex's FusedAdam count once a group
