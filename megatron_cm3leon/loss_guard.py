@@ -60,7 +60,7 @@ class LossGuard:
         return False
 
     def roll_back(self, engine: Engine, state: TrainState, loss: float) -> tuple[TrainState, range]:
-        """State of the last checkpoint, with its weights and optimizer in `engine`, and the batches left out; collective.
+        """State of the last checkpoint, which `engine` then holds, and the batches that are left out; collective.
 
         No save may be under way. ValueError where there is no checkpoint, or after train.max_rollbacks to this one.
         """

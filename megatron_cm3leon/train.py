@@ -14,6 +14,7 @@ from megatron_cm3leon.checkpoint.schedule import RunSaver
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.cli import show_messages
 from megatron_cm3leon.cluster.events import record
+from megatron_cm3leon.cluster.stragglers import StragglerWatch
 from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config, save_config
 from megatron_cm3leon.data.history import NON_FINITE
 from megatron_cm3leon.data.loader import Loader
@@ -24,6 +25,7 @@ from megatron_cm3leon.engine.parallel import (
     Rank,
     choose_device,
     destroy_groups,
+    gather_objects,
     initialize_groups,
     is_first_to_fail,
     set_threads,
@@ -214,6 +216,7 @@ def train(config: Config, rank: Rank, allowed: list[str]) -> None:
     with meter(max(0, end - state.step), "training", "steps", quiet=not first) as progress, saver:
         log = MetricsLogger(run, config, stream.vocabulary.size, rank.world_size, progress) if first else None
         guard = LossGuard(config)
+        stragglers = StragglerWatch(config.cluster.straggler_interval, gather_objects, first)
         while state.step < end:
             if asked := guard.asked_from(state.batch):
                 leave_out(state, asked, "asked")
@@ -230,6 +233,7 @@ def train(config: Config, rank: Rank, allowed: list[str]) -> None:
             state.cursor = loader.cursor
             seconds = time.perf_counter() - started
             extra = {} if metrics.stepped else {"skipped": NON_FINITE}
+            extra |= stragglers.add(waited, engine.own_seconds())
             if validation and state.step % config.validation.interval == 0:
                 extra |= validation.run(engine)
             if log:

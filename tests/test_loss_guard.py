@@ -60,9 +60,8 @@ def train(folder, output, *more):
 
 
 def steps(run):
-    return [
-        (line["step"], line["batch"], line["loss"], line["grad_norm"], line["tokens"]) for line in read_metrics(run)
-    ]
+    names = ("step", "batch", "loss", "grad_norm", "tokens")
+    return [tuple(line[name] for name in names) for line in read_metrics(run)]
 
 
 def garbage_batch(folder):
