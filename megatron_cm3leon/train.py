@@ -14,6 +14,7 @@ from megatron_cm3leon.checkpoint.schedule import RunSaver
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.cli import show_messages
 from megatron_cm3leon.cluster.events import record
+from megatron_cm3leon.cluster.preflight import check_all_reduce, compare_ranks
 from megatron_cm3leon.cluster.stragglers import StragglerWatch
 from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config, save_config
 from megatron_cm3leon.data.history import NON_FINITE
@@ -28,6 +29,7 @@ from megatron_cm3leon.engine.parallel import (
     gather_objects,
     initialize_groups,
     is_first_to_fail,
+    open_store,
     set_threads,
 )
 from megatron_cm3leon.loss_guard import LossGuard, leave_out
@@ -292,8 +294,13 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(SECONDS_FOR_FIRST_RANK)
         return 2
     set_threads(config.train.threads, rank)
-    initialize_groups(config, rank, device)
+    store = open_store(rank)
     try:
+        if config.cluster.preflight:
+            compare_ranks(config, rank, device, store)
+        initialize_groups(config, rank, device, store)
+        if config.cluster.preflight:
+            check_all_reduce(device)
         train(config, rank, options.allow_change)
     except (ValueError, OSError) as error:
         if is_first_to_fail():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.verify import verified
@@ -69,7 +70,16 @@ def set_threads(threads: int, rank: Rank) -> None:
     torch.set_num_threads(threads or max(1, cores // rank.local_world_size))
 
 
-def initialize_groups(config: Config, rank: Rank, device: torch.device) -> None:
+def open_store(rank: Rank) -> dist.Store:
+    """Where the ranks of this run leave each other words, before any process group; the launcher's."""
+    global _store
+    # A run of one rank talks to nobody: it needs no address and no port.
+    alone = rank.world_size == 1
+    _store = dist.HashStore() if alone else next(rendezvous("env://", rank.rank, rank.world_size, timeout=TIMEOUT))[0]
+    return _store
+
+
+def initialize_groups(config: Config, rank: Rank, device: torch.device, store: dist.Store | None = None) -> None:
     """Create torch's default group and megatron-core's groups for the layout of `config`."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -79,18 +89,14 @@ def initialize_groups(config: Config, rank: Rank, device: torch.device) -> None:
         cpu_backend.install()
     from megatron.core import parallel_state, tensor_parallel
 
-    global _store
     if not dist.is_initialized():
-        # A run of one rank talks to nobody: it needs no address and no port.
-        store = dist.HashStore() if rank.world_size == 1 else None
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             rank=rank.rank,
             world_size=rank.world_size,
-            store=store,
+            store=store or open_store(rank),
             timeout=TIMEOUT,
         )
-        _store = dist.distributed_c10d._get_default_store()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
