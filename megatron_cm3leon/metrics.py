@@ -49,9 +49,9 @@ class MetricsLogger:
             "tokens_per_second": rate,
             "tflops_per_gpu": rate * self.tera_per_token,
             "step_seconds": step_seconds,
-            "time": time.time(),
         }
-        self.file.write(json.dumps({name: plain(value) for name, value in values.items()}) + "\n")
+        line = {name: plain(value) for name, value in values.items()} | {"time": round(time.time(), 3)}
+        self.file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             if isinstance(value, float) and math.isfinite(value):
                 self.board.add_scalar(name, value, values["step"])
@@ -64,7 +64,7 @@ class MetricsLogger:
     def leave_out(self, batches: range, *, attempt: int, step: int, reason: str, steps_back: int = 0) -> None:
         """Record batches that the run goes past after `step`: of theirs, these lines hold. `reason` as TrainState's."""
         for batch in batches:
-            line = {"attempt": attempt, "step": step, "batch": batch, "skipped": reason, "time": time.time()}
+            line = {"attempt": attempt, "step": step, "batch": batch, "skipped": reason, "time": round(time.time(), 3)}
             self.file.write(json.dumps(line) + "\n")
         self.progress.advance(-steps_back, note=f"batches {batches[0]} to {batches[-1]} left out ({reason})")
 

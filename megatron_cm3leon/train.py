@@ -29,7 +29,7 @@ from megatron_cm3leon.engine.parallel import (
     gather_objects,
     initialize_groups,
     is_first_to_fail,
-    open_store,
+    meet,
     set_threads,
 )
 from megatron_cm3leon.loss_guard import LossGuard, leave_out
@@ -294,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(SECONDS_FOR_FIRST_RANK)
         return 2
     set_threads(config.train.threads, rank)
-    store = open_store(rank)
+    store = meet(rank)
     try:
         if config.cluster.preflight:
             compare_ranks(config, rank, device, store)

@@ -33,7 +33,7 @@ from megatron_cm3leon.checkpoint.folder import list_checkpoints
 from megatron_cm3leon.cli import show_messages
 from megatron_cm3leon.config import Config, changed_fields, load_config
 from megatron_cm3leon.data.shards import MANIFEST, load_manifest, sha256_file
-from megatron_cm3leon.engine.parallel import Rank, choose_device, destroy_groups, initialize_groups, open_store
+from megatron_cm3leon.engine.parallel import Rank, choose_device, destroy_groups, initialize_groups, meet
 from megatron_cm3leon.plan import checkpoint_bytes, show_ranks
 
 logger = logging.getLogger("megatron_cm3leon.cluster.preflight")  # by name: this module also runs as __main__
@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         config.validate(rank.world_size)
         device = choose_device(config.train.device, rank)
-        store = open_store(rank)
+        store = meet(rank)
         compare_ranks(config, rank, device, store)
         initialize_groups(config, rank, device, store)
         check_all_reduce(device)

@@ -7,9 +7,10 @@ first batch on.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+METRICS = "metrics.jsonl"
 NON_FINITE = "non-finite"
 REASONS = {
     NON_FINITE: "its loss or gradient was not finite",
@@ -35,15 +36,20 @@ def parse_lines(path: Path) -> Iterator[dict]:
 
 def read_lines(run: str | Path) -> list[tuple[dict, bool]]:
     """Each batch's line and whether it was skipped, of the run as it stands; ValueError where there is no record."""
-    path = Path(run) / "metrics.jsonl"
+    path = Path(run) / METRICS
     if not path.is_file():
-        raise ValueError(f"{run} is no run folder: it has no metrics.jsonl, which training writes.")
+        raise ValueError(f"{run} is no run folder: it has no {METRICS}, which training writes.")
+    return settle_lines(parse_lines(path))
+
+
+def settle_lines(written: Iterable[dict]) -> list[tuple[dict, bool]]:
+    """The lines that stand of those that were written, by batch, and whether each one's batch was skipped."""
     lines: dict[int, dict] = {}
-    attempt = None
-    for line in parse_lines(path):
-        if line["attempt"] != attempt:
-            attempt, lines = line["attempt"], {each: lines[each] for each in lines if each < line["batch"]}
-        lines[line["batch"]] = line
+    last = None
+    for line in written:
+        if last and (line["attempt"] != last["attempt"] or line["batch"] <= last["batch"]):
+            lines = {batch: lines[batch] for batch in lines if batch < line["batch"]}
+        last = lines[line["batch"]] = line
     ordered = [lines[batch] for batch in sorted(lines)]
     before = [0, *(line["step"] for line in ordered)]
     return [(line, line["step"] == step) for line, step in zip(ordered, before, strict=False)]

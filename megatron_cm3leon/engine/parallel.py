@@ -70,7 +70,7 @@ def set_threads(threads: int, rank: Rank) -> None:
     torch.set_num_threads(threads or max(1, cores // rank.local_world_size))
 
 
-def open_store(rank: Rank) -> dist.Store:
+def meet(rank: Rank) -> dist.Store:
     """Where the ranks of this run leave each other words, before any process group; the launcher's."""
     global _store
     # A run of one rank talks to nobody: it needs no address and no port.
@@ -94,7 +94,7 @@ def initialize_groups(config: Config, rank: Rank, device: torch.device, store: d
             backend="nccl" if device.type == "cuda" else "gloo",
             rank=rank.rank,
             world_size=rank.world_size,
-            store=store or open_store(rank),
+            store=store or meet(rank),
             timeout=TIMEOUT,
         )
     parallel_state.initialize_model_parallel(
