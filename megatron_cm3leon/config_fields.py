@@ -155,6 +155,15 @@ class TrainConfig:
     """Stop, with a checkpoint, once this step is reached; 0 goes on to `steps`."""
     max_skipped: int = 10
     """Batches in a row whose loss or gradient may be non-finite (and are skipped) before the run stops."""
+    spike_width: float = 0.0
+    """A loss so many robust standard deviations above the median of the last ones takes the run back to its last
+    checkpoint and leaves the batches in between out (loss_guard.py; 20 is far outside of noise); 0 never goes back."""
+    spike_window: int = 100
+    """Steps whose losses give that median and deviation; until there are so many, nothing is a spike."""
+    max_rollbacks: int = 3
+    """Times the run may go back to the same checkpoint; the next spike ends it."""
+    skip_batches: str = ""
+    """Batches of the stream to leave out, by number, such as 120-320,900."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator, added to each token's loss (Chameleon: 1e-5)."""
 
@@ -237,8 +246,13 @@ class ValidationConfig:
 
 @dataclass(kw_only=True)
 class ClusterConfig:
-    """What a run on many machines watches."""
+    """What watches over a run on many machines (cluster/)."""
 
+    preflight: bool = True
+    """Before the first step: devices, all-reduce, disk, clocks, and versions, configuration and data alike on all
+    ranks (cluster/preflight.py)."""
+    straggler_interval: int = 100
+    """Steps between reports of the slowest rank; 0 never reports."""
     watchdog_seconds: float = 900.0
     """Seconds without a step, validation or save after which the run ends, with the stacks of every rank; 0: never."""
 

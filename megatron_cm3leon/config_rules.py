@@ -58,6 +58,9 @@ _RANGES = {
     "train.threads": (0, None),
     "train.stop_after": (0, None),
     "train.max_skipped": (0, None),
+    "train.spike_width": (0, None),
+    "train.spike_window": (3, None),
+    "train.max_rollbacks": (0, None),
     "train.z_loss": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.beta1": (0, 1),
@@ -74,6 +77,7 @@ _RANGES = {
     "validation.interval": (0, None),
     "validation.batches": (1, None),
     "cluster.watchdog_seconds": (0, None),
+    "cluster.straggler_interval": (0, None),
 }
 
 
@@ -101,6 +105,7 @@ def check_config(config: "Config", world_size: int | None) -> None:
     _check_layout(config)
     _check_engine(config)
     _check_checkpoints(config)
+    parse_batches(config.train.skip_batches)
     if world_size is not None:
         _check_installed(config)
         _check_ranks(config, world_size)
@@ -128,6 +133,23 @@ def _check_ranges(config: "Config") -> None:
         if too_low or (highest is not None and value > highest):
             bound = f"at least {lowest}" if highest is None else f"between {lowest} and {highest}"
             raise ValueError(f"{path} ({value}) must be {bound}.")
+
+
+def parse_batches(text: str) -> list[range]:
+    """train.skip_batches, such as 120-320,900, as ranges in ascending order; those that touch become one."""
+    found = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()) or int(last) < int(first):
+            raise ValueError(f"train.skip_batches ({text}) must be numbers and ranges of batches, such as 120-320,900.")
+        found.append(range(int(first), int(last) + 1))
+    merged: list[range] = []
+    for each in sorted(found, key=lambda each: each.start):
+        if merged and each.start <= merged[-1].stop:
+            each = range(merged[-1].start, max(each.stop, merged.pop().stop))
+        merged.append(each)
+    return merged
 
 
 def _check_sources(config: "Config") -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.model.weights import POSITION_EMBEDDINGS, WORD_EMBEDDINGS, canonical_shapes
 from megatron_cm3leon.progress import Meter
+
+LONGEST_LINE = 1 << 16
+"""Bytes; more than any line of metrics.jsonl has."""
 
 
 def flops_per_token(config: Config, vocabulary_size: int) -> int:
@@ -31,6 +35,7 @@ class MetricsLogger:
     """Writes one JSON object a step; only the first rank has one."""
 
     def __init__(self, run: Path, config: Config, vocabulary_size: int, ranks: int, progress: Meter) -> None:
+        drop_half_line(run / "metrics.jsonl")
         self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed by close()
         self.board = SummaryWriter(str(run / "tensorboard"))
         self.progress = progress
@@ -44,9 +49,9 @@ class MetricsLogger:
             "tokens_per_second": rate,
             "tflops_per_gpu": rate * self.tera_per_token,
             "step_seconds": step_seconds,
-            "time": time.time(),
         }
-        self.file.write(json.dumps({name: _plain(value) for name, value in values.items()}) + "\n")
+        line = {name: plain(value) for name, value in values.items()} | {"time": round(time.time(), 3)}
+        self.file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             if isinstance(value, float) and math.isfinite(value):
                 self.board.add_scalar(name, value, values["step"])
@@ -56,12 +61,32 @@ class MetricsLogger:
         )
         self.progress.advance(note=note)
 
+    def leave_out(self, batches: range, *, attempt: int, step: int, reason: str, steps_back: int = 0) -> None:
+        """Record batches that the run goes past after `step`: of theirs, these lines hold. `reason` as TrainState's."""
+        for batch in batches:
+            line = {"attempt": attempt, "step": step, "batch": batch, "skipped": reason, "time": round(time.time(), 3)}
+            self.file.write(json.dumps(line) + "\n")
+        self.progress.advance(-steps_back, note=f"batches {batches[0]} to {batches[-1]} left out ({reason})")
+
     def close(self) -> None:
         self.file.close()
         self.board.close()
 
 
-def _plain(value):
+def drop_half_line(path: Path) -> None:
+    """Cut off what a killed run wrote behind the last line end: the next line would be lost with it."""
+    if not path.is_file():
+        return
+    with open(path, "r+b") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - LONGEST_LINE)
+        file.seek(start)
+        tail = file.read()
+        if not tail.endswith(b"\n"):
+            file.truncate(start + tail.rfind(b"\n") + 1)
+
+
+def plain(value):
+    """A number as JSON has it: 9 digits, NaN and infinity as null."""
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else None
     return value

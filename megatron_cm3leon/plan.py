@@ -151,6 +151,11 @@ def _layer_bytes(config: Config, tokens: int, width: int) -> tuple[float, float]
     return tokens * width * (residual / along_sequence + partitioned), tokens * width * hidden / along_sequence
 
 
+def checkpoint_bytes(config: Config, vocabulary_size: int) -> int:
+    """Bytes of the numbers of a checkpoint: every parameter and Adam's two moments, fp32, once."""
+    return 12 * sum(math.prod(shape) for shape in canonical_shapes(config, vocabulary_size).values())
+
+
 def list_groups(config: Config, world_size: int) -> dict[str, list[list[int]]]:
     """Ranks of every group by kind: the ranks that differ in that coordinate alone."""
     places = [place_rank(config, world_size, rank) for rank in range(world_size)]
@@ -179,7 +184,7 @@ def describe(config: Config, vocabulary_size: int, world_size: int) -> str:
         "",
     ]
     for kind, groups in list_groups(config, world_size).items():
-        shown = "  ".join(_show_ranks(group) for group in groups[:4]) + ("  ..." if len(groups) > 4 else "")
+        shown = "  ".join(show_ranks(group) for group in groups[:4]) + ("  ..." if len(groups) > 4 else "")
         lines.append(f"{kind + ' groups':<16}{len(groups):>5}: {shown}")
     header = ("stage", "layers", "ranks", "parameters", "weights", "gradients", "optimizer", "activations", "all")
     rows = [header]
@@ -189,7 +194,7 @@ def describe(config: Config, vocabulary_size: int, world_size: int) -> str:
         ranks = [rank for rank in range(world_size) if place_rank(config, world_size, rank).pipeline == stage]
         sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
         rows.append(
-            (str(stage), _show_ranks(layers), _show_ranks(ranks), f"{memory.parameters:,}", *map(_show_bytes, sizes))
+            (str(stage), show_ranks(layers), show_ranks(ranks), f"{memory.parameters:,}", *map(_show_bytes, sizes))
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines += ["", *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)]
@@ -197,7 +202,7 @@ def describe(config: Config, vocabulary_size: int, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def _show_ranks(numbers: list[int]) -> str:
+def show_ranks(numbers: list[int]) -> str:
     """0-3 or 0,4,8-9."""
     runs: list[list[int]] = []
     for number in numbers:

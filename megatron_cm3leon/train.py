@@ -7,27 +7,16 @@ import argparse
 import logging
 import sys
 import time
-from pathlib import Path
 
-from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.checkpoint.schedule import RunSaver
-from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.cli import show_messages
-from megatron_cm3leon.cluster.attempt import USER_ERROR, Attempt, run_attempt
-from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config, save_config
-from megatron_cm3leon.data.loader import Loader
+from megatron_cm3leon.cluster.attempt import USER_ERROR, run_attempt
+from megatron_cm3leon.config import Config, load_config
 from megatron_cm3leon.data.shards import open_shards
-from megatron_cm3leon.data.stream import Stream, build_stream
-from megatron_cm3leon.engine.base import Engine, StepMetrics
 from megatron_cm3leon.engine.parallel import Rank, choose_device, set_threads
-from megatron_cm3leon.metrics import MetricsLogger
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.plan import PAPER_VOCABULARY, describe
-from megatron_cm3leon.progress import meter
-from megatron_cm3leon.schedule import follow_rule, learning_rate
-from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
-
-logger = logging.getLogger("megatron_cm3leon.train")  # by name: this module also runs as __main__
+from megatron_cm3leon.schedule import follow_rule
+from megatron_cm3leon.training import Training
 
 SECONDS_FOR_FIRST_RANK = 20
 """A launcher ends all ranks with the first that ends: the others wait, so that the first rank's sentence is printed."""
@@ -60,197 +49,6 @@ def dry_run(config: Config, ranks: int) -> str:
     return describe(config, size, ranks)
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """Folder of the newest checkpoint, or None at the start of a run. A damaged one is refused when it is opened."""
-    found = sharded.list_checkpoints(run)
-    return found[-1] if found else None
-
-
-def check_changes(
-    reader: sharded.CheckpointReader, config: Config, stream: Stream, state: TrainState, allowed: list[str]
-) -> None:
-    """Refuse to resume with another vocabulary, model or stream unless each changed field was allowed; record those."""
-    check_same_vocabulary(stream.vocabulary, reader.vocabulary, f"checkpoint {reader.folder}")
-    found = changed_fields(reader.config, config)
-    changes = {name: pair for name, pair in found.items() if name.startswith(FIXED_FIELDS)}
-    for name, (before, after) in changes.items():
-        if name not in allowed:
-            raise ValueError(
-                f"{name} ({after}) was {before} in {reader.folder}; resume with the old value, start a new run folder "
-                f"(output=...), or confirm with --allow-change {name}."
-            )
-        state.changes.append({"step": state.step, "field": name, "old": before, "new": after})
-    if state.stream != stream.fingerprint and not changes and "data.shards" not in allowed:
-        raise ValueError(
-            f"the shards or the index behind this run, or the weights of data.sources, are not those of "
-            f"{reader.folder}; give the same ones, start a new run folder (output=...), or confirm with "
-            f"--allow-change data.shards."
-        )
-
-
-def engine_class(config: Config) -> type[Engine]:
-    """The class of `train.engine`; the other one's packages are not imported."""
-    if config.train.engine == "deepspeed":
-        from megatron_cm3leon.engine.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine
-    from megatron_cm3leon.engine.megatron import MegatronEngine
-
-    return MegatronEngine
-
-
-def open_run(config: Config, stream: Stream, device, allowed: list[str]) -> tuple[Engine, TrainState, Path | None]:
-    """Engine and state to go on from, the last checkpoint's (its folder comes third) or new.
-
-    Changed fields are told before weights are read.
-    """
-    build_engine = engine_class(config)
-    folder = latest_checkpoint(Path(config.output))
-    if folder is None:
-        return build_engine(config, stream.vocabulary, device), TrainState(stream=stream.fingerprint), None
-    reader = sharded.CheckpointReader(folder)
-    state = reader.state
-    check_changes(reader, config, stream, state, allowed)
-    engine = build_engine(config, stream.vocabulary, device)
-    engine.load(folder)
-    if state.stream == stream.fingerprint:
-        stream.resume(state.cursor)
-    state.stream = stream.fingerprint
-    logger.info("resumed from %s at step %d", folder, state.step)
-    for left in sharded.list_unfinished(Path(config.output)):
-        logger.info("%s was not finished when the run ended; it is not used", left)
-    return engine, state, folder
-
-
-def build_loader(config: Config, stream: Stream, engine: Engine, start_batch: int) -> Loader:
-    return Loader(
-        stream,
-        rank=engine.data_rank,
-        size=engine.data_size,
-        micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=config.train.global_batch_size,
-        start_batch=start_batch,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        pin_memory=engine.device.type == "cuda",
-    )
-
-
-class Validation:
-    """The same held-out batches each time, with and without retrieved documents."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.streams = {"validation": build_stream(config, train=False)}
-        if config.validation.index:
-            self.streams["validation_without_retrieval"] = build_stream(config, train=False, retrieval=False)
-
-    def run(self, engine: Engine) -> dict[str, float]:
-        """Mean losses over the batches, named as metrics.jsonl has them."""
-        losses = {}
-        for name, stream in self.streams.items():
-            loader = build_loader(self.config, stream, engine, start_batch=0)
-            metrics = [engine.eval_step(next(loader)[1]) for _ in range(self.config.validation.batches)]
-            loader.close()
-            for field in ("loss", "loss_text", "loss_image"):
-                losses[f"{name}_{field}"] = sum(getattr(each, field) for each in metrics) / len(metrics)
-        return losses
-
-
-def advance(state: TrainState, metrics: StepMetrics, config: Config) -> None:
-    """Count the batch; ValueError after too many non-finite ones in a row."""
-    state.tokens += metrics.tokens
-    state.batch += 1
-    if metrics.stepped:
-        state.step += 1
-        return
-    state.skipped.append(state.batch - 1)
-    # Below a warning: every rank knows it, the first one shows messages of this level.
-    logger.info(
-        "batch %d: loss %.6g, gradient norm %.6g; no rank stepped", state.batch - 1, metrics.loss, metrics.grad_norm
-    )
-    last = state.skipped[-config.train.max_skipped - 1 :]
-    if len(last) > config.train.max_skipped and last[0] == state.batch - len(last):
-        raise ValueError(
-            f"{len(last)} batches in a row had a non-finite loss or gradient, {last[0]} to {last[-1]}; look at them "
-            f"(tools/show_batch.py {Path(config.output) / 'config.yaml'} --batch {last[0]}), lower "
-            f"optimizer.learning_rate or raise train.max_skipped."
-        )
-
-
-def train(config: Config, attempt: Attempt, allowed: list[str]) -> tuple[str, int]:
-    """Run the loop on this rank to train.steps, to train.stop_after or to a signal; returns which, and the step."""
-    run, first, watch = attempt.run, attempt.first, attempt.watch
-    watch.progress("opening the data")
-    stream = build_stream(config)
-    follow_rule(config, count_parameters(config, stream.vocabulary.size))
-    watch.progress("building the model and loading a checkpoint")
-    engine, state, resumed = open_run(config, stream, attempt.device, allowed)
-    state.attempt = attempt.number
-    watch.progress("opening the validation data")
-    validation = Validation(config) if config.validation.interval else None
-    if first:
-        save_config(config, run / "config.yaml")
-        if resumed:
-            attempt.record("resume", step=state.step, checkpoint=resumed.name)
-    end = min(config.train.steps, config.train.stop_after or config.train.steps)
-    saver = RunSaver(engine, config, first, saved=state.step if resumed else None)
-    saver.save_if_due(state)
-    loader = build_loader(config, stream, engine, state.batch)
-    stopped = False
-    with meter(max(0, end - state.step), "training", "steps", quiet=not first) as progress, saver:
-        log = MetricsLogger(run, config, stream.vocabulary.size, attempt.rank.world_size, progress) if first else None
-        attempt.start_steps()
-        while state.step < end and not stopped:
-            watch.progress(f"waiting for batch {state.batch}")
-            started = time.perf_counter()
-            batch, micro_batches = next(loader)
-            assert batch == state.batch, f"the loader is at batch {batch}, the run at {state.batch}"
-            waited = time.perf_counter() - started
-            rate = learning_rate(config, state.step)
-            watch.progress(f"step {state.step + 1}")
-            metrics = engine.train_step(micro_batches, state.step, rate)
-            advance(state, metrics, config)
-            state.cursor = loader.cursor
-            seconds = time.perf_counter() - started
-            extra = {}
-            if validation and state.step % config.validation.interval == 0:
-                watch.progress(f"validation at step {state.step}")
-                extra = validation.run(engine)
-            if log:
-                log.log(
-                    seconds,
-                    attempt=state.attempt,
-                    step=state.step,
-                    batch=batch,
-                    loss=metrics.loss,
-                    loss_text=metrics.loss_text,
-                    loss_image=metrics.loss_image,
-                    grad_norm=metrics.grad_norm,
-                    learning_rate=rate,
-                    tokens=state.tokens,
-                    tokens_trimmed=metrics.tokens_trimmed,
-                    data_seconds=waited,
-                    **extra,
-                )
-            watch.progress(f"saving at step {state.step}")
-            saver.poll()
-            stopped = attempt.stop_asked(state.step)
-            if not stopped:
-                saver.save_if_due(state)
-    loader.close()
-    watch.progress(f"saving step {state.step}, the last one")
-    folder = saver.finish(state)
-    if first:
-        log.close()
-        print(f"wrote {folder}")
-    if state.step >= config.train.steps:
-        return "finished", state.step
-    if stopped:
-        logger.info("stopped at step %d as a signal asked for; the same command goes on", state.step)
-    return "signal" if stopped else "stop_after", state.step
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line; the exit status is that of cluster/attempt.py. Errors are told once, by the rank that met them."""
     options = parse_arguments(arguments)
@@ -272,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(SECONDS_FOR_FIRST_RANK)
         return USER_ERROR
     set_threads(config.train.threads, rank)
-    return run_attempt(config, rank, device, lambda attempt: train(config, attempt, options.allow_change))
+    return run_attempt(config, rank, device, lambda attempt: Training(config, attempt, options.allow_change).train())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 
 from megatron_cm3leon.cli import run_tool
 from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config
-from megatron_cm3leon.data.history import find_batch, read_history
+from megatron_cm3leon.data.history import REASONS, find_batch, read_history
 from megatron_cm3leon.data.show import BlockPrinter, find_pictures
 from megatron_cm3leon.data.stream import Stream, build_stream
 from megatron_cm3leon.data.waste import describe_waste
@@ -128,7 +128,7 @@ def describe_batch(run: Path, batch: int) -> str:
     if batch not in history:
         return ", not reached by this run"
     step, skipped = history[batch]
-    return f", SKIPPED by this run after step {step}: its loss was not finite" if skipped else f", step {step}"
+    return f", SKIPPED by this run after step {step}: {REASONS[skipped]}" if skipped else f", step {step}"
 
 
 if __name__ == "__main__":

@@ -74,10 +74,7 @@ class RunSaver:
     def save(self, state: TrainState) -> None:
         """Start a save unless this step has one; collective."""
         if state.step != self.saved:
-            if self.under_way:  # engine.save() would wait as well, and its folder would go unrecorded
-                while not self.engine.poll():
-                    time.sleep(PAUSE_SECONDS)
-                self._tidy()
+            self.wait()  # engine.save() would wait as well, and its folder would go unrecorded
             self.begun, self.attempt = time.monotonic(), state.attempt
             self.engine.save(step_folder(Path(self.config.output), state.step), state)
             self.saved, self.under_way = state.step, True
@@ -96,6 +93,12 @@ class RunSaver:
         """Raise what went wrong in the save under way; once it is whole, delete what is old."""
         if self.under_way and self.engine.poll():
             self._tidy()
+
+    def wait(self) -> None:
+        """Return once this rank's part of the save under way is on disk (rank 0: the checkpoint is whole)."""
+        while self.under_way:
+            self.poll()
+            time.sleep(PAUSE_SECONDS if self.under_way else 0)
 
     def finish(self, state: TrainState) -> Path:
         """Save the last step, wait until it is on disk and end the engine; returns the checkpoint's folder."""

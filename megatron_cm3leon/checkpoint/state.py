@@ -17,6 +17,10 @@ class TrainState:
     """Target tokens seen, padding not counted."""
     skipped: list[int] = field(default_factory=list)
     """Batches whose loss or gradient was not finite, on which no rank stepped."""
+    left_out: list[dict] = field(default_factory=list)
+    """Further batches that no rank trained on: step, first, last, reason (spike or asked) and the spike's loss."""
+    recent_losses: list[float] = field(default_factory=list)
+    """With train.spike_width, the last losses that were no spikes, against which the next one is judged."""
     cursor: dict = field(default_factory=dict)
     """Where the last batch stands in the stream (Stream.resume), so that resuming costs the same at any step."""
     stream: str = ""

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron_cm3leon.cluster import events
 from megatron_cm3leon.cluster.lock import RunLock
 from megatron_cm3leon.cluster.peers import Cause, Peers
+from megatron_cm3leon.cluster.preflight import check_all_reduce, compare_ranks
 from megatron_cm3leon.cluster.signals import StopRequested, StopSignals
 from megatron_cm3leon.cluster.watchdog import FAILED, LINGER_SECONDS, SILENCE_SECONDS, Watchdog
 from megatron_cm3leon.config import Config
@@ -63,16 +64,22 @@ class Attempt:
         self.watch.start()
 
     def begin(self) -> None:
-        """Take the run folder, agree on the attempt's number and create the process groups; collective."""
+        """Take the run folder, agree on the attempt's number, compare the ranks and create the groups; collective."""
         self.watch.progress("meeting the other ranks")
         if self.first:
             self.run.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
             self.store.set("attempt", str(events.next_attempt(self.run)))
         self.number = self.watch.attempt = int(self.store.get("attempt"))
+        preflight = self.config.cluster.preflight
+        if preflight:
+            self.watch.progress("comparing the ranks")
+            compare_ranks(self.config, self.rank, self.device, self.store)
         self.watch.progress("creating process groups")
         longest = timedelta(seconds=2 * self.config.cluster.watchdog_seconds)
         initialize_groups(self.config, self.rank, self.device, self.store, longest)
+        if preflight:
+            check_all_reduce(self.device)
         hosts = gather_objects(platform.node())
         if self.first:
             job, restarts = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)

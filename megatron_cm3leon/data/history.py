@@ -1,27 +1,55 @@
 """What a run did at each step, from its metrics.jsonl.
 
-A step that met a non-finite loss or gradient skips its batch: its line repeats the step before it. A later attempt goes
-on from a checkpoint: its lines replace those of earlier attempts from its first batch on.
+A step that met a non-finite loss or gradient skips its batch: its line repeats the step before it. So does the line of
+a batch that was left out (after a spike, or because train.skip_batches asks for it); it replaces the line of the step
+that was taken back. A later attempt goes on from a checkpoint: its lines replace those of earlier attempts from its
+first batch on.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+METRICS = "metrics.jsonl"
+NON_FINITE = "non-finite"
+REASONS = {
+    NON_FINITE: "its loss or gradient was not finite",
+    "spike": "the loss spiked, and the run went back to a checkpoint before it",
+    "asked": "train.skip_batches leaves it out",
+}
+"""Why a batch was skipped, as its line's key `skipped` names it, and in words."""
+
+
+def parse_lines(path: Path) -> Iterator[dict]:
+    """The objects of a file with one a line; ValueError naming the line that is none."""
+    for number, text in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
+        # What follows the last line end is the half line that a killed run can leave.
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged: line {number} is no JSON object ({error}). Training does not read this file; "
+                f"delete the line to read the others."
+            ) from error
+        yield line
 
 
 def read_lines(run: str | Path) -> list[tuple[dict, bool]]:
     """Each batch's line and whether it was skipped, of the run as it stands; ValueError where there is no record."""
-    path = Path(run) / "metrics.jsonl"
+    path = Path(run) / METRICS
     if not path.is_file():
-        raise ValueError(f"{run} is no run folder: it has no metrics.jsonl, which training writes.")
+        raise ValueError(f"{run} is no run folder: it has no {METRICS}, which training writes.")
+    return settle_lines(parse_lines(path))
+
+
+def settle_lines(written: Iterable[dict]) -> list[tuple[dict, bool]]:
+    """The lines that stand of those that were written, by batch, and whether each one's batch was skipped."""
     lines: dict[int, dict] = {}
-    attempt = None
-    for text in path.read_text().splitlines(keepends=True):
-        if not text.endswith("\n"):  # a killed run can leave half a line
-            continue
-        line = json.loads(text)
-        if line["attempt"] != attempt:
-            attempt, lines = line["attempt"], {each: lines[each] for each in lines if each < line["batch"]}
-        lines[line["batch"]] = line
+    last = None
+    for line in written:
+        if last and (line["attempt"] != last["attempt"] or line["batch"] <= last["batch"]):
+            lines = {batch: lines[batch] for batch in lines if batch < line["batch"]}
+        last = lines[line["batch"]] = line
     ordered = [lines[batch] for batch in sorted(lines)]
     before = [0, *(line["step"] for line in ordered)]
     return [(line, line["step"] == step) for line, step in zip(ordered, before, strict=False)]
@@ -32,9 +60,12 @@ def read_metrics(run: str | Path) -> list[dict]:
     return [line for line, skipped in read_lines(run) if not skipped]
 
 
-def read_history(run: str | Path) -> dict[int, tuple[int, bool]]:
-    """Batch -> (step, whether it was skipped)."""
-    return {line["batch"]: (line["step"], skipped) for line, skipped in read_lines(run)}
+def read_history(run: str | Path) -> dict[int, tuple[int, str]]:
+    """Batch -> (step, why it was skipped, one of REASONS; empty when it was not)."""
+    return {
+        line["batch"]: (line["step"], line.get("skipped", NON_FINITE) if skipped else "")
+        for line, skipped in read_lines(run)
+    }
 
 
 def find_batch(run: str | Path, step: int) -> int:

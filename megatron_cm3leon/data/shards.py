@@ -96,7 +96,7 @@ class Corpus:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.manifest = _load_manifest(self.folder)
+        self.manifest = load_manifest(self.folder)
         self.vocabulary = Vocabulary.from_dict(self.manifest["vocabulary"])
         self.shards = self.manifest["shards"]
         self.dtype = self.vocabulary.dtype.newbyteorder("<")
@@ -242,7 +242,8 @@ def _close_files(files: dict[int, int]) -> None:
         os.close(file)
 
 
-def _load_manifest(folder: Path) -> dict:
+def load_manifest(folder: Path) -> dict:
+    """Read and check a shard folder's manifest; ValueError where there is none, or another format's."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(

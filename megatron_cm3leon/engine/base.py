@@ -38,6 +38,14 @@ class Engine(Protocol):
     def train_step(self, micro_batches: list[MicroBatch], step: int, learning_rate: float) -> StepMetrics:
         """Forward, backward and optimizer step number `step` (from 0) on this rank's part of a global batch."""
 
+    def own_seconds(self) -> float:
+        """Of the last train_step: seconds in which this rank worked before it waited for other data-parallel ranks.
+
+        megatron: forward and backward passes, until gradients are waited for. deepspeed: the forward passes, because
+        its backward passes wait for gradients. What a rank waits for within a replica (tensor, context and pipeline
+        parallel), or for weights under zero=3, is not told from its work.
+        """
+
     def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:
         """Losses of a global batch, without dropout and without a step."""
 
@@ -52,7 +60,10 @@ class Engine(Protocol):
         """Whether no save is under way; ValueError, with the path, when one went wrong. Not collective."""
 
     def load(self, folder: Path) -> TrainState:
-        """Read weights and optimizer state of any layout of this engine, and compare checksums; collective."""
+        """Read weights and optimizer state of any layout of this engine, and compare checksums; collective.
+
+        Also into an engine that has trained: nothing of it remains.
+        """
 
     def close(self) -> None:
         """Wait for the save under way, which may raise as poll() does, and end the process groups."""

@@ -26,6 +26,7 @@ from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
 from megatron_cm3leon.engine.parallel import destroy_groups, open_verified
+from megatron_cm3leon.engine.work_clock import WorkClock
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
@@ -96,6 +97,7 @@ class DeepSpeedEngine:
     def __init__(self, config: Config, vocabulary: Vocabulary, device: torch.device) -> None:
         """Build model and optimizer on `device`; engine.parallel.initialize_groups comes first."""
         self.config, self.vocabulary, self.device = config, vocabulary, device
+        self.clock = WorkClock(device)
         self.data_group = parallel_state.get_data_parallel_group()
         self.data_rank, self.data_size = self.data_group.rank(), self.data_group.size()
         settings = build_settings(config, self.data_size)
@@ -164,6 +166,10 @@ class DeepSpeedEngine:
         norm = float(source._global_grad_norm) if stepped else math.inf
         return to_metrics(sums, norm, stepped)
 
+    def own_seconds(self) -> float:
+        """Time of this rank's forward passes; see Engine.own_seconds."""
+        return self.clock.seconds()
+
     @torch.no_grad()
     def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:
         """Losses of a global batch; see Engine.eval_step."""
@@ -174,13 +180,16 @@ class DeepSpeedEngine:
         """Forward (and backward and step) over the micro-batches; the global sums that `to_metrics` reads, fp64."""
         scale = loss_scale(micro_batches, self.device, self.data_group) * self.data_size
         total = torch.zeros(8, dtype=torch.float64, device=self.device)
+        self.clock.reset()
         for batch in micro_batches:
             tensors = (batch.tokens, batch.labels, batch.loss_weights, batch.position_ids)
             tokens, labels, weights, positions = (each.to(self.device, non_blocking=True) for each in tensors)
             samples = None
             if batch.samples is not None:
                 samples = torch.stack([batch.samples, batch.position_ids]).to(self.device, non_blocking=True)
+            self.clock.start()
             losses = self.engine(tokens, positions, samples, labels=labels)
+            self.clock.stop()
             weighted = losses.float() * weights
             if training:
                 loss = weighted.sum() * scale
@@ -237,7 +246,10 @@ class DeepSpeedEngine:
             return
         targets = {"weight": main}
         if reader.has(place.name, "exp_avg"):
-            targets |= self._moments(main) or self._new_moments(main, updates)
+            targets |= self._moments(main) or self._new_moments(main)
+            self._count_updates(main, updates)
+        else:  # saved before the first step
+            self.adam.state.pop(main, None)
         for kind, target in targets.items():
             whole = reader.read_part(place.name, kind, place.offset, place.local_shape)
             target.view(-1)[offset : offset + stop - start].copy_(whole.view(-1)[start:stop])
@@ -271,13 +283,16 @@ class DeepSpeedEngine:
         state = self.adam.state.get(main, {})
         return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
 
-    def _new_moments(self, main: torch.Tensor, updates: int) -> dict[str, torch.Tensor]:
-        """Moments of zeros, put where Adam expects those of `updates` steps."""
-        moments = {kind: torch.zeros_like(main) for kind in ("exp_avg", "exp_avg_sq")}
+    def _new_moments(self, main: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Moments of zeros, put where Adam expects them."""
+        self.adam.state[main] = {kind: torch.zeros_like(main) for kind in ("exp_avg", "exp_avg_sq")}
+        return dict(self.adam.state[main])
+
+    def _count_updates(self, main: torch.Tensor, updates: int) -> None:
+        """Let Adam's bias correction go on from `updates` steps."""
         is_torch = isinstance(self.adam, torch.optim.AdamW)
         steps = torch.tensor(float(updates), device=main.device) if is_torch else updates
-        self.adam.state[main] = {"step": steps, **moments}
-        return moments
+        self.adam.state[main]["step"] = steps
 
     @torch.no_grad()
     def _refresh_parameters(self) -> None:

@@ -30,6 +30,7 @@ from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
 from megatron_cm3leon.engine.parallel import destroy_groups, open_verified
+from megatron_cm3leon.engine.work_clock import WorkClock
 from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
@@ -45,6 +46,7 @@ class MegatronEngine:
     def __init__(self, config: Config, vocabulary: Vocabulary, device: torch.device) -> None:
         """Build model and optimizer on `device`; engine.parallel.initialize_groups comes first."""
         self.config, self.vocabulary, self.device = config, vocabulary, device
+        self.clock = WorkClock(device)
         chunks = [chunk.to(device) for chunk in build_stage(config, vocabulary)]
         self.placements = [pair for chunk in chunks for pair in place_parameters(chunk)]
         self.model = [self._distribute(chunk, number) for number, chunk in enumerate(chunks)]
@@ -88,6 +90,7 @@ class MegatronEngine:
             return functions[0] if len(functions) == 1 else functions
 
         def finalize(model, num_tokens=None, **groups):
+            self.clock.stop()  # from here on gradients are waited for
             # The loss is already divided by the global sum of weights: nothing is left to scale.
             finalize_model_grads(model, None, **groups)
 
@@ -149,6 +152,10 @@ class MegatronEngine:
             self.optimizer.step_with_ready_grads()
         return to_metrics(sums, norm, stepped)
 
+    def own_seconds(self) -> float:
+        """Time of this rank's forward and backward passes; see Engine.own_seconds."""
+        return self.clock.seconds()
+
     @torch.no_grad()
     def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:
         """Losses of a global batch; see Engine.eval_step."""
@@ -159,6 +166,8 @@ class MegatronEngine:
     def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> torch.Tensor:
         """Forward (and backward) over the micro-batches; the global sums that `to_metrics` reads, fp64."""
         scale = loss_scale(micro_batches, self.device, self.data_group)
+        self.clock.reset()
+        self.clock.start()
 
         def forward_step(batches: Iterator[MicroBatch], model):
             batch = next(batches)
@@ -250,15 +259,16 @@ class MegatronEngine:
         if start == stop:
             return
         main.copy_(weight.view(-1)[start:stop].view(main.shape))
-        if not reader.has(place.name, "exp_avg"):
-            return  # saved before the first step
+        adam = self.optimizer.optimizer
+        if not reader.has(place.name, "exp_avg"):  # saved before the first step
+            adam.state.pop(main, None)
+            return
         moments = {}
         for kind in ("exp_avg", "exp_avg_sq"):
             whole = reader.read_part(place.name, kind, place.offset, place.local_shape)
             part = whole.view(-1)[start:stop].view(main.shape)
             # A slice would keep the whole tensor in memory.
             moments[kind] = part.to(main.device) if part.numel() == whole.numel() else part.to(main.device, copy=True)
-        adam = self.optimizer.optimizer
         if isinstance(adam, torch.optim.AdamW):
             moments["step"] = torch.tensor(float(updates))
         else:  # TransformerEngine's and apex's FusedAdam count once a group

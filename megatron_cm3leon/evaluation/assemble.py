@@ -21,12 +21,16 @@ REQUIRED = (
 
 
 def read_records(run: str | Path) -> list[dict]:
-    """Lines of metrics.jsonl in order: where a step was run twice, both are there, of different attempts."""
+    """Lines of metrics.jsonl in order, but those of batches that were left out: they have no loss.
+
+    Where a step was run twice, both are there.
+    """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"no metrics at {path}; give the run folder of the training.")
     # A killed run can leave half a line at the end of an attempt.
-    return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+    lines = [line for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+    return [record for record in map(json.loads, lines) if "loss" in record]
 
 
 def read_stages(path: str | Path) -> dict[str, float]:

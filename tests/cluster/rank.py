@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from megatron_cm3leon import train
+from megatron_cm3leon import resume, train, training
 from megatron_cm3leon.checkpoint.schedule import RunSaver
 from megatron_cm3leon.data.loader import Loader
 
@@ -55,16 +55,16 @@ def main() -> int:
         setattr(kind, name, replaced)
 
     before(Loader, "__next__", "loader")
-    before(train.Validation, "run", "validation")
+    before(training.Validation, "run", "validation")
     before(RunSaver, "save", "save")
-    find = train.engine_class
+    find = resume.engine_class
 
     def engine_class(config):
         kind = find(config)
         before(kind, "train_step", "step")
         return kind
 
-    train.engine_class = engine_class
+    resume.engine_class = engine_class
     return train.main(sys.argv[2:])
 
 

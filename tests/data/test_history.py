@@ -18,7 +18,14 @@ def run(tmp_path):
 
 
 def test_the_last_attempt_counts_and_skipped_batches_are_known(run):
-    assert read_history(run) == {0: (1, False), 1: (1, True), 2: (2, False), 3: (2, True), 4: (3, False), 5: (4, False)}
+    assert read_history(run) == {
+        0: (1, ""),
+        1: (1, "non-finite"),
+        2: (2, ""),
+        3: (2, "non-finite"),
+        4: (3, ""),
+        5: (4, ""),
+    }
     assert [(line["step"], line["loss"]) for line in read_metrics(run)] == [(1, 10), (2, 12), (3, 24), (4, 25)]
     assert find_batch(run, 3) == 4
 

@@ -6,6 +6,7 @@ every case of its size: megatron-core's groups are made and destroyed once a cas
 
 With "save_start" the initial weights are saved too. With "spoil" (a step) that step is first tried on a batch whose
 weights are infinite on the last data-parallel rank alone: no rank may step, and the run goes on as if nothing had been.
+With "go_back" ([from, to]) the checkpoint of step `to` is loaded once, at step `from`, and its steps are taken again.
 """
 
 import json
@@ -19,18 +20,30 @@ import torch
 import torch.distributed as dist
 
 from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.config import load_config
-from megatron_cm3leon.data.loader import MicroBatch
-from megatron_cm3leon.data.stream import build_stream
+from megatron_cm3leon.config import Config, load_config
+from megatron_cm3leon.data.loader import Loader, MicroBatch
+from megatron_cm3leon.data.stream import Stream, build_stream
+from megatron_cm3leon.engine.base import Engine
 from megatron_cm3leon.engine.parallel import Rank, choose_device, initialize_groups, set_threads
+from megatron_cm3leon.resume import open_run
 from megatron_cm3leon.schedule import learning_rate
-from megatron_cm3leon.train import build_loader, open_run
+from megatron_cm3leon.training import build_loader
 
 
 def spoil(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
     """The same, with infinite weights in the first micro-batch: its loss and its gradients are NaN."""
     first, *others = micro_batches
     return [replace(first, loss_weights=torch.full_like(first.loss_weights, torch.inf)), *others]
+
+
+def go_back(step: int, config: Config, stream: Stream, engine: Engine, record: list[dict], loader: Loader) -> tuple:
+    """State, record and loader as they were at `step`, whose checkpoint is loaded into the engine that went on."""
+    while not engine.poll():
+        time.sleep(0.01)
+    dist.barrier()
+    state = engine.load(sharded.step_folder(Path(config.output), step))
+    loader.close()
+    return state, record[:step], build_loader(config, stream, engine, state.batch)
 
 
 def run_case(case: dict, rank: Rank, folder: Path) -> None:
@@ -59,6 +72,8 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
         record.append({"step": state.step, "loss": metrics.loss, "grad_norm": metrics.grad_norm})
         if state.step % config.checkpoint.interval == 0:
             engine.save(sharded.step_folder(Path(config.output), state.step), state)
+        if state.step == case.get("go_back", [None])[0]:
+            state, record, loader = go_back(case.pop("go_back")[1], config, stream, engine, record, loader)
     loader.close()
     while not engine.poll():
         time.sleep(0.01)

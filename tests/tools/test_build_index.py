@@ -55,7 +55,10 @@ def test_tasks_share_the_work(corpus, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
     done = call_tool("build_index", *arguments)
-    assert done.returncode == 0 and "task 1 of 2 is done; go on, when all are, with the same command as one task" in done.stdout
+    assert (
+        done.returncode == 0
+        and "task 1 of 2 is done; go on, when all are, with the same command as one task" in done.stdout
+    )
     assert not (corpus / "index/embeddings/bank.npy").exists()
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     done = call_tool("build_index", *arguments, "--stage", "neighbors")

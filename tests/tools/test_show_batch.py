@@ -79,9 +79,9 @@ def test_a_step_of_a_run_is_printed_and_skipped_batches_are_marked(corpus, tmp_p
     # Batch 1 was skipped; the second attempt went on from the checkpoint of step 1 and skipped batch 2 instead.
     first = [(1, 1, 0), (1, 1, 1), (1, 2, 2), (1, 3, 3)]
     write_metrics(run, first)
-    assert read_history(run) == {0: (1, False), 1: (1, True), 2: (2, False), 3: (3, False)}
+    assert read_history(run) == {0: (1, ""), 1: (1, "non-finite"), 2: (2, ""), 3: (3, "")}
     write_metrics(run, [*first, (2, 2, 1), (2, 2, 2), (2, 3, 3)])
-    assert read_history(run) == {0: (1, False), 1: (2, False), 2: (2, True), 3: (3, False)}
+    assert read_history(run) == {0: (1, ""), 1: (2, ""), 2: (2, "non-finite"), 3: (3, "")}
     result = call_tool("show_batch", run, "--step", 3)
     assert result.returncode == 0 and result.stdout.startswith("batch 3: blocks 6..7, stream "), result.stderr
     assert ", step 3\n" in result.stdout

@@ -1,4 +1,7 @@
-"""A loss that is not finite on one rank: no rank steps, and the run goes on as if the batch had not been."""
+"""A loss that is not finite on one rank: no rank steps, and the run goes on as if the batch had not been.
+
+And what follows a spike: a checkpoint is loaded into the engine that trained on, and the same steps follow.
+"""
 
 import pytest
 
@@ -18,6 +21,9 @@ ENGINES = {
     "deepspeed zero=3": ["train.engine=deepspeed", "parallel.zero=3"],
     "deepspeed zero=3 bf16": ["train.engine=deepspeed", "parallel.zero=3", "train.precision=bf16"],
     "deepspeed zero=3 offload": ["train.engine=deepspeed", "parallel.zero=3", "deepspeed.offload_optimizer=true"],
+    "megatron zero=1": ["parallel.zero=1"],
+    "megatron tensor=2": ["parallel.tensor=2"],
+    "megatron pipeline=2": ["parallel.pipeline=2"],
     "deepspeed tensor=2": ["train.engine=deepspeed", "parallel.tensor=2"],
     "deepspeed tensor=2 bf16": ["train.engine=deepspeed", "parallel.tensor=2", "train.precision=bf16"],
 }
@@ -27,16 +33,16 @@ COVERING = ("megatron", "deepspeed zero=2 bf16", "deepspeed zero=3")
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
     """Steps of each engine that this session asks for, with and without a spoiled batch."""
-    folder = tmp_path_factory.mktemp("nonfinite")
+    folder = tmp_path_factory.mktemp("loss_guard")
     write_shards(folder / "shards", learnable_pairs(), make_vocabulary())
     config = folder / "config.yaml"
     config.write_text(CONFIG)
     asked = {item.callspec.params.get("engine") for item in request.session.items if hasattr(item, "callspec")}
     cases = []
     for name in [name for name in ENGINES if name in asked]:
-        for kind, more in (("clean", {}), ("spoiled", {"spoil": 2})):
+        for kind, more in (("clean", {}), ("spoiled", {"spoil": 2}), ("back", {"go_back": [3, 1]})):
             paths = [f"data.shards={folder / 'shards'}", f"output={folder / name / kind}", "train.steps=4"]
-            overrides = [*ENGINES[name], *paths, "schedule.warmup_steps=0"]
+            overrides = [*ENGINES[name], *paths, "schedule.warmup_steps=0", "checkpoint.interval=1"]
             cases.append({"name": f"{name} {kind}", "config": str(config), "overrides": overrides, **more})
     return run_cases(folder, 2, cases)
 
@@ -47,3 +53,10 @@ def runs(request, tmp_path_factory):
 def test_no_rank_steps_on_a_batch_that_is_not_finite_on_one(runs, engine):
     assert len(runs[f"{engine} clean"]) == 4
     assert runs[f"{engine} spoiled"] == runs[f"{engine} clean"]
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=() if name in COVERING else pytest.mark.slow) for name in ENGINES]
+)
+def test_an_engine_that_went_back_repeats_its_steps(runs, engine):
+    assert runs[f"{engine} back"] == runs[f"{engine} clean"]
