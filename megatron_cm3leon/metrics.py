@@ -27,10 +27,19 @@ def flops_per_token(config: Config, vocabulary_size: int) -> int:
     return 6 * weights + 6 * model.layers * config.data.seq_length * model.hidden_size
 
 
+def drop_half_line(path: Path) -> None:
+    """Take away a last line that a full disk or a kill cut off, so that the next one begins a line of its own."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
 class MetricsLogger:
     """Writes one JSON object a step; only the first rank has one."""
 
     def __init__(self, run: Path, config: Config, vocabulary_size: int, ranks: int, progress: Meter) -> None:
+        drop_half_line(run / "metrics.jsonl")
         self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed by close()
         self.board = SummaryWriter(str(run / "tensorboard"))
         self.progress = progress

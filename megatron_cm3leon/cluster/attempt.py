@@ -155,7 +155,7 @@ class Attempt:
 
 
 def run_attempt(config: Config, rank: Rank, device: torch.device, body: Callable[[Attempt], tuple[str, int]]) -> int:
-    """Run `body` on this rank, which returns why it stopped (finished, stop_after, signal) and the step; the exit status.
+    """Run `body` on this rank; the exit status. It returns why it stopped (finished, stop_after, signal) and the step.
 
     After an error it does not return: the process ends.
     """

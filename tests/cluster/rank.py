@@ -1,8 +1,8 @@
 """The training command with accidents: `python rank.py ACCIDENTS.json config.yaml ...`.
 
-ACCIDENTS.json: {"pace": seconds each step takes longer, "accidents": [{"rank", "step", "where", "do"}]}: on that rank, as
-step `step` (from 1) begins, `where` (loader, step, validation or save) does `do`: sleep, stop (SIGSTOP), kill (SIGKILL),
-raise (an error of the model), value (a ValueError), memory (CUDA's out of memory).
+ACCIDENTS.json: {"pace": seconds each step takes longer, "accidents": [{"rank", "step", "where", "do"}]}: on that rank,
+in step `step` (from 1), `where` (loader, step, validation or save; the loader is still in the step before) does `do`:
+sleep, stop (SIGSTOP), kill (SIGKILL), raise (an error of the model), value (a ValueError), memory (CUDA out of memory).
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -34,7 +35,7 @@ def happen(what: str) -> None:
 
 
 def main() -> int:
-    plan = json.loads(open(sys.argv[1]).read())
+    plan = json.loads(Path(sys.argv[1]).read_text())
     rank, at = int(os.environ.get("RANK", 0)), {"step": 0}
 
     def accident(where: str) -> None:

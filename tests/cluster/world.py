@@ -47,9 +47,7 @@ class World:
 
     def _start(self, command: list[str], environment: dict, number: int) -> subprocess.Popen:
         with open(self.folder / f"{number}.out", "w") as out, open(self.folder / f"{number}.err", "w") as err:
-            return subprocess.Popen(
-                command, stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True
-            )
+            return subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True)
 
     def said(self, ending: str = "err") -> str:
         """What all processes printed so far."""
