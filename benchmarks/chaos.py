@@ -239,9 +239,7 @@ def prepare(folder: Path) -> None:
 
 def show(results: list[Result]) -> None:
     """The table, one line a kind of moment."""
-    print(
-        f"{'killed in':10} {'runs':>5} {'faults':>7} {'goodput':>8} {'end s':>6} {'to step s: median':>18} {'longest':>8}"
-    )
+    print(f"{'killed in':10} {'runs':>5} {'faults':>7} {'goodput':>8} {'end s':>6} {'to step s':>9} {'longest':>8}")
     for moment in (*MOMENTS, "all"):
         some = [each for each in results if moment in (each.moment, "all")]
         if some:
@@ -249,7 +247,7 @@ def show(results: list[Result]) -> None:
             to_step = [each.step_seconds for each in some]
             print(
                 f"{moment:10} {len(some):5} {faults:7} {statistics.mean(each.goodput for each in some):8.1%} "
-                f"{max(each.end_seconds for each in some):6.1f} {statistics.median(to_step):18.1f} {max(to_step):8.1f}"
+                f"{max(each.end_seconds for each in some):6.1f} {statistics.median(to_step):9.1f} {max(to_step):8.1f}"
             )
     for each in results:
         for fault in each.faults:

@@ -2,7 +2,7 @@
 
 ACCIDENTS.json: {"pace": seconds each step takes longer, "accidents": [{"rank", "step", "where", "do"}]}: on that rank,
 in step `step` (from 1), `where` (loader, step, validation or save; the loader is still in the step before) does `do`:
-sleep, stop (SIGSTOP), kill (SIGKILL), raise (an error of the model), value (a ValueError), memory (CUDA out of memory).
+sleep, pause (which leaves the file `paused`), stop (SIGSTOP), kill (SIGKILL), raise (an error of the model), value (a ValueError), memory (CUDA out of memory).
 """
 
 import json
@@ -22,6 +22,9 @@ from megatron_cm3leon.data.loader import Loader
 def happen(what: str) -> None:
     if what == "sleep":
         time.sleep(600)
+    elif what == "pause":
+        Path(sys.argv[1]).with_name("paused").touch()
+        time.sleep(1.5)
     elif what in ("stop", "kill"):
         os.kill(os.getpid(), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
     elif what == "raise":

@@ -112,13 +112,16 @@ def test_ranks_and_loaders_end_with_their_launcher(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["validation", "save"])
 def test_a_signal_during(where, folder, straight):
-    """The signal comes while rank 0 sleeps there: it is heard after it."""
-    validation = ["validation.interval=6", "validation.batches=2"]
-    world = World(folder, f"during-{where}", 2, *validation, pace=0.3)
-    world.wait_for_step(5 if where == "validation" else 3)
+    """It is heard when validation, or starting the save, is over."""
+    step = {"validation": 6, "save": 8}[where]
+    accident = {"rank": 0, "step": step, "where": where, "do": "pause"}
+    world = World(folder, f"during-{where}", 2, "validation.interval=6", pace=0.05, accidents=[accident])
+    world.wait_for((world.folder / "paused").exists)
     world.signal(signal.SIGTERM, 0)
     assert world.wait() == [75, 75], world.said()
-    assert list_checkpoints(world.run)[-1].name == f"step-{world.events('stop')[0]['step']:08d}"
+    stopped = world.events("stop")[0]["step"]
+    assert stopped == {"validation": 6, "save": 9}[where]
+    assert list_checkpoints(world.run)[-1].name == f"step-{stopped:08d}"
     finish(folder, f"during-{where}", straight)
 
 
