@@ -148,7 +148,8 @@ def stop_half_way(run: Run) -> None:
 def wait_for_moment(run: Run, moment: str, draw: random.Random, start_seconds: float) -> None:
     """Return at a random moment of the kind."""
     if moment == "start-up":
-        time.sleep(draw.uniform(0.2, 1.0) * start_seconds)
+        starts, until = count_events(run, "start"), time.monotonic() + draw.random() * start_seconds
+        wait_for(lambda: time.monotonic() > until or count_events(run, "start") > starts, 300, "the start")
     elif moment == "load":
         starts = count_events(run, "start")
         wait_for(lambda: count_events(run, "start") > starts, 300, "the start")
@@ -220,7 +221,7 @@ def run_once(
     died = kill_once(run, result, draw, start_seconds)
     result.attempts += 1 + run.finish()
     wall = time.monotonic() - began
-    after = [line["time"] for line in _all_lines(run) if line["time"] > died]
+    after = [line["time"] for line in _all_lines(run) if line["time"] > died + result.end_seconds]
     result.step_seconds = after[0] - died if after else 0.0
     result.goodput = sum(line["step_seconds"] for line in read_metrics(run.run)) / wall
     check(run, result, straight, options.steps)

@@ -144,6 +144,8 @@ class Attempt:
             print(f"rank {cause.rank} on {cause.host} failed:", file=sys.stderr)
             traceback.print_exception(error)
         print(f"error (rank {cause.rank}): {cause.text}", file=sys.stderr, flush=True)
+        if not self.number:
+            return  # the run folder is not this run's yet: another one may hold it
         try:
             if cause.kind == "signal":
                 self.record("signal", signal=error.name, rank=cause.rank)

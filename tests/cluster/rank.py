@@ -2,7 +2,8 @@
 
 ACCIDENTS.json: {"pace": seconds each step takes longer, "accidents": [{"rank", "step", "where", "do"}]}: on that rank,
 in step `step` (from 1), `where` (loader, step, validation or save; the loader is still in the step before) does `do`:
-sleep, pause (which leaves the file `paused`), stop (SIGSTOP), kill (SIGKILL), raise (an error of the model), value (a ValueError), memory (CUDA out of memory).
+sleep, pause (a moment, and leave the file `paused`), stop (SIGSTOP), kill (SIGKILL), raise (an error of the model),
+value (a ValueError), memory (CUDA out of memory).
 """
 
 import json

@@ -159,6 +159,18 @@ def test_what_the_user_must_mend_ends_all_with_2(folder, do, sentence):
 
 
 @pytest.mark.slow
+def test_a_second_run_in_the_folder_is_refused_and_leaves_no_trace(folder):
+    first = World(folder, "shared", 1, pace=1.5)
+    first.wait_for_step(1)
+    second = World(folder, "shared", 2)
+    assert second.wait() == [2, 2], second.said()
+    assert second.said().count(f"is in use by process {first.processes[0].pid} on") == 1
+    first.signal(signal.SIGTERM, 0)
+    assert first.wait() == [75], first.said()
+    assert {each["event"] for each in first.events()} == {"start", "saved", "signal", "stop"}
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(folder):
     world = World(folder, "twice", 2, "cluster.watchdog_seconds=0", pace=12)
     world.wait_for_step(1)
