@@ -167,12 +167,15 @@ def run_attempt(config: Config, rank: Rank, device: torch.device, body: Callable
         attempt = Attempt(config, rank, device, signals)
         attempt.begin()
         reason, step = body(attempt)
+        signals.ignore()
         destroy_groups()
         return attempt.end(reason, step)
     except (Exception, StopRequested) as error:
+        signals.ignore()
         if attempt is not None:
             attempt.fail(error)
         if isinstance(error, StopRequested):
+            print(f"stopped by {error.name} before the ranks had met", file=sys.stderr, flush=True)
             return STOPPED
         if not isinstance(error, ValueError | OSError):
             raise

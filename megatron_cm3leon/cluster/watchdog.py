@@ -149,10 +149,11 @@ class Watchdog:
         beats, now = self.peers.beats_of([rank]), time.monotonic()
         if beats != self._next[0]:
             self._next = beats, now
-        elif now - self._next[1] > SILENCE_SECONDS and self._is_silent(self.places[rank].host):
-            self._find(
-                self._failure(rank, self.places[rank], f"and its node have been silent for {SILENCE_SECONDS:.0f} s")
-            )
+        elif now - self._next[1] > SILENCE_SECONDS:
+            self._next = beats, now  # a node that lives is asked again after as long
+            if self._is_silent(self.places[rank].host):
+                what = f"and its node have been silent for {SILENCE_SECONDS:.0f} s: the node is gone, or its network"
+                self._find(self._failure(rank, self.places[rank], what))
 
     def _is_silent(self, host: str) -> bool:
         mates = [rank for rank, place in self.places.items() if place.host == host]
