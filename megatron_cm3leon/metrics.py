@@ -31,6 +31,14 @@ def flops_per_token(config: Config, vocabulary_size: int) -> int:
     return 6 * weights + 6 * model.layers * config.data.seq_length * model.hidden_size
 
 
+def drop_half_line(path: Path) -> None:
+    """Take away a last line that a full disk or a kill cut off, so that the next one begins a line of its own."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
 class MetricsLogger:
     """Writes one JSON object a step; only the first rank has one."""
 

@@ -151,6 +151,8 @@ class Attempt:
             print(f"rank {cause.rank} on {cause.host} failed:", file=sys.stderr)
             traceback.print_exception(error)
         print(f"error (rank {cause.rank}): {cause.text}", file=sys.stderr, flush=True)
+        if not self.number:
+            return  # the run folder is not this run's yet: another one may hold it
         try:
             if cause.kind == "signal":
                 self.record("signal", signal=error.name, rank=cause.rank)
@@ -162,7 +164,7 @@ class Attempt:
 
 
 def run_attempt(config: Config, rank: Rank, device: torch.device, body: Callable[[Attempt], tuple[str, int]]) -> int:
-    """Run `body` on this rank, which returns why it stopped (finished, stop_after, signal) and the step; the exit status.
+    """Run `body` on this rank; the exit status. It returns why it stopped (finished, stop_after, signal) and the step.
 
     After an error it does not return: the process ends.
     """
@@ -172,12 +174,15 @@ def run_attempt(config: Config, rank: Rank, device: torch.device, body: Callable
         attempt = Attempt(config, rank, device, signals)
         attempt.begin()
         reason, step = body(attempt)
+        signals.ignore()
         destroy_groups()
         return attempt.end(reason, step)
     except (Exception, StopRequested) as error:
+        signals.ignore()
         if attempt is not None:
             attempt.fail(error)
         if isinstance(error, StopRequested):
+            print(f"stopped by {error.name} before the ranks had met", file=sys.stderr, flush=True)
             return STOPPED
         if not isinstance(error, ValueError | OSError):
             raise

@@ -32,7 +32,7 @@ def record(run: str | Path, attempt: int, event: str, **values) -> None:
     """Append one event. A single write of a line: several processes may record at once."""
     file = _open(run)
     try:
-        os.write(file, _line(attempt, event, values))
+        _append(file, attempt, event, values)
     finally:
         os.close(file)
 
@@ -49,7 +49,7 @@ def record_first(run: str | Path, attempt: int, event: str, **values) -> bool:
         known = [each["event"] for each in read_events(run) if each["attempt"] == attempt]
         if "failure" in known or "stall" in known:
             return False
-        os.write(file, _line(attempt, event, values))
+        _append(file, attempt, event, values)
         return True
     finally:
         os.close(file)
@@ -64,8 +64,12 @@ def _open(run: str | Path) -> int:
     return os.open(Path(run) / NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
 
 
-def _line(attempt: int, event: str, values: dict) -> bytes:
-    return (json.dumps({"time": time.time(), "attempt": attempt, "event": event, **values}) + "\n").encode()
+def _append(file: int, attempt: int, event: str, values: dict) -> None:
+    line = json.dumps({"time": time.time(), "attempt": attempt, "event": event, **values}) + "\n"
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":
+        line = "\n" + line  # the line before was cut off
+    os.write(file, line.encode())
 
 
 def read_events(run: str | Path) -> list[dict]:
@@ -73,4 +77,8 @@ def read_events(run: str | Path) -> list[dict]:
     path = Path(run) / NAME
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    found = []
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found

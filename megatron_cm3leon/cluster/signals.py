@@ -48,6 +48,11 @@ class StopSignals:
         """From here on a first signal waits for the end of the step."""
         self.steps_begun = True
 
+    def ignore(self) -> None:
+        """From here on this process is ending by itself; a launcher that signals it too changes nothing."""
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         repeated = self.number and time.monotonic() - self.since < REPEAT_SECONDS
         if repeated or (self.number and number == signal.SIGUSR1):

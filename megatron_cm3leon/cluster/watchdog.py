@@ -53,6 +53,7 @@ class Watchdog:
         self._own: Cause | None = None
         self._heard = time.monotonic()
         self._lost = ""
+        self._news = False
         self._stalled = self._handled = False
         self._next = (None, time.monotonic())
         self._wake, self._known, self._closing, self._closed = Event(), Event(), Event(), Event()
@@ -108,13 +109,14 @@ class Watchdog:
             self._lost = str(error).splitlines()[0]
 
     def _exchange(self) -> None:
-        news = self.peers.beat(self.count, self.phase)
+        self._beat()
         if not self.places and self.peers.all_came():
             self.places = self.peers.places()
             own = self.peers.place
             self.near = {rank: place for rank, place in self.places.items() if rank != self.peers.rank}
             self.near = {rank: place for rank, place in self.near.items() if own.is_near(place)}
-        if news:
+        if self._news:
+            self._news = False
             if self.peers.stall() is not None:
                 self._show_standing()
             self._learn(self.peers.cause())
@@ -124,6 +126,9 @@ class Watchdog:
             self._learn(self.peers.tell(self._own))
         if self._stalled and not self.cause and self.peers.announce_stall() == self.peers.rank:
             self._explain_stall()
+
+    def _beat(self) -> None:
+        self._news |= self.peers.beat(self.count, self.phase)
 
     def _learn(self, cause: Cause | None) -> None:
         if cause and not self.cause:
@@ -144,10 +149,11 @@ class Watchdog:
         beats, now = self.peers.beats_of([rank]), time.monotonic()
         if beats != self._next[0]:
             self._next = beats, now
-        elif now - self._next[1] > SILENCE_SECONDS and self._is_silent(self.places[rank].host):
-            self._find(
-                self._failure(rank, self.places[rank], f"and its node have been silent for {SILENCE_SECONDS:.0f} s")
-            )
+        elif now - self._next[1] > SILENCE_SECONDS:
+            self._next = beats, now  # a node that lives is asked again after as long
+            if self._is_silent(self.places[rank].host):
+                what = f"and its node have been silent for {SILENCE_SECONDS:.0f} s: the node is gone, or its network"
+                self._find(self._failure(rank, self.places[rank], what))
 
     def _is_silent(self, host: str) -> bool:
         mates = [rank for rank, place in self.places.items() if place.host == host]
@@ -158,7 +164,7 @@ class Watchdog:
     def _beat_on(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            self.peers.beat(self.count, self.phase)
+            self._beat()
             time.sleep(TICK_SECONDS)
 
     def _failure(self, rank: int, place: Place, what: str) -> Cause:
@@ -173,6 +179,9 @@ class Watchdog:
         self._learn(first)
 
     def _record(self, cause: Cause, first: bool = False) -> bool:
+        """Record the cause, with `first` only if none is recorded yet; whether this rank is the one to print it."""
+        if not self.attempt:
+            return True  # the run folder is not this run's yet
         values = {"rank": cause.rank, "host": cause.host, "cause": cause.text, "status": cause.status}
         if cause.kind == "stall":
             values["seconds"] = self.seconds

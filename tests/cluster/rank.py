@@ -1,8 +1,9 @@
 """The training command with accidents: `python rank.py ACCIDENTS.json config.yaml ...`.
 
-ACCIDENTS.json: {"pace": seconds each step takes longer, "accidents": [{"rank", "step", "where", "do"}]}: on that rank, as
-step `step` (from 1) begins, `where` (loader, step, validation or save) does `do`: sleep, stop (SIGSTOP), kill (SIGKILL),
-raise (an error of the model), value (a ValueError), memory (CUDA's out of memory).
+ACCIDENTS.json: {"pace": seconds each step takes longer, "accidents": [{"rank", "step", "where", "do"}]}: on that rank,
+in step `step` (from 1), `where` (loader, step, validation or save; the loader is still in the step before) does `do`:
+sleep, pause (a moment, and leave the file `paused`), stop (SIGSTOP), kill (SIGKILL), raise (an error of the model),
+value (a ValueError), memory (CUDA out of memory).
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -21,6 +23,9 @@ from megatron_cm3leon.data.loader import Loader
 def happen(what: str) -> None:
     if what == "sleep":
         time.sleep(600)
+    elif what == "pause":
+        Path(sys.argv[1]).with_name("paused").touch()
+        time.sleep(1.5)
     elif what in ("stop", "kill"):
         os.kill(os.getpid(), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
     elif what == "raise":
@@ -34,7 +39,7 @@ def happen(what: str) -> None:
 
 
 def main() -> int:
-    plan = json.loads(open(sys.argv[1]).read())
+    plan = json.loads(Path(sys.argv[1]).read_text())
     rank, at = int(os.environ.get("RANK", 0)), {"step": 0}
 
     def accident(where: str) -> None:
