@@ -7,9 +7,9 @@
 
 The table has, for each number of nodes: the time between failures of the whole run; the interval of Young's first-order
 formula and of Daly's, in steps; the interval with the highest simulated goodput (mean of --seeds runs, the same
-failures for any interval) and that goodput. --run simulates a finished run with its own failures and costs, and compares its
-measured goodput. The default of 0.004 failures a node and day is Llama 3's: 419 unexpected interruptions in
-54 days on 2,048 nodes (arXiv 2407.21783 section 3.3.4).
+failures for any interval) and that goodput. --run simulates a finished run with its own failures and costs, and
+compares its measured goodput. The default of 0.004 failures a node and day is Llama 3's: 419 unexpected interruptions
+in 54 days on 2,048 nodes (arXiv 2407.21783 section 3.3.4).
 """
 
 import argparse

@@ -273,7 +273,8 @@ def test_the_other_engine_goes_on_from_a_checkpoint_and_says_nothing_more(folder
     usual = ("training: ", "pre-flight: 1 rank on 1 host, cpu computes right; ")
     said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith(usual)]
     start, end = (folder / "engines" / "checkpoints" / f"step-000000{step}" for step in (16, 30))
-    assert said == [f"wrote {end}", f"resumed from {start} at step 16"]
+    changed = "changed since step-00000016: parallel.zero 0 -> 3, train.engine megatron -> deepspeed"
+    assert said == [f"wrote {end}", changed + ", train.stop_after 16 -> 0", f"resumed from {start} at step 16"]
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("deepspeed")]
     found, expected = read_metrics(folder / "engines"), read_metrics(folder / "straight")
     for name in ("loss", "validation_loss"):

@@ -23,6 +23,8 @@ import os
 import time
 from pathlib import Path
 
+from megatron_cm3leon.data.history import parse_lines
+
 NAME = "events.jsonl"
 
 
@@ -41,4 +43,4 @@ def read_events(run: str | Path) -> list[dict]:
     path = Path(run) / NAME
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return list(parse_lines(path))

@@ -28,8 +28,7 @@ def parse_lines(path: Path) -> Iterator[dict]:
             line = json.loads(text)
         except ValueError as error:
             raise ValueError(
-                f"{path} is damaged: line {number} is no JSON object ({error}). Training does not read this file; "
-                f"delete the line to read the others."
+                f"{path} is damaged: line {number} is no JSON ({error}); delete that line to read the others."
             ) from error
         yield line
 

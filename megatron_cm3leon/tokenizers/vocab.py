@@ -152,7 +152,10 @@ class Vocabulary:
             path = path / "vocab.json"
         if not path.is_file():
             raise ValueError(f"no vocabulary at {path}; tools/train_tokenizer.py writes one.")
-        return cls.from_dict(json.loads(path.read_text()))
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged or no vocabulary: {error}") from error
 
 
 def check_same_vocabulary(expected: Vocabulary, found: Vocabulary, what: str) -> None:
