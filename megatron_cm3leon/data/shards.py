@@ -18,6 +18,7 @@ import hashlib
 import json
 import mmap
 import os
+import platform
 import resource
 import weakref
 import zlib
@@ -238,7 +239,14 @@ class Corpus:
         """File descriptor of a shard's tar; the oldest is closed where there are too many."""
         if len(self._files) >= self._map_limit:
             os.close(self._files.pop(next(iter(self._files))))
-        file = self._files[shard] = os.open(self.folder / f"{self.shards[shard]['name']}.tar", os.O_RDONLY)
+        path = self.folder / f"{self.shards[shard]['name']}.tar"
+        try:
+            file = self._files[shard] = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be opened: {error.strerror}; it was there when the run began. See that the file system "
+                f"is mounted on {platform.node()} and start the same command again."
+            ) from error
         return file
 
     def _load_index(self, entry: dict) -> np.ndarray:
