@@ -129,10 +129,12 @@ def mean_goodput(between: float, steps: int, interval: int, costs: Costs, seeds:
 def best_interval(between: float, steps: int, costs: Costs, seeds: int) -> tuple[int, float]:
     """The interval in steps with the highest mean goodput, and that goodput; intervals are 5 % apart.
 
-    Searched from an eighth of Daly's interval to eight times it, within 1 and `steps`.
+    Searched from an eighth of Young's interval to eight times it, within 1 and `steps`; Young's and Daly's are tried.
     """
-    middle = higher_order(max(costs.save_seconds, 1e-3 * costs.step_seconds), between) / costs.step_seconds
-    tried = {min(steps, max(1, round(middle * 1.05**power))) for power in range(-43, 44)}
+    stall = max(costs.save_seconds, 1e-3 * costs.step_seconds)
+    young, daly = (rule(stall, between) / costs.step_seconds for rule in (first_order, higher_order))
+    wanted = [daly, *(young * 1.05**power for power in range(-43, 44))]
+    tried = {min(steps, max(1, round(interval))) for interval in wanted}
     return max(
         ((interval, mean_goodput(between, steps, interval, costs, seeds)) for interval in sorted(tried)),
         key=lambda pair: pair[1],
