@@ -10,6 +10,7 @@ import time
 import pytest
 
 from megatron_cm3leon.checkpoint.sharded import list_checkpoints
+from megatron_cm3leon.cluster.events import read_events
 from megatron_cm3leon.config import load_config
 from megatron_cm3leon.data.history import read_metrics
 from megatron_cm3leon.metrics import flops_per_token
@@ -230,6 +231,9 @@ def test_too_many_broken_batches_stop_the_run(folder):
     assert done.returncode == 2
     assert "batches in a row had a non-finite loss or gradient" in done.stderr
     assert "tools/show_batch.py" in done.stderr
+    skipped = [event for event in read_events(folder / "broken") if event["event"] == "skipped"]
+    assert len(skipped) == 3 and all(event["loss"] is None for event in skipped)
+    assert [skipped[0]["batch"] + n for n in range(3)] == [event["batch"] for event in skipped]
 
 
 def test_learning_rate_warms_up_and_falls_to_the_floor():
