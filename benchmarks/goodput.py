@@ -7,9 +7,9 @@
 
 The table has, for each number of nodes: the time between failures of the whole run; the interval of Young's first-order
 formula and of Daly's, in steps; the interval with the highest simulated goodput (mean of --seeds runs, the same
-failures for any interval) and that goodput. --run simulates a finished run with its own failures and costs, and compares its
-measured goodput. The default of 0.004 failures a node and day is Llama 3's: 419 unexpected interruptions in
-54 days on 2,048 nodes (arXiv 2407.21783 section 3.3.4).
+failures for any interval) and that goodput. --run simulates a finished run with its own failures and costs, and
+compares its measured goodput. The default of 0.004 failures a node and day is Llama 3's: 419 unexpected interruptions
+in 54 days on 2,048 nodes (arXiv 2407.21783 section 3.3.4).
 """
 
 import argparse
@@ -38,12 +38,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save-seconds", type=float, default=1.0, help="training stands still for a save (1)")
     parser.add_argument("--write-seconds", type=float, default=60.0, help="from there until it is whole (60)")
     parser.add_argument("--restart-seconds", type=float, default=600.0, help="failure to first step (600)")
-    parser.add_argument("--days", type=float, default=30.0, help="length of a run without failures (30)")
+    parser.add_argument("--failures", type=int, default=100, help="expected in each simulated run: its length (100)")
     parser.add_argument("--seeds", type=int, default=20, help="simulated runs behind each mean (20)")
     parser.add_argument("--plot", metavar="FILE", help="also draw goodput by interval, as PNG, SVG or PDF")
     parser.add_argument("--run", help="a finished run folder: compare its goodput with the simulated one")
     arguments = parser.parse_args()
-    for name in ("failures_per_node_day", "step_seconds", "restart_seconds", "days", "seeds"):
+    for name in ("failures_per_node_day", "step_seconds", "restart_seconds", "failures", "seeds"):
         if getattr(arguments, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} ({getattr(arguments, name):g}) must be above 0.")
     return arguments
@@ -62,16 +62,20 @@ def compare(run: str) -> None:
     )
 
 
-def advise(arguments: argparse.Namespace, costs: Costs, steps: int) -> None:
+def count_steps(arguments: argparse.Namespace, costs: Costs, between: float) -> int:
+    return max(1, round(arguments.failures * between / costs.step_seconds))
+
+
+def advise(arguments: argparse.Namespace, costs: Costs) -> None:
     print(
         f"{arguments.failures_per_node_day:g} failures a node and day, steps of {costs.step_seconds:g} s, stalls of "
         f"{costs.save_seconds:g} s, {costs.write_seconds:g} s of writing, restarts of {costs.restart_seconds:g} s; "
-        f"{arguments.seeds} runs of {arguments.days:g} days\n"
+        f"{arguments.seeds} runs of {arguments.failures} failures or so\n"
     )
     print("nodes  between failures  Young (goodput)   Daly (goodput)    best interval   goodput")
     for nodes in arguments.nodes:
         between = seconds_between_failures(nodes, arguments.failures_per_node_day)
-        cells = []
+        steps, cells = count_steps(arguments, costs, between), []
         for rule in (first_order, higher_order):
             interval = min(steps, max(1, round(rule(costs.save_seconds, between) / costs.step_seconds)))
             goodput = mean_goodput(between, steps, interval, costs, arguments.seeds)
@@ -81,7 +85,7 @@ def advise(arguments: argparse.Namespace, costs: Costs, steps: int) -> None:
         print(f"{nodes:>5}  {show_seconds(between):>16}  {cells[0]:<16}  {cells[1]:<16}  {best:<14}  {goodput:.2%}")
 
 
-def draw(arguments: argparse.Namespace, costs: Costs, steps: int) -> None:
+def draw(arguments: argparse.Namespace, costs: Costs) -> None:
     """Goodput by interval, a curve a cluster."""
     import matplotlib
 
@@ -89,10 +93,12 @@ def draw(arguments: argparse.Namespace, costs: Costs, steps: int) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.5, 4))
-    intervals = [min(steps, round(1.3**power)) for power in range(2, 34)]
-    intervals = [each for each in dict.fromkeys(intervals) if each * costs.step_seconds < SECONDS_A_DAY]
+    least = max(costs.step_seconds, costs.save_seconds, costs.write_seconds)
+    seconds = [1.3**power for power in range(60) if least < 1.3**power < SECONDS_A_DAY]
+    intervals = list(dict.fromkeys(round(each / costs.step_seconds) for each in seconds))
     for nodes in arguments.nodes:
         between = seconds_between_failures(nodes, arguments.failures_per_node_day)
+        steps = count_steps(arguments, costs, between)
         goodput = [mean_goodput(between, steps, interval, costs, arguments.seeds) for interval in intervals]
         axes.plot([each * costs.step_seconds / 60 for each in intervals], goodput, marker=".", label=f"{nodes} nodes")
     axes.set(xscale="log", xlabel="minutes between checkpoints", ylabel="goodput", ylim=(None, 1))
@@ -114,10 +120,9 @@ def main() -> None:
         write_seconds=arguments.write_seconds,
         restart_seconds=arguments.restart_seconds,
     )
-    steps = max(1, round(arguments.days * SECONDS_A_DAY / costs.step_seconds))
-    advise(arguments, costs, steps)
+    advise(arguments, costs)
     if arguments.plot:
-        draw(arguments, costs, steps)
+        draw(arguments, costs)
 
 
 if __name__ == "__main__":

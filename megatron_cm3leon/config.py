@@ -100,7 +100,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             raise ValueError(f"no configuration file at {path}.")
         try:
             layers.append(OmegaConf.load(path))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
     for text in overrides or []:
         if "=" not in text:

@@ -2,18 +2,16 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_cm3leon.config import Config
+from megatron_cm3leon.data.history import METRICS
 from megatron_cm3leon.model.weights import POSITION_EMBEDDINGS, WORD_EMBEDDINGS, canonical_shapes
 from megatron_cm3leon.progress import Meter
-
-LONGEST_LINE = 1 << 16
-"""Bytes; more than any line of metrics.jsonl has."""
+from megatron_cm3leon.records import drop_half_line
 
 
 def flops_per_token(config: Config, vocabulary_size: int) -> int:
@@ -31,20 +29,12 @@ def flops_per_token(config: Config, vocabulary_size: int) -> int:
     return 6 * weights + 6 * model.layers * config.data.seq_length * model.hidden_size
 
 
-def drop_half_line(path: Path) -> None:
-    """Take away a last line that a full disk or a kill cut off, so that the next one begins a line of its own."""
-    if not path.exists():
-        return
-    with open(path, "rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
-
-
 class MetricsLogger:
     """Writes one JSON object a step; only the first rank has one."""
 
     def __init__(self, run: Path, config: Config, vocabulary_size: int, ranks: int, progress: Meter) -> None:
-        drop_half_line(run / "metrics.jsonl")
-        self.file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self.file = open(run / METRICS, "a+", buffering=1)  # noqa: SIM115 - closed by close()
+        drop_half_line(self.file.fileno())
         self.board = SummaryWriter(str(run / "tensorboard"))
         self.progress = progress
         self.tokens_per_step = config.train.global_batch_size * config.data.seq_length
@@ -79,18 +69,6 @@ class MetricsLogger:
     def close(self) -> None:
         self.file.close()
         self.board.close()
-
-
-def drop_half_line(path: Path) -> None:
-    """Cut off what a killed run wrote behind the last line end: the next line would be lost with it."""
-    if not path.is_file():
-        return
-    with open(path, "r+b") as file:
-        start = max(0, file.seek(0, os.SEEK_END) - LONGEST_LINE)
-        file.seek(start)
-        tail = file.read()
-        if not tail.endswith(b"\n"):
-            file.truncate(start + tail.rfind(b"\n") + 1)
 
 
 def plain(value):

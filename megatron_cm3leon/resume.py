@@ -28,6 +28,9 @@ def check_changes(
     check_same_vocabulary(stream.vocabulary, reader.vocabulary, f"checkpoint {reader.folder}")
     found = changed_fields(reader.config, config)
     changes = {name: pair for name, pair in found.items() if name.startswith(FIXED_FIELDS)}
+    free = [f"{name} {old} -> {new}" for name, (old, new) in found.items() if name not in changes]
+    if free:
+        logger.info("changed since %s: %s", reader.folder.name, ", ".join(free))
     for name, (before, after) in changes.items():
         if name not in allowed:
             raise ValueError(

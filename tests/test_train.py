@@ -10,6 +10,7 @@ import time
 import pytest
 
 from megatron_cm3leon.checkpoint.sharded import list_checkpoints
+from megatron_cm3leon.cluster.events import read_events
 from megatron_cm3leon.config import load_config
 from megatron_cm3leon.data.history import read_metrics
 from megatron_cm3leon.metrics import flops_per_token
@@ -230,6 +231,9 @@ def test_too_many_broken_batches_stop_the_run(folder):
     assert done.returncode == 2
     assert "batches in a row had a non-finite loss or gradient" in done.stderr
     assert "tools/show_batch.py" in done.stderr
+    skipped = [event for event in read_events(folder / "broken") if event["event"] == "skipped"]
+    assert len(skipped) == 3 and all(event["loss"] is None for event in skipped)
+    assert [skipped[0]["batch"] + n for n in range(3)] == [event["batch"] for event in skipped]
 
 
 def test_learning_rate_warms_up_and_falls_to_the_floor():
@@ -273,7 +277,8 @@ def test_the_other_engine_goes_on_from_a_checkpoint_and_says_nothing_more(folder
     usual = ("training: ", "pre-flight: 1 rank on 1 host, cpu computes right; ")
     said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith(usual)]
     start, end = (folder / "engines" / "checkpoints" / f"step-000000{step}" for step in (16, 30))
-    assert said == [f"wrote {end}", f"resumed from {start} at step 16"]
+    changed = "changed since step-00000016: parallel.zero 0 -> 3, train.engine megatron -> deepspeed"
+    assert said == [f"wrote {end}", changed + ", train.stop_after 16 -> 0", f"resumed from {start} at step 16"]
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("deepspeed")]
     found, expected = read_metrics(folder / "engines"), read_metrics(folder / "straight")
     for name in ("loss", "validation_loss"):

@@ -22,19 +22,19 @@ import fcntl
 import json
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from megatron_cm3leon.records import drop_half_line, parse_lines
 
 NAME = "events.jsonl"
 
 
 def record(run: str | Path, attempt: int, event: str, **values) -> None:
-    """Append one event. A single write of a line: several processes may record at once."""
-    file = _open(run)
-    try:
+    """Append one event; several processes may record at once."""
+    with _locked(run) as file:
         _append(file, attempt, event, values)
-    finally:
-        os.close(file)
 
 
 def record_first(run: str | Path, attempt: int, event: str, **values) -> bool:
@@ -42,17 +42,12 @@ def record_first(run: str | Path, attempt: int, event: str, **values) -> bool:
 
     For ranks that can no longer reach each other: of those that find the same cause, one records and tells it.
     """
-    file = _open(run)
-    try:
-        with suppress(OSError):  # without locks two ranks may both be first
-            fcntl.lockf(file, fcntl.LOCK_EX)
+    with _locked(run) as file:
         known = [each["event"] for each in read_events(run) if each["attempt"] == attempt]
         if "failure" in known or "stall" in known:
             return False
         _append(file, attempt, event, values)
         return True
-    finally:
-        os.close(file)
 
 
 def next_attempt(run: str | Path) -> int:
@@ -60,25 +55,27 @@ def next_attempt(run: str | Path) -> int:
     return 1 + max((each["attempt"] for each in read_events(run)), default=0)
 
 
-def _open(run: str | Path) -> int:
-    return os.open(Path(run) / NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+@contextmanager
+def _locked(run: str | Path) -> Iterator[int]:
+    """The file, held against others who record; where there are no locks, two ranks may both be first."""
+    file = os.open(Path(run) / NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        with suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield file
+    finally:
+        os.close(file)
 
 
 def _append(file: int, attempt: int, event: str, values: dict) -> None:
     line = json.dumps({"time": time.time(), "attempt": attempt, "event": event, **values}) + "\n"
-    size = os.fstat(file).st_size
-    if size and os.pread(file, 1, size - 1) != b"\n":
-        line = "\n" + line  # the line before was cut off
+    drop_half_line(file)
     os.write(file, line.encode())
 
 
 def read_events(run: str | Path) -> list[dict]:
-    """Every event in the order of recording; a line that a full disk or a kill cut off is left out."""
+    """Every event in the order of recording, without what a kill cut off at the end; ValueError for a damaged line."""
     path = Path(run) / NAME
     if not path.is_file():
         return []
-    found = []
-    for line in path.read_text().splitlines():
-        with suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+    return list(parse_lines(path))

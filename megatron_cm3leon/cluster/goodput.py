@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_cm3leon.cluster import events
-from megatron_cm3leon.data.history import METRICS, parse_lines, settle_lines
+from megatron_cm3leon.data.history import METRICS, settle_lines
+from megatron_cm3leon.records import parse_lines
 
 PARTS = ("kept", "lost", "start-up", "between", "down")
 

@@ -54,11 +54,15 @@ class Outcome:
         return self.kept / self.wall
 
 
-def simulate(failures: Iterable[float], steps: int, interval: int, costs: Costs) -> Outcome:
+def simulate(
+    failures: Iterable[float], steps: int, interval: int, costs: Costs, restarts: Iterable[float] = ()
+) -> Outcome:
     """Run `steps` steps with a checkpoint every `interval` of them, and at the end.
 
-    failures: ascending, in seconds since the start of the run; those beyond its end are not met.
+    failures: ascending, in seconds since the start of the run; those beyond its end are not met. restarts: seconds of
+    the first restarts, where they are known; costs.restart_seconds after those.
     """
+    known = iter(restarts)
     cycle = max(interval * costs.step_seconds + costs.save_seconds, costs.write_seconds)
     now, saved, met = 0.0, 0, 0
     lost = saving = 0.0
@@ -77,7 +81,7 @@ def simulate(failures: Iterable[float], steps: int, interval: int, costs: Costs)
             saved += whole * interval
             saving += whole * (cycle - interval * costs.step_seconds)
             lost += worked - whole * cycle
-        now, wait = failure, costs.restart_seconds
+        now, wait = failure, next(known, costs.restart_seconds)
         starting += wait
     left = steps - saved
     wall = now + wait + _seconds_to_end(left, interval, cycle, costs)
@@ -125,10 +129,12 @@ def mean_goodput(between: float, steps: int, interval: int, costs: Costs, seeds:
 def best_interval(between: float, steps: int, costs: Costs, seeds: int) -> tuple[int, float]:
     """The interval in steps with the highest mean goodput, and that goodput; intervals are 5 % apart.
 
-    Searched from an eighth of Daly's interval to eight times it, within 1 and `steps`.
+    Searched from an eighth of Young's interval to eight times it, within 1 and `steps`; Young's and Daly's are tried.
     """
-    middle = higher_order(max(costs.save_seconds, 1e-3 * costs.step_seconds), between) / costs.step_seconds
-    tried = {min(steps, max(1, round(middle * 1.05**power))) for power in range(-43, 44)}
+    stall = max(costs.save_seconds, 1e-3 * costs.step_seconds)
+    young, daly = (rule(stall, between) / costs.step_seconds for rule in (first_order, higher_order))
+    wanted = [daly, *(young * 1.05**power for power in range(-43, 44))]
+    tried = {min(steps, max(1, round(interval))) for interval in wanted}
     return max(
         ((interval, mean_goodput(between, steps, interval, costs, seeds)) for interval in sorted(tried)),
         key=lambda pair: pair[1],
@@ -136,33 +142,26 @@ def best_interval(between: float, steps: int, costs: Costs, seeds: int) -> tuple
 
 
 def replay(account: Account, steps: int, interval: int) -> Outcome:
-    """Simulate a finished run with its own failures and its own mean costs, to compare with its measured goodput.
+    """Simulate a finished run with its own failures, restarts and mean costs, to compare with its measured goodput.
 
-    Every process but the last is taken to have ended in a failure with its last record. The time between steps counts
-    as stalls of saves.
+    Every process but the last is taken to have ended in a failure with its last record. What the first step of a
+    process takes longer than the others counts as its start; what lies between steps counts as stalls of saves.
     """
-    first = account.processes[0].start
-    trained = [line for process in account.processes for line in process.trained]
-    # A process killed before its first step is all start-up: the simulation draws the same from its failure.
-    started = [process for process in account.processes if process.trained]
-    gaps = [later.start - earlier.end for earlier, later in zip(account.processes, account.processes[1:], strict=False)]
-    down = fmean(gaps) if gaps else 0.0
-    start_up = fmean(process.start_up for process in started)
-    writes = [
-        event["seconds"] for process in account.processes for event in process.events if event["event"] == "saved"
-    ]
-    step_seconds = account_step_seconds(account)
-    stall = account.seconds["between"] / max(1, len(trained) / interval)
+    processes = account.processes
+    later = [line["step_seconds"] for process in processes for line in process.trained[1:]]
+    step_seconds, waits, previous = fmean(later), [], processes[0].start
+    for process in processes:
+        first = process.trained[0]["step_seconds"] if process.trained else step_seconds
+        waits.append(process.start - previous + process.start_up + first - step_seconds)
+        previous = process.end
+    events = [event for process in processes for event in process.events if event["event"] == "saved"]
+    stall = account.seconds["between"] / max(1, len(later) / interval)
     costs = Costs(
         step_seconds=step_seconds,
         save_seconds=stall,
-        restart_seconds=down + start_up,
-        write_seconds=max(0.0, fmean(writes) - stall) if writes else 0.0,
-        start_seconds=account.processes[0].start_up,
+        restart_seconds=fmean(waits),
+        write_seconds=max(0.0, fmean(event["seconds"] for event in events) - stall) if events else 0.0,
+        start_seconds=waits[0],
     )
-    return simulate([process.end - first for process in account.processes[:-1]], steps, interval, costs)
-
-
-def account_step_seconds(account: Account) -> float:
-    """Mean seconds of all steps that were taken, kept or not."""
-    return fmean(line["step_seconds"] for process in account.processes for line in process.trained)
+    ends = [process.end - processes[0].start for process in processes[:-1]]
+    return simulate(ends, steps, interval, costs, waits[1:])

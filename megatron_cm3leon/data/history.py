@@ -6,9 +6,10 @@ that was taken back. A later attempt goes on from a checkpoint: its lines replac
 first batch on.
 """
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+
+from megatron_cm3leon.records import parse_lines
 
 METRICS = "metrics.jsonl"
 NON_FINITE = "non-finite"
@@ -18,20 +19,6 @@ REASONS = {
     "asked": "train.skip_batches leaves it out",
 }
 """Why a batch was skipped, as its line's key `skipped` names it, and in words."""
-
-
-def parse_lines(path: Path) -> Iterator[dict]:
-    """The objects of a file with one a line; ValueError naming the line that is none."""
-    for number, text in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
-        # What follows the last line end is the half line that a killed run can leave.
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is damaged: line {number} is no JSON object ({error}). Training does not read this file; "
-                f"delete the line to read the others."
-            ) from error
-        yield line
 
 
 def read_lines(run: str | Path) -> list[tuple[dict, bool]]:

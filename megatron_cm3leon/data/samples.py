@@ -41,7 +41,8 @@ class DataSource:
 
     corpus: Corpus
     neighbors: object | None = None
-    """.table (int64 [corpus.documents, M], -1 = none, nearest first) and .bank (Corpus), where there is an index."""
+    """.table (int64 [corpus.documents, M], -1 = none, nearest first) and .bank (Corpus), where there is an index;
+    .check(rows) refuses damaged ones."""
     weight: float = 1.0
     """Share of the samples, relative to the other sources'."""
 
@@ -130,6 +131,7 @@ class SourceSamples:
         self.corpus, self.seed, self.choice = source.corpus, seed, choice
         self.image_first_probability = image_first_probability
         self.documents = documents if source.neighbors is not None else 0
+        self.neighbors = source.neighbors
         self.table = source.neighbors.table if self.documents else None
         self.bank = source.neighbors.bank if self.documents else source.corpus
         self.first, self.first_of_bank = library.start_of(self.corpus), library.start_of(self.bank)
@@ -161,6 +163,7 @@ class SourceSamples:
         """Retrieved documents of the queries in this epoch, [samples, documents], farthest first, -1 for none."""
         if not self.documents:
             return np.empty((len(queries), 0), np.int64)
+        self.neighbors.check(queries)
         rows = np.asarray(self.table[queries])
         key = self._key("retrieved", self.name, epoch)
         lots = draw_bits(key, queries, np.arange(rows.shape[1])[:, None]) >> np.uint64(1)  # [columns, samples]

@@ -18,10 +18,12 @@ import hashlib
 import json
 import mmap
 import os
+import platform
 import resource
 import weakref
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import pyarrow as pa
@@ -70,8 +72,8 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def build_manifest(vocabulary: Vocabulary, shards: list[dict], **others) -> dict:
-    """The manifest's content; `others` are the writer's own fields (accounts, command, options ...)."""
-    return {
+    """The manifest's content, sealed; `others` are the writer's own fields (accounts, command, options ...)."""
+    manifest = {
         "format": FORMAT,
         "content_sha256": hash_content(vocabulary.hash, shards),
         "vocabulary": vocabulary.to_dict(),
@@ -80,6 +82,19 @@ def build_manifest(vocabulary: Vocabulary, shards: list[dict], **others) -> dict
         "shards": shards,
         **others,
     }
+    return seal(manifest)
+
+
+def seal(content: dict) -> dict:
+    """The content of a JSON file with the SHA-256 of the rest of it under "sha256"."""
+    rest = json.dumps({name: content[name] for name in content if name != "sha256"}, sort_keys=True)
+    return content | {"sha256": hashlib.sha256(rest.encode()).hexdigest()}
+
+
+def check_seal(path: Path, content: dict) -> None:
+    """ValueError where a file's content is not what was sealed; older files have no seal."""
+    if "sha256" in content and seal(content) != content:
+        raise ValueError(f"{path} is damaged: it does not match its SHA-256. Restore it, or make the folder again.")
 
 
 def hash_content(vocabulary_hash: str, shards: list[dict]) -> str:
@@ -106,6 +121,7 @@ class Corpus:
         self.lengths = np.concatenate([index["tokens"] for index in self._indexes])
         """Tokens of each document, uint32."""
         self._checked = np.zeros(self.documents // 8 + 1, np.uint8)  # one bit a document: its crc was compared
+        self._checked_metadata: set[int] = set()
         self._files: dict[int, int] = {}
         weakref.finalize(self, _close_files, self._files)
         self._maps: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
@@ -156,14 +172,24 @@ class Corpus:
 
     def metadata(self, columns: list[str] | None = None) -> pa.Table:
         """Metadata of all documents in their order; `columns` chooses among METADATA_SCHEMA's."""
-        paths = [self.folder / f"{entry['name']}.parquet" for entry in self.shards]
+        paths = [self.metadata_file(shard) for shard in range(len(self.shards))]
         return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
 
     def metadata_row(self, number: int) -> dict:
         """Metadata of one document; reads its shard's file alone."""
         shard, row, *_ = self._locate(number)
-        path = self.folder / f"{self.shards[shard]['name']}.parquet"
+        path = self.metadata_file(shard)
         return pq.read_table(path, memory_map=True).slice(row, 1).to_pylist()[0]
+
+    def metadata_file(self, shard: int) -> Path:
+        """Path of a shard's Parquet file, its SHA-256 compared once a process; ValueError when it is damaged."""
+        name = f"{self.shards[shard]['name']}.parquet"
+        path = self.folder / name
+        if shard not in self._checked_metadata:
+            if sha256_file(path) != self.shards[shard]["files"][name]["sha256"]:
+                raise _mismatch(self.folder, f"{name} is damaged, it does not match its SHA-256")
+            self._checked_metadata.add(shard)
+        return path
 
     def prefetch(self, numbers: np.ndarray) -> None:
         """Ask the kernel to read documents (int64) ahead; a hint that changes nothing else."""
@@ -189,10 +215,14 @@ class Corpus:
         return (shard, row, *self._indexes[shard].item(row))
 
     def _damaged(self, shard: int, row: int) -> ValueError:
+        name = self.shards[shard]["name"]
+        index = self.folder / f"{name}.idx.npy"
+        which = f"its bytes do not match their crc32 in {index.name}"
+        if sha256_file(index) != self.shards[shard]["files"][index.name]["sha256"]:
+            which = f"{index.name} does not match its SHA-256"
         return ValueError(
-            f"document {self._starts[shard] + row} (row {row} of {self.folder / self.shards[shard]['name']}.tar) is "
-            f"damaged: its bytes do not match their crc32. Copy this shard again, or write the folder again with "
-            f"tools/preprocess_data.py --overwrite."
+            f"document {self._starts[shard] + row} (row {row} of {self.folder / name}.tar) is damaged: {which}. "
+            f"Copy this shard again, or write the folder again with tools/preprocess_data.py --overwrite."
         )
 
     def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
@@ -209,7 +239,14 @@ class Corpus:
         """File descriptor of a shard's tar; the oldest is closed where there are too many."""
         if len(self._files) >= self._map_limit:
             os.close(self._files.pop(next(iter(self._files))))
-        file = self._files[shard] = os.open(self.folder / f"{self.shards[shard]['name']}.tar", os.O_RDONLY)
+        path = self.folder / f"{self.shards[shard]['name']}.tar"
+        try:
+            file = self._files[shard] = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be opened: {error.strerror}; it was there when the run began. See that the file system "
+                f"is mounted on {platform.node()} and start the same command again."
+            ) from error
         return file
 
     def _load_index(self, entry: dict) -> np.ndarray:
@@ -222,11 +259,14 @@ class Corpus:
                 raise _mismatch(self.folder, f"{path.name} has {size} bytes instead of {expected}")
         try:
             index = np.load(self.folder / f"{entry['name']}.idx.npy", mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
+        except (ValueError, SyntaxError, TokenError) as error:  # as numpy reports a header that it cannot parse
             raise _mismatch(self.folder, f"{entry['name']}.idx.npy is unreadable ({error})") from error
         tar_bytes = entry["files"][f"{entry['name']}.tar"]["bytes"]
         if index.dtype != INDEX_DTYPE or len(index) != entry["documents"]:
             raise _mismatch(self.folder, f"{entry['name']}.idx.npy does not list {entry['documents']} documents")
+        if (tokens := int(index["tokens"].sum(dtype=np.uint64))) != entry["tokens"]:
+            # The layout of every block depends on the lengths: it must not change before the document is read.
+            raise _mismatch(self.folder, f"{entry['name']}.idx.npy counts {tokens} tokens instead of {entry['tokens']}")
         if (index["offset"] + index["tokens"] * np.uint64(self.dtype.itemsize)).max() > tar_bytes:
             raise _mismatch(self.folder, f"{entry['name']}.idx.npy points beyond the end of its tar")
         return np.asarray(index)  # a plain array over the map: np.memmap is slow to index
@@ -257,6 +297,7 @@ def load_manifest(folder: Path) -> dict:
         names = [entry["name"] for entry in manifest["shards"]]
     except (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no manifest of shards ({type(error).__name__}: {error}).") from error
+    check_seal(path, manifest)
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}; this version reads format {FORMAT}. Preprocess the data again.")
     if any(Path(name).name != name for name in names):

@@ -166,8 +166,9 @@ class MegatronEngine:
     def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> torch.Tensor:
         """Forward (and backward) over the micro-batches; the global sums that `to_metrics` reads, fp64."""
         scale = loss_scale(micro_batches, self.device, self.data_group)
-        self.clock.reset()
-        self.clock.start()
+        if not forward_only:
+            self.clock.reset()
+            self.clock.start()
 
         def forward_step(batches: Iterator[MicroBatch], model):
             batch = next(batches)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cm3leon.data.shards import Corpus, open_shards, write_json
+from megatron_cm3leon.data.shards import Corpus, open_shards, seal, write_json
 from megatron_cm3leon.device import resolve_device
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.retrieval.candidates import NO_NEIGHBOR, Bank, Queries
@@ -38,8 +38,10 @@ from megatron_cm3leon.retrieval.index import (
     tune_search,
 )
 from megatron_cm3leon.retrieval.neighbors import (
+    CHECKSUMS,
     FORMAT,
     INDEX_FILE,
+    checksum_rows,
     load_description,
     manifest_sha256,
     open_bank,
@@ -279,6 +281,7 @@ class _Build:
         """Join the table and write index.json."""
         rows, made = self._open_table(), self._describe_index()
         rows.join()
+        np.save(self.output / CHECKSUMS, checksum_rows(rows.load("neighbors")))
         description = {
             "format": FORMAT,
             "encoder": str(self.encoder_folder.resolve()),
@@ -296,7 +299,7 @@ class _Build:
         }
         if self.own is not self.whole:
             description["pictures_in_bank"] = count_shared_pictures(self.queries, self.bank_data)
-        write_json(self.output / INDEX_FILE, description)
+        write_json(self.output / INDEX_FILE, seal(description))
         return description
 
 
@@ -304,7 +307,7 @@ def _list_others(folder: Path) -> list[str]:
     """Names in a folder that no index has; hidden ones are not looked at."""
     if not folder.is_dir():
         return [f"{folder.name}, a file"]
-    own = {"embeddings", "table", "table.json", "neighbors.npy", "scores.npy", INDEX_FILE, *_INDEX_FILES}
+    own = {"embeddings", "table", "table.json", "neighbors.npy", "scores.npy", CHECKSUMS, INDEX_FILE, *_INDEX_FILES}
     return sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith("."))
 
 

@@ -72,7 +72,7 @@ class ContentReader:
         """Metadata of a document; those of one shard are held at a time."""
         shard = int(np.searchsorted(self.starts, number, "right")) - 1
         if shard != self._shard:
-            path = self.corpus.folder / f"{self.corpus.shards[shard]['name']}.parquet"
+            path = self.corpus.metadata_file(shard)
             self._shard, self._rows = shard, pq.read_table(path, columns=list(_COLUMNS))
         row = number - int(self.starts[shard])
         return {name: self._rows.column(name)[row].as_py() for name in _COLUMNS}

@@ -8,6 +8,7 @@ import numpy as np
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.retrieval.candidates import NO_NEIGHBOR, Bank, Queries, find_neighbors
 from megatron_cm3leon.retrieval.index import search_index
+from megatron_cm3leon.retrieval.neighbors import CHECKSUMS
 from megatron_cm3leon.retrieval.options import IndexOptions
 from megatron_cm3leon.retrieval.rows import Rows
 
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 PART_NEIGHBORS = 65536
 """Documents of a part of the table."""
-TABLE_FILES = ("table.json", "neighbors.npy", "scores.npy")
+TABLE_FILES = ("table.json", "neighbors.npy", CHECKSUMS, "scores.npy")
 _QUERY_BATCH = 1024
 
 

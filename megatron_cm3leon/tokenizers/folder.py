@@ -29,11 +29,9 @@ class Tokenizers:
         """Read a tokenizer folder; `device` is where the image tokenizer computes."""
         folder = Path(folder)
         vocabulary = Vocabulary.load(folder)
-        text = TextTokenizer.load(folder / TEXT_MODEL)
-        image = ImageTokenizer.load(folder / IMAGE_FOLDER, device=device)
         for name, recorded, found in (
             (TEXT_MODEL, vocabulary.text_sha256, hash_text(folder)),
-            (IMAGE_FOLDER, vocabulary.image_sha256, hash_image(folder)),
+            (f"{IMAGE_FOLDER} (config.json, model.safetensors)", vocabulary.image_sha256, hash_image(folder)),
         ):
             if recorded != found:
                 raise ValueError(
@@ -41,7 +39,8 @@ class Tokenizers:
                     f"{found[:16]}, recorded {recorded[:16]}): it was replaced or damaged. Restore it; data "
                     f"and models made with the old one do not fit a new one."
                 )
-        return cls(text, image, vocabulary)
+        text = TextTokenizer.load(folder / TEXT_MODEL)
+        return cls(text, ImageTokenizer.load(folder / IMAGE_FOLDER, device=device), vocabulary)
 
 
 def hash_text(folder: str | Path) -> str:
@@ -52,7 +51,10 @@ def hash_text(folder: str | Path) -> str:
 def hash_image(folder: str | Path) -> str:
     """SHA-256 of what decides the codes: the config without its account of the training, and the weights."""
     image = Path(folder) / IMAGE_FOLDER
-    config = json.loads((image / "config.json").read_text())
+    try:
+        config = json.loads((image / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{image / 'config.json'} is damaged or no JSON: {error}") from error
     config.pop("training", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     with (image / "model.safetensors").open("rb") as weights:

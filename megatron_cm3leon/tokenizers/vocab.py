@@ -154,7 +154,7 @@ class Vocabulary:
             raise ValueError(f"no vocabulary at {path}; tools/train_tokenizer.py writes one.")
         try:
             return cls.from_dict(json.loads(path.read_text()))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no vocab.json, or is damaged ({error}); give the tokenizer folder that has one."
             ) from error

@@ -55,6 +55,9 @@ class Neighbors:
     table: np.ndarray
     bank: object
 
+    def check(self, rows):
+        """Nothing on a disk, nothing to be damaged."""
+
 
 def make_neighbors(corpus, columns=5, seed=0, missing=0.1):
     """Random neighbours in the corpus itself, some rows with fewer; -1 last."""

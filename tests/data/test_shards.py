@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_cm3leon.data.shard_writer import pack_members
-from megatron_cm3leon.data.shards import open_shards, split_segments
+from megatron_cm3leon.data.shards import open_shards, seal, split_segments
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 
@@ -112,7 +112,7 @@ def test_a_damaged_document_is_named(folder):
 def change_manifest(folder, change):
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
 
 
 def test_files_that_do_not_match_the_manifest_are_refused(folder, tmp_path):
@@ -171,3 +171,14 @@ def test_members_are_those_that_tarfile_and_numpy_write(dtype):
 def test_split_segments():
     ids = np.array([1, 2, V.break_id, 3, V.break_id])
     assert [segment.tolist() for segment in split_segments(ids, V)] == [[1, 2], [3], []]
+
+
+def test_an_edited_manifest_is_told(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"tokens": 1}))
+    with pytest.raises(ValueError, match=r"copy/manifest.json is damaged: it does not match its SHA-256"):
+        open_shards(copy)
+    del manifest["sha256"]  # as earlier versions wrote it
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert open_shards(copy).documents == manifest["documents"]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.data.shards import open_shards, seal
 from megatron_cm3leon.retrieval import embeddings
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import Encoder, combine
-from megatron_cm3leon.retrieval.neighbors import load_description, load_neighbors
+from megatron_cm3leon.retrieval.neighbors import CHECKSUMS, load_description, load_neighbors
 from megatron_cm3leon.retrieval.options import IndexOptions
 
 OPTIONS = IndexOptions(neighbors=3, threshold=0.999)  # an untrained encoder finds everything alike
@@ -38,7 +38,7 @@ def test_the_folder_is_as_described(index, shards, clip_folder):
     names = {str(path.relative_to(index)) for path in index.rglob("*") if path.is_file()}
     arrays = [f"embeddings/{name}.npy" for name in ("bank", "bank_identities", "queries_text", "queries_image")]
     notes = ["embeddings/bank.json", "embeddings/queries_text.json", "index.faiss.json", "table.json"]
-    assert names == {"index.json", "index.faiss", "neighbors.npy", "scores.npy", *arrays, *notes}
+    assert names == {"index.json", "index.faiss", "neighbors.npy", CHECKSUMS, "scores.npy", *arrays, *notes}
     vectors = np.load(index / "embeddings/bank.npy")
     assert vectors.dtype == np.float16 and vectors.shape == (180, 32)
     np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=2e-3)
@@ -160,10 +160,10 @@ def test_an_edited_manifest_is_refused(index, shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
     load_neighbors(index, open_shards(copy))  # a copy is the same shards
     manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"command": "another path's spelling"}))
+    (copy / "manifest.json").write_text(json.dumps(seal(manifest | {"command": "another path's spelling"})))
     load_neighbors(index, open_shards(copy))  # whoever made them
     next(iter(manifest["shards"][0]["files"].values()))["sha256"] = "0" * 64
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.json").write_text(json.dumps(seal(manifest)))
     with pytest.raises(ValueError, match=r"built from other shards.*copy"):
         load_neighbors(index, open_shards(copy))
     with pytest.raises(ValueError, match=r"built from other bank.*copy"):
