@@ -236,6 +236,14 @@ class ValidationConfig:
 
 
 @dataclass(kw_only=True)
+class ClusterConfig:
+    """What a run does about the cluster it lives on."""
+
+    max_restarts: int = 3
+    """Restarts in a row that brought no new checkpoint before a job is no longer requeued (tools/submit.py)."""
+
+
+@dataclass(kw_only=True)
 class Config:
     """One run."""
 
@@ -256,6 +264,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def validate(self, world_size: int | None = None) -> None:
         """Fill derived values and refuse what cannot run; `world_size` in ranks, where it is known.

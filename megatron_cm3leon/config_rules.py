@@ -73,6 +73,7 @@ _RANGES = {
     "checkpoint.keep_every": (0, None),
     "validation.interval": (0, None),
     "validation.batches": (1, None),
+    "cluster.max_restarts": (0, None),
 }
 
 

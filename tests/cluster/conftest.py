@@ -1,0 +1,45 @@
+"""One real SLURM cluster for all tests that ask for it."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Cluster, reason_unavailable
+from tests.data.corpora import make_pairs, make_vocabulary, write_shards
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    if reason := reason_unavailable():
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path must be short
+    with Cluster(folder) as cluster:
+        yield cluster
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def slurm(cluster, monkeypatch):
+    """The cluster, which SLURM's commands of this test's process find too."""
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Folder with shards/ and a config.yaml of a run that takes seconds."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_shards(folder / "shards", make_pairs(40, make_vocabulary()), make_vocabulary())
+    (folder / "config.yaml").write_text(YAML.format(shards=folder / "shards"))
+    return folder
+
+
+YAML = """
+model: {{layers: 2, hidden_size: 32, heads: 4, init_std: 0.02}}
+data: {{seq_length: 32, packing: stream, workers: 1, shards: {shards}}}
+train: {{steps: 12, global_batch_size: 4, micro_batch_size: 1, precision: fp32, threads: 1}}
+schedule: {{warmup_steps: 5}}
+checkpoint: {{interval: 4, keep_last: 2}}
+"""
