@@ -139,7 +139,7 @@ def check_names(tree, schema=Config, prefix: str = "") -> None:
         section = known[name].type
         if is_dataclass(section):
             check_names(value, section, f"{prefix}{name}.")
-        elif get_origin(section) is list and isinstance(value, list):
+        elif get_origin(section) is list and isinstance(value, list) and is_dataclass(get_args(section)[0]):
             for number, each in enumerate(value):
                 check_names(each, get_args(section)[0], f"{prefix}{name}[{number}].")
 

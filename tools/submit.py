@@ -45,7 +45,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     pipeline.add_argument("plan", help="YAML file of the pipeline (examples/slurm/pipeline.yaml)")
     pipeline.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")
     add_site_options(pipeline)
-    return parser.parse_args(arguments)
+    # argparse takes the positional arguments up to the first option; overrides may also stand behind it.
+    options, more = parser.parse_known_args(arguments)
+    unknown = [word for word in more if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += more
+    return options
 
 
 def add_site_options(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinf
 NODES = ("n1", "n2")
 CPUS = 2
 SECONDS_TO_START = 30
+SECONDS_TO_STOP = 10
 
 # cred_expire: a requeued job waits for it, 121 s by default. sched_interval and bf_interval: jobs start at once.
 # The nodes of `gpu` are cloud nodes that nothing resumes in time: --test-only plans with them.
@@ -152,19 +153,20 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """End a node as a power cut would: its slurmd and every process of its jobs, without a word to slurmctld."""
         pid = int((self.folder / f"pid/slurmd.{node}.pid").read_text())
-        for process in [pid, *self._processes_of(node)]:
+        for process in [pid, *self._job_processes(f"SLURMD_NODENAME={node}")]:
             _kill(process, signal.SIGKILL)
 
-    def _processes_of(self, node: str) -> list[int]:
-        """slurmstepd and the tasks of a node: what has the node's name in its environment."""
+    def _job_processes(self, variable: str = "") -> list[int]:
+        """Processes of this cluster's jobs, by their environment; only those that have `variable` when it is given."""
+        conf = f"SLURM_CONF={self.folder}/slurm.conf"
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
-                variables = path.read_bytes().split(b"\0")
+                variables = path.read_text(errors="replace").split("\0")
             except OSError:
                 continue  # it ended meanwhile
-            ours = f"SLURM_CONF={self.folder}/slurm.conf".encode() in variables
-            if ours and f"SLURMD_NODENAME={node}".encode() in variables:
+            in_job = any(each.startswith("SLURM_JOB_ID=") for each in variables)
+            if in_job and conf in variables and (not variable or variable in variables):
                 found.append(int(path.parent.name))
         return found
 
@@ -193,29 +195,20 @@ class Cluster:
         return fields
 
     def stop(self) -> None:
-        """Cancel the jobs, then end every daemon by its pid."""
-        if (self.folder / "pid/slurmctld.pid").exists():
-            self.run("scancel", "--state=PENDING", "--user=root", check=False)
-            self.run("scancel", "--full", "--signal=KILL", "--user=root", check=False)
-        for name in (*(f"slurmd.{node}" for node in NODES), "slurmctld", "munged"):
-            path = self.folder / f"pid/{name}.pid"
-            if path.exists():
-                _end(int(path.read_text()))
+        """End the jobs' processes and every daemon by its pid."""
+        pids = [int(path.read_text()) for path in sorted((self.folder / "pid").glob("*.pid"))]
+        for pid in pids:
+            _kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + SECONDS_TO_STOP
+        while (alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for pid in [*alive, *self._job_processes()]:
+            _kill(pid, signal.SIGKILL)
 
 
 def _kill(pid: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-def _end(pid: int) -> None:
-    """SIGTERM, and SIGKILL to what is still there after 10 s."""
-    _kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists():
-        if time.monotonic() > deadline:
-            _kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
 
 
 def main() -> int:

@@ -1,30 +1,8 @@
-"""One real SLURM cluster for all tests that ask for it."""
-
-import shutil
-import tempfile
-from pathlib import Path
+"""A corpus and a run that take seconds."""
 
 import pytest
 
-from tests.cluster.cluster import Cluster, reason_unavailable
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
-
-
-@pytest.fixture(scope="session")
-def cluster():
-    if reason := reason_unavailable():
-        pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path must be short
-    with Cluster(folder) as cluster:
-        yield cluster
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def slurm(cluster, monkeypatch):
-    """The cluster, which SLURM's commands of this test's process find too."""
-    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    return cluster
 
 
 @pytest.fixture(scope="module")

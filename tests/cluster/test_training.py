@@ -28,4 +28,3 @@ def test_a_job_on_two_nodes_trains_to_the_end(slurm, corpus, launcher, ranks):
     assert "not requeued: the run is finished." in text
     assert [line["step"] for line in read_metrics(corpus / output)] == list(range(1, 13))
     assert list_checkpoints(corpus / output)[-1].name == "step-00000012"
-    assert f"{2 * ranks} ranks" not in text or True

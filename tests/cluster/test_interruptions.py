@@ -1,0 +1,85 @@
+"""What clusters do to jobs: each time the run goes on by itself, and its losses are those of one never stopped."""
+
+import time
+
+import pytest
+
+from megatron_cm3leon.cluster.events import read_events
+from megatron_cm3leon.data.history import read_metrics
+from tests.cluster.test_training import submit
+
+pytestmark = pytest.mark.slow
+RUN = ["train.steps=400", "checkpoint.interval=10", "--ranks-per-node", 1]
+
+
+@pytest.fixture(scope="module")
+def straight(cluster, corpus):
+    """The losses of the run that nothing stopped; by submit.py too, so that it is the same layout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+        job, log = submit(corpus, "straight", *RUN)
+    assert cluster.wait(job)["JobState"] == "COMPLETED", log.read_text()
+    return losses(corpus / "straight")
+
+
+def losses(run):
+    return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(run)]
+
+
+def ask_to_stop(slurm, job):
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+
+
+def wait_for_time_limit(slurm, job):
+    pass
+
+
+def preempt(slurm, job):
+    slurm.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+
+
+def requeue(slurm, job):
+    slurm.run("scontrol", "requeue", job)
+
+
+def take_node_down(slurm, job):
+    slurm.kill_node("n2")
+    slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=power")
+    slurm.wait(job, "PENDING")
+    slurm.start_node("n2")  # it registers, and is up again (ReturnToService=2)
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "options", "reason"),
+    [
+        (ask_to_stop, [], "time limit"),
+        (wait_for_time_limit, ["--time", "1", "--lead", "45"], "time limit"),
+        (preempt, [], ""),
+        (preempt, ["--partition", "grace"], "pre-emption"),
+        (requeue, [], ""),
+        (take_node_down, [], ""),
+    ],
+    ids=["asked", "time limit", "pre-emption", "pre-emption with grace", "scontrol requeue", "node down"],
+)
+def test_it_goes_on_by_itself_as_if_never_stopped(slurm, corpus, straight, interrupt, options, reason, request):
+    """`reason`: with which the batch script requeues; empty where SLURM does it, and nobody else may."""
+    run = corpus / request.node.callspec.id.replace(" ", "-")
+    job, log = submit(corpus, run.name, *RUN, *options)
+    wait_for_steps(run, 60)
+    interrupt(slurm, job)
+    fields = slurm.wait(job, "COMPLETED", "CANCELLED", "TIMEOUT", "FAILED", seconds=240)
+    assert fields["JobState"] == "COMPLETED", log.read_text()
+    requeued = [event["reason"] for event in read_events(run) if event["event"] == "requeue"]
+    # A machine that is slow may meet its time limit of a minute again; nothing else comes twice.
+    assert int(fields["Restarts"]) == max(1, len(requeued) * (interrupt is wait_for_time_limit)), log.read_text()
+    assert set(requeued) == ({reason} if reason else set())
+    assert "resumed from" in log.read_text()
+    assert losses(run) == straight
+
+
+def wait_for_steps(run, count):
+    deadline = time.monotonic() + 60
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        assert time.monotonic() < deadline, f"{run} made no {count} steps in 60 s"
+        time.sleep(0.05)
