@@ -87,11 +87,11 @@ def load_site(given: str = "") -> Site:
     try:
         check_names(OmegaConf.to_container(layer), Site)
         site = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Site), layer))
+        check_site(site)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {error.full_key or 'site'}: {error.msg or error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    check_site(site)
     return site
 
 
