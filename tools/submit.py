@@ -97,7 +97,8 @@ def main() -> int:
         if options.print:
             print(prepared.text, end="")
         else:
-            print(f"job {submit_training(prepared)}: {prepared.log}")
+            job = submit_training(prepared)
+            print(f"job {job}: {str(prepared.log).replace('%j', str(job))}")
         return 0
     plan = plan_pipeline(load_pipeline(options.plan, options.overrides), site)
     if options.print:

@@ -156,12 +156,12 @@ SRUN_TASK = """
     exec "$@"
 """
 
-# SLURM signals the task: this shell. torchrun would end its ranks on SIGTERM and itself on SIGUSR1; so it hears
-# neither, and its children, the ranks, both.
+# SLURM signals the task, which is this shell (and, without cgroups, all below it). torchrun would end on SIGUSR1, and
+# end its ranks 30 s after SIGTERM; so it ignores the one, and its children, the ranks, get both from here.
 TORCHRUN_TASK = """
     export PET_NODE_RANK=$SLURM_NODEID PET_NNODES=$SLURM_JOB_NUM_NODES PET_NPROC_PER_NODE=$RANKS_PER_NODE
-    export PET_MASTER_ADDR=$MASTER_ADDR PET_MASTER_PORT=$MASTER_PORT PET_SIGNALS_TO_HANDLE=SIGINT
-    (trap "" USR1 TERM; exec "$@") &
+    export PET_MASTER_ADDR=$MASTER_ADDR PET_MASTER_PORT=$MASTER_PORT
+    (trap "" USR1; exec "$@") &
     torchrun=$!
     tell() { kill -s "$1" $(cat /proc/$torchrun/task/$torchrun/children) 2>/dev/null; }
     trap "tell USR1" USR1

@@ -156,8 +156,17 @@ class Cluster:
         for process in [pid, *self._job_processes(f"SLURMD_NODENAME={node}")]:
             _kill(process, signal.SIGKILL)
 
-    def _job_processes(self, variable: str = "") -> list[int]:
-        """Processes of this cluster's jobs, by their environment; only those that have `variable` when it is given."""
+    def kill_task(self, array: int | str, task: int) -> None:
+        """End every process of an array's task as the kernel does when memory runs out."""
+        deadline = time.monotonic() + 30
+        while not (found := self._job_processes(f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}")):
+            assert time.monotonic() < deadline, f"task {task} of job {array} has no process"
+            time.sleep(0.01)
+        for process in found:
+            _kill(process, signal.SIGKILL)
+
+    def _job_processes(self, *wanted: str) -> list[int]:
+        """Processes of this cluster's jobs, by their environment, which has the variables `wanted` too."""
         conf = f"SLURM_CONF={self.folder}/slurm.conf"
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
@@ -166,7 +175,7 @@ class Cluster:
             except OSError:
                 continue  # it ended meanwhile
             in_job = any(each.startswith("SLURM_JOB_ID=") for each in variables)
-            if in_job and conf in variables and (not variable or variable in variables):
+            if in_job and {conf, *wanted} <= set(variables):
                 found.append(int(path.parent.name))
         return found
 

@@ -78,7 +78,7 @@ def test_a_killed_task_cancels_what_waits_for_it_and_the_same_command_finishes(s
     slurm.wait(task, "RUNNING")
     refused = pipeline(raw / "plan.yaml", f"output={output}")
     assert refused.returncode == 2 and "of this pipeline wait or run still" in refused.stderr
-    slurm.run("scancel", "--full", "--signal=KILL", task)
+    slurm.kill_task(jobs["shards"], 1)
     assert slurm.wait(task)["JobState"] == "FAILED"
     for name in ("shards-merge", "embed", "index", "heldout-index", "train"):
         assert slurm.wait(jobs[name])["JobState"] == "CANCELLED", name

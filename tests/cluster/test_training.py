@@ -1,6 +1,7 @@
 """Training jobs on a real SLURM of two virtual nodes."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,8 @@ def submit(corpus, output, *more):
     arguments = [f"output={corpus / output}", "--nodes", 2, "--time", 5]
     done = call_tool("submit", "train", corpus / "config.yaml", *arguments, *more)
     assert done.returncode == 0, done.stderr
-    job = int(re.match(r"job (\d+): ", done.stdout)[1])
-    return job, corpus / output / f"submit/{job}.log"
+    job, log = re.fullmatch(r"job (\d+): (.*)\n", done.stdout).groups()
+    return int(job), Path(log)
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("srun", 1), ("torchrun", 2)])
