@@ -203,6 +203,15 @@ class Cluster:
             time.sleep(0.1)
         return fields
 
+    @staticmethod
+    def wait_for_steps(run: Path, count: int) -> None:
+        """Return once a run's metrics have `count` lines."""
+        deadline = time.monotonic() + 90
+        metrics = run / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") >= count):
+            assert time.monotonic() < deadline, f"{run} made no {count} steps in 90 s"
+            time.sleep(0.05)
+
     def stop(self) -> None:
         """End the jobs' processes and every daemon by its pid."""
         pids = [int(path.read_text()) for path in sorted((self.folder / "pid").glob("*.pid"))]

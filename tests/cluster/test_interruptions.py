@@ -1,15 +1,17 @@
 """What clusters do to jobs: each time the run goes on by itself, and its losses are those of one never stopped."""
 
-import time
-
 import pytest
 
 from megatron_cm3leon.cluster.events import read_events
-from megatron_cm3leon.data.history import read_metrics
-from tests.cluster.test_training import submit
+from tests.cluster.jobs import losses, make_corpus, submit_run
 
 pytestmark = pytest.mark.slow
 RUN = ["train.steps=400", "checkpoint.interval=10", "--ranks-per-node", 1]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("interruptions"))
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +19,9 @@ def straight(cluster, corpus):
     """The losses of the run that nothing stopped; by submit.py too, so that it is the same layout."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-        job, log = submit(corpus, "straight", *RUN)
+        job, log = submit_run(corpus, "straight", *RUN)
     assert cluster.wait(job)["JobState"] == "COMPLETED", log.read_text()
     return losses(corpus / "straight")
-
-
-def losses(run):
-    return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(run)]
 
 
 def ask_to_stop(slurm, job):
@@ -64,8 +62,8 @@ def take_node_down(slurm, job):
 def test_it_goes_on_by_itself_as_if_never_stopped(slurm, corpus, straight, interrupt, options, reason, request):
     """`reason`: with which the batch script requeues; empty where SLURM does it, and nobody else may."""
     run = corpus / request.node.callspec.id.replace(" ", "-")
-    job, log = submit(corpus, run.name, *RUN, *options)
-    wait_for_steps(run, 60)
+    job, log = submit_run(corpus, run.name, *RUN, *options)
+    slurm.wait_for_steps(run, 60)
     interrupt(slurm, job)
     fields = slurm.wait(job, "COMPLETED", "CANCELLED", "TIMEOUT", "FAILED", seconds=240)
     assert fields["JobState"] == "COMPLETED", log.read_text()
@@ -75,11 +73,3 @@ def test_it_goes_on_by_itself_as_if_never_stopped(slurm, corpus, straight, inter
     assert set(requeued) == ({reason} if reason else set())
     assert "resumed from" in log.read_text()
     assert losses(run) == straight
-
-
-def wait_for_steps(run, count):
-    deadline = time.monotonic() + 60
-    metrics = run / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") >= count):
-        assert time.monotonic() < deadline, f"{run} made no {count} steps in 60 s"
-        time.sleep(0.05)
