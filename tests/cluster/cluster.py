@@ -23,6 +23,7 @@ NODES = ("n1", "n2")
 CPUS = 2
 SECONDS_TO_START = 30
 SECONDS_TO_STOP = 10
+ENDING = {signal.SIGINT, signal.SIGTERM}
 
 # cred_expire: a requeued job waits for it, 121 s by default. sched_interval and bf_interval: jobs start at once.
 # The nodes of `gpu` are cloud nodes that nothing resumes in time: --test-only plans with them.
@@ -235,11 +236,10 @@ def main() -> int:
         print(f"error: {reason}.", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Cluster(Path(folder)):
+        # Blocked from here on, so that a shell's background job, which ignores SIGINT, is ended by it too.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         print(f"export SLURM_CONF={folder}/slurm.conf   # in any shell; Ctrl-C here ends the cluster", flush=True)
-        try:
-            signal.pause()
-        except KeyboardInterrupt:
-            print()
+        signal.sigwait(ENDING)
     return 0
 
 
