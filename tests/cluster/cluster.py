@@ -167,7 +167,7 @@ class Cluster:
             _kill(process, signal.SIGKILL)
 
     def _job_processes(self, *wanted: str) -> list[int]:
-        """Processes of this cluster's jobs, by their environment, which has the variables `wanted` too."""
+        """Processes of this cluster's jobs, by their environment; it has the variables `wanted` too."""
         conf = f"SLURM_CONF={self.folder}/slurm.conf"
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
@@ -175,7 +175,7 @@ class Cluster:
                 variables = path.read_text(errors="replace").split("\0")
             except OSError:
                 continue  # it ended meanwhile
-            in_job = any(each.startswith("SLURM_JOB_ID=") for each in variables)
+            in_job = any(each.startswith("SLURM_JOB_ID=") for each in variables) or _is_step_daemon(path.parent)
             if in_job and {conf, *wanted} <= set(variables):
                 found.append(int(path.parent.name))
         return found
@@ -223,6 +223,13 @@ class Cluster:
             time.sleep(0.02)
         for pid in [*alive, *self._job_processes()]:
             _kill(pid, signal.SIGKILL)
+
+
+def _is_step_daemon(process: Path) -> bool:
+    """slurmstepd, which starts a job's tasks and outlives slurmd."""
+    with suppress(OSError):
+        return (process / "comm").read_text() == "slurmstepd\n"
+    return False
 
 
 def _kill(pid: int, number: signal.Signals) -> None:
