@@ -180,10 +180,12 @@ ask() {{
 trap 'ask USR1' USR1        # time is running out: sbatch --signal
 trap 'asked=TERM' TERM      # SLURM ends the job; it tells the ranks itself
 
-# Rendezvous: the first node's address as SLURM knows it; a port of this job's own.
+# Rendezvous: the first node's address as SLURM knows it (this node); a port by the job's number, the next one that is
+# free here where somebody listens on it.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 RANKS_PER_NODE={ranks}
 export MASTER_ADDR MASTER_PORT RANKS_PER_NODE
 

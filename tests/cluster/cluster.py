@@ -8,6 +8,7 @@ gpu     64 nodes of 8 GPUs that do not exist: for `sbatch --test-only`
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ ENDING = {signal.SIGINT, signal.SIGTERM}
 # The nodes of `gpu` are cloud nodes that nothing resumes in time: --test-only plans with them.
 CONFIGURATION = """\
 ClusterName=fixture
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
@@ -129,7 +131,11 @@ class Cluster:
         key = self.folder / "munge/key"
         key.touch(0o600)
         key.write_bytes(os.urandom(1024))
-        text = CONFIGURATION.format(folder=self.folder, host=_host(), ports=_find_free_ports(3), cpus=CPUS)
+        # Jobs derive their ports from their numbers: those of two clusters on this machine must differ.
+        first_job = 100 * random.randrange(1, 1000)
+        text = CONFIGURATION.format(
+            folder=self.folder, host=_host(), ports=_find_free_ports(3), cpus=CPUS, first_job=first_job
+        )
         (self.folder / "slurm.conf").write_text(text)
         names = {"socket": "munge/socket", "seed-file": "munge/seed", "pid-file": "pid/munged.pid"}
         names |= {"key-file": "munge/key", "log-file": "log/munged.log"}
