@@ -107,7 +107,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             raise ValueError(f"{text!r} is no override; write section.key=value, such as parallel.tensor=2.")
     layers.append(OmegaConf.from_dotlist(list(overrides or [])))
     for layer in layers:
-        _check_names(OmegaConf.to_container(layer))
+        check_names(OmegaConf.to_container(layer))
     try:
         tree = OmegaConf.merge(OmegaConf.structured(Config), *layers)
         if tree.preset:
@@ -127,8 +127,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         raise ValueError(f"{name or 'configuration'}: {first}") from error
 
 
-def _check_names(tree, schema=Config, prefix: str = "") -> None:
-    """Refuse a field that the dataclasses do not have, with the nearest name."""
+def check_names(tree, schema=Config, prefix: str = "") -> None:
+    """ValueError for a field that the dataclass `schema` does not have, with the nearest name."""
     if not isinstance(tree, dict):
         raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} must be a mapping of fields, not {tree!r}.")
     known = {item.name: item for item in fields(schema)}
@@ -139,10 +139,10 @@ def _check_names(tree, schema=Config, prefix: str = "") -> None:
             raise ValueError(f"there is no field {prefix}{name}{hint}")
         section = known[name].type
         if is_dataclass(section):
-            _check_names(value, section, f"{prefix}{name}.")
-        elif get_origin(section) is list and isinstance(value, list):
+            check_names(value, section, f"{prefix}{name}.")
+        elif get_origin(section) is list and isinstance(value, list) and is_dataclass(get_args(section)[0]):
             for number, each in enumerate(value):
-                _check_names(each, get_args(section)[0], f"{prefix}{name}[{number}].")
+                check_names(each, get_args(section)[0], f"{prefix}{name}[{number}].")
 
 
 def save_config(config: Config, path: str | Path) -> None:

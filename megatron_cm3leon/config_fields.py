@@ -255,6 +255,8 @@ class ClusterConfig:
     """Steps between reports of the slowest rank; 0 never reports."""
     watchdog_seconds: float = 900.0
     """Seconds without a step, validation or save after which the run ends, with the stacks of every rank; 0: never."""
+    max_restarts: int = 3
+    """Restarts in a row that brought no new checkpoint before a job is no longer requeued (tools/submit.py)."""
 
 
 @dataclass(kw_only=True)

@@ -78,6 +78,7 @@ _RANGES = {
     "validation.batches": (1, None),
     "cluster.watchdog_seconds": (0, None),
     "cluster.straggler_interval": (0, None),
+    "cluster.max_restarts": (0, None),
 }
 
 

@@ -1,7 +1,32 @@
 """What every test shares."""
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Cluster, reason_unavailable
 
 # Before torch is imported: the machine's cores belong to the ranks under test; with tiny tensors a second
 # thread costs more than it brings, and it sums in another order.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A real SLURM of two virtual nodes, for all tests that ask for it."""
+    if reason := reason_unavailable():
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path must be short
+    with Cluster(folder) as cluster:
+        yield cluster
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def slurm(cluster, monkeypatch):
+    """The cluster, which SLURM's commands of this test's process find too."""
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    return cluster

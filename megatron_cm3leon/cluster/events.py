@@ -13,7 +13,8 @@ Every object has `time` (Unix seconds), `attempt`, `event` and, where there is o
 | stall | seconds, rank, host, cause: no step for too long; stacks are in the run folder |
 | failure | rank, host, cause, status: the first cause of an end that was not asked for; status 2 needs the user |
 | stop | reason: finished, stop_after, signal |
-| requeue | job, restarts, reason |
+| requeue | job, restarts, reason: SLURM starts the job again; step is that of the newest checkpoint |
+| gave_up | job, restarts, reason: too many restarts in a row brought no new checkpoint |
 
 An attempt without a `stop` ended without being asked to.
 """

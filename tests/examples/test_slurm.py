@@ -1,0 +1,65 @@
+"""examples/slurm: each layout can be built, needs the bytes it says, and is a job that a controller accepts."""
+
+import re
+
+import pytest
+import yaml
+
+from megatron_cm3leon.cluster.pipeline import Pipeline
+from megatron_cm3leon.cluster.site import Site, load_site
+from megatron_cm3leon.train import main
+from tests.data.corpora import make_pairs, make_vocabulary, write_shards
+from tests.distributed.launch import ROOT
+from tests.tools.call import call_tool
+
+FOLDER = ROOT / "examples/slurm"
+MODELS = ("350m", "760m", "7b")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("ranks", [8, 16, 32, 64, 128, 256, 512])
+def test_the_layout_needs_the_bytes_it_says(model, ranks, capsys):
+    assert main([str(FOLDER / f"{model}.yaml"), "--dry-run", "--ranks", str(ranks)]) == 0
+    printed = re.findall(r"([\d.]+ GiB)\n", capsys.readouterr().out)
+    stated = dict(re.findall(r"(\d+) GPUs ([\d.]+ GiB)", (FOLDER / f"{model}.yaml").read_text()))
+    assert set(stated) == {"8", "64", "512"}
+    assert stated.get(str(ranks), printed[0]) == printed[0]
+
+
+@pytest.mark.parametrize("nodes", [1, 64])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_controller_accepts_the_job(slurm, corpus, model, nodes, tmp_path):
+    """The partition `gpu` of the tests' cluster has 64 nodes of 8 GPUs, which take no jobs but plan them."""
+    arguments = [FOLDER / f"{model}.yaml", f"data.shards={corpus}", f"output={tmp_path / 'run'}"]
+    arguments += ["--nodes", nodes, "--gpus-per-node", 8, "--time", "24:00:00"]
+    done = call_tool("submit", "train", *arguments, "--partition", "gpu", "--cpus-per-rank", 14, "--print")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "script.sh").write_text(done.stdout)
+    slurm.run("sbatch", "--test-only", tmp_path / "script.sh")
+    too_many = (tmp_path / "script.sh").read_text().replace(f"--nodes={nodes}", "--nodes=65")
+    (tmp_path / "script.sh").write_text(too_many)
+    with pytest.raises(RuntimeError, match="Requested node configuration is not available"):
+        slurm.run("sbatch", "--test-only", tmp_path / "script.sh")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Shards of some pairs; the job is not started."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_shards(folder, make_pairs(4, make_vocabulary()), make_vocabulary())
+    return folder
+
+
+def test_the_site_file_shows_every_field():
+    site = load_site(str(FOLDER / "site.yaml"))
+    assert site.environment["NCCL_SOCKET_IFNAME"] == "ib0" and site.cpus_per_rank == 14
+    assert keys_of(FOLDER / "site.yaml") == set(vars(Site()))
+
+
+def test_the_pipeline_file_shows_every_field():
+    assert keys_of(FOLDER / "pipeline.yaml") == set(vars(Pipeline()))
+
+
+def keys_of(path):
+    return set(yaml.safe_load(path.read_text()))
