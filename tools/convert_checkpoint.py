@@ -90,9 +90,27 @@ def import_tool(arguments: argparse.Namespace) -> None:
     print(f"wrote {folder}; go on with: torchrun ... -m megatron_cm3leon.train {arguments.output}/config.yaml")
 
 
+def image_tool(arguments: argparse.Namespace) -> None:
+    from megatron_cm3leon.tokenizers.image_import import import_image_tokenizer, write_image_tokenizer
+
+    tokenizer, account = import_image_tokenizer(arguments.weights, arguments.image_size)
+    sizes = {"specials": arguments.specials, "sentinels": arguments.sentinels}
+    vocabulary = write_image_tokenizer(tokenizer, account, arguments.output, **sizes)
+    height, width = tokenizer.grid
+    left_out = f"; {account['left_out']} weights of training alone left out" if account["left_out"] else ""
+    print(
+        f"wrote {arguments.output}/image: {account['layout']} layout, {height} x {width} tokens a picture of "
+        f"{arguments.image_size} pixels, {tokenizer.codebook_size:,} codes{left_out}"
+    )
+    if vocabulary is None:
+        print(f"vocab.json follows when tools/train_tokenizer.py text wrote to {arguments.output} too")
+    else:
+        print(f"wrote {arguments.output}/vocab.json: {vocabulary.size:,} ids, hash {vocabulary.hash}")
+
+
 def main() -> None:
     arguments = parse_arguments()
-    {"export": export_tool, "import": import_tool}[arguments.command](arguments)
+    {"export": export_tool, "import": import_tool, "image": image_tool}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from megatron_cm3leon.data.stream import build_stream
 from megatron_cm3leon.engine.trained import open_trained_model
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.tokenizers.folder import Tokenizers
+from megatron_cm3leon.tokenizers.text import train_text
+from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 from tests.checkpoint.made import CAPTIONS, family_config, write_random_checkpoint, write_tokenizers
 from tests.data.corpora import make_pairs, write_shards
 from tests.distributed.launch import ROOT
@@ -118,6 +120,31 @@ def test_errors_are_sentences_and_nothing_is_left(world, monkeypatch, arguments,
     assert done.returncode == 2, done.stdout
     assert done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr
     assert sorted(world.iterdir()) == before
+
+
+def test_an_image_tokenizer_of_others(tmp_path):
+    torch.manual_seed(0)
+    config = VQGANConfig(image_size=16, codebook_size=8, embed_dim=4, latent_channels=8, base_channels=32,
+                         channel_multiplier=(1, 1), num_res_blocks=1)  # fmt: skip
+    state = VQGAN(config).state_dict()
+    torch.save({"state_dict": state | {"loss.disc.weight": torch.ones(1)}}, tmp_path / "vqgan.ckpt")
+    (tmp_path / "tok").mkdir()
+    train_text(CAPTIONS, 330).save(tmp_path / "tok/text.model")
+    options = ["image", "--weights", tmp_path / "vqgan.ckpt", "--output", tmp_path / "tok", "--specials", 20]
+    done = call(*options, "--image-size", 15, "--sentinels", 4)
+    assert done.returncode == 2 and "image_size (15) must be a multiple of the down-sampling factor" in done.stderr
+    done = call(*options, "--image-size", 16, "--sentinels", 40)
+    assert done.returncode == 2 and "vocabulary.specials (20) must hold" in done.stderr
+    assert [path.name for path in (tmp_path / "tok").iterdir()] == ["text.model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tok", "vqgan.ckpt"]
+    done = call(*options, "--image-size", 16, "--sentinels", 4)
+    assert done.returncode == 0, done.stderr
+    assert "taming layout, 8 x 8 tokens a picture of 16 pixels, 8 codes; 1 weights of training alone" in done.stdout
+    assert "vocab.json: 358 ids" in done.stdout
+    loaded = Tokenizers.load(tmp_path / "tok")
+    assert loaded.image.config == config and loaded.vocabulary.image_tokens == 64
+    done = call(*options, "--image-size", 16, "--sentinels", 4)
+    assert done.returncode == 2 and "already has an image tokenizer" in done.stderr
 
 
 def test_usage():

@@ -25,8 +25,8 @@ def train_by_hand(vocab_size=320, **options):
     """A model with options that train_text does not have."""
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["<break>"] * 50 + CAPTIONS), model_writer=writer, vocab_size=vocab_size, byte_fallback=True,
-        bos_id=-1, eos_id=-1, pad_id=-1, minloglevel=2, **options,
+        sentence_iterator=iter(["<break>"] * 50 + CAPTIONS), model_writer=writer, vocab_size=vocab_size,
+        byte_fallback=True, bos_id=-1, eos_id=-1, pad_id=-1, minloglevel=2, **options,
     )  # fmt: skip
     return TextTokenizer(writer.getvalue())
 
