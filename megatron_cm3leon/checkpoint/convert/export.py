@@ -4,7 +4,6 @@ The folder gets its name only after the stock class, on the files just written, 
 """
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,7 +60,10 @@ def export_checkpoint(
     tokenizers = _load_tokenizers(Path(tokenizer), reader)
     parts = list_parts(config, vocabulary.size)
     _check_weights(reader, parts)
-    read = _rounded_read(reader, DTYPES[dtype])
+
+    def read(name: str) -> Tensor:
+        return reader.read(name).to(DTYPES[dtype])
+
     with written_whole(Path(output), overwrite) as folder:
         write_json(folder / "config.json", config_fields(config, vocabulary, DTYPES[dtype]))
         write_json(folder / "generation_config.json", special_ids(vocabulary))
@@ -73,7 +75,14 @@ def export_checkpoint(
                 raise ValueError(f"--check-corpus {check_corpus}: {why_not}.")
             lines = compare_ids(folder, tokenizers.text, read_lines(check_corpus), str(check_corpus))
         with meter(sum(len(part.targets) for part in parts), "exporting", "tensors") as progress:
-            write_weights(folder, parts, read, DTYPES[dtype], shard_bytes, progress.advance)
+            write_weights(
+                folder,
+                parts,
+                lambda name: _require_finite(read(name), name, reader),
+                DTYPES[dtype],
+                shard_bytes,
+                progress.advance,
+            )
         account = {
             "format": ACCOUNT_FORMAT,
             "checkpoint": str(checkpoint),
@@ -122,17 +131,13 @@ def _check_weights(reader: CheckpointReader, parts: list[Part]) -> None:
     reader.check_parameters({part.name: part.shape for part in parts})
 
 
-def _rounded_read(reader: CheckpointReader, dtype: torch.dtype) -> Callable[[str], Tensor]:
-    def read(name: str) -> Tensor:
-        weight = reader.read(name).to(dtype)
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"{name} of {reader.folder} has NaN or infinite values as {str(dtype).removeprefix('torch.')}; "
-                f"export an earlier checkpoint{'' if dtype == torch.float32 else ', or with --dtype fp32'}."
-            )
-        return weight
-
-    return read
+def _require_finite(weight: Tensor, name: str, reader: CheckpointReader) -> Tensor:
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"{name} of {reader.folder} has NaN or infinite values as {str(weight.dtype).removeprefix('torch.')}; "
+            f"export an earlier checkpoint{'' if weight.dtype == torch.float32 else ', or with --dtype fp32'}."
+        )
+    return weight
 
 
 def _copy_tokenizers(source: Path, folder: Path) -> None:

@@ -50,8 +50,10 @@ def written_whole(output: Path, overwrite: bool = False) -> Iterator[Path]:
         if output.exists():
             output.rename(aside)
         folder.rename(output)
-        shutil.rmtree(aside, ignore_errors=True)
     finally:
+        if aside.exists() and not output.exists():
+            aside.rename(output)
+        shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 

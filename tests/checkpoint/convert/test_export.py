@@ -1,6 +1,8 @@
 """Export: stock classes give the trained model's logits; what cannot be exported leaves everything as it was."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -192,6 +194,20 @@ def test_what_is_there_is_kept(tmp_path, tokenizer, checkpoint):
     export_checkpoint(checkpoint, tokenizer, tmp_path / "out", dtype="bf16", overwrite=True)
     assert (tmp_path / "out/model.safetensors").stat().st_size < 0.6 * len(before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run", "spoiled"]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, tokenizer, checkpoint, monkeypatch):
+    export_checkpoint(checkpoint, tokenizer, tmp_path / "out")
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export_checkpoint(checkpoint, tokenizer, tmp_path / "out", dtype="bf16", overwrite=True)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
 def test_every_weight_has_one_place(vocabulary):
