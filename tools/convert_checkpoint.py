@@ -1,52 +1,116 @@
-"""Convert a training checkpoint for inference.
+"""Convert a training checkpoint for inference and back, and image tokenizers that others trained.
 
     python tools/convert_checkpoint.py export --checkpoint runs/x/checkpoints/step-00001000 \\
         --tokenizer tok/ --output exported/
+    python tools/convert_checkpoint.py import --model exported/ --output runs/y
+    python tools/convert_checkpoint.py image --weights vqgan.ckpt --image-size 256 --output tok/
 
-`export` writes a folder that stock `OPTForCausalLM.from_pretrained` and tools/generate.py load, after
-comparing its logits with the trained model's.
+`export` writes a folder that stock transformers classes and tools/generate.py load. `import` makes a run folder of it,
+from which any layout and either engine goes on training. Both end by comparing logits, and leave nothing where those
+differ. `image` takes VQGANs of the taming layout (taming, Chameleon, gumbel) and LlamaGen's into a tokenizer folder.
+docs/conversion.md says more.
 """
 
 import argparse
+import re
 
-from megatron_cm3leon.checkpoint.convert import DTYPES, LARGEST_LOGIT_DIFFERENCE, export_checkpoint
 from megatron_cm3leon.cli import run_tool
-from megatron_cm3leon.engine.trained import open_trained_model
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500MB`, `2GiB` or a plain number."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?i?B)?", text, re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 500MB or 2GiB.")
+    return int(float(found[1]) * _UNITS[(found[2] or "B").upper()])
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    formatted = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **formatted)
     commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser(
-        "export",
-        help="write an OPT folder with the tokenizers",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    export.add_argument(
-        "--checkpoint", required=True, help="checkpoint folder, such as runs/x/checkpoints/step-00001000"
-    )
-    export.add_argument("--tokenizer", required=True, help="tokenizer folder the run was trained with")
-    export.add_argument("--output", required=True, help="folder to write; must be new or empty")
-    export.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="type of the weights in the files")
+
+    export = commands.add_parser("export", help="checkpoint -> OPT, Llama or Qwen3 folder", **formatted)
+    add = export.add_argument
+    add("--checkpoint", required=True, help="checkpoint folder, such as runs/x/checkpoints/step-00001000")
+    add("--tokenizer", required=True, help="tokenizer folder the run was trained with")
+    add("--output", required=True, help="folder to write; must be new or empty, or an export with --overwrite")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="type of the weights in the files")
+    add("--shard-size", type=parse_size, default="5GB", help="most bytes of a file of weights, such as 500MB or 2GiB")
+    add("--check-corpus", metavar="FILE", help="text whose every line must have the same ids in tokenizer.json")
+    add("--overwrite", action="store_true", help="replace an earlier export, once the new one is whole and checked")
+    _add_check_shards(export)
+
+    back = commands.add_parser("import", help="exported folder -> run folder with a checkpoint", **formatted)
+    back.add_argument("--model", required=True, help="folder that `export` wrote")
+    back.add_argument("--output", required=True, help="run folder to write; must be new or empty")
+    _add_check_shards(back)
+
+    image = commands.add_parser("image", help="VQGAN that others trained -> tokenizer folder", **formatted)
+    add = image.add_argument
+    add("--weights", required=True, help=".ckpt, .pt, .pth or .safetensors of the taming layout or LlamaGen's")
+    add("--image-size", type=int, required=True, help="height and width of a picture, pixels (taming: resolution)")
+    add("--output", required=True, help="tokenizer folder to write image/ to; vocab.json follows with text.model")
+    add("--specials", type=int, default=1024, help="special tokens in all, in the joint vocabulary")
+    add("--sentinels", type=int, default=512, help="sentinel tokens among the specials")
     return parser.parse_args()
+
+
+def _add_check_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check-shards", metavar="FOLDER", help="shards to take a real sequence from (default: the run's own)"
+    )
+
+
+def export_tool(arguments: argparse.Namespace) -> None:
+    from megatron_cm3leon.checkpoint.convert import export_checkpoint
+
+    account = export_checkpoint(
+        arguments.checkpoint,
+        arguments.tokenizer,
+        arguments.output,
+        dtype=arguments.dtype,
+        shard_bytes=arguments.shard_size,
+        check_shards=arguments.check_shards,
+        check_corpus=arguments.check_corpus,
+        overwrite=arguments.overwrite,
+    )
+    print(f"{account['class']} against the trained model: {account['check']}")
+    print(f"tokenizer.json: {account['tokenizer_json']}")
+    print(f"wrote {arguments.output}: {account['parameters']:,} parameters in {account['dtype']}, with the tokenizers")
+
+
+def import_tool(arguments: argparse.Namespace) -> None:
+    from megatron_cm3leon.checkpoint.convert import import_export
+
+    folder, comparison = import_export(arguments.model, arguments.output, check_shards=arguments.check_shards)
+    print(f"the checkpoint against the export: {comparison.describe()}")
+    print(f"wrote {folder}; go on with: torchrun ... -m megatron_cm3leon.train {arguments.output}/config.yaml")
+
+
+def image_tool(arguments: argparse.Namespace) -> None:
+    from megatron_cm3leon.tokenizers.image_import import import_image_tokenizer, write_image_tokenizer
+
+    tokenizer, account = import_image_tokenizer(arguments.weights, arguments.image_size)
+    sizes = {"specials": arguments.specials, "sentinels": arguments.sentinels}
+    vocabulary = write_image_tokenizer(tokenizer, account, arguments.output, **sizes)
+    height, width = tokenizer.grid
+    left_out = f"; {account['left_out']} weights of training alone left out" if account["left_out"] else ""
+    print(
+        f"wrote {arguments.output}/image: {account['layout']} layout, {height} x {width} tokens a picture of "
+        f"{arguments.image_size} pixels, {tokenizer.codebook_size:,} codes{left_out}"
+    )
+    if vocabulary is None:
+        print(f"vocab.json follows when tools/train_tokenizer.py text wrote to {arguments.output} too")
+    else:
+        print(f"wrote {arguments.output}/vocab.json: {vocabulary.size:,} ids, hash {vocabulary.hash}")
 
 
 def main() -> None:
     arguments = parse_arguments()
-    options = (arguments.checkpoint, arguments.tokenizer, arguments.output)
-    if arguments.dtype == "fp32":
-        with open_trained_model(arguments.checkpoint) as logits:
-            account = export_checkpoint(*options, trained_logits=logits)
-    else:  # the weights are rounded: compared with a plain forward of the rounded ones
-        account = export_checkpoint(*options, dtype=arguments.dtype)
-    print(
-        f"max |logit difference| between OPTForCausalLM and the trained model, fp32 weights: "
-        f"{account['max_abs_logit_diff']:.3g} in fp64 arithmetic (at most {LARGEST_LOGIT_DIFFERENCE:g}); in fp32 "
-        f"{account['max_relative_logit_diff_fp32']:.3g} of the largest logit"
-    )
-    print(f"wrote {arguments.output}: {account['parameters']:,} parameters in {account['dtype']}, with the tokenizers")
+    {"export": export_tool, "import": import_tool, "image": image_tool}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

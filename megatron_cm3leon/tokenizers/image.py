@@ -108,8 +108,8 @@ class ImageTokenizer:
         return cls(model.float())
 
 
-def check_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Refuse weights whose names or shapes are not the model's."""
+def check_weights(model: nn.Module, weights: dict[str, Tensor], what: str = "config.json") -> None:
+    """Refuse weights whose names or shapes are not the model's; `what` is said to have asked for the model."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     wrong = [
@@ -118,4 +118,4 @@ def check_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         if expected.get(name) != found.get(name)
     ]
     if wrong:
-        raise ValueError(f"{len(wrong)} weights do not fit config.json: {'; '.join(wrong[:5])}.")
+        raise ValueError(f"{len(wrong)} weights do not fit {what}: {'; '.join(wrong[:5])}.")

@@ -45,6 +45,10 @@ class VQGANConfig:
     """Kernel of the encoder's convolutions: 3 (taming), or 1, which with norm=pixel makes a code a function
     of its own patch of the picture alone."""
 
+    quantizer: str = "nearest"
+    """nearest: the code nearest to the latent; logits: the largest of K outputs of a 1 x 1 convolution (taming's
+    Gumbel quantizer)."""
+
     def __post_init__(self) -> None:
         for name in ("channel_multiplier", "attn_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -63,6 +67,8 @@ class VQGANConfig:
             )
         if self.norm not in ("group", "pixel"):
             raise ValueError(f"image tokenizer: norm ({self.norm!r}) must be group or pixel.")
+        if self.quantizer not in ("nearest", "logits"):
+            raise ValueError(f"image tokenizer: quantizer ({self.quantizer!r}) must be nearest or logits.")
         if self.encoder_kernel not in (1, 3):
             raise ValueError(f"image tokenizer: encoder_kernel ({self.encoder_kernel}) must be 1 or 3.")
         if self.norm == "group" and self.base_channels % NORM_GROUPS:
@@ -269,13 +275,17 @@ class VQGAN(nn.Module):
         self.post_quant_conv = build_conv(config.embed_dim, config.latent_channels, 1)
         self.quantize = nn.Module()
         self.quantize.embedding = nn.Embedding(config.codebook_size, config.embed_dim)
+        if config.quantizer == "logits":
+            self.quantize.proj = build_conv(config.embed_dim, config.codebook_size, 1)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels to latents, not yet quantised."""
         return self.quant_conv(self.encoder(pixels))
 
     def find_codes(self, latents: Tensor) -> Tensor:
-        """Nearest code of each latent, by squared distance."""
+        """Code of each latent: the nearest by squared distance, or the one with the largest logit."""
+        if self.config.quantizer == "logits":
+            return self.quantize.proj(latents).argmax(1)
         flat = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
         codes = find_nearest(flat, self.quantize.embedding.weight)
         return codes.view(latents.shape[0], *latents.shape[2:])

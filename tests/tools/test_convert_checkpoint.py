@@ -1,75 +1,155 @@
-"""tools/convert_checkpoint.py from the command line: a real checkpoint folder, exit statuses, sentences."""
+"""tools/convert_checkpoint.py from the command line: there and back, exit statuses, sentences."""
 
+import os
+import re
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 
 from megatron_cm3leon.checkpoint.reference import reference_logits
-from megatron_cm3leon.checkpoint.sharded import Piece, begin, finish, read_weights, write_rank
-from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.config import Config
+from megatron_cm3leon.checkpoint.sharded import read_weights
+from megatron_cm3leon.data.history import read_metrics
+from megatron_cm3leon.data.stream import build_stream
+from megatron_cm3leon.engine.trained import open_trained_model
 from megatron_cm3leon.generation.decoder import Decoder
-from megatron_cm3leon.model.weights import canonical_shapes
-from tests.data.corpora import make_vocabulary
+from megatron_cm3leon.tokenizers.folder import Tokenizers
+from megatron_cm3leon.tokenizers.text import train_text
+from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
+from tests.checkpoint.made import CAPTIONS, family_config, write_random_checkpoint, write_tokenizers
+from tests.data.corpora import make_pairs, write_shards
+from tests.distributed.launch import ROOT
 from tests.tools.call import call_tool
 
-VOCABULARY = make_vocabulary(text=20, image=8, height=2, width=2, sentinels=4, specials=8)
 call = partial(call_tool, "convert_checkpoint")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A checkpoint of two ranks' files and its tokenizer folder."""
+    """run/checkpoints/step-00000003, tok/, shards/ and corpus.txt."""
     path = tmp_path_factory.mktemp("world")
-    config = Config()
-    config.model.layers, config.model.hidden_size, config.model.heads, config.data.seq_length = 2, 16, 2, 12
-    config.validate()
-    checkpoint = path / "run/checkpoints/step-00000003"
-    begin(checkpoint)
-    generator = torch.Generator().manual_seed(0)
-    for rank, names in enumerate(_halves(canonical_shapes(config, VOCABULARY.size))):
-        pieces = []
-        for name, shape in names:
-            weight = torch.randn(shape, generator=generator) * 0.3
-            pieces.append((Piece(name, "weight", shape, (0, 0), shape, 0, weight.numel()), weight.reshape(-1)))
-        write_rank(checkpoint, rank, pieces)
-    finish(checkpoint, config, VOCABULARY, TrainState(step=3), {})
-    tokenizer = path / "tok"
-    (tokenizer / "image").mkdir(parents=True)
-    (tokenizer / "image/config.json").write_text("{}")
-    (tokenizer / "text.model").write_bytes(b"pieces")
-    VOCABULARY.save(tokenizer / "vocab.json")
+    vocabulary = write_tokenizers(path / "tok")
+    write_shards(path / "shards", make_pairs(40, vocabulary), vocabulary)
+    settings = ["train.global_batch_size=4", "train.precision=fp32", "train.steps=5", "schedule.warmup_steps=2"]
+    settings += ["data.packing=stream", "data.workers=0", "train.threads=1", "data.image_first_probability=0"]
+    config = family_config(f"data.shards={path / 'shards'}", *settings)
+    write_random_checkpoint(path / "run", config, vocabulary, stream=build_stream(config).fingerprint)
+    (path / "corpus.txt").write_text("".join(CAPTIONS))
     return path
 
 
-def _halves(shapes):
-    items = list(shapes.items())
-    return items[::2], items[1::2]
-
-
-def test_export_from_the_command_line(world):
-    checkpoint = world / "run/checkpoints/step-00000003"
-    done = call("export", "--checkpoint", checkpoint, "--tokenizer", world / "tok", "--output", world / "exported")
+@pytest.fixture(scope="module")
+def exported(world):
+    done = call(
+        "export", "--checkpoint", world / "run/checkpoints/step-00000003", "--tokenizer", world / "tok",
+        "--output", world / "exported", "--check-corpus", world / "corpus.txt", "--shard-size", "30kB",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "max |logit difference|" in done.stdout and "(at most 1e-05)" in done.stdout
-    assert f"wrote {world / 'exported'}" in done.stdout
-    reader = read_weights(checkpoint)
-    ids = torch.randint(VOCABULARY.size, (2, 12), generator=torch.Generator().manual_seed(1))
+    return done.stdout
+
+
+def test_export_from_the_command_line(world, exported):
+    found = re.search(r"\|logit difference\| (\S+), (\S+) of the largest \|logit\| \S+ \(at most 1e-05", exported)
+    assert 0 < float(found[2]) < 1e-5
+    assert f"same ids as text.model on {len(CAPTIONS)} lines" in exported
+    assert f"wrote {world / 'exported'}: " in exported
+    assert len(list((world / "exported").glob("model-*-of-*.safetensors"))) > 2
+    reader = read_weights(world / "run/checkpoints/step-00000003")
+    ids = torch.randint(reader.vocabulary.size, (2, 12), generator=torch.Generator().manual_seed(1))
     expected = reference_logits(reader.read, reader.config, ids)
     assert (Decoder.load(world / "exported").all_logits(ids) - expected).abs().max() < 1e-5
-
-    again = call("export", "--checkpoint", checkpoint, "--tokenizer", world / "tok", "--output", world / "exported")
-    assert again.returncode == 2 and "already exists and is not empty" in again.stderr
-    assert again.stderr.startswith("error: ") and "Traceback" not in again.stderr
+    assert Tokenizers.load(world / "exported").vocabulary == reader.vocabulary
 
 
-def test_errors_are_sentences(world):
-    options = ["--tokenizer", world / "tok", "--output", world / "new"]
-    done = call("export", "--checkpoint", world, *options)
-    assert done.returncode == 2 and "no complete checkpoint" in done.stderr and "Traceback" not in done.stderr
-    done = call("export", "--checkpoint", world / "run/checkpoints/step-00000003", "--tokenizer", world, *options[2:])
-    assert done.returncode == 2 and "no vocabulary at" in done.stderr
+def train(config, output, *overrides):
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "megatron_cm3leon.train", config, f"output={output}", *overrides]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(output)]
+
+
+def test_import_continues_training(world, exported, tmp_path):
+    done = call("import", "--model", world / "exported", "--output", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {tmp_path / 'back/checkpoints/step-00000003'}" in done.stdout
+    assert "1 random and 1 real sequences" in done.stdout
+    config = tmp_path / "back/config.yaml"
+    # The checkpoint that was exported has no moments either.
+    expected = train(config, world / "run")
+    assert [step for step, *_ in expected] == [4, 5] and expected[0][2] != expected[1][2]
+    assert train(config, tmp_path / "back") == expected
+
+
+def test_the_reference_is_the_model_that_trains(world, tmp_path):
+    """check.py compares with reference.py: that one is compared with megatron-core's modules here, for each family."""
+    vocabulary = Tokenizers.load(world / "tok").vocabulary
+    for number, overrides in enumerate(([], ["model.family=llama", "model.qk_norm=true", "model.kv_heads=2"])):
+        config = family_config(*overrides)
+        folder = write_random_checkpoint(tmp_path / str(number), config, vocabulary)
+        ids = torch.randint(vocabulary.size, (2, 20), generator=torch.Generator().manual_seed(1))
+        reader = read_weights(folder)
+        with open_trained_model(folder) as trained:
+            for dtype, limit in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+                expected = trained(ids, dtype)[..., : vocabulary.size]
+                found = reference_logits(lambda name, dtype=dtype: reader.read(name).to(dtype), config, ids)  # noqa: B023
+                assert (found - expected).abs().max() < limit * expected.abs().max(), (overrides, dtype)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["export", "--checkpoint", ".", "--tokenizer", "tok"], "no complete checkpoint"),
+        (["export", "--checkpoint", "CHECKPOINT", "--tokenizer", "."], "no vocabulary at"),
+        (["export", "--checkpoint", "CHECKPOINT", "--tokenizer", "tok", "--check-shards", "."], "manifest"),
+        (
+            ["export", "--checkpoint", "CHECKPOINT", "--tokenizer", "tok", "--check-corpus", "gone"],
+            "gone does not exist",
+        ),
+        (["import", "--model", "run"], "run is no export: it has no cm3leon.json"),
+    ],
+)
+def test_errors_are_sentences_and_nothing_is_left(world, monkeypatch, arguments, message):
+    monkeypatch.chdir(world)
+    before = sorted(world.iterdir())
+    done = call(*[a.replace("CHECKPOINT", "run/checkpoints/step-00000003") for a in arguments], "--output", "new")
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr
+    assert sorted(world.iterdir()) == before
+
+
+def test_an_image_tokenizer_of_others(tmp_path):
+    torch.manual_seed(0)
+    config = VQGANConfig(image_size=16, codebook_size=8, embed_dim=4, latent_channels=8, base_channels=32,
+                         channel_multiplier=(1, 1), num_res_blocks=1)  # fmt: skip
+    state = VQGAN(config).state_dict()
+    torch.save({"state_dict": state | {"loss.disc.weight": torch.ones(1)}}, tmp_path / "vqgan.ckpt")
+    (tmp_path / "tok").mkdir()
+    train_text(CAPTIONS, 330).save(tmp_path / "tok/text.model")
+    options = ["image", "--weights", tmp_path / "vqgan.ckpt", "--output", tmp_path / "tok", "--specials", 20]
+    done = call(*options, "--image-size", 15, "--sentinels", 4)
+    assert done.returncode == 2 and "image_size (15) must be a multiple of the down-sampling factor" in done.stderr
+    done = call(*options, "--image-size", 16, "--sentinels", 40)
+    assert done.returncode == 2 and "vocabulary.specials (20) must hold" in done.stderr
+    assert [path.name for path in (tmp_path / "tok").iterdir()] == ["text.model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tok", "vqgan.ckpt"]
+    done = call(*options, "--image-size", 16, "--sentinels", 4)
+    assert done.returncode == 0, done.stderr
+    assert "taming layout, 8 x 8 tokens a picture of 16 pixels, 8 codes; 1 weights of training alone" in done.stdout
+    assert "vocab.json: 358 ids" in done.stdout
+    loaded = Tokenizers.load(tmp_path / "tok")
+    assert loaded.image.config == config and loaded.vocabulary.image_tokens == 64
+    done = call(*options, "--image-size", 16, "--sentinels", 4)
+    assert done.returncode == 2 and "already has an image tokenizer" in done.stderr
+
+
+def test_usage():
     assert call("export").returncode == 2
-    assert not (world / "new").exists()
-    assert "(default: fp32)" in call("export", "--help").stdout
+    help_text = call("export", "--help").stdout
+    assert "(default: fp32)" in help_text and "(default: 5GB)" in help_text
+    done = call("export", "--checkpoint", "a", "--tokenizer", "b", "--output", "c", "--shard-size", "5 apples")
+    assert done.returncode == 2 and "'5 apples' is no size; write 5GB" in done.stderr
