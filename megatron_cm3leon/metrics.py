@@ -53,9 +53,9 @@ class MetricsLogger:
             "tokens_per_second": rate,
             "tflops_per_gpu": rate * self.tera_per_token,
             "step_seconds": step_seconds,
-            "time": time.time(),
         }
-        self.file.write(json.dumps({name: _plain(value) for name, value in values.items()}) + "\n")
+        line = {name: _plain(value) for name, value in values.items()} | {"time": round(time.time(), 3)}
+        self.file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             if isinstance(value, float) and math.isfinite(value):
                 self.board.add_scalar(name, value, values["step"])
