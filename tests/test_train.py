@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -67,6 +68,7 @@ def test_a_run_leaves_what_it_promises(folder):
     wanted += " tokens_per_second tflops_per_gpu step_seconds data_seconds"
     assert set(wanted.split()) <= set(lines[0])
     assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all(after["time"] > before["time"] for before, after in pairwise(lines))
     assert [path.name for path in list_checkpoints(run)] == ["step-00000028", "step-00000030"]
     assert (run / "latest").read_text() == "step-00000030\n"
     assert list((run / "tensorboard").iterdir())

@@ -1,6 +1,7 @@
 """The training command with accidents: `python rank.py ACCIDENTS.json config.yaml ...`.
 
-ACCIDENTS.json: {"pace": seconds each step takes longer, "accidents": [{"rank", "step", "where", "do"}]}: on that rank,
+ACCIDENTS.json: {"pace": seconds each step takes longer, "watchdog": cluster.watchdog_seconds once steps begin (starting
+takes long on a busy machine), "accidents": [{"rank", "step", "where", "do"}]}: on that rank,
 in step `step` (from 1), `where` (loader, step, validation or save; the loader is still in the step before) does `do`:
 sleep, pause (a moment, and leave the file `paused`), stop (SIGSTOP), kill (SIGKILL), raise (an error of the model),
 value (a ValueError), memory (CUDA out of memory).
@@ -17,6 +18,7 @@ import torch
 
 from megatron_cm3leon import resume, train, training
 from megatron_cm3leon.checkpoint.schedule import RunSaver
+from megatron_cm3leon.cluster.attempt import Attempt
 from megatron_cm3leon.data.loader import Loader
 
 
@@ -59,6 +61,13 @@ def main() -> int:
 
         setattr(kind, name, replaced)
 
+    start_steps = Attempt.start_steps
+
+    def start_watching(self) -> None:
+        self.watch.seconds = plan["watchdog"]
+        start_steps(self)
+
+    Attempt.start_steps = start_watching
     before(Loader, "__next__", "loader")
     before(training.Validation, "run", "validation")
     before(RunSaver, "save", "save")

@@ -21,12 +21,22 @@ RANK = ROOT / "tests" / "cluster" / "rank.py"
 class World:
     """Ranks of one run; what they print, how they end, and whether anything of them is left."""
 
-    def __init__(self, folder: Path, run: str, ranks: int, *overrides: str, launcher: str = "", pace=0.0, accidents=()):
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        ranks: int,
+        *overrides: str,
+        launcher: str = "",
+        pace=0.0,
+        watchdog=900,
+        accidents=(),
+    ):
         self.run, self.ranks = folder / run, ranks
         self.folder = folder / "worlds" / f"{run}-{time.monotonic_ns()}"
         self.folder.mkdir(parents=True)
         plan = self.folder / "accidents.json"
-        plan.write_text(json.dumps({"pace": pace, "accidents": list(accidents)}))
+        plan.write_text(json.dumps({"pace": pace, "watchdog": watchdog, "accidents": list(accidents)}))
         shards = folder / "shards"
         paths = [f"output={self.run}", f"data.shards={shards}", f"validation.shards={shards}"]
         script = [str(RANK), str(plan), str(folder / "config.yaml"), *paths, *overrides]
@@ -56,7 +66,7 @@ class World:
     def events(self, name: str = "") -> list[dict]:
         return [each for each in read_events(self.run) if not name or each["event"] == name]
 
-    def wait_for(self, condition, seconds: float = 60) -> None:
+    def wait_for(self, condition, seconds: float = 120) -> None:
         """Return when `condition()` holds; AssertionError with what was said if it does not come."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -80,7 +90,7 @@ class World:
                 found.append(int(path.name))
         return found
 
-    def wait(self, seconds: float = 60) -> list[int]:
+    def wait(self, seconds: float = 150) -> list[int]:
         """Exit statuses, once no process of the world is left; AssertionError, all killed, when one stays longer."""
         deadline = time.monotonic() + seconds
         try:
