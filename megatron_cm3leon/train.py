@@ -234,6 +234,9 @@ def train(config: Config, rank: Rank, allowed: list[str]) -> None:
             waited = time.perf_counter() - started
             rate = learning_rate(config, state.step)
             metrics = engine.train_step(micro_batches, state.step, rate)
+            if first and not metrics.stepped:
+                values = {"loss": plain(metrics.loss), "grad_norm": plain(metrics.grad_norm)}
+                record(run, state.attempt, "skipped", step=state.step, batch=batch, **values)
             advance(state, metrics, config)
             state.cursor = loader.cursor
             seconds = time.perf_counter() - started
@@ -257,9 +260,6 @@ def train(config: Config, rank: Rank, allowed: list[str]) -> None:
                     data_seconds=waited,
                     **extra,
                 )
-                if not metrics.stepped:
-                    values = {"loss": plain(metrics.loss), "grad_norm": plain(metrics.grad_norm)}
-                    record(run, state.attempt, "skipped", step=state.step, batch=batch, **values)
             if metrics.stepped and guard.sees_spike(state, metrics.loss):
                 saver.wait()
                 spiked, (state, batches) = state.step, guard.roll_back(engine, state, metrics.loss)
