@@ -152,6 +152,9 @@ class Training:
         rate = learning_rate(config, state.step)
         self.watch.progress(f"step {state.step + 1}")
         metrics = self.engine.train_step(micro_batches, state.step, rate)
+        if self.first and not metrics.stepped:
+            values = {"loss": plain(metrics.loss), "grad_norm": plain(metrics.grad_norm)}
+            self.attempt.record("skipped", step=state.step, batch=batch, **values)
         advance(state, metrics, config)
         state.cursor = self.loader.cursor
         seconds = time.perf_counter() - started
@@ -176,9 +179,6 @@ class Training:
                 data_seconds=waited,
                 **extra,
             )
-            if not metrics.stepped:
-                values = {"loss": plain(metrics.loss), "grad_norm": plain(metrics.grad_norm)}
-                self.attempt.record("skipped", step=state.step, batch=batch, **values)
         return metrics
 
     def _leave_out_asked(self) -> None:
