@@ -227,8 +227,13 @@ class Cluster:
         deadline = time.monotonic() + SECONDS_TO_STOP
         while (alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
             time.sleep(0.02)
-        for pid in [*alive, *self._job_processes()]:
+        for pid in alive:
             _kill(pid, signal.SIGKILL)
+        # A step's daemon may just be starting a task: until a look finds nothing.
+        while (left := self._job_processes()) and time.monotonic() < deadline + SECONDS_TO_STOP:
+            for pid in left:
+                _kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
 
 
 def _is_step_daemon(process: Path) -> bool:
