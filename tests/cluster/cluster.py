@@ -200,7 +200,7 @@ class Cluster:
         line = self.run("scontrol", "show", "job", "-o", job).splitlines()[0]
         return dict(field.partition("=")[::2] for field in line.split(" ") if "=" in field)
 
-    def wait(self, job: int | str, *states: str, seconds: float = 120) -> dict[str, str]:
+    def wait(self, job: int | str, *states: str, seconds: float = 240) -> dict[str, str]:
         """The job's fields once it is in one of `states` (default: it has ended and stays ended)."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         deadline = time.monotonic() + seconds
@@ -213,10 +213,10 @@ class Cluster:
     @staticmethod
     def wait_for_steps(run: Path, count: int) -> None:
         """Return once a run's metrics have `count` lines."""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         metrics = run / "metrics.jsonl"
         while not (metrics.exists() and metrics.read_text().count("\n") >= count):
-            assert time.monotonic() < deadline, f"{run} made no {count} steps in 90 s"
+            assert time.monotonic() < deadline, f"{run} made no {count} steps in 180 s"
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -227,8 +227,13 @@ class Cluster:
         deadline = time.monotonic() + SECONDS_TO_STOP
         while (alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
             time.sleep(0.02)
-        for pid in [*alive, *self._job_processes()]:
+        for pid in alive:
             _kill(pid, signal.SIGKILL)
+        # A step's daemon may just be starting a task: until a look finds nothing.
+        while (left := self._job_processes()) and time.monotonic() < deadline + SECONDS_TO_STOP:
+            for pid in left:
+                _kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
 
 
 def _is_step_daemon(process: Path) -> bool:

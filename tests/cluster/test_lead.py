@@ -52,7 +52,7 @@ def test_what_is_no_time_limit(text):
         parse_time(text)
 
 
-def test_this_forms_are_sbatchs(slurm):
+def test_these_forms_are_sbatchs(slurm):
     for text in ("5", "1:30", "24:00:00", "2-0", "1-12:30", "1-00:00:01"):
         job = slurm.run("sbatch", "--parsable", "--hold", "-o", "/dev/null", "-t", text, "--wrap", "true").strip()
         shown = parse_time(slurm.show(job)["TimeLimit"])
