@@ -29,6 +29,9 @@ class Tokenizers:
         """Read a tokenizer folder; `device` is where the image tokenizer computes."""
         folder = Path(folder)
         vocabulary = Vocabulary.load(folder)
+        for name in (TEXT_MODEL, f"{IMAGE_FOLDER}/config.json", f"{IMAGE_FOLDER}/model.safetensors"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} has no {name}; tools/train_tokenizer.py writes it.")
         for name, recorded, found in (
             (TEXT_MODEL, vocabulary.text_sha256, hash_text(folder)),
             (f"{IMAGE_FOLDER} (config.json, model.safetensors)", vocabulary.image_sha256, hash_image(folder)),

@@ -88,12 +88,21 @@ def test_same_weights_same_hash(tmp_path):
 
 def test_replaced_tokenizers_are_refused(folder):
     write_image(folder, seed=1)
-    with pytest.raises(ValueError, match=r"image is not the one that .*vocab\.json was written for"):
+    with pytest.raises(
+        ValueError, match=r"image \(config.json, model.safetensors\) is not the one that .*vocab\.json was written for"
+    ):
         Tokenizers.load(folder)
     write_image(folder, seed=0)
     Tokenizers.load(folder)
     write_text(folder, 279)
     with pytest.raises(ValueError, match=r"text\.model is not the one"):
+        Tokenizers.load(folder)
+
+
+@pytest.mark.parametrize("name", ["text.model", "image/config.json", "image/model.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"has no {name}; tools/train_tokenizer.py writes it"):
         Tokenizers.load(folder)
 
 
