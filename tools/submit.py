@@ -13,7 +13,7 @@ from megatron_cm3leon.cli import run_tool
 from megatron_cm3leon.cluster.pipeline import load_pipeline, plan_pipeline, show_plan, submit_plan
 from megatron_cm3leon.cluster.script import LAUNCHERS
 from megatron_cm3leon.cluster.site import RUNTIMES, Site, check_site, load_site
-from megatron_cm3leon.cluster.training import TrainingJob, prepare_training, submit_training
+from megatron_cm3leon.cluster.training_job import TrainingJob, prepare_training, submit_training
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

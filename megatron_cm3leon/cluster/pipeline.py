@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_cm3leon.cluster.script import ROOT, Job, write_command_script
 from megatron_cm3leon.cluster.site import Site
 from megatron_cm3leon.cluster.slurm import cancel, list_alive, parse_time, submit
-from megatron_cm3leon.cluster.training import FOLDER, Prepared, TrainingJob, prepare_training, write_training
+from megatron_cm3leon.cluster.training_job import FOLDER, Prepared, TrainingJob, prepare_training, write_training
 from megatron_cm3leon.config import check_names
 from megatron_cm3leon.data.shards import MANIFEST
 
