@@ -132,29 +132,20 @@ def write_training_script(job: Job, run: Path, words: list[object], launcher: st
     """
     python = find_python(job.site)
     train = ["-m", "megatron_cm3leon.train", *words]
-    if launcher == "torchrun":
-        shell, start = TORCHRUN_TASK, [python, "-m", "torch.distributed.run", *train]
-    else:
-        shell, start = SRUN_TASK, [python, *train]
     # --wait: a rank that ends, however it ends, must not end the one that still writes the checkpoint.
     srun = ["srun", "--kill-on-bad-exit=0", f"--wait={SECONDS_FOR_LAST_RANK}", *srun_options(job)]
-    prefix = join([*srun, *container_prefix(job), "bash", "-c"])
+    launch = join([*srun, *container_prefix(job), python, *train])  # the ranks know SLURM's variables
+    if launcher == "torchrun":
+        start = join([python, "-m", "torch.distributed.run", *train])
+        launch = f"{join([*srun, *container_prefix(job), 'bash', '-c'])} '{TORCHRUN_TASK}' rank {start}"
     ask = ["srun", "--overlap", "--nodes=1", "--ntasks=1", *srun_options(job)] if _in_pyxis(job) else []
     asking = join([*ask, *container_prefix(job), python, "-m", "megatron_cm3leon.cluster.requeue", run])
-    return write_header(job) + TRAINING.format(
-        launch=f"{prefix} '{shell}' rank {join(start)}", ask=asking, ranks=ranks, restarts=restarts
-    )
+    return write_header(job) + TRAINING.format(launch=launch, ask=asking, ranks=ranks, restarts=restarts)
 
 
 def _in_pyxis(job: Job) -> bool:
     return bool(job.site.container.image) and job.site.container.runtime == "pyxis"
 
-
-# RANK and its like for each task; the task becomes the rank, so that signals reach it.
-SRUN_TASK = """
-    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$RANKS_PER_NODE
-    exec "$@"
-"""
 
 # SLURM signals the task, which is this shell (and, without cgroups, all below it). torchrun would end on SIGUSR1, and
 # end its ranks 30 s after SIGTERM; so it ignores the one, and its children, the ranks, get both from here.

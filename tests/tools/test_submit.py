@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -46,8 +47,8 @@ def test_the_script_says_everything_and_nothing_is_written(folder):
     ):  # fmt: skip
         assert f"#SBATCH {line}\n" in text, line
     assert "export NCCL_DEBUG=INFO\n" in text
-    assert "srun --kill-on-bad-exit=0 --wait=25 --cpus-per-task=14 bash -c" in text
-    assert f"-m megatron_cm3leon.train {folder}/runs/mine/submit/001.yaml" in text
+    srun = f"srun --kill-on-bad-exit=0 --wait=25 --cpus-per-task=14 {sys.executable}"
+    assert f"{srun} -m megatron_cm3leon.train {folder}/runs/mine/submit/001.yaml" in text
     assert "--max-restarts 5" in text
     assert not (folder / "runs").exists()
 
@@ -68,13 +69,15 @@ def test_the_sites_file_is_the_default_and_the_command_line_wins(folder):
     assert "--partition=batch\n" in text and "--account=mine\n" in text and "#SBATCH --exclusive\n" in text
     assert "\nsource /etc/site.sh\nmodule load cuda/12.8\n" in text
     assert "export NCCL_DEBUG=TRACE\n" in text and "export NCCL_IB_HCA='mlx5 x'\n" in text
-    assert "--wait=25 --mpi=none bash -c" in text and "/opt/python -m megatron_cm3leon.train" in text
+    assert "--wait=25 --mpi=none /opt/python -m megatron_cm3leon.train" in text
 
 
 def test_containers(folder):
     arguments = ["--nodes", 1, "--gpus-per-node", 8, "--time", 30, "--container", "/images/cm3.sif", "output=/runs/x"]
     text = show(*arguments, "data.shards=/data/elsewhere/shards")  # exists in the container alone
-    assert "bash -c" in text.partition("apptainer exec --nv --bind ")[2].partition("/images/cm3.sif ")[2]
+    assert (
+        "python -m megatron_cm3leon.train" in text.partition("apptainer exec --nv --bind ")[2].partition("cm3.sif ")[2]
+    )
     mounts = text.partition("--bind ")[2].partition(" ")[0].split(",")
     assert {"/runs/x", "/data/elsewhere/shards"} <= set(mounts)
     assert "verdict=$(apptainer exec" in text and "cm3.sif python -m megatron_cm3leon.cluster.requeue" in text
