@@ -10,6 +10,8 @@ verify, and no process left; every attempt that was killed must have ended withi
 
 Goodput: seconds of the steps that were kept / wall time from the first start to the last end. From death to step: from
 the kill to the first step that a restart finished; what it costs to end, start and load again.
+The simulator (cluster/simulation.py) is given each run's kills, restarts and mean costs; the goodput of the same steps
+in its time stands beside that by the run folder (cluster/goodput.py), which begins with the first event.
 Prints a table, and exits 1 when anything differs.
 """
 
@@ -31,6 +33,8 @@ from megatron_cm3leon.checkpoint.folder import list_checkpoints
 from megatron_cm3leon.checkpoint.verify import find_damage
 from megatron_cm3leon.cli import run_tool
 from megatron_cm3leon.cluster.events import read_events
+from megatron_cm3leon.cluster.goodput import read_account
+from megatron_cm3leon.cluster.simulation import replay
 from megatron_cm3leon.data.history import read_lines, read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +69,9 @@ class Result:
     step_seconds: float = 0.0
     """From the kill to the first step that a restart finished."""
     goodput: float = 0.0
+    account_goodput: float = 0.0
+    """By the run folder alone."""
+    simulated_goodput: float = 0.0
     faults: list[str] = field(default_factory=list)
 
 
@@ -81,7 +88,7 @@ class Run:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         launcher += [f"--nproc-per-node={self.options.ranks}", "-m", "megatron_cm3leon.train"]
         fields = [f"output={self.run}", f"data.shards={self.folder / 'shards'}", f"train.steps={self.options.steps}"]
-        fields += [f"checkpoint.interval={max(1, self.options.steps // 8)}"]
+        fields += [f"checkpoint.interval={interval(self.options)}"]
         command = [*launcher, str(self.folder / "config.yaml"), *fields]
         with open(self.log, "a") as log:
             return subprocess.Popen(
@@ -113,6 +120,11 @@ class Run:
 
     def losses(self) -> list[tuple]:
         return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(self.run)]
+
+
+def interval(options: argparse.Namespace) -> int:
+    """Steps between checkpoints."""
+    return max(1, options.steps // 8)
 
 
 def _parent(process: int) -> int:
@@ -224,6 +236,9 @@ def run_once(
     after = [line["time"] for line in _all_lines(run) if line["time"] > died + result.end_seconds]
     result.step_seconds = after[0] - died if after else 0.0
     result.goodput = sum(line["step_seconds"] for line in read_metrics(run.run)) / wall
+    account = read_account(run.run)
+    result.account_goodput = account.goodput
+    result.simulated_goodput = account.seconds["kept"] / replay(account, options.steps, interval(options)).wall
     check(run, result, straight, options.steps)
     if not result.faults and not options.keep:
         shutil.rmtree(run.run)
@@ -250,6 +265,9 @@ def show(results: list[Result]) -> None:
                 f"{moment:10} {len(some):5} {faults:7} {statistics.mean(each.goodput for each in some):8.1%} "
                 f"{max(each.end_seconds for each in some):6.1f} {statistics.median(to_step):9.1f} {max(to_step):8.1f}"
             )
+    found, simulated = (statistics.mean(getattr(each, f"{name}_goodput") for each in results)
+                        for name in ("account", "simulated"))  # fmt: skip
+    print(f"goodput by the run folders {found:.1%}, simulated {simulated:.1%}: {simulated / found:.3f} of it")
     for each in results:
         for fault in each.faults:
             print(f"run {each.number}, rank {each.rank} killed in {each.moment} ({each.killed_at}): {fault}")
