@@ -75,9 +75,7 @@ def test_the_sites_file_is_the_default_and_the_command_line_wins(folder):
 def test_containers(folder):
     arguments = ["--nodes", 1, "--gpus-per-node", 8, "--time", 30, "--container", "/images/cm3.sif", "output=/runs/x"]
     text = show(*arguments, "data.shards=/data/elsewhere/shards")  # exists in the container alone
-    assert (
-        "python -m megatron_cm3leon.train" in text.partition("apptainer exec --nv --bind ")[2].partition("cm3.sif ")[2]
-    )
+    assert "cm3.sif python -m megatron_cm3leon.train" in text.partition("apptainer exec --nv --bind ")[2]
     mounts = text.partition("--bind ")[2].partition(" ")[0].split(",")
     assert {"/runs/x", "/data/elsewhere/shards"} <= set(mounts)
     assert "verdict=$(apptainer exec" in text and "cm3.sif python -m megatron_cm3leon.cluster.requeue" in text
