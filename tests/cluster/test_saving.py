@@ -6,7 +6,6 @@ from megatron_cm3leon.checkpoint.sharded import list_checkpoints
 from megatron_cm3leon.cluster.events import read_events
 from tests.cluster.jobs import losses, make_corpus, submit_run
 
-pytest.importorskip("megatron_cm3leon.cluster.signals", reason="the ranks do not handle signals yet")
 pytestmark = pytest.mark.slow
 # No checkpoint is due: the only ones are those of the stop and of the end.
 RUN = ["train.steps=300", "checkpoint.interval=1000", "--ranks-per-node", 1]
