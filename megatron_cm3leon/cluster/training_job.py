@@ -118,7 +118,7 @@ def count_ranks(job: TrainingJob) -> int:
 
 def next_number(folder: Path) -> int:
     """One beyond the newest script's."""
-    return max((int(path.stem) for path in folder.glob("[0-9][0-9][0-9].sh")), default=0) + 1
+    return max((int(path.stem) for path in folder.glob("*.sh") if path.stem.isdecimal()), default=0) + 1
 
 
 def list_sources(config: Config) -> list[SourceConfig]:
