@@ -69,7 +69,7 @@ def _decode_batch(
 ) -> np.ndarray:  # fmt: skip
     count = len(given)
     allowed = segment.allowed.to(decoder.device)
-    head = decoder.head[allowed]
+    head = decoder.head(segment.allowed)
     # Equal prompts (candidates, or a common unconditional one) are read once.
     unique = {tuple(prompt): None for prompt in given + unconditional}
     place = {prompt: number for number, prompt in enumerate(unique)}
