@@ -1,14 +1,14 @@
 """Generation with our decoder beside transformers.generate, the same random weights, interleaved in one run.
 
-    python benchmarks/generate.py                                    the quickstart's size and 350m, as in docs/generation.md
+    python benchmarks/generate.py                     the quickstart's size and 350m, as in docs/generation.md
     python benchmarks/generate.py --size quickstart --family llama --rounds 8
     python benchmarks/generate.py --size 350m --batch 1 --guidance 1 --tokens 16 --only ours-fp32 ours-bf16 ours-int8
 
 Contenders draw image tokens behind a caption, pixels not included; transformers with its default cache and its static
 one, each with its own guidance (a second pass a step) where guidance is on. A peer's time over ours is above 1 where
-ours is faster: of the fastest rounds, and the median of pairs within a round. The share of the bandwidth is what a step
-has to read (weights, the head's rows that can be drawn, the filled cache) over its time and over a copy's rate. `draws`
-is the greatest difference of int8's logits from fp32's over their standard deviation.
+ours is faster: of the fastest rounds, and the median of pairs within a round. CPU seconds, of all threads, say the same
+on a machine that others use, too, where a round's wall clock counts what they do. The share of the bandwidth is what a
+step has to read (weights, the head's rows that can be drawn, the filled cache) over its CPU time a thread and a copy's.
 
 Where there is a GPU: 350m, 760m and 7b, 1,024 image tokens with guidance, seconds a picture at batch 1 and pictures/s.
 """
@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 
@@ -78,6 +79,7 @@ def make_weights(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[
     return weights
 
 
+@cache
 def build_transformers(shape: Shape, dtype: torch.dtype):
     """The stock class with our weights."""
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
@@ -106,29 +108,19 @@ def build(name: str, shape: Shape, vocabulary: Vocabulary, tokens: int) -> Calla
     """A contender: draws `tokens` image tokens for so many prompts, with this guidance."""
     kind = name.rsplit("-", 1)[1]
     dtype = DTYPES.get(kind, torch.float32)
-    generator = torch.Generator().manual_seed(1)
     if name in OURS:
-        decoder = Decoder(make_weights(shape, dtype), shape, int8=kind == "int8")
-
-        def ours(batch: int, guidance: float) -> None:
-            prompts = make_prompts(batch, vocabulary, generator)
-            without = [[vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id]] * batch
-            decode_segments(
-                decoder, prompts, picture_segment(vocabulary), Sampling(guidance=guidance), list(range(batch)),
-                unconditional=without,
-            )  # fmt: skip
-
-        ours.decoder = decoder
+        ours = partial(draw_pictures, Decoder(make_weights(shape, dtype), shape, int8=kind == "int8"), vocabulary)
+        ours.decoder = ours.args[0]
         return ours
     model = build_transformers(shape, dtype)
     static = {"cache_implementation": "static"} if "static" in name else {}
 
     @torch.inference_mode()
     def peer(batch: int, guidance: float) -> None:
-        prompts = torch.tensor(make_prompts(batch, vocabulary, generator))
+        prompts = torch.tensor(make_prompts(batch, vocabulary))
         guided = {}
         if guidance != 1:
-            without = torch.tensor([[vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id]] * batch)
+            without = torch.tensor(make_unconditional(batch, vocabulary))
             guided = {"guidance_scale": guidance, "negative_prompt_ids": without}
         made = model.generate(
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=tokens, min_new_tokens=tokens,
@@ -139,22 +131,39 @@ def build(name: str, shape: Shape, vocabulary: Vocabulary, tokens: int) -> Calla
     return peer
 
 
-def make_prompts(batch: int, vocabulary: Vocabulary, generator: torch.Generator) -> list[list[int]]:
+def draw_pictures(decoder: Decoder, vocabulary: Vocabulary, batch: int, guidance: float) -> None:
+    decode_segments(
+        decoder,
+        make_prompts(batch, vocabulary),
+        picture_segment(vocabulary),
+        Sampling(guidance=guidance),
+        list(range(batch)),
+        unconditional=make_unconditional(batch, vocabulary),
+    )
+
+
+def make_prompts(batch: int, vocabulary: Vocabulary) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
     texts = torch.randint(0, vocabulary.text_size, (batch, CAPTION_TOKENS), generator=generator).tolist()
     return [[vocabulary.eos, *text, vocabulary.break_id] for text in texts]
 
 
+def make_unconditional(batch: int, vocabulary: Vocabulary) -> list[list[int]]:
+    return [[vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id]] * batch
+
+
 def measure_copy() -> float:
-    """Bytes a second that a copy of 512 MB reads and writes."""
+    """Bytes a second of CPU time that a copy of 512 MB reads and writes."""
     source = torch.zeros(1 << 27)
     target = torch.empty_like(source)
-    return max(2 * source.nbytes / time_once(lambda: target.copy_(source)) for _ in range(6))
+    return max(2 * source.nbytes / time_once(lambda: target.copy_(source))[1] for _ in range(6))
 
 
-def time_once(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
+def time_once(call: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of the wall clock, and CPU seconds a thread."""
+    wall, cpu = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, (time.process_time() - cpu) / torch.get_num_threads()
 
 
 def measure(options: argparse.Namespace, size: str) -> list[dict]:
@@ -181,22 +190,27 @@ def measure(options: argparse.Namespace, size: str) -> list[dict]:
 
 def describe(size, family, batch, guidance, tokens, seconds, contenders, bandwidth) -> list[dict]:
     rows = []
-    for name, times in seconds.items():
+    wall = {name: [one[0] for one in times] for name, times in seconds.items()}
+    cpu = {name: [one[1] for one in times] for name, times in seconds.items()}
+    for name in seconds:
         row = {"model": f"{family} {size}", "batch": batch, "guidance": guidance, "contender": name}
-        row |= {"tokens_per_second": batch * tokens / min(times), "fastest_s": min(times)}
+        row |= {"tokens_per_second": batch * tokens / min(wall[name])}
+        row |= {"tokens_per_cpu_second": batch * tokens / min(cpu[name])}
         ours = f"ours-{name.rsplit('-', 1)[1]}"
         if name in PEERS and ours in seconds:
-            row["over_ours_fastest"] = min(times) / min(seconds[ours])
-            row["over_ours_pairs"] = statistics.median(a / b for a, b in zip(times, seconds[ours], strict=True))
+            for clock, times in (("wall", wall), ("cpu", cpu)):
+                row[f"over_ours_{clock}"] = min(times[name]) / min(times[ours])
+                pairs = zip(times[name], times[ours], strict=True)
+                row[f"over_ours_{clock}_pairs"] = statistics.median(peer / own for peer, own in pairs)
         if name == "ours-int8":
-            others = [seconds[other] for other in OURS[:2] if other in seconds]
+            others = [min(cpu[other]) for other in OURS[:2] if other in cpu]
             if others:
-                row["faster_than_best_of_bf16_fp32"] = min(map(min, others)) / min(times)
+                row["faster_than_best_of_bf16_fp32"] = min(others) / min(cpu[name])
         if name in OURS:
             decoder, streams = contenders[name].decoder, 2 if guidance != 1 else 1
-            allowed = torch.arange(*_image_range(decoder))
             cache = streams * batch * decoder.cache_bytes(CAPTION_TOKENS + 2 + tokens // 2)
-            row["bandwidth_share"] = (decoder.step_bytes(allowed) + cache) * tokens / min(times) / bandwidth
+            read = decoder.step_bytes(torch.arange(*_image_range(decoder))) + cache
+            row["bandwidth_share"] = read * tokens / min(cpu[name]) / bandwidth
         rows.append(row)
     return rows
 
@@ -207,25 +221,17 @@ def _image_range(decoder: Decoder) -> tuple[int, int]:
     return vocabulary.image_start, vocabulary.image_end
 
 
-def measure_gpu(batches: tuple[int, ...] = (1, 8, 32, 64)) -> None:
+def measure_gpu() -> None:
     """Seconds a picture at batch 1 and pictures/s at larger ones; 1,024 tokens, guidance 3."""
     for size in ("350m", "760m", "7b"):
         vocabulary = make_vocabulary(size, 1024)
         shape = make_shape(size, "cm3leon", vocabulary, 4096)
         for kind in ("bf16", "int8"):
             decoder = Decoder(make_weights(shape, torch.bfloat16, "cuda"), shape, int8=kind == "int8")
-            generator = torch.Generator().manual_seed(1)
-            for batch in batches:
-                def draw(count: int = batch) -> None:
-                    decode_segments(  # noqa: B023 - called at once
-                        decoder, make_prompts(count, vocabulary, generator), picture_segment(vocabulary),
-                        Sampling(guidance=3.0), list(range(count)),
-                        unconditional=[[vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id]] * count,
-                    )  # fmt: skip
-
-                draw()
-                spent = min(time_once(draw) for _ in range(2))
-                row = {"model": f"cm3leon {size}", "dtype": kind, "batch": batch, "seconds_per_batch": spent}
+            for batch in (1, 8, 32, 64):
+                draw_pictures(decoder, vocabulary, batch, 3.0)
+                spent = min(time_once(partial(draw_pictures, decoder, vocabulary, batch, 3.0))[0] for _ in range(2))
+                row = {"model": f"cm3leon {size}", "dtype": kind, "batch": batch, "seconds_a_batch": spent}
                 print(json.dumps(row | {"pictures_per_second": batch / spent}), flush=True)
 
 

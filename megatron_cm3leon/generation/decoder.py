@@ -164,8 +164,7 @@ class Decoder:
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """Append one token to each sequence; the final hidden state [B, H] after it."""
         cache.longest += 1
-        state_BH = self.advance(ids_B, cache, cache.longest, cache.ragged)
-        return state_BH
+        return self.advance(ids_B, cache, cache.longest, cache.ragged)
 
     def advance(self, ids_B: Tensor, cache: Cache, width: int, masked: bool) -> Tensor:
         """`step` over the first `width` positions of the cache; with all of them and `masked` its shapes never change.

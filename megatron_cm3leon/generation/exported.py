@@ -52,6 +52,14 @@ class Shape:
     epsilon: float = LAYER_NORM_EPSILON
     rope_base: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "heads", "kv_heads", "width", "inner", "context", "vocabulary"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} {value!r} is no positive whole number")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.kv_heads} heads of keys do not divide {self.heads} heads")
+
     @property
     def learned_positions(self) -> bool:
         return self.family == "opt"
@@ -75,7 +83,7 @@ def read_shape(folder: Path) -> Shape:
     try:
         return _opt_shape(config) if family == "opt" else _llama_shape(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{folder}/config.json lacks a field or has a wrong one ({error!r}); {_AGAIN}") from error
+        raise ValueError(f"{folder}/config.json lacks a field or has a wrong one ({error}); {_AGAIN}") from error
 
 
 def _opt_shape(config: dict) -> Shape:
@@ -166,7 +174,8 @@ def read_weights(folder: Path, shape: Shape, dtype: torch.dtype, device: str | t
     for name, weight in weights.items():
         if tuple(weight.shape) != expected[name]:
             raise ValueError(
-                f"{folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(expected[name])}; {_AGAIN}"
+                f"{folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(expected[name])}; "
+                f"{_AGAIN}"
             )
         if not all(torch.isfinite(bound) for bound in weight.aminmax()):
             kind = str(dtype).removeprefix("torch.")
