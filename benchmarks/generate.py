@@ -10,6 +10,11 @@ ours is faster: of the fastest rounds, and the median of pairs within a round. C
 on a machine that others use, too, where a round's wall clock counts what they do. The share of the bandwidth is what a
 step has to read (weights, the head's rows that can be drawn, the filled cache) over its CPU time a thread and a copy's.
 
+    python benchmarks/generate.py --quality exported/ shards/heldout/
+
+What the smaller types cost: the loss on held-out documents, and the greatest and the root mean square difference of
+logits from fp32's, over the latter's standard deviation.
+
 Where there is a GPU: 350m, 760m and 7b, 1,024 image tokens with guidance, seconds a picture at batch 1 and pictures/s.
 """
 
@@ -23,8 +28,10 @@ from functools import cache, partial
 import torch
 
 from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.evaluation.loss import measure_loss
 from megatron_cm3leon.generation.batch import decode_segments
-from megatron_cm3leon.generation.decoder import DTYPES, Decoder
+from megatron_cm3leon.generation.decoder import DTYPES, KINDS, Decoder
 from megatron_cm3leon.generation.exported import Shape, expected_weights
 from megatron_cm3leon.generation.grammar import picture_segment
 from megatron_cm3leon.generation.sampling import Sampling
@@ -221,6 +228,21 @@ def _image_range(decoder: Decoder) -> tuple[int, int]:
     return vocabulary.image_start, vocabulary.image_end
 
 
+def measure_quality(model: str, shards: str, documents: int = 128) -> None:
+    """Loss and logits of every type on held-out documents."""
+    corpus = open_shards(shards)
+    chosen = [corpus.read(number).astype(int).tolist() for number in range(min(documents, corpus.documents))]
+    reference = None
+    for kind in KINDS:
+        decoder = Decoder.load(model, kind)
+        row = {"dtype": kind, **measure_loss(decoder, chosen, [[]] * len(chosen), corpus.vocabulary)}
+        logits = torch.cat([decoder.all_logits(torch.tensor([ids]))[0] for ids in chosen])
+        reference = logits if reference is None else reference
+        difference = (logits - reference) / reference.std()
+        row |= {"largest_difference": float(difference.abs().max()), "rms_difference": float(difference.std())}
+        print(json.dumps(row), flush=True)
+
+
 def measure_gpu() -> None:
     """Seconds a picture at batch 1 and pictures/s at larger ones; 1,024 tokens, guidance 3."""
     for size in ("350m", "760m", "7b"):
@@ -246,7 +268,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="image tokens a prompt; 64 at the quickstart's size, else 24")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=[*OURS, *PEERS], help="contenders; all by default")
+    parser.add_argument("--quality", nargs=2, metavar=("MODEL", "SHARDS"), help="measure what types cost, no speed")
     options = parser.parse_args()
+    if options.quality:
+        measure_quality(*options.quality)
+        return
     for size in options.size:
         measure(options, size)
     if torch.cuda.is_available():

@@ -61,21 +61,23 @@ class Int8CpuMatrix(Matrix):
     """int8 x int8 by oneDNN. Rows of x are shifted to 0..255, and the bias takes the shift off again."""
 
     def __init__(self, weight: Tensor) -> None:
-        levels, self.scale = quantize_rows(weight)
-        self.size = levels.nbytes
+        levels, scale = quantize_rows(weight)
+        self.size, self.scale = levels.nbytes, scale / LEVELS
         self.shift = -(LEVELS + 1) * levels.sum(1, dtype=torch.int32).float() * self.scale
         self.zero = torch.zeros(len(levels), dtype=torch.int32)
+        self.middle = torch.tensor(LEVELS + 1.5)
         self.weight = torch.ops.onednn.qlinear_prepack(levels, [1, levels.shape[1]])
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        scale = torch.linalg.vector_norm(rows, float("inf"), 1, keepdim=True, dtype=torch.float32) / LEVELS
-        scale.clamp_(min=torch.finfo(torch.float32).tiny)
-        levels = (rows / scale).round_().add_(LEVELS + 1).to(torch.uint8)
+        largest = torch.linalg.vector_norm(rows, float("inf"), 1, keepdim=True, dtype=torch.float32)
+        largest.clamp_(min=torch.finfo(torch.float32).tiny)
+        # 1 to 255, 128 for 0; the half rounds what the conversion cuts.
+        levels = torch.add(self.middle, rows / largest, alpha=LEVELS).to(torch.uint8)
         made = torch.ops.onednn.qlinear_pointwise(
             levels, 1.0, 0, self.weight, self.scale, self.zero, self.shift, 1.0, 0, torch.float32, "none", [], ""
         )
-        return made.mul_(scale).to(x.dtype).view(*x.shape[:-1], -1)
+        return made.mul_(largest).to(x.dtype).view(*x.shape[:-1], -1)
 
     @property
     def bytes(self) -> int:
