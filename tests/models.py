@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 
 def save_random_opt(folder, vocabulary, *, hidden_size=32, layers=2, heads=2, positions=64, init_std=0.3):
@@ -27,6 +27,31 @@ def save_random_opt(folder, vocabulary, *, hidden_size=32, layers=2, heads=2, po
         pad_token_id=vocabulary.pad,
     )
     OPTForCausalLM(config).save_pretrained(folder)
+
+
+def save_random_llama(folder, vocabulary, *, qk_norm=False, **saving):
+    """The same of family llama: two heads of keys for four of queries, untied, no norm's weight 1."""
+    torch.manual_seed(0)
+    shared = {
+        "vocab_size": vocabulary.size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.3,
+        "bos_token_id": vocabulary.eos,
+        "eos_token_id": vocabulary.eos,
+        "pad_token_id": vocabulary.pad,
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(**shared)) if qk_norm else LlamaForCausalLM(LlamaConfig(**shared))
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    model.save_pretrained(folder, **saving)
 
 
 class WordTokenizer:

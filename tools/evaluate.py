@@ -8,7 +8,7 @@ import argparse
 
 from megatron_cm3leon.cli import run_tool
 from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
-from megatron_cm3leon.generation.decoder import DTYPES
+from megatron_cm3leon.generation.decoder import KINDS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--examples", type=int, default=defaults.examples, help="examples of each kind to keep")
     add("--seed", type=int, default=defaults.seed, help="of the choice of pairs and of the pictures")
     add("--encoder", help="CLIP folder, where it is no longer where the index recorded it")
-    add("--dtype", choices=list(DTYPES), default="fp32", help="type the model computes in")
+    add("--dtype", choices=KINDS, default="fp32", help="type of the model's matrices")
     add("--device", default="auto", help="cpu, cuda, or auto: CUDA where there is a device")
     return parser.parse_args()
 

@@ -1,28 +1,31 @@
-"""Generate from an exported model: pictures of captions, captions of pictures, or what a mask hides.
+"""Generate from an exported model: pictures of captions, texts about pictures, what a mask hides, whole documents.
 
     python tools/generate.py image --model exported/ "a red circle" "a blue square" --output out/
+    python tools/generate.py image --model exported/ "a red circle" --candidates 8 --rank-with clip/ --output best/
     python tools/generate.py caption --model exported/ picture.png
+    python tools/generate.py ask --model exported/ picture.png "what colour is it?"
     python tools/generate.py infill --model exported/ --text "a <mask> circle on white"
-    python tools/generate.py infill --model exported/ --picture picture.png --box 2 2 6 6 --output out/
+    python tools/generate.py infill --model exported/ --picture picture.png --box 2 2 6 6 --output infilled/
+    python tools/generate.py complete --model exported/ "a red circle" @picture.png "a green" --output completed/
 
-With --retrieve INDEX, retrieved documents stand in front of each prompt.
+With --retrieve INDEX, retrieved documents stand in front of each prompt; with --document, given ones.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from megatron_cm3leon.cli import run_tool
-from megatron_cm3leon.generation.decoder import DTYPES
+from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.generate import Generator
+from megatron_cm3leon.generation.made import MadePicture
 from megatron_cm3leon.generation.prompts import CAPTION_FORMS, UNCONDITIONAL_FORMS
+from megatron_cm3leon.generation.results import check_output, written_results
 from megatron_cm3leon.generation.retrieved import DocumentSource
-from megatron_cm3leon.generation.sheet import save_pictures
+from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.tokenizers.pixels import load_picture
 
 MASK = "<mask>"
-ACCOUNT = "generated.json"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,11 +35,14 @@ def parse_arguments() -> argparse.Namespace:
     image = commands.add_parser("image", help="pictures of captions", **style)
     image.add_argument("captions", nargs="+", help="what the pictures should show")
     image.add_argument("--candidates", type=int, default=1, help="pictures of each caption; seeds count up")
+    image.add_argument("--rank-with", metavar="CLIP", help="CLIP folder: keep the candidates nearest to their caption")
+    image.add_argument("--keep", type=int, help="candidates that --rank-with keeps (default: 1)")
     image.add_argument(
         "--unconditional", choices=UNCONDITIONAL_FORMS, default="auto",
         help="guidance's prompt without the caption: caption dropped, or masked by a sentinel",
     )  # fmt: skip
-    _add_shared(image, temperature=0.7, guidance=2.0, output="out")
+    _add_contrast(image, "classifier-free guidance; 1 is none (default: 2, with --contrast-k 1)", None)
+    _add_shared(image, temperature=0.7, output="out")
     caption = commands.add_parser("caption", help="captions of pictures", **style)
     caption.add_argument("pictures", nargs="+", help="picture files")
     caption.add_argument(
@@ -44,6 +50,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     caption.add_argument("--longest", type=int, default=64, help="text pieces of a caption at most")
     _add_shared(caption, temperature=0.0)
+    ask = commands.add_parser("ask", help="answers to questions about a picture", **style)
+    ask.add_argument("picture", help="picture file")
+    ask.add_argument("questions", nargs="+", help="questions, each answered by itself")
+    ask.add_argument("--longest", type=int, default=16, help="text pieces of an answer at most")
+    _add_shared(ask, temperature=0.0)
     infill = commands.add_parser("infill", help="what a mask hides, in a text or in a picture", **style)
     infill.add_argument("--text", help=f"caption with {MASK} where a span is to be filled in")
     infill.add_argument("--picture", help="picture file: the one to change with --box, else what --text describes")
@@ -53,17 +64,30 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     infill.add_argument("--caption", help="what the changed picture should show")
     infill.add_argument("--longest", type=int, default=32, help="text pieces of the span at most")
-    _add_shared(infill, temperature=1.0, guidance=1.0, output="out")
+    _add_contrast(infill, "classifier-free guidance, of a picture with --caption; 1 is none", 1.0)
+    _add_shared(infill, temperature=1.0, output="out")
+    complete = commands.add_parser("complete", help="what follows a document of texts and pictures", **style)
+    complete.add_argument("parts", nargs="*", help="texts, and picture files as @FILE; a last text goes on")
+    complete.add_argument("--segments", type=int, default=4, help="new texts and pictures at most")
+    complete.add_argument("--longest", type=int, default=64, help="text pieces of a text at most")
+    complete.add_argument(
+        "--text-temperature", type=float, default=0.0, help="of text; the options below are of images"
+    )
+    complete.add_argument("--text-top-k", type=int, default=0, help="of text; 0: all")
+    complete.add_argument("--text-top-p", type=float, default=1.0, help="of text; 1: all")
+    _add_shared(complete, temperature=0.7, output="out")
     return parser.parse_args()
 
 
-def _add_shared(
-    parser: argparse.ArgumentParser, *, temperature: float, guidance: float | None = None, output: str | None = None
-) -> None:
+def _add_contrast(parser: argparse.ArgumentParser, help: str, guidance: float | None) -> None:
+    parser.add_argument("--guidance", type=float, default=guidance, help=help)
+    parser.add_argument("--contrast-k", type=int, default=0, help="contrastive decoding CD-K instead; 0 is none")
+    parser.add_argument("--contrast-alpha", type=float, default=0.5, help="share of the k-th probability that is kept")
+
+
+def _add_shared(parser: argparse.ArgumentParser, *, temperature: float, output: str | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder that tools/convert_checkpoint.py export wrote")
-    parser.add_argument("--output", default=output, help=f"folder for the results and {ACCOUNT}")
-    if guidance is not None:
-        parser.add_argument("--guidance", type=float, default=guidance, help="classifier-free guidance; 1 is none")
+    parser.add_argument("--output", default=output, help="new folder for the results and generated.json")
     parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k most likely tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the tokens that make up this probability")
@@ -71,126 +95,192 @@ def _add_shared(
     parser.add_argument("--retrieve", metavar="INDEX", help="index folder to retrieve documents from")
     parser.add_argument("--documents", type=int, help="documents to retrieve for each prompt (default: as in training)")
     parser.add_argument("--encoder", help="CLIP folder, where it is no longer where the index recorded it")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="type the model computes in")
+    parser.add_argument(
+        "--document", nargs=2, action="append", metavar=("CAPTION", "PICTURE"),
+        help="a document to put in front of each prompt, the most similar last; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=KINDS, default="fp32", help="type of the model's matrices")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA where there is a device")
 
 
 def sampling_options(arguments: argparse.Namespace) -> dict:
-    names = ("guidance", "temperature", "top_k", "top_p", "seed")
+    names = ("guidance", "temperature", "top_k", "top_p", "contrast_k", "contrast_alpha", "seed")
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
-def retrieve(arguments: argparse.Namespace, generator: Generator, **queries):
-    """Retrieved documents (numbers, ids) of each query; (None, None) without --retrieve."""
+def load_generator(arguments: argparse.Namespace) -> Generator:
+    Sampling(
+        **{name: value for name, value in sampling_options(arguments).items() if name != "seed" and value is not None}
+    )
+    return Generator.load(arguments.model, arguments.dtype, arguments.device)
+
+
+def find_documents(arguments: argparse.Namespace, generator: Generator, count: int, **queries):
+    """Documents in front of `count` prompts: (numbers in the bank or None, ids or None)."""
+    if arguments.document and arguments.retrieve:
+        raise ValueError("give either --document or --retrieve.")
+    if arguments.document:
+        given = [generator.encode_document([caption, load_picture(path)]) for caption, path in arguments.document]
+        return None, [given] * count
     if not arguments.retrieve:
         return None, None
     source = DocumentSource.load(arguments.retrieve, generator.vocabulary, arguments.encoder)
-    count = arguments.documents
-    numbers = source.find(generator.training_documents if count is None else count, **queries)
+    wanted = generator.training_documents if arguments.documents is None else arguments.documents
+    numbers = source.find(wanted, **queries)
     return numbers, source.read(numbers)
 
 
-def check_output(output: str | None) -> Path | None:
-    if output is None:
-        return None
-    folder = Path(output)
-    if (folder / ACCOUNT).exists():
-        raise ValueError(f"{folder} holds the results of an earlier call ({ACCOUNT}); give another --output.")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output ({folder}) is a file; give a folder.")
-    return folder
+def options_of(arguments: argparse.Namespace) -> dict:
+    return {name: value for name, value in vars(arguments).items() if name not in ("captions", "pictures", "parts")}
 
 
-def write_account(folder: Path, arguments: argparse.Namespace, made: list[dict]) -> None:
-    options = {name: value for name, value in vars(arguments).items() if name not in ("captions", "pictures")}
-    text = json.dumps({"format": 1, "options": options, "made": made}, indent=2, ensure_ascii=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ACCOUNT).write_text(text + "\n")
-
-
-def describe_pictures(made, names: list[str], numbers: list | None) -> list[dict]:
-    """Entries of generated.json; `numbers` are the retrieved documents of each picture."""
-    entries = []
-    for place, (picture, name) in enumerate(zip(made, names, strict=True)):
-        entry = {"picture": name, "caption": picture.caption, "seed": picture.seed}
-        if numbers is not None:
-            entry["retrieved"] = numbers[place]
-        entries.append({**entry, "codes": picture.codes.tolist()})
-    return entries
+def describe(made: MadePicture, name: str) -> dict:
+    """Entry of generated.json."""
+    entry = {"picture": name, "caption": made.caption, "seed": made.seed, "codes": made.codes.tolist()}
+    return entry if made.score is None else entry | {"score": made.score}
 
 
 def make_images(arguments: argparse.Namespace) -> None:
     output = check_output(arguments.output)
-    generator = Generator.load(arguments.model, arguments.dtype, arguments.device)
-    numbers, documents = retrieve(arguments, generator, texts=arguments.captions)
-    tokens = len(arguments.captions) * max(arguments.candidates, 1) * generator.vocabulary.image_tokens
-    with meter(tokens, "generating", "tokens") as progress:
-        made = generator.images(
-            arguments.captions,
+    generator, captions = load_generator(arguments), arguments.captions
+    encoder = None
+    if arguments.rank_with:
+        from megatron_cm3leon.retrieval.encoder import Encoder
+
+        encoder = Encoder.load(arguments.rank_with)
+    numbers, documents = find_documents(arguments, generator, len(captions), texts=captions)
+    tokens = len(captions) * max(arguments.candidates, 1) * generator.vocabulary.image_tokens
+    with written_results(output, options_of(arguments)) as results, meter(tokens, "generating", "tokens") as progress:
+        pictures = generator.images(
+            captions,
             documents,
             candidates=arguments.candidates,
+            keep=arguments.keep,
+            encoder=encoder,
             unconditional=arguments.unconditional,
             advance=progress.advance,
             **sampling_options(arguments),
         )
-    names = save_pictures(output, [one.picture for one in made], [one.caption for one in made])
+        each = (arguments.keep or 1) if encoder else arguments.candidates
+        for place, made in enumerate(pictures):
+            entry = describe(made, results.save(made.picture, made.caption))
+            if numbers is not None:
+                entry["retrieved"] = numbers[place // each]
+            results.made.append(entry)
+    print(f"wrote {len(results.made)} pictures, contact_sheet.png and generated.json to {output}")
+
+
+def write_texts(arguments: argparse.Namespace, entries: list[dict], numbers: list | None) -> None:
+    """Write generated.json where there is an --output."""
     if numbers is not None:
-        numbers = [row for row in numbers for _ in range(arguments.candidates)]
-    write_account(output, arguments, describe_pictures(made, names, numbers))
-    print(f"wrote {len(made)} pictures, contact_sheet.png and {ACCOUNT} to {output}")
+        entries = [entry | {"retrieved": row} for entry, row in zip(entries, numbers, strict=True)]
+    if arguments.output is not None:
+        with written_results(Path(arguments.output), options_of(arguments)) as results:
+            results.made += entries
+        print(f"wrote {Path(arguments.output) / 'generated.json'}")
 
 
 def make_captions(arguments: argparse.Namespace) -> None:
-    output = check_output(arguments.output)
+    if arguments.output is not None:
+        check_output(arguments.output)
     pictures = [load_picture(path) for path in arguments.pictures]
-    generator = Generator.load(arguments.model, arguments.dtype, arguments.device)
-    numbers, documents = retrieve(arguments, generator, pictures=pictures)
-    texts = generator.captions(
-        pictures, documents, form=arguments.form, longest=arguments.longest, **sampling_options(arguments)
-    )
-    made = [{"picture": path, "caption": text} for path, text in zip(arguments.pictures, texts, strict=True)]
-    for place, entry in enumerate(made):
+    generator = load_generator(arguments)
+    numbers, documents = find_documents(arguments, generator, len(pictures), pictures=pictures)
+    options = sampling_options(arguments)
+    texts = generator.captions(pictures, documents, form=arguments.form, longest=arguments.longest, **options)
+    entries = [{"picture": path, "caption": text} for path, text in zip(arguments.pictures, texts, strict=True)]
+    for entry in entries:
         print(f"{entry['picture']}: {entry['caption']}")
-        if numbers is not None:
-            entry["retrieved"] = numbers[place]
-    if output is not None:
-        write_account(output, arguments, made)
-        print(f"wrote {output / ACCOUNT}")
+    write_texts(arguments, entries, numbers)
+
+
+def make_answers(arguments: argparse.Namespace) -> None:
+    if arguments.output is not None:
+        check_output(arguments.output)
+    pictures, questions = [load_picture(arguments.picture)] * len(arguments.questions), arguments.questions
+    generator = load_generator(arguments)
+    numbers, documents = find_documents(arguments, generator, len(pictures), pictures=pictures)
+    options = sampling_options(arguments)
+    texts = generator.answers(pictures, questions, documents, longest=arguments.longest, **options)
+    for question, text in zip(questions, texts, strict=True):
+        print(f"{question} {text}")
+    entries = [{"question": question, "answer": text} for question, text in zip(questions, texts, strict=True)]
+    write_texts(arguments, entries, numbers)
 
 
 def make_infill(arguments: argparse.Namespace) -> None:
     output = check_output(arguments.output)
-    picture = load_picture(arguments.picture) if arguments.picture else None
     if (arguments.text is None) == (arguments.box is None):
         raise ValueError(f'give either --text "... {MASK} ..." or --picture with --box TOP LEFT BOTTOM RIGHT.')
-    if arguments.box is not None and picture is None:
+    if arguments.box is not None and arguments.picture is None:
         raise ValueError("--box needs the --picture it is a part of.")
     if arguments.text is not None and arguments.text.count(MASK) != 1:
         raise ValueError(f"--text ({arguments.text!r}) must hold {MASK} exactly once, where the span is.")
-    generator = Generator.load(arguments.model, arguments.dtype, arguments.device)
+    if arguments.text is not None and (arguments.guidance != 1 or arguments.contrast_k):
+        raise ValueError(
+            "--guidance and --contrast-k strengthen a picture's --caption; --text has none: leave them out."
+        )
+    picture = load_picture(arguments.picture) if arguments.picture else None
+    generator = load_generator(arguments)
     query = {"pictures": [picture]} if picture is not None else {"texts": [arguments.text.replace(MASK, " ")]}
-    _, documents = retrieve(arguments, generator, **query)
+    numbers, documents = find_documents(arguments, generator, 1, **query)
     options = sampling_options(arguments)
     if arguments.text is not None:
-        del options["guidance"]  # there is no text to leave out
+        for name in ("guidance", "contrast_k", "contrast_alpha"):
+            del options[name]
         pictures = None if picture is None else [picture]
         parts = tuple(arguments.text.split(MASK))
         text = generator.infill_text([parts], pictures, documents, longest=arguments.longest, **options)[0]
         print(text)
-        write_account(output, arguments, [{"text": arguments.text, "filled": text}])
-        print(f"wrote {output / ACCOUNT}")
+        write_texts(arguments, [{"text": arguments.text, "filled": text}], numbers)
         return
     captions = None if arguments.caption is None else [arguments.caption]
-    made = generator.infill_pictures([picture], tuple(arguments.box), captions, documents, **options)
+    made = generator.infill_pictures([picture], tuple(arguments.box), captions, documents, **options)[0]
     before = generator.decode_pictures(generator.encode_pictures([picture]))[0]
-    names = save_pictures(output, [before, made[0].picture], ["as the tokenizer draws it", "infilled"])
-    write_account(output, arguments, describe_pictures(made, names[1:], None))
-    print(f"wrote {names[1]} (before: {names[0]}), contact_sheet.png and {ACCOUNT} to {output}")
+    with written_results(output, options_of(arguments)) as results:
+        first = results.save(before, "as the tokenizer draws it")
+        name = results.save(made.picture, "infilled")
+        results.made.append(describe(made, name))
+    print(f"wrote {name} (before: {first}), contact_sheet.png and generated.json to {output}")
+
+
+def make_document(arguments: argparse.Namespace) -> None:
+    output = check_output(arguments.output)
+    parts = [load_picture(part[1:]) if part.startswith("@") else part for part in arguments.parts]
+    generator = load_generator(arguments)
+    texts = [" ".join(part for part in parts if isinstance(part, str))]
+    numbers, documents = find_documents(arguments, generator, 1, texts=texts)
+    names = ("temperature", "top_k", "top_p")
+    made = generator.complete(
+        [parts],
+        documents,
+        text=Sampling(**{name: getattr(arguments, f"text_{name}") for name in names}),
+        image=Sampling(**{name: getattr(arguments, name) for name in names}),
+        seed=arguments.seed,
+        segments=arguments.segments,
+        longest=arguments.longest,
+    )[0]
+    with written_results(output, options_of(arguments) | {"parts": arguments.parts}) as results:
+        for part in made:
+            if isinstance(part, str):
+                entry = {"text": part}
+                print(part)
+            else:
+                entry = describe(part, results.save(part.picture, ""))
+                print(f"[{entry['picture']}]")
+            results.made.append(entry if numbers is None else entry | {"retrieved": numbers[0]})
+    print(f"wrote {len(made)} texts and pictures to {output}")
 
 
 def main() -> None:
     arguments = parse_arguments()
-    {"image": make_images, "caption": make_captions, "infill": make_infill}[arguments.command](arguments)
+    {
+        "image": make_images,
+        "caption": make_captions,
+        "ask": make_answers,
+        "infill": make_infill,
+        "complete": make_document,
+    }[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,33 @@
 """Decoding of prompts in batches: one segment after each, both streams of guidance side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_cm3leon.generation.captured import CapturedTurn
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.grammar import Segment
-from megatron_cm3leon.generation.sampling import Sampling, apply_guidance, draw, uniform_numbers
+from megatron_cm3leon.generation.sampling import Sampling, contrast, draw, uniform_numbers
 
-CACHE_BYTES = {"cpu": 1 << 29, "cuda": 16 << 30}
-"""Keys and values of one batch; more prompts are decoded one batch after the other."""
+CPU_CACHE_BYTES = 4 << 30
+"""Keys and values of one batch on a CPU; more prompts are decoded one batch after the other."""
+GPU_CACHE_SHARE = 0.6
+"""Share of a GPU's free memory that they may take there."""
 LARGEST_BATCH = 128
 """Streams in a batch on the CPU, where larger ones gain nothing."""
 
 
-def decode_segments(
+def decode_segments(decoder: Decoder, given: list[list[int]], segment: Segment, *arguments, **options) -> np.ndarray:
+    """Ids [prompts, segment.length] that follow each prompt, -1 after an ending token; see `decode_batches`."""
+    made = np.full((len(given), segment.length), -1, np.int64)
+    for part, ids in decode_batches(decoder, given, segment, *arguments, **options):
+        made[part] = ids
+    return made
+
+
+def decode_batches(
     decoder: Decoder,
     given: list[list[int]],
     segment: Segment,
@@ -26,80 +37,91 @@ def decode_segments(
     unconditional: list[list[int]] | None = None,
     forced: np.ndarray | None = None,
     advance: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """Ids [prompts, segment.length] that follow each prompt, -1 after an ending token.
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Which prompts, and the ids [prompts of the batch, segment.length] that follow them, batch after batch.
 
     `unconditional` are the prompts of guidance's other stream. Ids of `forced` [prompts, segment.length] that are
-    not -1 stand instead of drawn ones. `advance(n)` is told how many more ids are there. Raises ValueError where the
-    longest prompt and the segment do not fit into the decoder's context.
+    not -1 stand instead of drawn ones. `advance(n)` is told how many more ids are there. Raises ValueError, at once,
+    where the longest prompt and the segment do not fit into the decoder's context.
     """
-    made = np.full((len(given), segment.length), -1, np.int64)
-    guided = unconditional is not None and sampling.guidance != 1
     if not given:
-        return made
-    longest = max(map(len, given + (unconditional if guided else [])))
+        return iter(())
+    without = unconditional if unconditional is not None and sampling.contrasted else []
+    longest = max(map(len, given + without))
     decoder.check_length(longest, segment.length)
-    size = _batch_size(decoder, longest + segment.length, 2 if guided else 1)
-    for start in range(0, len(given), size):
-        part = slice(start, start + size)
-        made[part] = _decode_batch(
-            decoder,
-            given[part],
-            unconditional[part] if guided else [],
-            segment,
-            sampling,
-            seeds[part],
-            None if forced is None else forced[part],
-            advance,
-        )
-    return made
+    size = _batch_size(decoder, longest + segment.length, 2 if without else 1)
+
+    def batches() -> Iterator[tuple[slice, np.ndarray]]:
+        for start in range(0, len(given), size):
+            part = slice(start, start + size)
+            batch = _Batch(decoder, given[part], without[part], segment, sampling, seeds[part])
+            yield part, batch.decode(None if forced is None else forced[part], advance)
+
+    return batches()
 
 
 def _batch_size(decoder: Decoder, length: int, streams: int) -> int:
-    device = decoder.device.type
-    fitting = CACHE_BYTES.get(device, CACHE_BYTES["cpu"]) // (streams * decoder.cache_bytes(length))
-    most = LARGEST_BATCH // streams if device == "cpu" else fitting
-    return max(1, min(fitting, most))
+    if decoder.device.type == "cuda":
+        space = GPU_CACHE_SHARE * torch.cuda.mem_get_info(decoder.device)[0]
+    else:
+        space = CPU_CACHE_BYTES
+    fitting = int(space // (streams * decoder.cache_bytes(length)))
+    return max(1, min(fitting, LARGEST_BATCH // streams) if decoder.device.type == "cpu" else fitting)
 
 
-@torch.inference_mode()
-def _decode_batch(
-    decoder: Decoder, given: list, unconditional: list, segment: Segment, sampling: Sampling, seeds: list[int],
-    forced: np.ndarray | None, advance: Callable[[int], None] | None,
-) -> np.ndarray:  # fmt: skip
-    count = len(given)
-    allowed = segment.allowed.to(decoder.device)
-    head = decoder.head[allowed]
-    # Equal prompts (candidates, or a common unconditional one) are read once.
-    unique = {tuple(prompt): None for prompt in given + unconditional}
-    place = {prompt: number for number, prompt in enumerate(unique)}
-    which = torch.tensor([place[tuple(prompt)] for prompt in given + unconditional], device=decoder.device)
-    state, cache = decoder.start(list(unique), segment.length)
-    state, cache = state[which], cache.select(which) if len(unique) < len(which) else cache
-    noise = np.stack([uniform_numbers(s, p, segment.length) for s, p in zip(seeds, given, strict=True)])
-    noise = torch.from_numpy(noise).to(decoder.device)
-    kept = None if forced is None else torch.from_numpy(forced).to(decoder.device)
-    ends = torch.tensor(segment.ends, device=decoder.device)
-    ids = torch.full((count, segment.length), -1, device=decoder.device)
-    done = torch.zeros(count, dtype=torch.bool, device=decoder.device)
-    for turn in range(segment.length):
-        logits = decoder.logits(state, head)
-        if unconditional:
-            logits = apply_guidance(logits[:count], logits[count:], sampling.guidance)
-        token = allowed[draw(logits, sampling, noise[:, turn])]
-        if kept is not None:
-            token = torch.where(kept[:, turn] >= 0, kept[:, turn], token)
-        ids[:, turn] = token.masked_fill(done, -1)
-        if segment.ends:
-            done |= torch.isin(token, ends)
-        finished = bool(segment.ends) and bool(done.all())
-        if advance:
-            advance(count * (segment.length - turn if finished else 1))
-        if finished:
-            break
-        if turn + 1 < segment.length:
-            state = decoder.step(torch.cat([token, token]) if unconditional else token, cache)
-    return _ended(ids, segment).cpu().numpy()
+class _Batch:
+    """Prompts that are decoded together; the streams without the condition stand behind the others."""
+
+    @torch.inference_mode()
+    def __init__(
+        self, decoder: Decoder, given: list, without: list, segment: Segment, sampling: Sampling, seeds: list[int]
+    ) -> None:
+        self.decoder, self.segment, self.sampling, self.guided = decoder, segment, sampling, bool(without)
+        self.allowed, self.head = segment.allowed.to(decoder.device), decoder.head(segment.allowed)
+        noise = [uniform_numbers(seed, prompt, segment.length) for seed, prompt in zip(seeds, given, strict=True)]
+        self.noise = torch.from_numpy(np.stack(noise)).to(decoder.device)
+        # Equal prompts (candidates, or a common unconditional one) are read once.
+        place = {tuple(prompt): None for prompt in given + without}
+        place = {prompt: number for number, prompt in enumerate(place)}
+        which = torch.tensor([place[tuple(prompt)] for prompt in given + without], device=decoder.device)
+        state, cache = decoder.start(list(place), segment.length)
+        several = len(place) < len(which)
+        self.state, self.cache = (state[which], cache.select(which)) if several else (state, cache)
+
+    @torch.inference_mode()
+    def decode(self, forced: np.ndarray | None, advance: Callable[[int], None] | None) -> np.ndarray:
+        """Ids [prompts, segment.length]."""
+        segment, count, device = self.segment, len(self.noise), self.decoder.device
+        kept = None if forced is None else torch.from_numpy(forced).to(device)
+        ends = torch.tensor(segment.ends, device=device)
+        ids = torch.full((count, segment.length), -1, device=device)
+        done = torch.zeros(count, dtype=torch.bool, device=device)
+        go_on = CapturedTurn(self.decoder, self.cache) if device.type == "cuda" else self._step
+        for turn in range(segment.length):
+            token = self.choose(self.state, self.noise[:, turn])
+            if kept is not None:
+                token = torch.where(kept[:, turn] >= 0, kept[:, turn], token)
+            ids[:, turn] = token.masked_fill(done, -1)
+            finished = False
+            if segment.ends:
+                done |= torch.isin(token, ends)
+                finished = bool(done.all())
+            if advance:
+                advance(count * (segment.length - turn if finished else 1))
+            if finished or turn + 1 == segment.length:
+                break
+            self.state = go_on(torch.cat([token, token]) if self.guided else token)
+        return _ended(ids, segment).cpu().numpy()
+
+    def choose(self, state: Tensor, uniform: Tensor) -> Tensor:
+        """Ids [B] of the next tokens."""
+        logits = self.decoder.logits(state, self.head)
+        if self.guided:
+            logits = contrast(*logits.chunk(2), self.sampling)
+        return self.allowed[draw(logits, self.sampling, uniform)]
+
+    def _step(self, ids: Tensor) -> Tensor:
+        return self.decoder.step(ids, self.cache)
 
 
 def _ended(ids: Tensor, segment: Segment) -> Tensor:

@@ -1,52 +1,56 @@
-"""Decoder: the exported model with a key-value cache, for batches of prompts of different lengths.
+"""Decoder: an exported model of either family with a static key-value cache, for prompts of different lengths.
 
-Reads the safetensors of an exported folder (OPT's names) and needs torch alone. Layout of a tensor is in its
-name: B sequences, S positions of one call, C positions of the cache, H hidden, N heads, D head width.
+Needs torch and safetensors alone. Layout of a tensor is in its name: B sequences, S positions of one call, C positions
+of the cache, H hidden, N heads, G heads of keys and values, D width of a head.
 
-Prompts stand at the left of the cache and what follows a short one is overwritten as its sequence grows:
-causal attention never reads to the right, so prompts are computed as without the others, and only the steps
-after them mask what lies beyond each sequence's own end.
+Prompts stand at the left of the cache and what follows a short one is overwritten as its sequence grows: causal
+attention never reads to the right, so prompts are computed as without the others, and only the steps after them mask
+what lies beyond each sequence's own end.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
-LAYER_NORM_EPSILON = 1e-5
-POSITION_OFFSET = 2
-"""Rows in front of the learned positions that OPT never reads."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megatron_cm3leon.generation.exported import POSITION_OFFSET, Shape, read_shape, read_weights
+from megatron_cm3leon.generation.linear import Matrix, build_matrix
 
-_REQUIRED = {
-    "model_type": "opt",
-    "enable_bias": False,
-    "layer_norm_elementwise_affine": False,
-    "do_layer_norm_before": True,
-}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KINDS = (*DTYPES, "int8")
+"""Types the matrices may have. With int8 all else is fp32 on a CPU, bf16 on a GPU."""
+HEADS_KEPT = 4
+"""Parts of the output head that are kept ready: one for pictures, one or two for text, a whole one."""
+_ACTIVATIONS = {"relu": torch.relu_, "gelu": functional.gelu}
 
 
 @dataclass
 class Layer:
-    """Weights of one layer, query, key and value in one matrix [3H, H]."""
+    """Weights of one layer; norms are None where they have no parameters or are not there."""
 
-    qkv: Tensor
-    out: Tensor
-    inner: Tensor
-    outer: Tensor
+    qkv: Matrix
+    """[(N + 2 G) D, H]: queries, keys, values."""
+    out: Matrix
+    inner: Matrix
+    """[F, H], or gate over up [2 F, H]."""
+    outer: Matrix
+    norms: tuple[Tensor | None, Tensor | None] = (None, None)
+    qk_norm: Tensor | None = None
+    """[N + G, D]: the queries' norm, repeated, over the keys'."""
 
 
 @dataclass
 class Cache:
-    """Keys and values of every layer [B, C, N, D], and how many positions of each sequence are filled."""
+    """Keys and values of every layer [B, G, C, D], and how much of it is filled."""
 
     keys: list[Tensor]
     values: list[Tensor]
-    lengths: Tensor  # [B]
+    lengths: Tensor
+    """[B] positions that are filled."""
+    mask: Tensor
+    """[B, 1, 1, C] added to scores: 0 for these, -inf beyond."""
     longest: int
     ragged: bool
 
@@ -56,6 +60,7 @@ class Cache:
             [keys[sequences] for keys in self.keys],
             [values[sequences] for values in self.values],
             self.lengths[sequences],
+            self.mask[sequences],
             self.longest,
             self.ragged,
         )
@@ -64,29 +69,31 @@ class Cache:
 class Decoder:
     """Logits of the next token, position after position."""
 
-    def __init__(self, weights: dict[str, Tensor], config: dict) -> None:
-        prefix = "model.decoder."
-        self.heads, self.context = config["num_attention_heads"], config["max_position_embeddings"]
-        self.activation = {"relu": functional.relu_, "gelu": functional.gelu}[config["activation_function"]]
-        self.words = weights[prefix + "embed_tokens.weight"]
-        self.head = weights.get("lm_head.weight", self.words)
-        self.positions = weights[prefix + "embed_positions.weight"][POSITION_OFFSET:]
-        self.hidden = self.words.shape[1]
-        self.layers = []
-        for number in range(config["num_hidden_layers"]):
-            name = f"{prefix}layers.{number}."
-            attention = [weights[f"{name}self_attn.{part}_proj.weight"] for part in ("q", "k", "v", "out")]
-            inner, outer = weights[name + "fc1.weight"], weights[name + "fc2.weight"]
-            self.layers.append(Layer(torch.cat(attention[:3]), attention[3], inner, outer))
+    def __init__(self, weights: dict[str, Tensor], shape: Shape, int8: bool = False) -> None:
+        """`weights` by the stock class's names, checked; they are taken out of the dictionary."""
+        self.shape, self.int8, self.context = shape, int8, shape.context
+        prefix = "model.decoder." if shape.learned_positions else "model."
+        self.words = weights.pop(f"{prefix}embed_tokens.weight")
+        self.head_rows = self.words if shape.tied else weights.pop("lm_head.weight")
+        self.norm = weights.pop(f"{prefix}norm.weight", None)
+        self.positions = self.angles = None
+        if shape.learned_positions:
+            self.positions = weights.pop(f"{prefix}embed_positions.weight")[POSITION_OFFSET:]
+        else:
+            self.angles = _rotary_angles(shape, self.words.device)
+        self.layers = [_take_layer(weights, f"{prefix}layers.{n}.", shape, int8) for n in range(shape.layers)]
+        self._heads: dict[bytes, Matrix] = {}
 
     @classmethod
     def load(cls, folder: str | Path, dtype: str = "fp32", device: str | torch.device = "cpu") -> "Decoder":
-        """Read an exported folder; ValueError where it is none."""
+        """Read an exported folder; ValueError where it is none. `dtype` is one of `KINDS`."""
         folder = Path(folder)
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype ({dtype!r}) must be one of: {', '.join(DTYPES)}.")
-        config = load_config(folder)
-        return cls(_read_weights(folder, config, DTYPES[dtype], device), config)
+        if dtype not in KINDS:
+            raise ValueError(f"dtype ({dtype!r}) must be one of: {', '.join(KINDS)}.")
+        shape = read_shape(folder)
+        beside_int8 = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        weights = read_weights(folder, shape, DTYPES.get(dtype, beside_int8), device)
+        return cls(weights, shape, dtype == "int8")
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +105,25 @@ class Decoder:
 
     def cache_bytes(self, length: int) -> int:
         """Bytes of the cache of one sequence of `length` positions."""
-        return 2 * len(self.layers) * length * self.hidden * self.words.element_size()
+        shape = self.shape
+        return 2 * shape.layers * length * shape.kv_heads * shape.width * self.words.element_size()
+
+    def step_bytes(self, allowed: Tensor | None = None) -> int:
+        """Bytes of weights that a step reads, with the head of these rows (all: None)."""
+        matrices = [part for one in self.layers for part in (one.qkv, one.out, one.inner, one.outer)]
+        return sum(matrix.bytes for matrix in [*matrices, self.head(allowed)])
+
+    def head(self, allowed: Tensor | None = None) -> Matrix:
+        """The output head's rows `allowed` (ids, ascending), or all of it."""
+        key = b"" if allowed is None else allowed.cpu().numpy().tobytes()
+        if key not in self._heads:
+            while len(self._heads) >= HEADS_KEPT:
+                del self._heads[next(iter(self._heads))]
+            rows = self.head_rows if allowed is None else self.head_rows[allowed.to(self.device)]
+            self._heads[key] = build_matrix(rows, self.int8)
+        return self._heads[key]
+
+    # Prompts and steps
 
     @torch.inference_mode()
     def start(self, prompts: list, room: int) -> tuple[Tensor, Cache]:
@@ -112,60 +137,80 @@ class Decoder:
         ids_BS = torch.zeros(len(prompts), longest, dtype=torch.long)
         for row, prompt in zip(ids_BS, prompts, strict=True):
             row[: len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
-        ids_BS = ids_BS.to(self.device)
-        shape = (len(prompts), longest + room - 1, self.heads, self.hidden // self.heads)
-        cache = Cache([], [], torch.tensor(lengths, device=self.device), longest, min(lengths) < longest)
-        state_BSH = self.words[ids_BS] + self.positions[:longest]
-        for layer in self.layers:
-            query, keys, values = self._project(layer, state_BSH)
-            for store, new in ((cache.keys, keys), (cache.values, values)):
-                store.append(new.new_zeros(shape))
-                store[-1][:, :longest] = new
-            attended = functional.scaled_dot_product_attention(
-                query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), is_causal=True
-            )
-            self._finish(layer, state_BSH, attended.transpose(1, 2))
+        cache = self._new_cache(lengths, longest + room - 1)
+        state_BSH = self._embed(ids_BS.to(self.device))
+        for layer, cached_keys, cached_values in zip(self.layers, cache.keys, cache.values, strict=True):
+            keys, values = self._attend_whole(layer, state_BSH)
+            cached_keys[:, :, :longest] = keys
+            cached_values[:, :, :longest] = values
         last = state_BSH[torch.arange(len(prompts), device=self.device), cache.lengths - 1]
-        return self._normalise(last), cache
+        return self._normalise(last, self.norm), cache
+
+    def _new_cache(self, lengths: list[int], size: int) -> Cache:
+        shape = (len(lengths), self.shape.kv_heads, size, self.shape.width)
+        filled = torch.tensor(lengths, device=self.device)
+        beyond = torch.arange(size, device=self.device) >= filled[:, None]
+        mask = torch.zeros(beyond.shape, dtype=self.words.dtype, device=self.device)
+        return Cache(
+            [self.words.new_zeros(shape) for _ in self.layers],
+            [self.words.new_zeros(shape) for _ in self.layers],
+            filled,
+            mask.masked_fill_(beyond, float("-inf"))[:, None, None],
+            max(lengths),
+            min(lengths) < max(lengths),
+        )
 
     @torch.inference_mode()
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """Append one token to each sequence; the final hidden state [B, H] after it."""
-        rows = torch.arange(len(ids_B), device=self.device)
-        state_BSH = (self.words[ids_B] + self.positions[cache.lengths])[:, None]
         cache.longest += 1
-        mask = self._mask(cache, state_BSH.dtype) if cache.ragged else None
+        return self.advance(ids_B, cache, cache.longest, cache.ragged)
+
+    def advance(self, ids_B: Tensor, cache: Cache, width: int, masked: bool) -> Tensor:
+        """`step` over the first `width` positions of the cache; with all of them and `masked` its shapes never change.
+
+        Everything that changes is on the device, so that a GPU can replay the step.
+        """
+        shape, batch = self.shape, len(ids_B)
+        state_BH = self.words[ids_B]
+        if self.positions is not None:
+            state_BH = state_BH + self.positions[cache.lengths]
+        angles = None if self.angles is None else [table[cache.lengths][:, None] for table in self.angles]
+        cache.mask.view(batch, -1).scatter_(1, cache.lengths[:, None], 0.0)
+        mask = cache.mask[..., :width] if masked else None
+        size, groups = cache.mask.shape[-1], torch.arange(batch * shape.kv_heads, device=self.device)
+        places = groups * size + cache.lengths.repeat_interleave(shape.kv_heads)
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            query, key, value = self._project(layer, state_BSH)
-            if cache.ragged:
-                keys[rows, cache.lengths], values[rows, cache.lengths] = key[:, 0], value[:, 0]
-            else:
-                keys[:, cache.longest - 1], values[:, cache.longest - 1] = key[:, 0], value[:, 0]
+            query, key, value = self._project(layer, state_BH, angles)
+            keys.view(-1, shape.width).index_copy_(0, places, key.reshape(-1, shape.width))
+            values.view(-1, shape.width).index_copy_(0, places, value.reshape(-1, shape.width))
+            # Queries that share keys stand as if they were positions: no copy of the keys for each.
             attended = functional.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                keys[:, : cache.longest].transpose(1, 2),
-                values[:, : cache.longest].transpose(1, 2),
+                query.reshape(batch, shape.kv_heads, -1, shape.width),
+                keys[:, :, :width],
+                values[:, :, :width],
                 attn_mask=mask,
             )
-            self._finish(layer, state_BSH, attended.transpose(1, 2))
-        cache.lengths = cache.lengths + 1
-        return self._normalise(state_BSH[:, 0])
+            self._finish(layer, state_BH, attended.reshape(batch, -1))
+        cache.lengths += 1
+        return self._normalise(state_BH, self.norm)
 
-    def logits(self, state: Tensor, head: Tensor | None = None) -> Tensor:
-        """fp32 logits from final hidden states [..., H]; `head` is those rows of `self.head` that matter."""
-        return functional.linear(state, self.head if head is None else head).float()
+    def logits(self, state: Tensor, head: Matrix | None = None) -> Tensor:
+        """fp32 logits from final hidden states [..., H]; `head` are the rows that matter (see `head`)."""
+        return (self.head() if head is None else head)(state).float()
+
+    # Whole sequences
 
     @torch.inference_mode()
     def states(self, ids_BS: Tensor) -> Tensor:
         """Final hidden states [B, S, H] of whole sequences, without a cache; `logits` takes any of them."""
         self.check_length(ids_BS.shape[1], 1)
-        state_BSH = self.words[ids_BS] + self.positions[: ids_BS.shape[1]]
+        state_BSH = self._embed(ids_BS)
         for layer in self.layers:
-            query, keys, values = (part.transpose(1, 2) for part in self._project(layer, state_BSH))
-            attended = functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
-            self._finish(layer, state_BSH, attended.transpose(1, 2))
-        return self._normalise(state_BSH)
+            self._attend_whole(layer, state_BSH)
+        return self._normalise(state_BSH, self.norm)
 
+    @torch.inference_mode()
     def all_logits(self, ids_BS: Tensor) -> Tensor:
         """fp32 logits [B, S, vocabulary] of whole sequences."""
         return self.logits(self.states(ids_BS))
@@ -178,63 +223,81 @@ class Decoder:
                 f"model's context has {self.context}. Shorten the text or give fewer retrieved documents."
             )
 
-    def _normalise(self, state: Tensor) -> Tensor:
-        return functional.layer_norm(state, (self.hidden,), eps=LAYER_NORM_EPSILON)
+    def _embed(self, ids_BS: Tensor) -> Tensor:
+        state_BSH = self.words[ids_BS]
+        return state_BSH if self.positions is None else state_BSH + self.positions[: ids_BS.shape[1]]
 
-    def _project(self, layer: Layer, state_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, _ = state_BSH.shape
-        qkv = functional.linear(self._normalise(state_BSH), layer.qkv)
-        return qkv.view(batch, length, 3, self.heads, self.hidden // self.heads).unbind(2)
-
-    def _finish(self, layer: Layer, state_BSH: Tensor, attended_BSND: Tensor) -> None:
-        """Add attention's output and the feed-forward layer's to the residual stream, in place."""
-        state_BSH += functional.linear(attended_BSND.reshape(state_BSH.shape), layer.out)
-        inner = self.activation(functional.linear(self._normalise(state_BSH), layer.inner))
-        state_BSH += functional.linear(inner, layer.outer)
-
-    def _mask(self, cache: Cache, dtype: torch.dtype) -> Tensor:
-        """Additive [B, 1, 1, C]: each sequence reads up to the token it is at."""
-        columns = torch.arange(cache.longest, device=self.device)
-        beyond = columns > cache.lengths[:, None]
-        return torch.zeros(beyond.shape, dtype=dtype, device=self.device).masked_fill_(beyond, float("-inf"))[
-            :, None, None
-        ]
-
-
-def load_config(folder: Path) -> dict:
-    """config.json of an exported folder; ValueError names what makes another folder unfit."""
-    remedy = "give a folder that tools/convert_checkpoint.py export wrote."
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no exported model: it has no config.json; {remedy}")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}/config.json is not valid JSON ({error}); {remedy}") from error
-    for name, value in _REQUIRED.items():
-        if config.get(name) != value:
-            raise ValueError(f"{folder} is no exported model: {name} is {config.get(name)!r}, not {value!r}; {remedy}")
-    return config
-
-
-def _read_weights(folder: Path, config: dict, dtype: torch.dtype, device) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no *.safetensors; export the checkpoint again.")
-    weights = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                    weights[name] = file.get_tensor(name).to(dtype)
-        except Exception as error:  # the library raises a class of its own for a damaged file
-            raise ValueError(f"{path} cannot be read ({error}); export the checkpoint again.") from error
-    layers = range(config["num_hidden_layers"])
-    parts = [f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")] + ["fc1", "fc2"]
-    expected = ["embed_tokens", "embed_positions", *(f"layers.{n}.{part}" for n in layers for part in parts)]
-    missing = [name for name in expected if f"model.decoder.{name}.weight" not in weights]
-    if missing:
-        raise ValueError(
-            f"{folder} lacks {len(missing)} weights (model.decoder.{missing[0]}.weight ...); "
-            f"export the checkpoint again."
+    def _attend_whole(self, layer: Layer, state_BSH: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer over whole sequences, in place; its keys and values [B, G, S, D]."""
+        length = state_BSH.shape[1]
+        angles = None if self.angles is None else [table[:length, None] for table in self.angles]
+        query, key, value = (part.transpose(1, 2) for part in self._project(layer, state_BSH, angles))
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
         )
-    return weights
+        self._finish(layer, state_BSH, attended.transpose(1, 2).flatten(2))
+        return key, value
+
+    # Parts of a layer
+
+    def _normalise(self, state: Tensor, weight: Tensor | None) -> Tensor:
+        if self.shape.learned_positions:
+            return functional.layer_norm(state, (self.shape.hidden,), eps=self.shape.epsilon)
+        return functional.rms_norm(state, (self.shape.hidden,), weight, self.shape.epsilon)
+
+    def _project(self, layer: Layer, state: Tensor, angles: list[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [..., N, D], keys and values [..., G, D] of states [..., H]."""
+        heads, groups = self.shape.heads, self.shape.kv_heads
+        qkv = layer.qkv(self._normalise(state, layer.norms[0])).unflatten(-1, (-1, self.shape.width))
+        both, value = qkv.split([heads + groups, groups], dim=-2)
+        if layer.qk_norm is not None:
+            both = functional.rms_norm(both, both.shape[-1:], None, self.shape.epsilon) * layer.qk_norm
+        if angles is not None:
+            cosine, sine = angles
+            both = (both * cosine + both.roll(self.shape.width // 2, -1) * sine).to(value.dtype)
+        query, key = both.split([heads, groups], dim=-2)
+        return query, key, value
+
+    def _finish(self, layer: Layer, state: Tensor, attended: Tensor) -> None:
+        """Add attention's output and the feed-forward layer's to the residual stream, in place."""
+        state += layer.out(attended)
+        inner = layer.inner(self._normalise(state, layer.norms[1]))
+        if self.shape.learned_positions:
+            inner = _ACTIVATIONS[self.shape.activation](inner)
+        else:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = functional.silu(gate) * up
+        state += layer.outer(inner)
+
+
+def _take_layer(weights: dict[str, Tensor], prefix: str, shape: Shape, int8: bool) -> Layer:
+    def take(name: str) -> Tensor:
+        return weights.pop(f"{prefix}{name}.weight")
+
+    qkv = build_matrix(torch.cat([take(f"self_attn.{part}_proj") for part in ("q", "k", "v")]), int8)
+    if shape.learned_positions:
+        names = ("self_attn.out_proj", "fc1", "fc2")
+        return Layer(qkv, *(build_matrix(take(name), int8) for name in names))
+    inner = build_matrix(torch.cat([take("mlp.gate_proj"), take("mlp.up_proj")]), int8)
+    layer = Layer(
+        qkv,
+        build_matrix(take("self_attn.o_proj"), int8),
+        inner,
+        build_matrix(take("mlp.down_proj"), int8),
+        norms=(take("input_layernorm"), take("post_attention_layernorm")),
+    )
+    if shape.family == "qwen3":
+        query, key = take("self_attn.q_norm"), take("self_attn.k_norm")
+        layer.qk_norm = torch.cat([query.expand(shape.heads, -1), key.expand(shape.kv_heads, -1)])
+    return layer
+
+
+def _rotary_angles(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """fp32 cosine and signed sine [context, D]; dimension d turns with d + D/2 (RoFormer, arXiv 2104.09864).
+
+    x cos + roll(x, D/2) sin, with the sine of the first half negative.
+    """
+    rates = shape.rope_base ** (torch.arange(0, shape.width, 2, dtype=torch.float32) / -shape.width)
+    angles = torch.arange(shape.context)[:, None].float() * rates
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat([cosine, cosine], -1).to(device), torch.cat([-sine, sine], -1).to(device)

@@ -1,9 +1,11 @@
-"""Generator: captions to pictures, pictures to captions, and infilling, from an exported folder alone.
+"""Generator: captions to pictures, pictures to text, infilling and whole documents, from an exported folder alone.
 
     generator = Generator.load("exported/")
-    made = generator.images(["a red circle"], guidance=2.0, seed=1)
-    made[0].picture.save("circle.png")
-    generator.captions([made[0].picture])
+    for made in generator.images(["a red circle", "a blue square"], guidance=2.0, seed=1):
+        made.picture.save(f"{made.caption}.png")
+    generator.captions([made.picture])
+    generator.answers([made.picture], ["what colour is it?"])
+    generator.complete([["a red circle", made.picture, "a green"]])
 
 All prompts of a call are decoded in batches, with both streams of classifier-free guidance in the same batch. A
 sequence's result depends on its own prompt and seed, not on what else is in the call (in bf16 a batch of another size
@@ -11,8 +13,8 @@ rounds differently, which may flip a close draw).
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +22,13 @@ import torch
 from PIL import Image
 
 from megatron_cm3leon.generation import prompts
-from megatron_cm3leon.generation.batch import decode_segments
+from megatron_cm3leon.generation.batch import decode_batches, decode_segments
+from megatron_cm3leon.generation.complete import complete_documents
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.grammar import Segment, picture_segment, text_segment
+from megatron_cm3leon.generation.made import MadePicture
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.tokenizers.pixels import from_pixels, to_pixels
-
-
-@dataclass(frozen=True, eq=False)
-class MadePicture:
-    """A generated picture: its image codes [h*w] from 0, and the pixels they decode to."""
-
-    caption: str | None
-    seed: int
-    codes: np.ndarray
-    picture: Image.Image
 
 
 class Generator:
@@ -76,35 +70,50 @@ class Generator:
         captions: list[str],
         retrieved: list | None = None,
         *,
-        guidance: float = 2.0,
+        guidance: float | None = None,
         temperature: float = 0.7,
         top_k: int = 0,
         top_p: float = 1.0,
+        contrast_k: int = 0,
+        contrast_alpha: float = 0.5,
         seed: int = 0,
         candidates: int = 1,
+        keep: int | None = None,
+        encoder=None,
         unconditional: str = "auto",
         advance: Callable[[int], None] | None = None,
-    ) -> list[MadePicture]:
-        """`candidates` pictures of each caption, with seeds `seed`, `seed` + 1 ..., in the captions' order.
+    ) -> Iterator[MadePicture]:
+        """Yields `candidates` pictures of each caption, seeds `seed`, `seed` + 1 ..., batch by batch, in order.
 
-        `retrieved` gives each caption its retrieved documents (ids as stored, the most similar last). Temperature
-        0 is greedy. `unconditional` is the form of the prompt without the caption: see prompts.py. `advance(n)`
-        is told how many more tokens are done, of captions x candidates x image tokens.
+        With an `encoder` (retrieval/encoder.py) the `keep` best (by default one) of a caption's candidates, the best
+        first. `retrieved` gives each caption its retrieved documents (ids, the most similar last). Guidance is 2 by
+        default, 1 (none) under `contrast_k`, see sampling.py; temperature 0 is greedy. `unconditional` is the form of
+        the prompt without the caption: see prompts.py. `advance(n)` is told how many more tokens are done, of
+        captions x candidates x image tokens. ValueError, before anything is drawn, for what cannot be.
         """
         if candidates < 1:
             raise ValueError(f"candidates ({candidates}) must be at least 1.")
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        if keep is not None and not (encoder is not None and 1 <= keep <= candidates):
+            raise ValueError(f"keep ({keep}) needs an encoder that ranks, and must be in 1..candidates ({candidates}).")
+        if guidance is None:
+            guidance = 1.0 if contrast_k else 2.0
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, contrast_k=contrast_k,
+            contrast_alpha=contrast_alpha,
+        )  # fmt: skip
         documents = _per_item(retrieved, captions, "captions")
+        texts = [self.text.encode(caption) for caption in captions]
+        if sampling.contrasted and not all(texts):
+            raise ValueError(
+                f"caption {texts.index([])} is empty: guidance and contrast_k need a condition; set guidance to 1."
+            )
         jobs = [(number, seed + turn) for number in range(len(captions)) for turn in range(candidates)]
-        given = [
-            prompts.picture_prompt(self.text.encode(c), d, self.vocabulary)
-            for c, d in zip(captions, documents, strict=True)
-        ]
+        given = [prompts.picture_prompt(t, d, self.vocabulary) for t, d in zip(texts, documents, strict=True)]
         forms = [prompts.choose_unconditional_form(unconditional, d, self.training) for d in documents]
         without = [
             prompts.unconditional_prompt(d, form, self.vocabulary) for d, form in zip(documents, forms, strict=True)
         ]
-        codes = decode_segments(
+        batches = decode_batches(
             self.decoder,
             [given[number] for number, _ in jobs],
             picture_segment(self.vocabulary),
@@ -113,14 +122,17 @@ class Generator:
             unconditional=[without[number] for number, _ in jobs],
             advance=advance,
         )
-        codes -= self.vocabulary.image_start
-        pictures = self.decode_pictures(codes)
-        return [
+        made = (
             MadePicture(captions[number], seed, row, picture)
-            for (number, seed), row, picture in zip(jobs, codes, pictures, strict=True)
-        ]
+            for part, ids in batches
+            for (number, seed), row, picture in self._with_pixels(jobs[part], ids - self.vocabulary.image_start)
+        )
+        return made if encoder is None else _rank(made, candidates, keep or 1, encoder)
 
-    # Pictures to captions
+    def _with_pixels(self, jobs: list, codes: np.ndarray) -> Iterator[tuple]:
+        return zip(jobs, codes, self.decode_pictures(codes), strict=True)
+
+    # Pictures to text
 
     def captions(
         self,
@@ -145,17 +157,31 @@ class Generator:
         documents = _per_item(retrieved, pictures, "pictures")
         given = [
             prompts.caption_prompt(ids, docs, form, self.vocabulary)
-            for ids, docs in zip(self._picture_ids(pictures), documents, strict=True)
+            for ids, docs in zip(self.picture_ids(pictures), documents, strict=True)
         ]
-        ids = decode_segments(
-            self.decoder,
-            given,
-            self._text_segment(longest, given, infill=form == "masked"),
-            sampling,
-            [seed] * len(given),
-            advance=advance,
-        )
-        return [self.text.decode(self._pieces(row)) for row in ids]
+        rows = self._write(given, sampling, seed, longest, infill=form == "masked", advance=advance)
+        return [self.text.decode(row) for row in rows]
+
+    def answers(
+        self, pictures: list, questions: list[str], retrieved: list | None = None, *, seed: int = 0, longest: int = 16,
+        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+    ) -> list[str]:  # fmt: skip
+        """An answer to the question about each picture: the masked part of CM3Leon's template (table 5).
+
+        `Question: {question} Answer: {answer}. <break> picture`, the answer of at most `longest` text pieces.
+        """
+        if len(pictures) != len(questions):
+            raise ValueError(f"there are {len(questions)} questions for {len(pictures)} pictures; give one for each.")
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        texts = [(f"Question: {question.strip()} Answer:", ".") for question in questions]
+        filled = self._fill(texts, self.picture_ids(pictures), retrieved, sampling, seed, longest)
+        return [self.text.decode(row) for _, row, _ in filled]
+
+    def _write(self, given: list, sampling: Sampling, seed: int, longest: int, *, infill: bool, advance=None) -> list:
+        """Text pieces after each prompt, without the ending token."""
+        segment = self.text_segment(longest, given, infill=infill)
+        ids = decode_segments(self.decoder, given, segment, sampling, [seed] * len(given), advance=advance)
+        return [self.pieces(row) for row in ids]
 
     # Infilling
 
@@ -173,21 +199,22 @@ class Generator:
     ) -> list[str]:
         """Whole captions from (what stands before, what stands after) a masked span; `pictures` may help."""
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        documents = _per_item(retrieved, texts, "texts")
-        shown = self._picture_ids(pictures) if pictures is not None else [None] * len(texts)
+        shown = self.picture_ids(pictures) if pictures is not None else [None] * len(texts)
         if len(shown) != len(texts):
             raise ValueError(f"there are {len(shown)} pictures for {len(texts)} texts; give one for each.")
+        filled = self._fill(texts, shown, retrieved, sampling, seed, longest)
+        return [self.text.decode([*left, *row, *right]) for left, row, right in filled]
+
+    def _fill(self, texts: list, shown: list, retrieved: list | None, sampling: Sampling, seed: int, longest: int):
+        """Ids of what stands before, of the span, and of what stands after, of each text."""
+        documents = _per_item(retrieved, texts, "texts")
         parts = [(self.text.encode(before.rstrip()), self._encode_rest(after)) for before, after in texts]
         given = [
             prompts.infill_text_prompt(left, right, ids, docs, self.vocabulary)
             for (left, right), ids, docs in zip(parts, shown, documents, strict=True)
         ]
-        ids = decode_segments(
-            self.decoder, given, self._text_segment(longest, given, infill=True), sampling, [seed] * len(given)
-        )
-        return [
-            self.text.decode([*left, *self._pieces(row), *right]) for (left, right), row in zip(parts, ids, strict=True)
-        ]
+        rows = self._write(given, sampling, seed, longest, infill=True)
+        return [(left, row, right) for (left, right), row in zip(parts, rows, strict=True)]
 
     def infill_pictures(
         self,
@@ -200,6 +227,8 @@ class Generator:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        contrast_k: int = 0,
+        contrast_alpha: float = 0.5,
         seed: int = 0,
     ) -> list[MadePicture]:
         """Pictures (PIL, or image codes) whose codes inside `box` are made anew and no other is changed.
@@ -207,7 +236,13 @@ class Generator:
         `box` is (top, left, bottom, right) in image tokens, bottom and right exclusive. The span from its first to
         its last code is masked; codes of the span outside the box are put back as they were while it is generated.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, contrast_k=contrast_k,
+            contrast_alpha=contrast_alpha,
+        )  # fmt: skip
+        if sampling.contrasted and captions is None:
+            setting = f"contrast_k ({contrast_k})" if contrast_k else f"guidance ({guidance})"
+            raise ValueError(f"{setting} needs captions to strengthen; give them, or leave it out.")
         inside = self._box_mask(box)
         places = np.flatnonzero(inside)
         start, end = int(places[0]), int(places[-1]) + 1
@@ -215,7 +250,7 @@ class Generator:
         texts = [None] * len(pictures) if captions is None else [self.text.encode(text) for text in captions]
         if len(texts) != len(pictures):
             raise ValueError(f"there are {len(texts)} captions for {len(pictures)} pictures; give one for each.")
-        shown = self._picture_ids(pictures)
+        shown = self.picture_ids(pictures)
 
         def build(texts: list) -> list[list[int]]:
             return [
@@ -238,6 +273,38 @@ class Generator:
         made = zip(captions, codes, self.decode_pictures(codes), strict=True)
         return [MadePicture(caption, seed, row, picture) for caption, row, picture in made]
 
+    # Documents
+
+    def complete(
+        self,
+        documents: list[list],
+        retrieved: list | None = None,
+        *,
+        text: Sampling | None = None,
+        image: Sampling | None = None,
+        seed: int = 0,
+        segments: int = 4,
+        longest: int = 64,
+    ) -> list[list]:
+        """What follows each document, a list of texts and pictures: at most `segments` more of them.
+
+        A last text goes on where it stops; the model then decides between texts, pictures and the end. Texts (at most
+        `longest` pieces) and choices are drawn by `text`, greedily unless given, codes by `image`, of temperature 0.7.
+        """
+        text = text or Sampling(temperature=0.0)
+        image = image or Sampling(temperature=0.7)
+        return complete_documents(
+            self, documents, _per_item(retrieved, documents, "documents"), text, image, seed, segments, longest
+        )
+
+    def encode_document(self, parts: list) -> list[int]:
+        """Ids of texts and pictures joined by <break>, as the shards hold them; fit for `retrieved`."""
+        ids = []
+        for number, part in enumerate(parts):
+            ids += [self.vocabulary.break_id] if number else []
+            ids += self.text.encode(part) if isinstance(part, str) else self.picture_ids([part])[0]
+        return ids
+
     # Pictures and codes
 
     def encode_pictures(self, pictures: list) -> np.ndarray:
@@ -252,7 +319,7 @@ class Generator:
             made += [from_pixels(pixels) for pixels in self.image.decode(part).cpu()]
         return made
 
-    def _picture_ids(self, pictures: list) -> list[list[int]]:
+    def picture_ids(self, pictures: list) -> list[list[int]]:
         """Vocabulary ids of pictures given as PIL pictures or as codes."""
         files = [number for number, picture in enumerate(pictures) if isinstance(picture, Image.Image)]
         encoded = self.encode_pictures([pictures[number] for number in files]) if files else []
@@ -291,15 +358,23 @@ class Generator:
         whole = self.text.encode("x" + text)
         return whole[len(anchor) :] if whole[: len(anchor)] == anchor else self.text.encode(text)
 
-    def _text_segment(self, longest: int, given: list[list[int]], *, infill: bool) -> Segment:
+    def text_segment(self, longest: int, given: list[list[int]], *, infill: bool) -> Segment:
         if longest < 1:
             raise ValueError(f"longest ({longest}) must be at least 1 text piece.")
         room = self.decoder.context - max(map(len, given), default=0)  # a prompt that leaves none is refused later
         return text_segment(self.vocabulary, max(1, min(longest, room)), infill=infill)
 
-    def _pieces(self, row: np.ndarray) -> list[int]:
+    def pieces(self, row: np.ndarray) -> list[int]:
         """The text pieces of a generated row: without the ending token and what follows it."""
         return [int(token) for token in row if 0 <= token < self.vocabulary.text_size]
+
+
+def _rank(made: Iterator[MadePicture], candidates: int, keep: int, encoder) -> Iterator[MadePicture]:
+    """The best `keep` of every `candidates` pictures of one caption, with their scores, the best first."""
+    for group in zip(*[made] * candidates, strict=True):
+        scores = encoder.encode_pictures([one.picture for one in group]) @ encoder.encode_texts([group[0].caption])[0]
+        for place in np.argsort(-scores, kind="stable")[:keep]:
+            yield replace(group[place], score=float(scores[place]))
 
 
 def _per_item(retrieved: list | None, items: list, name: str) -> list:

@@ -36,3 +36,14 @@ def text_segment(vocabulary: Vocabulary, length: int, *, infill: bool = False) -
     ends = (vocabulary.eoss,) if infill else (vocabulary.eos, vocabulary.break_id)
     pieces = torch.arange(vocabulary.text_size)
     return Segment(torch.cat([pieces, torch.tensor(ends)]), length + 1, ends)
+
+
+def opening_segment(vocabulary: Vocabulary, pictures: bool = True) -> Segment:
+    """One id behind <break>: a text piece or an image code (where `pictures`), or </s>."""
+    end = vocabulary.image_end if pictures else vocabulary.text_size
+    return choice_segment([*range(end), vocabulary.eos])
+
+
+def choice_segment(ids: list[int]) -> Segment:
+    """One of these ids."""
+    return Segment(torch.tensor(sorted(ids)), 1)

@@ -1,4 +1,4 @@
-"""Sampling: classifier-free guidance, temperature, top-k, top-p, and noise that belongs to a sequence.
+"""Sampling: guidance, contrastive decoding, temperature, top-k, top-p, and noise that belongs to a sequence.
 
 One uniform number a token decides the draw, by inverting the cumulative distribution over ids in their order.
 The numbers come from a counter-based generator keyed by the seed and the sequence's own prompt, never by its
@@ -6,6 +6,7 @@ place in the batch: the same seed and prompt give the same tokens whatever is ge
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,21 +26,56 @@ class Sampling:
     """Only the most likely tokens whose probabilities together reach it; 1 keeps all."""
     guidance: float = 1.0
     """Weight of classifier-free guidance; 1 is none."""
+    contrast_k: int = 0
+    """Contrastive decoding CD-K instead of guidance: the k whose probability bounds what may be drawn; 0 is none."""
+    contrast_alpha: float = 0.5
+    """Tokens stay whose conditional probability reaches this share of the k-th largest one; 0 keeps all."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature ({self.temperature}) must be 0 (greedy) or above.")
         if self.top_k < 0:
             raise ValueError(f"top_k ({self.top_k}) must be 0 (all tokens) or above.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p ({self.top_p}) must be above 0 and at most 1 (all tokens).")
-        if not 0 <= self.guidance < float("inf"):
+        if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance ({self.guidance}) must be 0 or above; 1 is no guidance.")
+        if self.contrast_k < 0:
+            raise ValueError(f"contrast_k ({self.contrast_k}) must be 0 (no contrastive decoding) or above.")
+        if not 0 <= self.contrast_alpha <= 1:
+            raise ValueError(f"contrast_alpha ({self.contrast_alpha}) must be between 0 (all tokens) and 1.")
+        if self.contrast_k and self.guidance != 1:
+            raise ValueError(
+                f"guidance ({self.guidance}) and contrast_k ({self.contrast_k}) both contrast with the prompt "
+                f"without its condition; give one of them (guidance 1 is none)."
+            )
+
+    @property
+    def contrasted(self) -> bool:
+        """Whether a second stream, of prompts without the condition, is needed."""
+        return self.guidance != 1 or self.contrast_k > 0
+
+
+def contrast(conditional: Tensor, unconditional: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [B, V] to draw from, of both streams' logits."""
+    if sampling.contrast_k:
+        return apply_contrast(conditional, unconditional, sampling.contrast_k, sampling.contrast_alpha)
+    return apply_guidance(conditional, unconditional, sampling.guidance)
 
 
 def apply_guidance(conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:
     """l = l_uncond + weight x (l_cond - l_uncond) (CM3Leon section 3.1)."""
     return torch.lerp(unconditional, conditional, weight)
+
+
+def apply_contrast(conditional: Tensor, unconditional: Tensor, k: int, alpha: float) -> Tensor:
+    """CD-K: log p_cond - log p_uncond where p_cond reaches alpha x the k-th largest p_cond, else -inf (section 3.1)."""
+    expert, amateur = conditional.log_softmax(-1), unconditional.log_softmax(-1)
+    score = expert - amateur
+    if alpha == 0:
+        return score
+    bound = expert.topk(min(k, expert.shape[-1]), dim=-1).values[..., -1:] + math.log(alpha)
+    return score.masked_fill(expert < bound, float("-inf"))
 
 
 def filter_top_k(logits: Tensor, top_k: int) -> Tensor:

@@ -1,6 +1,5 @@
 """Contact sheet: pictures in a grid, each with its caption beneath."""
 
-from pathlib import Path
 from textwrap import wrap
 
 from PIL import Image, ImageDraw, ImageFont
@@ -42,13 +41,3 @@ def draw_contact_sheet(pictures: list[Image.Image], captions: list[str], columns
         for place, line in enumerate(text):
             draw.text((left, top + CELL + 6 + place * LINE), line, fill="black", font=font)
     return sheet
-
-
-def save_pictures(folder: Path, pictures: list[Image.Image], captions: list[str]) -> list[str]:
-    """Write 000.png ... and contact_sheet.png; the names of the former."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{number:03d}.png" for number in range(len(pictures))]
-    for name, picture in zip(names, pictures, strict=True):
-        picture.save(folder / name)
-    draw_contact_sheet(pictures, captions).save(folder / "contact_sheet.png")
-    return names

@@ -22,7 +22,7 @@ def codes_of(made):
 
 
 def test_a_picture_is_exactly_its_codes(generator, vocabulary):
-    made = generator.images(CAPTIONS, temperature=5.0, candidates=2)
+    made = list(generator.images(CAPTIONS, temperature=5.0, candidates=2))
     assert [(m.caption, m.seed) for m in made] == [(c, s) for c in CAPTIONS for s in (0, 1)]
     for picture in made:
         assert picture.codes.shape == (12,) and picture.codes.min() >= 0 and picture.codes.max() < 16
@@ -31,7 +31,7 @@ def test_a_picture_is_exactly_its_codes(generator, vocabulary):
 
 def test_greedy_picture_is_the_most_likely_code_each_time(generator, decoder, vocabulary):
     """Against whole forward passes with the guidance formula written out."""
-    made = generator.images(["a red circle"], [DOCUMENTS], guidance=2.5, temperature=0)[0]
+    made = next(generator.images(["a red circle"], [DOCUMENTS], guidance=2.5, temperature=0))
     given = [27, *DOCUMENTS[0], 28, *DOCUMENTS[1], 28, 0, 1, 3, 28]
     without = [27, *DOCUMENTS[0], 28, *DOCUMENTS[1], 28]
     for code in made.codes:
@@ -68,6 +68,67 @@ def test_guidance_of_1_is_no_guidance(generator, monkeypatch):
 def test_guidance_of_0_forgets_the_caption(generator):
     made = codes_of(generator.images(CAPTIONS, guidance=0.0, temperature=0))
     assert made[0] == made[1] == made[2]
+
+
+def test_greedy_contrast_is_the_largest_ratio_each_time(generator, decoder):
+    """Against whole forward passes with the formula of CD-K written out."""
+    made = next(generator.images(["a red circle"], contrast_k=3, contrast_alpha=0.5, temperature=0))
+    given, without = [27, 0, 1, 3, 28], [27, 30, 28]
+    for code in made.codes:
+        expert, amateur = (
+            decoder.all_logits(torch.tensor([ids]))[0, -1, 10:26].softmax(-1) for ids in (given, without)
+        )
+        allowed = expert >= 0.5 * expert.sort(descending=True).values[2]
+        assert code == torch.where(allowed, expert / amateur, 0.0).argmax()
+        given.append(10 + int(code))
+        without.append(10 + int(code))
+
+
+def test_candidates_are_ranked(generator):
+    """By an encoder that likes dark pictures."""
+
+    class Dark:
+        def encode_pictures(self, pictures):
+            return np.array([[255.0 - np.asarray(picture).mean()] for picture in pictures])
+
+        def encode_texts(self, texts):
+            return np.ones((len(texts), 1))
+
+    options = {"candidates": 5, "temperature": 3.0}
+    every = list(generator.images(CAPTIONS, **options))
+    best = list(generator.images(CAPTIONS, encoder=Dark(), keep=2, **options))
+    assert [one.caption for one in best] == [caption for caption in CAPTIONS for _ in range(2)]
+    for number in range(len(CAPTIONS)):
+        ranked = sorted(every[number * 5 : number * 5 + 5], key=lambda one: np.asarray(one.picture).mean())
+        assert [one.seed for one in best[number * 2 : number * 2 + 2]] == [one.seed for one in ranked[:2]]
+        assert best[number * 2].score >= best[number * 2 + 1].score
+
+
+def test_pictures_come_batch_by_batch(generator, monkeypatch):
+    monkeypatch.setattr(batch, "LARGEST_BATCH", 2)  # one picture and its other stream
+    drawn = []
+    made = generator.images(CAPTIONS, advance=drawn.append)
+    next(made)
+    assert sum(drawn) == 12
+    assert len(list(made)) == 2 and sum(drawn) == 36
+
+
+def test_answers_fill_the_template(generator, decoder, monkeypatch):
+    monkeypatch.setattr(generator.text, "words", ["Question:", "Answer:", ".", *generator.text.words[3:9], "x."])
+    picture = np.arange(12) % 16
+    made = generator.answers([picture, picture], ["x on", "white"], longest=4)
+    ids = [27, 0, 5, 6, 1, 30, 2, 28, *(10 + picture), 27, 30]
+    assert made[0].split()[:1] == (
+        [generator.text.words[token]] if (token := first_text_or_end(decoder, ids, 29)) < 10 else []
+    )
+    assert made == generator.answers([picture, picture], ["x on", "white"], longest=4)
+    with pytest.raises(ValueError, match="1 questions for 2 pictures"):
+        generator.answers([picture, picture], ["x"])
+
+
+def first_text_or_end(decoder, ids, end):
+    allowed = [*range(10), end]
+    return allowed[int(decoder.all_logits(torch.tensor([ids]))[0, -1, allowed].argmax())]
 
 
 @pytest.mark.parametrize("form", ["image_first", "masked"])
@@ -159,6 +220,13 @@ def test_bad_inputs_are_refused(generator, decoder):
         (lambda: generator.infill_pictures([np.zeros(12, int)], (0, 0, 4, 1)), r"bottom 4.*3 rows and 4 columns"),
         (lambda: generator.infill_pictures([np.zeros(12, int)], (1, 2, 1, 3)), r"hold at least one"),
         (lambda: generator.infill_pictures([np.zeros(12, int)], (0, 0, 1, 1), []), r"0 captions for 1 pictures"),
+        (
+            lambda: generator.infill_pictures([np.zeros(12, int)], (0, 0, 1, 1), guidance=3.0),
+            r"guidance \(3.0\) needs captions to strengthen",
+        ),
+        (lambda: generator.images(["a", ""]), r"caption 1 is empty: guidance and contrast_k need a condition"),
+        (lambda: generator.images(["a"], guidance=2.0, contrast_k=1), r"both contrast with the prompt"),
+        (lambda: generator.images(["a"], keep=1), r"keep \(1\) needs an encoder"),
     ]
     for call, message in bad:
         with pytest.raises(ValueError, match=message):
@@ -170,5 +238,5 @@ def test_bad_inputs_are_refused(generator, decoder):
 
 
 def test_nothing_asked_nothing_made(generator):
-    assert generator.images([]) == []
+    assert list(generator.images([])) == []
     assert generator.captions([]) == []

@@ -7,6 +7,7 @@ import torch
 
 from megatron_cm3leon.generation.sampling import (
     Sampling,
+    apply_contrast,
     apply_guidance,
     draw,
     filter_top_k,
@@ -27,6 +28,27 @@ def test_guidance():
     assert apply_guidance(conditional, unconditional, 3.0).tolist() == [[4.0, -2.0]]
     assert apply_guidance(conditional, unconditional, 1.0).tolist() == [[2.0, 0.0]]
     assert apply_guidance(conditional, unconditional, 0.0).tolist() == [[1.0, 1.0]]
+
+
+def test_contrast_by_hand():
+    conditional = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log() + 3  # a shift of logits changes nothing
+    unconditional = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).log() - 1
+    ratios = [5 / 7, 2.5, 1.5, 1.0]
+    # k = 1, alpha = 0.4: at least 0.2. k = 2: at least 0.1. k = 4 (or more): at least 0.04.
+    for k, kept in [(1, 2), (2, 4), (4, 4), (9, 4)]:
+        score = apply_contrast(conditional, unconditional, k, 0.4)[0].exp().tolist()
+        assert score == pytest.approx(ratios[:kept] + [0.0] * (4 - kept), abs=1e-6)
+    assert apply_contrast(conditional, unconditional, 1, 1.0)[0].isfinite().tolist() == [True, False, False, False]
+
+
+def test_contrast_of_all_tokens_without_a_bound_is_the_ratio_alone():
+    generator = torch.Generator().manual_seed(3)
+    conditional, unconditional = torch.randn(2, 5, 40, generator=generator)
+    plain = conditional.log_softmax(-1) - unconditional.log_softmax(-1)
+    assert torch.equal(apply_contrast(conditional, unconditional, 40, 0.0), plain)
+    assert torch.equal(apply_contrast(conditional, unconditional, 1, 0.0), plain)
+    one_kept = apply_contrast(conditional, unconditional, 1, 1.0)  # contrastive decoding's collapse to greedy
+    assert one_kept.argmax(-1).tolist() == conditional.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +104,9 @@ def test_noise_depends_on_seed_and_prompt_alone():
         ({"top_p": 1.5}, r"top_p \(1.5\)"),
         ({"top_k": -1}, r"top_k \(-1\) must be 0"),
         ({"guidance": -1}, r"guidance \(-1\) must be 0 or above; 1 is no guidance"),
+        ({"contrast_k": -1}, r"contrast_k \(-1\) must be 0 \(no contrastive decoding\) or above"),
+        ({"contrast_alpha": 1.5}, r"contrast_alpha \(1.5\) must be between 0"),
+        ({"contrast_k": 2, "guidance": 2.0}, r"guidance \(2.0\) and contrast_k \(2\) both contrast"),
     ],
 )
 def test_impossible_settings_are_refused(fields, message):

@@ -96,6 +96,29 @@ def test_retrieved_documents_stand_in_front(world):
     make("generate", "image", "a red picture", *options, "--output", world / "retrieved")
     made = read_account(world / "retrieved")["made"][0]
     assert len(made["retrieved"]) <= 2
+    ranked = ["--candidates", 3, "--rank-with", world / "clip", "--keep", 2, "--output", world / "ranked"]
+    make("generate", "image", "a red picture", "a blue picture", *options[:2], *ranked)
+    made = read_account(world / "ranked")["made"]
+    assert [one["caption"] for one in made] == ["a red picture"] * 2 + ["a blue picture"] * 2
+    assert made[0]["score"] >= made[1]["score"]
+    given = ["--document", "a red picture", world / "0.png", "--temperature", 0, "--output", world / "given"]
+    make("generate", "image", "a red picture", *options[:2], *given)
+    again = call_tool("generate", "image", "a", *options, *given[:-1], world / "new")
+    assert again.returncode == 2 and "give either --document or --retrieve" in again.stderr
+
+
+def test_answers_and_documents(world):
+    model = ["--model", world / "exported"]
+    done = make("generate", "ask", world / "0.png", "what colour?", "and where?", *model, "--output", world / "asked")
+    assert done.stdout.startswith("what colour?")
+    assert [one["question"] for one in read_account(world / "asked")["made"]] == ["what colour?", "and where?"]
+    parts = ["a red picture", f"@{world / '0.png'}", "a blue"]
+    drawn = ["--text-temperature", 2, "--segments", 3, "--longest", 8, "--seed", 2, "--dtype", "int8"]
+    make("generate", "complete", *parts, *model, *drawn, "--output", world / "completed")
+    made = read_account(world / "completed")["made"]
+    assert 1 <= len(made) <= 3 and "text" in made[0]
+    for one in made[1:]:
+        assert "text" in one or (world / "completed" / one["picture"]).is_file()
 
 
 @pytest.mark.parametrize(
@@ -109,6 +132,39 @@ def test_retrieved_documents_stand_in_front(world):
         (["image", "long " * 200, "--model", "{model}", "--output", "{world}/new"], "the model's context has 128"),
         (["caption", "{world}/none.png", "--model", "{model}"], "none.png: no such file"),
         (["caption", "{world}/pairs.jsonl", "--model", "{model}"], "not a picture"),
+        (
+            ["image", "a", "", "--model", "{model}", "--output", "{world}/new"],
+            "caption 1 is empty: guidance and contrast_k need a condition",
+        ),
+        (
+            ["image", "a", "--model", "{model}", "--guidance", "2", "--contrast-k", "3", "--output", "{world}/new"],
+            "both contrast with the prompt without its condition; give one of them",
+        ),
+        (["image", "a", "--model", "{model}", "--keep", "1", "--output", "{world}/new"], "keep (1) needs an encoder"),
+        (
+            ["infill", "--text", "a <mask>", "--guidance", "2", "--model", "{model}", "--output", "{world}/new"],
+            "--text has none: leave them out",
+        ),
+        (
+            [
+                "infill",
+                "--picture",
+                "{world}/0.png",
+                "--box",
+                "0",
+                "0",
+                "1",
+                "1",
+                "--guidance",
+                "2",
+                "--model",
+                "{model}",
+                "--output",
+                "{world}/new",
+            ],
+            "guidance (2.0) needs captions",
+        ),
+        (["complete", "@{world}/none.png", "--model", "{model}", "--output", "{world}/new"], "none.png: no such file"),
         (["infill", "--text", "no hole", "--model", "{model}"], "must hold <mask> exactly once"),
         (["infill", "--model", "{model}"], 'give either --text "... <mask> ..."'),
         (["infill", "--box", "0", "0", "1", "1", "--model", "{model}"], "--box needs the --picture"),
@@ -123,4 +179,4 @@ def test_errors_are_sentences(world, arguments, message):
     done = call_tool("generate", *filled)
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
-    assert not (world / "new").exists()
+    assert not (world / "new").exists() and not list(world.glob(".new*"))

@@ -1,0 +1,285 @@
+"""Generation with our decoder beside transformers.generate, the same random weights, interleaved in one run.
+
+    python benchmarks/generate.py                     the quickstart's size and 350m, as in docs/generation.md
+    python benchmarks/generate.py --size quickstart --family llama --rounds 8
+    python benchmarks/generate.py --size 350m --batch 1 --guidance 1 --tokens 16 --only ours-fp32 ours-bf16 ours-int8
+
+Contenders draw image tokens behind a caption, pixels not included; transformers with its default cache and its static
+one, each with its own guidance (a second pass a step) where guidance is on. A peer's time over ours is above 1 where
+ours is faster: of the fastest rounds, and the median of pairs within a round. CPU seconds, of all threads, say the same
+on a machine that others use, too, where a round's wall clock counts what they do. The share of the bandwidth is what a
+step has to read (weights, the head's rows that can be drawn, the filled cache) over its CPU time a thread and a copy's.
+
+    python benchmarks/generate.py --quality exported/ shards/heldout/
+
+What the smaller types cost: the loss on held-out documents, and the greatest and the root mean square difference of
+logits from fp32's, over the latter's standard deviation.
+
+Where there is a GPU: 350m, 760m and 7b, 1,024 image tokens with guidance, seconds a picture at batch 1 and pictures/s.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+
+from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.evaluation.loss import measure_loss
+from megatron_cm3leon.generation.batch import decode_segments
+from megatron_cm3leon.generation.decoder import DTYPES, KINDS, Decoder
+from megatron_cm3leon.generation.exported import Shape, expected_weights
+from megatron_cm3leon.generation.grammar import picture_segment
+from megatron_cm3leon.generation.sampling import Sampling
+from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+OURS = ("ours-fp32", "ours-bf16", "ours-int8")
+PEERS = ("transformers-fp32", "transformers-static-fp32", "transformers-bf16", "transformers-static-bf16")
+SIZES = {"quickstart": (4, 192, 4), "350m": (24, 1024, 16), "760m": (24, 1536, 16), "7b": (32, 4096, 32)}
+CAPTION_TOKENS = 24
+
+
+def make_vocabulary(size: str, tokens: int) -> Vocabulary:
+    small = size == "quickstart"
+    return Vocabulary(
+        text_size=480 if small else 56_320,
+        image_size=256 if small else 8_192,
+        sentinels=16 if small else 512,
+        specials=32 if small else 1_024,
+        image_height=1,
+        image_width=tokens,
+        text_sha256="",
+        image_sha256="",
+    )
+
+
+def make_shape(size: str, family: str, vocabulary: Vocabulary, context: int) -> Shape:
+    layers, hidden, heads = SIZES[size]
+    opt = family == "cm3leon"
+    return Shape(
+        family="opt" if opt else "llama",
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=heads if opt else heads // 2,
+        width=hidden // heads,
+        inner=4 * hidden if opt else (8 * hidden // 3 + 255) // 256 * 256,
+        context=context,
+        vocabulary=vocabulary.size,
+        tied=opt,
+        activation="gelu" if opt else "silu",
+        rope_base=0.0 if opt else 10_000.0,
+    )
+
+
+def make_weights(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The same random weights each time, in `dtype`."""
+    generator = torch.Generator(device).manual_seed(0)
+    weights = {}
+    for name, size in expected_weights(shape).items():
+        weight = torch.randn(size, generator=generator, device=device) * 0.02
+        weights[name] = (1 + weight if len(size) == 1 else weight).to(dtype)
+    return weights
+
+
+@cache
+def build_transformers(shape: Shape, dtype: torch.dtype):
+    """The stock class with our weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+    shared = {
+        "vocab_size": shape.vocabulary, "hidden_size": shape.hidden, "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads, "max_position_embeddings": shape.context,
+        "tie_word_embeddings": shape.tied, "attn_implementation": "sdpa", "pad_token_id": 0,
+    }  # fmt: skip
+    if shape.learned_positions:
+        own = {
+            "ffn_dim": shape.inner, "word_embed_proj_dim": shape.hidden, "activation_function": shape.activation,
+            "enable_bias": False, "layer_norm_elementwise_affine": False, "dropout": 0.0,
+        }  # fmt: skip
+        model = OPTForCausalLM(OPTConfig(**shared, **own))
+    else:
+        own = {"intermediate_size": shape.inner, "num_key_value_heads": shape.kv_heads, "head_dim": shape.width,
+               "rms_norm_eps": shape.epsilon}  # fmt: skip
+        model = LlamaForCausalLM(LlamaConfig(**shared, **own))
+    missing, unknown = model.to(dtype).load_state_dict(make_weights(shape, dtype), strict=False)
+    assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)
+    return model.eval()
+
+
+def build(name: str, shape: Shape, vocabulary: Vocabulary, tokens: int) -> Callable[[int, float], None]:
+    """A contender: draws `tokens` image tokens for so many prompts, with this guidance."""
+    kind = name.rsplit("-", 1)[1]
+    dtype = DTYPES.get(kind, torch.float32)
+    if name in OURS:
+        ours = partial(draw_pictures, Decoder(make_weights(shape, dtype), shape, int8=kind == "int8"), vocabulary)
+        ours.decoder = ours.args[0]
+        return ours
+    model = build_transformers(shape, dtype)
+    static = {"cache_implementation": "static"} if "static" in name else {}
+
+    @torch.inference_mode()
+    def peer(batch: int, guidance: float) -> None:
+        prompts = torch.tensor(make_prompts(batch, vocabulary))
+        guided = {}
+        if guidance != 1:
+            without = torch.tensor(make_unconditional(batch, vocabulary))
+            guided = {"guidance_scale": guidance, "negative_prompt_ids": without}
+        made = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=tokens, min_new_tokens=tokens,
+            do_sample=True, top_k=0, eos_token_id=None, **static, **guided,
+        )  # fmt: skip
+        assert made.shape[1] == prompts.shape[1] + tokens
+
+    return peer
+
+
+def draw_pictures(decoder: Decoder, vocabulary: Vocabulary, batch: int, guidance: float) -> None:
+    decode_segments(
+        decoder,
+        make_prompts(batch, vocabulary),
+        picture_segment(vocabulary),
+        Sampling(guidance=guidance),
+        list(range(batch)),
+        unconditional=make_unconditional(batch, vocabulary),
+    )
+
+
+def make_prompts(batch: int, vocabulary: Vocabulary) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    texts = torch.randint(0, vocabulary.text_size, (batch, CAPTION_TOKENS), generator=generator).tolist()
+    return [[vocabulary.eos, *text, vocabulary.break_id] for text in texts]
+
+
+def make_unconditional(batch: int, vocabulary: Vocabulary) -> list[list[int]]:
+    return [[vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id]] * batch
+
+
+def measure_copy() -> float:
+    """Bytes a second of CPU time that a copy of 512 MB reads and writes."""
+    source = torch.zeros(1 << 27)
+    target = torch.empty_like(source)
+    return max(2 * source.nbytes / time_once(lambda: target.copy_(source))[1] for _ in range(6))
+
+
+def time_once(call: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of the wall clock, and CPU seconds a thread."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, (time.process_time() - cpu) / torch.get_num_threads()
+
+
+def measure(options: argparse.Namespace, size: str) -> list[dict]:
+    """One row a contender, batch and guidance."""
+    tokens = options.tokens or (64 if size == "quickstart" else 24)
+    vocabulary = make_vocabulary(size, tokens)
+    shape = make_shape(size, options.family, vocabulary, 160 if size == "quickstart" else 1152)
+    names = options.only or (*OURS, *PEERS)
+    contenders = {name: build(name, shape, vocabulary, tokens) for name in names}
+    bandwidth, rows = measure_copy(), []
+    for batch in options.batch:
+        for guidance in options.guidance:
+            seconds = {name: [] for name in names}
+            for turn in range(options.rounds + 1):
+                for name, call in contenders.items():
+                    spent = time_once(lambda call=call: call(batch, guidance))  # noqa: B023 - called at once
+                    if turn:  # the first warms up
+                        seconds[name].append(spent)
+            rows += describe(size, options.family, batch, guidance, tokens, seconds, contenders, bandwidth)
+            for row in rows[-len(names) :]:
+                print(json.dumps(row), flush=True)
+    return rows
+
+
+def describe(size, family, batch, guidance, tokens, seconds, contenders, bandwidth) -> list[dict]:
+    rows = []
+    wall = {name: [one[0] for one in times] for name, times in seconds.items()}
+    cpu = {name: [one[1] for one in times] for name, times in seconds.items()}
+    for name in seconds:
+        row = {"model": f"{family} {size}", "batch": batch, "guidance": guidance, "contender": name}
+        row |= {"tokens_per_second": batch * tokens / min(wall[name])}
+        row |= {"tokens_per_cpu_second": batch * tokens / min(cpu[name])}
+        ours = f"ours-{name.rsplit('-', 1)[1]}"
+        if name in PEERS and ours in seconds:
+            for clock, times in (("wall", wall), ("cpu", cpu)):
+                row[f"over_ours_{clock}"] = min(times[name]) / min(times[ours])
+                pairs = zip(times[name], times[ours], strict=True)
+                row[f"over_ours_{clock}_pairs"] = statistics.median(peer / own for peer, own in pairs)
+        if name == "ours-int8":
+            others = [min(cpu[other]) for other in OURS[:2] if other in cpu]
+            if others:
+                row["faster_than_best_of_bf16_fp32"] = min(others) / min(cpu[name])
+        if name in OURS:
+            decoder, streams = contenders[name].decoder, 2 if guidance != 1 else 1
+            cache = streams * batch * decoder.cache_bytes(CAPTION_TOKENS + 2 + tokens // 2)
+            read = decoder.step_bytes(torch.arange(*_image_range(decoder))) + cache
+            row["bandwidth_share"] = read * tokens / min(cpu[name]) / bandwidth
+        rows.append(row)
+    return rows
+
+
+def _image_range(decoder: Decoder) -> tuple[int, int]:
+    size = "quickstart" if decoder.vocabulary_size < 1000 else "350m"
+    vocabulary = make_vocabulary(size, 1)
+    return vocabulary.image_start, vocabulary.image_end
+
+
+def measure_quality(model: str, shards: str, documents: int = 128) -> None:
+    """Loss and logits of every type on held-out documents."""
+    corpus = open_shards(shards)
+    chosen = [corpus.read(number).astype(int).tolist() for number in range(min(documents, corpus.documents))]
+    reference = None
+    for kind in KINDS:
+        decoder = Decoder.load(model, kind)
+        row = {"dtype": kind, **measure_loss(decoder, chosen, [[]] * len(chosen), corpus.vocabulary)}
+        logits = torch.cat([decoder.all_logits(torch.tensor([ids]))[0] for ids in chosen])
+        reference = logits if reference is None else reference
+        difference = (logits - reference) / reference.std()
+        row |= {"largest_difference": float(difference.abs().max()), "rms_difference": float(difference.std())}
+        print(json.dumps(row), flush=True)
+
+
+def measure_gpu() -> None:
+    """Seconds a picture at batch 1 and pictures/s at larger ones; 1,024 tokens, guidance 3."""
+    for size in ("350m", "760m", "7b"):
+        vocabulary = make_vocabulary(size, 1024)
+        shape = make_shape(size, "cm3leon", vocabulary, 4096)
+        for kind in ("bf16", "int8"):
+            decoder = Decoder(make_weights(shape, torch.bfloat16, "cuda"), shape, int8=kind == "int8")
+            for batch in (1, 8, 32, 64):
+                draw_pictures(decoder, vocabulary, batch, 3.0)
+                spent = min(time_once(partial(draw_pictures, decoder, vocabulary, batch, 3.0))[0] for _ in range(2))
+                row = {"model": f"cm3leon {size}", "dtype": kind, "batch": batch, "seconds_a_batch": spent}
+                print(json.dumps(row | {"pictures_per_second": batch / spent}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--size", nargs="+", choices=list(SIZES), default=["quickstart", "350m"])
+    parser.add_argument("--family", choices=["cm3leon", "llama"], default="cm3leon")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts at once")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0], help="1: none")
+    parser.add_argument("--tokens", type=int, help="image tokens a prompt; 64 at the quickstart's size, else 24")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=[*OURS, *PEERS], help="contenders; all by default")
+    parser.add_argument("--quality", nargs=2, metavar=("MODEL", "SHARDS"), help="measure what types cost, no speed")
+    options = parser.parse_args()
+    if options.quality:
+        measure_quality(*options.quality)
+        return
+    for size in options.size:
+        measure(options, size)
+    if torch.cuda.is_available():
+        measure_gpu()
+    else:
+        print("one GPU: not measured, there is none here")
+
+
+if __name__ == "__main__":
+    run_tool(main)
