@@ -15,7 +15,7 @@ import sys
 import time
 
 from megatron_cm3leon.cli import run_tool
-from megatron_cm3leon.cluster.status import describe, describe_table, read_status, to_json
+from megatron_cm3leon.cluster.status import Status, describe, describe_table, read_status, to_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,8 +30,18 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def show(runs: list[str], as_json: bool) -> str:
-    statuses = [read_status(run) for run in runs]
+def look(runs: list[str]) -> tuple[list[Status], list[ValueError]]:
+    """The runs, and what is wrong with those of `runs/*` that are none or are damaged."""
+    statuses, faults = [], []
+    for run in runs:
+        try:
+            statuses.append(read_status(run))
+        except ValueError as error:
+            faults.append(error)
+    return statuses, faults
+
+
+def show(statuses: list[Status], as_json: bool) -> str:
     if as_json:
         return "\n".join(json.dumps(to_json(status)) for status in statuses)
     return describe(statuses[0]) if len(statuses) == 1 else describe_table(statuses)
@@ -40,12 +50,17 @@ def show(runs: list[str], as_json: bool) -> str:
 def main() -> int:
     arguments = parse_arguments()
     while True:
-        text = show(arguments.runs, arguments.json)
+        statuses, faults = look(arguments.runs)
+        if not statuses:
+            raise faults[0]
+        text = show(statuses, arguments.json)
         if arguments.watch and not arguments.json and sys.stdout.isatty():
             text = "\033[H\033[2J" + text  # clear the screen
         print(text, flush=True)
+        for fault in faults:
+            print(f"error: {fault}", file=sys.stderr)
         if not arguments.watch:
-            return 0
+            return 2 if faults else 0
         time.sleep(arguments.every)
 
 

@@ -98,7 +98,7 @@ def main() -> int:
             print(prepared.text, end="")
         else:
             job = submit_training(prepared)
-            print(f"job {job}: {str(prepared.log).replace('%j', str(job))}")
+            print(f"job {job}: {prepared.log.with_name(prepared.log.name.replace('%j', str(job)))}")
         return 0
     plan = plan_pipeline(load_pipeline(options.plan, options.overrides), site)
     if options.print:

@@ -67,8 +67,7 @@ class Attempt:
         """Take the run folder, agree on the attempt's number, compare the ranks and create the groups; collective."""
         self.watch.progress("meeting the other ranks")
         if self.first:
-            self.run.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire()
+            self._take_folder()
             self.store.set("attempt", str(events.next_attempt(self.run)))
         self.number = self.watch.attempt = int(self.store.get("attempt"))
         preflight = self.config.cluster.preflight
@@ -85,6 +84,15 @@ class Attempt:
             job, restarts = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
             hosts = list(dict.fromkeys(hosts))
             self.record("start", job=job, restarts=restarts, ranks=self.rank.world_size, hosts=hosts)
+
+    def _take_folder(self) -> None:
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+        except OSError as error:
+            raise ValueError(
+                f"output ({self.run}) cannot be written ({error.strerror or error}); mend it or give another output."
+            ) from error
 
     def record(self, event: str, **values) -> None:
         """Record an event of this attempt."""

@@ -84,7 +84,7 @@ def read_account(run: str | Path) -> Account:
         "lost": trained - kept,
         "start-up": start_up,
         "between": max(0.0, alive - start_up - trained),
-        "down": processes[-1].end - processes[0].start - alive,
+        "down": max(0.0, processes[-1].end - processes[0].start - alive),  # old records have times of 10 s
     }
     return Account(processes, settled, seconds)
 

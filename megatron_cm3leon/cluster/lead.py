@@ -19,8 +19,8 @@ def measure_lead(run: str | Path) -> float | None:
     """
     if not (Path(run) / "metrics.jsonl").is_file():
         return None
-    lines = [line for line, _ in read_lines(run)[-RECENT_STEPS:]]
-    steps = [line["step_seconds"] for line in lines if "step_seconds" in line]  # batches that were left out took none
+    # A batch that was left out took no time, and has no such key.
+    steps = [line["step_seconds"] for line, _ in read_lines(run) if "step_seconds" in line][-RECENT_STEPS:]
     saves = [event["seconds"] for event in read_events(run) if event["event"] == "saved"][-RECENT_SAVES:]
     if not steps or not saves:
         return None

@@ -125,7 +125,13 @@ def load_pipeline(path: str, overrides: list[str]) -> Pipeline:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {error.full_key or 'pipeline'}: {error.msg or error}") from error
+        first = str(error.msg or error).partition("\n")[0]  # what follows speaks of the library's own types
+        raise ValueError(f"{path}: {error.full_key or 'pipeline'}: {first}") from error
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: a list stands where names and values belong, or the other way round; write options: "
+            f"[output=runs/mine], as in examples/slurm/pipeline.yaml."
+        ) from error
     check_pipeline(pipeline)
     return pipeline
 

@@ -44,6 +44,7 @@ CLOCK_SECONDS = 1.0
 WAIT = timedelta(minutes=5)
 """For the slowest rank to come, once the first has."""
 WRITTEN_BYTES = 32 << 20
+"""At most, to measure the rate: a small checkpoint's size says enough."""
 REDUCED_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 MATRIX = {"cpu": 512, "cuda": 4096}
 
@@ -112,30 +113,37 @@ def check_disk(config: Config, size: int) -> dict[str, str | float]:
     """
     folder = Path(config.output).absolute() / "checkpoints"
     place = next(path for path in (folder, *folder.parents) if path.is_dir())
-    probe = place / f".preflight-{platform.node()}-{os.getpid()}"
-    try:
-        started = time.perf_counter()
-        with open(probe, "wb") as file:
-            file.write(os.urandom(1 << 20) * (WRITTEN_BYTES >> 20))
-            file.flush()
-            os.fsync(file.fileno())
-        rate = WRITTEN_BYTES / (time.perf_counter() - started)
-    except OSError as error:
-        return {"fault": f"{place} cannot be written ({error.strerror or error}); mend it or choose another output=..."}
-    finally:
-        probe.unlink(missing_ok=True)
     status = os.statvfs(place)
     free = status.f_bavail * status.f_frsize
-    found: dict[str, str | float] = {"free": free, "rate": rate}
     options, existing = config.checkpoint, len(list_checkpoints(config.output))
     kept = options.keep_last or -(-config.train.steps // options.interval)
     needed = max(1, kept + 1 - existing) * size  # the oldest goes once a newer one is whole
     room = f"{show_bytes(free)} are free at {place}, a checkpoint takes {show_bytes(size)}"
+    found: dict[str, str | float] = {"free": free}
     if free < size:
-        found["fault"] = f"{room}; make room or choose another output=..."
-    elif free < needed:
+        return found | {"fault": f"{room}; make room or choose another output=..."}
+    if free < needed:
         found["warning"] = f"{room}, and {needed // size} more are to be kept (checkpoint.keep_last)"
+    try:
+        found["rate"] = _measure_writing(place, min(WRITTEN_BYTES, size))
+    except OSError as error:
+        fault = f"{place} cannot be written ({error.strerror or error}); mend it or choose another output=..."
+        return found | {"fault": fault}
     return found
+
+
+def _measure_writing(folder: Path, size: int) -> float:
+    """Bytes a second, fsynced, of a file that is removed again."""
+    probe, content = folder / f".preflight-{platform.node()}-{os.getpid()}", os.urandom(size)
+    try:
+        started = time.perf_counter()
+        with open(probe, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        return size / (time.perf_counter() - started)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def find_facts(config: Config, rank: Rank, device: torch.device) -> dict:

@@ -4,6 +4,7 @@ A script starts its command through srun, in the site's container where there is
 the rendezvous, passes SIGUSR1 on to the ranks, and asks requeue.py what comes next once they have ended.
 """
 
+import re
 import shlex
 import sys
 from collections.abc import Iterable
@@ -62,7 +63,7 @@ def write_header(job: Job) -> str:
         "array": f"0-{job.array - 1}" if job.array else "",
         "signal": f"B:USR1@{job.lead}" if job.lead else "",
         "open-mode": "append",
-        "output": job.log,
+        "output": _escape_log(job.log),
         "chdir": Path.cwd(),
     }
     lines = ["#!/bin/bash", *(f"#SBATCH --{name}={_quote(value)}" for name, value in options.items() if value)]
@@ -75,9 +76,21 @@ def write_header(job: Job) -> str:
 
 
 def _quote(value: object) -> str:
-    """A value of an #SBATCH line, which sbatch splits like a shell but does not expand."""
+    """A value of an #SBATCH line, which sbatch splits like a shell, quotes and comments too, but does not expand."""
     text = str(value)
-    return f'"{text}"' if any(character.isspace() for character in text) else text
+    if not re.search(r"""[\s"'#\\]""", text):
+        return text
+    return '"' + re.sub(r"""(["\\])""", r"\\\1", text) + '"'
+
+
+def _escape_log(log: Path) -> str:
+    """The log as --output takes it: `%` of a folder's name is no pattern. ValueError for what SLURM cannot name."""
+    if "\\" in str(log) or "\n" in str(log):
+        raise ValueError(
+            f"output ({log.parent.parent}) has a backslash or a line break, which SLURM takes in no log's name; "
+            f"choose another."
+        )
+    return str(log.parent).replace("%", "%%") + f"/{log.name}"
 
 
 def srun_options(job: Job) -> list[str]:

@@ -89,7 +89,13 @@ def load_site(given: str = "") -> Site:
         site = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Site), layer))
         check_site(site)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {error.full_key or 'site'}: {error.msg or error}") from error
+        first = str(error.msg or error).partition("\n")[0]  # what follows speaks of the library's own types
+        raise ValueError(f"{path}: {error.full_key or 'site'}: {first}") from error
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: a list stands where names and values belong, or the other way round; write environment: "
+            f"{{NCCL_DEBUG: WARN}} and sbatch: [--exclusive], as in examples/slurm/site.yaml."
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return site

@@ -4,6 +4,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import wrap
 
 from megatron_cm3leon.checkpoint.folder import MANIFEST, list_checkpoints, step_of
 from megatron_cm3leon.cluster.goodput import Account, Process, read_account
@@ -108,7 +109,9 @@ def _state(process: Process, silence: float, step_seconds: float | None, complet
         return ("finished", "") if reason == "finished" else ("stopped", reason)
     if ends:
         event = ends[-1]
-        return "failed", f"rank {event.get('rank')} on {event.get('host')}: {event.get('cause')}"
+        cause = str(event.get("cause"))
+        named = event["event"] == "stall" or cause.startswith("rank ")
+        return "failed", cause if named else f"rank {event.get('rank')} on {event.get('host')}: {cause}"
     if complete:
         return "finished", ""
     if silence > max(SILENT_SECONDS, 10 * (step_seconds or 0)):
@@ -130,7 +133,7 @@ def describe(status: Status) -> str:
     left = "" if status.seconds_left is None or status.state == "finished" else show_seconds(status.seconds_left)
     share = f" ({status.step / status.steps:.1%})" if status.steps else ""
     rows = [
-        ("state", status.state + (f" ({status.why})" if status.why else "")),
+        ("state", f"{status.state}: {status.why}" if status.why else status.state),
         ("last record", f"{show_seconds(status.last_record_seconds)} ago"),
         ("step", f"{status.step:,} of {'?' if status.steps is None else f'{status.steps:,}'}{share}"),
         ("loss", "" if status.loss is None else f"{status.loss:.4g}"),
@@ -142,7 +145,9 @@ def describe(status: Status) -> str:
         ("slowest rank", _describe_slowest(status)),
         ("goodput", f"{status.goodput:.1%} of {show_seconds(status.wall_seconds)}"),
     ]
-    lines = [status.run, *(f"  {name:<16} {_cut(value, 81)}" for name, value in rows if value)]
+    lines = [status.run]
+    for name, value in rows:
+        lines += wrap(value, 100, initial_indent=f"  {name:<16} ", subsequent_indent=" " * 19)
     for part, seconds in status.seconds.items():
         share = seconds / status.wall_seconds if status.wall_seconds else 0.0
         bar = "#" * round(15 * share)
@@ -210,11 +215,6 @@ def _describe_slowest(status: Status) -> str:
         return ""
     rank, host, ratio = status.slowest.values()
     return f"{rank} on {host}, {ratio:.2f} x the median"
-
-
-def _cut(text: str, columns: int) -> str:
-    first = text.splitlines()[0] if text else ""
-    return first if len(first) <= columns else first[: columns - 3] + "..."
 
 
 def show_number(number: float) -> str:

@@ -29,6 +29,12 @@ def test_the_lead_holds_a_step_and_two_saves(run):
         choose_lead(run, None, 240)
 
 
+def test_batches_that_were_left_out_are_no_measurements(run):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"attempt": 1, "batch": 9, "step": 9, "skipped": "asked", "time": 1.0}) + "\n")
+    assert measure_lead(run) == 270
+
+
 def test_without_measurements_a_default_that_fits(tmp_path):
     assert measure_lead(tmp_path) is None
     assert choose_lead(tmp_path, None, 86400) == DEFAULT_SECONDS

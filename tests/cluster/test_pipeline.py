@@ -138,6 +138,7 @@ def test_duplicates_over_several_tasks_take_two_rounds(raw):
         ("input=[nothing/*.tar]", "input (nothing/*.tar) matches no file."),
         ("tokenizer=nowhere", "tokenizer (nowhere) is no folder."),
         ("output=''", "output is empty; a pipeline needs it"),
+        ("train.options={a: 1}", "a list stands where names and values belong"),
         ("preprocess.task=3", "there is no field preprocess.task; did you mean preprocess.tasks?"),
         ("embed.tasks=0", "embed.tasks (0) must be at least 1."),
         ("index.time=soon", "index.time: --time (soon) is no time limit; write minutes"),

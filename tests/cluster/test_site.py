@@ -33,6 +33,8 @@ def test_the_option_wins_over_the_variable_over_the_home_folder(tmp_path, monkey
         ("cpus_per_rank: many", "cpus_per_rank: Value 'many'"),
         ("cpus_per_rank: -1", "cpus_per_rank (-1) must be at least 0."),
         ("environment: {'A B': 1}", "environment: 'A B' is no name of a variable"),
+        ("environment: [A=1]", "a list stands where names and values belong"),
+        ("sbatch: {exclusive: true}", "a list stands where names and values belong"),
         ("partition: [", "is not valid YAML"),
     ],
 )

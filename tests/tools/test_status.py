@@ -73,6 +73,12 @@ def test_what_is_no_run_folder_is_told(tmp_path):
     assert call_tool("status", tmp_path, "--every", "0").returncode == 2
 
 
+def test_what_is_no_run_among_runs_is_told_below_them(run, tmp_path):
+    result = call_tool("status", run, tmp_path, "--json")
+    assert result.returncode == 2 and f"error: {tmp_path} is no run folder: " in result.stderr
+    assert [json.loads(line)["run"] for line in result.stdout.splitlines()] == [str(run)]
+
+
 def test_watching_goes_on_until_it_is_interrupted(run, monkeypatch):
     looks = []
 

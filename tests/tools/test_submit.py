@@ -53,6 +53,14 @@ def test_the_script_says_everything_and_nothing_is_written(folder):
     assert not (folder / "runs").exists()
 
 
+def test_names_that_sbatch_would_split_are_quoted(folder):
+    options = ["--nodes", 1, "--ranks-per-node", 1, "--time", 30]
+    text = show(*options, 'output=it\'s "100%j"# x')
+    assert f"""#SBATCH --output="{folder}/it's \\"100%%j\\"# x/submit/%j.log"\n""" in text
+    done = train("config.yaml", *options, "output=back\\slash", "--print")
+    assert done.returncode == 2 and "back\\slash) has a backslash or a line break" in done.stderr
+
+
 def test_torchrun_is_one_task_a_node(folder):
     text = show("--nodes", 2, "--ranks-per-node", 4, "--time", 30, "--launcher", "torchrun", "--cpus-per-rank", 3)
     assert "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --cpus-per-task=12\n" in text
