@@ -105,6 +105,11 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     for text in overrides or []:
         if "=" not in text:
             raise ValueError(f"{text!r} is no override; write section.key=value, such as parallel.tensor=2.")
+        name, _, value = text.partition("=")
+        if " #" in value and value.lstrip()[:1] not in ("'", '"'):
+            raise ValueError(
+                f"{name} ({value}): YAML takes what follows ' #' for a comment; write {name}='\"{value}\"'."
+            )
     layers.append(OmegaConf.from_dotlist(list(overrides or [])))
     for layer in layers:
         check_names(OmegaConf.to_container(layer))

@@ -135,3 +135,9 @@ def test_one_entry_of_a_list_is_not_changed_alone(tmp_path):
         load_config(path, ["data.sources.0.weight=3"])
     config = load_config(path, ["data.sources=[{shards: a, weight: 2}, {shards: b}]"])
     assert [(source.shards, source.weight) for source in config.data.sources] == [("a", 2), ("b", 1)]
+
+
+def test_a_value_that_yaml_would_cut_is_refused():
+    with pytest.raises(ValueError, match=r"output \(/x/hash #x\): YAML takes what follows ' #' for a comment"):
+        load_config(None, ["output=/x/hash #x"])
+    assert load_config(None, ["output='/x/hash #x'"]).output == "/x/hash #x"
