@@ -36,8 +36,8 @@ WORK = ".work"
 """Folder, inside the output, of what an unfinished run needs."""
 MOST_WAITING = 1024
 """Documents, most of them without pictures, that wait for a batch of pictures to fill."""
-_TEXTS_AT_ONCE = 1024
-"""Consecutive texts that are encoded and written together."""
+_CHARACTERS_AT_ONCE = 1 << 16
+"""Of consecutive texts that are encoded and written together: more of them leave the processor's cache."""
 
 
 @dataclass
@@ -262,6 +262,7 @@ class _PartEncoder:
         """What is to be written, consecutive texts as lists; everything else is counted here."""
         dropped = self.duplicates.of_part(self.part) if self.duplicates else None
         texts: list[RawText] = []
+        characters = 0
         cleans = self.task.filters.clean_captions
         for number, entry in enumerate(self.task.source.read_part(self.part)):
             self.read = number + 1
@@ -270,13 +271,14 @@ class _PartEncoder:
                 continue
             if type(entry) is RawText and not cleans:
                 texts.append(entry)
-                if len(texts) == _TEXTS_AT_ONCE:
+                characters += len(entry.segments[0])
+                if characters >= _CHARACTERS_AT_ONCE:
                     yield texts
-                    texts = []
+                    texts, characters = [], 0
                 continue
             if texts:
                 yield texts
-                texts = []
+                texts, characters = [], 0
             loaded = self.reader.read(entry)
             if isinstance(loaded, Loaded):
                 yield loaded
