@@ -127,9 +127,35 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             '"data.sources=[{shards: pairs, weight: 2}, {shards: text}]".'
         ) from error
     except OmegaConfBaseException as error:
-        name = getattr(error, "full_key", None)
-        first = str(error.msg or error).partition("\n")[0]  # what follows speaks of the library's own types
-        raise ValueError(f"{name or 'configuration'}: {first}") from error
+        raise ValueError(_explain(error)) from error
+
+
+def load_fields(path: str | Path, schema: type, overrides: list[str], example: str):
+    """A YAML file of the fields of a dataclass, with `section.key=value` in their place, as an object of it.
+
+    Raises ValueError, with the file, for what is no YAML, a field that does not exist and a value of another type;
+    `example` shows lists and mappings as they are meant.
+    """
+    try:
+        layers = [OmegaConf.load(path), OmegaConf.from_dotlist(overrides)]
+        for layer in layers:
+            check_names(OmegaConf.to_container(layer), schema)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *layers))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {_explain(error)}") from error
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: a list stands where names and values belong, or the other way round; {example}."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """Its field and first line: what follows speaks of the library's own types."""
+    return f"{getattr(error, 'full_key', None) or 'configuration'}: {str(error.msg or error).partition(chr(10))[0]}"
 
 
 def check_names(tree, schema=Config, prefix: str = "") -> None:

@@ -9,7 +9,8 @@ import sys
 import time
 
 from megatron_cm3leon.cli import show_messages
-from megatron_cm3leon.cluster.attempt import USER_ERROR, run_attempt
+from megatron_cm3leon.cluster.attempt import run_attempt
+from megatron_cm3leon.cluster.exit_status import USER_ERROR
 from megatron_cm3leon.config import Config, load_config
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.engine.parallel import Rank, choose_device, set_threads

@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_cm3leon.cluster import events
+from megatron_cm3leon.cluster.exit_status import DONE, FAILED, STOPPED, USER_ERROR
 from megatron_cm3leon.cluster.lock import RunLock
 from megatron_cm3leon.cluster.peers import Cause, Peers
 from megatron_cm3leon.cluster.preflight import check_all_reduce, compare_ranks
 from megatron_cm3leon.cluster.signals import StopRequested, StopSignals
-from megatron_cm3leon.cluster.watchdog import FAILED, LINGER_SECONDS, SILENCE_SECONDS, Watchdog
+from megatron_cm3leon.cluster.watchdog import LINGER_SECONDS, SILENCE_SECONDS, Watchdog
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.engine.parallel import (
     Rank,
@@ -38,7 +39,6 @@ from megatron_cm3leon.engine.parallel import (
     uses_launchers_store,
 )
 
-DONE, USER_ERROR, STOPPED = 0, 2, 75
 SIGNAL_SECONDS = 1.5
 """A launcher signals the ranks that are left when one has died: its death, if it was that, is known after this."""
 

@@ -13,14 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from megatron_cm3leon.cluster.script import ROOT, Job, write_command_script
 from megatron_cm3leon.cluster.site import Site
 from megatron_cm3leon.cluster.slurm import cancel, list_alive, parse_time, submit
 from megatron_cm3leon.cluster.training_job import FOLDER, Prepared, TrainingJob, prepare_training, write_training
-from megatron_cm3leon.config import check_names
+from megatron_cm3leon.config import load_fields
 from megatron_cm3leon.data.shards import MANIFEST
 
 PLAN, JOBS = "pipeline.yaml", "jobs.yaml"
@@ -117,21 +115,8 @@ def load_pipeline(path: str, overrides: list[str]) -> Pipeline:
     """Read and check a pipeline's YAML file and `section.key=value`; ValueError names what is wrong."""
     if not Path(path).is_file():
         raise ValueError(f"no pipeline file at {path}.")
-    try:
-        layers = [OmegaConf.load(path), OmegaConf.from_dotlist(overrides)]
-        for layer in layers:
-            check_names(OmegaConf.to_container(layer), Pipeline)
-        pipeline = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Pipeline), *layers))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    except OmegaConfBaseException as error:
-        first = str(error.msg or error).partition("\n")[0]  # what follows speaks of the library's own types
-        raise ValueError(f"{path}: {error.full_key or 'pipeline'}: {first}") from error
-    except TypeError as error:
-        raise ValueError(
-            f"{path}: a list stands where names and values belong, or the other way round; write options: "
-            f"[output=runs/mine], as in examples/slurm/pipeline.yaml."
-        ) from error
+    example = "write options: [output=runs/mine], as in examples/slurm/pipeline.yaml"
+    pipeline = load_fields(path, Pipeline, overrides, example)
     check_pipeline(pipeline)
     return pipeline
 

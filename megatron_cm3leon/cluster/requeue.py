@@ -23,10 +23,7 @@ from dataclasses import dataclass
 
 from megatron_cm3leon.checkpoint.folder import list_checkpoints, step_of
 from megatron_cm3leon.cluster.events import read_events, record
-
-ASKED_TO_STOP = 75
-"""Exit status of a run that saved because it was asked to (EX_TEMPFAIL): the same command goes on."""
-USER_ERROR = 2
+from megatron_cm3leon.cluster.exit_status import STOPPED, USER_ERROR
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def decide(status: int, signal: str, events: list[dict], job: dict[str, str]) ->
     """`signal`: what the batch script received, USR1, TERM or nothing; `events`: those of this start of the job."""
     last = {event["event"]: event for event in events}
     if job.get("JobState", "RUNNING") != "RUNNING":
-        return Verdict(False, status or ASKED_TO_STOP, f"SLURM is ending the job itself ({job['JobState']})")
+        return Verdict(False, status or STOPPED, f"SLURM is ending the job itself ({job['JobState']})")
     stopped = last.get("stop", {}).get("reason")
     if stopped in ("finished", "stop_after") or status == 0:
         return Verdict(False, 0, "the run is finished")
@@ -57,11 +54,11 @@ def decide(status: int, signal: str, events: list[dict], job: dict[str, str]) ->
         return Verdict(False, USER_ERROR, "the run stopped with an error that its user can mend")
     received = {signal, str(last.get("signal", {}).get("signal", "")).removeprefix("SIG")}
     if "USR1" in received:
-        return Verdict(True, ASKED_TO_STOP, "time limit")
+        return Verdict(True, STOPPED, "time limit")
     if job.get("PreemptTime", "None") != "None":
-        return Verdict(True, ASKED_TO_STOP, "pre-emption")
-    if "TERM" in received or status == ASKED_TO_STOP:
-        return Verdict(False, ASKED_TO_STOP, "the run was told to stop; the same command goes on")
+        return Verdict(True, STOPPED, "pre-emption")
+    if "TERM" in received or status == STOPPED:
+        return Verdict(False, STOPPED, "the run was told to stop; the same command goes on")
     return Verdict(True, status, failure.get("cause") or f"exit status {status}")
 
 
@@ -81,7 +78,7 @@ def limit_restarts(verdict: Verdict, idle: int, most: int) -> Verdict:
         return verdict
     return Verdict(
         False,
-        verdict.status if verdict.status not in (0, ASKED_TO_STOP) else 1,
+        verdict.status if verdict.status not in (0, STOPPED) else 1,
         f"{idle} restarts in a row brought no new checkpoint, cluster.max_restarts is {most}; the last end: "
         f"{verdict.reason}. Mend its cause, then submit the same command again",
     )

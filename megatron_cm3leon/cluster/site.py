@@ -8,11 +8,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from megatron_cm3leon.config import check_names
+from megatron_cm3leon.config import load_fields
 
 VARIABLE = "MEGATRON_CM3LEON_SITE"
 RUNTIMES = ("apptainer", "pyxis")
@@ -80,22 +76,10 @@ def load_site(given: str = "") -> Site:
     path = find_site_file(given)
     if path is None:
         return Site()
+    example = "write environment: {NCCL_DEBUG: WARN} and sbatch: [--exclusive], as in examples/slurm/site.yaml"
+    site = load_fields(path, Site, [], example)
     try:
-        layer = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    try:
-        check_names(OmegaConf.to_container(layer), Site)
-        site = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Site), layer))
         check_site(site)
-    except OmegaConfBaseException as error:
-        first = str(error.msg or error).partition("\n")[0]  # what follows speaks of the library's own types
-        raise ValueError(f"{path}: {error.full_key or 'site'}: {first}") from error
-    except TypeError as error:
-        raise ValueError(
-            f"{path}: a list stands where names and values belong, or the other way round; write environment: "
-            f"{{NCCL_DEBUG: WARN}} and sbatch: [--exclusive], as in examples/slurm/site.yaml."
-        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return site

@@ -17,6 +17,7 @@ from threading import Event, Thread
 import torch.distributed as dist
 
 from megatron_cm3leon.cluster import events
+from megatron_cm3leon.cluster.exit_status import FAILED
 from megatron_cm3leon.cluster.peers import Cause, Peers, Place
 from megatron_cm3leon.cluster.stacks import dump_stacks, main_thread
 from megatron_cm3leon.cluster.stall import find_late
@@ -33,7 +34,6 @@ LINGER_SECONDS = 2.5
 """The rank that hosts the store ends so much later, so that the others have read why."""
 PAUSE_SECONDS = 5.0
 """The clock itself stood still for longer than this: the process was stopped (Ctrl-Z), not the run."""
-FAILED = 1
 
 
 class Watchdog:

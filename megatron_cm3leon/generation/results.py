@@ -1,8 +1,6 @@
 """What a call of tools/generate.py writes, whole or not at all: pictures, a contact sheet and generated.json."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from megatron_cm3leon.generation.sheet import draw_contact_sheet
+from megatron_cm3leon.written import written_whole
 
 ACCOUNT = "generated.json"
 
@@ -44,16 +43,10 @@ class Results:
 @contextmanager
 def written_results(output: Path, options: dict) -> Iterator[Results]:
     """Results under a temporary name beside `output`, renamed when all is there and removed on any error."""
-    output = output.absolute()
-    folder = output.parent / f".{output.name}.tmp-{os.getpid()}"
-    folder.mkdir(parents=True)
-    try:
+    with written_whole(output) as folder:
         results = Results(folder)
         yield results
         if results.shown:
             draw_contact_sheet(*map(list, zip(*results.shown, strict=True))).save(folder / "contact_sheet.png")
         account = {"format": 1, "options": options, "made": results.made}
         (folder / ACCOUNT).write_text(json.dumps(account, indent=2, ensure_ascii=False) + "\n")
-        folder.rename(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

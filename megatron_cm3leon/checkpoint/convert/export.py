@@ -17,10 +17,10 @@ from megatron_cm3leon.checkpoint.convert.export_folder import (
     ACCOUNT_FORMAT,
     DTYPES,
     ExportFolder,
+    check_output,
     describe_names,
     write_json,
     write_weights,
-    written_whole,
 )
 from megatron_cm3leon.checkpoint.convert.families import Part, config_fields, list_parts, special_ids, stock_class
 from megatron_cm3leon.checkpoint.convert.tokenizer_json import compare_ids, read_lines, write_tokenizer
@@ -30,6 +30,7 @@ from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.tokenizers.folder import IMAGE_FOLDER, TEXT_MODEL, VOCABULARY, Tokenizers
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
+from megatron_cm3leon.written import written_whole
 
 SHARD_BYTES = 5 * 10**9
 
@@ -64,7 +65,8 @@ def export_checkpoint(
     def read(name: str) -> Tensor:
         return reader.read(name).to(DTYPES[dtype])
 
-    with written_whole(Path(output), overwrite) as folder:
+    check_output(Path(output), overwrite)
+    with written_whole(Path(output)) as folder:
         write_json(folder / "config.json", config_fields(config, vocabulary, DTYPES[dtype]))
         write_json(folder / "generation_config.json", special_ids(vocabulary))
         _copy_tokenizers(Path(tokenizer), folder)

@@ -8,8 +8,7 @@ cm3leon.json                             the run's configuration and state, and 
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cached_property
 from math import prod
@@ -32,32 +31,8 @@ _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 _REMEDY = "give a folder that tools/convert_checkpoint.py export wrote."
 
 
-@contextmanager
-def written_whole(output: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `output`, renamed to it at the end and removed on any error.
-
-    ValueError when `output` is there and not empty, unless `overwrite` is set and it is an earlier export.
-    """
-    output = output.absolute()
-    _check_output(output, overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.parent / f".{output.name}.tmp-{os.getpid()}"
-    aside = output.parent / f".{output.name}.old-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        if output.exists():
-            output.rename(aside)
-        folder.rename(output)
-    finally:
-        if aside.exists() and not output.exists():
-            aside.rename(output)
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool = False) -> None:
+    """ValueError when `output` is there and not empty, unless `overwrite` is set and it is an earlier export."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / ACCOUNT).is_file():

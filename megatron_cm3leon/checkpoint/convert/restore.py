@@ -13,13 +13,14 @@ from torch import Tensor
 
 from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.convert.check import Comparison, compare_logits, find_shards, require_passed
-from megatron_cm3leon.checkpoint.convert.export_folder import ACCOUNT, ExportFolder, written_whole
+from megatron_cm3leon.checkpoint.convert.export_folder import ACCOUNT, ExportFolder, check_output
 from megatron_cm3leon.checkpoint.convert.families import Part, list_parts
 from megatron_cm3leon.checkpoint.folder import Piece, step_folder
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config import Config, save_config
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.tokenizers.folder import Tokenizers
+from megatron_cm3leon.written import written_whole
 
 FILE_NUMBERS = 1 << 28
 """Numbers of one file of the checkpoint (1 GiB) before the next one begins: so much is in memory at a time."""
@@ -38,6 +39,7 @@ def import_export(
     vocabulary = Tokenizers.load(export.folder).vocabulary
     parts = list_parts(config, vocabulary.size)
     export.check(config, parts)
+    check_output(output)
     with written_whole(output) as run:
         config.output = str(output)
         save_config(config, run / "config.yaml")

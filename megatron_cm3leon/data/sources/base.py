@@ -32,24 +32,22 @@ class Part:
 
 
 class Source(ABC):
-    """Input files of one format."""
+    """Inputs of one format."""
 
     expects = ""
     """What a usable input looks like, for messages."""
     external = True
     """Whether inputs refer to files beside them, which somebody may mend while a run is interrupted."""
-
-    def __init__(self, files: list[str], part_size: int, fields: Fields = Fields(), folder: str = "") -> None:  # noqa: B008
-        """`files`: absolute paths or URLs, in order; `folder` holds them all ("": the nearest that does)."""
-        self.files, self.part_size, self.fields = files, part_size, fields
-        self.folder = folder or find_common_folder(files)
-        """Paths in the shards' metadata are relative to this."""
-        self._parts: list[Part] = []
-        self.count: int | None = 0
-        """Inputs in all, blank lines among them; None: unknown until they are read."""
-        digests = [self._cut(number) for number in range(len(files))]
-        self.identity = self._identify(digests)
-        """What the bytes of the shards depend on, as a SHA-256."""
+    files: list[str]
+    """Absolute paths or URLs, in order."""
+    part_size: int
+    folder: str
+    """Paths in the shards' metadata are relative to this."""
+    count: int | None
+    """Inputs in all, blank lines among them; None: unknown until they are read."""
+    identity: str
+    """What the bytes of the shards depend on, as a SHA-256."""
+    _parts: list[Part]
 
     @property
     def parts(self) -> int:
@@ -67,10 +65,6 @@ class Source(ABC):
         """A file's name relative to the source's folder."""
         return self.files[file][len(self.folder) :].lstrip("/")
 
-    def _cut(self, file: int) -> str:
-        """Append the parts of a file, and its inputs to `count`; returns a hash of the file. Folders are cut whole."""
-        raise NotImplementedError
-
     @abstractmethod
     def _read(self, part: Part) -> Iterator[Entry]:
         """The inputs of a part in order."""
@@ -82,6 +76,23 @@ class Source(ABC):
             size = min(self.part_size, inputs - number)
             self._parts.append(Part(file, begin, number, self.count + number, size))
         self.count += inputs
+
+
+class FileSource(Source):
+    """Files that are cut into parts one by one."""
+
+    def __init__(self, files: list[str], part_size: int, fields: Fields = Fields(), folder: str = "") -> None:  # noqa: B008
+        """`files`: absolute paths or URLs, in order; `folder` holds them all ("": the nearest that does)."""
+        self.files, self.part_size, self.fields = files, part_size, fields
+        self.folder = folder or find_common_folder(files)
+        self._parts = []
+        self.count = 0
+        digests = [self._cut(number) for number in range(len(files))]
+        self.identity = self._identify(digests)
+
+    @abstractmethod
+    def _cut(self, file: int) -> str:
+        """Append the parts of a file, and its inputs to `count`; returns a hash of the file."""
 
     def _identify(self, digests: list[str]) -> str:
         if len(digests) == 1 and self.fields == Fields():

@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 
-from megatron_cm3leon.data.sources.base import Part, Source
+from megatron_cm3leon.data.sources.base import FileSource, Part
 from megatron_cm3leon.data.sources.documents import BadInput, Entry, RawText, check_document, make_document
 from megatron_cm3leon.data.sources.files import open_file
 
@@ -17,7 +17,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _scan_json = json.JSONDecoder().scan_once
 
 
-class _LinesSource(Source):
+class _LinesSource(FileSource):
     def _cut(self, file: int) -> str:
         digest, offsets, lines, place, last = hashlib.sha256(), [0], 0, 0, b"\n"
         with open_file(self.files[file]) as content:

@@ -9,14 +9,14 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_cm3leon.data.sources.base import Part, Source
+from megatron_cm3leon.data.sources.base import FileSource, Part
 from megatron_cm3leon.data.sources.documents import BadInput, Entry, make_document
 from megatron_cm3leon.data.sources.files import MAX_BYTES, identify_file, open_file
 
 _ROWS_AT_ONCE = 64
 
 
-class CsvSource(Source):
+class CsvSource(FileSource):
     """Records as RFC 4180 writes them: a quoted field may hold newlines."""
 
     expects = "a header with the columns image and caption (or text), and a record"
@@ -87,7 +87,7 @@ def _note_lines(content: BinaryIO, lines: list[bytes]) -> Iterator[str]:
         yield line.decode("latin-1")  # separators and quotes are where they are in UTF-8
 
 
-class ParquetSource(Source):
+class ParquetSource(FileSource):
     """Rows with a picture's path or bytes, a caption, a text or segments."""
 
     expects = "a row with the columns image and caption (or text, or segments)"

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megatron_cm3leon.data.sources.base import Part, Source
+from megatron_cm3leon.data.sources.base import FileSource, Part
 from megatron_cm3leon.data.sources.documents import (
     PICTURE_ENDINGS,
     BadInput,
@@ -36,7 +36,7 @@ class _DamagedTar(Exception):
     """The rest of a tar cannot be read."""
 
 
-class TarSource(Source):
+class TarSource(FileSource):
     """Pictures with captions, in tars."""
 
     expects, external = "members <key>.jpg and <key>.txt (or a .json with a caption)", False
