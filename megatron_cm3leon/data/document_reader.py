@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_cm3leon.data.filters import Filters, clean_caption
-from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawDocument, RawText, read_picture
+from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawDocument, RawText, RawTexts, read_picture
 from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
 from megatron_cm3leon.tokenizers.words import TextEncoder
 
@@ -77,14 +77,14 @@ def describe_document(loaded: Loaded) -> dict:
     return row
 
 
-def describe_texts(texts: list[RawText]) -> dict[str, list]:
+def describe_texts(texts: RawTexts) -> dict[str, list]:
     """Rows of texts without pictures, as `describe_document` has them, a column each."""
     empty = [""] * len(texts)
     return {
         "caption": empty,
         "image": empty,
-        "source": [text.source for text in texts],
+        "source": texts.sources,
         "picture_sha256": empty,
-        "extra": [text.extra for text in texts],
+        "extra": texts.extras,
         "kind": [RawText.kind] * len(texts),
     }

@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from megatron_cm3leon.data.document_reader import DocumentReader, Loaded, descri
 from megatron_cm3leon.data.filters import Filters
 from megatron_cm3leon.data.shard_writer import ShardWriter
 from megatron_cm3leon.data.shards import shard_files, write_json
-from megatron_cm3leon.data.sources import BadInput, Filtered, RawText, Source
+from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawText, RawTexts, Source
 from megatron_cm3leon.progress import Meter
 
 SHARD_BYTES = 1 << 30
@@ -36,8 +37,6 @@ WORK = ".work"
 """Folder, inside the output, of what an unfinished run needs."""
 MOST_WAITING = 1024
 """Documents, most of them without pictures, that wait for a batch of pictures to fill."""
-_CHARACTERS_AT_ONCE = 1 << 16
-"""Of consecutive texts that are encoded and written together: more of them leave the processor's cache."""
 
 
 @dataclass
@@ -236,8 +235,8 @@ class _PartEncoder:
         batch, pictures, documents = [], 0, 0
         for item in self._load_inputs():
             batch.append(item)
-            pictures += 0 if isinstance(item, list) else len(item.pixels)
-            documents += len(item) if isinstance(item, list) else 1
+            pictures += 0 if isinstance(item, RawTexts) else len(item.pixels)
+            documents += len(item) if isinstance(item, RawTexts) else 1
             full = pictures >= self.task.batch_size or documents >= max(MOST_WAITING, self.task.batch_size)
             if full or not pictures:  # without pictures there is nothing to wait for
                 self._write(batch, documents)
@@ -258,53 +257,50 @@ class _PartEncoder:
         if self.writer:
             self.writer.abandon()
 
-    def _load_inputs(self) -> Iterator[Loaded | list[RawText]]:
-        """What is to be written, consecutive texts as lists; everything else is counted here."""
+    def _load_inputs(self) -> Iterator[Loaded | RawTexts]:
+        """What is to be written; everything else is counted here."""
         dropped = self.duplicates.of_part(self.part) if self.duplicates else None
-        texts: list[RawText] = []
-        characters = 0
-        cleans = self.task.filters.clean_captions
-        for number, entry in enumerate(self.task.source.read_part(self.part)):
-            self.read = number + 1
-            if dropped is not None and number < len(dropped) and dropped[number]:
-                self._leave_out(REASONS[int(dropped[number])])
+        for block in self.task.source.read_blocks(self.part):
+            block = block if isinstance(block, RawTexts) else [block]
+            first, self.read = self.read, self.read + len(block)
+            if dropped is not None:
+                block = self._without(dropped[first : self.read], block)
+            if isinstance(block, RawTexts) and not self.task.filters.clean_captions:
+                if block:
+                    yield block
                 continue
-            if type(entry) is RawText and not cleans:
-                texts.append(entry)
-                characters += len(entry.segments[0])
-                if characters >= _CHARACTERS_AT_ONCE:
-                    yield texts
-                    texts, characters = [], 0
-                continue
-            if texts:
-                yield texts
-                texts, characters = [], 0
-            loaded = self.reader.read(entry)
-            if isinstance(loaded, Loaded):
-                yield loaded
-            elif isinstance(loaded, Filtered):
-                self._leave_out(loaded.reason)
-            else:
-                self.quarantine.append(loaded.to_dict())
-                _advance(1)
-        if texts:
-            yield texts
+            for entry in block:
+                loaded = self.reader.read(entry)
+                if isinstance(loaded, Loaded):
+                    yield loaded
+                elif isinstance(loaded, Filtered):
+                    self._leave_out(loaded.reason)
+                else:
+                    self.quarantine.append(loaded.to_dict())
+                    _advance(1)
         if dropped is not None and self.read != len(dropped):
             raise ValueError(
                 f"part {self.part} of the input has {self.read} inputs, but had {len(dropped)} when duplicates were "
                 f"looked for: the input has changed. Start again with --overwrite."
             )
 
+    def _without(self, reasons: np.ndarray, block: RawTexts | list[Entry]) -> RawTexts | list[Entry]:
+        """What of a block is no duplicate; `reasons`, uint8 [inputs], are 0 for what stays."""
+        for reason in reasons[reasons > 0].tolist():
+            self._leave_out(REASONS[reason])
+        chosen = reasons == 0
+        return block.choose(chosen) if isinstance(block, RawTexts) else list(compress(block, chosen))
+
     def _leave_out(self, reason: str) -> None:
         self.left_out[reason] += 1
         _advance(1)
 
-    def _write(self, batch: list[Loaded | list[RawText]], documents: int) -> None:
+    def _write(self, batch: list[Loaded | RawTexts], documents: int) -> None:
         """Append what was loaded in its order, `documents` in all."""
         loaded = [item for item in batch if isinstance(item, Loaded)]
         pictures = self._encode_pictures([pixels for item in loaded for pixels in item.pixels])
         for item in batch:
-            if isinstance(item, list):
+            if isinstance(item, RawTexts):
                 self._add_texts(item)
                 continue
             texts = iter(item.payloads)
@@ -313,12 +309,11 @@ class _PartEncoder:
             self._open_writer().add_bytes(item.raw.key, self.break_bytes.join(payloads), describe_document(item))
         _advance(documents)
 
-    def _add_texts(self, texts: list[RawText]) -> None:
+    def _add_texts(self, texts: RawTexts) -> None:
         """Append texts as `_write` would one after the other, at a fraction of the cost."""
-        payloads = self.reader.text.encode_many([text.segments[0] for text in texts])
-        columns = describe_texts(texts)
+        payloads = self.reader.text.encode_many(texts.texts)
         self.kinds[RawText.kind] += len(texts)
-        self._open_writer().add_many([text.key for text in texts], payloads, columns)
+        self._open_writer().add_many(texts.keys, payloads, describe_texts(texts))
 
     def _open_writer(self) -> ShardWriter:
         """The shard that the next documents go to."""

@@ -61,8 +61,10 @@ class TextEncoder:
         words = (_FIRST + words).split(" ")
         ids = list(map(self._words.get, words))
         if not all(ids):
-            self._learn([word for word, known in zip(words, ids, strict=True) if known is None])
-            ids = list(map(self._words.__getitem__, words))
+            unknown = [place for place, known in enumerate(ids) if known is None]
+            self._learn([words[place] for place in unknown])
+            for place in unknown:
+                ids[place] = self._words[words[place]]
         rest = iter(ids)
         found = [b"".join(islice(rest, text.count(" ") + 1)) for text in texts]
         for number, own in odd.items():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import re
 import tarfile
 
@@ -12,7 +13,17 @@ import pytest
 import webdataset
 from PIL import Image
 
-from megatron_cm3leon.data.sources import BadInput, Fields, Filtered, RawPair, RawText, open_source, read_picture
+from megatron_cm3leon.data.sources import (
+    BadInput,
+    Fields,
+    Filtered,
+    RawPair,
+    RawText,
+    RawTexts,
+    lines,
+    open_source,
+    read_picture,
+)  # fmt: skip
 
 
 def picture(grey=0, kind="PNG") -> bytes:
@@ -142,6 +153,35 @@ def test_img2dataset_output_is_read_as_it_is_written(tmp_path):
     *pairs, missing = read_all(open_source(tmp_path / "parquet", 4))
     assert [pair.caption for pair in pairs] == [caption for caption, _ in expected]
     assert missing == Filtered("not downloaded")
+
+
+LINES = [
+    b'{"text": "one"}', b' {"text":"two"} ', b'{"text": "a"},{"text": "b"}', b'{"text": "cut', b'{"text": "c"',
+    b'"text": "d"}', b'{"text": "e"}}', b'{"text": {}', b'{"text": 5}', b'{"text": ""}', b'{"text": " \\n"}', b"",
+    b"  ", b'{"text": "\\ud800"}', '{"text": "é🙂"}'.encode(), b'{"text": "\xff"}', b'{"text": "f", "id": 3}', b"[]",
+    b"{}", b'{"text": "}\\n,{"}', b'{"text": "g", "text": "h"}', b'{"id": 3}', b'{"text": "\xe2\x80\xa8"}',
+    b'{"text": "i"}\r',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "txt"])
+def test_lines_read_together_are_as_lines_read_one_by_one(tmp_path, monkeypatch, ending):
+    draws, path = random.Random(0), tmp_path / f"corpus.{ending}"
+    monkeypatch.setattr(lines, "TEXT_BLOCK", 60)
+    together = 0
+    for number in range(400):
+        chosen = draws.choices(LINES[: draws.choice((1, 3, 6, len(LINES)))], k=draws.randrange(1, 12))
+        path.write_bytes((b"\xef\xbb\xbf" if number % 5 == 0 else b"") + b"\n".join(chosen) + b"\n" * (number % 2))
+        source = open_source(path, draws.randrange(1, 12))
+        blocks = [block for part in range(source.parts) for block in source.read_blocks(part)]
+        flat = [entry for block in blocks for entry in (block if isinstance(block, RawTexts) else [block])]
+        assert flat == read_all(source)
+        together += any(isinstance(block, RawTexts) and len(block) > 1 for block in blocks)
+        with monkeypatch.context() as apart:
+            for kind in (lines.JsonlSource, lines.TextLinesSource):
+                apart.setattr(kind, "_find_texts", lambda *_: None)
+            assert read_all(source) == flat, chosen
+    assert together > 100
 
 
 def test_texts_and_interleaved_documents(tmp_path):

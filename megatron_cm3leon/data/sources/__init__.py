@@ -28,6 +28,7 @@ from megatron_cm3leon.data.sources.documents import (
     RawDocument,
     RawPair,
     RawText,
+    RawTexts,
 )  # fmt: skip
 from megatron_cm3leon.data.sources.files import find_kind, join, list_folder, make_absolute, read_picture
 from megatron_cm3leon.data.sources.folders import FolderSource, TextFilesSource
@@ -37,7 +38,7 @@ from megatron_cm3leon.data.sources.tars import TarSource
 
 __all__ = [
     "FORMATS", "KINDS", "PICTURE_ENDINGS", "BadInput", "Entry", "Fields", "Filtered", "FolderSource", "JsonlSource",
-    "Picture", "RawDocument", "RawPair", "RawText", "Source", "open_source", "read_picture",
+    "Picture", "RawDocument", "RawPair", "RawText", "RawTexts", "Source", "open_source", "read_picture",
 ]  # fmt: skip
 
 _FILES = {

@@ -6,13 +6,16 @@ Keys count inputs, so they are safe names in a tar whatever the user's own keys 
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import compress
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
 PICTURE_FIELDS = ("image", *(ending[1:] for ending in PICTURE_ENDINGS))
 CAPTION_FIELDS = ("caption", "txt")
 TEXT, PAIR, INTERLEAVED = KINDS = ("text", "pair", "interleaved")
+TEXT_BLOCK = 1 << 16
+"""Characters of texts that are read, encoded and written together: more of them leave the processor's cache."""
 
 
 @dataclass(slots=True)
@@ -68,6 +71,34 @@ class RawPair(RawDocument):
     def image(self) -> str:
         """Picture's path as the input gives it, relative to the source's folder."""
         return self.segments[1].name
+
+
+@dataclass(slots=True)
+class RawTexts:
+    """Consecutive texts without pictures, a list a field: an object for each would cost as much as encoding it."""
+
+    keys: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    extras: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator[RawText]:
+        for key, source, text, extra in zip(self.keys, self.sources, self.texts, self.extras, strict=True):
+            yield RawText(key, source, [text], extra)
+
+    def append(self, text: RawText) -> None:
+        self.keys.append(text.key)
+        self.sources.append(text.source)
+        self.texts.append(text.segments[0])
+        self.extras.append(text.extra)
+
+    def choose(self, chosen: Iterable[bool]) -> "RawTexts":
+        """Those of them that are `chosen`."""
+        columns = (self.keys, self.sources, self.texts, self.extras)
+        return RawTexts(*(list(compress(column, chosen)) for column in columns))
 
 
 @dataclass(frozen=True)
@@ -135,6 +166,24 @@ def make_document(
     extra = {name: value for name, value in fields.items() if name not in used}
     text = json.dumps(extra, sort_keys=True, default=str) if extra else "{}"
     return check_document(cls(key, source, segments, text))
+
+
+def gather_texts(entries: Iterable["Entry | RawTexts"]) -> Iterator["Entry | RawTexts"]:
+    """The same inputs, with consecutive texts in blocks."""
+    texts, characters = RawTexts(), 0
+    for entry in entries:
+        if type(entry) is RawText:
+            texts.append(entry)
+            characters += len(entry.segments[0])
+            if characters < TEXT_BLOCK:
+                continue
+        if texts:
+            yield texts
+            texts, characters = RawTexts(), 0
+        if type(entry) is not RawText:
+            yield entry
+    if texts:
+        yield texts
 
 
 def _read_pair(fields: dict, image: str, caption: str, key: str, locate) -> list | str:
