@@ -3,8 +3,8 @@
     python benchmarks/packing.py seek --documents 100000000 --folder scratch/
     python benchmarks/packing.py waste
 
-`seek` uses a synthetic table of lengths (captions geometric, 1,024 picture codes) and, with `--neighbors`, eight
-synthetic neighbours a document, three of which are drawn: the arithmetic of packing=stream without the tokens.
+`seek` uses a synthetic table of lengths (captions geometric, 1,024 picture codes; with `--text`, texts alone) and, with
+`--neighbors`, eight synthetic neighbours a document, three of which are drawn: a packing's arithmetic without tokens.
 `waste` packs drawn lengths: padding of packing=documents beside packing whole samples in order.
 """
 
@@ -25,6 +25,7 @@ from megatron_cm3leon.data.stream import Stream
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 PAPER = Vocabulary(text_size=56_320, image_size=8192, image_height=32, image_width=32, text_sha256="", image_sha256="")
+TEXT = "text, log-normal, median 350"
 
 
 class Lengths:
@@ -32,13 +33,13 @@ class Lengths:
 
     identity, folder, vocabulary = "synthetic", "synthetic", PAPER
 
-    def __init__(self, documents: int, caption: float = 41) -> None:
-        generator = np.random.default_rng(0)
+    def __init__(self, documents: int, text: bool) -> None:
+        generator, name = np.random.default_rng(0), TEXT if text else "1024 image tokens"
         self.documents = documents
         self.lengths = np.empty(documents, np.uint32)
         for start in range(0, documents, 1 << 20):
             part = self.lengths[start : start + (1 << 20)]
-            part[:] = generator.geometric(1 / caption, len(part)) + 1025
+            part[:] = draw_lengths(name, generator, len(part)) - 2  # without the </s> of a sample
 
 
 class HashedTable:
@@ -63,9 +64,9 @@ class HashedNeighbors:
         """Nothing on a disk, nothing to be damaged."""
 
 
-def make_stream(corpus: Lengths, neighbors: bool, folder: Path | None = None) -> Stream:
-    config = load_config(None, ["data.packing=stream", "train.global_batch_size=2048"])
-    stream = Stream(config, [DataSource(corpus, HashedNeighbors(corpus) if neighbors else None)])
+def make_stream(corpus: Lengths, options: argparse.Namespace, folder: Path | None = None) -> Stream:
+    config = load_config(None, [f"data.packing={options.packing}", "train.global_batch_size=2048"])
+    stream = Stream(config, [DataSource(corpus, HashedNeighbors(corpus) if options.neighbors else None)])
     if folder:
         stream.keep_tables(folder)
     return stream
@@ -79,12 +80,12 @@ def timed(label: str, action) -> object:
 
 
 def measure_seek(options: argparse.Namespace) -> None:
-    corpus = Lengths(options.documents)
+    corpus = Lengths(options.documents, options.text)
     tokens = int(corpus.lengths.sum(dtype=np.int64)) * (1 + 3 * options.neighbors)
     last = tokens // 4097 - 2048 * 4  # a batch at the end of the epoch
-    print(f"{options.documents:,} documents, {tokens // 4097:,} blocks an epoch\n| | s |\n|---|---|")
+    print(f"{options.documents:,} documents, {tokens // 4097:,} blocks of tokens an epoch\n| | s |\n|---|---|")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        stream = make_stream(corpus, options.neighbors, Path(folder))
+        stream = make_stream(corpus, options, Path(folder))
         timed("block 0 of a new stream", lambda: stream.plan(np.array([0])))
         timed("a batch at the end of the epoch, the first time", lambda: stream.plan(np.array([last])))
         generator, seconds = np.random.default_rng(2), []
@@ -94,25 +95,26 @@ def measure_seek(options: argparse.Namespace) -> None:
             seconds.append(time.perf_counter() - started)
         print(f"| any other batch, median of 50 (slowest) | {np.median(seconds):.4f} ({max(seconds):.4f}) |")
         cursor = stream.cursor(last - 5000)
-        again = make_stream(corpus, options.neighbors, Path(folder))
+        again = make_stream(corpus, options, Path(folder))
         timed("the same batch by another process, from the kept table", lambda: again.plan(np.array([last])))
-        resumed = make_stream(corpus, options.neighbors)
+        resumed = make_stream(corpus, options)
         resumed.resume(cursor)
         plan = timed("the same batch from a checkpoint's cursor", lambda: resumed.plan(np.array([last])))
         assert np.array_equal(plan.layout.documents, stream.plan(np.array([last])).layout.documents)
-    far = make_stream(corpus, options.neighbors)
-    far.resume({"start": 200 * tokens, "span": 200, "group": 0})  # a made-up place: counting would take 200 tables
-    timed("a batch of epoch 200 from a cursor", lambda: far.plan(np.array([200 * tokens // 4097 + 2048])))
+    if options.packing == "stream":
+        far = make_stream(corpus, options)
+        far.resume({"start": 200 * tokens, "span": 200, "group": 0})  # a made-up place: counting would take 200 tables
+        timed("a batch of epoch 200 from a cursor", lambda: far.plan(np.array([200 * tokens // 4097 + 2048])))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"\npeak memory {peak:.2f} GB, of which lengths {corpus.lengths.nbytes / 1e9:.2f} GB")
 
 
 def draw_lengths(name: str, generator: np.random.Generator, samples: int) -> np.ndarray:
     """Tokens of whole samples, at most a block's."""
-    if name == "text, log-normal, median 350":
+    if name == TEXT:
         lengths = generator.lognormal(np.log(350), 1.0, samples).astype(np.int64) + 2
     elif name == "30 % of the tokens text":
-        texts = draw_lengths("text, log-normal, median 350", generator, samples)
+        texts = draw_lengths(TEXT, generator, samples)
         share = 0.3 / texts.mean() / (0.3 / texts.mean() + 0.7 / 1069)
         pairs = draw_lengths("1024 image tokens", generator, samples)
         lengths = np.where(generator.random(samples) < share, texts, pairs)
@@ -127,7 +129,7 @@ def measure_waste(options: argparse.Namespace) -> None:
     generator, windows = np.random.default_rng(0), 20
     names = [f"{image} image tokens" for image in (64, 256, 1024)]
     print("| samples | in order | best fit | documents/s |\n|---|---|---|---|")
-    for name in [*names, "30 % of the tokens text", "text, log-normal, median 350"]:
+    for name in [*names, "30 % of the tokens text", TEXT]:
         drawn = [draw_lengths(name, generator, 4096) for _ in range(windows)]
         room = sum(lengths.sum() for lengths in drawn) / 4097
         started = time.perf_counter()
@@ -143,6 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=["seek", "waste"])
     parser.add_argument("--documents", type=int, default=100_000_000, help="documents of the epoch")
+    parser.add_argument("--packing", choices=["stream", "documents"], default="stream")
+    parser.add_argument("--text", action="store_true", help="documents of text alone")
     parser.add_argument("--neighbors", action="store_true", help="three retrieved documents in each sample")
     parser.add_argument("--folder", type=Path, help="where the table is kept while this runs; default: the system's")
     options = parser.parse_args(arguments)

@@ -9,7 +9,7 @@ documents, then text of the query, which is counted.
 
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from megatron_cm3leon.data.packing import lay_out_samples
 from megatron_cm3leon.data.prefix import Anchor, Prefix
 from megatron_cm3leon.data.samples import Samples
 
-_WINDOWS_KEPT = 8
+_WINDOWS_KEPT, _WINDOWS_TOGETHER = 8, 256
 
 
 def pack_in_order(lengths: list[int], room: int) -> list[list[int]]:
@@ -101,14 +101,42 @@ def pack_closing(lengths: list[int], room: int) -> list[list[int]]:
     return bins
 
 
+def count_bins(lengths: np.ndarray, firsts: np.ndarray, room: int) -> np.ndarray:
+    """`len(pack_window(..))` of consecutive windows that begin at `firsts`, int64 [windows].
+
+    Filling in order is done for all windows at once; those it does best, as with pairs of one picture size, are ready.
+    """
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    places, stops = firsts.copy(), np.append(firsts[1:], len(lengths))
+    counts = np.zeros(len(firsts), np.int64)
+    going = np.arange(len(firsts))
+    while len(going):
+        last = np.searchsorted(ends, ends[places[going]] + room, "right") - 1
+        places[going] = np.minimum(last, stops[going])
+        counts[going] += 1
+        going = going[places[going] < stops[going]]
+    sums, least = np.add.reduceat(lengths, firsts), np.minimum.reduceat(lengths, firsts)
+    for window in np.flatnonzero(counts > _fewest(sums, stops - firsts, least, room)).tolist():
+        counts[window] = len(pack_window(lengths[firsts[window] : stops[window]], room))
+    return counts
+
+
+def _fewest(total, items, shortest, room: int):
+    """Bins that any packing needs: by the sum of the lengths, and by how many of the shortest go into one."""
+    return np.maximum(-(-total // room), -(-items // (room // shortest)))
+
+
 def pack_window(lengths: np.ndarray, room: int) -> list[list[int]]:
     """The fewest bins that any of the three ways finds; of equals, those of the first."""
     items = lengths.tolist()
     ordered = pack_in_order(items, room)
-    fewest = max(-(-sum(items) // room), -(-len(items) // (room // min(items))))
+    fewest = _fewest(sum(items), len(items), min(items), room)
     if len(ordered) == fewest:
         return ordered
-    return min(ordered, pack_best_fit(items, room), pack_closing(items, room), key=len)
+    fitted = pack_best_fit(items, room)
+    if len(fitted) == fewest:
+        return fitted
+    return min(ordered, fitted, pack_closing(items, room), key=len)
 
 
 class DocumentsPacking:
@@ -118,7 +146,7 @@ class DocumentsPacking:
 
     def __init__(self, samples: Samples, length: int) -> None:
         self.samples, self.length = samples, length
-        self.prefix = Prefix(samples.span, self._measure)
+        self.prefix = Prefix(samples.span, self._measure, together=_WINDOWS_TOGETHER)
         self._windows: OrderedDict[int, tuple[Anchor, list[np.ndarray]]] = OrderedDict()
 
     @property
@@ -173,7 +201,7 @@ class DocumentsPacking:
                 return anchor, blocks
         anchor = self.prefix.find(number)
         first, last = self.prefix.samples(anchor.span, anchor.group)
-        packed = self._pack(first, last)
+        packed = pack_window(self._lengths(first, last), self.length)
         key = derive_key(self.samples.seed, "documents", anchor.span, anchor.group)
         order = permute(np.arange(len(packed)), len(packed), key).tolist()
         blocks = [first + np.sort(np.array(packed[place])) for place in order]
@@ -183,7 +211,8 @@ class DocumentsPacking:
         return anchor, blocks
 
     def _measure(self, starts: list[int]) -> list[int]:
-        return [len(self._pack(first, last)) for first, last in pairwise(starts)]
+        return count_bins(self._lengths(starts[0], starts[-1]), np.array(starts[:-1]) - starts[0], self.length).tolist()
 
-    def _pack(self, first: int, last: int) -> list[list[int]]:
-        return pack_window(np.minimum(self.samples.lengths(np.arange(first, last)), self.length), self.length)
+    def _lengths(self, first: int, last: int) -> np.ndarray:
+        """Tokens of samples, each cut to a block, int64 [last - first]."""
+        return np.minimum(self.samples.lengths(np.arange(first, last)), self.length)

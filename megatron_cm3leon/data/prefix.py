@@ -42,12 +42,18 @@ class Anchor:
 class Prefix:
     """Units of the groups of a stream whose spans have `span` samples each."""
 
-    def __init__(self, span: int, measure: Callable[[list[int]], list[int]], span_units: int | None = None) -> None:
+    def __init__(
+        self,
+        span: int,
+        measure: Callable[[list[int]], list[int]],
+        span_units: int | None = None,
+        together: int = _TOGETHER,
+    ) -> None:
         """`measure([first, .., last])` counts the units of consecutive groups, given their first samples.
 
-        `span_units`: units of every span, where they are all the same.
+        `span_units`: units of every span, where they are all the same; `together`: groups measured in one call.
         """
-        self.span, self.measure, self.span_units = span, measure, span_units
+        self.span, self.measure, self.span_units, self.together = span, measure, span_units, together
         self.groups = -(-span // GROUP)
         self.folder: Path | None = None
         self.name = ""
@@ -115,7 +121,7 @@ class Prefix:
         """Units before each group of a span, and those of the span; int64 [groups + 1]."""
         first, last = span * self.span, (span + 1) * self.span
         starts = [*range(first, last, GROUP), last]
-        parts = [starts[place : place + _TOGETHER + 1] for place in range(0, self.groups, _TOGETHER)]
+        parts = [starts[place : place + self.together + 1] for place in range(0, self.groups, self.together)]
         threads = min(_THREADS, len(os.sched_getaffinity(0)))  # numpy computes without the interpreter's lock
         with ThreadPoolExecutor(threads) as pool:
             table = np.cumsum([0, *chain.from_iterable(pool.map(self.measure, parts))], dtype=np.int64)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_cm3leon.config import Config
-from megatron_cm3leon.data.best_fit import pack_best_fit, pack_closing, pack_in_order, pack_window
+from megatron_cm3leon.data.best_fit import count_bins, pack_best_fit, pack_closing, pack_in_order, pack_window
 from megatron_cm3leon.data.samples import DataSource
 from megatron_cm3leon.data.stream import Stream, number_samples
 from tests.data.corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
@@ -145,6 +145,21 @@ def test_best_fit_pads_little_and_never_more_than_in_order(name, waste):
     assert max(sum(lengths[item] for item in items) for items in bins) <= 4097
     assert len(bins) <= len(pack_in_order(lengths.tolist(), 4097))
     assert 1 - lengths.sum() / (len(bins) * 4097) <= waste
+
+
+def test_bins_of_many_windows_are_counted_as_they_are_packed():
+    generator = np.random.default_rng(3)
+    for room in (20, 100):
+        lengths = np.concatenate(
+            [generator.integers(1, room + 1, 30), np.full(25, room // 3), generator.geometric(0.2, 50).clip(1, room)]
+        )
+        for _ in range(50):
+            generator.shuffle(lengths)
+            sizes = generator.integers(1, 40, 9)
+            firsts = np.append(0, np.cumsum(sizes))
+            firsts = firsts[firsts < len(lengths)]
+            expected = [len(pack_window(window, room)) for window in np.split(lengths, firsts[1:])]
+            assert count_bins(lengths, firsts, room).tolist() == expected
 
 
 @pytest.mark.parametrize("packing", ["stream", "stream_whole_images", "documents"])
