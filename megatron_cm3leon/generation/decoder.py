@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_cm3leon.generation.exported import POSITION_OFFSET, Shape, read_shape, read_weights
+from megatron_cm3leon.generation.exported import POSITION_OFFSET, Shape, WeightFiles, read_shape
 from megatron_cm3leon.generation.linear import Matrix, build_matrix
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,8 +69,8 @@ class Cache:
 class Decoder:
     """Logits of the next token, position after position."""
 
-    def __init__(self, weights: dict[str, Tensor], shape: Shape, int8: bool = False) -> None:
-        """`weights` by the stock class's names, checked; they are taken out of the dictionary."""
+    def __init__(self, weights: dict[str, Tensor] | WeightFiles, shape: Shape, int8: bool = False) -> None:
+        """`weights` by the stock class's names, checked; they are taken out one by one."""
         self.shape, self.int8, self.context = shape, int8, shape.context
         prefix = "model.decoder." if shape.learned_positions else "model."
         self.words = weights.pop(f"{prefix}embed_tokens.weight")
@@ -92,7 +92,7 @@ class Decoder:
             raise ValueError(f"dtype ({dtype!r}) must be one of: {', '.join(KINDS)}.")
         shape = read_shape(folder)
         beside_int8 = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        weights = read_weights(folder, shape, DTYPES.get(dtype, beside_int8), device)
+        weights = WeightFiles(folder, shape, DTYPES.get(dtype, beside_int8), device)
         return cls(weights, shape, dtype == "int8")
 
     @property
@@ -270,7 +270,7 @@ class Decoder:
         state += layer.outer(inner)
 
 
-def _take_layer(weights: dict[str, Tensor], prefix: str, shape: Shape, int8: bool) -> Layer:
+def _take_layer(weights: dict[str, Tensor] | WeightFiles, prefix: str, shape: Shape, int8: bool) -> Layer:
     def take(name: str) -> Tensor:
         return weights.pop(f"{prefix}{name}.weight")
 

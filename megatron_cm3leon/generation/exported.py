@@ -153,37 +153,52 @@ def expected_weights(shape: Shape) -> dict[str, tuple[int, ...]]:
     return weights
 
 
-def read_weights(folder: Path, shape: Shape, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
-    """All weights by the stock class's names, as `dtype`; ValueError where one is not as it has to be."""
-    weights: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+class WeightFiles:
+    """The weights of an exported folder by the stock class's names: checked at once, each read when it is taken.
+
+    So a model is never in memory twice, and quantising one needs room for the result and a layer.
+    """
+
+    def __init__(self, folder: Path, shape: Shape, dtype: torch.dtype, device: str | torch.device) -> None:
+        """ValueError where a weight is missing, unknown or of another shape; `dtype` is what `pop` returns."""
+        self.folder, self.dtype, self._files = folder, dtype, {}
+        expected = expected_weights(shape)
+        for path in _weight_files(folder):
+            try:
+                file = safe_open(path, framework="pt", device=str(device))
+                self._files |= dict.fromkeys(file.keys(), (path, file))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} cannot be read ({error}); {_AGAIN}") from error
+        for what, names in (
+            ("lacks", [name for name in expected if name not in self._files]),
+            ("has unknown", [name for name in self._files if name not in expected]),
+        ):
+            if names:
+                more = " ..." if len(names) > 1 else ""
+                raise ValueError(f"{folder} {what} {len(names)} weights ({names[0]}{more}); {_AGAIN}")
+        for name, (_, file) in self._files.items():
+            found = file.get_slice(name).get_shape()
+            if found != list(expected[name]):
+                raise ValueError(
+                    f"{folder}: {name} has shape {found}, config.json asks for {list(expected[name])}; {_AGAIN}"
+                )
+
+    def pop(self, name: str, default: Tensor | None = None) -> Tensor | None:
+        """Take a weight out, as `dict.pop` does; ValueError where it has a value that is no number."""
+        if name not in self._files:
+            return default
+        path, file = self._files.pop(name)
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                    weights[name] = file.get_tensor(name).to(dtype)
+            weight = file.get_tensor(name).to(self.dtype)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}); {_AGAIN}") from error
-    expected = expected_weights(shape)
-    for what, names in (
-        ("lacks", [name for name in expected if name not in weights]),
-        ("has unknown", [name for name in weights if name not in expected]),
-    ):
-        if names:
-            more = " ..." if len(names) > 1 else ""
-            raise ValueError(f"{folder} {what} {len(names)} weights ({names[0]}{more}); {_AGAIN}")
-    for name, weight in weights.items():
-        if tuple(weight.shape) != expected[name]:
-            raise ValueError(
-                f"{folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(expected[name])}; "
-                f"{_AGAIN}"
-            )
         if not all(torch.isfinite(bound) for bound in weight.aminmax()):
-            kind = str(dtype).removeprefix("torch.")
+            kind = str(self.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{folder}: {name} has NaN or infinite values as {kind}; export an earlier checkpoint"
-                f"{'' if dtype == torch.float32 else ', or load it as fp32'}."
+                f"{self.folder}: {name} has NaN or infinite values as {kind}; export an earlier checkpoint"
+                f"{'' if self.dtype == torch.float32 else ', or load it as fp32'}."
             )
-    return weights
+        return weight
 
 
 def _weight_files(folder: Path) -> list[Path]:
