@@ -3,12 +3,12 @@
     python benchmarks/retrieval_gain.py --corpora shapes emoji --steps 3000 --output runs/retrieval_gain
 
 For each corpus the tools make pairs, tokenizers, shards, a CLIP encoder and indexes, as examples/quickstart.sh and
-examples/emoji.sh do, once; `--prepared NAME=FOLDER` takes the output folder of such a script instead. For each seed a
-model is trained with K retrieved documents, K uniform in 0..3 (RA-CM3's choice, so that it has seen every number), and
-exported. Counted is the loss a token of held-out query documents, the same tokens every time, behind K documents: the
-nearest of their row of the table (found by text and by picture, as in training), the nearest by their text alone (as
-for a prompt), and random ones of the memory bank. Only held-out documents that have three neighbours take part. What is
-done is kept: the same command goes on where it stopped.
+examples/emoji.sh do, once; `--prepared NAME=FOLDER` takes the output folder of such a script instead. For each family
+and seed a model is trained with K retrieved documents, K uniform in 0..3 (RA-CM3's choice, so that it has seen every
+number), and exported. Counted is the loss a token of held-out query documents, the same tokens every time, behind K
+documents: the nearest of their row of the table (found by text and by picture, as in training), the nearest by their
+text alone (as for a prompt), and random ones of the memory bank. Only held-out documents that have three neighbours
+take part. What is done is kept: the same command goes on where it stopped.
 
 Writes figures.json, gain.png, and prints the table.
 """
@@ -38,6 +38,8 @@ from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"nearest": "#2f6fd0", "nearest by text": "#2e8b57", "random": "#c2630a"}
+FAMILIES = {"cm3leon": [], "llama": ["model.family=llama", "model.activation=swiglu"]}
+"""Families of models, by what they change of the corpus's recipe."""
 MOST = 3
 """Retrieved documents at most (CM3Leon's three)."""
 CORPORA = {
@@ -106,14 +108,14 @@ def run_once(result: Path, *command) -> None:
         run(*command)
 
 
-def train_model(name: str, prepared: Path, folder: Path, seed: int, options: argparse.Namespace) -> Path:
+def train_model(name: str, family: str, seed: int, prepared: Path, folder: Path, options: argparse.Namespace) -> Path:
     """Train with K uniform in 0..3 and export; returns the exported folder."""
     exported, config = folder / "exported", folder / "train.yaml"
     context = find_context(prepared)
     overrides = [f"data.shards={prepared}/shards/train", f"retrieval.index={prepared}/index/train", f"seed={seed}"]
     overrides += [f"retrieval.documents={MOST}", "retrieval.choice=uniform", f"data.seq_length={context}"]
     overrides += [f"train.steps={options.steps}", f"checkpoint.interval={options.steps}", f"output={folder}/run"]
-    wanted = load_config(ROOT / CORPORA[name]["config"], overrides + options.set)
+    wanted = load_config(ROOT / CORPORA[name]["config"], overrides + FAMILIES[family] + options.set)
     if config.is_file() and load_config(config) != wanted:
         raise ValueError(f"{folder} was trained with other settings ({config}); give another --output.")
     if (exported / "config.json").is_file():
@@ -161,7 +163,7 @@ def measure(exported: Path, prepared: Path, seed: int, options: argparse.Namespa
 
 def summarise(results: dict) -> str:
     """A table: mean over seeds, with the spread of the seeds' differences from no retrieved document."""
-    lines = ["| corpus | retrieved | loss | text | image | less than with none |", "|---|---|---|---|---|---|"]
+    lines = ["| corpus, family | retrieved | loss | text | image | less than with none |", "|---|---|---|---|---|---|"]
     for corpus, seeds in results.items():
         for name in next(iter(seeds.values())):
             rows = [losses[name] for losses in seeds.values()]
@@ -173,9 +175,11 @@ def summarise(results: dict) -> str:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Loss by the number of retrieved documents, a panel a corpus; thin lines are the seeds, thick ones their mean."""
-    figure, panels = pyplot.subplots(1, len(results), figsize=(4.6 * len(results), 3.6), squeeze=False)
-    for axes, (corpus, seeds) in zip(panels[0], results.items(), strict=True):
+    """Loss by the number of retrieved documents, a panel a corpus and family; thin lines: seeds, thick ones: means."""
+    columns = min(2, len(results))
+    rows = -(-len(results) // columns)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False)
+    for axes, (corpus, seeds) in zip(panels.flat, results.items(), strict=False):
         for kind, colour in KINDS.items():
             names = ["none", *(f"{kind} {count}" for count in range(1, MOST + 1))]
             curves = np.array([[losses[name]["loss"] for name in names] for losses in seeds.values()])
@@ -186,6 +190,8 @@ def draw(results: dict, path: Path) -> None:
         axes.set_xticks(range(MOST + 1))
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
+    for axes in panels.flat[len(results) :]:
+        axes.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -197,6 +203,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/retrieval_gain"), help="where everything goes")
     parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the models")
     parser.add_argument("--steps", type=int, default=3000, help="training steps of each model")
     parser.add_argument("--queries", type=int, default=1000, help="held-out documents measured, at most")
@@ -210,10 +217,12 @@ def main() -> None:
     results: dict[str, dict] = {}
     for name in options.corpora:
         prepared = Path(given[name]).resolve() if name in given else prepare(name, output / name / "data", options)
-        results[name] = {}
-        for seed in track(options.seeds, label=name, unit="seeds"):
-            exported = train_model(name, prepared, output / name / f"seed-{seed}", seed, options)
-            results[name][seed] = measure(exported, prepared, seed, options)
+        for family in options.families:
+            measured = results[f"{name}, {family}"] = {}
+            for seed in track(options.seeds, label=f"{name}, {family}", unit="seeds"):
+                folder = output / name / f"{family}-seed-{seed}"
+                exported = train_model(name, family, seed, prepared, folder, options)
+                measured[seed] = measure(exported, prepared, seed, options)
     (output / "figures.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(results, output / "gain.png")
     print(summarise(results))
