@@ -10,7 +10,9 @@ from pathlib import Path
 @contextmanager
 def written_whole(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output`, renamed to it at the end, in place of what is there; removed on any error."""
-    output = output.absolute()
+    output = output.resolve()  # what a link leads to, not the link, is what appears
+    if output.is_mount():
+        raise ValueError(f"{output} is a mount point, which cannot be renamed to; give a folder inside it.")
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.parent / f".{output.name}.tmp-{os.getpid()}"
     aside = output.parent / f".{output.name}.old-{os.getpid()}"

@@ -122,6 +122,8 @@ def find_documents(arguments: argparse.Namespace, generator: Generator, count: i
     if arguments.document:
         given = [generator.encode_document([caption, load_picture(path)]) for caption, path in arguments.document]
         return None, [given] * count
+    if not arguments.retrieve and (arguments.documents is not None or arguments.encoder is not None):
+        raise ValueError("--documents and --encoder are for --retrieve INDEX; give it too, or leave them out.")
     if not arguments.retrieve:
         return None, None
     source = DocumentSource.load(arguments.retrieve, generator.vocabulary, arguments.encoder)
@@ -216,6 +218,8 @@ def make_infill(arguments: argparse.Namespace) -> None:
         raise ValueError("--box needs the --picture it is a part of.")
     if arguments.text is not None and arguments.text.count(MASK) != 1:
         raise ValueError(f"--text ({arguments.text!r}) must hold {MASK} exactly once, where the span is.")
+    if arguments.text is not None and arguments.caption is not None:
+        raise ValueError("--caption is of a picture with --box; --text is the caption itself: give one of them.")
     if arguments.text is not None and (arguments.guidance != 1 or arguments.contrast_k):
         raise ValueError(
             "--guidance and --contrast-k strengthen a picture's --caption; --text has none: leave them out."

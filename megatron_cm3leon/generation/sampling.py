@@ -33,7 +33,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature ({self.temperature}) must be 0 (greedy) or above.")
+            raise ValueError(f"temperature ({self.temperature}) must be a finite number, 0 (greedy) or above.")
         if self.top_k < 0:
             raise ValueError(f"top_k ({self.top_k}) must be 0 (all tokens) or above.")
         if not 0 < self.top_p <= 1:
