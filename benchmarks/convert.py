@@ -22,7 +22,7 @@ import torch
 from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.folder import Piece
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.config import Config, load_config
 from megatron_cm3leon.model.weights import canonical_shapes
 from megatron_cm3leon.progress import track
@@ -85,9 +85,7 @@ def measure(label: str, files: Path, *arguments) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--preset", default="350m", help="350m, 760m or 7b")
     parser.add_argument("--family", default="cm3leon", help="cm3leon or llama")
     parser.add_argument("--dtype", default="bf16", help="fp32, bf16 or fp16")

@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.evaluation.evaluate import PROMPT_TOKENS
 from megatron_cm3leon.evaluation.heldout import read_heldout
@@ -99,9 +99,7 @@ def draw_plot(rows: list[dict], ceiling: float, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--model", required=True, help="folder that tools/convert_checkpoint.py export wrote")
     parser.add_argument("--shards", required=True, help="held-out shards")
     parser.add_argument("--checker", required=True, help="Python file with classify and parse_caption")

@@ -27,7 +27,7 @@ from functools import cache, partial
 
 import torch
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.evaluation.loss import measure_loss
 from megatron_cm3leon.generation.batch import decode_segments
@@ -258,9 +258,7 @@ def measure_gpu() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--size", nargs="+", choices=list(SIZES), default=["quickstart", "350m"])
     parser.add_argument("--family", choices=["cm3leon", "llama"], default="cm3leon")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts at once")

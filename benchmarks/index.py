@@ -26,7 +26,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.retrieval.candidates import Bank, Queries, find_neighbors
 from megatron_cm3leon.retrieval.index import (
     Recall,
@@ -140,9 +140,7 @@ def measure_table(index, vectors: np.ndarray, chosen: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the vectors are made and kept")
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=512)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.config import Config, load_config
 from megatron_cm3leon.data.loader import Loader
 from megatron_cm3leon.data.shard_writer import ShardWriter
@@ -261,9 +261,7 @@ def measure_memory(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder, about 1 GB; kept for the next run")
     parser.add_argument("--what", nargs="+", default=["rates", "worker", "cold", "slow", "memory"])
     parser.add_argument("--documents", type=int, default=220_000, help="documents of the corpus")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.config import load_config
 from megatron_cm3leon.data.best_fit import pack_in_order, pack_window
 from megatron_cm3leon.data.order import draw_bits
@@ -140,9 +140,7 @@ def measure_waste(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("what", choices=["seek", "waste"])
     parser.add_argument("--documents", type=int, default=100_000_000, help="documents of the epoch")
     parser.add_argument("--packing", choices=["stream", "documents"], default="stream")

@@ -1,9 +1,19 @@
 """What every command-line tool shares: errors as one sentence, and exit statuses."""
 
+import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends defaults to the help of options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == [] or action.required:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def show_messages(level: int = logging.INFO) -> None:

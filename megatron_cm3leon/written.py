@@ -23,6 +23,10 @@ def written_whole(output: Path) -> Iterator[Path]:
         if output.exists():
             output.rename(aside)
         folder.rename(output)
+    except OSError as error:
+        if error.filename is None:  # as where a disk is full
+            error.filename = str(output)
+        raise
     finally:
         if aside.exists() and not output.exists():
             aside.rename(output)

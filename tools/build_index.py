@@ -11,7 +11,7 @@ command as one task then does the rest; or --stage index as one task, --stage ne
 import argparse
 from dataclasses import fields
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.options import STAGES, IndexOptions
 from megatron_cm3leon.tasks import find_task
@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Build the retrieval index of shards: embeddings, FAISS index, table of neighbours.",
         epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--shards", required=True, help="shards whose documents are the queries")
     parser.add_argument(

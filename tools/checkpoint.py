@@ -14,12 +14,12 @@ from pathlib import Path
 from megatron_cm3leon.checkpoint.account import describe_checkpoint, describe_run, find_checkpoints
 from megatron_cm3leon.checkpoint.folder import total_bytes
 from megatron_cm3leon.checkpoint.verify import find_damage
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.progress import meter
 
 
 def parse_arguments() -> argparse.Namespace:
-    style = argparse.ArgumentDefaultsHelpFormatter
+    style = HelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser(

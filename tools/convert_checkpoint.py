@@ -14,7 +14,7 @@ docs/conversion.md says more.
 import argparse
 import re
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -28,13 +28,17 @@ def parse_size(text: str) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    formatted = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    formatted = {"formatter_class": HelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **formatted)
     commands = parser.add_subparsers(dest="command", required=True)
 
     export = commands.add_parser("export", help="checkpoint -> OPT, Llama or Qwen3 folder", **formatted)
     add = export.add_argument
-    add("--checkpoint", required=True, help="checkpoint folder, such as runs/x/checkpoints/step-00001000")
+    add(
+        "--checkpoint",
+        required=True,
+        help="checkpoint folder, such as runs/x/checkpoints/step-00001000, or a run: its newest",
+    )
     add("--tokenizer", required=True, help="tokenizer folder the run was trained with")
     add("--output", required=True, help="folder to write; must be new or empty, or an export with --overwrite")
     add("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="type of the weights in the files")
@@ -79,7 +83,10 @@ def export_tool(arguments: argparse.Namespace) -> None:
     )
     print(f"{account['class']} against the trained model: {account['check']}")
     print(f"tokenizer.json: {account['tokenizer_json']}")
-    print(f"wrote {arguments.output}: {account['parameters']:,} parameters in {account['dtype']}, with the tokenizers")
+    print(
+        f"wrote {arguments.output}: {account['parameters']:,} parameters of {account['checkpoint']} in "
+        f"{account['dtype']}, with the tokenizers"
+    )
 
 
 def import_tool(arguments: argparse.Namespace) -> None:

@@ -6,16 +6,14 @@
 
 import argparse
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
 from megatron_cm3leon.generation.decoder import KINDS
 
 
 def parse_arguments() -> argparse.Namespace:
     defaults = EvaluationOptions()
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="folder that tools/convert_checkpoint.py export wrote")
     add("--shards", required=True, help="shards of held-out pairs")

@@ -12,16 +12,17 @@ With --retrieve INDEX, retrieved documents stand in front of each prompt; with -
 """
 
 import argparse
+from itertools import chain
 from pathlib import Path
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.generate import Generator
 from megatron_cm3leon.generation.made import MadePicture
 from megatron_cm3leon.generation.prompts import CAPTION_FORMS, UNCONDITIONAL_FORMS
 from megatron_cm3leon.generation.results import check_output, written_results
 from megatron_cm3leon.generation.retrieved import DocumentSource
-from megatron_cm3leon.generation.sampling import Sampling
+from megatron_cm3leon.generation.sampling import Sampling, default_guidance
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.tokenizers.pixels import load_picture
 
@@ -29,11 +30,12 @@ MASK = "<mask>"
 
 
 def parse_arguments() -> argparse.Namespace:
-    style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    style = {"formatter_class": HelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **style)
     commands = parser.add_subparsers(dest="command", required=True)
     image = commands.add_parser("image", help="pictures of captions", **style)
-    image.add_argument("captions", nargs="+", help="what the pictures should show")
+    image.add_argument("captions", nargs="*", help="what the pictures should show")
+    image.add_argument("--from", dest="file", metavar="FILE", help="more captions, one a line; blank lines are skipped")
     image.add_argument("--candidates", type=int, default=1, help="pictures of each caption; seeds count up")
     image.add_argument("--rank-with", metavar="CLIP", help="CLIP folder: keep the candidates nearest to their caption")
     image.add_argument("--keep", type=int, help="candidates that --rank-with keeps (default: 1)")
@@ -41,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
         "--unconditional", choices=UNCONDITIONAL_FORMS, default="auto",
         help="guidance's prompt without the caption: caption dropped, or masked by a sentinel",
     )  # fmt: skip
-    _add_contrast(image, "classifier-free guidance; 1 is none (default: 2, with --contrast-k 1)", None)
+    _add_contrast(image, "classifier-free guidance; 1 is none (default: 2; 1 with --contrast-k)", None)
     _add_shared(image, temperature=0.7, output="out")
     caption = commands.add_parser("caption", help="captions of pictures", **style)
     caption.add_argument("pictures", nargs="+", help="picture files")
@@ -109,9 +111,7 @@ def sampling_options(arguments: argparse.Namespace) -> dict:
 
 
 def load_generator(arguments: argparse.Namespace) -> Generator:
-    Sampling(
-        **{name: value for name, value in sampling_options(arguments).items() if name != "seed" and value is not None}
-    )
+    Sampling(**{name: value for name, value in sampling_options(arguments).items() if name != "seed"})
     return Generator.load(arguments.model, arguments.dtype, arguments.device)
 
 
@@ -142,9 +142,27 @@ def describe(made: MadePicture, name: str) -> dict:
     return entry if made.score is None else entry | {"score": made.score}
 
 
+def find_captions(arguments: argparse.Namespace) -> list[str]:
+    """Captions of the command line and of the --from file."""
+    captions = list(arguments.captions)
+    if arguments.file:
+        from megatron_cm3leon.data.sources import BadInput, open_source
+
+        source = open_source(arguments.file, 1000, "lines")
+        for line in chain.from_iterable(map(source.read_part, range(source.parts))):
+            if isinstance(line, BadInput):
+                raise ValueError(f"--from {arguments.file}: {line.source}: {line.reason}.")
+            captions.append(line.texts[0])
+    if not captions:
+        raise ValueError("there is no caption to draw; give some, or --from FILE with one a line.")
+    return captions
+
+
 def make_images(arguments: argparse.Namespace) -> None:
-    output = check_output(arguments.output)
-    generator, captions = load_generator(arguments), arguments.captions
+    output, captions = check_output(arguments.output), find_captions(arguments)
+    if arguments.guidance is None:
+        arguments.guidance = default_guidance(arguments.contrast_k)
+    generator = load_generator(arguments)
     encoder = None
     if arguments.rank_with:
         from megatron_cm3leon.retrieval.encoder import Encoder

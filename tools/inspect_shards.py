@@ -3,14 +3,14 @@
 import argparse
 from pathlib import Path
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.data.inspect import decode_pictures, describe, measure, require_whole
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.generation.sheet import draw_contact_sheet
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--shards", required=True, help="folder that tools/preprocess_data.py wrote")
     parser.add_argument("--tokenizer", help="its tokenizer folder, for --sheet")
     parser.add_argument("--sheet", help="PNG file of the contact sheet")

@@ -14,7 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.data.account import QUARANTINE
 from megatron_cm3leon.data.dedupe import BY
 from megatron_cm3leon.data.filters import FITS, Filters
@@ -27,9 +27,7 @@ from megatron_cm3leon.tasks import find_task
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     first, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=HelpFormatter)
     parser.add_argument("--input", required=True, nargs="+", help="files of one format, or one folder; paths or URLs")
     parser.add_argument("--format", choices=FORMATS, default="auto", help="of the input; auto goes by names' endings")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder that tools/train_tokenizer.py wrote")

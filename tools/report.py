@@ -5,14 +5,12 @@ python tools/report.py --evaluation evaluation/ --model exported/ --run runs/x -
 
 import argparse
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.evaluation.assemble import collect_report, write_report
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--evaluation", required=True, help="folder that tools/evaluate.py wrote")
     parser.add_argument("--model", required=True, help="folder that tools/convert_checkpoint.py export wrote")
     parser.add_argument("--run", help="run folder of the training, for the loss curves")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config
 from megatron_cm3leon.data.history import REASONS, find_batch, read_history
 from megatron_cm3leon.data.show import BlockPrinter, find_pictures
@@ -27,9 +27,7 @@ LAST_BATCH = 1 << 40
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("config", help="YAML file, or a run folder, which has config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the file's")
     which = parser.add_mutually_exclusive_group()

@@ -9,7 +9,7 @@ a YAML file: --site, else $MEGATRON_CM3LEON_SITE, else ~/.config/megatron_cm3leo
 
 import argparse
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.cluster.pipeline import load_pipeline, plan_pipeline, show_plan, submit_plan
 from megatron_cm3leon.cluster.script import LAUNCHERS
 from megatron_cm3leon.cluster.site import RUNTIMES, Site, check_site, load_site
@@ -22,7 +22,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    form = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    form = {"formatter_class": HelpFormatter}
     train = commands.add_parser("train", help="submit a training run", **form)
     train.add_argument("config", help="YAML file of the run")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")

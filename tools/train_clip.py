@@ -6,14 +6,14 @@ python tools/train_clip.py --input pairs.jsonl --text-model tokenizer/text.model
 import argparse
 from dataclasses import fields
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.retrieval.train import ClipOptions, train_clip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Train a small CLIP contrastively on image-text pairs; writes a CLIPModel folder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--input", required=True, help="JSONL file of pairs, or folder of pictures and captions")
     parser.add_argument("--text-model", required=True, help="SentencePiece model (text.model of a tokenizer folder)")

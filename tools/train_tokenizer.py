@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.tokenizers.corpus import list_pictures, read_captions
 from megatron_cm3leon.tokenizers.folder import IMAGE_FOLDER, TEXT_MODEL, VOCABULARY, write_vocabulary
 from megatron_cm3leon.tokenizers.image_training import ImageTrainingOptions, train_and_measure
@@ -22,15 +22,13 @@ from megatron_cm3leon.tokenizers.vqgan import VQGANConfig
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, summary, add_flags in (
         ("text", "SentencePiece BPE with byte fallback", add_text_flags),
         ("image", "VQGAN, encoder and decoder", add_image_flags),
     ):
-        command = commands.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(name, help=summary, formatter_class=HelpFormatter)
         command.add_argument("--input", required=True, help="JSONL file of pairs, or a folder")
         command.add_argument("--output", required=True, help="tokenizer folder to write to")
         add_flags(command)

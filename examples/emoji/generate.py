@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it also runs as a script
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.progress import track
 
 FONTS = ("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "/usr/share/fonts/noto/NotoColorEmoji.ttf")
@@ -211,7 +211,7 @@ def generate(options: argparse.Namespace) -> dict[str, int]:
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Render Noto colour emoji with their CLDR names as a corpus of pairs, a tenth held out.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--output", required=True, help="folder to write train/, heldout/ and their JSONL files to")
     parser.add_argument("--size", type=int, default=64, help="picture size in pixels, up to 136")

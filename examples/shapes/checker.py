@@ -31,7 +31,7 @@ from examples.shapes.drawing import (
     SHAPES,
     draw_mask,
 )
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 
 BLUR = 1 / 40
 """Standard deviation of the blurred templates as a share of the picture size."""
@@ -145,7 +145,7 @@ def judge_file(path: str | Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Share of pictures that show what their captions say.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--input", required=True, help='JSONL file of {"image", "caption"}, paths relative to it')
     options = parser.parse_args()

@@ -29,7 +29,7 @@ from examples.shapes.drawing import (
     draw_picture,
     write_caption,
 )
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.progress import track
 
 HELDOUT_COMBINATIONS = 144
@@ -106,7 +106,7 @@ def generate(output: str | Path, pairs: int, picture_size: int, seed: int) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write a corpus of coloured shapes, a tenth of the attribute combinations held out.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--output", required=True, help="folder to write train/, heldout/ and their JSONL files to")
     parser.add_argument("--pairs", type=int, default=6000, help="pairs in all; a tenth of them is held out")

@@ -59,6 +59,8 @@ def complete_documents(
 
 
 def _begin(generator, parts: list, retrieved: list) -> _Growing:
+    if isinstance(parts, str):
+        raise ValueError(f"a document ({parts!r}) must be a list of texts and pictures, also where there is one only.")
     ids = prompts.begin_sample(retrieved, generator.vocabulary) + generator.encode_document(parts)
     generator.decoder.check_length(len(ids), 1)
     if not parts:

@@ -131,6 +131,9 @@ class Decoder:
 
         Returns the final hidden state [B, H] after each prompt's last token, for `logits`, and the cache.
         """
+        highest = max(map(max, prompts))
+        if highest >= self.vocabulary_size:
+            raise ValueError(f"a prompt has the id {highest}; the model's {self.vocabulary_size} begin with 0.")
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
         self.check_length(longest, room)

@@ -20,6 +20,7 @@ LAYER_NORM_EPSILON = 1e-5
 INDEX = "model.safetensors.index.json"
 _REMEDY = "give a folder that tools/convert_checkpoint.py export wrote."
 _AGAIN = "export the checkpoint again."
+_TYPES = ("F32", "BF16", "F16")
 _REQUIRED = {
     "opt": {"enable_bias": False, "layer_norm_elementwise_affine": False, "do_layer_norm_before": True},
     "llama": {"hidden_act": "silu", "attention_bias": False},
@@ -177,7 +178,10 @@ class WeightFiles:
                 more = " ..." if len(names) > 1 else ""
                 raise ValueError(f"{folder} {what} {len(names)} weights ({names[0]}{more}); {_AGAIN}")
         for name, (_, file) in self._files.items():
-            found = file.get_slice(name).get_shape()
+            part = file.get_slice(name)
+            if part.get_dtype() not in _TYPES:
+                raise ValueError(f"{folder}: {name} has type {part.get_dtype()}, not {', '.join(_TYPES)}; {_AGAIN}")
+            found = part.get_shape()
             if found != list(expected[name]):
                 raise ValueError(
                     f"{folder}: {name} has shape {found}, config.json asks for {list(expected[name])}; {_AGAIN}"

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_cm3leon.device import resolve_device
 from megatron_cm3leon.generation import prompts
 from megatron_cm3leon.generation.batch import decode_batches, decode_segments
 from megatron_cm3leon.generation.complete import complete_documents
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.grammar import Segment, picture_segment, text_segment
 from megatron_cm3leon.generation.made import MadePicture
-from megatron_cm3leon.generation.sampling import Sampling
+from megatron_cm3leon.generation.sampling import Sampling, default_guidance
 from megatron_cm3leon.tokenizers.pixels import from_pixels, to_pixels
 
 
@@ -50,13 +51,9 @@ class Generator:
         """Open what tools/convert_checkpoint.py export wrote; ValueError for any other folder."""
         from megatron_cm3leon.tokenizers.folder import Tokenizers
 
-        folder = Path(folder)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder, device = Path(folder), resolve_device(device)
         decoder = Decoder.load(folder, dtype, device)
-        account = folder / "cm3leon.json"
-        training = json.loads(account.read_text())["training"] if account.is_file() else {}
-        return cls(decoder, Tokenizers.load(folder, device), training)
+        return cls(decoder, Tokenizers.load(folder, device), read_training(folder))
 
     @property
     def training_documents(self) -> int:
@@ -96,7 +93,7 @@ class Generator:
         if keep is not None and not (encoder is not None and 1 <= keep <= candidates):
             raise ValueError(f"keep ({keep}) needs an encoder that ranks, and must be in 1..candidates ({candidates}).")
         if guidance is None:
-            guidance = 1.0 if contrast_k else 2.0
+            guidance = default_guidance(contrast_k)
         sampling = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, contrast_k=contrast_k,
             contrast_alpha=contrast_alpha,
@@ -377,7 +374,23 @@ def _rank(made: Iterator[MadePicture], candidates: int, keep: int, encoder) -> I
             yield replace(group[place], score=float(scores[place]))
 
 
+def read_training(folder: Path) -> dict:
+    """How the exported model was trained, for the forms of prompts that it knows; ValueError where that is not told."""
+    account = folder / "cm3leon.json"
+    try:
+        training = json.loads(account.read_text())["training"]
+    except FileNotFoundError:
+        fault = "is missing"
+    except (ValueError, KeyError, TypeError) as error:
+        fault = f"cannot be read ({type(error).__name__}: {error})"
+    else:
+        return training
+    raise ValueError(f"{account} {fault}: it tells how the model was trained; export the checkpoint again.")
+
+
 def _per_item(retrieved: list | None, items: list, name: str) -> list:
+    if isinstance(items, str):
+        raise ValueError(f"{name} ({items!r}) must be a list, also where there is one only.")
     if retrieved is None:
         return [[] for _ in items]
     if len(retrieved) != len(items):

@@ -56,6 +56,11 @@ class Sampling:
         return self.guidance != 1 or self.contrast_k > 0
 
 
+def default_guidance(contrast_k: int) -> float:
+    """Guidance of pictures where none is given: none beside CD-K, which replaces it."""
+    return 1.0 if contrast_k else 2.0
+
+
 def contrast(conditional: Tensor, unconditional: Tensor, sampling: Sampling) -> Tensor:
     """Logits [B, V] to draw from, of both streams' logits."""
     if sampling.contrast_k:

@@ -13,6 +13,7 @@ This is the only file of retrieval that imports transformers.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,6 +73,15 @@ def drop_tokens(ids: list[int], share: float, key: Sequence[int]) -> list[int]:
     return [piece for piece, keep in zip(ids, kept, strict=True) if keep]
 
 
+def _check_type(path: Path) -> None:
+    try:
+        found = json.loads(path.read_text())["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no model's description ({type(error).__name__}: {error}).") from error
+    if found != "clip":
+        raise ValueError(f"{path} describes a model of type {found!r}, not 'clip'; give a CLIP folder.")
+
+
 class Encoder:
     """Texts and pictures to unit vectors, float32 [n, width]."""
 
@@ -94,7 +104,18 @@ class Encoder:
                     f"no CLIP encoder at {folder}: {name} is missing. tools/train_clip.py writes such a folder; "
                     f"a published CLIP needs its Hugging Face form with {WEIGHTS}."
                 )
-        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        _check_type(folder / "config.json")
+        model, account = CLIPModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        faults = {
+            what: sorted(account[f"{what}_keys"]) for what in ("missing", "mismatched") if account[f"{what}_keys"]
+        }
+        if faults:
+            shown = "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in faults.items())
+            raise ValueError(
+                f"{folder / WEIGHTS} does not hold the weights of its config.json ({shown}); copy it again."
+            )
         return cls(model, folder, device)
 
     def _load_text_tokenizer(self) -> None:

@@ -112,6 +112,9 @@ def load_description(folder: str | Path) -> dict:
     """Content of index.json, which is written last; ValueError when the folder holds no whole index."""
     path = Path(folder) / INDEX_FILE
     if not path.is_file():
+        inside = sorted(str(found.parent) for found in Path(folder).glob(f"*/{INDEX_FILE}"))
+        if inside:
+            raise ValueError(f"no index at {folder}, but at {' and '.join(inside)}; give one of these.")
         raise ValueError(
             f"no index at {folder}: it has no {INDEX_FILE}, which is written last. Run tools/build_index.py with "
             f"--output {folder} (again: it goes on where it stopped)."

@@ -54,7 +54,11 @@ class TextTokenizer:
         return self.processor.get_piece_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; an empty one has none."""
+        """Ids of a text; an empty one has none. ValueError for what is no Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text {text!r} is no Unicode: character {error.start} is half of a pair.") from error
         if SPACE_MARK not in text:
             return self.processor.encode(text)
         first, *rest = (self.processor.encode(part) for part in text.split(SPACE_MARK))

@@ -157,6 +157,7 @@ def copy(folder, tmp_path):
         (lambda w, name: w.pop(name), r"lacks 1 weights \({name}\); export the checkpoint again"),
         (lambda w, name: w.update(extra=torch.ones(1)), r"has unknown 1 weights \(extra\)"),
         (lambda w, name: w[name].view(-1)[3].fill_(float("nan")), r"{name} has NaN or infinite values as float32"),
+        (lambda w, name: w.update({name: w[name].int()}), r"{name} has type I32, not F32, BF16, F16"),
         (lambda w, name: w.update({name: w[name][:-1].clone()}), r"{name} has shape \[31, .*config.json asks for \[32"),
     ],
 )

@@ -205,7 +205,10 @@ def test_pictures_go_through_the_image_tokenizer(generator):
 
 def test_bad_inputs_are_refused(generator, decoder):
     bad = [
-        (lambda: generator.images(["a"], temperature=-1), r"temperature \(-1\) must be 0 \(greedy\)"),
+        (lambda: generator.images(["a"], temperature=-1), r"temperature \(-1\) must be a finite number, 0"),
+        (lambda: generator.images("a"), r"captions \('a'\) must be a list"),
+        (lambda: generator.complete(["a"]), r"a document \('a'\) must be a list of texts and pictures"),
+        (lambda: list(generator.images(["a"], [[[999]]])), r"a prompt has the id 999; the model's 36 begin with 0"),
         (lambda: generator.images(["a"], candidates=0), r"candidates \(0\) must be at least 1"),
         (lambda: generator.images(["a"], unconditional="none"), r"unconditional \('none'\) must be one of"),
         (lambda: generator.images(["a"], [[], []]), r"retrieved documents for 2 of 1 captions"),

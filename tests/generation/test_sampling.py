@@ -98,7 +98,7 @@ def test_noise_depends_on_seed_and_prompt_alone():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"temperature": -0.1}, r"temperature \(-0.1\) must be 0 \(greedy\) or above"),
+        ({"temperature": -0.1}, r"temperature \(-0.1\) must be a finite number, 0 \(greedy\) or above"),
         ({"temperature": math.nan}, r"temperature \(nan\)"),
         ({"top_p": 0}, r"top_p \(0\) must be above 0 and at most 1"),
         ({"top_p": 1.5}, r"top_p \(1.5\)"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from megatron_cm3leon.retrieval.encoder import Encoder, combine, drop_tokens
@@ -110,6 +111,15 @@ def test_a_published_folder_uses_its_own_tokenizer_and_processor(clip_folder, tm
 def test_messages(clip_folder, tmp_path):
     with pytest.raises(ValueError, match=r"no CLIP encoder at .*config.json is missing.*tools/train_clip.py"):
         Encoder.load(tmp_path)
+    folder = shutil.copytree(clip_folder, tmp_path / "part")
+    weights = load_file(folder / "model.safetensors")
+    del weights["logit_scale"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not hold the weights of its config.json \(1 missing, such as logit_sc"):
+        Encoder.load(folder)
+    (folder / "config.json").write_text('{"model_type": "opt"}')
+    with pytest.raises(ValueError, match=r"config.json describes a model of type 'opt', not 'clip'"):
+        Encoder.load(folder)
     folder = shutil.copytree(clip_folder, tmp_path / "without")
     (folder / "text.model").unlink()
     with pytest.raises(ValueError, match=r"has no text tokenizer: put text.model"):

@@ -1,6 +1,7 @@
 """tools/generate.py from the command line, on a random model with real tokenizers and a real index."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -38,11 +39,31 @@ def world(tmp_path_factory):
     make("train_tokenizer", "image", "--input", path / "pairs.jsonl", "--image-size", 16, "--downsample", 4,
          "--codebook-size", 8, "--steps", 2, "--warmup-steps", 1, "--output", tok, *specials)  # fmt: skip
     save_random_opt(tok, Tokenizers.load(tok).vocabulary, positions=128, init_std=0.2)
+    (tok / "cm3leon.json").write_text('{"training": {}}')
     return path
 
 
 def read_account(folder):
     return json.loads((folder / "generated.json").read_text())
+
+
+def test_captions_of_a_file_are_drawn_as_those_of_the_command_line(world):
+    (world / "captions.txt").write_text("a blue one\n\na green one\n")
+    options = ["--model", world / "exported", "--output"]
+    make("generate", "image", "a red one", "--from", world / "captions.txt", *options, world / "from file")
+    make("generate", "image", "a red one", "a blue one", "a green one", *options, world / "from line")
+    assert read_account(world / "from file")["made"] == read_account(world / "from line")["made"]
+    assert read_account(world / "from file")["options"]["guidance"] == 2.0
+
+
+@pytest.mark.parametrize(("content", "fault"), [(None, "is missing"), ("{}", "KeyError"), ('{"tr', "cannot be read")])
+def test_an_export_tells_how_it_was_trained(world, tmp_path, content, fault):
+    model = shutil.copytree(world / "exported", tmp_path / "model")
+    (model / "cm3leon.json").unlink()
+    if content is not None:
+        (model / "cm3leon.json").write_text(content)
+    done = call_tool("generate", "image", "a", "--model", model, "--output", tmp_path / "out")
+    assert done.returncode == 2 and fault in done.stderr and "export the checkpoint again" in done.stderr
 
 
 def test_images(world):
@@ -130,6 +151,14 @@ def test_answers_and_documents(world):
         ),
         (["image", "a", "--model", "{model}", "--temperature", "-1", "--output", "{world}/new"], "temperature (-1.0)"),
         (["image", "long " * 200, "--model", "{model}", "--output", "{world}/new"], "the model's context has 128"),
+        (["image", "--model", "{model}", "--output", "{world}/new"], "there is no caption to draw"),
+        (["image", "a\udcff", "--model", "{model}", "--output", "{world}/new"], "is no Unicode"),
+        (["image", "a", "--model", "{model}", "--device", "gpu", "--output", "{world}/new"], "is no device of torch"),
+        (["image", "a", "--model", "{model}", "--documents", "1", "--output", "{world}/new"], "are for --retrieve"),
+        (
+            ["image", "a", "--model", "{model}", "--rank-with", "{model}", "--output", "{world}/new"],
+            "'opt', not 'clip'",
+        ),
         (["caption", "{world}/none.png", "--model", "{model}"], "none.png: no such file"),
         (["caption", "{world}/pairs.jsonl", "--model", "{model}"], "not a picture"),
         (

@@ -36,6 +36,11 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("this folder")
 ```
 
+```
+python tools/generate.py image --model . "a caption" --output pictures
+python tools/generate.py caption --model . pictures/000.png
+```
+
 A sample is `</s> text <break> picture </s>`, or the picture first. {tokenizer} Only `tools/generate.py` keeps the
 output well formed and draws the pictures; `image/` is the image tokenizer, `text.model` the text model.
 `tools/convert_checkpoint.py import` makes a checkpoint of this folder, from which training goes on.

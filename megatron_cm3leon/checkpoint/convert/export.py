@@ -24,8 +24,9 @@ from megatron_cm3leon.checkpoint.convert.export_folder import (
 )
 from megatron_cm3leon.checkpoint.convert.families import Part, config_fields, list_parts, special_ids, stock_class
 from megatron_cm3leon.checkpoint.convert.tokenizer_json import compare_ids, read_lines, write_tokenizer
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints
 from megatron_cm3leon.config import Config
+from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.tokenizers.folder import IMAGE_FOLDER, TEXT_MODEL, VOCABULARY, Tokenizers
@@ -46,7 +47,7 @@ def export_checkpoint(
     check_corpus: str | Path | None = None,
     overwrite: bool = False,
 ) -> dict:
-    """Write `output` from a checkpoint folder; return its account, also written to `output`/cm3leon.json.
+    """Write `output` from a checkpoint, or a run's newest; return its account, also written to `output`/cm3leon.json.
 
     `tokenizer` is the folder that training had. The check reads a document of `check_shards`, by default of the run's
     own shards where they still are; every line of `check_corpus` must have the ids of text.model in tokenizer.json.
@@ -56,11 +57,14 @@ def export_checkpoint(
         raise ValueError(f"dtype ({dtype!r}) must be one of: {', '.join(DTYPES)}.")
     if shard_bytes < 1:
         raise ValueError(f"shard size ({shard_bytes} bytes) must be at least 1.")
+    checkpoint = _find_checkpoint(Path(checkpoint))
     reader = CheckpointReader(checkpoint)
     config, vocabulary = reader.config, reader.vocabulary
     tokenizers = _load_tokenizers(Path(tokenizer), reader)
     parts = list_parts(config, vocabulary.size)
     _check_weights(reader, parts)
+    if check_shards is not None:  # now, not behind minutes of writing
+        check_same_vocabulary(vocabulary, open_shards(check_shards).vocabulary, f"shard folder {check_shards}")
 
     def read(name: str) -> Tensor:
         return reader.read(name).to(DTYPES[dtype])
@@ -113,6 +117,13 @@ def export_checkpoint(
         )
         (folder / "README.md").write_text(card)
     return account
+
+
+def _find_checkpoint(folder: Path) -> Path:
+    """The folder itself, or the newest checkpoint of a run folder."""
+    run = folder.parent if folder.name == "checkpoints" else folder
+    found = list_checkpoints(run)
+    return found[-1] if found else folder
 
 
 def _load_tokenizers(folder: Path, reader: CheckpointReader) -> Tokenizers:

@@ -41,7 +41,7 @@ def import_export(
     export.check(config, parts)
     check_output(output)
     with written_whole(output) as run:
-        config.output = str(output)
+        config.output = str(output.absolute())  # the run is found from any folder
         save_config(config, run / "config.yaml")
         folder = step_folder(run, state.step)
         sharded.begin(folder)
