@@ -19,7 +19,7 @@ from megatron_cm3leon.data.packing import lay_out_samples
 from megatron_cm3leon.data.prefix import Anchor, Prefix
 from megatron_cm3leon.data.samples import Samples
 
-_WINDOWS_KEPT, _WINDOWS_TOGETHER = 8, 256
+_WINDOWS_KEPT, _WINDOWS_TOGETHER = 8, 64
 
 
 def pack_in_order(lengths: list[int], room: int) -> list[list[int]]:
@@ -108,15 +108,15 @@ def count_bins(lengths: np.ndarray, firsts: np.ndarray, room: int) -> np.ndarray
     """
     ends = np.concatenate([[0], np.cumsum(lengths)])
     places, stops = firsts.copy(), np.append(firsts[1:], len(lengths))
-    counts = np.zeros(len(firsts), np.int64)
-    going = np.arange(len(firsts))
+    items, sums, least = stops - firsts, np.add.reduceat(lengths, firsts), np.minimum.reduceat(lengths, firsts)
+    alone = 2 * least > room  # no two go into one bin, as with retrieved documents in front
+    counts, going = np.where(alone, items, 0), np.flatnonzero(~alone)
     while len(going):
         last = np.searchsorted(ends, ends[places[going]] + room, "right") - 1
         places[going] = np.minimum(last, stops[going])
         counts[going] += 1
         going = going[places[going] < stops[going]]
-    sums, least = np.add.reduceat(lengths, firsts), np.minimum.reduceat(lengths, firsts)
-    for window in np.flatnonzero(counts > _fewest(sums, stops - firsts, least, room)).tolist():
+    for window in np.flatnonzero(counts > _fewest(sums, items, least, room)).tolist():
         counts[window] = len(pack_window(lengths[firsts[window] : stops[window]], room))
     return counts
 
@@ -147,7 +147,7 @@ class DocumentsPacking:
     def __init__(self, samples: Samples, length: int) -> None:
         self.samples, self.length = samples, length
         self.prefix = Prefix(samples.span, self._measure, together=_WINDOWS_TOGETHER)
-        self._windows: OrderedDict[int, tuple[Anchor, list[np.ndarray]]] = OrderedDict()
+        self._windows: OrderedDict[int, tuple[Anchor, list[list[int]]]] = OrderedDict()
 
     @property
     def max_growth(self) -> int:
@@ -192,10 +192,11 @@ class DocumentsPacking:
     def _block(self, number: int) -> np.ndarray:
         """The samples of a block."""
         anchor, blocks = self._window(number)
-        return blocks[number - anchor.start]
+        first, _ = self.prefix.samples(anchor.span, anchor.group)
+        return first + np.sort(blocks[number - anchor.start])
 
-    def _window(self, number: int) -> tuple[Anchor, list[np.ndarray]]:
-        """The window that holds a block, and the samples of each of its blocks."""
+    def _window(self, number: int) -> tuple[Anchor, list[list[int]]]:
+        """The window that holds a block, and which of its samples are in each of its blocks."""
         for anchor, blocks in reversed(self._windows.values()):
             if anchor.start <= number < anchor.start + len(blocks):
                 return anchor, blocks
@@ -204,7 +205,7 @@ class DocumentsPacking:
         packed = pack_window(self._lengths(first, last), self.length)
         key = derive_key(self.samples.seed, "documents", anchor.span, anchor.group)
         order = permute(np.arange(len(packed)), len(packed), key).tolist()
-        blocks = [first + np.sort(np.array(packed[place])) for place in order]
+        blocks = [packed[place] for place in order]
         self._windows[anchor.start] = anchor, blocks
         if len(self._windows) > _WINDOWS_KEPT:
             self._windows.popitem(last=False)
