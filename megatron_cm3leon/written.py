@@ -24,7 +24,7 @@ def written_whole(output: Path) -> Iterator[Path]:
             output.rename(aside)
         folder.rename(output)
     except OSError as error:
-        if error.filename is None:  # as where a disk is full
+        if error.errno and error.filename is None:  # as where a disk is full
             error.filename = str(output)
         raise
     finally:
