@@ -17,6 +17,7 @@ import argparse
 import os
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from megatron_cm3leon.data.shard_writer import ShardWriter
 from megatron_cm3leon.data.shards import MANIFEST, Corpus, build_manifest, open_shards, write_json
 from megatron_cm3leon.data.stream import Stream
 from megatron_cm3leon.progress import meter
-from megatron_cm3leon.retrieval.neighbors import Neighbors
+from megatron_cm3leon.retrieval.neighbors import Neighbors, checksum_rows
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 BATCH, LENGTH = 8, 4096
@@ -56,9 +57,9 @@ def make_corpus(folder: Path, documents: int, vocabulary: Vocabulary, caption: f
 
 
 def make_neighbors(corpus: Corpus) -> Neighbors:
-    """Eight random neighbours a document."""
+    """Eight random neighbours a document, with checksums as an index has them."""
     table = np.random.default_rng(1).integers(0, corpus.documents, (corpus.documents, 8))
-    return Neighbors(table=table, bank=corpus)
+    return Neighbors(table=table, bank=corpus, path=corpus.folder / "random", checksums=checksum_rows(table))
 
 
 def make_config(packing: str, masks: bool, *overrides: str) -> Config:
@@ -233,7 +234,7 @@ class DistantCorpus(Corpus):
 
 def measure_slow(corpus: Corpus, options: argparse.Namespace) -> None:
     distant = DistantCorpus(corpus.folder)
-    neighbors = Neighbors(table=make_neighbors(corpus).table, bank=distant)
+    neighbors = replace(make_neighbors(corpus), bank=distant)
     contenders = {
         f"1 ms a read ({packing})": Ours(distant, neighbors, packing, True) for packing in ("query", "stream")
     }
