@@ -202,7 +202,7 @@ def measure_cold(corpus: Corpus, options: argparse.Namespace) -> None:
         rates = []
         for _ in range(options.rounds):
             fresh = open_shards(corpus.folder)  # nothing of it is mapped
-            ours = Ours(fresh, Neighbors(table=neighbors.table, bank=fresh), packing, True)
+            ours = Ours(fresh, replace(neighbors, bank=fresh), packing, True)
             drop_from_cache(corpus.folder)
             started = time.perf_counter()
             ours.take(options.batches)
