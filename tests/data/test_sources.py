@@ -160,7 +160,7 @@ LINES = [
     b'"text": "d"}', b'{"text": "e"}}', b'{"text": {}', b'{"text": 5}', b'{"text": ""}', b'{"text": " \\n"}', b"",
     b"  ", b'{"text": "\\ud800"}', '{"text": "é🙂"}'.encode(), b'{"text": "\xff"}', b'{"text": "f", "id": 3}', b"[]",
     b"{}", b'{"text": "}\\n,{"}', b'{"text": "g", "text": "h"}', b'{"id": 3}', b'{"text": "\xe2\x80\xa8"}',
-    b'{"text": "i"}\r',
+    b'{"text": "i"}\r', b'{"text": [{}', b'{}], "text": "j"}', b'{"text": "\xed\xa0\x80", "text": "k"}',
 ]  # fmt: skip
 
 
@@ -182,6 +182,15 @@ def test_lines_read_together_are_as_lines_read_one_by_one(tmp_path, monkeypatch,
                 apart.setattr(kind, "_find_texts", lambda *_: None)
             assert read_all(source) == flat, chosen
     assert together > 100
+
+
+def test_lines_that_make_documents_only_together_are_faults(tmp_path):
+    """Joined by commas these make as many sound texts as there are lines."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text":[{}\n{}],"text":"x"}\n{"text":"a"},{"text":"b"}\n')
+    assert [entry.reason.split(":")[0] for entry in read_all(open_source(path, 10))] == ["not JSON"] * 3
+    path.write_bytes(b'{"text": "\xed\xa0\x80", "text": "b"}\n')
+    assert [entry.reason.split(":")[0] for entry in read_all(open_source(path, 10))] == ["not UTF-8"]
 
 
 def test_texts_and_interleaved_documents(tmp_path):
@@ -322,6 +331,13 @@ def test_damaged_tables_are_named(tmp_path):
     entries = read_all(open_source(tmp_path / "hole.parquet", 50))
     assert len(entries) == 300 and sum(isinstance(entry, BadInput) for entry in entries) == 100
     assert entries[100].reason.startswith("damaged Parquet file: ") and entries[100].source == "hole.parquet:row 101"
+
+
+def test_only_a_line_feed_ends_a_record(tmp_path):
+    """Python's own lines also end at what Unicode calls a line end, which a caption may hold."""
+    text = "one\u2028two\x85three\x0bfour\x1cfive"
+    (tmp_path / "x.csv").write_text(f"image,caption\n0.png,{text}\n1.png,next\n", newline="\n")
+    assert [pair.caption for pair in read_all(open_source(tmp_path / "x.csv", 10))] == [text, "next"]
 
 
 def test_what_there_is_to_read_is_checked_first(tmp_path):

@@ -55,8 +55,7 @@ class CsvSource(FileSource):
             yield make_document(dict(zip(columns, values, strict=True)), key, source, self.fields, locate)
 
     def _parse(self, raw: bytes, file: int) -> list[str]:
-        lines = raw.decode("utf-8").splitlines(keepends=True) if b'"' not in raw else [raw.decode("utf-8")]
-        rows = list(csv.reader(lines, delimiter=self._delimiter(file), strict=True))
+        rows = list(csv.reader([raw.decode("utf-8")], delimiter=self._delimiter(file), strict=True))
         return rows[0] if rows else []
 
     def _records(self, file: int, begin: int) -> Iterator[tuple[bytes, bool]]:
