@@ -340,6 +340,21 @@ def test_only_a_line_feed_ends_a_record(tmp_path):
     assert [pair.caption for pair in read_all(open_source(tmp_path / "x.csv", 10))] == [text, "next"]
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("image,caption\n0.png,x\n".encode("utf-16"), r"x\.csv is not UTF-8: byte 0 of its header"),
+        (b"image,caption,caption\n0.png,x,y\n", r"x\.csv has the column 'caption' twice"),
+        (b"\nimage,caption\n0.png,x\n", r"x\.csv begins with a blank line, not with a header"),
+        (b"image,caption\r0.png,x\r", r"carriage return stands outside quotes without a line feed behind it"),
+    ],
+)
+def test_a_table_that_cannot_be_read_as_such_is_refused(tmp_path, content, message):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / "x.csv", 10)
+
+
 def test_what_there_is_to_read_is_checked_first(tmp_path):
     (tmp_path / "a.tar").touch()
     with pytest.raises(ValueError, match=r"--format texts reads a folder, but --input .*a\.tar is a file"):

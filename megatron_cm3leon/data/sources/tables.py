@@ -30,13 +30,14 @@ class CsvSource(FileSource):
                     begins.append(place)
                 records += 1
             place += len(raw)
+        if records > 0:
+            self._read_header(file)  # its faults are told before any work
         self._add_parts(file, begins, max(records, 0))
         return digest.hexdigest()
 
     def _read(self, part: Part) -> Iterator[Entry]:
         name, locate = self.name_of(part.file), self._locator(part.file)
-        header, _ = next(self._records(part.file, 0))
-        columns = self._parse(header.removeprefix(b"\xef\xbb\xbf"), part.file)
+        columns = self._read_header(part.file)
         records = (raw for raw, blank in self._records(part.file, part.begin) if not blank)
         for number, raw in zip(range(part.inputs), records, strict=False):
             key, source = f"{part.first + number:08d}", f"{name}:record {part.number + number + 1}"
@@ -54,6 +55,21 @@ class CsvSource(FileSource):
                 continue
             yield make_document(dict(zip(columns, values, strict=True)), key, source, self.fields, locate)
 
+    def _read_header(self, file: int) -> list[str]:
+        """Names of the columns; ValueError where there are none to tell apart."""
+        raw, _ = next(self._records(file, 0))
+        try:
+            columns = self._parse(raw.removeprefix(b"\xef\xbb\xbf"), file)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{self.files[file]} is not UTF-8: byte {error.start} of its header cannot be decoded; convert the file."
+            ) from error
+        twice = sorted({name for name in columns if name and columns.count(name) > 1})
+        if twice or not columns:
+            fault = f"has the column {twice[0]!r} twice" if twice else "begins with a blank line, not with a header"
+            raise ValueError(f"{self.files[file]} {fault}; its first line has to name each column once.")
+        return columns
+
     def _parse(self, raw: bytes, file: int) -> list[str]:
         rows = list(csv.reader([raw.decode("utf-8")], delimiter=self._delimiter(file), strict=True))
         return rows[0] if rows else []
@@ -70,9 +86,12 @@ class CsvSource(FileSource):
                     yield b"".join(lines), not row
                     lines.clear()
             except csv.Error as error:
+                cause = "a quote that is opened there is never closed?"
+                if "new-line" in str(error):
+                    cause = "a carriage return stands outside quotes without a line feed behind it."
                 raise ValueError(
-                    f"{self.files[file]}: the record that begins with {lines[0][:60]!r} is no CSV ({error}): a quote "
-                    f"that is opened there is never closed? Mend the file."
+                    f"{self.files[file]}: the record that begins with {lines[0][:60]!r} is no CSV ({error}): {cause} "
+                    f"Mend the file."
                 ) from error
 
     def _delimiter(self, file: int) -> str:
