@@ -223,6 +223,21 @@ def test_texts_and_interleaved_documents(tmp_path):
     assert row.segments == document.segments
 
 
+def test_a_caption_whose_picture_is_missing_is_no_text(tmp_path):
+    pairs = [{"image": "0.png", "text": "a"}, {"image": None, "text": "b"}]
+    mixed = [{"image": "0.png", "caption": "a", "text": None}, {"image": None, "caption": None, "text": "b"}]
+    failed = [{"jpg": None, "text": "b", "status": "failed_to_download"}]
+    found = []
+    for rows in (pairs, mixed, failed):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+        found.append(read_all(open_source(tmp_path / "x.parquet", 10))[-1])
+    assert found[0].reason == 'field "image" is NoneType, not text'
+    assert found[1].segments == ["b"] and found[2] == Filtered("not downloaded")
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    source = open_source(tmp_path / "x.jsonl", 10, fields=Fields("", "text"))
+    assert [entry.reason for entry in read_all(source)] == ['field "image" is missing'] * 2
+
+
 def test_columns_of_other_names(tmp_path):
     (tmp_path / "odd.csv").write_text("URL,TEXT\n0.png,hello\n")
     (pair,) = read_all(open_source(tmp_path / "odd.csv", 10, fields=Fields("URL", "TEXT")))

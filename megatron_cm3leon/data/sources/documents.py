@@ -144,7 +144,8 @@ def make_document(
     interleaved document. A picture is a path, bytes, or {"bytes": .., "path": ..}. `locate` turns a path as the
     input gives it into (name relative to the source's folder, place to read it from).
     """
-    if len(fields) == 1 and isinstance(text := fields.get("text"), str):  # the common row of a text corpus
+    if len(fields) == 1 and isinstance(text := fields.get("text"), str) and names.caption != "text":
+        # The common row of a text corpus.
         document = RawText(key, source, [text])
         return document if text.isascii() and text and not text.isspace() else check_document(document)
     image = names.find(fields, names.image, PICTURE_FIELDS)

@@ -10,7 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_cm3leon.data.sources.base import FileSource, Part
-from megatron_cm3leon.data.sources.documents import BadInput, Entry, make_document
+from megatron_cm3leon.data.sources.documents import (
+    CAPTION_FIELDS,
+    PICTURE_FIELDS,
+    BadInput,
+    Entry,
+    make_document,
+)  # fmt: skip
 from megatron_cm3leon.data.sources.files import MAX_BYTES, identify_file, open_file
 
 _ROWS_AT_ONCE = 64
@@ -62,7 +68,7 @@ class CsvSource(FileSource):
             columns = self._parse(raw.removeprefix(b"\xef\xbb\xbf"), file)
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{self.files[file]} is not UTF-8: byte {error.start} of its header cannot be decoded; convert the file."
+                f"{self.files[file]} is not UTF-8: byte {error.start} of its header cannot be decoded; convert it."
             ) from error
         twice = sorted({name for name in columns if name and columns.count(name) > 1})
         if twice or not columns:
@@ -128,15 +134,23 @@ class ParquetSource(FileSource):
         name, locate, number = self.name_of(part.file), self._locator(part.file), part.number
         try:
             with open_file(self.files[part.file]) as content, pq.ParquetFile(content) as table:
+                needed = self._find_needed(table.schema_arrow.names)
                 for fields in _read_rows(table, part.begin, part.inputs):
                     key, source = f"{part.first + number - part.number:08d}", f"{name}:row {number + 1}"
-                    given = {column: value for column, value in fields.items() if value is not None}
+                    given = {column: value for column, value in fields.items() if value is not None or column == needed}
                     yield make_document(given, key, source, self.fields, locate)
                     number += 1
         except (pa.ArrowException, OSError) as error:
             for lost in range(number, part.number + part.inputs):  # what follows the damage cannot be read either
                 key, source = f"{part.first + lost - part.number:08d}", f"{name}:row {lost + 1}"
                 yield BadInput(key, source, f"damaged Parquet file: {error}")
+
+    def _find_needed(self, columns: list[str]) -> str:
+        """The column of pictures where "text" holds captions: a row without a picture is no text."""
+        captions = [self.fields.caption] if self.fields.caption else CAPTION_FIELDS
+        if any(name in columns for name in captions if name != "text"):
+            return ""
+        return self.fields.find(dict.fromkeys(columns), self.fields.image, PICTURE_FIELDS)
 
 
 def _read_rows(table: pq.ParquetFile, begin: int, count: int) -> Iterator[dict]:
