@@ -34,7 +34,7 @@ from megatron_cm3leon.data.dedupe import (
     hashes_path,
     save_array,
 )  # fmt: skip
-from megatron_cm3leon.data.document_reader import DocumentReader, Loaded, describe_document, describe_texts
+from megatron_cm3leon.data.document_reader import NO_TOKEN, DocumentReader, Loaded, describe_document, describe_texts
 from megatron_cm3leon.data.filters import Filters
 from megatron_cm3leon.data.shard_writer import ShardWriter
 from megatron_cm3leon.data.shards import shard_files, write_json
@@ -351,6 +351,12 @@ class _PartEncoder:
     def _add_texts(self, texts: RawTexts) -> None:
         """Append texts as `_write` would one after the other, at a fraction of the cost."""
         payloads = self.reader.text.encode_many(texts.texts)
+        if not all(payloads):  # a text model that normalises drops some characters
+            empty = texts.choose([not ids for ids in payloads])
+            self.quarantine += [BadInput(text.key, text.source, NO_TOKEN).to_dict() for text in empty]
+            texts, payloads = texts.choose(list(map(bool, payloads))), list(filter(None, payloads))
+            if not texts:
+                return
         self.kinds[RawText.kind] += len(texts)
         self._open_writer().add_many(texts.keys, payloads, describe_texts(texts))
 

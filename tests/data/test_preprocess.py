@@ -89,6 +89,23 @@ def test_two_captions_of_one_picture_are_one_too_many(tmp_path):
     assert quarantine_of(tmp_path / "out")[0]["reason"] == "duplicate captions: 0.TXT and one in small letters"
 
 
+def test_texts_of_no_token_are_quarantined(tmp_path):
+    """A model that normalises drops what cannot be seen."""
+
+    def load(folder):
+        tokenizers = ByteTokenizers.load(folder)
+        encode = tokenizers.text.encode
+        tokenizers.text.encode = lambda text: encode(text.replace("\u200b", ""))
+        return tokenizers
+
+    (tmp_path / "texts.txt").write_text("one\n\u200b\ntwo\n\u200b\u200b\n")
+    for size in (1, 4):
+        manifest = run(tmp_path / "texts.txt", tmp_path / str(size), size, load_tokenizers=load, max_bad_fraction=0.5)
+        assert counts_of(manifest) == (4, 2, 0, 0, 2) and manifest["kinds"] == {"text": 2}
+        bad = [(row["source"], row["reason"]) for row in quarantine_of(tmp_path / str(size))]
+        assert bad == [(f"texts.txt:{line}", "empty caption: it encodes to no token") for line in (2, 4)]
+
+
 BAD_LINES = {
     b'{"image": "nowhere.png", "caption": "x"}': "missing picture: nowhere.png",
     b'{"image": "text.png", "caption": "x"}': "unreadable picture: text.png: ",

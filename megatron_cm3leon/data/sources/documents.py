@@ -6,7 +6,7 @@ Keys count inputs, so they are safe names in a tar whatever the user's own keys 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 
@@ -95,7 +95,7 @@ class RawTexts:
         self.texts.append(text.segments[0])
         self.extras.append(text.extra)
 
-    def choose(self, chosen: Iterable[bool]) -> "RawTexts":
+    def choose(self, chosen: Sequence[bool]) -> "RawTexts":
         """Those of them that are `chosen`."""
         columns = (self.keys, self.sources, self.texts, self.extras)
         return RawTexts(*(list(compress(column, chosen)) for column in columns))
