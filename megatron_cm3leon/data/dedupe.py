@@ -1,7 +1,9 @@
 """Exact duplicates of the whole input, found before anything is encoded, in bounded memory.
 
-    .work/hashes-000000.npy    uint64 [inputs, 2, 2]: 128 bits of SHA-256 of pictures and of texts, 0 = not compared
-    .work/duplicates.npy       uint8 [inputs of all parts]: 0 keep, 1 duplicate picture, 2 duplicate caption
+    .work/hashes-000000.npy    uint64 [inputs, 2, 2]: 128 bits of SHA-256 of pictures and of texts, 0 = not compared,
+                               all ones = the input was unusable
+    .work/duplicates.npy       uint8 [inputs of all parts]: 0 keep, 1 duplicate picture, 2 duplicate caption,
+                               3 was unusable, so that nothing is known of it
     .work/starts.npy           int64 [parts + 1]: a part's place in it
 
 The first of several stays. A document that is no document (unreadable, filtered) is nobody's first, and one
@@ -10,12 +12,14 @@ that goes for its picture is nobody's first caption. Captions of two pictures ar
 
 import hashlib
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 BY = ("picture", "caption")
 REASONS = {number: f"duplicate {what}" for number, what in enumerate(BY, 1)}
+UNUSABLE, UNKNOWN = np.uint64(2**64 - 1), 3
 BUCKET_BYTES = 1 << 28
 """Memory of one pass over the hashes."""
 _ROW_BYTES = 80
@@ -30,6 +34,11 @@ def hash_parts(parts: list[bytes]) -> np.ndarray:
     for part in parts:
         digest.update(part if len(parts) == 1 else hashlib.sha256(part).digest())
     return np.frombuffer(digest.digest()[:16], np.uint64)
+
+
+def find_unusable(hashes: np.ndarray) -> np.ndarray:
+    """Which inputs of a part were unusable when they were hashed, bool [inputs]."""
+    return (hashes == UNUSABLE).all((1, 2))
 
 
 def hashes_path(work: Path, part: int) -> Path:
@@ -56,6 +65,9 @@ def find_duplicates(work: Path, parts: int, by: tuple[str, ...]) -> None:
     counts = [np.load(hashes_path(work, part), mmap_mode="r").shape[0] for part in range(parts)]
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     dropped = np.zeros(starts[-1], np.uint8)
+    for part, start in enumerate(starts[:-1].tolist()):
+        unusable = find_unusable(np.load(hashes_path(work, part)))
+        dropped[start : start + len(unusable)][unusable] = UNKNOWN
     buckets = max(1, -(-int(starts[-1]) * _ROW_BYTES // BUCKET_BYTES))
     for what in (what for what in BY if what in by):
         column = BY.index(what)
@@ -84,6 +96,11 @@ def _drop_later_ones(
     low, high = low[order], high[order]
     repeats = np.flatnonzero((low[1:] == low[:-1]) & (high[1:] == high[:-1])) + 1
     dropped[place[order[repeats]]] = column + 1
+
+
+def checksum(reasons: np.ndarray | None) -> int | None:
+    """CRC-32 of what duplicates.npy says of a part; None without --deduplicate."""
+    return None if reasons is None else zlib.crc32(np.ascontiguousarray(reasons))
 
 
 class Duplicates:

@@ -10,6 +10,8 @@ from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawDocument
 from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
 from megatron_cm3leon.tokenizers.words import TextEncoder
 
+NO_TOKEN = "empty caption: it encodes to no token"
+
 
 @dataclass(slots=True)
 class Loaded:
@@ -42,7 +44,7 @@ class DocumentReader:
                 return Filtered("caption empty after clean-up")
         payloads = list(map(self.text.encode, texts))
         if not all(payloads):
-            return BadInput(entry.key, entry.source, "empty caption: it encodes to no token")
+            return BadInput(entry.key, entry.source, NO_TOKEN)
         loaded = Loaded(entry, texts, payloads, [], [])
         for picture in pictures:
             fault = self._load_picture(entry, picture, loaded)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_cm3leon.data.account import QUARANTINE, Account, check_bad_share, write_quarantine
+from megatron_cm3leon.data.dedupe import Duplicates, checksum
 from megatron_cm3leon.data.parts import WORK, count_record, record_path
 from megatron_cm3leon.data.shards import MANIFEST, build_manifest, open_shards, shard_files, write_json
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
@@ -58,6 +59,7 @@ def finish(output: Path, plan: dict) -> dict:
     about = plan["about"]
     records = [record_path(output / WORK, part) for part in range(about["parts"])]
     missing = [part for part, path in enumerate(records) if not path.is_file()]
+    missing = missing or _find_outdated(output / WORK, plan, records)
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(records)} parts are not done, such as part {missing[0]}; run the tasks that have "
@@ -96,6 +98,17 @@ def finish(output: Path, plan: dict) -> dict:
     )
     write_json(output / MANIFEST, manifest)
     return manifest
+
+
+def _find_outdated(work: Path, plan: dict, records: list[Path]) -> list[int]:
+    """Parts that were written before the duplicates were looked for again."""
+    if not plan.get("deduplicate"):
+        return []
+    if not (work / "duplicates.npy").is_file():
+        return list(range(len(records)))
+    duplicates = Duplicates(work)
+    outdated = enumerate(json.loads(path.read_text()).get("dropped") for path in records)
+    return [part for part, dropped in outdated if dropped != checksum(duplicates.of_part(part))]
 
 
 def _check_files(output: Path, shards: list[dict]) -> None:

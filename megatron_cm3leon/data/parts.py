@@ -23,8 +23,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cm3leon.data.dedupe import REASONS, Duplicates, hash_parts, hashes_path, save_array
-from megatron_cm3leon.data.document_reader import DocumentReader, Loaded, describe_document, describe_texts
+from megatron_cm3leon.data.dedupe import (
+    REASONS,
+    UNKNOWN,
+    UNUSABLE,
+    Duplicates,
+    checksum,
+    find_unusable,
+    hash_parts,
+    hashes_path,
+    save_array,
+)  # fmt: skip
+from megatron_cm3leon.data.document_reader import NO_TOKEN, DocumentReader, Loaded, describe_document, describe_texts
 from megatron_cm3leon.data.filters import Filters
 from megatron_cm3leon.data.shard_writer import ShardWriter
 from megatron_cm3leon.data.shards import shard_files, write_json
@@ -115,7 +125,10 @@ def work_on_part(part: int) -> dict:
     """Write one part and its record, unless a whole one is there; returns the record's counts."""
     task: Task = _worker["task"]
     path = record_path(task.output / WORK, part)
-    record = _kept_record(task, path, part)
+    if task.deduplicate and not _worker["duplicates"]:
+        _worker["duplicates"] = Duplicates(task.output / WORK)
+    dropped = _worker["duplicates"].of_part(part) if task.deduplicate else None
+    record = _kept_record(task, path, part, dropped)
     if record:
         _advance(record["read"])
         return count_record(record)
@@ -123,12 +136,11 @@ def work_on_part(part: int) -> dict:
     temporary = task.output / WORK / f"part-{part:06d}.{socket.gethostname()}-{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    if task.deduplicate and not _worker["duplicates"]:
-        _worker["duplicates"] = Duplicates(task.output / WORK)
-    encoder = _PartEncoder(task, _worker["tokenizers"], _worker["reader"], temporary, part, _worker["duplicates"])
+    encoder = _PartEncoder(task, _worker["tokenizers"], _worker["reader"], temporary, part, dropped)
     try:
         record = encoder.run()
         _move_files(temporary, task.output, record["shards"])
+        _remove_rest(task.output, path, record["shards"])
         write_json(path, record)
     except OSError as error:
         raise _explain_full(error, task.output) from error
@@ -154,13 +166,16 @@ def hash_part(part: int) -> dict:
     task: Task = _worker["task"]
     path = hashes_path(task.output / WORK, part)
     if path.is_file():
-        read = len(np.load(path, mmap_mode="r"))
-        _advance(read)
-        return {"part": part, "read": read, "quarantined": 0}
+        unusable = find_unusable(np.load(path))
+        mended = task.source.external and unusable.any()
+        if not (mended and _was_mended(task, part, lambda number, _: number < len(unusable) and unusable[number])):
+            _advance(len(unusable))
+            return {"part": part, "read": len(unusable), "quarantined": 0}
+    (task.output / WORK / "duplicates.npy").unlink(missing_ok=True)  # of what was known before
     reader, rows = _worker["reader"], []
     for entry in task.source.read_part(part):
         loaded = reader.read(entry)
-        hashes = np.zeros((2, 2), np.uint64)
+        hashes = np.full((2, 2), UNUSABLE if isinstance(loaded, BadInput) else 0, np.uint64)
         if isinstance(loaded, Loaded):
             pictures = [bytes.fromhex(sha256) for sha256 in loaded.sha256]
             hashes = np.stack([hash_parts(pictures), hash_parts([text.encode() for text in loaded.texts])])
@@ -192,22 +207,38 @@ def _explain_full(error: OSError, output: Path) -> OSError:
     )
 
 
-def _kept_record(task: Task, path: Path, part: int) -> dict | None:
+def _kept_record(task: Task, path: Path, part: int, dropped: np.ndarray | None) -> dict | None:
     """The record of a part that an earlier run finished, if its files are whole and nothing was mended."""
     if not path.is_file():
         return None
     record = json.loads(path.read_text())
+    if record.get("dropped") != checksum(dropped):
+        return None
     for shard in record["shards"]:
         for file in shard_files(task.output, shard["name"]):
             if not file.is_file() or file.stat().st_size != shard["files"][file.name]["bytes"]:
                 return None
     bad = {entry["key"] for entry in record["quarantine"]} if task.source.external else ()
-    reader = _worker["reader"]
-    for entry in task.source.read_part(part) if bad else ():
-        key = getattr(entry, "key", None)
-        if key in bad and not isinstance(reader.read(entry), BadInput):
-            return None
+    if bad and _was_mended(task, part, lambda _, entry: getattr(entry, "key", None) in bad):
+        return None
     return record
+
+
+def _was_mended(task: Task, part: int, is_bad: Callable[[int, Entry], bool]) -> bool:
+    """Whether one of a part's inputs that were bad can be read now."""
+    reader = _worker["reader"]
+    for number, entry in enumerate(task.source.read_part(part)):
+        if is_bad(number, entry) and not isinstance(reader.read(entry), BadInput):
+            return True
+    return False
+
+
+def _remove_rest(output: Path, path: Path, shards: list[dict]) -> None:
+    """Remove shards that this part had when `path`, its record of an earlier run, was written, and has no more."""
+    kept = {shard["name"] for shard in shards}
+    for shard in json.loads(path.read_text())["shards"] if path.is_file() else ():
+        for file in shard_files(output, shard["name"]) if shard["name"] not in kept else ():
+            file.unlink(missing_ok=True)
 
 
 def _move_files(temporary: Path, output: Path, shards: list[dict]) -> None:
@@ -222,10 +253,11 @@ class _PartEncoder:
     """Turns the inputs of one part into its shards."""
 
     def __init__(
-        self, task: Task, tokenizers, reader: DocumentReader, folder: Path, part: int, duplicates: Duplicates | None
+        self, task: Task, tokenizers, reader: DocumentReader, folder: Path, part: int, dropped: np.ndarray | None
     ) -> None:
+        """`dropped`: uint8 [inputs], what duplicates.npy says of this part."""
         self.task, self.tokenizers, self.folder, self.part = task, tokenizers, folder, part
-        self.vocabulary, self.reader, self.duplicates = tokenizers.vocabulary, reader, duplicates
+        self.vocabulary, self.reader, self.dropped = tokenizers.vocabulary, reader, dropped
         self.shards, self.quarantine, self.left_out, self.kinds = [], [], Counter(), Counter()
         self.read = 0
         self.writer: ShardWriter | None = None
@@ -250,6 +282,7 @@ class _PartEncoder:
             "quarantine": self.quarantine,
             "left_out": dict(sorted(self.left_out.items())),
             "kinds": dict(sorted(self.kinds.items())),
+            "dropped": checksum(self.dropped),
         }
 
     def close(self) -> None:
@@ -259,10 +292,11 @@ class _PartEncoder:
 
     def _load_inputs(self) -> Iterator[Loaded | RawTexts]:
         """What is to be written; everything else is counted here."""
-        dropped = self.duplicates.of_part(self.part) if self.duplicates else None
+        dropped = self.dropped
         for block in self.task.source.read_blocks(self.part):
             block = block if isinstance(block, RawTexts) else [block]
             first, self.read = self.read, self.read + len(block)
+            unknown = dropped is not None and UNKNOWN in dropped[first : self.read]
             if dropped is not None:
                 block = self._without(dropped[first : self.read], block)
             if isinstance(block, RawTexts) and not self.task.filters.clean_captions:
@@ -272,6 +306,11 @@ class _PartEncoder:
             for entry in block:
                 loaded = self.reader.read(entry)
                 if isinstance(loaded, Loaded):
+                    if unknown:
+                        raise ValueError(
+                            f"{entry.source} was unusable when duplicates were looked for, and no longer is: run the "
+                            f"same command again (of several tasks, all with --stage hash before --stage encode)."
+                        )
                     yield loaded
                 elif isinstance(loaded, Filtered):
                     self._leave_out(loaded.reason)
@@ -285,10 +324,10 @@ class _PartEncoder:
             )
 
     def _without(self, reasons: np.ndarray, block: RawTexts | list[Entry]) -> RawTexts | list[Entry]:
-        """What of a block is no duplicate; `reasons`, uint8 [inputs], are 0 for what stays."""
-        for reason in reasons[reasons > 0].tolist():
+        """What of a block is no duplicate; `reasons`, uint8 [inputs], are those of duplicates.npy."""
+        chosen = (reasons == 0) | (reasons == UNKNOWN)
+        for reason in reasons[~chosen].tolist():
             self._leave_out(REASONS[reason])
-        chosen = reasons == 0
         return block.choose(chosen) if isinstance(block, RawTexts) else list(compress(block, chosen))
 
     def _leave_out(self, reason: str) -> None:
@@ -312,6 +351,12 @@ class _PartEncoder:
     def _add_texts(self, texts: RawTexts) -> None:
         """Append texts as `_write` would one after the other, at a fraction of the cost."""
         payloads = self.reader.text.encode_many(texts.texts)
+        if not all(payloads):  # a text model that normalises drops some characters
+            empty = texts.choose([not ids for ids in payloads])
+            self.quarantine += [BadInput(text.key, text.source, NO_TOKEN).to_dict() for text in empty]
+            texts, payloads = texts.choose(list(map(bool, payloads))), list(filter(None, payloads))
+            if not texts:
+                return
         self.kinds[RawText.kind] += len(texts)
         self._open_writer().add_many(texts.keys, payloads, describe_texts(texts))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import tarfile
 from collections import OrderedDict
 from threading import Lock
@@ -19,6 +20,7 @@ _REMEDY = (
     "--pictures tokens --tokenizer FOLDER."
 )
 _TARS_KEPT = 4
+_INSIDE_TAR = re.compile(r"\.tar/", re.IGNORECASE)
 
 
 class SourcePictures:
@@ -54,11 +56,11 @@ class SourcePictures:
         return load_picture(content)
 
     def _read_bytes(self, place: str) -> bytes:
-        archive, inside, member = place.partition(".tar/")
-        if not inside or os.path.isdir(f"{archive}.tar"):
+        inside = _INSIDE_TAR.search(place)
+        archive, member = (place[: inside.end() - 1], place[inside.end() :]) if inside else ("", "")
+        if not inside or os.path.isdir(archive):
             with fsspec.open(place, "rb") as file:
                 return file.read()
-        archive += ".tar"
         with self._lock:
             members = self._tars.get(archive) or self._list_members(archive)
         if member not in members:

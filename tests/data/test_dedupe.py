@@ -100,3 +100,36 @@ def test_an_input_that_changed_in_between_is_refused(pairs, tmp_path):
     np.save(path, np.load(path)[:-1])
     with pytest.raises(ValueError, match=r"part 0 of the input has 13 inputs, but had 12 when duplicates.*--overwrite"):
         run(pairs, tmp_path / "out", stage="encode", **options)
+
+
+def test_a_mended_picture_is_compared_before_it_is_written(tmp_path):
+    """It may be the first of what another task wrote long ago: the parts that this changes are written again."""
+    from megatron_cm3leon.data.merge import merge
+
+    for number in range(2):
+        Image.new("RGB", (9, 9), (number * 40,) * 3).save(tmp_path / f"{number}.png")
+    rows = [(9, "a"), (1, "b"), (0, "c"), (0, "d")]  # in parts of two: the missing picture is that of the next part
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"image": f"{image}.png", "caption": text}) + "\n" for image, text in rows))
+    options = {"part_size": 2, "deduplicate": ("picture",)}
+    everything = [
+        {"tasks": 2, "task": task, "stage": stage, **options} for stage in ("hash", "encode") for task in (0, 1)
+    ]
+    for chosen in (*everything[:2], everything[3]):
+        run(pairs, tmp_path / "out", **chosen)
+    with pytest.raises(ValueError, match=r"1 of the 2 inputs read are unusable.*run the same command again"):
+        run(pairs, tmp_path / "out", **everything[2])
+    (tmp_path / "9.png").write_bytes((tmp_path / "0.png").read_bytes())
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1 was unusable when duplicates were looked for.*--stage hash"):
+        run(pairs, tmp_path / "out", **everything[2])
+    for chosen in everything[:3]:
+        run(pairs, tmp_path / "out", **chosen)
+    with pytest.raises(ValueError, match="1 of 2 parts are not done, such as part 1"):
+        merge(tmp_path / "out")
+    run(pairs, tmp_path / "out", **everything[3])
+    merge(tmp_path / "out")
+    assert kept(tmp_path / "out") == [0, 1]  # and nothing is left of the other part's shard
+    run(pairs, tmp_path / "afresh", **options)
+    mended, afresh = files_of(tmp_path / "out"), files_of(tmp_path / "afresh")
+    del mended["manifest.json"], afresh["manifest.json"]
+    assert mended == afresh

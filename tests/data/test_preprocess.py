@@ -12,7 +12,7 @@ from megatron_cm3leon.data import parts
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.data.sources import open_source
 from tests.data.corpora import ByteTokenizers, write_pictures
-from tests.data.runs import files_of, quarantine_of, run
+from tests.data.runs import counts_of, files_of, quarantine_of, run
 
 
 def test_a_hand_written_pair_has_exactly_these_ids_and_files(tmp_path):
@@ -77,6 +77,33 @@ def test_a_folder_of_pictures_and_captions(tmp_path):
         ("a/1.png", "no caption: 1.txt is missing beside the picture"),
         ("lonely.txt", "no picture beside this caption"),
     ]
+
+
+def test_two_captions_of_one_picture_are_one_too_many(tmp_path):
+    write_pictures(tmp_path / "raw", 2)
+    for name in ("0.txt", "0.TXT", "1.TXT"):
+        (tmp_path / "raw" / name).write_text(name)
+    (tmp_path / "raw/pairs.jsonl").unlink()
+    manifest = run(tmp_path / "raw", tmp_path / "out", max_bad_fraction=1.0)
+    assert counts_of(manifest) == (2, 1, 0, 0, 1)
+    assert quarantine_of(tmp_path / "out")[0]["reason"] == "duplicate captions: 0.TXT and one in small letters"
+
+
+def test_texts_of_no_token_are_quarantined(tmp_path):
+    """A model that normalises drops what cannot be seen."""
+
+    def load(folder):
+        tokenizers = ByteTokenizers.load(folder)
+        encode = tokenizers.text.encode
+        tokenizers.text.encode = lambda text: encode(text.replace("\u200b", ""))
+        return tokenizers
+
+    (tmp_path / "texts.txt").write_text("one\n\u200b\ntwo\n\u200b\u200b\n")
+    for size in (1, 4):
+        manifest = run(tmp_path / "texts.txt", tmp_path / str(size), size, load_tokenizers=load, max_bad_fraction=0.5)
+        assert counts_of(manifest) == (4, 2, 0, 0, 2) and manifest["kinds"] == {"text": 2}
+        bad = [(row["source"], row["reason"]) for row in quarantine_of(tmp_path / str(size))]
+        assert bad == [(f"texts.txt:{line}", "empty caption: it encodes to no token") for line in (2, 4)]
 
 
 BAD_LINES = {

@@ -160,7 +160,7 @@ LINES = [
     b'"text": "d"}', b'{"text": "e"}}', b'{"text": {}', b'{"text": 5}', b'{"text": ""}', b'{"text": " \\n"}', b"",
     b"  ", b'{"text": "\\ud800"}', '{"text": "é🙂"}'.encode(), b'{"text": "\xff"}', b'{"text": "f", "id": 3}', b"[]",
     b"{}", b'{"text": "}\\n,{"}', b'{"text": "g", "text": "h"}', b'{"id": 3}', b'{"text": "\xe2\x80\xa8"}',
-    b'{"text": "i"}\r',
+    b'{"text": "i"}\r', b'{"text": [{}', b'{}], "text": "j"}', b'{"text": "\xed\xa0\x80", "text": "k"}',
 ]  # fmt: skip
 
 
@@ -182,6 +182,15 @@ def test_lines_read_together_are_as_lines_read_one_by_one(tmp_path, monkeypatch,
                 apart.setattr(kind, "_find_texts", lambda *_: None)
             assert read_all(source) == flat, chosen
     assert together > 100
+
+
+def test_lines_that_make_documents_only_together_are_faults(tmp_path):
+    """Joined by commas these make as many sound texts as there are lines."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text":[{}\n{}],"text":"x"}\n{"text":"a"},{"text":"b"}\n')
+    assert [entry.reason.split(":")[0] for entry in read_all(open_source(path, 10))] == ["not JSON"] * 3
+    path.write_bytes(b'{"text": "\xed\xa0\x80", "text": "b"}\n')
+    assert [entry.reason.split(":")[0] for entry in read_all(open_source(path, 10))] == ["not UTF-8"]
 
 
 def test_texts_and_interleaved_documents(tmp_path):
@@ -212,6 +221,21 @@ def test_texts_and_interleaved_documents(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"segments": segments, "id": 5}]), tmp_path / "mixed.parquet")
     (row,) = read_all(open_source(tmp_path / "mixed.parquet", 10))
     assert row.segments == document.segments
+
+
+def test_a_caption_whose_picture_is_missing_is_no_text(tmp_path):
+    pairs = [{"image": "0.png", "text": "a"}, {"image": None, "text": "b"}]
+    mixed = [{"image": "0.png", "caption": "a", "text": None}, {"image": None, "caption": None, "text": "b"}]
+    failed = [{"jpg": None, "text": "b", "status": "failed_to_download"}]
+    found = []
+    for rows in (pairs, mixed, failed):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+        found.append(read_all(open_source(tmp_path / "x.parquet", 10))[-1])
+    assert found[0].reason == 'field "image" is NoneType, not text'
+    assert found[1].segments == ["b"] and found[2] == Filtered("not downloaded")
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    source = open_source(tmp_path / "x.jsonl", 10, fields=Fields("", "text"))
+    assert [entry.reason for entry in read_all(source)] == ['field "image" is missing'] * 2
 
 
 def test_columns_of_other_names(tmp_path):
@@ -322,6 +346,28 @@ def test_damaged_tables_are_named(tmp_path):
     entries = read_all(open_source(tmp_path / "hole.parquet", 50))
     assert len(entries) == 300 and sum(isinstance(entry, BadInput) for entry in entries) == 100
     assert entries[100].reason.startswith("damaged Parquet file: ") and entries[100].source == "hole.parquet:row 101"
+
+
+def test_only_a_line_feed_ends_a_record(tmp_path):
+    """Python's own lines also end at what Unicode calls a line end, which a caption may hold."""
+    text = "one\u2028two\x85three\x0bfour\x1cfive"
+    (tmp_path / "x.csv").write_text(f"image,caption\n0.png,{text}\n1.png,next\n", newline="\n")
+    assert [pair.caption for pair in read_all(open_source(tmp_path / "x.csv", 10))] == [text, "next"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("image,caption\n0.png,x\n".encode("utf-16"), r"x\.csv is not UTF-8: byte 0 of its header"),
+        (b"image,caption,caption\n0.png,x,y\n", r"x\.csv has the column 'caption' twice"),
+        (b"\nimage,caption\n0.png,x\n", r"x\.csv begins with a blank line, not with a header"),
+        (b"image,caption\r0.png,x\r", r"carriage return stands outside quotes without a line feed behind it"),
+    ],
+)
+def test_a_table_that_cannot_be_read_as_such_is_refused(tmp_path, content, message):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / "x.csv", 10)
 
 
 def test_what_there_is_to_read_is_checked_first(tmp_path):

@@ -131,6 +131,10 @@ def test_pictures_in_tars_are_read_where_they_are(text, vocabulary, tmp_path):
     content = ContentReader(corpus).read([0])[0]
     content.image = ["00000.tar/folder/a.png"]
     assert SourcePictures(corpus)(content)[0].getpixel((0, 0)) == (255, 0, 0)
+    (tmp_path / "00000.tar").rename(tmp_path / "00001.TAR")
+    content.image = ["00001.TAR/folder/a.png"]
+    assert SourcePictures(corpus)(content)[0].getpixel((0, 0)) == (255, 0, 0)
+    (tmp_path / "00001.TAR").rename(tmp_path / "00000.tar")
     content.image = ["00000.tar/b.png"]
     with pytest.raises(ValueError, match=r"00000.tar/b.png, a picture of .* no such member.*--pictures tokens"):
         SourcePictures(corpus)(content)

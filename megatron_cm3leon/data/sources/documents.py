@@ -6,7 +6,7 @@ Keys count inputs, so they are safe names in a tar whatever the user's own keys 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 
@@ -95,7 +95,7 @@ class RawTexts:
         self.texts.append(text.segments[0])
         self.extras.append(text.extra)
 
-    def choose(self, chosen: Iterable[bool]) -> "RawTexts":
+    def choose(self, chosen: Sequence[bool]) -> "RawTexts":
         """Those of them that are `chosen`."""
         columns = (self.keys, self.sources, self.texts, self.extras)
         return RawTexts(*(list(compress(column, chosen)) for column in columns))
@@ -144,7 +144,8 @@ def make_document(
     interleaved document. A picture is a path, bytes, or {"bytes": .., "path": ..}. `locate` turns a path as the
     input gives it into (name relative to the source's folder, place to read it from).
     """
-    if len(fields) == 1 and isinstance(text := fields.get("text"), str):  # the common row of a text corpus
+    if len(fields) == 1 and isinstance(text := fields.get("text"), str) and names.caption != "text":
+        # The common row of a text corpus.
         document = RawText(key, source, [text])
         return document if text.isascii() and text and not text.isspace() else check_document(document)
     image = names.find(fields, names.image, PICTURE_FIELDS)

@@ -68,8 +68,12 @@ class FolderSource(_FolderSource):
         pictures = [name for name in names if name.lower().endswith(PICTURE_ENDINGS)]
         stems = {os.path.splitext(name)[0] for name in pictures}
         captions = [name for name in names if name.lower().endswith(".txt")]
-        self._odd = {name[:-4]: name for name in captions if not name.endswith(".txt")}
+        odd = [name for name in captions if not name.endswith(".txt")]
+        self._odd = {name[:-4]: name for name in odd}
         """Captions in capitals (.TXT), by stem."""
+        plain = (stem for name in captions if (stem := name.removesuffix(".txt")) != name)
+        self._several = {stem for stem in plain if stem in self._odd}
+        """Stems that have a caption in capitals and another."""
         self._described = {stem for name in names if (stem := name.removesuffix(".json")) != name and stem in stems}
         return sorted(pictures + [name for name in captions if name[:-4] not in stems])
 
@@ -85,6 +89,8 @@ class FolderSource(_FolderSource):
         if name.lower().endswith(".txt"):
             return BadInput(key, name, "no picture beside this caption")
         path = self._caption_of(name)
+        if os.path.splitext(name)[0] in self._several:
+            return BadInput(key, name, f"duplicate captions: {os.path.basename(path)} and one in small letters")
         fields, shown = {}, os.path.basename(path)
         try:
             if os.path.splitext(name)[0] in self._described:

@@ -23,6 +23,8 @@ from megatron_cm3leon.data.sources.files import open_file
 _CHUNK_BYTES = 1 << 22
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _scan_json = json.JSONDecoder().scan_once
+_decode_pairs = json.JSONDecoder(object_pairs_hook=tuple).decode
+"""As json.loads, each object as the tuple of its (name, value): a dict would hide a name that stands twice."""
 
 
 class _LinesSource(FileSource):
@@ -124,16 +126,18 @@ class JsonlSource(_LinesSource):
         """Lines of nothing but {"text": ..} are parsed as one array, at half the cost.
 
         Each line begins with { and each but the last ends with }. No string holds a bare newline and no value
-        follows a comma in an object, so that two lines never make one object; where a line makes two, there are
-        more objects than lines.
+        follows a comma in an object: where two lines make one object, it is of more than a text, a list among its
+        values. Where a line makes two objects, there are more objects than lines.
         """
+        if self.fields.caption == "text":  # a caption, whose picture is missing
+            return None
         content = b",".join(lines)
         if not content.startswith(b"{") or content.count(b"}\n,{") != len(lines) - 1:
             return None
         try:
-            rows = json.loads(b"[%b]" % content)
-            texts = [row["text"] for row in rows if len(row) == 1]
-        except (ValueError, RecursionError, LookupError, TypeError):  # some line has a fault, which its own parse names
+            rows = _decode_pairs(f"[{content.decode()}]")
+            texts = [text for ((name, text),) in rows if name == "text"]
+        except (ValueError, RecursionError, TypeError):  # some line has more, or a fault that its own parse names
             return None
         return texts if len(rows) == len(lines) == len(texts) and _are_texts(texts) else None
 

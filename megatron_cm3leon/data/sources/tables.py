@@ -10,7 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_cm3leon.data.sources.base import FileSource, Part
-from megatron_cm3leon.data.sources.documents import BadInput, Entry, make_document
+from megatron_cm3leon.data.sources.documents import (
+    CAPTION_FIELDS,
+    PICTURE_FIELDS,
+    BadInput,
+    Entry,
+    make_document,
+)  # fmt: skip
 from megatron_cm3leon.data.sources.files import MAX_BYTES, identify_file, open_file
 
 _ROWS_AT_ONCE = 64
@@ -30,13 +36,14 @@ class CsvSource(FileSource):
                     begins.append(place)
                 records += 1
             place += len(raw)
+        if records > 0:
+            self._read_header(file)  # its faults are told before any work
         self._add_parts(file, begins, max(records, 0))
         return digest.hexdigest()
 
     def _read(self, part: Part) -> Iterator[Entry]:
         name, locate = self.name_of(part.file), self._locator(part.file)
-        header, _ = next(self._records(part.file, 0))
-        columns = self._parse(header.removeprefix(b"\xef\xbb\xbf"), part.file)
+        columns = self._read_header(part.file)
         records = (raw for raw, blank in self._records(part.file, part.begin) if not blank)
         for number, raw in zip(range(part.inputs), records, strict=False):
             key, source = f"{part.first + number:08d}", f"{name}:record {part.number + number + 1}"
@@ -54,9 +61,23 @@ class CsvSource(FileSource):
                 continue
             yield make_document(dict(zip(columns, values, strict=True)), key, source, self.fields, locate)
 
+    def _read_header(self, file: int) -> list[str]:
+        """Names of the columns; ValueError where there are none to tell apart."""
+        raw, _ = next(self._records(file, 0))
+        try:
+            columns = self._parse(raw.removeprefix(b"\xef\xbb\xbf"), file)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{self.files[file]} is not UTF-8: byte {error.start} of its header cannot be decoded; convert it."
+            ) from error
+        twice = sorted({name for name in columns if name and columns.count(name) > 1})
+        if twice or not columns:
+            fault = f"has the column {twice[0]!r} twice" if twice else "begins with a blank line, not with a header"
+            raise ValueError(f"{self.files[file]} {fault}; its first line has to name each column once.")
+        return columns
+
     def _parse(self, raw: bytes, file: int) -> list[str]:
-        lines = raw.decode("utf-8").splitlines(keepends=True) if b'"' not in raw else [raw.decode("utf-8")]
-        rows = list(csv.reader(lines, delimiter=self._delimiter(file), strict=True))
+        rows = list(csv.reader([raw.decode("utf-8")], delimiter=self._delimiter(file), strict=True))
         return rows[0] if rows else []
 
     def _records(self, file: int, begin: int) -> Iterator[tuple[bytes, bool]]:
@@ -71,9 +92,12 @@ class CsvSource(FileSource):
                     yield b"".join(lines), not row
                     lines.clear()
             except csv.Error as error:
+                cause = "a quote that is opened there is never closed?"
+                if "new-line" in str(error):
+                    cause = "a carriage return stands outside quotes without a line feed behind it."
                 raise ValueError(
-                    f"{self.files[file]}: the record that begins with {lines[0][:60]!r} is no CSV ({error}): a quote "
-                    f"that is opened there is never closed? Mend the file."
+                    f"{self.files[file]}: the record that begins with {lines[0][:60]!r} is no CSV ({error}): {cause} "
+                    f"Mend the file."
                 ) from error
 
     def _delimiter(self, file: int) -> str:
@@ -110,15 +134,23 @@ class ParquetSource(FileSource):
         name, locate, number = self.name_of(part.file), self._locator(part.file), part.number
         try:
             with open_file(self.files[part.file]) as content, pq.ParquetFile(content) as table:
+                needed = self._find_needed(table.schema_arrow.names)
                 for fields in _read_rows(table, part.begin, part.inputs):
                     key, source = f"{part.first + number - part.number:08d}", f"{name}:row {number + 1}"
-                    given = {column: value for column, value in fields.items() if value is not None}
+                    given = {column: value for column, value in fields.items() if value is not None or column == needed}
                     yield make_document(given, key, source, self.fields, locate)
                     number += 1
         except (pa.ArrowException, OSError) as error:
             for lost in range(number, part.number + part.inputs):  # what follows the damage cannot be read either
                 key, source = f"{part.first + lost - part.number:08d}", f"{name}:row {lost + 1}"
                 yield BadInput(key, source, f"damaged Parquet file: {error}")
+
+    def _find_needed(self, columns: list[str]) -> str:
+        """The column of pictures where "text" holds captions: a row without a picture is no text."""
+        captions = [self.fields.caption] if self.fields.caption else CAPTION_FIELDS
+        if any(name in columns for name in captions if name != "text"):
+            return ""
+        return self.fields.find(dict.fromkeys(columns), self.fields.image, PICTURE_FIELDS)
 
 
 def _read_rows(table: pq.ParquetFile, begin: int, count: int) -> Iterator[dict]:
