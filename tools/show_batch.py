@@ -13,7 +13,7 @@ import torch
 
 from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config
-from megatron_cm3leon.data.history import REASONS, find_batch, read_history
+from megatron_cm3leon.data.history import METRICS, REASONS, find_batch, read_history
 from megatron_cm3leon.data.show import BlockPrinter, find_pictures
 from megatron_cm3leon.data.stream import Stream, build_stream
 from megatron_cm3leon.data.waste import describe_waste
@@ -79,8 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
     run = path if path.is_dir() else path.parent
     config = load_config(run / "config.yaml" if path.is_dir() else path, args.overrides)
     config.validate()
+    changes = {}
+    if args.step is not None or all((run / name).is_file() for name in ("config.yaml", METRICS)):
+        changes = find_changes(load_config(run / "config.yaml"), config)
     if args.step is not None:
-        refuse_another_stream(load_config(run / "config.yaml"), config)
+        refuse_another_stream(changes)
     stream = build_stream(config, train=not args.validation)
     batch = args.batch if args.step is None else find_batch(run, args.step)
     total = stream.global_batch_size
@@ -93,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError("--pictures needs --tokenizer, the folder that decodes them.")
     tokenizers = load_tokenizers(args.tokenizer, stream.vocabulary) if args.tokenizer else None
     printer = BlockPrinter(stream, tokenizers and tokenizers.text, colour=sys.stdout.isatty())
-    note = "" if args.validation else describe_batch(run, batch)
+    note = "" if args.validation or changes else describe_batch(run, batch)
     print(f"batch {batch}: blocks {first}..{first + total - 1}, stream {stream.fingerprint}{note}")
     for number in range(first, first + count):
         print()
@@ -106,21 +109,29 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def refuse_another_stream(own: Config, config: Config) -> None:
-    """ValueError where overrides change which documents a step of the run saw."""
+def find_changes(own: Config, config: Config) -> dict[str, tuple]:
+    """Field -> (value of the run, value now), of what determines which documents a step of the run saw."""
     names = ("data.shards", "data.sources", "retrieval.index", *FIXED_FIELDS)
     own.validate()
-    for name, (before, after) in changed_fields(own, config).items():
-        if name.startswith(names) and not name.startswith("model."):
-            raise ValueError(
-                f"--step goes by the batches of the run, whose {name} is {before}, not {after}; leave the override "
-                f"out, or give --batch."
-            )
+    return {
+        name: values
+        for name, values in changed_fields(own, config).items()
+        if name.startswith(names) and not name.startswith("model.")
+    }
+
+
+def refuse_another_stream(changes: dict[str, tuple]) -> None:
+    """ValueError where overrides change which documents a step of the run saw."""
+    for name, (before, after) in changes.items():
+        raise ValueError(
+            f"--step goes by the batches of the run, whose {name} is {before}, not {after}; leave the override "
+            f"out, or give --batch."
+        )
 
 
 def describe_batch(run: Path, batch: int) -> str:
     """What a run did with a batch, where the folder has a record of it."""
-    if not (run / "metrics.jsonl").is_file():
+    if not (run / METRICS).is_file():
         return ""
     history = read_history(run)
     if batch not in history:

@@ -125,7 +125,7 @@ class Prefix:
         threads = min(_THREADS, len(os.sched_getaffinity(0)))  # numpy computes without the interpreter's lock
         with ThreadPoolExecutor(threads) as pool:
             table = np.cumsum([0, *chain.from_iterable(pool.map(self.measure, parts))], dtype=np.int64)
-        if self.folder:
+        if self.folder and self.groups > _WALK:  # a smaller one is as quickly measured, and there are many spans of it
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f".{self.name}-{span:06d}.{os.getpid()}.tmp"
             with open(temporary, "wb") as file:

@@ -196,7 +196,8 @@ def _compare_plans(recorded: dict, plan: dict) -> Iterator[str]:
     recorded = {**_DEFAULTS, **recorded, "device": str(recorded.get("device")).split(":")[0]}
     for name, value in {**_DEFAULTS, **plan}.items():
         if recorded.get(name) != value:
-            yield f"{name}: {recorded.get(name)}, now {value}"
+            what = "the input has changed, or is another: " if name == "input_sha256" else ""
+            yield f"{what}{name}: {recorded.get(name)}, now {value}"
 
 
 def _remove_shards(output: Path) -> None:

@@ -3,7 +3,7 @@
     </s>⟦a red kite⟧<break>[picture: 64 codes]<break>a <sentinel:0> kite ... </s><sentinel:0> blue<eoss>
 
 A picture that spans, sentinels or the block's ends cut is shown with the codes it has; `⟦ ⟧` encloses
-tokens whose loss weight is neither 0 nor 1, with the weight; padding is counted.
+tokens whose loss weight is not 1, with the weight; padding is counted.
 """
 
 import re
@@ -48,7 +48,7 @@ class BlockPrinter:
             for number in numbers.tolist():
                 corpus, document = self.stream.library.locate(number)
                 row = corpus.metadata_row(document)
-                picture = f" ({row['image']})" if row["image"] != row["source"] else ""
+                picture = f" ({row['image']})" if row["image"] not in ("", row["source"]) else ""
                 shards = f" of {corpus.folder}" if len(self.stream.library.corpora) > 1 else ""
                 lines.append(_escape(f"  {role} {document}{shards}: {row['source']}{picture}"))
         return "\n".join([*lines, self.show_tokens(block.tokens, block.weights)])

@@ -190,6 +190,14 @@ def test_any_block_by_any_way(corpus, packing, way, monkeypatch, tmp_path):
     assert bool(list(tmp_path.glob("*.npy"))) == (way == "kept table")
 
 
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_far_epochs_of_a_small_corpus_leave_no_files(corpus, packing, tmp_path):
+    """An epoch of a few groups is walked through; a table for each epoch would be a file for each."""
+    stream = make_stream(corpus, packing, False)
+    stream.keep_tables(tmp_path)
+    assert stream.block(10_000).epoch > 64 and not list(tmp_path.iterdir())
+
+
 def test_a_table_of_another_size_is_refused(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_cm3leon.data.prefix._WALK", 0)
     stream = make_stream(corpus, "stream", True)

@@ -221,6 +221,11 @@ def test_a_complete_folder_is_left_alone_and_other_options_are_refused(tmp_path)
     assert files_of(tmp_path / "out") == before
     with pytest.raises(ValueError, match=r"other options \(part_size: 4, now 5\).*--overwrite"):
         run(pairs, tmp_path / "out", part_size=5)
+    text = pairs.read_text()
+    pairs.write_text(text.replace("picture 3", "picture X"))
+    with pytest.raises(ValueError, match=r"the input has changed, or is another: input_sha256: .*--overwrite"):
+        run(pairs, tmp_path / "out")
+    pairs.write_text(text)
     assert files_of(tmp_path / "out") == before
     (tmp_path / "out/my notes").touch()
     run(pairs, tmp_path / "out", part_size=2, overwrite=True)

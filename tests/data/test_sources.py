@@ -374,6 +374,9 @@ def test_what_there_is_to_read_is_checked_first(tmp_path):
     (tmp_path / "a.tar").touch()
     with pytest.raises(ValueError, match=r"--format texts reads a folder, but --input .*a\.tar is a file"):
         open_source(tmp_path / "a.tar", 4, "texts")
+    (tmp_path / "a.jsonl.GZ").touch()
+    with pytest.raises(ValueError, match=r"a\.jsonl\.GZ is compressed; unpack it first"):
+        open_source(tmp_path / "a.jsonl.GZ", 4)
     with pytest.raises(ValueError, match=r"holds no \.csv or \.tsv file, which --format csv reads"):
         open_source(tmp_path, 4, "csv")
     with pytest.raises(ValueError, match="give one folder, or files; these are 2 of which one is a folder"):

@@ -135,6 +135,9 @@ def test_a_step_is_one_of_the_runs_own_stream(corpus, tmp_path):
     )
     (tmp_path / "metrics.jsonl").write_text('{"attempt": 1, "step": 1, "batch": 0}\n')
     assert call_tool("show_batch", tmp_path, "--step", 1, "train.steps=9").returncode == 0
+    assert call_tool("show_batch", tmp_path).stdout.splitlines()[0].endswith(", step 1")
+    other = call_tool("show_batch", tmp_path, "cm3.probability=0.5").stdout
+    assert other.startswith("batch 0: ") and "step 1" not in other  # the run took another batch 0
     result = call_tool("show_batch", tmp_path, "--step", 1, "cm3.probability=0.5")
     assert result.returncode == 2
     assert "whose cm3.probability is 1.0, not 0.5; leave the override out, or give --batch" in result.stderr

@@ -48,6 +48,7 @@ _FILES = {
     "lines": (TextLinesSource, (".txt",)),
     "jsonl": (JsonlSource, (".jsonl", ".ndjson", ".json")),
 }
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tgz")
 _FOLDERS = {"folder": FolderSource, "texts": TextFilesSource}
 FORMATS = ("auto", *_FILES, *_FOLDERS)
 
@@ -95,6 +96,9 @@ def _open_folder(path: str, part_size: int, form: str, fields: Fields) -> Source
 
 
 def _open_files(paths: list[str], part_size: int, form: str, fields: Fields) -> Source:
+    packed = next((path for path in paths if path.partition("::")[0].lower().endswith(_COMPRESSED)), "")
+    if packed:
+        raise ValueError(f"--input {packed} is compressed; unpack it first, as parts begin in the middle of a file.")
     if form == "auto":
         forms = {path: _guess_form(path) for path in paths}
         if len(set(forms.values())) > 1:
