@@ -53,8 +53,8 @@ def write_quarantine(output: Path, records: Iterable[Path]) -> None:
     os.replace(temporary, output / QUARANTINE)
 
 
-def check_bad_share(bad: int, read: int, allowed: float, output: Path, total: int | None = None) -> None:
-    """Refuse a run of which more than the share `allowed` of its inputs is unusable."""
+def check_bad_share(bad: int, read: int, allowed: float, output: Path, total: float | None = None) -> None:
+    """Refuse a run of which more than the share `allowed` of its `total` inputs (those read: None) is unusable."""
     if bad <= allowed * (total or read):
         return
     raise ValueError(

@@ -10,6 +10,7 @@ work on parts task, task + tasks, ...; `merge` (merge.py) then writes the manife
 """
 
 import json
+import logging
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,7 @@ from megatron_cm3leon.data.shards import MANIFEST, open_shards, write_json
 from megatron_cm3leon.data.sources import Source
 from megatron_cm3leon.progress import Meter, meter
 
+logger = logging.getLogger(__name__)
 STAGES = ("all", "hash", "encode")
 _POLL_SECONDS = 0.5
 _DEFAULTS = {**asdict(Filters()), "deduplicate": []}
@@ -225,13 +227,13 @@ def _run_parts(work: Callable[[int], dict], label: str, source: Source, options:
             threads = torch.get_num_threads()
             begin_work(task, shared, progress)
             try:
-                return _collect(map(work, parts), total, options, shared)
+                return _collect(map(work, parts), len(parts), total, options, shared)
             finally:
                 torch.set_num_threads(threads)
         with ProcessPoolExecutor(min(options.workers, len(parts)), context, begin_work, (task, shared)) as pool:
             try:
                 futures = [pool.submit(work, part) for part in parts]
-                return _collect(_completed(futures, shared, progress), total, options, shared)
+                return _collect(_completed(futures, shared, progress), len(parts), total, options, shared)
             except BrokenProcessPool as error:
                 raise OSError(
                     "a worker process was killed (often for want of memory); lower --workers or --batch-size and "
@@ -253,18 +255,28 @@ def _completed(futures: list[Future], shared: Shared, progress: Meter) -> Iterat
     progress.advance(shared.done.value - progress.done)
 
 
-def _collect(results: Iterable[dict], total: int | None, options: PreprocessOptions, shared: Shared) -> Account:
-    """Add up what was done; ValueError once more inputs are unusable than the rest can make good."""
-    account = Account()
-    for counts in results:
+def _collect(
+    results: Iterable[dict], parts: int, total: int | None, options: PreprocessOptions, shared: Shared
+) -> Account:
+    """Add up what was done; ValueError once more inputs are unusable than the rest of all tasks can make good."""
+    account, read = Account(), 0
+    for done, counts in enumerate(results, 1):
         account.add(counts)
-        if total and account.quarantined > options.max_bad_fraction * total:
+        read += counts["read"]
+        # Where inputs cannot be counted ahead, the other parts and tasks are taken to be as these are.
+        whole = options.tasks * (total or read * parts / done)
+        if account.quarantined > options.max_bad_fraction * whole:
             shared.stop.value = 1
             _write_known_quarantine(options.output)
-            check_bad_share(account.quarantined, account.read, options.max_bad_fraction, options.output, total)
-    if not total or options.tasks > 1:
+            check_bad_share(account.quarantined, account.read, options.max_bad_fraction, options.output, whole)
+    if options.tasks > 1:
         _write_known_quarantine(options.output)
-        check_bad_share(account.quarantined, account.read, options.max_bad_fraction, options.output)
+        if account.quarantined > options.max_bad_fraction * read:
+            logger.warning(
+                "%d of the %d inputs of this task are unusable, more than --max-bad-fraction %g of them: merge will "
+                "refuse the shards if the other tasks do not make it good.",
+                account.quarantined, read, options.max_bad_fraction,
+            )  # fmt: skip
     return account
 
 

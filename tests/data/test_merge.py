@@ -38,6 +38,19 @@ def test_tasks_of_any_number_write_what_one_run_writes(tmp_path):
     assert manifest_sha256(open_shards(tmp_path / "one")) == manifest_sha256(open_shards(tmp_path / "tasks"))
 
 
+def test_the_share_of_unusable_inputs_is_that_of_all_tasks(tmp_path, caplog):
+    """Two of twelve are allowed by a fifth, though they are half of the first task's."""
+    pairs = write_pictures(tmp_path / "raw", 12)
+    for number in (0, 1):
+        (tmp_path / f"raw/{number}.png").unlink()
+    for task in range(3):
+        run(pairs, tmp_path / "out", tasks=3, task=task, max_bad_fraction=0.2)
+    assert "2 of the 4 inputs of this task are unusable, more than --max-bad-fraction 0.2" in caplog.text
+    assert counts_of(merge(tmp_path / "out")) == (12, 10, 0, 0, 2)
+    with pytest.raises(ValueError, match="2 of the 4 inputs read are unusable"):  # more than a tenth of twelve
+        run(pairs, tmp_path / "other", tasks=3, task=0, max_bad_fraction=0.1)
+
+
 def test_an_index_knows_older_manifests_by_their_bytes(tmp_path):
     run(write_pictures(tmp_path / "raw", 3), tmp_path / "out")
     path = tmp_path / "out/manifest.json"

@@ -172,6 +172,20 @@ def test_pictures_of_any_mode_become_documents(tmp_path):
         assert set(corpus.read(number)[-4:].tolist()) == {corpus.vocabulary.image_start + 8}
 
 
+def test_too_many_bad_inputs_of_tars_stop_the_run_before_its_end(tmp_path):
+    """How many inputs tars hold is known only when they are read: the others are taken to be as those read."""
+    (tmp_path / "raw").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "sound.png")
+    pictures = ((tmp_path / "sound.png").read_bytes(), b"no picture")
+    for tar in range(20):
+        with webdataset.TarWriter(str(tmp_path / f"raw/{tar:02d}.tar")) as file:
+            for number in range(4):
+                file.write({"__key__": f"{tar}{number}", "txt": "a", "png": pictures[tar % 2]})
+    with pytest.raises(ValueError, match="12 of the 24 inputs read are unusable"):
+        run(tmp_path / "raw", tmp_path / "out", max_bad_fraction=0.1)
+    assert len(list((tmp_path / "out/.work").glob("part-*.json"))) == 6
+
+
 def test_too_many_bad_inputs_stop_the_run_and_mending_them_finishes_it(tmp_path):
     raw = tmp_path / "raw"
     pairs = write_pictures(raw, 12)

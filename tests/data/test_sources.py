@@ -5,6 +5,7 @@ import json
 import random
 import re
 import tarfile
+import zipfile
 
 import fsspec
 import pyarrow as pa
@@ -111,6 +112,11 @@ def test_urls_are_read_as_local_files_are(forms):
         for name in FORMS:
             assert contents(open_source(f"memory://corpus/{name}", 4)) == contents(open_source(forms / name, 4)), name
         assert contents(open_source("memory://folder", 4)) == [("beside", picture(1))]
+        with zipfile.ZipFile(forms / "corpus.zip", "w") as archive:
+            archive.writestr("texts.jsonl", '{"text": "inside"}\n')
+        assert [text.texts for text in read_all(open_source(f"zip://texts.jsonl::{forms}/corpus.zip", 4))] == [
+            ["inside"]
+        ]
         assert contents(open_source(f"file://{forms}/pairs.jsonl", 4)) == contents(open_source(forms / FORMS[0], 4))
         with pytest.raises(ValueError, match=r"--input memory://nowhere/x\.tar does not exist"):
             open_source("memory://nowhere/x.tar", 4)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +18,7 @@ def is_url(path: str) -> bool:
     return "://" in path or "::" in path
 
 
+@lru_cache(64)  # an archive's file system closes it when nobody holds it any more, the reader of a member included
 def _open_store(url: str):
     """(file system, path in it); ValueError where this machine lacks what the URL needs."""
     try:
