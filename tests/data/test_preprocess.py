@@ -208,7 +208,7 @@ def test_too_many_bad_inputs_stop_the_run_and_mending_them_finishes_it(tmp_path)
 def test_an_interrupted_run_is_finished_and_keeps_whole_parts(tmp_path, monkeypatch):
     pairs = write_pictures(tmp_path / "raw", 14)
     run(pairs, tmp_path / "whole")
-    write, written = parts._PartEncoder.run, []
+    write, written = parts.PartEncoder.run, []
 
     def die_in_the_third_part(self):
         written.append(self.part)
@@ -216,7 +216,7 @@ def test_an_interrupted_run_is_finished_and_keeps_whole_parts(tmp_path, monkeypa
             raise KeyboardInterrupt
         return write(self)
 
-    monkeypatch.setattr(parts._PartEncoder, "run", die_in_the_third_part)
+    monkeypatch.setattr(parts.PartEncoder, "run", die_in_the_third_part)
     with pytest.raises(KeyboardInterrupt):
         run(pairs, tmp_path / "out")
     with pytest.raises(ValueError, match=r"no manifest\.json.*tools/preprocess_data\.py.*finishes what is missing"):
