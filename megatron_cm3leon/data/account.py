@@ -60,6 +60,6 @@ def check_bad_share(bad: int, read: int, allowed: float, output: Path, total: fl
     raise ValueError(
         f"{bad} of the {read} inputs read are unusable, more than --max-bad-fraction {allowed:g} "
         f"allows; {output / QUARANTINE} names each with its reason. Mend the pictures that it names, or "
-        f"raise --max-bad-fraction, and run the same command again: parts that are whole are kept. A changed input "
-        f"file itself needs --overwrite."
+        f"raise --max-bad-fraction, and run the same command again: parts that are whole are kept. A changed list of "
+        f"inputs, or a changed folder of pictures, needs --overwrite."
     )
