@@ -12,7 +12,6 @@ With --retrieve INDEX, retrieved documents stand in front of each prompt; with -
 """
 
 import argparse
-from itertools import chain
 from pathlib import Path
 
 from megatron_cm3leon.cli import HelpFormatter, run_tool
@@ -146,13 +145,10 @@ def find_captions(arguments: argparse.Namespace) -> list[str]:
     """Captions of the command line and of the --from file."""
     captions = list(arguments.captions)
     if arguments.file:
-        from megatron_cm3leon.data.sources import BadInput, open_source
+        from megatron_cm3leon.data.sources.documents import decode_text
 
-        source = open_source(arguments.file, 1000, "lines")
-        for line in chain.from_iterable(map(source.read_part, range(source.parts))):
-            if isinstance(line, BadInput):
-                raise ValueError(f"--from {arguments.file}: {line.source}: {line.reason}.")
-            captions.append(line.texts[0])
+        text = decode_text(Path(arguments.file).read_bytes(), f"--from {arguments.file}")
+        captions += [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not captions:
         raise ValueError("there is no caption to draw; give some, or --from FILE with one a line.")
     return captions

@@ -14,6 +14,11 @@ def run(inputs, output, part_size=4, form="auto", **options):
     return preprocess(source, PreprocessOptions(tokenizer=output, output=output, **options))
 
 
+def read_all(source):
+    """Every input of a source, in order."""
+    return [entry for part in range(source.parts) for entry in source.read_part(part)]
+
+
 def files_of(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 

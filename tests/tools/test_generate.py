@@ -48,7 +48,7 @@ def read_account(folder):
 
 
 def test_captions_of_a_file_are_drawn_as_those_of_the_command_line(world):
-    (world / "captions.txt").write_text("a blue one\n\na green one\n")
+    (world / "captions.txt").write_bytes(b"a blue one\r\n\n \na green one\n")
     options = ["--model", world / "exported", "--output"]
     make("generate", "image", "a red one", "--from", world / "captions.txt", *options, world / "from file")
     make("generate", "image", "a red one", "a blue one", "a green one", *options, world / "from line")
@@ -152,6 +152,8 @@ def test_answers_and_documents(world):
         (["image", "a", "--model", "{model}", "--temperature", "-1", "--output", "{world}/new"], "temperature (-1.0)"),
         (["image", "long " * 200, "--model", "{model}", "--output", "{world}/new"], "the model's context has 128"),
         (["image", "--model", "{model}", "--output", "{world}/new"], "there is no caption to draw"),
+        (["image", "--from", "{world}/none.txt", "--model", "{model}"], "none.txt: No such file"),
+        (["image", "--from", "{world}/0.png", "--model", "{model}"], "not UTF-8: byte 0 of --from"),
         (["image", "a\udcff", "--model", "{model}", "--output", "{world}/new"], "is no Unicode"),
         (["image", "a", "--model", "{model}", "--device", "gpu", "--output", "{world}/new"], "is no device of torch"),
         (["image", "a", "--model", "{model}", "--documents", "1", "--output", "{world}/new"], "are for --retrieve"),

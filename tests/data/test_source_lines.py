@@ -1,0 +1,45 @@
+"""Files of lines: read in blocks, they give what they give read line by line."""
+
+import random
+
+import pytest
+
+from megatron_cm3leon.data.sources import RawTexts, lines, open_source
+from tests.data.runs import read_all
+
+LINES = [
+    b'{"text": "one"}', b' {"text":"two"} ', b'{"text": "a"},{"text": "b"}', b'{"text": "cut', b'{"text": "c"',
+    b'"text": "d"}', b'{"text": "e"}}', b'{"text": {}', b'{"text": 5}', b'{"text": ""}', b'{"text": " \\n"}', b"",
+    b"  ", b'{"text": "\\ud800"}', '{"text": "é🙂"}'.encode(), b'{"text": "\xff"}', b'{"text": "f", "id": 3}', b"[]",
+    b"{}", b'{"text": "}\\n,{"}', b'{"text": "g", "text": "h"}', b'{"id": 3}', b'{"text": "\xe2\x80\xa8"}',
+    b'{"text": "i"}\r', b'{"text": [{}', b'{}], "text": "j"}', b'{"text": "\xed\xa0\x80", "text": "k"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "txt"])
+def test_lines_read_together_are_as_lines_read_one_by_one(tmp_path, monkeypatch, ending):
+    draws, path = random.Random(0), tmp_path / f"corpus.{ending}"
+    monkeypatch.setattr(lines, "TEXT_BLOCK", 60)
+    together = 0
+    for number in range(400):
+        chosen = draws.choices(LINES[: draws.choice((1, 3, 6, len(LINES)))], k=draws.randrange(1, 12))
+        path.write_bytes((b"\xef\xbb\xbf" if number % 5 == 0 else b"") + b"\n".join(chosen) + b"\n" * (number % 2))
+        source = open_source(path, draws.randrange(1, 12))
+        blocks = [block for part in range(source.parts) for block in source.read_blocks(part)]
+        flat = [entry for block in blocks for entry in (block if isinstance(block, RawTexts) else [block])]
+        assert flat == read_all(source)
+        together += any(isinstance(block, RawTexts) and len(block) > 1 for block in blocks)
+        with monkeypatch.context() as apart:
+            for kind in (lines.JsonlSource, lines.TextLinesSource):
+                apart.setattr(kind, "_find_texts", lambda *_: None)
+            assert read_all(source) == flat, chosen
+    assert together > 100
+
+
+def test_lines_that_make_documents_only_together_are_faults(tmp_path):
+    """Joined by commas these make as many sound texts as there are lines."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text":[{}\n{}],"text":"x"}\n{"text":"a"},{"text":"b"}\n')
+    assert [entry.reason.split(":")[0] for entry in read_all(open_source(path, 10))] == ["not JSON"] * 3
+    path.write_bytes(b'{"text": "\xed\xa0\x80", "text": "b"}\n')
+    assert [entry.reason.split(":")[0] for entry in read_all(open_source(path, 10))] == ["not UTF-8"]
