@@ -24,6 +24,7 @@ from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
+from megatron_cm3leon.engine.compile import compile_layers
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
 from megatron_cm3leon.engine.parallel import destroy_groups, open_verified
 from megatron_cm3leon.engine.work_clock import WorkClock
@@ -105,6 +106,7 @@ class DeepSpeedEngine:
         self.version = deepspeed.__version__
         [model] = build_stage(config, vocabulary)
         self.placements = list(place_parameters(model))  # now: stage 3 takes the parameters' shapes
+        self.compiled = compile_layers([model], config, device)
         self._sum_shared_gradients(model)
         if config.parallel.zero == 3 and config.model.tied_embeddings:
             # The head reads the word embedding outside the module that owns it.

@@ -29,10 +29,12 @@ from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
+from megatron_cm3leon.engine.compile import compile_layers
 from megatron_cm3leon.engine.parallel import destroy_groups, open_verified
 from megatron_cm3leon.engine.work_clock import WorkClock
 from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
+from megatron_cm3leon.model.linear import mark_accumulated
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 
@@ -50,6 +52,8 @@ class MegatronEngine:
         chunks = [chunk.to(device) for chunk in build_stage(config, vocabulary)]
         self.placements = [pair for chunk in chunks for pair in place_parameters(chunk)]
         self.model = [self._distribute(chunk, number) for number, chunk in enumerate(chunks)]
+        self.accumulated = [weight for chunk in chunks for weight in mark_accumulated(chunk)]
+        self.compiled = compile_layers(chunks, config, device)
         self.optimizer = self._build_optimizer()
         self._schedule_communication(chunks)
         self.forward_backward = get_forward_backward_func()
@@ -135,6 +139,8 @@ class MegatronEngine:
         for model in self.model:
             model.train()
             model.zero_grad_buffer()
+        for weight in self.accumulated:
+            weight.grad_added_to_main_grad = True  # by the products (model/linear.py)
         self.optimizer.zero_grad()
         if self.config.model.dropout:
             seed_dropout(self.config.seed, step, self.data_rank)
