@@ -8,6 +8,8 @@ they are.
 import logging
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_cm3leon.config import Config
 
@@ -51,3 +53,26 @@ def compile_layers(chunks: list[torch.nn.Module], config: Config, device: torch.
         # Dropout inside the attention keeps states of random numbers, which divide the graph.
         layer.forward = torch.compile(layer.forward, dynamic=False, fullgraph=not config.model.dropout)
     return True
+
+
+def gather_before_layers(models: list[DistributedDataParallel]) -> None:
+    """Wait for the gathered parameters of a compiled layer in front of it.
+
+    megatron-core waits in a hook of every module; inside a graph these hooks would run once, while it is traced.
+    """
+    for model in models:
+        if model.use_forward_hook:
+            for layer in [module for module in model.modules() if isinstance(module, TransformerLayer)]:
+                _gather_before(model, layer)
+
+
+def _gather_before(model: DistributedDataParallel, layer: TransformerLayer) -> None:
+    inner, wait_for = [module for module in layer.modules() if module is not layer], model._make_forward_pre_hook()
+    for module in inner:
+        model.remove_forward_pre_hook_handles[module].remove()
+
+    def gather(*_) -> None:
+        for module in inner:
+            wait_for(module)
+
+    layer.register_forward_pre_hook(gather)

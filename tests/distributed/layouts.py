@@ -168,7 +168,9 @@ def _compiled() -> list[Layout]:
         rows.append(Layout(f"compiled deepspeed, {label}", ranks, overrides, covering=False))
     overrides = COMPILE + DEEPSPEED + LLAMA + ("parallel.tensor=2", "parallel.zero=1")
     rows.append(Layout("compiled deepspeed llama, tensor=2 zero=1", 2, overrides, "llama, one process", False))
-    rows.append(Layout("compiled bf16, zero=1", 2, (*COMPILE, *BF16, "parallel.zero=1"), "bf16, one process", False, 2e-3, 0.1))
+    rows.append(
+        Layout("compiled bf16, zero=1", 2, (*COMPILE, *BF16, "parallel.zero=1"), "bf16, one process", False, 2e-3, 0.1)
+    )
     return rows
 
 
