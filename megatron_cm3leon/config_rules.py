@@ -63,6 +63,7 @@ _RANGES = {
     "train.spike_window": (3, None),
     "train.max_rollbacks": (0, None),
     "train.z_loss": (0, None),
+    "train.head_chunk": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.beta1": (0, 1),
     "optimizer.beta2": (0, 1),
