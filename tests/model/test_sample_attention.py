@@ -13,7 +13,7 @@ from tests.recording import MemoryRecorder
 
 
 def packed_samples(length: int) -> torch.Tensor:
-    """Two sequences of three samples; in one, pieces of all stand at its end (CM3 masking moves spans), with padding."""
+    """Two sequences of three samples; in one, pieces of all stand at its end (CM3 masking moves spans) with padding."""
     samples = (torch.arange(length) * 3 // length).expand(2, -1).clone()
     samples[1, length - length // 8 :] = torch.randint(0, 3, (length // 8,), generator=torch.Generator().manual_seed(0))
     samples[1, -9:] = -1
