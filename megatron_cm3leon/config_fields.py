@@ -170,6 +170,9 @@ class TrainConfig:
     """Batches of the stream to leave out, by number, such as 120-320,900."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator, added to each token's loss (Chameleon: 1e-5)."""
+    fp8: bool = False
+    """Products of the transformer layers in 8-bit floating point, weights and all else as `precision` has them; on a
+    GPU of Ada's generation or later, emulated on a CPU."""
     sample_attention: str = "auto"
     """Attention under data.attention=sample. flex: FlexAttention, no mask in memory, on a GPU without dropout; masked:
     a mask of seq_length x seq_length in each layer; auto: flex where it can be."""

@@ -108,6 +108,7 @@ def check_config(config: "Config", world_size: int | None) -> None:
     _check_family(config)
     _check_attention(config)
     _check_layout(config)
+    _check_fp8(config)
     _check_engine(config)
     _check_checkpoints(config)
     parse_batches(config.train.skip_batches)
@@ -235,6 +236,36 @@ def _check_attention(config: "Config") -> None:
             f"train.sample_attention (flex) needs {' and '.join(reasons)}; use train.sample_attention=auto, which "
             f"takes the masked form there."
         )
+
+
+def _check_fp8(config: "Config") -> None:
+    """fp8's kernels need sizes divisible by 16 (model/fp8.py)."""
+    if not config.train.fp8:
+        return
+    if config.train.precision != "bf16":
+        raise ValueError(
+            f"train.fp8 (True) needs train.precision=bf16, whose products it replaces; it is {config.train.precision}: "
+            f"use train.precision=bf16 or train.fp8=false."
+        )
+    model, parallel, train = config.model, config.parallel, config.train
+    width = model.hidden_size // model.heads
+    for name, size in (
+        ("model.hidden_size", model.hidden_size),
+        ("model.hidden_size / parallel.tensor", model.hidden_size // parallel.tensor),
+        (
+            "(model.heads + 2 x model.kv_heads) x width of a head / parallel.tensor",
+            (model.heads + 2 * model.kv_heads) * width // parallel.tensor,
+        ),
+        ("model.ffn_hidden_size / parallel.tensor", model.ffn_hidden_size // parallel.tensor),
+        (
+            "train.micro_batch_size x data.seq_length / parallel.context",
+            train.micro_batch_size * config.data.seq_length // parallel.context,
+        ),
+    ):
+        if size % 16:
+            raise ValueError(
+                f"{name} ({size}) must be divisible by 16 with train.fp8; change one of them or use train.fp8=false."
+            )
 
 
 def _check_layout(config: "Config") -> None:

@@ -25,8 +25,10 @@ from torch.nn.attention.flex_attention import BlockMask
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.config_rules import VOCABULARY_ROW_MULTIPLE
 from megatron_cm3leon.model.attention import context_places
+from megatron_cm3leon.model.fp8 import require_fp8
 from megatron_cm3leon.model.head import Head
 from megatron_cm3leon.model.layers import build_block_spec
+from megatron_cm3leon.model.linear import multiply_in_fp8
 from megatron_cm3leon.model.loss import cross_entropy
 from megatron_cm3leon.model.rotary import rotary_angles
 from megatron_cm3leon.model.sample_attention import LayerInputs, build_sample_blocks, uses_flex
@@ -177,6 +179,10 @@ def _build_chunk(config: Config, vocabulary: Vocabulary, number: int) -> CM3Leon
         position_embedding_type="none" if config.model.family == "llama" else "learned_absolute",
         vp_stage=stage,
     )
+    if config.train.fp8:
+        if torch.distributed.get_backend() == "nccl":
+            require_fp8(torch.cuda.get_device_capability())
+        multiply_in_fp8(model.decoder)
     _mark_partitions(model)
     initialize_weights(model, config)
     return model

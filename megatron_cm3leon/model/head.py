@@ -36,7 +36,7 @@ class Head(ColumnLinear):
         targets_SB: of all tensor-parallel ranks' tokens; weight_PH: this layer's, or the tied embedding's.
         """
         partition = Partition.of_rank(len(weight_PH), vocabulary_size, self.tp_group)
-        main_grad = weight_PH.main_grad if self.accumulates and torch.is_grad_enabled() else None
+        main_grad = weight_PH.gradient_sum if self.accumulates and torch.is_grad_enabled() else None
         losses = _ChunkedLosses.apply(
             hidden_SBH,
             weight_PH,

@@ -20,6 +20,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from megatron_cm3leon.model.collectives import gather, scatter_sum
+from megatron_cm3leon.model.fp8 import BACKWARD, FORWARD, multiply, quantize
 
 ALONE, COLUMN, COLUMN_SEQUENCE, ROW, ROW_SEQUENCE = "alone", "column", "column_sequence", "row", "row_sequence"
 """How a layer communicates. column: the input's gradients are summed. row: the outputs are summed. With sequence:
@@ -36,13 +37,23 @@ def accumulate_weight_gradient(main_grad: torch.Tensor, grad: torch.Tensor, inpu
         main_grad.add_(grad.t() @ input)
 
 
-def _product(input_SBI: torch.Tensor, weight_OI: torch.Tensor, kind: str, group_name: str) -> torch.Tensor:
-    if kind in (ALONE, COLUMN):
+def _multiply(input_SBI: torch.Tensor, weight_OI: torch.Tensor, in_fp8: bool) -> torch.Tensor:
+    if not in_fp8:
         return input_SBI @ weight_OI.t()
+    input = quantize(input_SBI.reshape(-1, input_SBI.shape[-1]), FORWARD)
+    output = multiply(input, quantize(weight_OI, FORWARD), input_SBI.dtype, fast=True)
+    return output.view(*input_SBI.shape[:-1], -1)
+
+
+def _product(
+    input_SBI: torch.Tensor, weight_OI: torch.Tensor, kind: str, group_name: str, in_fp8: bool
+) -> torch.Tensor:
+    if kind in (ALONE, COLUMN):
+        return _multiply(input_SBI, weight_OI, in_fp8)
     group = _resolve_process_group(group_name)
     if kind == COLUMN_SEQUENCE:
-        return gather(input_SBI, group) @ weight_OI.t()
-    output = input_SBI @ weight_OI.t()
+        return _multiply(gather(input_SBI, group), weight_OI, in_fp8)
+    output = _multiply(input_SBI, weight_OI, in_fp8)
     if kind == ROW_SEQUENCE:
         return scatter_sum(output, group)
     dist.all_reduce(output, group=group)
@@ -56,6 +67,7 @@ def _gradients(
     main_grad: torch.Tensor | None,
     kind: str,
     group_name: str,
+    in_fp8: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of input and weight; the second is uninitialized memory where `main_grad` took it.
 
@@ -67,7 +79,12 @@ def _gradients(
         grad_SBO = gather(grad_SBO, group)
     elif kind == COLUMN_SEQUENCE:
         input_SBI, work = gather(input_SBI, group, asynchronous=True)
-    grad_input = grad_SBO @ weight_OI
+    if in_fp8:
+        grad_fp8 = quantize(grad_SBO.reshape(-1, grad_SBO.shape[-1]), BACKWARD)
+        grad_input = multiply(grad_fp8, quantize(weight_OI, FORWARD).transposed(), grad_SBO.dtype)
+        grad_input = grad_input.view(*grad_SBO.shape[:-1], -1)
+    else:
+        grad_input = grad_SBO @ weight_OI
     if work is not None:
         work.wait()
     if kind == COLUMN:
@@ -76,7 +93,13 @@ def _gradients(
         whole = grad_input  # read until the wait below
         grad_input, work = scatter_sum(whole, group, asynchronous=True)
     grad, input = grad_SBO.reshape(-1, grad_SBO.shape[-1]), input_SBI.reshape(-1, input_SBI.shape[-1])
-    if main_grad is None:
+    if in_fp8:
+        dtype = weight_OI.dtype if main_grad is None else main_grad.dtype
+        grad_weight = multiply(grad_fp8.transposed(), quantize(input, FORWARD).transposed(), dtype)
+        if main_grad is not None:
+            main_grad.add_(grad_weight)
+            grad_weight = torch.empty_like(weight_OI)
+    elif main_grad is None:
         grad_weight = grad.t() @ input
     else:
         accumulate_weight_gradient(main_grad, grad, input)
@@ -97,6 +120,7 @@ def _compiled_gradients(
     main_grad: torch.Tensor | None,
     kind: str,
     group_name: str,
+    in_fp8: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """_gradients(). That it adds to `main_grad` is not declared, and counts no version of it.
 
@@ -105,18 +129,18 @@ def _compiled_gradients(
     """
     kept = nullcontext() if main_grad is None else _unsafe_preserve_version_counter(main_grad)
     with kept:
-        return _gradients(grad_SBO, input_SBI, weight_OI, main_grad, kind, group_name)
+        return _gradients(grad_SBO, input_SBI, weight_OI, main_grad, kind, group_name, in_fp8)
 
 
 @_compiled_product.register_fake
-def _(input_SBI, weight_OI, kind, group_name):
+def _(input_SBI, weight_OI, kind, group_name, in_fp8):
     length, ranks = input_SBI.shape[0], _resolve_process_group(group_name).size()
     length = length * ranks if kind == COLUMN_SEQUENCE else length // ranks if kind == ROW_SEQUENCE else length
     return input_SBI.new_empty((length, *input_SBI.shape[1:-1], weight_OI.shape[0]))
 
 
 @_compiled_gradients.register_fake
-def _(grad_SBO, input_SBI, weight_OI, main_grad, kind, group_name):
+def _(grad_SBO, input_SBI, weight_OI, main_grad, kind, group_name, in_fp8):
     return input_SBI.new_empty(input_SBI.shape), torch.empty_like(weight_OI)
 
 
@@ -124,13 +148,14 @@ class _Linear(torch.autograd.Function):
     """The product with its communication. `main_grad` is no saved tensor: other micro-batches add to it in between."""
 
     @staticmethod
-    def forward(ctx, input, weight, main_grad, kind, group_name, shared):
+    def forward(ctx, input, weight, main_grad, kind, group_name, shared, in_fp8):
         ctx.save_for_backward(input, weight)
+        ctx.in_fp8 = in_fp8
         ctx.main_grad, ctx.kind, ctx.group_name, ctx.shared = main_grad, kind, group_name, shared
         product = _product
         if torch.compiler.is_compiling() and kind not in (ALONE, COLUMN):
             product = _compiled_product
-        return product(input, weight, kind, group_name)
+        return product(input, weight, kind, group_name, in_fp8)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -138,20 +163,21 @@ class _Linear(torch.autograd.Function):
         gradients = _gradients
         if torch.compiler.is_compiling() and not (ctx.kind == ALONE and ctx.main_grad is None):
             gradients = _compiled_gradients
-        of_input, of_weight = gradients(gradient, input, weight, ctx.main_grad, ctx.kind, ctx.group_name)
-        return of_input, None if ctx.shared else of_weight, None, None, None, None
+        arguments = input, weight, ctx.main_grad, ctx.kind, ctx.group_name, ctx.in_fp8
+        of_input, of_weight = gradients(gradient, *arguments)
+        return of_input, None if ctx.shared else of_weight, *[None] * 5
 
 
 class _OwnForward:
-    """What both layers share: `accumulates` is set by mark_accumulated()."""
+    """What both layers share: `accumulates` is set by mark_accumulated(), `in_fp8` by multiply_in_fp8()."""
 
-    accumulates = False
+    accumulates = in_fp8 = False
 
     def _multiply(self, input_SBI: torch.Tensor, weight_OI: torch.Tensor, kind: str) -> torch.Tensor:
         main_grad = weight_OI.gradient_sum if self.accumulates and torch.is_grad_enabled() else None
         # The embedding looks up rows of the same weight: its gradient alone goes through autograd.
         shared = main_grad is not None and getattr(weight_OI, "zero_out_wgrad", False)
-        return _Linear.apply(input_SBI, weight_OI, main_grad, kind, self.tp_group.group_name, shared)
+        return _Linear.apply(input_SBI, weight_OI, main_grad, kind, self.tp_group.group_name, shared, self.in_fp8)
 
 
 class ColumnLinear(_OwnForward, ColumnParallelLinear):
@@ -170,6 +196,13 @@ class RowLinear(_OwnForward, RowParallelLinear):
         assert self.bias is None and self.input_is_parallel, "a bias or whole inputs are not built here"
         kind = ALONE if self.tp_group.size() == 1 else ROW_SEQUENCE if self.sequence_parallel else ROW
         return self._multiply(input_, self.weight, kind), None
+
+
+def multiply_in_fp8(model: torch.nn.Module) -> None:
+    """Let the products of all layers in `model` be those of fp8.py."""
+    for module in model.modules():
+        if isinstance(module, _OwnForward):
+            module.in_fp8 = True
 
 
 def mark_accumulated(model: torch.nn.Module) -> list[torch.nn.Parameter]:

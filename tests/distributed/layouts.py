@@ -191,6 +191,24 @@ def _flex() -> list[Layout]:
     return rows
 
 
+def _fp8() -> list[Layout]:
+    """Rows whose layers multiply in fp8, against fp8 in one process; that one against bf16."""
+    layouts = [  # in the default suite, ranks, overrides
+        (False, 1, ("train.compile=true",)),
+        (True, 2, ("parallel.tensor=2", "parallel.sequence=true")),
+        (False, 2, ("parallel.tensor=2", "train.compile=true")),
+        (False, 2, ("parallel.pipeline=2",)),
+        (False, 2, ("parallel.zero=1",)),
+        (False, 2, ("train.engine=deepspeed", "parallel.zero=2", *SMALL)),
+    ]
+    extra, own = (*LLAMA, *BF16, "train.fp8=true"), "fp8 llama, one process"
+    rows = [Layout(own, 1, extra, "llama bf16, one process", True, 1e-2, 0.3)]
+    for covering, ranks, overrides in layouts:
+        names = " ".join(each.split(".", 1)[1] for each in overrides if not each.startswith("deepspeed."))
+        rows.append(Layout(f"fp8 llama, {names}", ranks, extra + overrides, own, covering, 2e-3, 0.1))
+    return rows
+
+
 def _head_in_chunks() -> list[Layout]:
     """Rows that compute head and loss of 20 tokens at a time, which divides no number of tokens here."""
     layouts = [  # in the default suite, label of the model, ranks, overrides
@@ -257,6 +275,7 @@ LAYOUTS = [
     *_deepspeed(),
     *_compiled(),
     *_flex(),
+    *_fp8(),
     *_head_in_chunks(),
 ]
 
