@@ -202,10 +202,10 @@ def _fp8() -> list[Layout]:
         (False, 2, ("train.engine=deepspeed", "parallel.zero=2", *SMALL)),
     ]
     extra, own = (*LLAMA, *BF16, "train.fp8=true"), "fp8 llama, one process"
-    rows = [Layout(own, 1, extra, "llama bf16, one process", True, 1e-2, 0.3)]
+    rows = [Layout(own, 1, extra, "llama bf16, one process", True, 1e-3, 5e-2)]
     for covering, ranks, overrides in layouts:
         names = " ".join(each.split(".", 1)[1] for each in overrides if not each.startswith("deepspeed."))
-        rows.append(Layout(f"fp8 llama, {names}", ranks, extra + overrides, own, covering, 2e-3, 0.1))
+        rows.append(Layout(f"fp8 llama, {names}", ranks, extra + overrides, own, covering, 5e-4, 2e-2))
     return rows
 
 

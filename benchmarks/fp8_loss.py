@@ -1,0 +1,89 @@
+"""Training with train.fp8 beside bf16: the quickstart's model and batches on its corpus, one row per finished run.
+
+    python benchmarks/fp8_loss.py                     500 steps, 3 seeds of each; goes on where it was stopped
+    python benchmarks/fp8_loss.py --seeds 1 --steps 100 --results /tmp/rows.jsonl
+
+The corpus (coloured shapes, without retrieval) and its tokenizers are made in the folder --work, if they are not there.
+On a CPU the fp8 products are emulated: the losses are of interest, not the speed.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "examples/quickstart/train.yaml"
+LAST = 100
+"""Steps whose mean loss is compared: single steps differ by their batches."""
+
+
+def run(*command: object) -> None:
+    subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
+
+
+def prepare(work: Path, pairs: int) -> Path:
+    """Shards of `pairs` pairs, about an eighth of what the quickstart has."""
+    shards, tokenizer, source = work / "shards", work / "tokenizer", work / "pairs"
+    if (shards / "manifest.json").exists():
+        return shards
+    specials = "--specials", 32, "--sentinels", 16
+    run("examples/shapes/generate.py", "--pairs", pairs, "--size", 32, "--output", source)
+    tool, given = "tools/train_tokenizer.py", ("--input", source / "train.jsonl", "--output", tokenizer)
+    run(tool, "text", *given, "--vocab-size", 480, *specials)
+    image = "--image-size", 32, "--downsample", 4, "--codebook-size", 256, "--steps", 150
+    run(tool, "image", *given, *image, *specials)
+    run("tools/preprocess_data.py", "--input", source / "train.jsonl", "--tokenizer", tokenizer, "--output", shards)
+    return shards
+
+
+def train(work: Path, shards: Path, fp8: bool, seed: int, steps: int) -> dict:
+    """One run; its row."""
+    output = work / f"{'fp8' if fp8 else 'bf16'}-{seed}-{steps}"
+    settings = {
+        "data.shards": shards, "output": output, "seed": seed, "train.steps": steps, "train.fp8": fp8,
+        "train.precision": "bf16", "checkpoint.interval": max(1, steps // 5), "checkpoint.keep_last": 1,
+    }  # fmt: skip
+    run("-m", "megatron_cm3leon.train", CONFIG, *(f"{name}={value}" for name, value in settings.items()))
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert len(losses) == steps, f"{output} has {len(losses)} of {steps} steps"
+    return {
+        "fp8": fp8, "seed": seed, "steps": steps, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, emulated",
+        "loss_of_last_steps": statistics.fmean(losses[step] for step in range(steps - LAST + 1, steps + 1)),
+        "losses": {step: losses[step] for step in range(50, steps + 1, 50)},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=500, help=f"of each run, at least {LAST} (default: 500)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
+    parser.add_argument("--pairs", type=int, default=1200, help="of the corpus (default: 1200)")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/fp8_loss", help="default: runs/fp8_loss")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/fp8_loss.jsonl", help="JSON Lines")
+    options = parser.parse_args()
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    lines = options.results.read_text().splitlines() if options.results.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["steps"] == options.steps]
+    shards = prepare(options.work, options.pairs)
+    for seed in range(options.seeds):
+        for fp8 in (False, True):
+            if any((row["fp8"], row["seed"]) == (fp8, seed) for row in rows):
+                continue
+            rows.append(train(options.work, shards, fp8, seed, options.steps))
+            with open(options.results, "a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    print(f"\n| seed | loss in bf16 | in fp8 | difference |\n|---|---|---|---|   (mean of the last {LAST} steps)")
+    for seed in range(options.seeds):
+        found = {row["fp8"]: row["loss_of_last_steps"] for row in rows if row["seed"] == seed}
+        print(f"| {seed} | {found[False]:.4f} | {found[True]:.4f} | {found[True] / found[False] - 1:+.2%} |")
+
+
+if __name__ == "__main__":
+    main()

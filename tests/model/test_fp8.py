@@ -1,0 +1,92 @@
+"""fp8 products: what is rounded and how, torch's own product as the oracle, and where they are refused."""
+
+import pytest
+import torch
+
+from megatron_cm3leon.config import load_config
+from megatron_cm3leon.model.fp8 import BACKWARD, FORWARD, multiply, quantize, require_fp8
+from megatron_cm3leon.model.linear import ALONE, _Linear
+
+
+def random_matrix(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(FORWARD, 3), (BACKWARD, 2)])
+@pytest.mark.parametrize("size", [1e-5, 1.0, 3e4])
+def test_numbers_keep_the_types_bits(dtype, bits, size):
+    matrix = random_matrix(16, 64) * size
+    found = quantize(matrix, dtype)
+    assert torch.frexp(found.inverse).mantissa == 0.5  # a power of two
+    top = torch.finfo(dtype).max
+    assert top / 2 < found.values.float().abs().max() <= top
+    values, exact = found.values.float() * found.inverse, matrix.float()
+    normal = exact.abs() > found.inverse * torch.finfo(dtype).smallest_normal
+    assert ((values - exact).abs() <= exact.abs() * 2.0 ** -(bits + 1))[normal].all()
+
+
+def test_zeros_stay_and_what_is_not_finite_does_not_hide():
+    assert not quantize(torch.zeros(2, 2), FORWARD).values.float().any()
+    for value in (torch.inf, torch.nan):
+        matrix = torch.ones(2, 2)
+        matrix[0, 1] = value
+        assert quantize(matrix, BACKWARD).values.float()[0, 1].isnan()
+
+
+def test_a_part_of_a_tensor_has_the_bits_of_the_whole():
+    whole = random_matrix(16, 64)
+    part = whole[:, :16] / 4 + 0
+    whole[:, :16] = part
+    ours, theirs = quantize(part, FORWARD), quantize(whole, FORWARD)
+    assert ours.inverse < theirs.inverse
+    values = theirs.values.float()[:, :16]
+    normal = values.abs() >= torch.finfo(FORWARD).smallest_normal
+    assert torch.equal((ours.values.float() * ours.inverse)[normal], (values * theirs.inverse)[normal])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("left_type", [FORWARD, BACKWARD])
+def test_the_cpus_product_is_torchs(left_type, dtype):
+    left, right = quantize(random_matrix(16, 32), left_type), quantize(random_matrix(48, 32, seed=1) * 9, FORWARD)
+    options = {"scale_a": left.inverse, "scale_b": right.inverse, "out_dtype": dtype}
+    expected = torch._scaled_mm(left.values, right.values.t(), **options)
+    torch.testing.assert_close(multiply(left, right, dtype), expected, rtol=8e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_output_and_gradients_are_near_the_exact_ones(accumulates):
+    """Within the rounding of sums of 64 to 128 products of numbers with 3 and 2 bits behind the first."""
+    input, weight = random_matrix(32, 2, 128).requires_grad_(), random_matrix(96, 128, seed=1).requires_grad_()
+    gradient = random_matrix(32, 2, 96, seed=2) * 1e-4
+    main_grad = torch.ones(96, 128) if accumulates else None
+    found = _Linear.apply(input, weight, main_grad, ALONE, "", False, True)
+    of_input, of_weight = torch.autograd.grad(found, (input, weight), gradient)
+    of_weight = main_grad - 1 if accumulates else of_weight
+    flat, of_output = input.detach().double().view(64, 128), gradient.double().view(64, 96)
+    for mine, exact in (
+        (found.view(64, 96), flat @ weight.detach().double().t()),
+        (of_input.view(64, 128), of_output @ weight.detach().double()),
+        (of_weight, of_output.t() @ flat),
+    ):
+        error = (mine.detach().double() - exact).norm() / exact.norm()
+        assert 0.005 < error < 0.08, error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.precision=fp32"], r"train.fp8 \(True\) needs train.precision=bf16, .*; it is fp32: use .*"),
+        (["model.hidden_size=72", "model.heads=9"], r"model.hidden_size \(72\) must be divisible by 16 .*fp8=false"),
+        (["model.ffn_hidden_size=200"], r"model.ffn_hidden_size / parallel.tensor \(200\) must be .* by 16"),
+        (["data.seq_length=40"], r"train.micro_batch_size x data.seq_length / parallel.context \(40\) must be .* 16"),
+    ],
+)
+def test_refused_where_it_cannot_be(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, ["train.fp8=true", *overrides]).validate(1)
+
+
+def test_refused_on_a_gpu_without_it():
+    require_fp8((8, 9))
+    with pytest.raises(ValueError, match=r"train.fp8 \(True\) needs a GPU of compute capability 8.9 .* has 8.0: use"):
+        require_fp8((8, 0))
