@@ -73,7 +73,7 @@ def run_driver(
     show: Callable[[dict], str] = json.dumps,
     again: Callable[[dict], dict | None] = lambda result: None,
 ) -> int:
-    """A driver's `main` after its options; exit status 0 where every chosen row was measured.
+    """A driver's `main` after its options; exit status 0 where every chosen row was measured, 2 for a usage error.
 
     `show` gives the line that is printed for a result; `again` the row to try in place of one, or None.
     """
@@ -81,9 +81,9 @@ def run_driver(
         return serve(options.worker, options.device, modules, measure)
     chosen = [row for row in rows if not options.only or any(text in row["name"] for text in options.only)]
     if not chosen:
-        raise ValueError(
-            f"--only ({' '.join(options.only)}) matches none of the rows: {', '.join(row['name'] for row in rows)}."
-        )
+        names = ", ".join(row["name"] for row in rows)
+        print(f"error: --only ({' '.join(options.only)}) matches none of the rows: {names}.", file=sys.stderr)
+        return 2
     if options.list:
         print("\n".join(f"{row['limit_s']:5.0f} s  {row['name']}" for row in chosen))
         return 0
@@ -147,7 +147,9 @@ class Driver:
     def measure(self, row: dict, more: bool) -> Iterator[dict]:
         """The rows that come of `row`, each on the disk when it is yielded; `more`: another row follows."""
         worker, self.spare = self.spare or Worker(self.command), None
-        started, limit = time.monotonic(), min(row["limit_s"], self.left)
+        started, limit = time.monotonic(), row["limit_s"]
+        if row["kind"] != MACHINE:
+            limit = min(limit, self.left)
         state, ending = _plain(row), {"cut": f"time limit of {limit:.0f} s"}
         worker.start(_plain(row))
         self.spare = Worker(self.command) if more else None
