@@ -111,8 +111,8 @@ def _activation_bytes(config: Config, vocabulary_size: int, world_size: int, sta
     head = 0
     if stage == parallel.pipeline - 1:
         rows = -(-vocabulary_size // VOCABULARY_ROW_MULTIPLE) * VOCABULARY_ROW_MULTIPLE // parallel.tensor
-        # The softmax, its gradient, and the gradient with padded rows; the norm's input and output.
-        head = tokens * (rows * (4 + 4 + width) + 2 * model.hidden_size * width)
+        # The logits, over which their gradient is written; the norm's input and output.
+        head = tokens * (rows + 2 * model.hidden_size) * width
     if parallel.recompute == "full":
         return int(layers * layer_input + max(layer, head))
     return int(layers * layer + head)

@@ -41,7 +41,8 @@ class CM3LeonModel(GPTModel):
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Token losses [batch, seq] in nats; labels [batch, seq], logits [seq, batch, rows of this rank]."""
         targets_SB = labels.transpose(0, 1)
-        losses_SB = cross_entropy(logits, targets_SB, self.true_vocabulary_size, self.pg_collection.tp, self.z_loss)
+        group = self.pg_collection.tp
+        losses_SB = cross_entropy(logits, targets_SB, self.true_vocabulary_size, group, self.z_loss, overwrite=True)
         return losses_SB.transpose(0, 1)
 
 
