@@ -147,6 +147,10 @@ class TrainConfig:
     """Blocks in one forward pass of one rank."""
     precision: str = "bf16"
     """bf16 (with fp32 main weights and gradients) or fp32."""
+    compile: bool | None = None
+    """Transformer layers through torch.compile, one graph for all; unset means on a GPU (needs a compiler there)."""
+    kernels: str = "auto"
+    """auto: AdamW and norms of TransformerEngine or apex where they are installed; torch: torch's own."""
     device: str = "auto"
     """auto, cpu or cuda; auto takes CUDA where there is a device for every local rank."""
     threads: int = 0

@@ -16,6 +16,7 @@ _CHOICES = {
     "retrieval.choice": ("fixed", "uniform"),
     "train.engine": ("megatron", "deepspeed"),
     "train.precision": ("bf16", "fp32"),
+    "train.kernels": ("auto", "torch"),
     "train.device": ("auto", "cpu", "cuda"),
     "schedule.name": ("linear", "cosine", "exponential", "constant", "wsd"),
     "optimizer.rule": ("none", "mm1"),
@@ -283,6 +284,11 @@ def _check_engine(config: "Config") -> None:
                 f"parallel.{name} ({value}) must be {wanted} with train.engine=deepspeed; use parallel.tensor and "
                 f"parallel.zero there, or train.engine=megatron."
             )
+    if config.train.compile and parallel.zero == 3:
+        raise ValueError(
+            "train.compile (True) needs parallel.zero of 0, 1 or 2 with train.engine=deepspeed, which gathers weights "
+            "inside the layers at 3; use parallel.zero=2 or train.compile=false."
+        )
     if offload.offload_optimizer and not parallel.zero:
         raise ValueError(
             "deepspeed.offload_optimizer (True) needs parallel.zero of 1, 2 or 3; it is 0: use parallel.zero=1."

@@ -24,7 +24,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.config_rules import VOCABULARY_ROW_MULTIPLE
 from megatron_cm3leon.model.layers import build_block_spec
+from megatron_cm3leon.model.linear import ColumnLinear
 from megatron_cm3leon.model.loss import cross_entropy
+from megatron_cm3leon.model.rotary import rotary_angles
 from megatron_cm3leon.model.weights import OUTPUT_HEAD, WORD_EMBEDDINGS, initial_weight, layer_name
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
@@ -34,9 +36,20 @@ _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
 class CM3LeonModel(GPTModel):
     """megatron-core's GPTModel with this project's loss; `forward(..., labels=)` gives [batch, seq] losses."""
 
-    def __init__(self, *, true_vocabulary_size: int, z_loss: float, **options) -> None:
+    def __init__(self, *, true_vocabulary_size: int, z_loss: float, rope_base: float, **options) -> None:
+        """`rope_base` 0: no rotary positions."""
         super().__init__(**options)
-        self.true_vocabulary_size, self.z_loss = true_vocabulary_size, z_loss
+        self.true_vocabulary_size, self.z_loss, self.rope_base = true_vocabulary_size, z_loss, rope_base
+        if self.post_process:
+            self.output_layer.__class__ = ColumnLinear  # megatron-core builds the head without a spec
+
+    def forward(self, input_ids, position_ids, attention_mask=None, **options) -> torch.Tensor:
+        """GPTModel's, with the rotary angles, the same for all layers, in `attention_bias` (attention.py)."""
+        if self.rope_base:
+            rows = position_ids[:1] if attention_mask is None else position_ids  # every row 0, 1, 2 ...
+            angles = rotary_angles(rows, self.config.kv_channels, self.rope_base)
+            options["extra_block_kwargs"] = {"attention_bias": angles}
+        return super().forward(input_ids, position_ids, attention_mask, **options)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Token losses [batch, seq] in nats; labels [batch, seq], logits [seq, batch, rows of this rank]."""
@@ -112,6 +125,7 @@ def _build_chunk(config: Config, vocabulary: Vocabulary, number: int) -> CM3Leon
         vocab_size=padded_rows(vocabulary.size),
         true_vocabulary_size=vocabulary.size,
         z_loss=config.train.z_loss,
+        rope_base=config.model.rope_base if config.model.family == "llama" else 0.0,
         max_sequence_length=config.data.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),

@@ -30,6 +30,7 @@ LLAMA = ("model.family=llama", "model.kv_heads=2", "model.qk_norm=true", "train.
 SAMPLES = ("data.attention=sample",)
 BF16 = ("train.precision=bf16",)
 DEEPSPEED = ("train.engine=deepspeed",)
+COMPILE = ("train.compile=true",)
 # Stage 3 would keep weights as small as these whole, and buckets as large as its default are never full.
 SMALL = (f"deepspeed.json={ROOT / 'tests' / 'distributed' / 'deepspeed.json'}",)
 
@@ -137,6 +138,43 @@ def _deepspeed() -> list[Layout]:
     return [replace(row, overrides=DEEPSPEED + row.overrides) for row in rows]
 
 
+def _compiled() -> list[Layout]:
+    """Rows with compiled layers, against the uncompiled model in one process."""
+    layouts = [  # in the default suite, label of the model, ranks, layout
+        (False, "", 1, ""),
+        (False, "", 1, "recompute=selective"),
+        (False, "", 2, "tensor=2"),
+        (False, "", 2, "zero=1"),
+        (False, "", 2, "pipeline=2"),
+        (False, "", 2, "context=2"),
+        (False, "", 4, "tensor=2 pipeline=2 interleave=2 sequence=true"),
+        (False, "llama", 1, ""),
+        (False, "llama", 1, "recompute=full"),
+        (True, "llama", 2, "tensor=2 sequence=true recompute=selective"),
+        (False, "llama", 2, "pipeline=2 interleave=2"),
+        (False, "llama", 4, "tensor=2 context=2 zero=1"),
+        (False, "by sample", 1, ""),
+        (False, "by sample", 2, "context=2"),
+        (False, "llama by sample", 1, "recompute=full"),
+    ]
+    extra = {"": (), "llama": LLAMA, "by sample": SAMPLES, "llama by sample": LLAMA + SAMPLES}
+    rows = []
+    for covering, label, ranks, text in layouts:
+        overrides = COMPILE + extra[label] + tuple(f"parallel.{item}" for item in text.split())
+        name = ", ".join(filter(None, (f"compiled {label}".strip(), text or "one process")))
+        rows.append(Layout(name, ranks, overrides, f"{label}, one process" if label else "one process", covering))
+    for label, more in (("zero=0", ()), ("data 2 zero=2", SMALL)):
+        ranks, zero = (1, 0) if not more else (2, 2)
+        overrides = COMPILE + DEEPSPEED + (f"parallel.zero={zero}", *more)
+        rows.append(Layout(f"compiled deepspeed, {label}", ranks, overrides, covering=False))
+    overrides = COMPILE + DEEPSPEED + LLAMA + ("parallel.tensor=2", "parallel.zero=1")
+    rows.append(Layout("compiled deepspeed llama, tensor=2 zero=1", 2, overrides, "llama, one process", False))
+    rows.append(
+        Layout("compiled bf16, zero=1", 2, (*COMPILE, *BF16, "parallel.zero=1"), "bf16, one process", False, 2e-3, 0.1)
+    )
+    return rows
+
+
 LAYOUTS = [
     Layout("one process", 1),
     Layout("micro-batches of 1", 1, ("train.micro_batch_size=1",), covering=False),
@@ -179,6 +217,7 @@ LAYOUTS = [
     ],
     *_variants(),
     *_deepspeed(),
+    *_compiled(),
 ]
 
 
