@@ -9,7 +9,8 @@ from torch import Tensor
 from megatron_cm3leon.generation.captured import CapturedTurn
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.grammar import Segment
-from megatron_cm3leon.generation.sampling import Sampling, contrast, draw, uniform_numbers
+from megatron_cm3leon.generation.noise import GumbelSource, UniformSource
+from megatron_cm3leon.generation.sampling import Sampling, contrast, draw
 
 CPU_CACHE_BYTES = 4 << 30
 """Keys and values of one batch on a CPU; more prompts are decoded one batch after the other."""
@@ -78,8 +79,13 @@ class _Batch:
     ) -> None:
         self.decoder, self.segment, self.sampling, self.guided = decoder, segment, sampling, bool(without)
         self.allowed, self.head = segment.allowed.to(decoder.device), decoder.head(segment.allowed)
-        noise = [uniform_numbers(seed, prompt, segment.length) for seed, prompt in zip(seeds, given, strict=True)]
-        self.noise = torch.from_numpy(np.stack(noise)).to(decoder.device)
+        self.count, self.chance = len(given), None
+        if sampling.temperature > 0:
+            if sampling.sampler == "gumbel-1":
+                self.chance = GumbelSource(self.allowed, len(given), segment.length)
+            else:
+                self.chance = UniformSource(len(given), segment.length, decoder.device)
+            self.chance.begin(seeds, given)
         # Equal prompts (candidates, or a common unconditional one) are read once.
         place = {tuple(prompt): None for prompt in given + without}
         place = {prompt: number for number, prompt in enumerate(place)}
@@ -91,14 +97,14 @@ class _Batch:
     @torch.inference_mode()
     def decode(self, forced: np.ndarray | None, advance: Callable[[int], None] | None) -> np.ndarray:
         """Ids [prompts, segment.length]."""
-        segment, count, device = self.segment, len(self.noise), self.decoder.device
+        segment, count, device = self.segment, self.count, self.decoder.device
         kept = None if forced is None else torch.from_numpy(forced).to(device)
         ends = torch.tensor(segment.ends, device=device)
         ids = torch.full((count, segment.length), -1, device=device)
         done = torch.zeros(count, dtype=torch.bool, device=device)
         go_on = CapturedTurn(self.decoder, self.cache) if device.type == "cuda" else self._step
         for turn in range(segment.length):
-            token = self.choose(self.state, self.noise[:, turn])
+            token = self.choose(self.state, turn)
             if kept is not None:
                 token = torch.where(kept[:, turn] >= 0, kept[:, turn], token)
             ids[:, turn] = token.masked_fill(done, -1)
@@ -113,12 +119,16 @@ class _Batch:
             self.state = go_on(torch.cat([token, token]) if self.guided else token)
         return _ended(ids, segment).cpu().numpy()
 
-    def choose(self, state: Tensor, uniform: Tensor) -> Tensor:
+    def choose(self, state: Tensor, turn: int) -> Tensor:
         """Ids [B] of the next tokens."""
         logits = self.decoder.logits(state, self.head)
         if self.guided:
             logits = contrast(*logits.chunk(2), self.sampling)
-        return self.allowed[draw(logits, self.sampling, uniform)]
+        chance = None
+        if self.chance is not None:
+            self.chance.prepare(turn)
+            chance = self.chance.at(torch.tensor([turn], device=logits.device))
+        return self.allowed[draw(logits, self.sampling, chance)]
 
     def _step(self, ids: Tensor) -> Tensor:
         return self.decoder.step(ids, self.cache)

@@ -1,17 +1,22 @@
-"""Sampling: guidance, contrastive decoding, temperature, top-k, top-p, and noise that belongs to a sequence.
+"""Sampling: guidance, contrastive decoding, temperature, top-k, top-p, and the draw of the next token.
 
-One uniform number a token decides the draw, by inverting the cumulative distribution over ids in their order.
-The numbers come from a counter-based generator keyed by the seed and the sequence's own prompt, never by its
-place in the batch: the same seed and prompt give the same tokens whatever is generated beside them.
+Two samplers turn logits into a token (random numbers: noise.py):
+
+gumbel-1   argmax of logits / temperature + Gumbel noise, one number per vocabulary id: a sample of the softmax
+           (Gumbel-max). Neither a sort nor a cumulative sum, and a small change of the logits mostly keeps the token.
+inverse-1  the cumulative distribution over ids in their order, inverted at one uniform number per token.
+
+Both are keyed by the seed and the sequence's own prompt, never by its position in the batch: the same seed and prompt
+give the same tokens whatever is generated beside them. Results of before there was a choice are of inverse-1.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+SAMPLERS = ("gumbel-1", "inverse-1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,8 @@ class Sampling:
     """Contrastive decoding CD-K instead of guidance: the k whose probability bounds what may be drawn; 0 is none."""
     contrast_alpha: float = 0.5
     """Tokens stay whose conditional probability reaches this share of the k-th largest one; 0 keeps all."""
+    sampler: str = SAMPLERS[0]
+    """How chance becomes a token: gumbel-1 or inverse-1. Another sampler gives another image for the same seed."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -44,6 +51,11 @@ class Sampling:
             raise ValueError(f"contrast_k ({self.contrast_k}) must be 0 (no contrastive decoding) or above.")
         if not 0 <= self.contrast_alpha <= 1:
             raise ValueError(f"contrast_alpha ({self.contrast_alpha}) must be between 0 (all tokens) and 1.")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(
+                f"sampler ({self.sampler!r}) must be one of: {', '.join(SAMPLERS)}; results without a sampler in their "
+                f"generated.json are of inverse-1."
+            )
         if self.contrast_k and self.guidance != 1:
             raise ValueError(
                 f"guidance ({self.guidance}) and contrast_k ({self.contrast_k}) both contrast with the prompt "
@@ -100,21 +112,24 @@ def filter_top_p(probabilities: Tensor, top_p: float) -> Tensor:
     return probabilities.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), 0.0)
 
 
-def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Index [B] of the next token among logits [B, V]; `uniform` [B] in [0, 1) is what chance says."""
+def draw(logits: Tensor, sampling: Sampling, chance: Tensor | None) -> Tensor:
+    """Index [B] of the next token among logits [B, V].
+
+    `chance` is Gumbel noise [B, V] (gumbel-1) or a uniform number [B] in [0, 1) (inverse-1); greedy needs none.
+    """
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = filter_top_k(logits / sampling.temperature, sampling.top_k)
-    probabilities = filter_top_p(logits.softmax(-1), sampling.top_p)
+    if sampling.sampler == "inverse-1":
+        return _invert(filter_top_p(logits.softmax(-1), sampling.top_p), chance)
+    if sampling.top_p < 1:
+        logits = logits.masked_fill(filter_top_p(logits.softmax(-1), sampling.top_p) == 0, float("-inf"))
+    return (logits + chance).argmax(-1)
+
+
+def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[:, -1:]
     target = torch.minimum(uniform.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     # right=True steps over tokens of probability 0, whose cumulative value equals the one before them.
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
-
-
-def uniform_numbers(seed: int, prompt, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) of the sequence that begins with the ids `prompt`."""
-    data = np.asarray(prompt, dtype=np.int64).tobytes()
-    key = hashlib.blake2b(data, digest_size=16, key=str(int(seed)).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64))).random(count)
