@@ -67,31 +67,63 @@ class Sampling:
         """Whether a second stream, of prompts without the condition, is needed."""
         return self.guidance != 1 or self.contrast_k > 0
 
+    @property
+    def log_alpha(self) -> float:
+        """What is added to the k-th largest log p_cond for the bound of CD-K."""
+        return math.log(self.contrast_alpha) if self.contrast_alpha else -math.inf
+
+    @property
+    def structure(self) -> tuple:
+        """What decides which operations a draw consists of; only numbers differ between draws of one structure."""
+        greedy, bounded = self.temperature == 0, self.contrast_alpha > 0
+        return self.sampler, greedy, self.contrasted, self.contrast_k, bounded, self.top_k, self.top_p < 1
+
+
+class Scalars:
+    """The numbers of a Sampling as fp32 scalars on a device: a captured step reads them there."""
+
+    NAMES = ("temperature", "top_p", "guidance", "log_alpha")
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(len(self.NAMES), device=device)
+        self.temperature, self.top_p, self.guidance, self.log_alpha = self.values.unbind()
+
+    def copy(self, sampling: Sampling) -> None:
+        """Take a Sampling's numbers."""
+        self.values.copy_(torch.tensor([getattr(sampling, name) for name in self.NAMES]))
+
 
 def default_guidance(contrast_k: int) -> float:
     """Guidance of pictures where none is given: none beside CD-K, which replaces it."""
     return 1.0 if contrast_k else 2.0
 
 
-def contrast(conditional: Tensor, unconditional: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [B, V] to draw from, of both streams' logits."""
+def contrast(
+    conditional: Tensor, unconditional: Tensor, sampling: Sampling, scalars: Scalars | Sampling | None = None
+) -> Tensor:
+    """Logits [B, V] to draw from, of both streams' logits. `scalars` give the numbers, `sampling` else."""
+    scalars = scalars or sampling
     if sampling.contrast_k:
-        return apply_contrast(conditional, unconditional, sampling.contrast_k, sampling.contrast_alpha)
-    return apply_guidance(conditional, unconditional, sampling.guidance)
+        bound = scalars.log_alpha if sampling.contrast_alpha else None
+        return apply_contrast(conditional, unconditional, sampling.contrast_k, bound)
+    return apply_guidance(conditional, unconditional, scalars.guidance)
 
 
-def apply_guidance(conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:
+def apply_guidance(conditional: Tensor, unconditional: Tensor, weight: float | Tensor) -> Tensor:
     """l = l_uncond + weight x (l_cond - l_uncond) (CM3Leon section 3.1)."""
     return torch.lerp(unconditional, conditional, weight)
 
 
-def apply_contrast(conditional: Tensor, unconditional: Tensor, k: int, alpha: float) -> Tensor:
-    """CD-K: log p_cond - log p_uncond where p_cond reaches alpha x the k-th largest p_cond, else -inf (section 3.1)."""
+def apply_contrast(conditional: Tensor, unconditional: Tensor, k: int, log_alpha: float | Tensor | None) -> Tensor:
+    """CD-K: log p_cond - log p_uncond where p_cond reaches alpha x the k-th largest p_cond, else -inf (section 3.1).
+
+    Without `log_alpha` (alpha is 0) no token is excluded.
+    """
     expert, amateur = conditional.log_softmax(-1), unconditional.log_softmax(-1)
     score = expert - amateur
-    if alpha == 0:
+    if log_alpha is None:
         return score
-    bound = expert.topk(min(k, expert.shape[-1]), dim=-1).values[..., -1:] + math.log(alpha)
+    bound = expert.topk(min(k, expert.shape[-1]), dim=-1).values[..., -1:] + log_alpha
     return score.masked_fill(expert < bound, float("-inf"))
 
 
@@ -103,28 +135,40 @@ def filter_top_k(logits: Tensor, top_k: int) -> Tensor:
     return logits.masked_fill(logits < smallest, float("-inf"))
 
 
-def filter_top_p(probabilities: Tensor, top_p: float) -> Tensor:
+def filter_top_p(probabilities: Tensor, top_p: float | Tensor) -> Tensor:
     """0 for all but the most likely ones, down to and with the one that brings their sum to `top_p`."""
-    if top_p >= 1:
-        return probabilities
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     return probabilities.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), 0.0)
 
 
-def draw(logits: Tensor, sampling: Sampling, chance: Tensor | None) -> Tensor:
+def score(
+    logits: Tensor, sampling: Sampling, noise: Tensor | None, scalars: Scalars | Sampling | None = None
+) -> Tensor:
+    """Values [B, V] whose largest is the token of gumbel-1, with `noise` [B, V], or of greedy decoding, without."""
+    if sampling.temperature == 0:
+        return logits
+    scalars = scalars or sampling
+    logits = filter_top_k(logits / scalars.temperature, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = logits.masked_fill(filter_top_p(logits.softmax(-1), scalars.top_p) == 0, float("-inf"))
+    return logits + noise
+
+
+def draw(
+    logits: Tensor, sampling: Sampling, chance: Tensor | None, scalars: Scalars | Sampling | None = None
+) -> Tensor:
     """Index [B] of the next token among logits [B, V].
 
     `chance` is Gumbel noise [B, V] (gumbel-1) or a uniform number [B] in [0, 1) (inverse-1); greedy needs none.
     """
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = filter_top_k(logits / sampling.temperature, sampling.top_k)
-    if sampling.sampler == "inverse-1":
-        return _invert(filter_top_p(logits.softmax(-1), sampling.top_p), chance)
+    if sampling.sampler == "gumbel-1" or sampling.temperature == 0:
+        return score(logits, sampling, chance, scalars).argmax(-1)
+    scalars = scalars or sampling
+    probabilities = filter_top_k(logits / scalars.temperature, sampling.top_k).softmax(-1)
     if sampling.top_p < 1:
-        logits = logits.masked_fill(filter_top_p(logits.softmax(-1), sampling.top_p) == 0, float("-inf"))
-    return (logits + chance).argmax(-1)
+        probabilities = filter_top_p(probabilities, scalars.top_p)
+    return _invert(probabilities, chance)
 
 
 def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:

@@ -45,18 +45,18 @@ def test_contrast_by_hand():
     ratios = [5 / 7, 2.5, 1.5, 1.0]
     # k = 1, alpha = 0.4: at least 0.2. k = 2: at least 0.1. k = 4 (or more): at least 0.04.
     for k, kept in [(1, 2), (2, 4), (4, 4), (9, 4)]:
-        score = apply_contrast(conditional, unconditional, k, 0.4)[0].exp().tolist()
+        score = apply_contrast(conditional, unconditional, k, math.log(0.4))[0].exp().tolist()
         assert score == pytest.approx(ratios[:kept] + [0.0] * (4 - kept), abs=1e-6)
-    assert apply_contrast(conditional, unconditional, 1, 1.0)[0].isfinite().tolist() == [True, False, False, False]
+    assert apply_contrast(conditional, unconditional, 1, 0.0)[0].isfinite().tolist() == [True, False, False, False]
 
 
 def test_contrast_of_all_tokens_without_a_bound_is_the_ratio_alone():
     generator = torch.Generator().manual_seed(3)
     conditional, unconditional = torch.randn(2, 5, 40, generator=generator)
     plain = conditional.log_softmax(-1) - unconditional.log_softmax(-1)
-    assert torch.equal(apply_contrast(conditional, unconditional, 40, 0.0), plain)
-    assert torch.equal(apply_contrast(conditional, unconditional, 1, 0.0), plain)
-    one_kept = apply_contrast(conditional, unconditional, 1, 1.0)  # contrastive decoding's collapse to greedy
+    assert torch.equal(apply_contrast(conditional, unconditional, 40, None), plain)
+    assert torch.equal(apply_contrast(conditional, unconditional, 1, None), plain)
+    one_kept = apply_contrast(conditional, unconditional, 1, 0.0)  # contrastive decoding's collapse to greedy
     assert one_kept.argmax(-1).tolist() == conditional.argmax(-1).tolist()
 
 
