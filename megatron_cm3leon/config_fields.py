@@ -150,7 +150,7 @@ class TrainConfig:
     compile: bool | None = None
     """Transformer layers through torch.compile, one graph for all; unset means on a GPU (needs a compiler there)."""
     kernels: str = "auto"
-    """auto: AdamW and norms of TransformerEngine or apex where they are installed; torch: torch's own."""
+    """auto: AdamW of TransformerEngine or apex where one is installed; torch: torch's fused AdamW."""
     device: str = "auto"
     """auto, cpu or cuda; auto takes CUDA where there is a device for every local rank."""
     threads: int = 0

@@ -15,6 +15,9 @@ from megatron_cm3leon.config import Config
 
 logger = logging.getLogger(__name__)
 
+BACKEND = "inductor"
+"""torch.compile's; tests that count graphs take one without a code generator."""
+
 
 def wants_compile(config: Config, device: torch.device) -> bool:
     """train.compile, or its default: on a GPU, where the engine's layers can be compiled."""
@@ -26,7 +29,7 @@ def wants_compile(config: Config, device: torch.device) -> bool:
 def try_compiler(device: torch.device) -> str:
     """Compile and run one small function on `device`; what went wrong, in one line, or nothing."""
     try:
-        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(64, device=device))
+        torch.compile(lambda x: x.sin() + 1, backend=BACKEND, dynamic=False)(torch.zeros(64, device=device))
     except Exception as error:  # compilers fail in many ways, none of which is the user's model
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return ""
@@ -49,9 +52,13 @@ def compile_layers(chunks: list[torch.nn.Module], config: Config, device: torch.
             )
         logger.warning("layers are not compiled: a trial on %s ended with %s; %s.", device, problem, remedy)
         return False
+    whole = not config.model.dropout  # in the attention it keeps states of random numbers, which divide the graph
+    for chunk in chunks:
+        if chunk.pre_process:
+            # One micro-batch of one sequence comes with the strides of a transposed tensor: a second graph otherwise.
+            chunk.embedding.register_forward_hook(lambda module, inputs, hidden: hidden.view(hidden.shape))
     for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
-        # Dropout inside the attention keeps states of random numbers, which divide the graph.
-        layer.forward = torch.compile(layer.forward, dynamic=False, fullgraph=not config.model.dropout)
+        layer.forward = torch.compile(layer.forward, backend=BACKEND, dynamic=False, fullgraph=whole)
     return True
 
 

@@ -26,11 +26,14 @@ from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
 from megatron_cm3leon.engine.compile import compile_layers
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
+from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import clip_gradients, squared_norm
 from megatron_cm3leon.engine.parallel import destroy_groups, open_verified
 from megatron_cm3leon.engine.work_clock import WorkClock
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 def import_deepspeed(device: torch.device):
@@ -112,6 +115,8 @@ class DeepSpeedEngine:
             # The head reads the word embedding outside the module that owns it.
             deepspeed.zero.register_external_parameter(model.output_layer, model.embedding.word_embeddings.weight)
         self.adam = self._build_adam(deepspeed)
+        self.kernels = describe_kernels(config, device, type(self.adam), self.compiled, False)
+        logger.info("kernels: %s", "; ".join(f"{work}: {kernel}" for work, kernel in self.kernels.items()))
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=model, optimizer=self.adam, config=settings, mpu=ModelParallelUnit()
         )

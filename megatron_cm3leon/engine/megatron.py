@@ -1,5 +1,6 @@
 """MegatronEngine: the training step on megatron-core's schedules, data parallelism and optimizers."""
 
+import logging
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -30,6 +31,7 @@ from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
 from megatron_cm3leon.engine.compile import compile_layers, gather_before_layers
+from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import choose_adamw, clip_gradients, global_squared_norm, load_moments
 from megatron_cm3leon.engine.parallel import destroy_groups, open_verified
 from megatron_cm3leon.engine.work_clock import WorkClock
@@ -37,6 +39,8 @@ from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
 from megatron_cm3leon.model.linear import mark_accumulated
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 class MegatronEngine:
@@ -58,6 +62,8 @@ class MegatronEngine:
         if self.compiled:
             gather_before_layers(self.model)
         self.optimizer = self._build_optimizer()
+        self.kernels = describe_kernels(config, device, type(self.optimizer.optimizer), self.compiled, True)
+        logger.info("kernels: %s", "; ".join(f"{work}: {kernel}" for work, kernel in self.kernels.items()))
         self._schedule_communication(chunks)
         self.forward_backward = get_forward_backward_func()
         self.data_group = parallel_state.get_data_parallel_group()

@@ -35,8 +35,8 @@ def attend_written_out(query, key, value, scale: float | None = None, dropout: f
 
 
 NARROW = 64
-"""Below this width of a head, the gradient of bf16 attention on a CPU is computed in fp32: at 8 x 512 tokens a width of
-16 takes 48 ms instead of 104, of 32 takes 32 instead of 50, of 48 takes 28 instead of 33; 64 is even, wider is slower."""
+"""Below this width of a head, the gradient of bf16 attention on a CPU is computed in fp32: at 8 x 512 tokens a width
+of 16 takes 48 ms instead of 104, of 32 32 instead of 50, of 48 28 instead of 33; 64 is even, wider is slower."""
 
 
 class _NarrowAttention(torch.autograd.Function):
@@ -123,7 +123,8 @@ class CoreAttention(torch.nn.Module):
         on_cpu_in_bf16 = query.dtype == torch.bfloat16 and query.device.type == "cpu"
         if on_cpu_in_bf16 and not grouped and query.shape[2] <= LONGEST_WRITTEN_OUT:
             return attend_written_out(query, key, value, self.softmax_scale, dropout)
-        if on_cpu_in_bf16 and not grouped and not dropout and query.shape[3] < NARROW:
+        if on_cpu_in_bf16 and not dropout and query.shape[3] < NARROW:
+            key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
             return _NarrowAttention.apply(query, key, value, self.softmax_scale)
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
