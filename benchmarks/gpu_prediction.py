@@ -84,8 +84,7 @@ GPUS = {
 
 def product_seconds(shape: list[int], gpu: Gpu, rate: float) -> float:
     """Seconds of a product [M, K] x [K, N] at `rate` TFLOP/s of full waves."""
-    rows, columns, inner, batch, element = shape
-    moved = batch * (rows * inner + inner * columns + rows * columns) * element / (gpu.bandwidth * 1e12)
+    rows, columns, inner, batch, _, moved = shape
     best = math.inf
     for height, width, share in TILES:
         for split in (1, 2, 4, 8):
@@ -94,7 +93,7 @@ def product_seconds(shape: list[int], gpu: Gpu, rate: float) -> float:
             seconds = math.ceil(tiles / gpu.multiprocessors) * work / (rate * share / gpu.multiprocessors * 1e12)
             partial = 8 * split * rows * columns * batch if split > 1 else 0  # fp32, written and read
             best = min(best, seconds + partial / (gpu.bandwidth * 1e12))
-    return max(best, moved, LAUNCH)
+    return max(best, moved / (gpu.bandwidth * 1e12), LAUNCH)
 
 
 def step_seconds(row: dict, gpu: Gpu, end: int) -> dict[str, float]:
@@ -105,7 +104,7 @@ def step_seconds(row: dict, gpu: Gpu, end: int) -> dict[str, float]:
         seconds[kind] = max(moved, found["launches"] * LAUNCH)
     seconds["gemm"] = 0.0
     for *shape, count in row["shapes"]["gemm"]:
-        rates = gpu.fp8 if shape[-1] == 1 else gpu.product
+        rates = gpu.fp8 if shape[4] == 1 else gpu.product
         if rates is None:
             raise ValueError(f"{row['model']} has products in fp8, which this GPU lacks; leave it out with --gpus.")
         seconds["gemm"] += count * product_seconds(shape, gpu, rates[end])

@@ -22,13 +22,13 @@ def make_row(**values) -> dict:
 
 def test_a_wave_that_has_begun_is_paid_whole():
     tile = 2 * 128 * 256 * (8192 + 96) / (700e12 / 132)
-    one_wave = product_seconds([128 * 132, 256, 8192, 1, 2], H200, 700)
+    one_wave = product_seconds([128 * 132, 256, 8192, 1, 2, 0], H200, 700)
     assert one_wave == pytest.approx(tile)
-    assert product_seconds([128 * 264, 256, 8192, 1, 2], H200, 700) == pytest.approx(2 * tile)
-    begun = product_seconds([128 * 132 + 1, 256, 8192, 1, 2], H200, 700)
+    assert product_seconds([128 * 264, 256, 8192, 1, 2, 0], H200, 700) == pytest.approx(2 * tile)
+    begun = product_seconds([128 * 132 + 1, 256, 8192, 1, 2, 0], H200, 700)
     assert 1.3 * tile < begun <= 2 * tile  # smaller tiles or a split of K lose less than a wave
-    assert product_seconds([16, 16, 16, 1, 2], H200, 700) == LAUNCH
-    assert product_seconds([1, 65_536, 4096, 1, 2], H200, 700) == pytest.approx(2 * 65_536 * 4096 / 3.8e12, rel=0.01)
+    assert product_seconds([16, 16, 16, 1, 2, 0], H200, 700) == LAUNCH
+    assert product_seconds([1, 65_536, 4096, 1, 2, 10**9], H200, 700) == pytest.approx(1e9 / 3.8e12)
 
 
 def test_a_class_takes_its_bytes_or_its_launches():
@@ -69,7 +69,7 @@ def test_rows_go_by_the_names_of_the_measured_ones(tmp_path, capsys):
 
 
 def test_fp8_is_refused_where_there_is_none():
-    row = make_row(shapes={"gemm": [[128, 128, 128, 1, 1, 1]], "attention": []})
+    row = make_row(shapes={"gemm": [[128, 128, 128, 1, 1, 0, 1]], "attention": []})
     assert gpu_prediction.step_seconds(row, H200, 0)["gemm"] == LAUNCH
     with pytest.raises(ValueError, match=r"cm3leon 350m has products in fp8, which this GPU lacks; leave it out"):
         gpu_prediction.step_seconds(row, GPUS["A100"], 0)
