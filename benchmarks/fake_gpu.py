@@ -207,6 +207,10 @@ def pretend_cuda(trace: OperatorTrace) -> Iterator[None]:
         caller = sys._getframe(1).f_globals.get("__name__", "")
         return CUDA if true.type == "cpu" and caller.startswith(_BELIEVERS) else true
 
+    def seen_is_cuda(tensor):
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return caller.startswith(_BELIEVERS)
+
     stand_ins = {name: (lambda *a, **k: _Event()) for name in ("current_stream", "default_stream", "Event", "Stream")}
     with contextlib.ExitStack() as stack:
         for name, value in stand_ins.items():
@@ -218,6 +222,7 @@ def pretend_cuda(trace: OperatorTrace) -> Iterator[None]:
             (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
             (torch.cuda, "synchronize", lambda *arguments: None),
             (FakeTensor, "device", property(seen_device)),
+            (torch.Tensor, "is_cuda", property(seen_is_cuda)),
             (torch.nn.Module, "_apply", _apply_in_place),
             (torch, "compile", _compile_to_graphs(trace, fake, torch.compile)),
             (F, "scaled_dot_product_attention", _scaled_dot_product_attention),

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_prediction.py                       every recorded row, into results/gpu_predicted.jsonl
     python benchmarks/gpu_prediction.py --tree ad3992f --output -
+    python benchmarks/gpu_prediction.py --write docs/benchmarks.md
 
 A roofline over results/operator_record.jsonl (operator_record.py) and the shapes of generation's models. A prediction
 is a range: its low end takes the first of a constant's two values, its high end the second, the figure is their middle.
@@ -20,7 +21,8 @@ Training. Seconds of a step = micro-batches x (products + attention + rest) + op
 TFLOP/s are by metrics.flops_per_token. 7b has the layers that plan.estimate_memory fits into 0.92 of the device; its
 recordings of two depths give every depth. Micro-batches per step: 8 for 7b, else 4.
 
-Decoding, the captured step, guidance (two sequences per prompt), 1,024 tokens after a prompt of 26:
+Decoding by the captured step with its own kernels, as it is designed (nothing is recorded); guidance (two sequences per
+prompt), 1,024 tokens after a prompt of 26:
 
   seconds = 1,024 x (bytes / (0.97 x read bandwidth) + launches x 1.5 to 2.5 microseconds (start, ramp and drain))
 
@@ -39,6 +41,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from operator_table import write_between_marks  # noqa: E402
+
 RESERVE = 0.92
 MICRO_BATCHES = {"350m": 4, "760m": 4, "7b": 8}
 TOKENS, PROMPT, IMAGE_IDS = 1024, 26, 8192
@@ -49,8 +53,8 @@ LAUNCH = 2.5e-6
 """Seconds that a kernel of training takes at least."""
 GRAPH_LAUNCH = (2.5e-6, 1.5e-6)
 READ_SHARE = 0.97
-DECODED = [("7b", kind, 1) for kind in ("bf16", "int8", "fp8")] + [("760m", "bf16", 1), ("350m", "bf16", 1)]
-DECODED += [("350m", "int8", 1), ("7b", "bf16", 8), ("7b", "int8", 8), ("7b", "bf16", 32)]
+DECODED = [("7b", kind, 1) for kind in ("bf16", "int8", "fp8")] + [("760m", "bf16", 1), ("760m", "int8", 1)]
+DECODED += [("350m", "bf16", 1), ("350m", "int8", 1), ("7b", "bf16", 8), ("7b", "int8", 8), ("7b", "bf16", 32)]
 DECODED += [("350m", "bf16", prompts) for prompts in (8, 32, 64)]
 
 
@@ -84,8 +88,7 @@ GPUS = {
 
 def product_seconds(shape: list[int], gpu: Gpu, rate: float) -> float:
     """Seconds of a product [M, K] x [K, N] at `rate` TFLOP/s of full waves."""
-    rows, columns, inner, batch, element = shape
-    moved = batch * (rows * inner + inner * columns + rows * columns) * element / (gpu.bandwidth * 1e12)
+    rows, columns, inner, batch, _, moved = shape
     best = math.inf
     for height, width, share in TILES:
         for split in (1, 2, 4, 8):
@@ -94,7 +97,7 @@ def product_seconds(shape: list[int], gpu: Gpu, rate: float) -> float:
             seconds = math.ceil(tiles / gpu.multiprocessors) * work / (rate * share / gpu.multiprocessors * 1e12)
             partial = 8 * split * rows * columns * batch if split > 1 else 0  # fp32, written and read
             best = min(best, seconds + partial / (gpu.bandwidth * 1e12))
-    return max(best, moved, LAUNCH)
+    return max(best, moved / (gpu.bandwidth * 1e12), LAUNCH)
 
 
 def step_seconds(row: dict, gpu: Gpu, end: int) -> dict[str, float]:
@@ -105,7 +108,7 @@ def step_seconds(row: dict, gpu: Gpu, end: int) -> dict[str, float]:
         seconds[kind] = max(moved, found["launches"] * LAUNCH)
     seconds["gemm"] = 0.0
     for *shape, count in row["shapes"]["gemm"]:
-        rates = gpu.fp8 if shape[-1] == 1 else gpu.product
+        rates = gpu.fp8 if shape[4] == 1 else gpu.product
         if rates is None:
             raise ValueError(f"{row['model']} has products in fp8, which this GPU lacks; leave it out with --gpus.")
         seconds["gemm"] += count * product_seconds(shape, gpu, rates[end])
@@ -231,17 +234,21 @@ def predict(groups: dict[str, list[dict]], gpus: list[str]) -> list[dict]:
         for size, weights, prompts in DECODED:
             if weights != "fp8" or GPUS[name].fp8:
                 rows.append({"gpu": name, **predict_generation("cm3leon", size, weights, prompts, GPUS[name])})
-        rows.append({"gpu": name, **predict_generation("llama", "7b", "bf16", 1, GPUS[name])})
+        for size in ("7b", "350m"):
+            rows.append({"gpu": name, **predict_generation("llama", size, "bf16", 1, GPUS[name])})
     return rows
 
 
-def print_tables(rows: list[dict], gpus: list[str]) -> None:
+def build_tables(rows: list[dict], gpus: list[str]) -> str:
     """Markdown for docs/benchmarks.md: a column per GPU."""
     cells = {(row["gpu"], row["name"]): show(row) for row in rows}
+    lines = []
     for kind, title in (("training", "training: TFLOP/s (low to high)"), ("generation", "decoding: seconds per batch")):
-        print(f"\n| {title} | {' | '.join(gpus)} |\n|---|{'---|' * len(gpus)}")
+        lines += [f"| {title} | {' | '.join(gpus)} |", f"|---|{'---|' * len(gpus)}"]
         for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == kind):
-            print(f"| {name} | {' | '.join(cells.get((gpu, name), '') for gpu in gpus)} |")
+            lines.append(f"| {name} | {' | '.join(cells.get((gpu, name), '') for gpu in gpus)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def show(row: dict) -> str:
@@ -260,11 +267,17 @@ def main() -> None:
     parser.add_argument(
         "--output", default=str(RESULTS / "gpu_predicted.jsonl"), help="JSON Lines to write, - for none"
     )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown with this script's marks")
     options = parser.parse_args()
     rows = predict(group_recordings(options.recorded, options.tree), options.gpus)
     if options.output != "-":
         Path(options.output).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print_tables(rows, options.gpus)
+    tables = build_tables(rows, options.gpus)
+    print(tables, end="")
+    if options.write:
+        tree = next(row["tree"] for row in rows if "tree" in row)
+        note = f"Training of the tree {tree}, as operator_record.py has recorded it.\n\n"
+        write_between_marks(options.write, "benchmarks/gpu_prediction.py", note + tables)
 
 
 if __name__ == "__main__":

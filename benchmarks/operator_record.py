@@ -91,12 +91,15 @@ def mark_sections(trace, engine, builder) -> None:
     """Tell the trace which operators are the loss's, which the optimizer's, and where gradients are summed."""
     for model in engine.model:
         trace.gradients |= {trace.number(one.main_grad) for one in model.parameters() if hasattr(one, "main_grad")}
-    loss, passes, step = builder.cross_entropy, engine.forward_backward, engine.train_step
+    passes, step = engine.forward_backward, engine.train_step
 
-    def marked_loss(*arguments, **given):
-        trace.logits = arguments[0].untyped_storage().nbytes()
-        with trace.mark("loss"):
-            return loss(*arguments, **given)
+    def marked(loss, logits_exist: bool):
+        def call(*arguments, **given):
+            trace.logits = arguments[0].untyped_storage().nbytes() if logits_exist else 0
+            with trace.mark("loss"):
+                return loss(*arguments, **given)
+
+        return call
 
     def unmarked_passes(*arguments, **given):
         trace.section = ""
@@ -109,7 +112,11 @@ def mark_sections(trace, engine, builder) -> None:
         trace.section = "optimizer"
         return step(*arguments)
 
-    builder.cross_entropy, engine.forward_backward, engine.train_step = marked_loss, unmarked_passes, marked_step
+    builder.cross_entropy = marked(builder.cross_entropy, True)
+    for module in engine.model[-1].modules():  # train.head_chunk
+        if hasattr(module, "chunked_losses"):
+            module.chunked_losses = marked(module.chunked_losses, False)
+    engine.forward_backward, engine.train_step = unmarked_passes, marked_step
 
 
 def measure(trace, logits: int) -> dict:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
@@ -36,6 +37,8 @@ OVERWRITES = {"copy_", "zero_", "fill_", "_foreach_zero_", "_foreach_copy_", "no
 """They write their first argument without reading it."""
 
 
+COMPOSED = {"megatron_cm3leon::product", "megatron_cm3leon::gradients"}
+"""Custom operators that call others (model/linear.py), which are recorded in their place; the rest are one kernel."""
 OLDER = -1
 """`born` of a storage from before the recording."""
 
@@ -53,7 +56,7 @@ class Operation:
     graph: int = 0
     """Number of the execution of a compiled graph that it belongs to; 0 for eager code."""
     shape: tuple = ()
-    """Of a product (M, N, K, batch, bytes of an element); of attention (batch, heads, groups, S, D, direction)."""
+    """Of a product: M, N, K, batch, bytes of an element, all bytes. Of attention: batch, heads, groups, S, D, pass."""
 
 
 @dataclass
@@ -98,6 +101,12 @@ class OperatorTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
         options = options or {}
+        if operator.name() in COMPOSED:
+            with self:
+                return OPDEFS[operator.name()]._init_fn(*arguments, **options)
+        if operator.name() == "aten::matmul":  # below autograd nothing has divided it
+            with self:
+                return operator.decompose(*arguments, **options)
         inputs = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, FakeTensor)]
         before = {self.number(leaf) for leaf in inputs}
         result = operator(*arguments, **options)
@@ -142,6 +151,8 @@ class OperatorTrace(TorchDispatchMode):
             for leaf in arguments[1]:
                 del writes[self.number(leaf)]
         flops, shape = _count_work(operator, name, arguments)
+        if name in PRODUCTS:
+            shape = (*shape, sum(reads.values()) + sum(writes.values()))
         kind = self._classify(operator, name, flops, changed)
         self.operations.append(Operation(name, kind, flops, dict(reads), dict(writes), self._graph, shape))
 

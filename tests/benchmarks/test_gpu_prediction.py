@@ -3,6 +3,7 @@
 import json
 
 import gpu_prediction
+import operator_table
 import pytest
 from gpu_prediction import GPUS, LAUNCH, product_seconds
 
@@ -22,13 +23,13 @@ def make_row(**values) -> dict:
 
 def test_a_wave_that_has_begun_is_paid_whole():
     tile = 2 * 128 * 256 * (8192 + 96) / (700e12 / 132)
-    one_wave = product_seconds([128 * 132, 256, 8192, 1, 2], H200, 700)
+    one_wave = product_seconds([128 * 132, 256, 8192, 1, 2, 0], H200, 700)
     assert one_wave == pytest.approx(tile)
-    assert product_seconds([128 * 264, 256, 8192, 1, 2], H200, 700) == pytest.approx(2 * tile)
-    begun = product_seconds([128 * 132 + 1, 256, 8192, 1, 2], H200, 700)
+    assert product_seconds([128 * 264, 256, 8192, 1, 2, 0], H200, 700) == pytest.approx(2 * tile)
+    begun = product_seconds([128 * 132 + 1, 256, 8192, 1, 2, 0], H200, 700)
     assert 1.3 * tile < begun <= 2 * tile  # smaller tiles or a split of K lose less than a wave
-    assert product_seconds([16, 16, 16, 1, 2], H200, 700) == LAUNCH
-    assert product_seconds([1, 65_536, 4096, 1, 2], H200, 700) == pytest.approx(2 * 65_536 * 4096 / 3.8e12, rel=0.01)
+    assert product_seconds([16, 16, 16, 1, 2, 0], H200, 700) == LAUNCH
+    assert product_seconds([1, 65_536, 4096, 1, 2, 10**9], H200, 700) == pytest.approx(1e9 / 3.8e12)
 
 
 def test_a_class_takes_its_bytes_or_its_launches():
@@ -48,7 +49,7 @@ def test_recordings_of_two_depths_give_every_depth():
     assert at_20["elementwise"] == pytest.approx(300e9 / 3.8e12)
 
 
-def test_rows_go_by_the_names_of_the_measured_ones(tmp_path, capsys):
+def test_rows_go_by_the_names_of_the_measured_ones(tmp_path):
     rows = [make_row(tree="old"), make_row(), make_row(settings=["train.compile=false"])]
     for row in rows:
         row["classes"]["loss"]["read"] = 10**12
@@ -62,14 +63,13 @@ def test_rows_go_by_the_names_of_the_measured_ones(tmp_path, capsys):
     training = by_name["cm3leon 350m"]
     assert training["ms"] == pytest.approx(4 * 1e3 / 3.8, rel=0.01) and training["shares"]["loss"] > 0.99
     assert training["tflops_low"] <= training["tflops"] <= training["tflops_high"]
-    gpu_prediction.print_tables(predicted, ["H200"])
-    assert f"| cm3leon 350m | {training['tflops']:.0f} (" in capsys.readouterr().out
+    assert f"| cm3leon 350m | {training['tflops']:.0f} (" in gpu_prediction.build_tables(predicted, ["H200"])
     with pytest.raises(ValueError, match=r"--tree \(none\) must be one of those in .*: old, abc; operator_record.py"):
         gpu_prediction.group_recordings(recorded, "none")
 
 
 def test_fp8_is_refused_where_there_is_none():
-    row = make_row(shapes={"gemm": [[128, 128, 128, 1, 1, 1]], "attention": []})
+    row = make_row(shapes={"gemm": [[128, 128, 128, 1, 1, 0, 1]], "attention": []})
     assert gpu_prediction.step_seconds(row, H200, 0)["gemm"] == LAUNCH
     with pytest.raises(ValueError, match=r"cm3leon 350m has products in fp8, which this GPU lacks; leave it out"):
         gpu_prediction.step_seconds(row, GPUS["A100"], 0)
@@ -87,3 +87,21 @@ def test_decoding_reads_the_weights_and_half_the_cache():
     many = gpu_prediction.predict_generation("cm3leon", "350m", "bf16", 64, H200)
     assert many["name"] == "cm3leon 350m bf16, 64 prompts"
     assert many["images_per_s"] == pytest.approx(64 / many["seconds"])
+
+
+def test_tables_are_written_between_marks(tmp_path):
+    row = make_row(loss_bytes_per_logit=44.0, loss_alive_per_logit=12.0, peak_bytes=3 << 30)
+    row["classes"]["loss"] = {"launches": 6, "flops": 0, "read": 3 * 10**9, "written": 10**9}
+    later = {**row, "tree": "def", "loss_bytes_per_logit": 6.0}
+    table = operator_table.build_table([row, later])
+    assert table.splitlines()[2:] == [
+        "| cm3leon 350m | abc | 0.0 | 0.0 | 4.0 | 0.0 | 0.0 | 6 | 44.0 | 12.0 | 3.0 |",
+        "| cm3leon 350m | def | 0.0 | 0.0 | 4.0 | 0.0 | 0.0 | 6 | 6.0 | 12.0 | 3.0 |",
+    ]
+    page = tmp_path / "page.md"
+    begin, end = "<!-- tables of benchmarks/x.py: begin -->", "<!-- tables of benchmarks/x.py: end -->"
+    page.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
+    operator_table.write_between_marks(page, "benchmarks/x.py", table)
+    assert page.read_text() == f"above\n{begin}\n\n{table}\n{end}\nbelow\n"
+    with pytest.raises(ValueError, match=r"page.md must hold the lines <!-- tables of benchmarks/y.py: begin --> and"):
+        operator_table.write_between_marks(page, "benchmarks/y.py", table)

@@ -40,7 +40,7 @@ def test_a_step_at_real_width_counts_what_the_model_computes(tmp_path, family):
     weights = sum(math.prod(shape) for shape in canonical_shapes(config, VOCABULARY).values())
     optimizer = classes["optimizer"]["read"] + classes["optimizer"]["written"]
     assert optimizer / weights > 28  # AdamW alone reads 16 bytes per weight and writes 12
-    assert row["loss_bytes_per_logit"] >= 6 and row["loss_alive_per_logit"] >= 4  # logits read, read again, gradient
+    assert row["loss_bytes_per_logit"] >= 6 and row["loss_alive_per_logit"] >= 2  # read, read again, gradient
     assert row["peak_bytes"] > 18 * weights
     assert sum(count for *_, count in row["shapes"]["gemm"]) == classes["gemm"]["launches"] == 3 * (4 * LAYERS + 1)
     assert sum(count for *_, count in row["shapes"]["attention"]) == 2 * LAYERS

@@ -33,7 +33,7 @@ def test_a_product_and_what_stands_around_it(traced):
         ("_to_copy", "copy", 0, 2 * 21, 4 * 21),
         ("zero_", "elementwise", 0, 0, 4 * 21),
     ]
-    assert trace.operations[0].shape == (3, 7, 5, 1, 2)
+    assert trace.operations[0].shape == (3, 7, 5, 1, 2, 2 * (15 + 35 + 21))
 
 
 def test_an_expanded_tensor_counts_once_and_a_look_up_its_rows(traced):
