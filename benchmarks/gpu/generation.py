@@ -11,7 +11,6 @@ the bytes that a step must read (weights, the head's rows that can be drawn, hal
 `read_tb_s`, what a plain sum reaches on this card. runner.py says how rows are run and written.
 """
 
-import contextlib
 import statistics
 import time
 from collections.abc import Iterator
@@ -51,7 +50,6 @@ PLAN = [
     _row("cm3leon", "7b", "bf16", 32, 90),
     _row("llama", "350m", "bf16", 1, 40),
     _row("cm3leon", "760m", "int8", 1, 40),
-    _row("cm3leon", "7b", "int4", 1, 60),
 ]
 
 
@@ -71,7 +69,7 @@ def build_decoder(row: dict, device: str):
     import torch
     from generate import make_shape, make_vocabulary, make_weights
 
-    from megatron_cm3leon.generation.decoder import KINDS, Decoder
+    from megatron_cm3leon.generation.decoder import DTYPES, KINDS, Decoder
 
     if row["weights"] not in KINDS:
         raise ValueError(f"weights ({row['weights']}) must be one of: {', '.join(KINDS)}.")
@@ -79,30 +77,43 @@ def build_decoder(row: dict, device: str):
     vocabulary = make_vocabulary(size, row["tokens"])
     shape = make_shape(size, row["family"], vocabulary, row["context"])
     weights = make_weights(shape, torch.bfloat16, device)
-    return Decoder(weights, shape, int8=row["weights"] == "int8"), vocabulary
+    return Decoder(weights, shape, None if row["weights"] in DTYPES else row["weights"]), vocabulary
 
 
-@contextlib.contextmanager
-def timed_replays(times: list[float]) -> Iterator[None]:
-    """Milliseconds of every replay of a CUDA graph on the device, in order, once the block has ended."""
-    import torch
+class ReplayTimer:
+    """Milliseconds of every replay of a CUDA graph inside a `with` block, on the device and in order.
 
-    replay, events = torch.cuda.CUDAGraph.replay, []
+    Made before the first graph is recorded: whoever records one may keep its `replay`.
+    """
 
-    def timed(graph) -> None:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        replay(graph)
-        end.record()
-        events.append((begin, end))
+    def __init__(self) -> None:
+        import torch
 
-    torch.cuda.CUDAGraph.replay = timed
-    try:
-        yield
-    finally:
-        torch.cuda.CUDAGraph.replay = replay
-    torch.cuda.synchronize()
-    times += [begin.elapsed_time(end) for begin, end in events]
+        self.events, self.times = None, []
+        replay = torch.cuda.CUDAGraph.replay
+
+        def timed(graph) -> None:
+            if self.events is None:
+                replay(graph)
+                return
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            replay(graph)
+            end.record()
+            self.events.append((begin, end))
+
+        torch.cuda.CUDAGraph.replay = timed
+
+    def __enter__(self) -> "ReplayTimer":
+        self.events = []
+        return self
+
+    def __exit__(self, *_) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+        self.times = [begin.elapsed_time(end) for begin, end in self.events]
+        self.events = None
 
 
 def measure(row: dict) -> Iterator[dict]:
@@ -112,6 +123,7 @@ def measure(row: dict) -> Iterator[dict]:
     from timing import list_kernels, measure_read_rate
 
     cuda = row["device"] == "cuda"
+    timer = ReplayTimer() if cuda else None
     result = {**row, "read_tb_s": measure_read_rate(torch.device(row["device"])) / 1e12}
     begin = time.perf_counter()
     decoder, vocabulary = build_decoder(row, row["device"])
@@ -129,11 +141,10 @@ def measure(row: dict) -> Iterator[dict]:
     result["first_s"] = draw()
     yield result
     if cuda:
-        replays: list[float] = []
-        with timed_replays(replays):
+        with timer:
             draw()
-        if replays:
-            result |= {"graph_ms": sum(replays) / row["tokens"], "replays": len(replays)}
+        if timer.times:
+            result |= {"graph_ms": sum(timer.times) / row["tokens"], "replays": len(timer.times)}
             result["tb_s"] = (weights + cache / 2) / result["graph_ms"] / 1e9
             result["bandwidth_share"] = result["tb_s"] / result["read_tb_s"]
     calls = [draw()]

@@ -119,8 +119,8 @@ def test_a_generation_row(drivers):
 @pytest.mark.parametrize(
     ("driver", "arguments", "rows"),
     [
-        ("training", ["--only", "train.", "llama 7b"], ["llama 7b", "llama 350m, train.z_loss=1e-5"]),
-        ("generation", ["--only", "1 prompt"], ["cm3leon 7b bf16, 1 prompt", "llama 350m bf16, 1 prompt"]),
+        ("training", ["--only", "train.fp8", "llama 7b"], ["llama 7b"]),
+        ("generation", ["--only", "fp8", "8 prompts"], ["cm3leon 7b bf16, 8 prompts"]),
         ("kernels", [], ["decoding_matrices", "training_attention", "products", "cross_entropy", "optimizer"]),
         ("smoke", [], ["rates", "attention", "images", "preflight", "clip", "first_step"]),
     ],

@@ -5,6 +5,7 @@ CM3LEON_GPU_TESTS=cpu pytest -m gpu           the CPU in the GPU's place: shows 
 """
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -39,7 +40,18 @@ def exported(request, tmp_path_factory):
     return folder
 
 
+def load_decoder(folder, kind: str, device: torch.device) -> Decoder:
+    """A decoder on the device under test; with the CPU in its place, steps are recorded and replayed all the same."""
+    decoder = Decoder.load(folder, kind, device)
+    if device.type == "cpu" and find_spec("megatron_cm3leon.generation.step_graph"):
+        from megatron_cm3leon.generation.step_graph import StepGraphs
+        from tests.generation.recorder import Recorder
+
+        decoder.graphs = StepGraphs(decoder, Recorder())
+    return decoder
+
+
 @pytest.fixture(scope="session")
 def decoders(exported, device):
     """In fp32: on the CPU, and on the device."""
-    return Decoder.load(exported), Decoder.load(exported, "fp32", device)
+    return Decoder.load(exported), load_decoder(exported, "fp32", device)

@@ -1,12 +1,11 @@
 """Training on a GPU: the losses of the CPU, checkpoints that either resumes, and saves beside the next steps."""
 
-import subprocess
-
 import pytest
 import torch
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, step_folder
 from megatron_cm3leon.cluster.preflight import find_device_fault
+from megatron_cm3leon.config_fields import TrainConfig
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.layouts import BF16, CONFIG, DEEPSPEED, LLAMA, SAMPLES, SMALL, learnable_pairs, relative
 from tests.gpu.rows import RowRunner
@@ -24,6 +23,10 @@ ROWS = {  # name -> overrides
     "deepspeed zero=2": (*DEEPSPEED, "parallel.zero=2", *SMALL),
     "deepspeed zero=3 bf16": (*DEEPSPEED, "parallel.zero=3", *BF16, *SMALL),
 }
+CAN_COMPILE = hasattr(TrainConfig(), "compile")
+UNCOMPILED = ("train.compile=false",) if CAN_COMPILE else ()
+COMPILED = {"compiled": "cm3leon", "llama by sample, compiled": "llama by sample"} if CAN_COMPILE else {}
+"""Name -> the row whose losses on the CPU, not compiled, it must have."""
 SYNCHRONOUS = "saved while training waits"
 BROKEN = "broken"
 RESUMED = ("cm3leon", "bf16", "deepspeed zero=2")
@@ -53,6 +56,8 @@ class Runs:
         for row, overrides in ROWS.items():
             for side in self.runners:
                 self._submit(row, overrides, side)
+        for row, base in COMPILED.items():
+            self._submit(row, (*ROWS[base], "train.compile=true"), "device")
         self._submit(SYNCHRONOUS, ("checkpoint.asynchronous=false",), "device")
         for row in RESUMED:
             for source, target in WAYS:
@@ -62,7 +67,7 @@ class Runs:
         name = name or f"{row} on {side}"
         train_device = self.device.type if side == "device" else "cpu"
         paths = [f"data.shards={self.folder / 'shards'}", f"output={self.folder / name}"]
-        overrides = [*overrides, *paths, f"train.device={train_device}"]
+        overrides = [*UNCOMPILED, *overrides, *paths, f"train.device={train_device}"]
         case = {"name": name, "config": str(self.folder / "config.yaml"), "overrides": overrides}
         self.futures[name] = self.runners[side].submit(case, after)
 
@@ -98,6 +103,12 @@ def test_same_losses_as_on_the_cpu(runs, device, row):
     assert relative(runs.steps(f"{row} on device"), runs.steps(f"{row} on cpu"), "loss") <= tolerance(row, device)
 
 
+@pytest.mark.parametrize("row", COMPILED)
+def test_compiled_layers_give_the_same_losses(runs, device, row):
+    found, expected = runs.steps(f"{row} on device"), runs.steps(f"{COMPILED[row]} on cpu")
+    assert relative(found, expected, "loss") <= tolerance(row, device)
+
+
 def test_a_row_that_fails_names_its_cause_and_leaves_the_others(runs):
     with pytest.raises(AssertionError, match=r"(?s)broken on device ended its process:.*model\.heads \(3\)"):
         runs.steps(f"{BROKEN} on device")
@@ -125,5 +136,3 @@ def test_a_save_beside_the_next_steps_holds_the_step_it_was_of(runs):
 
 def test_the_device_computes_right_products(device):
     assert find_device_fault(device) == ""
-    if device.type == "cuda":
-        assert subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
