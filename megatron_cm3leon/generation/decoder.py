@@ -256,13 +256,6 @@ class Decoder:
         state += layer.outer(inner)
 
 
-def attention_kernels(device: torch.device) -> AbstractContextManager:
-    """On a GPU, attention without cuDNN: it builds a plan for every new shape (tens of ms), and prompts differ."""
-    if device.type != "cuda":
-        return nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
 def _take_layer(weights: dict[str, Tensor] | WeightFiles, prefix: str, shape: Shape, int8: bool) -> Layer:
     def take(name: str) -> Tensor:
         return weights.pop(f"{prefix}{name}.weight")
@@ -294,3 +287,10 @@ def _rotary_angles(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     angles = torch.arange(shape.context)[:, None].float() * rates
     cosine, sine = angles.cos(), angles.sin()
     return torch.cat([cosine, cosine], -1).to(device), torch.cat([-sine, sine], -1).to(device)
+
+
+def attention_kernels(device: torch.device) -> AbstractContextManager:
+    """On a GPU, attention without cuDNN: it builds a plan for every new shape (tens of ms), and prompts differ."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

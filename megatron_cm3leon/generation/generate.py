@@ -8,8 +8,8 @@
     generator.complete([["a red circle", made.picture, "a green"]])
 
 All prompts of a call are decoded in batches, with both streams of classifier-free guidance in the same batch. A
-sequence's result depends on its own prompt and seed, not on what else is in the call (in bf16 a batch of another size
-rounds differently, which may flip a close draw).
+sequence's result depends on its own prompt and seed, not on what else is in the call, except at near-ties, which
+rounding decides (near_ties.py): in fp32 they are rare, in bf16 a batch of another size may turn one.
 """
 
 import json

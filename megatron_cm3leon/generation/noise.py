@@ -10,6 +10,7 @@ inverse-1  one fp64 uniform number per position, from NumPy's Philox 4x64.
 """
 
 import hashlib
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -104,6 +105,38 @@ class GumbelSource:
     def at(self, position: Tensor) -> Tensor:
         """Noise [B, V] at `position`, a tensor [1] on the device."""
         return self.buffer.index_select(0, position % self.ahead)[0]
+
+
+class KernelSource:
+    """Noise of a batch by one launch at each position (noise_kernel.py)."""
+
+    def __init__(self, ids: Tensor, sequences: int) -> None:
+        self.noise = GumbelNoise(ids)
+        self.keys = torch.zeros(sequences, 2, dtype=torch.long, device=ids.device)
+        self.buffer = torch.zeros(sequences, 4 * len(self.noise.groups), device=ids.device)
+
+    begin = GumbelSource.begin
+
+    def prepare(self, position: int) -> None:
+        """Nothing runs ahead of the draws."""
+
+    def at(self, position: Tensor) -> Tensor:
+        """Noise [B, V] at `position`, a tensor [1] on the device."""
+        from megatron_cm3leon.generation.noise_kernel import write_noise  # needs Triton
+
+        write_noise(self.keys, position, self.noise.groups, self.buffer)
+        return self.buffer[:, self.noise.places]
+
+
+def build_source(
+    ids: Tensor, sequences: int, length: int, sampler: str
+) -> "GumbelSource | KernelSource | UniformSource":
+    """Random numbers of a batch that draws `length` tokens among `ids` [V], on their device."""
+    if sampler == "inverse-1":
+        return UniformSource(sequences, length, ids.device)
+    if ids.device.type == "cuda" and find_spec("triton"):
+        return KernelSource(ids, sequences)
+    return GumbelSource(ids, sequences, length)
 
 
 class UniformSource:

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_cm3leon.generation.cache import Cache
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.grammar import Segment
-from megatron_cm3leon.generation.noise import GumbelSource, UniformSource
+from megatron_cm3leon.generation.noise import build_source
 from megatron_cm3leon.generation.sampling import Sampling, Scalars, contrast, draw, score
 
 
@@ -54,8 +54,8 @@ class DecodingStep:
     def __init__(
         self, decoder: Decoder, shape: StepShape, segment: Segment, sampling: Sampling, cache: Cache, fused=None
     ) -> None:
-        """`fused` has hand-written kernels in place of `Decoder.advance`: its `advance(ids, cache)` gives the final
-        hidden states and writes keys and values at `cache.lengths`, which are counted here."""
+        """`fused` has kernels of its own for what the decoder does: `logits(hidden, head)`, and `advance(ids, cache)`,
+        which reads the filled part of the cache and counts its lengths."""
         self.decoder, device = decoder, decoder.device
         self.shape, self.sampling, self.cache, self.fused = shape, sampling, cache, fused
         self.head, self.allowed = decoder.head(segment.allowed), segment.allowed.to(device)
@@ -68,10 +68,8 @@ class DecodingStep:
         self.forced = torch.full(kept, -1, device=device) if shape.forced else None
         self.margins = torch.zeros(kept, device=device) if shape.margins else None
         self.scalars, self.chance = Scalars(device), None
-        if sampling.temperature > 0 and sampling.sampler == "gumbel-1":
-            self.chance = GumbelSource(self.allowed, count, shape.length)
-        elif sampling.temperature > 0:
-            self.chance = UniformSource(count, shape.length, device)
+        if sampling.temperature > 0:
+            self.chance = build_source(self.allowed, count, shape.length, sampling.sampler)
 
     def begin(
         self, given: list, without: list, room: int, sampling: Sampling, seeds: list[int], forced: np.ndarray | None
@@ -94,7 +92,7 @@ class DecodingStep:
 
     def draw(self) -> Tensor:
         """Ids [B] of the next tokens, stored at this turn."""
-        logits = self.decoder.logits(self.hidden, self.head)
+        logits = (self.fused or self.decoder).logits(self.hidden, self.head)
         if self.sampling.contrasted:
             logits = contrast(*logits.chunk(2), self.sampling, self.scalars)
         chance = None if self.chance is None else self.chance.at(self.turn)
@@ -124,5 +122,4 @@ class DecodingStep:
             self.hidden.copy_(self.decoder.advance(ids, self.cache, width, masked))
         else:
             self.hidden.copy_(self.fused.advance(ids, self.cache))
-            self.cache.lengths += 1
         self.turn += 1

@@ -10,6 +10,7 @@ masked cache reads a width in buckets, too, with one graph per width.
 import gc
 import weakref
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -26,8 +27,8 @@ GRAPHS_KEPT = 8
 """Recorded steps of different shapes that a decoder keeps."""
 CACHE_SHARE = 0.6
 """Share of a GPU's free memory that keys and values may take."""
-FUSED_ROWS = 4
-"""Rows up to which a step takes the kernels of fused_step.py: a matrix is then read for little arithmetic."""
+FUSED = "megatron_cm3leon.generation.fused_step"
+"""Where `FusedStep` is: it needs Triton, which comes with torch for CUDA."""
 
 
 def round_up(length: int) -> int:
@@ -156,13 +157,14 @@ class StepGraphs:
         return self.decoder.build_cache(rows, size, flat=False)
 
     def _find_fused(self, rows: int):
-        """Hand-written kernels for so few rows, on a GPU with Triton; None where there are none."""
-        if self.decoder.device.type != "cuda" or rows > FUSED_ROWS or find_spec("triton") is None:
+        """Kernels for a step of so few rows, on a GPU with Triton; None where there are none."""
+        if self.decoder.device.type != "cuda" or not (find_spec("triton") and find_spec(FUSED)):
             return None
-        if self.fused is None and find_spec("megatron_cm3leon.generation.fused_step"):
-            from megatron_cm3leon.generation.fused_step import FusedStep
-
-            self.fused = FusedStep(self.decoder)
+        fused_step = import_module(FUSED)
+        if not fused_step.FusedStep.fits(rows):
+            return None
+        if self.fused is None:
+            self.fused = fused_step.FusedStep(self.decoder)
         return self.fused
 
     def _drop_oldest(self) -> None:

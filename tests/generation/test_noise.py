@@ -1,5 +1,7 @@
 """Random numbers: Philox by its published vectors and by NumPy, Gumbel noise that belongs to (seed, prompt, id)."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,14 @@ import torch
 from megatron_cm3leon.generation.noise import (
     GumbelNoise,
     GumbelSource,
+    KernelSource,
     UniformSource,
     philox,
     philox_key,
     uniform_numbers,
 )
+
+KERNEL = "megatron_cm3leon.generation.noise_kernel"
 
 
 def philox_by_numpy(counter, key):
@@ -95,6 +100,22 @@ def test_a_source_gives_the_same_numbers_however_many_it_computes_at_once(ahead,
     for position in range(10):
         source.prepare(position)
         assert torch.equal(source.at(torch.tensor([position])), expected[position])
+
+
+def test_one_launch_gives_the_same_noise(monkeypatch):
+    """The kernel of a GPU, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, KERNEL, raising=False)
+    ids, prompts = torch.tensor([*range(5, 600), 2000]), [[1, 2], [3]]
+    source, expected = KernelSource(ids, 2), GumbelSource(ids, 2, 1)
+    for one in (source, expected):
+        one.begin([4, 5], prompts)
+    for position in (0, 4095):
+        expected.prepare(position)
+        made = source.at(torch.tensor([position])).numpy()
+        np.testing.assert_array_max_ulp(made, expected.at(torch.tensor([position])).numpy(), 2)
+    del sys.modules[KERNEL]  # interpreted: not for anybody else
 
 
 def test_uniform_numbers_depend_on_seed_and_prompt_alone():

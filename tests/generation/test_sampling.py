@@ -123,11 +123,11 @@ def test_greedy_takes_no_chance():
 
 
 def test_same_noise_mostly_keeps_the_token_under_a_small_change_of_the_logits():
-    """What exact speculative decoding lives on: at 9 to 10 bits of entropy and total variation 0.1 to 0.25."""
+    """What exact speculative decoding lives on: at 8.8 bits of entropy and total variation 0.09 and 0.18."""
     generator = torch.Generator().manual_seed(0)
     before = 1.5 * torch.randn(1, 2048, generator=generator)
     uniform = torch.from_numpy(uniform_numbers(1, [1], 400))
-    for change, at_least in ((0.2, 0.8), (0.5, 0.64)):
+    for change, at_least in ((0.2, 0.85), (0.5, 0.69)):
         after = before + change * torch.randn(1, 2048, generator=generator)
         inverse = [draw(x.expand(400, -1), Sampling(sampler="inverse-1"), uniform) for x in (before, after)]
         gumbel = [draw_many(x, 400) for x in (before, after)]

@@ -89,6 +89,24 @@ def test_the_same_recording_serves_other_prompts_seeds_and_numbers(path, vocabul
     assert len({id(graph.step.cache) for graph in recorded.graphs.kept.values()}) == 1
 
 
+def test_kernels_for_few_rows_are_given_the_whole_cache(path, vocabulary, monkeypatch):
+    """A step with kernels of its own reads lengths, so that one recording serves all widths."""
+    plain, (recorded, recorder) = Decoder.load(path), recording(path)
+
+    class Fused:
+        logits = staticmethod(plain.logits)
+
+        @staticmethod
+        def advance(ids, cache):
+            return plain.advance(ids, cache, cache.size, True)
+
+    monkeypatch.setattr(StepGraphs, "_find_fused", lambda graphs, rows: Fused if rows <= 4 else None)
+    segment = picture_segment(vocabulary, 12)
+    for sampling, count in ((Sampling(), 1), (Sampling(guidance=2.0), 3)):  # 4 rows, then 8 with two widths
+        assert (decode(recorded, segment, sampling) == decode(plain, segment, sampling)).all()
+        assert len(recorder.recordings) == count
+
+
 @pytest.mark.parametrize("kind", ["int8", "bf16"])
 def test_smaller_types_are_recorded_too(path, kind, vocabulary):
     plain, (recorded, _) = Decoder.load(path, kind), recording(path, dtype=kind)
