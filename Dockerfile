@@ -6,7 +6,7 @@ WORKDIR /opt/megatron_cm3leon
 COPY . .
 # The image's own packages win over constraints.txt, which is for CPU machines.
 RUN pip list --format=freeze | grep -iE '^(torch|triton|transformer[_-]engine|flash[_-]attn)=' > /tmp/image.txt || true \
-    && grep -v '^torch==' constraints.txt > /tmp/constraints.txt \
+    && grep -vE '^(torch|triton)==' constraints.txt > /tmp/constraints.txt \
     && pip install --no-cache-dir -c /tmp/constraints.txt -c /tmp/image.txt -e ".[dev]"
 
 ENV PYTHONUNBUFFERED=1

@@ -38,6 +38,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
         "deepspeed": [DEEPSPEED],
-        "dev": [DEEPSPEED, "pytest", "pytest-timeout", "ruff", "webdataset"],
+        # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
+        "dev": [DEEPSPEED, "pytest", "pytest-timeout", "ruff", "triton", "webdataset"],
     },
 )
