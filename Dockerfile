@@ -10,7 +10,7 @@ COPY . .
 # The image's own packages win over constraints.txt, which is for CPU machines. faiss-cpu is not installed: it would lie
 # over a build of FAISS for GPUs, as both are the module faiss. One that the image has is kept.
 RUN pip list --format=freeze | grep -iE '^(torch|triton|transformer[_-]engine|flash[_-]attn|apex)=' > /tmp/image.txt || true \
-    && grep -v '^torch==' constraints.txt > /tmp/constraints.txt \
+    && grep -vE '^(torch|triton)==' constraints.txt > /tmp/constraints.txt \
     && pip install --no-cache-dir -c /tmp/constraints.txt -c /tmp/image.txt -e ".[deepspeed,test]" \
     && { python -c 'import faiss' || pip install --no-cache-dir -c /tmp/constraints.txt -c /tmp/image.txt faiss-gpu; }
 

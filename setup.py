@@ -42,6 +42,7 @@ setup(
         "gpu": ["faiss-gpu", "transformer-engine[pytorch]", "flash-attn"],
         "deepspeed": [DEEPSPEED],
         "test": TEST,
-        "dev": [DEEPSPEED, *RETRIEVAL, *TEST],
+        # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
+        "dev": [DEEPSPEED, *RETRIEVAL, *TEST, "triton"],
     },
 )

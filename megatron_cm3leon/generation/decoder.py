@@ -19,11 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_cm3leon.generation.cache import Cache
 from megatron_cm3leon.generation.exported import POSITION_OFFSET, Shape, WeightFiles, read_shape
-from megatron_cm3leon.generation.linear import Matrix, build_matrix
+from megatron_cm3leon.generation.linear import QUANTIZED, Matrix, build_matrix
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KINDS = (*DTYPES, "int8")
-"""Types the matrices may have. With int8 all else is fp32 on a CPU, bf16 on a GPU."""
+KINDS = (*DTYPES, *QUANTIZED)
+"""Types the matrices may have. All else is bf16 on a GPU; on a CPU bf16 with int4, whose kernel takes no other type as
+fast, and fp32 with int8 and fp8."""
 HEADS_KEPT = 4
 """Parts of the output head that are kept ready: one for pictures, one or two for text, a whole one."""
 _ACTIVATIONS = {"relu": torch.relu_, "gelu": functional.gelu}
@@ -47,9 +48,9 @@ class Layer:
 class Decoder:
     """Logits of the next token, position after position."""
 
-    def __init__(self, weights: dict[str, Tensor] | WeightFiles, shape: Shape, int8: bool = False) -> None:
-        """`weights` by the stock class's names, checked; they are taken out one by one."""
-        self.shape, self.int8, self.context = shape, int8, shape.context
+    def __init__(self, weights: dict[str, Tensor] | WeightFiles, shape: Shape, quantized: str | None = None) -> None:
+        """`weights` by the stock class's names, checked; they are taken out, and quantized, one by one."""
+        self.shape, self.quantized, self.context = shape, quantized, shape.context
         prefix = "model.decoder." if shape.learned_positions else "model."
         self.words = weights.pop(f"{prefix}embed_tokens.weight")
         self.head_rows = self.words if shape.tied else weights.pop("lm_head.weight")
@@ -59,7 +60,7 @@ class Decoder:
             self.positions = weights.pop(f"{prefix}embed_positions.weight")[POSITION_OFFSET:]
         else:
             self.angles = _rotary_angles(shape, self.words.device)
-        self.layers = [_take_layer(weights, f"{prefix}layers.{n}.", shape, int8) for n in range(shape.layers)]
+        self.layers = [_take_layer(weights, f"{prefix}layers.{n}.", shape, quantized) for n in range(shape.layers)]
         self._heads: dict[bytes, Matrix] = {}
         self.graphs = None
         """Recorded steps, kept by step_graph.py."""
@@ -71,9 +72,12 @@ class Decoder:
         if dtype not in KINDS:
             raise ValueError(f"dtype ({dtype!r}) must be one of: {', '.join(KINDS)}.")
         shape = read_shape(folder)
-        beside_int8 = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        weights = WeightFiles(folder, shape, DTYPES.get(dtype, beside_int8), device)
-        return cls(weights, shape, dtype == "int8")
+        on_cpu = torch.device(device).type == "cpu"
+        if dtype == "int4" and not on_cpu:
+            raise ValueError(f"dtype (int4) on {device}: int4 is computed on a CPU only; use int8 or fp8 there.")
+        beside = torch.float32 if on_cpu and dtype != "int4" else torch.bfloat16
+        weights = WeightFiles(folder, shape, DTYPES.get(dtype, beside), device)
+        return cls(weights, shape, None if dtype in DTYPES else dtype)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +104,8 @@ class Decoder:
             while len(self._heads) >= HEADS_KEPT:
                 del self._heads[next(iter(self._heads))]
             rows = self.head_rows if allowed is None else self.head_rows[allowed.to(self.device)]
-            self._heads[key] = build_matrix(rows, self.int8)
+            # Every token depends on the head, and only some of its rows are kept: it has 8 bits beside 4-bit layers.
+            self._heads[key] = build_matrix(rows, "int8" if self.quantized == "int4" else self.quantized)
         return self._heads[key]
 
     # Prompts and steps
@@ -256,20 +261,20 @@ class Decoder:
         state += layer.outer(inner)
 
 
-def _take_layer(weights: dict[str, Tensor] | WeightFiles, prefix: str, shape: Shape, int8: bool) -> Layer:
+def _take_layer(weights: dict[str, Tensor] | WeightFiles, prefix: str, shape: Shape, quantized: str | None) -> Layer:
     def take(name: str) -> Tensor:
         return weights.pop(f"{prefix}{name}.weight")
 
-    qkv = build_matrix(torch.cat([take(f"self_attn.{part}_proj") for part in ("q", "k", "v")]), int8)
+    qkv = build_matrix(torch.cat([take(f"self_attn.{part}_proj") for part in ("q", "k", "v")]), quantized)
     if shape.learned_positions:
         names = ("self_attn.out_proj", "fc1", "fc2")
-        return Layer(qkv, *(build_matrix(take(name), int8) for name in names))
-    inner = build_matrix(torch.cat([take("mlp.gate_proj"), take("mlp.up_proj")]), int8)
+        return Layer(qkv, *(build_matrix(take(name), quantized) for name in names))
+    inner = build_matrix(torch.cat([take("mlp.gate_proj"), take("mlp.up_proj")]), quantized)
     layer = Layer(
         qkv,
-        build_matrix(take("self_attn.o_proj"), int8),
+        build_matrix(take("self_attn.o_proj"), quantized),
         inner,
-        build_matrix(take("mlp.down_proj"), int8),
+        build_matrix(take("mlp.down_proj"), quantized),
         norms=(take("input_layernorm"), take("post_attention_layernorm")),
     )
     if shape.family == "qwen3":
