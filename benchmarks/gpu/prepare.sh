@@ -36,7 +36,7 @@ build() { # build NAME==VERSION: published as source alone; without its compiled
 }
 
 for name in $NAMES; do
-    wanted=$(grep -i "^$name==" constraints.txt) || { echo "error: constraints.txt names no version of $name" >&2; exit 2; }
+    wanted=$(grep -i "^$name==" constraints.txt) || { echo "error: constraints.txt names no version of $name; add it there." >&2; exit 2; }
     version=${wanted#*==} file=${name//-/_}
     compgen -G ".whl/$file-$version-*.whl" >/dev/null && continue
     rm -f .whl/"$file"-[0-9]*.whl # two versions of one package stop the whole installation

@@ -14,6 +14,7 @@ the kernels that take most of one step. runner.py says how rows are run and writ
 """
 
 import contextlib
+import dataclasses
 import math
 import statistics
 import time
@@ -34,6 +35,8 @@ MICRO_BATCH = {"350m": 4, "760m": 4, "7b": 1}
 MICRO_BATCHES = {"350m": 4, "760m": 4, "7b": 8}
 STEPS = {"350m": 6, "760m": 6, "7b": 4}
 WARM_UP = 2
+SAMPLE_TOKENS = 1066
+"""Of a sample under data.attention=sample: a caption and an image of the paper. TFLOP/s count the whole sequence."""
 DENSE_BF16_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "B200": 2250}
 """Peak rates of NVIDIA's data sheets (SXM), without sparsity."""
 RESERVE = 0.92
@@ -68,6 +71,7 @@ PLAN = [
     _row("cm3leon", "350m", 60, contender=SDPA),
     _row("cm3leon", "350m", 60, "train.compile=false"),
     _row("cm3leon", "760m", 60, "train.compile=false"),
+    _row("cm3leon", "350m", 80, "data.attention=sample"),
     _row("cm3leon", "350m", 70, "train.kernels=torch"),
     _row("llama", "350m", 70, "train.z_loss=1e-5"),
     _row("cm3leon", "350m", 80, "train.fp8=true"),
@@ -192,6 +196,8 @@ def measure(row: dict) -> Iterator[dict]:
     step = build_step(row, config, vocabulary, device)
     torch.manual_seed(0)
     batches = make_batches(vocabulary.size, row["micro_batch"], row["sequence"], row["micro_batches"])
+    if config.data.attention == "sample":
+        batches = [divide_into_samples(batch) for batch in batches]
     result |= {"build_s": time.perf_counter() - begin, "warm_up_s": [], "losses": []}
     seconds = []
     for number in range(WARM_UP + row["steps"]):
@@ -211,6 +217,13 @@ def measure(row: dict) -> Iterator[dict]:
         yield result
     if cuda and row["contender"] == OURS:
         yield result | list_kernels(lambda: step(batches))
+
+
+def divide_into_samples(batch):
+    """The same batch, of samples of SAMPLE_TOKENS, or of half a sequence where that is shorter."""
+    length = min(SAMPLE_TOKENS, batch.tokens.shape[1] // 2)
+    samples, positions = batch.position_ids // length, batch.position_ids % length
+    return dataclasses.replace(batch, samples=samples.contiguous(), position_ids=positions.contiguous())
 
 
 def describe(config, row: dict) -> dict:

@@ -74,6 +74,17 @@ def test_a_training_row(drivers, groups):
     assert (megatron.build_stage.__module__, builder.initialize_weights.__module__) == (builder.__name__,) * 2
 
 
+def test_a_row_by_sample_has_samples(drivers, groups):
+    training, _ = drivers
+    row = row_of(training, "cm3leon 350m, data.attention=sample")
+    *_, result = training.measure(row | {"steps": 1})
+    assert abs(result["losses"][0] - math.log(row["vocabulary"])) < 0.1
+    from train_step import make_batches
+
+    batch = training.divide_into_samples(make_batches(1024, 2, 128, 1)[0])
+    assert batch.samples[1].tolist() == [0] * 64 + [1] * 64 and batch.position_ids[1, 62:66].tolist() == [62, 63, 0, 1]
+
+
 def test_a_peer_has_the_same_sizes(drivers):
     training, _ = drivers
     row = row_of(training, "cm3leon 350m, Hugging Face, SDPA")
