@@ -17,6 +17,7 @@ _CHOICES = {
     "train.engine": ("megatron", "deepspeed"),
     "train.precision": ("bf16", "fp32"),
     "train.kernels": ("auto", "torch"),
+    "train.sample_attention": ("auto", "flex", "masked"),
     "train.device": ("auto", "cpu", "cuda"),
     "schedule.name": ("linear", "cosine", "exponential", "constant", "wsd"),
     "optimizer.rule": ("none", "mm1"),
@@ -63,6 +64,7 @@ _RANGES = {
     "train.spike_window": (3, None),
     "train.max_rollbacks": (0, None),
     "train.z_loss": (0, None),
+    "train.head_chunk": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.beta1": (0, 1),
     "optimizer.beta2": (0, 1),
@@ -104,6 +106,7 @@ def check_config(config: "Config", world_size: int | None) -> None:
     _check_sources(config)
     _check_masking(config)
     _check_family(config)
+    _check_attention(config)
     _check_layout(config)
     _check_engine(config)
     _check_checkpoints(config)
@@ -216,6 +219,21 @@ def _check_family(config: "Config") -> None:
         raise ValueError(
             "schedule.floor (0) must be above 0 with schedule.name=exponential, which never reaches 0; 0.01 decays to "
             "a hundredth of the peak."
+        )
+
+
+def _check_attention(config: "Config") -> None:
+    if config.train.sample_attention != "flex":
+        return
+    reasons = []
+    if config.model.dropout:
+        reasons.append(f"model.dropout ({config.model.dropout}) to be 0, because FlexAttention drops no weights")
+    if config.train.device == "cpu":
+        reasons.append("a GPU (train.device is cpu), because FlexAttention has no backward pass on a CPU")
+    if reasons:
+        raise ValueError(
+            f"train.sample_attention (flex) needs {' and '.join(reasons)}; use train.sample_attention=auto, which "
+            f"takes the masked form there."
         )
 
 

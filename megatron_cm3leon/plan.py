@@ -114,10 +114,14 @@ def _activation_bytes(config: Config, vocabulary_size: int, world_size: int, sta
     if stage == parallel.pipeline - 1:
         rows = -(-vocabulary_size // VOCABULARY_ROW_MULTIPLE) * VOCABULARY_ROW_MULTIPLE // parallel.tensor
         # The logits, over which their gradient is written; the norm's input and output.
-        head = tokens * (rows + 2 * model.hidden_size) * width
+        head = (_tokens_with_logits(config, tokens) * rows + 2 * tokens * model.hidden_size) * width
     if parallel.recompute == "full":
         return int(layers * layer_input + max(layer, head))
     return int(layers * layer + head)
+
+
+def _tokens_with_logits(config: Config, tokens: int) -> int:
+    return min(tokens, config.train.head_chunk or tokens)
 
 
 def _chunks_in_flight(config: Config, world_size: int, stage: int) -> int:

@@ -1,9 +1,4 @@
-"""What operators move through memory and keep alive, recorded while they run on a CPU.
-
-    with MemoryRecorder(cached=1 << 16) as recorder:
-        ...
-    recorder.read, recorder.written, recorder.peak      bytes
-"""
+"""What operators move through memory and keep alive, recorded while they run on a CPU: MemoryRecorder."""
 
 import weakref
 
@@ -19,12 +14,16 @@ _UNWRITTEN = {"empty", "empty_like", "new_empty", "empty_strided"}
 
 
 class MemoryRecorder(TorchDispatchMode):
-    """Sums the bytes of every operator that is no view; storages of at most `cached` bytes move nothing (a cache)."""
+    """A context that sums the bytes of every operator in it that is no view.
+
+    Storages of at most `cached` bytes stay in a processor's cache: they move nothing, but count as alive.
+    """
 
     def __init__(self, cached: int = 0) -> None:
         super().__init__()
         self.cached = cached
         self.read = self.written = 0
+        """Bytes."""
         self.live = self.peak = 0
         """Bytes of the storages that have been made since the recorder was entered, and their highest sum."""
         self._known: dict[int, weakref.ref] = {}

@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_cm3leon.model.collectives import gather_sequence
 from megatron_cm3leon.model.rotary import rotate
+from megatron_cm3leon.model.sample_attention import attend_samples
 
 LONGEST_WRITTEN_OUT = 256
 """Longest sequence for which bf16 on a CPU takes `attend_written_out`: forward and backward of 16 x 160 tokens
@@ -71,8 +72,8 @@ class CoreAttention(torch.nn.Module):
     Causal without a mask tensor. Where `attention_mask` [2, B, S] is given, it holds each token's sample and its
     position in that sample, over the whole sequence, and a token sees only tokens of its own sample.
 
-    `attention_bias` [2, B or 1, S, D / 2] holds the angles of rotary positions (rotary.py) for this rank's tokens: of
-    what megatron-core hands through its layers, it is the one tensor that recomputation does not save again.
+    `attention_bias` are the LayerInputs of sample_attention.py: of what megatron-core hands through its layers, it is
+    the one argument that recomputation does not save again, and it need not be a tensor.
     """
 
     def __init__(
@@ -98,9 +99,12 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Attend; queries are [S, B, N, D], keys and values [S, B, G, D], the result [S, B, N x D]."""
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query_SBND, key_SBGD, value_SBGD))
-        if attention_bias is not None:
-            query, key = rotate(query, attention_bias), rotate(key, attention_bias)
-        if self.dropout and self.training:
+        angles, blocks = attention_bias or (None, None)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        if blocks is not None:
+            context = self._attend_blocks(query, key, value, blocks)
+        elif self.dropout and self.training:
             context = self._attend_with_dropout(query, key, value, attention_mask)
         else:
             context = self._attend(query, key, value, attention_mask, 0.0)
@@ -112,6 +116,11 @@ class CoreAttention(torch.nn.Module):
         """Each tensor-parallel rank drops in its own heads: the states of generators are no part of a graph."""
         with get_cuda_rng_tracker().fork():
             return self._attend(query, key, value, mask, self.dropout)
+
+    def _attend_blocks(self, query, key, value, blocks) -> torch.Tensor:
+        if self.context > 1:
+            key, value = self._gather_keys(key, value)
+        return attend_samples(query, key, value, blocks, self.softmax_scale)
 
     def _attend(self, query, key, value, mask, dropout: float) -> torch.Tensor:
         if self.context > 1:
@@ -141,11 +150,16 @@ class CoreAttention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
-    def _attend_across_ranks(self, query, key, value, mask, dropout: float) -> torch.Tensor:
-        """Each half of this rank's queries against the keys up to its own end."""
+    def _gather_keys(self, key, value) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the whole sequence, in its order."""
         both = torch.stack([key, value]).permute(3, 0, 1, 2, 4).contiguous()
         chunks = gather_sequence(both, self.context_name).chunk(2 * self.context)  # rank 0's two, rank 1's two ...
         key, value = torch.cat([*chunks[::2], *chunks[1::2][::-1]]).permute(1, 2, 3, 0, 4)
+        return key, value
+
+    def _attend_across_ranks(self, query, key, value, mask, dropout: float) -> torch.Tensor:
+        """Each half of this rank's queries against the keys up to its own end."""
+        key, value = self._gather_keys(key, value)
         length, halves = query.shape[2] // 2, []
         numbers = self.context_rank, 2 * self.context - 1 - self.context_rank
         for number, chunk in zip(numbers, query.chunk(2, dim=2), strict=True):

@@ -175,6 +175,45 @@ def _compiled() -> list[Layout]:
     return rows
 
 
+def _flex() -> list[Layout]:
+    """Rows whose attention per sample is FlexAttention's, against the masked form in one process."""
+    layouts = [  # in the default suite, label of the model, ranks, overrides
+        (True, "by sample", 1, ("parallel.recompute=selective",)),
+        (False, "by sample", 2, ("parallel.context=2",)),
+        (False, "by sample", 1, ("train.compile=true", "parallel.recompute=full")),
+        (False, "llama by sample", 2, ("parallel.pipeline=2", "parallel.interleave=2", "parallel.recompute=full")),
+        (False, "llama by sample", 4, ("parallel.tensor=2", "parallel.sequence=true", "parallel.context=2")),
+    ]
+    rows = []
+    for covering, label, ranks, overrides in layouts:
+        names = " ".join(each.split(".", 1)[1] for each in overrides)
+        extra = (*SAMPLES, *(LLAMA if "llama" in label else ()), "train.sample_attention=flex")
+        rows.append(Layout(f"flex {label}, {names}", ranks, extra + overrides, f"{label}, one process", covering))
+    return rows
+
+
+def _head_in_chunks() -> list[Layout]:
+    """Rows that compute head and loss of 20 tokens at a time, which divides no number of tokens here."""
+    layouts = [  # in the default suite, label of the model, ranks, overrides
+        (True, "", 1, ()),
+        (False, "", 2, ("parallel.pipeline=2",)),
+        (False, "", 2, ("parallel.zero=1",)),
+        (False, "", 2, (*DEEPSPEED, "parallel.zero=3", *SMALL)),
+        (True, "llama", 2, ("parallel.tensor=2", "parallel.sequence=true")),
+        (False, "llama", 2, ("parallel.zero=1",)),
+        (False, "llama", 4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.interleave=2")),
+        (False, "llama", 2, (*DEEPSPEED, "parallel.tensor=2", "parallel.zero=1")),
+    ]
+    rows = []
+    for covering, label, ranks, overrides in layouts:
+        names = [each.split(".", 1)[1] for each in overrides if not each.startswith("deepspeed.")]
+        name = f"head in chunks{', ' + label if label else ''}, {' '.join(names) or 'one process'}"
+        reference = f"{label}, one process" if label else "one process"
+        overrides = (LLAMA if label else ()) + overrides + ("train.head_chunk=20",)
+        rows.append(Layout(name, ranks, overrides, reference, covering))
+    return rows
+
+
 LAYOUTS = [
     Layout("one process", 1),
     Layout("micro-batches of 1", 1, ("train.micro_batch_size=1",), covering=False),
@@ -218,6 +257,8 @@ LAYOUTS = [
     *_variants(),
     *_deepspeed(),
     *_compiled(),
+    *_flex(),
+    *_head_in_chunks(),
 ]
 
 

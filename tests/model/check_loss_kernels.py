@@ -1,4 +1,4 @@
-"""The loss's CUDA kernels against the CPU's functions, in Triton's interpreter (TRITON_INTERPRET=1 before it is imported)."""
+"""The loss's CUDA kernels in Triton's interpreter (TRITON_INTERPRET=1) give what the CPU's functions give."""
 
 import torch
 
