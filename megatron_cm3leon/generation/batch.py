@@ -51,13 +51,19 @@ def decode_batches(
     `unconditional` are the prompts of guidance's other stream. Ids of `forced` [prompts, segment.length] that are
     not -1 stand instead of drawn ones. `advance(n)` is told how many more ids are there. `margins`, fp32 [prompts,
     segment.length], is filled with the differences of the two largest values of each draw (near_ties.py). Raises
-    ValueError, at once, where the longest prompt and the segment do not fit into the decoder's context.
+    ValueError, at once, where the longest prompt and the segment do not fit into the decoder's context, and where
+    guidance lacks `unconditional`.
     """
     if not given:
         return iter(())
     if margins is not None and sampling.temperature > 0 and sampling.sampler != "gumbel-1":
         raise ValueError(f"sampler ({sampling.sampler}) has no margins; use gumbel-1, or temperature 0.")
-    without = unconditional if unconditional is not None and sampling.contrasted else []
+    if sampling.contrasted and unconditional is None:
+        raise ValueError(
+            f"guidance ({sampling.guidance}) and contrast_k ({sampling.contrast_k}) contrast with prompts without the "
+            f"condition, and there are none; give `unconditional`, or set guidance to 1 and contrast_k to 0."
+        )
+    without = unconditional if sampling.contrasted else []
     longest = max(map(len, given + without))
     decoder.check_length(longest, segment.length)
     graphs = find_graphs(decoder) if segment.length >= SHORTEST_RECORDED else None

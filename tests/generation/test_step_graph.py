@@ -326,3 +326,9 @@ def test_margins_are_of_drawn_tokens_alone(decoder, vocabulary):
     forced[:, 2] = 11
     decode(decoder, picture_segment(vocabulary, 12), Sampling(), margins=margins[:, :12], forced=forced)
     assert np.isinf(margins[:, 2]).all() and np.isfinite(margins[:, :2]).all()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(guidance=2.0), Sampling(contrast_k=2)], ids=["guidance", "contrast_k"])
+def test_guidance_without_the_other_stream_is_refused(decoder, vocabulary, sampling):
+    with pytest.raises(ValueError, match="there are none; give `unconditional`, or set guidance to 1"):
+        decode_segments(decoder, GIVEN, picture_segment(vocabulary), sampling, SEEDS)
