@@ -15,7 +15,7 @@ step has to read (weights, the head's rows that can be drawn, the filled cache) 
 What the smaller types cost: the loss on held-out documents, and the greatest and the root mean square difference of
 logits from fp32's, over the latter's standard deviation.
 
-Where there is a GPU: 350m, 760m and 7b, 1,024 image tokens with guidance, seconds a picture at batch 1 and pictures/s.
+One GPU is measured by benchmarks/gpu/generation.py.
 """
 
 import argparse
@@ -139,11 +139,14 @@ def build(name: str, shape: Shape, vocabulary: Vocabulary, tokens: int) -> Calla
     return peer
 
 
-def draw_pictures(decoder: Decoder, vocabulary: Vocabulary, batch: int, guidance: float) -> None:
+def draw_pictures(
+    decoder: Decoder, vocabulary: Vocabulary, batch: int, guidance: float, tokens: int | None = None
+) -> None:
+    """Draw an image, or its first `tokens`, for each of `batch` prompts."""
     decode_segments(
         decoder,
         make_prompts(batch, vocabulary),
-        picture_segment(vocabulary),
+        picture_segment(vocabulary, tokens),
         Sampling(guidance=guidance),
         list(range(batch)),
         unconditional=make_unconditional(batch, vocabulary),
@@ -244,21 +247,6 @@ def measure_quality(model: str, shards: str, documents: int = 128) -> None:
         print(json.dumps(row), flush=True)
 
 
-def measure_gpu() -> None:
-    """Seconds a picture at batch 1 and pictures/s at larger ones; 1,024 tokens, guidance 3."""
-    for size in ("350m", "760m", "7b"):
-        vocabulary = make_vocabulary(size, 1024)
-        shape = make_shape(size, "cm3leon", vocabulary, 4096)
-        for kind in ("bf16", "int8", "fp8"):
-            weights = make_weights(shape, torch.bfloat16, "cuda")
-            decoder = Decoder(weights, shape, None if kind == "bf16" else kind)
-            for batch in (1, 8, 32, 64):
-                draw_pictures(decoder, vocabulary, batch, 3.0)
-                spent = min(time_once(partial(draw_pictures, decoder, vocabulary, batch, 3.0))[0] for _ in range(2))
-                row = {"model": f"cm3leon {size}", "dtype": kind, "batch": batch, "seconds_a_batch": spent}
-                print(json.dumps(row | {"pictures_per_second": batch / spent}), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--size", nargs="+", choices=list(SIZES), default=["quickstart", "350m"])
@@ -275,10 +263,6 @@ def main() -> None:
         return
     for size in options.size:
         measure(options, size)
-    if torch.cuda.is_available():
-        measure_gpu()
-    else:
-        print("one GPU: not measured, there is none here")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One training step of ours beside plain PyTorch and Hugging Face, the same model, interleaved in one run.
 
     python benchmarks/train_step.py                                       both families, fp32 and bf16, 512 and 2048
+    python benchmarks/train_step.py --compile true                        ours with compiled layers; the peers as before
     python benchmarks/train_step.py --family llama --precision bf16 --sequence 512 --layers 4 --hidden 192 --heads 4
 
 Every contender takes the same shapes and the same batch, AdamW with clipping at 1.0, fp32 main weights (bf16: the two
@@ -40,6 +41,7 @@ def make_config(options: argparse.Namespace) -> Config:
         "data.seq_length": options.sequence,
         "train.precision": options.precision,
         "parallel.zero": options.zero,
+        "train.compile": {"auto": "null"}.get(options.compile, options.compile),
     }
     config = load_config(None, [f"{name}={value}" for name, value in values.items()])
     config.validate(1)
@@ -171,6 +173,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8, help="default: 8; keys and values of llama have half of them")
     parser.add_argument("--vocabulary", type=int, default=4096, help="a multiple of 128 (default: 4096)")
     parser.add_argument("--zero", type=int, choices=(0, 1), default=0, help="parallel.zero of ours (default: 0)")
+    parser.add_argument(
+        "--compile", choices=("auto", "true", "false"), default="auto", help="train.compile of ours (default: auto)"
+    )
     parser.add_argument("--rounds", type=int, default=12, help="default: 12")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes every core (default: 0)")
     parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)

@@ -147,6 +147,10 @@ class TrainConfig:
     """Blocks in one forward pass of one rank."""
     precision: str = "bf16"
     """bf16 (with fp32 main weights and gradients) or fp32."""
+    compile: bool | None = None
+    """Transformer layers through torch.compile, one graph for all; unset means on a GPU (needs a compiler there)."""
+    kernels: str = "auto"
+    """auto: AdamW of TransformerEngine or apex where one is installed; torch: torch's fused AdamW."""
     device: str = "auto"
     """auto, cpu or cuda; auto takes CUDA where there is a device for every local rank."""
     threads: int = 0
@@ -166,6 +170,11 @@ class TrainConfig:
     """Batches of the stream to leave out, by number, such as 120-320,900."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator, added to each token's loss (Chameleon: 1e-5)."""
+    sample_attention: str = "auto"
+    """Attention under data.attention=sample. flex: FlexAttention, no mask in memory, on a GPU without dropout; masked:
+    a mask of seq_length x seq_length in each layer; auto: flex where it can be."""
+    head_chunk: int = 0
+    """Tokens of a micro-batch whose logits exist at once; less memory, the head's product is computed twice. 0: all."""
 
 
 @dataclass(kw_only=True)

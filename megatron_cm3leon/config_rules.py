@@ -16,6 +16,8 @@ _CHOICES = {
     "retrieval.choice": ("fixed", "uniform"),
     "train.engine": ("megatron", "deepspeed"),
     "train.precision": ("bf16", "fp32"),
+    "train.kernels": ("auto", "torch"),
+    "train.sample_attention": ("auto", "flex", "masked"),
     "train.device": ("auto", "cpu", "cuda"),
     "schedule.name": ("linear", "cosine", "exponential", "constant", "wsd"),
     "optimizer.rule": ("none", "mm1"),
@@ -62,6 +64,7 @@ _RANGES = {
     "train.spike_window": (3, None),
     "train.max_rollbacks": (0, None),
     "train.z_loss": (0, None),
+    "train.head_chunk": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.beta1": (0, 1),
     "optimizer.beta2": (0, 1),
@@ -103,6 +106,7 @@ def check_config(config: "Config", world_size: int | None) -> None:
     _check_sources(config)
     _check_masking(config)
     _check_family(config)
+    _check_attention(config)
     _check_layout(config)
     _check_engine(config)
     _check_checkpoints(config)
@@ -218,6 +222,21 @@ def _check_family(config: "Config") -> None:
         )
 
 
+def _check_attention(config: "Config") -> None:
+    if config.train.sample_attention != "flex":
+        return
+    reasons = []
+    if config.model.dropout:
+        reasons.append(f"model.dropout ({config.model.dropout}) to be 0, because FlexAttention drops no weights")
+    if config.train.device == "cpu":
+        reasons.append("a GPU (train.device is cpu), because FlexAttention has no backward pass on a CPU")
+    if reasons:
+        raise ValueError(
+            f"train.sample_attention (flex) needs {' and '.join(reasons)}; use train.sample_attention=auto, which "
+            f"takes the masked form there."
+        )
+
+
 def _check_layout(config: "Config") -> None:
     model, parallel, data = config.model, config.parallel, config.data
     tensor, pipeline = parallel.tensor, parallel.pipeline
@@ -283,6 +302,11 @@ def _check_engine(config: "Config") -> None:
                 f"parallel.{name} ({value}) must be {wanted} with train.engine=deepspeed; use parallel.tensor and "
                 f"parallel.zero there, or train.engine=megatron."
             )
+    if config.train.compile and parallel.zero == 3:
+        raise ValueError(
+            "train.compile (True) needs parallel.zero of 0, 1 or 2 with train.engine=deepspeed, which gathers weights "
+            "inside the layers at 3; use parallel.zero=2 or train.compile=false."
+        )
     if offload.offload_optimizer and not parallel.zero:
         raise ValueError(
             "deepspeed.offload_optimizer (True) needs parallel.zero of 1, 2 or 3; it is 0: use parallel.zero=1."

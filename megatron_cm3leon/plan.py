@@ -8,6 +8,8 @@ allocator keeps in reserve.
 import math
 from dataclasses import dataclass
 
+import torch
+
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.config_rules import VOCABULARY_ROW_MULTIPLE
 from megatron_cm3leon.model.weights import OUTPUT_HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS, canonical_shapes
@@ -111,11 +113,15 @@ def _activation_bytes(config: Config, vocabulary_size: int, world_size: int, sta
     head = 0
     if stage == parallel.pipeline - 1:
         rows = -(-vocabulary_size // VOCABULARY_ROW_MULTIPLE) * VOCABULARY_ROW_MULTIPLE // parallel.tensor
-        # The softmax, its gradient, and the gradient with padded rows; the norm's input and output.
-        head = tokens * (rows * (4 + 4 + width) + 2 * model.hidden_size * width)
+        # The logits, over which their gradient is written; the norm's input and output.
+        head = (_tokens_with_logits(config, tokens) * rows + 2 * tokens * model.hidden_size) * width
     if parallel.recompute == "full":
         return int(layers * layer_input + max(layer, head))
     return int(layers * layer + head)
+
+
+def _tokens_with_logits(config: Config, tokens: int) -> int:
+    return min(tokens, config.train.head_chunk or tokens)
 
 
 def _chunks_in_flight(config: Config, world_size: int, stage: int) -> int:
@@ -131,15 +137,15 @@ def _chunks_in_flight(config: Config, world_size: int, stage: int) -> int:
 
 def _layer_bytes(config: Config, tokens: int, width: int) -> tuple[float, float]:
     """Bytes that one layer keeps for its backward pass, and those of its input alone."""
-    model, parallel = config.model, config.parallel
+    model, parallel, fused = config.model, config.parallel, _has_fused_norms(config)
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     keys = hidden // model.heads * model.kv_heads
     along_sequence = parallel.tensor if parallel.sequence else 1
     attention = hidden + 2 * keys + hidden  # the projection's output and the attention's
     if model.family == "llama":
-        residual = 6 * hidden  # of each norm: input, scaled input, output
+        residual = (4 if fused else 6) * hidden  # of each norm: input, scaled input (unless fused), output
         attention += 2 * hidden + keys  # rotated queries and keys; the attention's output in the projection's order
-        if model.qk_norm:
+        if model.qk_norm and not fused:
             attention += hidden + keys
         feed_forward = 3 * ffn
     else:
@@ -147,8 +153,25 @@ def _layer_bytes(config: Config, tokens: int, width: int) -> tuple[float, float]
         feed_forward = ffn if model.activation == "relu" else 2 * ffn
     if parallel.recompute == "selective":
         attention -= hidden
+        if model.family == "llama" and _is_compiled(config):  # rotated queries and keys are made again as well
+            attention -= hidden + keys
     partitioned = (attention + feed_forward) / parallel.tensor
     return tokens * width * (residual / along_sequence + partitioned), tokens * width * hidden / along_sequence
+
+
+def _is_compiled(config: Config) -> bool:
+    """Whether the layers will be compiled, as far as this machine can tell."""
+    return _runs_on_a_gpu(config) if config.train.compile is None else config.train.compile
+
+
+def _has_fused_norms(config: Config) -> bool:
+    """Whether an RMSNorm keeps its input and output alone: as one kernel of a GPU, or compiled."""
+    return _runs_on_a_gpu(config) or _is_compiled(config)
+
+
+def _runs_on_a_gpu(config: Config) -> bool:
+    device = config.train.device
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
 def checkpoint_bytes(config: Config, vocabulary_size: int) -> int:

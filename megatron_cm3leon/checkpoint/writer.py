@@ -45,6 +45,8 @@ class CheckpointWriter:
         """
         self.rank, self.world_size, self.barrier, self.asynchronous = rank, world_size, barrier, asynchronous
         self._buffer = _Buffer()
+        self.reserved = not asynchronous
+        """Whether memory was made ready, or none is needed."""
         self._thread: Thread | None = None
         self._copied = Event()
         self._copied.set()
@@ -86,8 +88,12 @@ class CheckpointWriter:
         self._copied.wait()
 
     def reserve(self, count: int, device: torch.device) -> None:
-        """Prepare memory for `count` numbers from `device` beside training, so that the first save finds it ready."""
-        if self.asynchronous:
+        """Prepare memory for `count` numbers from `device` beside training, so that the first save finds it ready.
+
+        Does so once. Page-locking slows down the steps beside it: call this soon before that save.
+        """
+        if not self.reserved:
+            self.reserved = True
             self._buffer.reserve(count, device)
 
     def poll(self) -> bool:

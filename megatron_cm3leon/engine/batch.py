@@ -11,14 +11,14 @@ from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 
-def loss_scale(micro_batches: list[MicroBatch], device: torch.device, group: dist.ProcessGroup) -> float:
-    """1 / sum of weights over the global batch, whose parts the ranks of `group` hold."""
+def loss_scale(micro_batches: list[MicroBatch], device: torch.device, group: dist.ProcessGroup) -> torch.Tensor:
+    """1 / sum of weights over the global batch, whose parts the ranks of `group` hold; fp32, not waited for."""
     weight = torch.zeros((), dtype=torch.float64)
     for micro_batch in micro_batches:
         weight += micro_batch.loss_weights.double().sum()
-    weight = weight.to(device)
+    weight = weight.to(device, non_blocking=True)
     dist.all_reduce(weight, group=group)
-    return 1.0 / max(float(weight), 1e-30)
+    return (1.0 / weight.clamp_min(1e-30)).float()
 
 
 def sum_losses(weighted, labels, weights, trimmed: float, vocabulary: Vocabulary) -> torch.Tensor:
@@ -36,14 +36,14 @@ def sum_losses(weighted, labels, weights, trimmed: float, vocabulary: Vocabulary
             (weights * text).sum(dtype=torch.float64),
             (weights * image).sum(dtype=torch.float64),
             (weights > 0).sum().double(),
-            torch.tensor(trimmed, dtype=torch.float64, device=weights.device),
+            torch.full((), trimmed, dtype=torch.float64, device=weights.device),  # a copy would wait for the device
         ]
     )
 
 
-def to_metrics(sums: torch.Tensor, norm: float, stepped: bool) -> StepMetrics:
+def to_metrics(sums: list[float], norm: float, stepped: bool) -> StepMetrics:
     """Metrics of a global batch from the sums of `sum_losses` over its micro-batches and ranks."""
-    loss, text, image, weight, text_weight, image_weight, tokens, trimmed = sums.tolist()
+    loss, text, image, weight, text_weight, image_weight, tokens, trimmed = sums
 
     def mean(total: float, weights: float) -> float:
         return total / weights if weights else math.nan

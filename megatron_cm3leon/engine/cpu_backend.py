@@ -161,14 +161,6 @@ def _patch_tensor_methods() -> None:
     torch.Tensor.type, torch.Tensor.cuda = tensor_type, tensor_cuda
 
 
-class FusedAdamW(torch.optim.AdamW):
-    """AdamW in torch's fused CPU kernel: one pass over weights, gradients and moments."""
-
-    def __init__(self, params, adam_w_mode: bool = True, **options) -> None:
-        assert adam_w_mode, "the decay is decoupled"
-        super().__init__(params, fused=True, **options)
-
-
 class _NoRngWarning(logging.Filter):
     """Drops the tracker's warning: here the CPU generator changes because it is the one being tracked."""
 
@@ -213,10 +205,7 @@ def install() -> None:
         if name.startswith("megatron.") and module is not None and getattr(module, "torch", None) is torch:
             module.torch = stand_in
     _patch_tensor_methods()
-    from megatron.core import optimizer
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state, random._set_cuda_rng_state = _get_rng_state, _set_rng_state
     logging.getLogger(random.__name__).addFilter(_NoRngWarning())
-    optimizer.USING_PYTORCH_OPTIMIZER = False  # so that the class named Adam below is the one it takes
-    optimizer.Adam = FusedAdamW

@@ -24,11 +24,16 @@ from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
+from megatron_cm3leon.engine.compile import compile_layers
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
+from megatron_cm3leon.engine.kernels import describe_kernels
+from megatron_cm3leon.engine.optimizer import clip_gradients, squared_norm
 from megatron_cm3leon.engine.parallel import destroy_groups, open_verified
 from megatron_cm3leon.engine.work_clock import WorkClock
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 def import_deepspeed(device: torch.device):
@@ -80,14 +85,13 @@ class ClippingAdamW(torch.optim.AdamW):
         """Step unless the norm of all gradients is not finite."""
         gradients = [each.grad for group in self.param_groups for each in group["params"]]
         counted = [each for each, counts in zip(gradients, self._counted, strict=True) if counts]
-        square = torch.stack([each.double().square().sum() for each in counted]).sum()
+        square = squared_norm(counted, gradients[0].device)
         dist.all_reduce(square, group=self.tensor_group)
         self._global_grad_norm = float(square.sqrt())
         self.overflow = not math.isfinite(self._global_grad_norm)
         if self.overflow:
             return
-        if self.clip and self._global_grad_norm + 1e-6 > self.clip:
-            torch._foreach_mul_(gradients, self.clip / (self._global_grad_norm + 1e-6))
+        clip_gradients(gradients, self._global_grad_norm, self.clip)
         super().step()
 
 
@@ -105,11 +109,14 @@ class DeepSpeedEngine:
         self.version = deepspeed.__version__
         [model] = build_stage(config, vocabulary)
         self.placements = list(place_parameters(model))  # now: stage 3 takes the parameters' shapes
+        self.compiled = compile_layers([model], config, device)
         self._sum_shared_gradients(model)
         if config.parallel.zero == 3 and config.model.tied_embeddings:
             # The head reads the word embedding outside the module that owns it.
             deepspeed.zero.register_external_parameter(model.output_layer, model.embedding.word_embeddings.weight)
         self.adam = self._build_adam(deepspeed)
+        self.kernels = describe_kernels(config, device, type(self.adam), self.compiled, False)
+        logger.info("kernels: %s", "; ".join(f"{work}: {kernel}" for work, kernel in self.kernels.items()))
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=model, optimizer=self.adam, config=settings, mpu=ModelParallelUnit()
         )
@@ -164,7 +171,7 @@ class DeepSpeedEngine:
         stepped = self.engine.was_step_applied()
         source = self.adam if self.config.parallel.zero == 0 else self.engine
         norm = float(source._global_grad_norm) if stepped else math.inf
-        return to_metrics(sums, norm, stepped)
+        return to_metrics(sums.tolist(), norm, stepped)
 
     def own_seconds(self) -> float:
         """Time of this rank's forward passes; see Engine.own_seconds."""
@@ -174,7 +181,7 @@ class DeepSpeedEngine:
     def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:
         """Losses of a global batch; see Engine.eval_step."""
         self.engine.eval()
-        return to_metrics(self._run(micro_batches, training=False), 0.0, False)
+        return to_metrics(self._run(micro_batches, training=False).tolist(), 0.0, False)
 
     def _run(self, micro_batches: list[MicroBatch], training: bool) -> torch.Tensor:
         """Forward (and backward and step) over the micro-batches; the global sums that `to_metrics` reads, fp64."""
@@ -186,7 +193,7 @@ class DeepSpeedEngine:
             tokens, labels, weights, positions = (each.to(self.device, non_blocking=True) for each in tensors)
             samples = None
             if batch.samples is not None:
-                samples = torch.stack([batch.samples, batch.position_ids]).to(self.device, non_blocking=True)
+                samples = torch.stack([batch.samples.to(self.device, non_blocking=True), positions])
             self.clock.start()
             losses = self.engine(tokens, positions, samples, labels=labels)
             self.clock.stop()

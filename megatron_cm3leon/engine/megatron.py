@@ -1,5 +1,6 @@
 """MegatronEngine: the training step on megatron-core's schedules, data parallelism and optimizers."""
 
+import logging
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,13 +16,13 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_cm3leon.checkpoint.folder import KINDS
+from megatron_cm3leon.checkpoint.schedule import saves_soon
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, Piece
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
@@ -29,11 +30,17 @@ from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
+from megatron_cm3leon.engine.compile import compile_layers, gather_before_layers
+from megatron_cm3leon.engine.kernels import describe_kernels
+from megatron_cm3leon.engine.optimizer import choose_adamw, clip_gradients, global_squared_norm, load_moments
 from megatron_cm3leon.engine.parallel import destroy_groups, open_verified
 from megatron_cm3leon.engine.work_clock import WorkClock
 from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
+from megatron_cm3leon.model.linear import mark_accumulated
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 class MegatronEngine:
@@ -50,19 +57,25 @@ class MegatronEngine:
         chunks = [chunk.to(device) for chunk in build_stage(config, vocabulary)]
         self.placements = [pair for chunk in chunks for pair in place_parameters(chunk)]
         self.model = [self._distribute(chunk, number) for number, chunk in enumerate(chunks)]
+        self.accumulated = [weight for chunk in chunks for weight in mark_accumulated(chunk)]
+        self.compiled = compile_layers(chunks, config, device)
+        if self.compiled:
+            gather_before_layers(self.model)
         self.optimizer = self._build_optimizer()
+        self.kernels = describe_kernels(config, device, type(self.optimizer.optimizer), self.compiled, True)
+        logger.info("kernels: %s", "; ".join(f"{work}: {kernel}" for work, kernel in self.kernels.items()))
         self._schedule_communication(chunks)
         self.forward_backward = get_forward_backward_func()
         self.data_group = parallel_state.get_data_parallel_group()
         self.data_rank, self.data_size = self.data_group.rank(), self.data_group.size()
         self.token_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.context_group = parallel_state.get_context_parallel_group()
+        rank, size, length = self.context_group.rank(), self.context_group.size(), config.data.seq_length
+        self.places = context_places(length, rank, size).to(device) if size > 1 else None
         self.stage_group = parallel_state.get_pipeline_model_parallel_group()
         self.writer = CheckpointWriter(
             dist.get_rank(), dist.get_world_size(), dist.barrier, asynchronous=config.checkpoint.asynchronous
         )
-        weights = sum(piece.stop - piece.start for piece, _ in self._owned_pieces())
-        self.writer.reserve(len(KINDS) * weights, device)
 
     def _distribute(self, chunk, number: int) -> DistributedDataParallel:
         """One chunk under megatron-core's gradient buffers."""
@@ -104,6 +117,7 @@ class MegatronEngine:
         """megatron-core's optimizer around one AdamW over this rank's parameters."""
         options = self.config.optimizer
         bf16 = self.config.train.precision == "bf16"
+        choose_adamw(self.config.train.kernels)
         chain = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -132,23 +146,27 @@ class MegatronEngine:
 
     def train_step(self, micro_batches: list[MicroBatch], step: int, learning_rate: float) -> StepMetrics:
         """One optimizer step; see Engine.train_step."""
+        if saves_soon(step, self.config):
+            self._reserve_memory()
         for model in self.model:
             model.train()
             model.zero_grad_buffer()
+        for weight in self.accumulated:
+            weight.grad_added_to_main_grad = True  # by the products (model/linear.py)
         self.optimizer.zero_grad()
         if self.config.model.dropout:
             seed_dropout(self.config.seed, step, self.data_rank)
         sums = self._run(micro_batches, forward_only=False)
         self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        stepped = math.isfinite(norm) and bool(torch.isfinite(sums[:3]).all())
+        norm = global_squared_norm(self.optimizer, self.device).sqrt()
+        *sums, norm = torch.cat([sums, norm[None]]).tolist()  # the step's one wait for the device
+        stepped = all(math.isfinite(value) for value in (norm, *sums[:3]))
         if stepped:
             self.writer.wait_for_copy()
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            if self.config.optimizer.clip:
-                parameters = self.optimizer.get_parameters()
-                clip_grad_by_total_norm_fp32(parameters, self.config.optimizer.clip, norm)
+            gradients = [parameter.grad for parameter in self.optimizer.get_parameters() if parameter.grad is not None]
+            clip_gradients(gradients, norm, self.config.optimizer.clip)
             self.optimizer.step_with_ready_grads()
         return to_metrics(sums, norm, stepped)
 
@@ -161,7 +179,7 @@ class MegatronEngine:
         """Losses of a global batch; see Engine.eval_step."""
         for model in self.model:
             model.eval()
-        return to_metrics(self._run(micro_batches, forward_only=True), 0.0, False)
+        return to_metrics(self._run(micro_batches, forward_only=True).tolist(), 0.0, False)
 
     def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> torch.Tensor:
         """Forward (and backward) over the micro-batches; the global sums that `to_metrics` reads, fp64."""
@@ -202,27 +220,37 @@ class MegatronEngine:
         return total
 
     def _local_part(self, batch: MicroBatch) -> tuple:
-        """Tokens, labels, weights and positions that this context-parallel rank holds; samples of all, or None."""
-        tensors = [batch.tokens, batch.labels, batch.loss_weights, batch.position_ids]
-        rank, size = self.context_group.rank(), self.context_group.size()
-        samples = None
-        if batch.samples is not None:
-            samples = torch.stack([batch.samples, batch.position_ids]).to(self.device, non_blocking=True)
-        if size > 1:
-            places = context_places(batch.tokens.shape[1], rank, size)
-            tensors = [tensor[:, places] for tensor in tensors]
-        return *(tensor.to(self.device, non_blocking=True) for tensor in tensors), samples
+        """Tokens, labels, weights and positions that this context-parallel rank holds; samples of all, or None.
+
+        Nothing is made of a batch before it is on the device: page-locked, it gets there without a wait.
+        """
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        tensors = [move(each) for each in (batch.tokens, batch.labels, batch.loss_weights, batch.position_ids)]
+        samples = None if batch.samples is None else torch.stack([move(batch.samples), tensors[3]])
+        if self.places is not None:
+            tensors = [tensor[:, self.places] for tensor in tensors]
+        return *tensors, samples
 
     # ------------------------------------------------------------- checkpoints
 
     def save(self, folder: Path, state: TrainState) -> None:
         """Write a checkpoint of weights and Adam's moments; collective. See Engine.save."""
+        self._reserve_memory()
         versions = {"torch": torch.__version__, "megatron-core": megatron.core.__version__}
         self.writer.save(folder, self._owned_pieces(), self.config, self.vocabulary, state, versions)
 
     def poll(self) -> bool:
         """Whether no save is under way; see Engine.poll."""
         return self.writer.poll()
+
+    def _reserve_memory(self) -> None:
+        """Make room for a save's copy of weights and moments, beside training, unless there is."""
+        if not self.writer.reserved:
+            weights = sum(piece.stop - piece.start for piece, _ in self._owned_pieces() if piece.kind == "weight")
+            self.writer.reserve(len(KINDS) * weights, self.device)
 
     def _owned_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
         """What this rank writes, so that all ranks together write every number once."""
@@ -270,12 +298,7 @@ class MegatronEngine:
             part = whole.view(-1)[start:stop].view(main.shape)
             # A slice would keep the whole tensor in memory.
             moments[kind] = part.to(main.device) if part.numel() == whole.numel() else part.to(main.device, copy=True)
-        if isinstance(adam, torch.optim.AdamW):
-            moments["step"] = torch.tensor(float(updates))
-        else:  # TransformerEngine's and apex's FusedAdam count once a group
-            for group in adam.param_groups:
-                group["step"] = updates
-        adam.state[main] = moments
+        load_moments(adam, main, moments, updates)
 
     def _moments(self, main: torch.Tensor) -> dict[str, torch.Tensor]:
         """Adam's moments of a main parameter; empty before the first step."""

@@ -8,13 +8,16 @@ attention never reads to the right, so prompts are computed as without the other
 what lies beyond each sequence's own end.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_cm3leon.generation.cache import Cache
 from megatron_cm3leon.generation.exported import POSITION_OFFSET, Shape, WeightFiles, read_shape
 from megatron_cm3leon.generation.linear import QUANTIZED, Matrix, build_matrix
 
@@ -42,31 +45,6 @@ class Layer:
     """[N + G, D]: the queries' norm, repeated, over the keys'."""
 
 
-@dataclass
-class Cache:
-    """Keys and values of every layer [B, G, C, D], and how much of it is filled."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    lengths: Tensor
-    """[B] positions that are filled."""
-    mask: Tensor
-    """[B, 1, 1, C] added to scores: 0 for these, -inf beyond."""
-    longest: int
-    ragged: bool
-
-    def select(self, sequences: Tensor) -> "Cache":
-        """A copy with these sequences, any of them any number of times."""
-        return Cache(
-            [keys[sequences] for keys in self.keys],
-            [values[sequences] for values in self.values],
-            self.lengths[sequences],
-            self.mask[sequences],
-            self.longest,
-            self.ragged,
-        )
-
-
 class Decoder:
     """Logits of the next token, position after position."""
 
@@ -84,6 +62,8 @@ class Decoder:
             self.angles = _rotary_angles(shape, self.words.device)
         self.layers = [_take_layer(weights, f"{prefix}layers.{n}.", shape, quantized) for n in range(shape.layers)]
         self._heads: dict[bytes, Matrix] = {}
+        self.graphs = None
+        """Recorded steps, kept by step_graph.py."""
 
     @classmethod
     def load(cls, folder: str | Path, dtype: str = "fp32", device: str | torch.device = "cpu") -> "Decoder":
@@ -131,10 +111,12 @@ class Decoder:
     # Prompts and steps
 
     @torch.inference_mode()
-    def start(self, prompts: list, room: int) -> tuple[Tensor, Cache]:
+    def start(self, prompts: list, room: int, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Read prompts (lists of ids, none empty) and make room to generate `room` tokens after each.
 
-        Returns the final hidden state [B, H] after each prompt's last token, for `logits`, and the cache.
+        Prompts that are equal (candidates, or a common unconditional one) are computed once and written to each of
+        their rows. `cache` is one to use again, of as many sequences and enough positions. Returns the final hidden
+        state [B, H] after each prompt's last token, for `logits`, and the cache.
         """
         highest = max(map(max, prompts))
         if highest >= self.vocabulary_size:
@@ -142,31 +124,32 @@ class Decoder:
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
         self.check_length(longest, room)
-        ids_BS = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in zip(ids_BS, prompts, strict=True):
+        if cache is None:
+            cache = self.build_cache(len(prompts), longest + room - 1)
+        cache.begin(lengths)
+        distinct = {tuple(prompt): None for prompt in prompts}
+        distinct = {prompt: number for number, prompt in enumerate(distinct)}
+        which = None
+        if len(distinct) < len(prompts):
+            which = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=self.device)
+        ids_BS = torch.zeros(len(distinct), longest, dtype=torch.long)
+        for row, prompt in zip(ids_BS, distinct, strict=True):
             row[: len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
-        cache = self._new_cache(lengths, longest + room - 1)
         state_BSH = self._embed(ids_BS.to(self.device))
-        for layer, cached_keys, cached_values in zip(self.layers, cache.keys, cache.values, strict=True):
-            keys, values = self._attend_whole(layer, state_BSH)
-            cached_keys[:, :, :longest] = keys
-            cached_values[:, :, :longest] = values
-        last = state_BSH[torch.arange(len(prompts), device=self.device), cache.lengths - 1]
-        return self._normalise(last, self.norm), cache
+        with attention_kernels(self.device):
+            for layer, cached_keys, cached_values in zip(self.layers, cache.keys, cache.values, strict=True):
+                keys, values = self._attend_whole(layer, state_BSH)
+                cached_keys[:, :, :longest] = keys if which is None else keys[which]
+                cached_values[:, :, :longest] = values if which is None else values[which]
+        ends = torch.tensor([len(prompt) - 1 for prompt in distinct], device=self.device)
+        last = self._normalise(state_BSH[torch.arange(len(distinct), device=self.device), ends], self.norm)
+        return last if which is None else last[which], cache
 
-    def _new_cache(self, lengths: list[int], size: int) -> Cache:
-        shape = (len(lengths), self.shape.kv_heads, size, self.shape.width)
-        filled = torch.tensor(lengths, device=self.device)
-        beyond = torch.arange(size, device=self.device) >= filled[:, None]
-        mask = torch.zeros(beyond.shape, dtype=self.words.dtype, device=self.device)
-        return Cache(
-            [self.words.new_zeros(shape) for _ in self.layers],
-            [self.words.new_zeros(shape) for _ in self.layers],
-            filled,
-            mask.masked_fill_(beyond, float("-inf"))[:, None, None],
-            max(lengths),
-            min(lengths) < max(lengths),
-        )
+    def build_cache(self, sequences: int, size: int, flat: bool | None = None) -> Cache:
+        """An empty cache of `size` positions per sequence; `flat` (by default on a CPU): see cache.py."""
+        shape = (sequences, self.shape.kv_heads, size, self.shape.width)
+        flat = self.device.type == "cpu" if flat is None else flat
+        return Cache.build(self.shape.layers, shape, self.words.dtype, self.device, flat)
 
     @torch.inference_mode()
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
@@ -175,9 +158,10 @@ class Decoder:
         return self.advance(ids_B, cache, cache.longest, cache.ragged)
 
     def advance(self, ids_B: Tensor, cache: Cache, width: int, masked: bool) -> Tensor:
-        """`step` over the first `width` positions of the cache; with all of them and `masked` its shapes never change.
+        """`step` over the first `width` positions of the cache; for one width and `masked` its shapes never change.
 
-        Everything that changes is on the device, so that a GPU can replay the step.
+        Everything that changes is on the device, so that a GPU can replay the step. Keys and values are written in
+        place.
         """
         shape, batch = self.shape, len(ids_B)
         state_BH = self.words[ids_B]
@@ -186,20 +170,19 @@ class Decoder:
         angles = None if self.angles is None else [table[cache.lengths][:, None] for table in self.angles]
         cache.mask.view(batch, -1).scatter_(1, cache.lengths[:, None], 0.0)
         mask = cache.mask[..., :width] if masked else None
-        size, groups = cache.mask.shape[-1], torch.arange(batch * shape.kv_heads, device=self.device)
-        places = groups * size + cache.lengths.repeat_interleave(shape.kv_heads)
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            query, key, value = self._project(layer, state_BH, angles)
-            keys.view(-1, shape.width).index_copy_(0, places, key.reshape(-1, shape.width))
-            values.view(-1, shape.width).index_copy_(0, places, value.reshape(-1, shape.width))
-            # Queries that share keys stand as if they were positions: no copy of the keys for each.
-            attended = functional.scaled_dot_product_attention(
-                query.reshape(batch, shape.kv_heads, -1, shape.width),
-                keys[:, :, :width],
-                values[:, :, :width],
-                attn_mask=mask,
-            )
-            self._finish(layer, state_BH, attended.reshape(batch, -1))
+        places = cache.next_places()
+        with attention_kernels(self.device):
+            for number, layer in enumerate(self.layers):
+                query, key, value = self._project(layer, state_BH, angles)
+                cache.write(number, places, key, value)
+                # Queries that share keys stand as if they were positions: no copy of the keys for each.
+                attended = functional.scaled_dot_product_attention(
+                    query.reshape(batch, shape.kv_heads, -1, shape.width),
+                    cache.keys[number][:, :, :width],
+                    cache.values[number][:, :, :width],
+                    attn_mask=mask,
+                )
+                self._finish(layer, state_BH, attended.reshape(batch, -1))
         cache.lengths += 1
         return self._normalise(state_BH, self.norm)
 
@@ -309,3 +292,10 @@ def _rotary_angles(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     angles = torch.arange(shape.context)[:, None].float() * rates
     cosine, sine = angles.cos(), angles.sin()
     return torch.cat([cosine, cosine], -1).to(device), torch.cat([-sine, sine], -1).to(device)
+
+
+def attention_kernels(device: torch.device) -> AbstractContextManager:
+    """On a GPU, attention without cuDNN: it builds a plan for every new shape (tens of ms), and prompts differ."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

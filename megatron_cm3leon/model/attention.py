@@ -7,15 +7,16 @@ Under parallel.context = C a sequence is 2 C chunks, and rank r holds chunks r a
 same share of a causal mask. Keys and values are gathered, queries stay.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_cm3leon.model.collectives import gather_sequence
+from megatron_cm3leon.model.rotary import rotate
+from megatron_cm3leon.model.sample_attention import attend_samples
 
 LONGEST_WRITTEN_OUT = 256
 """Longest sequence for which bf16 on a CPU takes `attend_written_out`: forward and backward of 16 x 160 tokens
@@ -34,36 +35,35 @@ def attend_written_out(query, key, value, scale: float | None = None, dropout: f
     return F.dropout(weights, dropout) @ value if dropout else weights @ value
 
 
+NARROW = 64
+"""Below this width of a head, the gradient of bf16 attention on a CPU is computed in fp32: at 8 x 512 tokens a width
+of 16 takes 48 ms instead of 104, of 32 32 instead of 50, of 48 28 instead of 33; 64 is even, wider is slower."""
+
+
+class _NarrowAttention(torch.autograd.Function):
+    """Causal attention by torch's flash kernels of the CPU: forward in bf16, backward in fp32."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scale):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        output, log_sums = flash(query, key, value, 0.0, True, scale=scale)
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        *states, log_sums = ctx.saved_tensors
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        in_fp32 = [state.float() for state in (gradient, *states)]
+        gradients = flash(*in_fp32, log_sums, 0.0, True, scale=ctx.scale)
+        return *(each.to(gradient.dtype) for each in gradients), None
+
+
 def context_places(length: int, rank: int, size: int) -> torch.Tensor:
     """Places [length / size] in the whole sequence of the tokens that one context-parallel rank holds."""
     chunks = torch.arange(length).view(2 * size, -1)
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
-
-
-@lru_cache(maxsize=8)
-def _gathered_order(length: int, size: int) -> torch.Tensor:
-    """For each place of the whole sequence, where ranks' parts one behind another hold it."""
-    return torch.cat([context_places(length, rank, size) for rank in range(size)]).argsort()
-
-
-@lru_cache(maxsize=8)
-def _causal_angles(length: int, width: int, base: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return _angles(torch.arange(length, device=device)[None], width, base)
-
-
-def _angles(positions_BS: torch.Tensor, width: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine [B, 1, S, D] of the rotary angles; fp32 (RoFormer, arXiv 2104.09864)."""
-    rates = base ** (torch.arange(0, width, 2, device=positions_BS.device, dtype=torch.float32) / -width)
-    angles = positions_BS[:, None, :, None].float() * rates
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(states_BNSD: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotate dimension d with d + D/2, as LLaMA's Hugging Face form pairs them."""
-    left, right = states_BNSD.chunk(2, dim=-1)
-    turned = torch.cat([-right, left], dim=-1)
-    return (states_BNSD * cosine + turned * sine).to(states_BNSD.dtype)
 
 
 class CoreAttention(torch.nn.Module):
@@ -71,6 +71,9 @@ class CoreAttention(torch.nn.Module):
 
     Causal without a mask tensor. Where `attention_mask` [2, B, S] is given, it holds each token's sample and its
     position in that sample, over the whole sequence, and a token sees only tokens of its own sample.
+
+    `attention_bias` are the LayerInputs of sample_attention.py: of what megatron-core hands through its layers, it is
+    the one argument that recomputation does not save again, and it need not be a tensor.
     """
 
     def __init__(
@@ -80,46 +83,47 @@ class CoreAttention(torch.nn.Module):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
-        rope_base: float = 0.0,
         **groups,
     ) -> None:
-        """`rope_base` 0: queries and keys are not rotated."""
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal, f"attention of type {attn_mask_type} is not built here"
-        self.dropout, self.softmax_scale, self.rope_base = config.attention_dropout, softmax_scale, rope_base
-        self.context = parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None
+        self.dropout, self.softmax_scale = config.attention_dropout, softmax_scale
+        self.context = config.context_parallel_size
+        """Ranks that share a sequence."""
+        if self.context > 1:
+            group = parallel_state.get_context_parallel_group()
+            self.context_rank, self.context_name = group.rank(), group.group_name
 
-    def forward(self, query_SBND, key_SBGD, value_SBGD, attention_mask=None, **options) -> torch.Tensor:
+    def forward(
+        self, query_SBND, key_SBGD, value_SBGD, attention_mask=None, attention_bias=None, **options
+    ) -> torch.Tensor:
         """Attend; queries are [S, B, N, D], keys and values [S, B, G, D], the result [S, B, N x D]."""
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query_SBND, key_SBGD, value_SBGD))
-        if self.rope_base:
-            query, key = self._rotate(query, key, attention_mask)
-        if self.dropout and self.training:
-            with get_cuda_rng_tracker().fork():  # each tensor-parallel rank drops in its own heads
-                context = self._attend(query, key, value, attention_mask, self.dropout)
+        angles, blocks = attention_bias or (None, None)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        if blocks is not None:
+            context = self._attend_blocks(query, key, value, blocks)
+        elif self.dropout and self.training:
+            context = self._attend_with_dropout(query, key, value, attention_mask)
         else:
             context = self._attend(query, key, value, attention_mask, 0.0)
         length, batch = query_SBND.shape[:2]
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
-    def _places(self, local_length: int) -> torch.Tensor:
-        """Places of this rank's tokens in the whole sequence."""
-        return context_places(local_length * self.context.size(), self.context.rank(), self.context.size())
+    @torch.compiler.disable
+    def _attend_with_dropout(self, query, key, value, mask) -> torch.Tensor:
+        """Each tensor-parallel rank drops in its own heads: the states of generators are no part of a graph."""
+        with get_cuda_rng_tracker().fork():
+            return self._attend(query, key, value, mask, self.dropout)
 
-    def _rotate(self, query, key, mask):
-        length, width = query.shape[-2:]
-        whole = length * (self.context.size() if self.context else 1)
-        if mask is None:
-            cosine, sine = _causal_angles(whole, width, self.rope_base, query.device)
-        else:
-            cosine, sine = _angles(mask[1], width, self.rope_base)
-        if self.context:
-            places = self._places(length).to(query.device)
-            cosine, sine = cosine[:, :, places], sine[:, :, places]
-        return rotate(query, cosine, sine), rotate(key, cosine, sine)
+    def _attend_blocks(self, query, key, value, blocks) -> torch.Tensor:
+        if self.context > 1:
+            key, value = self._gather_keys(key, value)
+        return attend_samples(query, key, value, blocks, self.softmax_scale)
 
     def _attend(self, query, key, value, mask, dropout: float) -> torch.Tensor:
-        if self.context:
+        if self.context > 1:
             return self._attend_across_ranks(query, key, value, mask, dropout)
         grouped = query.shape[1] != key.shape[1]
         if mask is not None:
@@ -128,6 +132,9 @@ class CoreAttention(torch.nn.Module):
         on_cpu_in_bf16 = query.dtype == torch.bfloat16 and query.device.type == "cpu"
         if on_cpu_in_bf16 and not grouped and query.shape[2] <= LONGEST_WRITTEN_OUT:
             return attend_written_out(query, key, value, self.softmax_scale, dropout)
+        if on_cpu_in_bf16 and not dropout and query.shape[3] < NARROW:
+            key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
+            return _NarrowAttention.apply(query, key, value, self.softmax_scale)
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
         )
@@ -143,20 +150,24 @@ class CoreAttention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
+    def _gather_keys(self, key, value) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the whole sequence, in its order."""
+        both = torch.stack([key, value]).permute(3, 0, 1, 2, 4).contiguous()
+        chunks = gather_sequence(both, self.context_name).chunk(2 * self.context)  # rank 0's two, rank 1's two ...
+        key, value = torch.cat([*chunks[::2], *chunks[1::2][::-1]]).permute(1, 2, 3, 0, 4)
+        return key, value
+
     def _attend_across_ranks(self, query, key, value, mask, dropout: float) -> torch.Tensor:
         """Each half of this rank's queries against the keys up to its own end."""
-        length, size = query.shape[2], self.context.size()
-        order = _gathered_order(length * size, size).to(query.device)
-        both = torch.stack([key, value]).permute(3, 0, 1, 2, 4).contiguous()
-        both = gather_from_sequence_parallel_region(both, group=self.context)
-        key, value = both[order].permute(1, 2, 3, 0, 4)
-        places = self._places(length).to(query.device)
-        halves = []
-        for chunk, rows in zip(query.chunk(2, dim=2), places.chunk(2), strict=True):
-            end = int(rows[-1]) + 1
-            allowed = torch.arange(end, device=query.device) <= rows[:, None]
+        key, value = self._gather_keys(key, value)
+        length, halves = query.shape[2] // 2, []
+        numbers = self.context_rank, 2 * self.context - 1 - self.context_rank
+        for number, chunk in zip(numbers, query.chunk(2, dim=2), strict=True):
+            start, end = number * length, (number + 1) * length
+            columns = torch.arange(end, device=query.device)
+            allowed = columns <= columns[start:, None]
             if mask is not None:
-                allowed = allowed & _same_sample(mask[0][:, rows], mask[0][:, :end])
+                allowed = allowed & _same_sample(mask[0][:, start:end], mask[0][:, :end])
             halves.append(self._attend_masked(chunk, key[:, :, :end], value[:, :, :end], allowed, dropout))
         return torch.cat(halves, dim=2)
 

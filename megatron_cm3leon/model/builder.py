@@ -1,7 +1,7 @@
 """Config -> this rank's stage of the megatron-core GPT model, with its initial weights.
 
-Initial weights: every parameter is a function of (seed, its global name), drawn whole on CPU in fp32 and
-then sliced for this rank, so that every layout starts from the same values.
+Initial weights: every number of a parameter is a function of (seed, its global name), drawn on the CPU in fp32; a rank
+draws its own part alone (initialization.py), and every layout starts from the same values.
 """
 
 import re
@@ -20,11 +20,16 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.config_rules import VOCABULARY_ROW_MULTIPLE
+from megatron_cm3leon.model.attention import context_places
+from megatron_cm3leon.model.head import Head
 from megatron_cm3leon.model.layers import build_block_spec
 from megatron_cm3leon.model.loss import cross_entropy
+from megatron_cm3leon.model.rotary import rotary_angles
+from megatron_cm3leon.model.sample_attention import LayerInputs, build_sample_blocks, uses_flex
 from megatron_cm3leon.model.weights import OUTPUT_HEAD, WORD_EMBEDDINGS, initial_weight, layer_name
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
@@ -34,14 +39,63 @@ _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
 class CM3LeonModel(GPTModel):
     """megatron-core's GPTModel with this project's loss; `forward(..., labels=)` gives [batch, seq] losses."""
 
-    def __init__(self, *, true_vocabulary_size: int, z_loss: float, **options) -> None:
+    def __init__(
+        self,
+        *,
+        true_vocabulary_size: int,
+        z_loss: float,
+        head_chunk: int,
+        rope_base: float,
+        sample_attention: str,
+        **options,
+    ) -> None:
+        """`head_chunk` 0: the logits of all tokens at once; `rope_base` 0: no rotary positions."""
         super().__init__(**options)
-        self.true_vocabulary_size, self.z_loss = true_vocabulary_size, z_loss
+        self.true_vocabulary_size, self.z_loss, self.rope_base = true_vocabulary_size, z_loss, rope_base
+        self.head_chunk, self.sample_attention = head_chunk, sample_attention
+        if self.post_process:
+            self.output_layer.__class__ = Head  # megatron-core builds the head without a spec
+
+    def forward(self, input_ids, position_ids, attention_mask=None, **options) -> torch.Tensor:
+        """GPTModel's, with what is the same for all layers in `attention_bias` (sample_attention.LayerInputs)."""
+        angles = blocks = None
+        if self.rope_base:
+            rows = position_ids[:1] if attention_mask is None else position_ids  # every row 0, 1, 2 ...
+            angles = rotary_angles(rows, self.config.kv_channels, self.rope_base)
+        if attention_mask is not None:
+            blocks = self._build_blocks(attention_mask[0])
+        if angles is not None or blocks is not None:
+            options["extra_block_kwargs"] = {"attention_bias": LayerInputs(angles, blocks)}
+        return super().forward(input_ids, position_ids, attention_mask, **options)
+
+    def _build_blocks(self, samples_BS: torch.Tensor) -> BlockMask | None:
+        """FlexAttention's tiles for this rank's tokens, where it computes the attention per sample."""
+        if not uses_flex(self.sample_attention, samples_BS.device, self.config.attention_dropout):
+            return None
+        group, places = self.pg_collection.cp, None
+        if group.size() > 1:
+            places = context_places(samples_BS.shape[1], group.rank(), group.size()).to(samples_BS.device)
+        return build_sample_blocks(samples_BS, places)
+
+    def _postprocess(self, hidden_states, *, labels=None, **options) -> torch.Tensor:
+        """GPTModel's head and loss, or both in chunks."""
+        if not (self.post_process and self.head_chunk and labels is not None):
+            return super()._postprocess(hidden_states, labels=labels, **options)
+        losses_SB, _ = self.output_layer(
+            hidden_states,
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None,
+            targets_SB=labels.transpose(0, 1),
+            vocabulary_size=self.true_vocabulary_size,
+            z_loss=self.z_loss,
+            chunk=self.head_chunk,
+        )
+        return losses_SB.transpose(0, 1)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Token losses [batch, seq] in nats; labels [batch, seq], logits [seq, batch, rows of this rank]."""
         targets_SB = labels.transpose(0, 1)
-        losses_SB = cross_entropy(logits, targets_SB, self.true_vocabulary_size, self.pg_collection.tp, self.z_loss)
+        group = self.pg_collection.tp
+        losses_SB = cross_entropy(logits, targets_SB, self.true_vocabulary_size, group, self.z_loss, overwrite=True)
         return losses_SB.transpose(0, 1)
 
 
@@ -111,6 +165,9 @@ def _build_chunk(config: Config, vocabulary: Vocabulary, number: int) -> CM3Leon
         vocab_size=padded_rows(vocabulary.size),
         true_vocabulary_size=vocabulary.size,
         z_loss=config.train.z_loss,
+        head_chunk=config.train.head_chunk,
+        sample_attention=config.train.sample_attention,
+        rope_base=config.model.rope_base if config.model.family == "llama" else 0.0,
         max_sequence_length=config.data.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
@@ -195,8 +252,8 @@ def _canonical_name(local_name: str, first_layer: int, tied: bool) -> str:
 def initialize_weights(model: CM3LeonModel, config: Config) -> None:
     """Fill the stage's parameters with their initial values (CM3Leon section 2.3)."""
     for parameter, place in place_parameters(model):
-        whole = initial_weight(place.name, place.shape, config)
+        part = (place.kept_rows, *place.local_shape[1:])
         parameter.zero_()  # padded vocabulary rows stay 0
-        slices = tuple(slice(start, start + size) for start, size in zip(place.offset, place.local_shape, strict=True))
-        part = whole[slices]
-        parameter.view(place.local_shape)[: part.shape[0]].copy_(part)
+        if part[0]:
+            weight = initial_weight(place.name, place.shape, config, place.offset, part)
+            parameter.view(place.local_shape)[: part[0]].copy_(weight)

@@ -3,23 +3,22 @@
 Layout legend: S sequence, B batch, H width of the residual stream.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.utils.checkpoint import checkpoint
 
 from megatron_cm3leon.config_fields import ModelConfig
 from megatron_cm3leon.model.attention import CoreAttention
+from megatron_cm3leon.model.linear import ColumnLinear, RowLinear
 
-_LINEAR_LAYERS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+_LINEAR_LAYERS = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 
 
 class LayerNormWithoutParameters(torch.nn.Module):
@@ -60,9 +59,35 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, gradient):
         (both,) = ctx.saved_tensors
         gate, up = both.chunk(2, dim=-1)
-        sigmoid = gate.sigmoid()
-        of_gate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
-        return torch.cat([of_gate, gradient * F.silu(gate)], dim=-1)
+        of_both = torch.empty_like(both)
+        of_gate, of_up = of_both.chunk(2, dim=-1)
+        torch.mul(gradient, F.silu(gate), out=of_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
+        return of_both
+
+
+def swiglu(both: torch.Tensor) -> torch.Tensor:
+    """silu(gate) x up of gate and up, one behind the other in the last dimension."""
+    if torch.compiler.is_compiling():
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate) * up  # one kernel each way, which keeps no more
+    return _SwiGLU.apply(both)
+
+
+class RecomputedAttention(SelfAttention):
+    """megatron-core's attention, whose selective recomputation the compiler can trace."""
+
+    def _checkpointed_attention_forward(
+        self, query, key, value, attention_mask, attention_bias=None, **options
+    ) -> torch.Tensor:
+        if torch.compiler.is_compiling() and not self.config.attention_dropout:
+            arguments = query, key, value, attention_mask, attention_bias
+            return checkpoint(self.core_attention, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self._checkpoint_uncompiled(query, key, value, attention_mask, attention_bias=attention_bias, **options)
+
+    @torch.compiler.disable
+    def _checkpoint_uncompiled(self, *arguments, **options) -> torch.Tensor:
+        return super()._checkpointed_attention_forward(*arguments, **options)
 
 
 class GatedMLP(MLP):
@@ -73,7 +98,7 @@ class GatedMLP(MLP):
 
     def forward(self, hidden_SBH: torch.Tensor, **options) -> tuple[torch.Tensor, None]:
         both, _ = self.linear_fc1(hidden_SBH)
-        return self.linear_fc2(_SwiGLU.apply(both))
+        return self.linear_fc2(swiglu(both))
 
 
 def build_block_spec(config: TransformerConfig, model: ModelConfig, layers: int) -> TransformerBlockSubmodules:
@@ -81,12 +106,12 @@ def build_block_spec(config: TransformerConfig, model: ModelConfig, layers: int)
     llama = model.family == "llama"
     norm = RMSNorm if llama else LayerNormWithoutParameters
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=RecomputedAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=partial(CoreAttention, rope_base=model.rope_base if llama else 0.0),
-            linear_proj=RowParallelLinear,
+            linear_qkv=ColumnLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowLinear,
             q_layernorm=RMSNorm if model.qk_norm else None,
             k_layernorm=RMSNorm if model.qk_norm else None,
         ),

@@ -5,66 +5,188 @@ precision of the logits. (megatron-core's fused native form rounds its gradient 
 
 With a z-loss the value stays the cross-entropy, so that runs compare; the gradient is that of cross-entropy + z_loss x
 (log Z)^2, Z the denominator of the softmax (Chameleon section 2.3).
+
+The forward pass keeps the logits and two numbers per token, the highest logit and the sum of exponentials; the
+backward pass computes the softmax again and writes the gradient over the logits, or over a copy of them. Bytes of
+memory traffic per bf16 logit, z-loss included: 2 read in the forward pass, 2 read and 2 written in the backward pass.
+Alive are the 2 bytes of the logit itself. On CUDA each pass is one kernel (loss_kernels.py), on a CPU torch's operators
+on so few tokens at a time that what lies between them stays in the cache. Both passes are custom ops, so that whoever
+records operators counts one kernel each.
+
+Layout legend: T tokens, P rows of the vocabulary that this rank holds (columns of its logits).
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+
+CHUNK_ELEMENTS = 1 << 17
+"""fp32 numbers that a CPU thread works on at a time: 512 KiB, which its cache holds from one pass to the next."""
 
 
-class _PartitionedCrossEntropy(torch.autograd.Function):
-    """loss [T] of logits [T, columns of this rank] for targets [T] in whole-vocabulary ids."""
+@dataclass(frozen=True)
+class Partition:
+    """The rows of the vocabulary that this rank's logits stand for."""
 
-    @staticmethod
-    def forward(ctx, logits, targets, start, columns, group, z_loss):
-        scores = logits[:, :columns].float()
-        # A rank whose rows are all padding has no column: its maximum is -inf and its sum 0.
-        highest = scores.amax(dim=-1) if columns else scores.new_full((scores.shape[0],), -torch.inf)
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-        probabilities = (scores - highest[:, None]).exp_()
-        local = targets - start
-        here = (local >= 0) & (local < columns)
-        rows, local = here.nonzero().squeeze(1), local[here]
-        sums = torch.zeros(2, scores.shape[0], device=scores.device)  # sum of exp, logit of the target
-        sums[0] = probabilities.sum(dim=-1)
-        sums[1, rows] = scores[rows, local] - highest[rows]
-        dist.all_reduce(sums, group=group)
-        probabilities /= sums[0, :, None]
-        log_sums = sums[0].log()
-        ctx.save_for_backward(probabilities, rows, local, log_sums + highest)
-        ctx.shape, ctx.dtype, ctx.z_loss = logits.shape, logits.dtype, z_loss
-        return log_sums - sums[1]
+    start: int
+    """Vocabulary id of the first row."""
+    columns: int
+    """Rows of the true vocabulary, which come first; a rank whose rows are all padding has none."""
 
-    @staticmethod
-    def backward(ctx, gradient):
-        probabilities, rows, local, log_z = ctx.saved_tensors
-        scores = probabilities * (gradient * (1 + 2 * ctx.z_loss * log_z))[:, None]
-        scores[rows, local] -= gradient[rows]
-        if scores.shape == ctx.shape:
-            return scores.to(ctx.dtype), None, None, None, None, None
-        padded = torch.zeros(ctx.shape, dtype=ctx.dtype, device=scores.device)
-        padded[:, : scores.shape[1]] = scores
-        return padded, None, None, None, None, None
+    @classmethod
+    def of_rank(cls, rows: int, vocabulary_size: int, group: dist.ProcessGroup) -> "Partition":
+        """Of this rank; the ranks of `group` hold consecutive ranges of `rows` rows."""
+        start = group.rank() * rows
+        return cls(start, min(max(vocabulary_size - start, 0), rows))
+
+    def find_columns(self, targets: torch.Tensor) -> torch.Tensor:
+        """Column of each target in this rank's logits, -1 where another rank has it."""
+        local = targets - self.start
+        return torch.where((local >= 0) & (local < self.columns), local, -1)
 
 
 def cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, vocabulary_size: int, group: dist.ProcessGroup, z_loss: float = 0.0
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    vocabulary_size: int,
+    group: dist.ProcessGroup,
+    z_loss: float = 0.0,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """Loss of every token in nats, fp32.
 
     logits: [..., rows of this rank's partition]; targets: [...] ids below `vocabulary_size`, the true size;
-    group: the tensor-parallel ranks, which hold consecutive row ranges of equal length.
+    group: the tensor-parallel ranks, which hold consecutive row ranges of equal length; overwrite: the backward pass
+    writes the gradient over the logits, which nobody else may need (a second backward pass raises RuntimeError).
     """
-    partition = logits.shape[-1]
-    start = group.rank() * partition
-    columns = min(max(vocabulary_size - start, 0), partition)
-    flat = logits.reshape(-1, partition)
-    if group.size() == 1:
-        scores = flat[:, :columns].float()
-        losses = F.cross_entropy(scores, targets.reshape(-1), reduction="none")
-        if z_loss:
-            extra = z_loss * scores.logsumexp(-1).square()
-            losses = losses + extra - extra.detach()
-    else:
-        losses = _PartitionedCrossEntropy.apply(flat, targets.reshape(-1), start, columns, group, z_loss)
+    flat = logits.reshape(-1, logits.shape[-1])
+    partition = Partition.of_rank(flat.shape[1], vocabulary_size, group)
+    columns = partition.find_columns(targets.reshape(-1))
+    losses = _CrossEntropy.apply(flat, columns, partition.columns, group, z_loss, overwrite)
     return losses.view(targets.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """loss [T] of logits [T, P] for target columns [T], -1 where another rank has the target."""
+
+    @staticmethod
+    def forward(ctx, logits_TP, targets, columns, group, z_loss, overwrite):
+        highest, sums, chosen = combine_ranks(measure_logits(logits_TP, targets, columns), group)
+        ctx.save_for_backward(logits_TP, targets, highest, sums)
+        ctx.columns, ctx.z_loss, ctx.overwrite = columns, z_loss, overwrite
+        return sums.log() - (chosen - highest)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits_TP, targets, highest, sums = ctx.saved_tensors
+        factors = softmax_factors(gradient, highest, sums, ctx.z_loss)
+        out = logits_TP if ctx.overwrite else logits_TP.clone()
+        write_gradient(out, targets, ctx.columns, highest, factors, gradient)
+        return out, None, None, None, None, None
+
+
+def combine_ranks(measured: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """What `measure_logits` found [3, T] for this rank's partition -> the same for the whole vocabulary."""
+    if group.size() > 1:
+        highest = measured[0].clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+        measured[1] *= (measured[0] - highest).exp_()
+        measured[0] = highest
+        dist.all_reduce(measured[1:], group=group)
+    return measured
+
+
+def softmax_factors(gradient, highest, sums, z_loss: float) -> torch.Tensor:
+    """By which exp(logit - highest) is multiplied in a logit's gradient, for losses with `gradient`; all [T]."""
+    return gradient * (1 + 2 * z_loss * (sums.log() + highest)) / sums
+
+
+def measure_logits(logits_TP: torch.Tensor, targets: torch.Tensor, columns: int) -> torch.Tensor:
+    """Of each row's first `columns` logits: the highest, the sum of exp(logit - highest), the target's; fp32 [3, T].
+
+    Without columns they are -inf and 0; so is the target's logit where `targets` is -1.
+    """
+    return _measure(logits_TP, targets, columns)
+
+
+def write_gradient(logits_TP, targets, columns: int, highest, factors, gradient) -> None:
+    """Replace each logit by exp(logit - highest) x factor, less `gradient` at the target; by 0 from `columns` on.
+
+    highest, factors, gradient: fp32 [T].
+    """
+    _write(logits_TP, targets, columns, highest, factors, gradient)
+
+
+@torch.library.custom_op("megatron_cm3leon::measure_logits", mutates_args=())
+def _measure(logits: torch.Tensor, targets: torch.Tensor, columns: int) -> torch.Tensor:
+    if logits.is_cuda:
+        from megatron_cm3leon.model import loss_kernels
+
+        return loss_kernels.measure_logits(logits, targets, columns)
+    return measure_in_chunks(logits, targets, columns)
+
+
+@_measure.register_fake
+def _(logits, targets, columns):
+    return logits.new_empty((3, len(logits)), dtype=torch.float32)
+
+
+@torch.library.custom_op("megatron_cm3leon::write_logit_gradient", mutates_args=("logits",))
+def _write(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    columns: int,
+    highest: torch.Tensor,
+    factors: torch.Tensor,
+    gradient: torch.Tensor,
+) -> None:
+    if logits.is_cuda:
+        from megatron_cm3leon.model import loss_kernels
+
+        loss_kernels.write_gradient(logits, targets, columns, highest, factors, gradient)
+    else:
+        write_in_chunks(logits, targets, columns, highest, factors, gradient)
+
+
+@_write.register_fake
+def _(logits, targets, columns, highest, factors, gradient):
+    return None
+
+
+def measure_in_chunks(logits_TP: torch.Tensor, targets: torch.Tensor, columns: int) -> torch.Tensor:
+    """measure_logits() by torch's operators, some tokens at a time."""
+    measured = torch.zeros(3, len(logits_TP), device=logits_TP.device)
+    highest, sums, chosen = measured
+    if not columns:
+        highest.fill_(-torch.inf)
+        return measured
+    for rows in _chunks(len(logits_TP), columns):
+        scores = logits_TP[rows, :columns].float()
+        highest[rows] = scores.amax(-1)
+        torch.sum((scores - highest[rows, None]).exp_(), -1, out=sums[rows])
+    chosen.copy_(logits_TP.gather(1, targets.clamp(min=0)[:, None])[:, 0]).mul_(targets >= 0)
+    return measured
+
+
+def write_in_chunks(logits_TP, targets, columns: int, highest, factors, gradient) -> None:
+    """write_gradient() by torch's operators, some tokens at a time."""
+    logits_TP[:, columns:] = 0
+    if not columns:
+        return
+    of_target = (gradient * (targets >= 0)).neg_()
+    for rows in _chunks(len(logits_TP), columns):
+        logits = logits_TP[rows, :columns]
+        scores = logits.float()  # a copy, unless they are fp32
+        scores.sub_(highest[rows, None]).exp_().mul_(factors[rows, None])
+        scores.scatter_add_(1, targets[rows, None].clamp(min=0), of_target[rows, None])
+        if logits.dtype != torch.float32:
+            logits.copy_(scores)
+
+
+def _chunks(tokens: int, columns: int) -> Iterator[slice]:
+    """Ranges of tokens with at most CHUNK_ELEMENTS logits for each thread, at least one token each."""
+    step = max(1, CHUNK_ELEMENTS * torch.get_num_threads() // columns)
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))

@@ -5,6 +5,7 @@ python -m tests.distributed.layouts --write docs/layouts.md     runs every row a
 
 import argparse
 import platform
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ LLAMA = ("model.family=llama", "model.kv_heads=2", "model.qk_norm=true", "train.
 SAMPLES = ("data.attention=sample",)
 BF16 = ("train.precision=bf16",)
 DEEPSPEED = ("train.engine=deepspeed",)
+COMPILE = ("train.compile=true",)
 # Stage 3 would keep weights as small as these whole, and buckets as large as its default are never full.
 SMALL = (f"deepspeed.json={ROOT / 'tests' / 'distributed' / 'deepspeed.json'}",)
 
@@ -136,18 +138,94 @@ def _deepspeed() -> list[Layout]:
     return [replace(row, overrides=DEEPSPEED + row.overrides) for row in rows]
 
 
+def _compiled() -> list[Layout]:
+    """Rows with compiled layers, against the uncompiled model in one process."""
+    layouts = [  # in the default suite, label of the model, ranks, layout
+        (False, "", 1, ""),
+        (False, "", 1, "recompute=selective"),
+        (False, "", 2, "tensor=2"),
+        (False, "", 2, "zero=1"),
+        (False, "", 2, "pipeline=2"),
+        (False, "", 2, "context=2"),
+        (False, "", 4, "tensor=2 pipeline=2 interleave=2 sequence=true"),
+        (False, "llama", 1, ""),
+        (False, "llama", 1, "recompute=full"),
+        (True, "llama", 2, "tensor=2 sequence=true recompute=selective"),
+        (False, "llama", 2, "pipeline=2 interleave=2"),
+        (False, "llama", 4, "tensor=2 context=2 zero=1"),
+        (False, "by sample", 1, ""),
+        (False, "by sample", 2, "context=2"),
+        (False, "llama by sample", 1, "recompute=full"),
+    ]
+    extra = {"": (), "llama": LLAMA, "by sample": SAMPLES, "llama by sample": LLAMA + SAMPLES}
+    rows = []
+    for covering, label, ranks, text in layouts:
+        overrides = COMPILE + extra[label] + tuple(f"parallel.{item}" for item in text.split())
+        name = ", ".join(filter(None, (f"compiled {label}".strip(), text or "one process")))
+        rows.append(Layout(name, ranks, overrides, f"{label}, one process" if label else "one process", covering))
+    for label, more in (("zero=0", ()), ("data 2 zero=2", SMALL)):
+        ranks, zero = (1, 0) if not more else (2, 2)
+        overrides = COMPILE + DEEPSPEED + (f"parallel.zero={zero}", *more)
+        rows.append(Layout(f"compiled deepspeed, {label}", ranks, overrides, covering=False))
+    overrides = COMPILE + DEEPSPEED + LLAMA + ("parallel.tensor=2", "parallel.zero=1")
+    rows.append(Layout("compiled deepspeed llama, tensor=2 zero=1", 2, overrides, "llama, one process", False))
+    rows.append(
+        Layout("compiled bf16, zero=1", 2, (*COMPILE, *BF16, "parallel.zero=1"), "bf16, one process", False, 2e-3, 0.1)
+    )
+    return rows
+
+
+def _flex() -> list[Layout]:
+    """Rows whose attention per sample is FlexAttention's, against the masked form in one process."""
+    layouts = [  # in the default suite, label of the model, ranks, overrides
+        (True, "by sample", 1, ("parallel.recompute=selective",)),
+        (False, "by sample", 2, ("parallel.context=2",)),
+        (False, "by sample", 1, ("train.compile=true", "parallel.recompute=full")),
+        (False, "llama by sample", 2, ("parallel.pipeline=2", "parallel.interleave=2", "parallel.recompute=full")),
+        (False, "llama by sample", 4, ("parallel.tensor=2", "parallel.sequence=true", "parallel.context=2")),
+    ]
+    rows = []
+    for covering, label, ranks, overrides in layouts:
+        names = " ".join(each.split(".", 1)[1] for each in overrides)
+        extra = (*SAMPLES, *(LLAMA if "llama" in label else ()), "train.sample_attention=flex")
+        rows.append(Layout(f"flex {label}, {names}", ranks, extra + overrides, f"{label}, one process", covering))
+    return rows
+
+
+def _head_in_chunks() -> list[Layout]:
+    """Rows that compute head and loss of 20 tokens at a time, which divides no number of tokens here."""
+    layouts = [  # in the default suite, label of the model, ranks, overrides
+        (True, "", 1, ()),
+        (False, "", 2, ("parallel.pipeline=2",)),
+        (False, "", 2, ("parallel.zero=1",)),
+        (False, "", 2, (*DEEPSPEED, "parallel.zero=3", *SMALL)),
+        (True, "llama", 2, ("parallel.tensor=2", "parallel.sequence=true")),
+        (False, "llama", 2, ("parallel.zero=1",)),
+        (False, "llama", 4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.interleave=2")),
+        (False, "llama", 2, (*DEEPSPEED, "parallel.tensor=2", "parallel.zero=1")),
+    ]
+    rows = []
+    for covering, label, ranks, overrides in layouts:
+        names = [each.split(".", 1)[1] for each in overrides if not each.startswith("deepspeed.")]
+        name = f"head in chunks{', ' + label if label else ''}, {' '.join(names) or 'one process'}"
+        reference = f"{label}, one process" if label else "one process"
+        overrides = (LLAMA if label else ()) + overrides + ("train.head_chunk=20",)
+        rows.append(Layout(name, ranks, overrides, reference, covering))
+    return rows
+
+
 LAYOUTS = [
     Layout("one process", 1),
     Layout("micro-batches of 1", 1, ("train.micro_batch_size=1",), covering=False),
     Layout("micro-batches of 8", 1, ("train.micro_batch_size=8",), covering=False),
     _row("zero=1", 1, "zero=1", covering=False),
-    _row("recompute=selective", 1, "recompute=selective"),
+    _row("recompute=selective", 1, "recompute=selective", covering=False),
     _row("recompute=full", 1, "recompute=full"),
     _row("data 2", 2, "overlap=false", covering=False),
     _row("data 2, overlapped", 2, ""),
     _row("data 2, zero=1", 2, "zero=1"),
     _row("data 2, zero=1, not overlapped", 2, "zero=1 overlap=false", covering=False),
-    _row("tensor=2", 2, "tensor=2"),
+    _row("tensor=2", 2, "tensor=2", covering=False),
     _row("tensor=2 sequence=true", 2, "tensor=2 sequence=true"),
     _row("pipeline=2", 2, "pipeline=2"),
     _row("pipeline=2 interleave=2", 2, "pipeline=2 interleave=2"),
@@ -178,6 +256,9 @@ LAYOUTS = [
     ],
     *_variants(),
     *_deepspeed(),
+    *_compiled(),
+    *_flex(),
+    *_head_in_chunks(),
 ]
 
 
@@ -274,8 +355,21 @@ def relative(found: list[dict], expected: list[dict], field: str) -> float:
     return max(abs(step[field] / by_step[step["step"]][field] - 1) for step in found)
 
 
-def write_table(path: Path) -> None:
-    """Run everything and write docs/layouts.md."""
+def find_differences(steps: dict[str, list[dict]]) -> list[str]:
+    """Rows and resumes whose losses or gradient norms differ by more than they may."""
+    wrong = []
+    for layout in LAYOUTS:
+        for field, largest in (("loss", layout.loss_tolerance), ("grad_norm", layout.norm_tolerance)):
+            found = relative(steps[layout.name], steps[layout.reference], field)
+            wrong += [f"{layout.name}: {field} differs by {found:.1e}, more than {largest:.1e}"] * (found > largest)
+    for resume in RESUMES:
+        found = relative(steps[resume.name], steps[resume.source], "loss")
+        wrong += [f"{resume.name}: loss differs by {found:.1e}, more than 1e-06"] * (found > 1e-6)
+    return wrong
+
+
+def write_table(path: Path) -> list[str]:
+    """Run everything and write docs/layouts.md; returns what differs by more than it may."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         steps = run_layouts(Path(folder), LAYOUTS, RESUMES)
@@ -309,9 +403,10 @@ def write_table(path: Path) -> None:
         difference = f"{relative(found, expected, 'loss'):.1e}" if found != expected[10:] else "0, bit for bit"
         lines.append(f"| {resume.source} | {resume.target} | {difference} |")
     path.write_text("\n".join(lines) + "\n")
+    return find_differences(steps)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", type=Path, required=True, help="file to write, docs/layouts.md")
-    write_table(parser.parse_args().write)
+    sys.exit("\n".join(write_table(parser.parse_args().write)) or 0)

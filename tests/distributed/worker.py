@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from megatron_cm3leon.engine.parallel import Rank, choose_device, initialize_gro
 from megatron_cm3leon.resume import open_run
 from megatron_cm3leon.schedule import learning_rate
 from megatron_cm3leon.training import build_loader
+from tests.flex_on_cpu import flex_on_cpu
 
 
 def spoil(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
@@ -88,7 +90,9 @@ def main() -> None:
     rank = Rank.from_environment()
     set_threads(1, rank)
     for case in json.loads(cases.read_text()):
-        run_case(case, rank, cases.parent)
+        flex = "train.sample_attention=flex" in case["overrides"] and not torch.cuda.is_available()
+        with flex_on_cpu() if flex else nullcontext():
+            run_case(case, rank, cases.parent)
     dist.destroy_process_group()
 
 

@@ -1,0 +1,187 @@
+"""Matrix products over tensor-parallel ranks: megatron-core's layers, in one form for eager and compiled execution.
+
+One autograd function holds the product, its communication and both gradients. Inside a compiled layer everything that
+communicates, or adds to a gradient buffer, is one custom op: the compiler neither looks into it nor keeps what it
+gathers, so a sequence-parallel input is gathered again in the backward pass, as without compilation.
+
+Weight gradients: with `accumulates` (the megatron engine's weights) the product adds to the fp32 `weight.main_grad`,
+by one kernel on CUDA and for fp32, and autograd is given an uninitialized gradient that nobody reads. See
+`mark_accumulated`.
+
+Layout legend: S sequence (of this rank under sequence parallelism), B batch, I and O features in and out.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from megatron_cm3leon.model.collectives import gather, scatter_sum
+
+ALONE, COLUMN, COLUMN_SEQUENCE, ROW, ROW_SEQUENCE = "alone", "column", "column_sequence", "row", "row_sequence"
+"""How a layer communicates. column: the input's gradients are summed. row: the outputs are summed. With sequence:
+a column's input is gathered along S and its gradient is scattered, a row's output is scattered."""
+
+
+def accumulate_weight_gradient(main_grad: torch.Tensor, grad: torch.Tensor, input: torch.Tensor) -> None:
+    """main_grad [O, I] += grad [tokens, O] transposed @ input [tokens, I], summed in fp32 where a kernel can."""
+    if grad.dtype == main_grad.dtype:
+        main_grad.addmm_(grad.t(), input)
+    elif grad.is_cuda:
+        torch.addmm(main_grad, grad.t(), input, out_dtype=main_grad.dtype, out=main_grad)
+    else:  # a CPU has no product of bf16 with an fp32 result; in fp32 it takes 1.4-2.2 times as long
+        main_grad.add_(grad.t() @ input)
+
+
+def _product(input_SBI: torch.Tensor, weight_OI: torch.Tensor, kind: str, group_name: str) -> torch.Tensor:
+    if kind in (ALONE, COLUMN):
+        return input_SBI @ weight_OI.t()
+    group = _resolve_process_group(group_name)
+    if kind == COLUMN_SEQUENCE:
+        return gather(input_SBI, group) @ weight_OI.t()
+    output = input_SBI @ weight_OI.t()
+    if kind == ROW_SEQUENCE:
+        return scatter_sum(output, group)
+    dist.all_reduce(output, group=group)
+    return output
+
+
+def _gradients(
+    grad_SBO: torch.Tensor,
+    input_SBI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    main_grad: torch.Tensor | None,
+    kind: str,
+    group_name: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of input and weight; the second is uninitialized memory where `main_grad` took it.
+
+    Communication runs beside the products: the gather beside the input's, the sum beside the weight's.
+    """
+    group = None if kind == ALONE else _resolve_process_group(group_name)
+    work = None
+    if kind == ROW_SEQUENCE:
+        grad_SBO = gather(grad_SBO, group)
+    elif kind == COLUMN_SEQUENCE:
+        input_SBI, work = gather(input_SBI, group, asynchronous=True)
+    grad_input = grad_SBO @ weight_OI
+    if work is not None:
+        work.wait()
+    if kind == COLUMN:
+        work = dist.all_reduce(grad_input, group=group, async_op=True)
+    elif kind == COLUMN_SEQUENCE:
+        whole = grad_input  # read until the wait below
+        grad_input, work = scatter_sum(whole, group, asynchronous=True)
+    grad, input = grad_SBO.reshape(-1, grad_SBO.shape[-1]), input_SBI.reshape(-1, input_SBI.shape[-1])
+    if main_grad is None:
+        grad_weight = grad.t() @ input
+    else:
+        accumulate_weight_gradient(main_grad, grad, input)
+        grad_weight = torch.empty_like(weight_OI)
+    if work is not None:
+        work.wait()
+    return grad_input, grad_weight
+
+
+_compiled_product = torch.library.custom_op("megatron_cm3leon::product", _product, mutates_args=())
+
+
+@torch.library.custom_op("megatron_cm3leon::gradients", mutates_args=())
+def _compiled_gradients(
+    grad_SBO: torch.Tensor,
+    input_SBI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    main_grad: torch.Tensor | None,
+    kind: str,
+    group_name: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """_gradients(). That it adds to `main_grad` is not declared, and counts no version of it.
+
+    A compiled layer saves `main_grad` for its backward pass, once a micro-batch under way: by the rules of saved
+    tensors the first addition would make it stale for the others. No graph reads it but here.
+    """
+    kept = nullcontext() if main_grad is None else _unsafe_preserve_version_counter(main_grad)
+    with kept:
+        return _gradients(grad_SBO, input_SBI, weight_OI, main_grad, kind, group_name)
+
+
+@_compiled_product.register_fake
+def _(input_SBI, weight_OI, kind, group_name):
+    length, ranks = input_SBI.shape[0], _resolve_process_group(group_name).size()
+    length = length * ranks if kind == COLUMN_SEQUENCE else length // ranks if kind == ROW_SEQUENCE else length
+    return input_SBI.new_empty((length, *input_SBI.shape[1:-1], weight_OI.shape[0]))
+
+
+@_compiled_gradients.register_fake
+def _(grad_SBO, input_SBI, weight_OI, main_grad, kind, group_name):
+    return input_SBI.new_empty(input_SBI.shape), torch.empty_like(weight_OI)
+
+
+class _Linear(torch.autograd.Function):
+    """The product with its communication. `main_grad` is no saved tensor: other micro-batches add to it in between."""
+
+    @staticmethod
+    def forward(ctx, input, weight, main_grad, kind, group_name, shared):
+        ctx.save_for_backward(input, weight)
+        ctx.main_grad, ctx.kind, ctx.group_name, ctx.shared = main_grad, kind, group_name, shared
+        product = _product
+        if torch.compiler.is_compiling() and kind not in (ALONE, COLUMN):
+            product = _compiled_product
+        return product(input, weight, kind, group_name)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        input, weight = ctx.saved_tensors
+        gradients = _gradients
+        if torch.compiler.is_compiling() and not (ctx.kind == ALONE and ctx.main_grad is None):
+            gradients = _compiled_gradients
+        of_input, of_weight = gradients(gradient, input, weight, ctx.main_grad, ctx.kind, ctx.group_name)
+        return of_input, None if ctx.shared else of_weight, None, None, None, None
+
+
+class _OwnForward:
+    """What both layers share: `accumulates` is set by mark_accumulated()."""
+
+    accumulates = False
+
+    def _multiply(self, input_SBI: torch.Tensor, weight_OI: torch.Tensor, kind: str) -> torch.Tensor:
+        main_grad = weight_OI.gradient_sum if self.accumulates and torch.is_grad_enabled() else None
+        # The embedding looks up rows of the same weight: its gradient alone goes through autograd.
+        shared = main_grad is not None and getattr(weight_OI, "zero_out_wgrad", False)
+        return _Linear.apply(input_SBI, weight_OI, main_grad, kind, self.tp_group.group_name, shared)
+
+
+class ColumnLinear(_OwnForward, ColumnParallelLinear):
+    """megatron-core's layer whose output features are partitioned, without bias."""
+
+    def forward(self, input_, weight=None, runtime_gather_output=None):
+        assert self.bias is None and not runtime_gather_output, "a bias or gathered outputs are not built here"
+        kind = COLUMN_SEQUENCE if self.sequence_parallel else COLUMN if self.allreduce_dgrad else ALONE
+        return self._multiply(input_, self.weight if weight is None else weight, kind), None
+
+
+class RowLinear(_OwnForward, RowParallelLinear):
+    """megatron-core's layer whose input features are partitioned, without bias."""
+
+    def forward(self, input_):
+        assert self.bias is None and self.input_is_parallel, "a bias or whole inputs are not built here"
+        kind = ALONE if self.tp_group.size() == 1 else ROW_SEQUENCE if self.sequence_parallel else ROW
+        return self._multiply(input_, self.weight, kind), None
+
+
+def mark_accumulated(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Let the products of `model` add to `main_grad`, which each weight has by now; returns these weights.
+
+    Before every step the caller sets `grad_added_to_main_grad` on them, which megatron-core's hooks read. The products
+    add through `gradient_sum`, the same memory: megatron-core's own additions then count no version of it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _OwnForward)]
+    weights = [layer.weight for layer in layers if layer.weight is not None]
+    for parameter in model.parameters():  # the tied head is given the embedding's
+        parameter.gradient_sum = parameter.main_grad.data
+    for layer in layers:
+        layer.accumulates = True
+    return weights

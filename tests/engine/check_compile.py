@@ -1,0 +1,71 @@
+"""Compiled layers: graphs and breaks that dynamo counts, and losses; `torchrun check_compile.py CASE ...`.
+
+Traced and differentiated as in a run, but executed without the code generator, which costs seconds and divides nothing.
+Prints a JSON object: case -> graphs, breaks, losses.
+"""
+
+import functools
+import json
+import sys
+
+import torch
+import torch._dynamo
+
+from megatron_cm3leon.config import load_config
+from megatron_cm3leon.engine import compile as engine_compile
+from megatron_cm3leon.engine.parallel import Rank, initialize_groups, set_threads
+from tests.data.corpora import make_vocabulary
+from tests.distributed.measure_memory import make_batches
+
+SIZE = ["model.layers=3", "model.hidden_size=32", "model.heads=4", "data.seq_length=16", "train.precision=fp32"]
+SIZE += ["train.global_batch_size=4", "train.micro_batch_size=1"]
+LLAMA = ["model.family=llama", "model.kv_heads=2", "model.qk_norm=true"]
+CASES = {  # overrides; ranks are those that were launched
+    "llama": LLAMA,
+    "recompute=selective": ["parallel.recompute=selective"],
+    "recompute=full": ["parallel.recompute=full"],
+    "dropout": ["model.dropout=0.1"],
+    "zero=1": ["parallel.zero=1"],
+}
+
+
+def run(overrides: list[str], rank: Rank, buckets: int) -> dict:
+    """Two steps; with `buckets` gradients and weights are exchanged in parts of so many numbers."""
+    from megatron.core import parallel_state
+
+    from megatron_cm3leon.engine import megatron
+
+    config = load_config(None, [*SIZE, *overrides])
+    config.validate(rank.world_size)
+    initialize_groups(config, rank, torch.device("cpu"))
+    settings = megatron.DistributedDataParallelConfig
+    if buckets:
+        megatron.DistributedDataParallelConfig = functools.partial(settings, bucket_size=buckets)
+    engine = megatron.MegatronEngine(config, make_vocabulary(), torch.device("cpu"))
+    megatron.DistributedDataParallelConfig = settings
+    torch._dynamo.utils.counters.clear()  # the trial's
+    torch.manual_seed(rank.rank)
+    batches = make_batches(config, make_vocabulary(), 4 // rank.world_size)
+    losses = [engine.train_step(batches, step, 1e-2).loss for step in range(3)]
+    counters = torch._dynamo.utils.counters
+    parallel_state.destroy_model_parallel()
+    breaks = sum(counters["graph_break"].values())
+    return {"graphs": counters["stats"]["unique_graphs"], "breaks": breaks, "losses": losses}
+
+
+def main() -> None:
+    rank = Rank.from_environment()
+    set_threads(1, rank)
+    engine_compile.BACKEND = "aot_eager"
+    seen = {}
+    for case in sys.argv[1:]:
+        for compiled in ("false", "true"):
+            overrides = [*CASES[case], f"train.compile={compiled}"]
+            seen[f"{case} {compiled}"] = run(overrides, rank, buckets=3000 if case == "zero=1" else 0)
+    if rank.rank == 0:
+        print("seen " + json.dumps(seen))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

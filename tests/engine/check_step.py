@@ -1,0 +1,135 @@
+"""One training step of the megatron engine on one rank, looked at from below: `torchrun check_step.py`.
+
+Prints a JSON object of what was seen; test_step.py says what it must be.
+"""
+
+import json
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_cm3leon.config import Config, load_config
+from megatron_cm3leon.engine import optimizer
+from megatron_cm3leon.engine.parallel import Rank, initialize_groups, set_threads
+from tests.data.corpora import make_vocabulary
+from tests.distributed.measure_memory import make_batches
+
+SIZE = ["model.hidden_size=32", "model.heads=2", "data.seq_length=16", "train.precision=fp32"]
+SIZE += ["train.global_batch_size=4", "train.micro_batch_size=2", "train.steps=100", "checkpoint.interval=50"]
+VOCABULARY = make_vocabulary()
+
+
+class CountReads(TorchDispatchMode):
+    """Counts values that are read from a tensor: on a GPU each waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+class GroupStepAdamW(torch.optim.Optimizer):
+    """AdamW under the conventions of apex's and TransformerEngine's FusedAdam: `step` is the group's, not a state's."""
+
+    def __init__(self, params, adam_w_mode=True, **options) -> None:
+        assert adam_w_mode
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            group["step"] = step = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            for weight in group["params"]:
+                state = self.state[weight]
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(kind, torch.zeros_like(weight))
+                state["exp_avg"].lerp_(weight.grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(weight.grad, weight.grad, value=1 - beta2)
+                root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1**step))
+
+
+def build(*overrides: str):
+    """(engine, batches) of a small model."""
+    from megatron_cm3leon.engine.megatron import MegatronEngine
+
+    config = load_config(None, [*SIZE, *overrides])
+    config.validate(1)
+    torch.manual_seed(0)
+    return MegatronEngine(config, VOCABULARY, torch.device("cpu")), make_batches(config, VOCABULARY, 2)
+
+
+def train(engine, batches, steps: range) -> list[float]:
+    return [engine.train_step(batches, step, 1e-2).loss for step in steps]
+
+
+def count_reads(layers: int) -> int:
+    engine, batches = build(f"model.layers={layers}")
+    train(engine, batches, range(1))
+    with CountReads() as reads:
+        train(engine, batches, range(1, 2))
+    return reads.count
+
+
+def watch_reservation() -> dict[str, bool]:
+    """Whether memory for a save was asked for: when built, far from the first save, near it."""
+    engine, batches = build("model.layers=1")
+    found = {"built": engine.writer.reserved}
+    for name, step in (("far", 0), ("near", 30)):
+        train(engine, batches, range(step, step + 1))
+        found[name] = engine.writer.reserved
+    engine.writer.close()
+    return found
+
+
+def resume_with(saving: type, resuming: type, folder) -> list[float]:
+    """Losses of 3 steps with one class of AdamW and, from its checkpoint, 3 more with another."""
+    from megatron_cm3leon.checkpoint.state import TrainState
+
+    losses = []
+    for adam, steps in ((saving, range(3)), (resuming, range(3, 6))):
+        optimizer._INSTALLED = None if adam is optimizer.FusedAdamW else adam
+        engine, batches = build("model.layers=1", f"output={folder}", "checkpoint.asynchronous=false")
+        assert type(engine.optimizer.optimizer) is adam, type(engine.optimizer.optimizer)
+        if steps.start:
+            engine.load(folder / "step-00000003")
+        losses += train(engine, batches, steps)
+        if not steps.start:
+            engine.save(folder / "step-00000003", TrainState(step=3))
+    return losses
+
+
+def main() -> None:
+    import tempfile
+    from pathlib import Path
+
+    rank = Rank.from_environment()
+    set_threads(1, rank)
+    initialize_groups(Config(), rank, torch.device("cpu"))
+    torchs, installed = optimizer.FusedAdamW, GroupStepAdamW
+    seen = {"reads": [count_reads(layers) for layers in (1, 3)], "reserved": watch_reservation(), "losses": {}}
+    for name, pair in {
+        "torch": (torchs, torchs),
+        "installed to torch": (installed, torchs),
+        "torch to installed": (torchs, installed),
+    }.items():
+        with tempfile.TemporaryDirectory() as folder:
+            seen["losses"][name] = resume_with(*pair, Path(folder) / "checkpoints")
+    optimizer._INSTALLED = GroupStepAdamW
+    seen["classes"] = SimpleNamespace(
+        auto=type(build("model.layers=1")[0].optimizer.optimizer).__name__,
+        torch=type(build("model.layers=1", "train.kernels=torch")[0].optimizer.optimizer).__name__,
+    ).__dict__
+    print("seen " + json.dumps(seen))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The training step: what it reads from the device, AdamW's class and state, norm and clipping, memory for a save."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_cm3leon.checkpoint.schedule import STEPS_AHEAD, saves_soon
+from megatron_cm3leon.config import load_config
+from tests.data.corpora import make_vocabulary
+from tests.distributed.launch import torchrun
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """What check_step.py saw."""
+    done = torchrun(1, "tests/engine/check_step.py")
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("seen "))[5:])
+
+
+def test_a_step_reads_nothing_from_the_device_but_its_sums(seen):
+    """Those are read as one list, which is no operator; the norm was read once a tensor before."""
+    assert seen["reads"] == [0, 0]
+
+
+def test_memory_for_a_save_is_made_ready_soon_before_it(seen):
+    assert seen["reserved"] == {"built": False, "far": False, "near": True}
+
+
+def test_adamw_is_the_installed_librarys_or_torchs(seen):
+    assert seen["classes"] == {"auto": "GroupStepAdamW", "torch": "FusedAdamW"}
+
+
+@pytest.mark.parametrize("pair", ["installed to torch", "torch to installed"])
+def test_either_adamw_resumes_the_others_checkpoint(seen, pair):
+    assert seen["losses"][pair] == pytest.approx(seen["losses"]["torch"], rel=1e-6)
+
+
+def test_without_the_cpus_substitutes_adamw_is_torchs_fused_one():
+    """As on a GPU, where megatron-core alone would build torch's AdamW with its defaults."""
+    script = """
+from megatron.core import optimizer as core
+from megatron_cm3leon.engine.optimizer import FusedAdamW, choose_adamw
+import torch
+choose_adamw("auto")
+assert core.Adam is FusedAdamW and not core.USING_PYTORCH_OPTIMIZER
+assert core.Adam([torch.zeros(2, requires_grad=True)], lr=1.0, adam_w_mode=True).defaults["fused"]
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_adams_count_lies_on_the_device_of_its_weights():
+    """`meta` stands for a device that is not the CPU."""
+    from megatron_cm3leon.engine.optimizer import load_moments
+
+    main = torch.zeros(3, device="meta", requires_grad=True)
+    adam = torch.optim.AdamW([main])
+    load_moments(adam, main, {"exp_avg": torch.zeros_like(main)}, updates=7)
+    step = adam.state[main]["step"]
+    assert (step.device, step.dtype, step.shape) == (main.device, torch.float32, ())
+
+
+def test_norm_and_clipping_equal_torchs():
+    from megatron_cm3leon.engine.optimizer import clip_gradients, squared_norm
+
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.randn(shape, generator=generator) for shape in ((40, 30), (7,), (1,))]
+    theirs = [torch.zeros_like(gradient).requires_grad_() for gradient in ours]
+    for parameter, gradient in zip(theirs, ours, strict=True):
+        parameter.grad = gradient.clone()
+    norm = float(squared_norm(ours, torch.device("cpu")).sqrt())
+    assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs, 0.5)), rel=1e-6)
+    clip_gradients(ours, norm, 0.0)
+    clip_gradients(ours, norm, 2 * norm)
+    assert float(squared_norm(ours, torch.device("cpu")).sqrt()) == norm, "neither 0 nor a larger norm changes them"
+    clip_gradients(ours, norm, 0.5)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other.grad, rtol=1e-6, atol=0)
+    assert float(squared_norm([], torch.device("cpu"))) == 0
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_sums_of_losses_copy_nothing_to_the_device():
+    from megatron_cm3leon.engine.batch import sum_losses
+
+    labels, weights = torch.tensor([[1, 2]]), torch.tensor([[1.0, 0.5]])
+    with Recorded() as recorded:
+        sums = sum_losses(weights * 3, labels, weights, 2.5, make_vocabulary())
+    assert sums[0] == 4.5 and sums[-1] == 2.5
+    assert "aten.lift_fresh.default" not in recorded.names, "a tensor made of a number on the host"
+
+
+@pytest.mark.parametrize(
+    ("step", "overrides", "soon"),
+    [
+        (0, (), False),
+        (1000 - STEPS_AHEAD - 1, (), False),
+        (1000 - STEPS_AHEAD, (), True),
+        (0, ("train.stop_after=5",), True),
+        (0, ("checkpoint.log_spaced=true",), True),
+        (0, ("checkpoint.interval=20",), True),
+    ],
+)
+def test_a_save_is_near_by_interval_or_end(step, overrides, soon):
+    config = load_config(None, ["train.steps=5000", *overrides])
+    assert saves_soon(step, config) is soon
+
+
+def test_kernels_are_described():
+    from megatron_cm3leon.engine.kernels import describe_kernels
+
+    config = load_config(None, ["model.layers=1", "model.hidden_size=64", "model.heads=2", "data.seq_length=32"])
+    config.validate()
+    found = describe_kernels(config, torch.device("cpu"), torch.optim.AdamW, compiled=True, accumulates=True)
+    assert found["attention"].startswith("torch, ") and found["AdamW"] == "torch, fused"
+    assert found["layers"] == "compiled, one graph"
+    assert found["weight gradients"] == "product in bf16, then added in fp32"
+    apex = type("FusedAdam", (SimpleNamespace,), {"__module__": "apex.optimizers"})
+    assert describe_kernels(config, torch.device("cpu"), apex, False, False)["AdamW"] == "apex.optimizers.FusedAdam"

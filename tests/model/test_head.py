@@ -1,0 +1,85 @@
+"""Head and loss in chunks: the losses and gradients of all logits at once, in the memory of a chunk's."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_cm3leon.config import load_config
+from megatron_cm3leon.model.head import _ChunkedLosses
+from megatron_cm3leon.model.loss import cross_entropy
+from megatron_cm3leon.plan import estimate_memory
+from tests.recording import MemoryRecorder
+
+TOKENS, WIDTH, ROWS, TRUE, Z_LOSS = 96, 16, 512, 450, 0.01
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def example(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS // 2, 2, WIDTH, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(ROWS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, TRUE, (TOKENS,), generator=generator)
+    return hidden, weight, targets, torch.rand(TOKENS, generator=generator)
+
+
+def in_chunks(hidden, weight, main_grad, targets, group, chunk: int):
+    return _ChunkedLosses.apply(hidden, weight, main_grad, targets, TRUE, group, False, Z_LOSS, chunk)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("chunk", [7, 96, 1000])
+def test_equals_all_logits_at_once(alone, dtype, tolerance, chunk):
+    hidden, weight, targets, weights = example(dtype)
+    logits = hidden.view(TOKENS, WIDTH) @ weight.t()
+    expected = cross_entropy(logits, targets, TRUE, alone, Z_LOSS)
+    found = in_chunks(hidden, weight, None, targets, alone, chunk)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, (hidden, weight), weights),
+        torch.autograd.grad(expected, (hidden, weight), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_weight_gradients_add_to_the_main_gradient(alone):
+    hidden, weight, targets, weights = example(torch.bfloat16)
+    (expected,) = torch.autograd.grad(in_chunks(hidden, weight, None, targets, alone, 7), weight, weights)
+    main_grad = torch.ones(ROWS, WIDTH)
+    in_chunks(hidden, weight, main_grad, targets, alone, 7).backward(weights)
+    torch.testing.assert_close(main_grad - 1, expected.float(), rtol=8e-3, atol=8e-3)
+
+
+def test_memory_is_that_of_a_chunk(alone):
+    hidden, weight, targets, weights = example(torch.float32)
+    peaks = []
+    for chunk in (TOKENS, 8):
+        with MemoryRecorder() as recorder:
+            in_chunks(hidden, weight, None, targets, alone, chunk).backward(weights)
+        peaks.append(recorder.peak)
+    assert peaks[0] > TOKENS * ROWS * 4
+    assert peaks[1] < 8 * ROWS * 4 + 3 * weight.nbytes + 2 * hidden.nbytes
+
+
+def test_the_plan_counts_the_logits_of_a_chunk():
+    plans = []
+    for chunk in (0, 1000, 1 << 20):
+        config = load_config(None, ["preset=350m", "train.micro_batch_size=4", f"train.head_chunk={chunk}"])
+        config.validate(1)
+        plans.append(estimate_memory(config, 65_536, 1, 0).activations)
+    tokens = 4 * 4096
+    assert plans[0] == plans[2]
+    assert plans[0] - plans[1] == (tokens - 1000) * 65_536 * 2
+
+
+def test_a_negative_chunk_is_refused():
+    config = load_config(None, ["train.head_chunk=-1"])
+    with pytest.raises(ValueError, match=r"train.head_chunk \(-1\) must be at least 0"):
+        config.validate(1)
