@@ -2,7 +2,7 @@
 
     python benchmarks/generate.py                     the quickstart's size and 350m, as in docs/generation.md
     python benchmarks/generate.py --size quickstart --family llama --rounds 8
-    python benchmarks/generate.py --size 350m --batch 1 --guidance 1 --tokens 16 --only ours-fp32 ours-bf16 ours-int8
+    python benchmarks/generate.py --size 350m --batch 1 --guidance 1 --tokens 16 --only ours-bf16 ours-int8 ours-int4
 
 Contenders draw image tokens behind a caption, pixels not included; transformers with its default cache and its static
 one, each with its own guidance (a second pass a step) where guidance is on. A peer's time over ours is above 1 where
@@ -37,7 +37,7 @@ from megatron_cm3leon.generation.grammar import picture_segment
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
-OURS = ("ours-fp32", "ours-bf16", "ours-int8")
+OURS = ("ours-fp32", "ours-bf16", "ours-int8", "ours-int4")
 PEERS = ("transformers-fp32", "transformers-static-fp32", "transformers-bf16", "transformers-static-bf16")
 SIZES = {"quickstart": (4, 192, 4), "350m": (24, 1024, 16), "760m": (24, 1536, 16), "7b": (32, 4096, 32)}
 CAPTION_TOKENS = 24
@@ -114,9 +114,10 @@ def build_transformers(shape: Shape, dtype: torch.dtype):
 def build(name: str, shape: Shape, vocabulary: Vocabulary, tokens: int) -> Callable[[int, float], None]:
     """A contender: draws `tokens` image tokens for so many prompts, with this guidance."""
     kind = name.rsplit("-", 1)[1]
-    dtype = DTYPES.get(kind, torch.float32)
+    dtype = torch.bfloat16 if kind == "int4" else DTYPES.get(kind, torch.float32)
     if name in OURS:
-        ours = partial(draw_pictures, Decoder(make_weights(shape, dtype), shape, int8=kind == "int8"), vocabulary)
+        decoder = Decoder(make_weights(shape, dtype), shape, None if kind in DTYPES else kind)
+        ours = partial(draw_pictures, decoder, vocabulary)
         ours.decoder = ours.args[0]
         return ours
     model = build_transformers(shape, dtype)
@@ -212,7 +213,7 @@ def describe(size, family, batch, guidance, tokens, seconds, contenders, bandwid
                 row[f"over_ours_{clock}"] = min(times[name]) / min(times[ours])
                 pairs = zip(times[name], times[ours], strict=True)
                 row[f"over_ours_{clock}_pairs"] = statistics.median(peer / own for peer, own in pairs)
-        if name == "ours-int8":
+        if name in OURS[2:]:
             others = [min(cpu[other]) for other in OURS[:2] if other in cpu]
             if others:
                 row["faster_than_best_of_bf16_fp32"] = min(others) / min(cpu[name])

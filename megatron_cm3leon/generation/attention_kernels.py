@@ -12,6 +12,8 @@ Layouts: qkv [B, N + 2 G, D] (queries, keys, values of the new token), cache [B,
 import triton
 import triton.language as tl
 
+from megatron_cm3leon.generation.kernels import await_previous
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -45,9 +47,10 @@ def attend_kernel(
     qkv_ptr, keys_ptr, values_ptr, lengths_ptr, gain_ptr, cosine_ptr, sine_ptr, part_ptr, largest_ptr, sum_ptr,
     size, chunks, scale, epsilon,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr, ROPE: tl.constexpr,
-    M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+    M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One group of heads of one row over one chunk; M is 1, or at least 16 where queries share keys (tensor cores)."""
+    await_previous(OVERLAP)
     SHARING: tl.constexpr = HEADS // GROUPS
     row, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
     chunk = tl.program_id(1)
@@ -104,8 +107,10 @@ def attend_kernel(
 def combine_kernel(
     part_ptr, largest_ptr, sum_ptr, lengths_ptr, y_ptr, chunks,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attention's output [B, N, D] of one head of one row; CHUNKS is a power of two >= `chunks`."""
+    await_previous(OVERLAP)
     head = tl.program_id(0)
     used = tl.load(lengths_ptr + head // HEADS) // CHUNK + 1
     chunk, d = tl.arange(0, CHUNKS), tl.arange(0, BLOCK_D)

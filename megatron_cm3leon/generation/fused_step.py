@@ -28,7 +28,7 @@ from megatron_cm3leon.generation.kernels import (
     finish_step_kernel,
 )
 from megatron_cm3leon.generation.linear import Matrix
-from megatron_cm3leon.generation.products import MOST_ROWS, Tile, multiply_rows
+from megatron_cm3leon.generation.products import MOST_ROWS, Tile, multiply_rows, overlapping
 
 CHUNK = 64
 """Positions of the cache that one program of attention reads."""
@@ -68,9 +68,11 @@ class _Buffers:
 class FusedStep:
     """`advance(ids, cache)` appends one token to each of at most 4 sequences."""
 
-    def __init__(self, decoder: Decoder, tile: Tile | None = None) -> None:
-        """`tile` is that of every matrix (see products.py); None chooses one for each."""
-        self.decoder, self.tile = decoder, tile
+    def __init__(self, decoder: Decoder, tile: Tile | None = None, overlap: bool = False) -> None:
+        """`tile` is that of every matrix (see products.py); None chooses one for each. With `overlap` (sm_90) a kernel
+        starts while the one before it ends."""
+        self.decoder, self.tile, self.overlap = decoder, tile, overlap
+        self.launching = overlapping(overlap)
         shape = decoder.shape
         self.norm = LAYER_NORM if shape.learned_positions else RMS_NORM
         self.activation = _ACTIVATIONS[shape.activation if shape.learned_positions else "silu"]
@@ -105,7 +107,7 @@ class FusedStep:
         """fp32 logits of final hidden states, as `Decoder.logits`."""
         head = self.decoder.head() if head is None else head
         out = torch.empty(len(state_BH), len(head.weight), dtype=torch.float32, device=state_BH.device)
-        return multiply_rows(state_BH, head.weight, head.scale, out, tile=self.tile)
+        return multiply_rows(state_BH, head.weight, head.scale, out, tile=self.tile, overlap=self.overlap)
 
     def _embed(self, ids_B: Tensor, lengths: Tensor, buffers: _Buffers) -> None:
         decoder, hidden = self.decoder, self.decoder.shape.hidden
@@ -113,7 +115,7 @@ class FusedStep:
         learned = decoder.positions is not None
         embed_kernel[(len(ids_B), triton.cdiv(hidden, block))](
             ids_B, decoder.words, decoder.positions if learned else decoder.words, lengths, buffers.state, hidden,
-            LEARNED=learned, BLOCK=block,
+            LEARNED=learned, BLOCK=block, **self.launching,
         )  # fmt: skip
 
     def _attend(self, layer: Layer, number: int, cache: Cache, buffers: _Buffers) -> None:
@@ -127,11 +129,11 @@ class FusedStep:
             buffers.qkv, keys, cache.values[number], cache.lengths, keys if layer.qk_norm is None else layer.qk_norm,
             cosine, sine, buffers.part, buffers.largest, buffers.sum, keys.shape[2], chunks, shape.width**-0.5,
             shape.epsilon, GROUPS=shape.kv_heads, QK_NORM=layer.qk_norm is not None, ROPE=rotary, M=setting.members,
-            num_warps=setting.warps, **shared,
+            num_warps=setting.warps, **shared, **self.launching,
         )  # fmt: skip
         combine_kernel[(rows * shape.heads,)](
             buffers.part, buffers.largest, buffers.sum, cache.lengths, buffers.attended, chunks,
-            CHUNKS=triton.next_power_of_2(chunks), **shared,
+            CHUNKS=triton.next_power_of_2(chunks), **shared, **self.launching,
         )  # fmt: skip
         self._added_product(layer.out, buffers.attended, buffers)
 
@@ -143,17 +145,17 @@ class FusedStep:
     def _normed_product(self, matrix: Matrix, gain, weight_sums, buffers: _Buffers, out: Tensor, epilogue: int) -> None:
         multiply_rows(
             buffers.state, matrix.weight, matrix.scale, out, norm=self.norm, weight_sums=weight_sums, gain=gain,
-            epsilon=self.decoder.shape.epsilon, epilogue=epilogue, tile=self.tile,
+            epsilon=self.decoder.shape.epsilon, epilogue=epilogue, tile=self.tile, overlap=self.overlap,
         )  # fmt: skip
 
     def _added_product(self, matrix: Matrix, x: Tensor, buffers: _Buffers) -> None:
-        multiply_rows(x, matrix.weight, matrix.scale, buffers.state, epilogue=ADD, tile=self.tile)
+        multiply_rows(x, matrix.weight, matrix.scale, buffers.state, epilogue=ADD, tile=self.tile, overlap=self.overlap)
 
     def _finish(self, lengths: Tensor, buffers: _Buffers) -> None:
         shape, gain = self.decoder.shape, self.decoder.norm
         finish_step_kernel[(len(buffers.state),)](
             buffers.state, buffers.state if gain is None else gain, buffers.final, lengths, shape.epsilon,
-            K=shape.hidden, NORM=self.norm, BLOCK=triton.next_power_of_2(shape.hidden),
+            K=shape.hidden, NORM=self.norm, BLOCK=triton.next_power_of_2(shape.hidden), **self.launching,
         )  # fmt: skip
 
 

@@ -9,12 +9,16 @@ fp32. The norm in front of a matrix costs no pass of its own: with statistics of
 Weights are fp32, bf16, fp16, int8 or fp8 e4m3, the last two with one fp32 scale per output row. Layouts: x [ROWS, K],
 W [N, K], cache [B, G, C, D] (sequences, heads of keys, positions, width of a head), all contiguous.
 
+With OVERLAP (sm_90: programmatic dependent launch) a kernel starts while the one before it ends, and waits for it
+before it touches memory.
+
 Loop bounds are constants of the compilation: the interpreter (TRITON_INTERPRET=1) of Triton 3.6 cannot loop to a number
 known only at run time under NumPy >= 2.4.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 NO_NORM, LAYER_NORM, RMS_NORM = 0, 1, 2
 STORE, RELU, GELU, SWIGLU, ADD = 0, 1, 2, 3, 4
@@ -22,10 +26,20 @@ STORE, RELU, GELU, SWIGLU, ADD = 0, 1, 2, 3, 4
 
 
 @triton.jit
+def await_previous(OVERLAP: tl.constexpr):
+    """Let the next kernel be launched, and wait until all that the one before this wrote is there."""
+    if OVERLAP:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+
+
+@triton.jit
 def embed_kernel(
-    ids_ptr, words_ptr, positions_ptr, lengths_ptr, state_ptr, hidden, LEARNED: tl.constexpr, BLOCK: tl.constexpr
-):
+    ids_ptr, words_ptr, positions_ptr, lengths_ptr, state_ptr, hidden,
+    LEARNED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """State of each row's token, with its learned position where there is one; ids and lengths are int64."""
+    await_previous(OVERLAP)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < hidden
@@ -97,12 +111,14 @@ def multiply_kernel(
     x_ptr, w_ptr, scale_ptr, weight_sums_ptr, gain_ptr, y_ptr, N, epsilon,
     K: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr, UNROLL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """y = epilogue(norm(x) W^T); `weight_sums` are W 1 (LAYER_NORM), `gain` is RMS_NORM's weight, N rows of W.
 
     A thread loads LANE neighbors of a row of x and of W at once, so that x needs no way through shared memory: that is
     why W's own alignment (16 int8 values) is not used.
     """
+    await_previous(OVERLAP)
     start = tl.program_id(0) * BLOCK_N
     rows = start + tl.arange(0, BLOCK_N)
     present = rows < N
@@ -151,9 +167,11 @@ def multiply_kernel(
 
 @triton.jit
 def finish_step_kernel(
-    state_ptr, gain_ptr, y_ptr, lengths_ptr, epsilon, K: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr
-):
+    state_ptr, gain_ptr, y_ptr, lengths_ptr, epsilon,
+    K: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """y = norm(state) of a row per program; the row's length grows by one."""
+    await_previous(OVERLAP)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < K

@@ -38,6 +38,11 @@ def choose_tile(rows: int, units: int, width: int, itemsize: int) -> Tile:
     return Tile(block_n, block_k, unroll=2 if itemsize == 1 and rows <= 2 and width >= 2 * block_k else 1)
 
 
+def overlapping(overlap: bool) -> dict:
+    """Options of a launch that may start while the one before it ends."""
+    return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
+
+
 def lane_width(width: int, itemsize: int) -> int:
     """Neighbors of a row that one thread loads at once: at most 8 values and 16 bytes, always a divisor of the row."""
     return min(width & -width, 4 if itemsize == 4 else 8)
@@ -55,6 +60,7 @@ def multiply_rows(
     epsilon: float = 0.0,
     epilogue: int = STORE,
     tile: Tile | None = None,
+    overlap: bool = False,
 ) -> Tensor:
     """`out` [R, N] (SWIGLU: [R, N / 2]; ADD: added to) = epilogue(norm(x) W^T) for 1 to 4 rows x [R, K], contiguous."""
     units, width = weight.shape
@@ -64,6 +70,7 @@ def multiply_rows(
         x, weight, scale_or_any, sums_or_any, gain_or_any, out, units, epsilon, K=width, ROWS=len(x), NORM=norm,
         EPILOGUE=epilogue, SCALED=scale is not None, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         LANE=lane_width(width, x.element_size()), UNROLL=tile.unroll, num_warps=tile.warps,
+        **overlapping(overlap),
     )  # fmt: skip
     return out
 

@@ -86,6 +86,6 @@ def test_a_decoder_of_int4(tmp_path, vocabulary):
     ids = torch.tensor([[27, 5, 5, 2, 9, 0, 1, 3]])
     expected, logits = exact.all_logits(ids), small.all_logits(ids)
     assert 0 < (logits - expected).std() < 0.35 * expected.std()
-    state, cache = small.start([ids[0, :-1].tolist()], 2)
+    _, cache = small.start([ids[0, :-1].tolist()], 2)
     stepped = small.logits(small.step(ids[0, -1:], cache))
     assert (stepped - logits[:, -1]).abs().max() < 0.15 * expected.std()

@@ -38,8 +38,8 @@ def test_the_kernels_are_right_at_width_4096():
     interpret("slow")
 
 
-def compile_kernel(kernel, name: str, types: dict[str, str], constants: dict, warps: int, stages: int = 3) -> None:
-    """Compile for an H100, print what the kernel takes, and refuse spilled registers."""
+def compile_kernel(kernel, name: str, types: dict[str, str], constants: dict, warps: int, stages: int = 3) -> str:
+    """Compile for an H100, print what the kernel takes, and refuse spilled registers; the assembly."""
     whole = [number for number, kind in enumerate(types.values()) if kind[0] == "*" or kind == "i32"]
     attributes = {(number,): [["tt.divisibility", 16]] for number in whole if list(types)[number] != "w_ptr"}
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
@@ -49,6 +49,7 @@ def compile_kernel(kernel, name: str, types: dict[str, str], constants: dict, wa
     print(f"{name}: {registers} registers, {made.metadata.shared} bytes of shared memory, {stack} of stack")
     assert registers <= 255 and stack == local == 0, name
     assert made.metadata.shared <= 227 << 10, name
+    return made.asm["ptx"]
 
 
 def read_usage(cubin: bytes) -> tuple[int, int, int]:
@@ -65,16 +66,16 @@ def read_usage(cubin: bytes) -> tuple[int, int, int]:
     return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed).groups()))
 
 
-def compile_rows(name: str, units: int, width: int, rows: int, kind: str, norm: int, epilogue: int) -> None:
+def compile_rows(name, units, width, rows, kind, norm, epilogue, overlap=False) -> str:
     itemsize = 2 if kind == "bf16" else 1
     tile = products.choose_tile(rows, units, width, itemsize)
     types = dict.fromkeys(("x_ptr", "w_ptr", "scale_ptr", "weight_sums_ptr", "gain_ptr", "y_ptr"), "*bf16")
     types |= {"w_ptr": WEIGHTS[kind], "scale_ptr": "*fp32", "weight_sums_ptr": "*fp32", "N": "i32", "epsilon": "fp32"}
     constants = {
         "K": width, "ROWS": rows, "NORM": norm, "EPILOGUE": epilogue, "SCALED": kind != "bf16", "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k, "LANE": products.lane_width(width, 2), "UNROLL": tile.unroll,
+        "BLOCK_K": tile.block_k, "LANE": products.lane_width(width, 2), "UNROLL": tile.unroll, "OVERLAP": overlap,
     }  # fmt: skip
-    compile_kernel(kernels.multiply_kernel, f"{name} {kind}, {rows} rows", types, constants, tile.warps)
+    return compile_kernel(kernels.multiply_kernel, f"{name} {kind}, {rows} rows", types, constants, tile.warps)
 
 
 def compile_attention(name: str, heads: int, groups: int, width: int, qk_norm: bool, rope: bool) -> None:
@@ -82,7 +83,7 @@ def compile_attention(name: str, heads: int, groups: int, width: int, qk_norm: b
     types = dict.fromkeys(("qkv_ptr", "keys_ptr", "values_ptr", "lengths_ptr", "gain_ptr"), "*bf16")
     types |= dict.fromkeys(("cosine_ptr", "sine_ptr", "part_ptr", "largest_ptr", "sum_ptr"), "*fp32")
     types |= {"lengths_ptr": "*i64", "size": "i32", "chunks": "i32", "scale": "fp32", "epsilon": "fp32"}
-    shared = {"HEADS": heads, "D": width, "BLOCK_D": setting.block_d, "CHUNK": CHUNK}
+    shared = {"HEADS": heads, "D": width, "BLOCK_D": setting.block_d, "CHUNK": CHUNK, "OVERLAP": False}
     constants = {**shared, "GROUPS": groups, "QK_NORM": qk_norm, "ROPE": rope, "M": setting.members}
     compile_kernel(attention_kernels.attend_kernel, f"attention {name}", types, constants, setting.warps)
     types = {"part_ptr": "*fp32", "largest_ptr": "*fp32", "sum_ptr": "*fp32", "lengths_ptr": "*i64", "y_ptr": "*bf16"}
@@ -92,7 +93,14 @@ def compile_attention(name: str, heads: int, groups: int, width: int, qk_norm: b
 
 def test_compiled_for_sm_90():
     """The kernel that takes most of a step: 7b's qkv, both streams of guidance."""
-    compile_rows("7b qkv", 3 * 4096, 4096, 2, "int8", kernels.LAYER_NORM, kernels.STORE)
+    plain = compile_rows("7b qkv", 3 * 4096, 4096, 2, "int8", kernels.LAYER_NORM, kernels.STORE)
+    assert "griddepcontrol" not in plain
+
+
+def test_an_overlapping_kernel_waits_before_it_reads():
+    assembly = compile_rows("7b fc2", 4096, 16384, 2, "bf16", kernels.NO_NORM, kernels.ADD, overlap=True)
+    assert 0 < assembly.index("griddepcontrol.launch_dependents") < assembly.index("griddepcontrol.wait")
+    assert assembly.index("griddepcontrol.wait") < assembly.index("ld.global")
 
 
 @pytest.mark.slow

@@ -91,21 +91,24 @@ def test_more_rows_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "steps"), [("opt", 8), ("llama", 2)])
-def test_width_4096(family, steps, monkeypatch):
-    """One layer of 7b's width, both streams of guidance."""
+def test_width_4096(monkeypatch):
+    """One layer of 7b's width, both streams of guidance; the interpreter reads 20 million weights per second."""
     if DEVICE == "cpu":  # NumPy sums long rows fast
         monkeypatch.setattr(products, "lane_width", lambda width, itemsize: min(width & -width, 1024))
-    decoder = build_decoder(family, hidden=4096, heads=32, inner=None if family == "opt" else 11008, deviation=0.02)
-    assert compare_steps(decoder, PROMPTS[1:3], steps, Tile(256, 4096) if DEVICE == "cpu" else None) < 1e-5
+    decoder = build_decoder("opt", hidden=4096, heads=32, inner=4096, deviation=0.02)
+    assert compare_steps(decoder, PROMPTS[1:3], 8, Tile(256, 4096) if DEVICE == "cpu" else None) < 1e-5
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("overlap", [False, True])
 @torch.inference_mode()
-def test_a_graph_replays_the_step():
+def test_a_graph_replays_the_step(overlap):
+    if overlap and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("overlapping launches need sm_90")
     decoder = build_decoder("qwen3", dtype=torch.bfloat16, quantized="int8")
     (_, expected_cache), (_, cache) = (decoder.start(PROMPTS[:2], 9) for _ in range(2))
-    plain, fused, ids = FusedStep(decoder), FusedStep(decoder), torch.tensor([3, 4], device=DEVICE)
+    plain, fused = FusedStep(decoder), FusedStep(decoder, overlap=overlap)
+    ids = torch.tensor([3, 4], device=DEVICE)
     lengths = cache.lengths.clone()
     fused.advance(ids, cache)  # compiles
     cache.lengths.copy_(lengths)
