@@ -10,7 +10,6 @@ masked cache reads a width in buckets, too, with one graph per width.
 import gc
 import weakref
 from collections.abc import Callable
-from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -27,8 +26,6 @@ GRAPHS_KEPT = 8
 """Recorded steps of different shapes that a decoder keeps."""
 CACHE_SHARE = 0.6
 """Share of a GPU's free memory that keys and values may take."""
-FUSED = "megatron_cm3leon.generation.fused_step"
-"""Where `FusedStep` is: it needs Triton, which comes with torch for CUDA."""
 
 
 def round_up(length: int) -> int:
@@ -158,13 +155,14 @@ class StepGraphs:
 
     def _find_fused(self, rows: int):
         """Kernels for a step of so few rows, on a GPU with Triton; None where there are none."""
-        if self.decoder.device.type != "cuda" or not (find_spec("triton") and find_spec(FUSED)):
+        if self.decoder.device.type != "cuda" or not find_spec("triton"):
             return None
-        fused_step = import_module(FUSED)
-        if not fused_step.FusedStep.fits(rows):
+        from megatron_cm3leon.generation.fused_step import FusedStep
+
+        if not FusedStep.fits(rows):
             return None
         if self.fused is None:
-            self.fused = fused_step.FusedStep(self.decoder)
+            self.fused = FusedStep(self.decoder)
         return self.fused
 
     def _drop_oldest(self) -> None:
