@@ -5,6 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DEEPSPEED = "deepspeed==0.19.8"  # engine/deepspeed.py finds fp32 weights where this version keeps them
+RETRIEVAL = ["faiss-cpu"]
+TEST = ["pytest", "pytest-timeout", "ruff", "webdataset"]
 
 setup(
     name="megatron_cm3leon",
@@ -29,15 +31,18 @@ setup(
         "pillow",
         "pyarrow",
         "fsspec",
-        "faiss-cpu",
         "transformers>=5",
         "matplotlib",
         "rich",
         "tensorboard",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        # docs/installation.md: faiss-cpu and faiss-gpu are two builds of the module faiss, of which one is installed.
+        "retrieval": RETRIEVAL,
+        "gpu": ["faiss-gpu", "transformer-engine[pytorch]", "flash-attn"],
         "deepspeed": [DEEPSPEED],
-        "dev": [DEEPSPEED, "pytest", "pytest-timeout", "ruff", "webdataset"],
+        "test": TEST,
+        # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
+        "dev": [DEEPSPEED, *RETRIEVAL, *TEST, "triton"],
     },
 )

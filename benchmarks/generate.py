@@ -2,7 +2,7 @@
 
     python benchmarks/generate.py                     the quickstart's size and 350m, as in docs/generation.md
     python benchmarks/generate.py --size quickstart --family llama --rounds 8
-    python benchmarks/generate.py --size 350m --batch 1 --guidance 1 --tokens 16 --only ours-fp32 ours-bf16 ours-int8
+    python benchmarks/generate.py --size 350m --batch 1 --guidance 1 --tokens 16 --only ours-bf16 ours-int8 ours-int4
 
 Contenders draw image tokens behind a caption, pixels not included; transformers with its default cache and its static
 one, each with its own guidance (a second pass a step) where guidance is on. A peer's time over ours is above 1 where
@@ -15,7 +15,7 @@ step has to read (weights, the head's rows that can be drawn, the filled cache) 
 What the smaller types cost: the loss on held-out documents, and the greatest and the root mean square difference of
 logits from fp32's, over the latter's standard deviation.
 
-Where there is a GPU: 350m, 760m and 7b, 1,024 image tokens with guidance, seconds a picture at batch 1 and pictures/s.
+One GPU is measured by benchmarks/gpu/generation.py.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from megatron_cm3leon.generation.grammar import picture_segment
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
-OURS = ("ours-fp32", "ours-bf16", "ours-int8")
+OURS = ("ours-fp32", "ours-bf16", "ours-int8", "ours-int4")
 PEERS = ("transformers-fp32", "transformers-static-fp32", "transformers-bf16", "transformers-static-bf16")
 SIZES = {"quickstart": (4, 192, 4), "350m": (24, 1024, 16), "760m": (24, 1536, 16), "7b": (32, 4096, 32)}
 CAPTION_TOKENS = 24
@@ -114,9 +114,10 @@ def build_transformers(shape: Shape, dtype: torch.dtype):
 def build(name: str, shape: Shape, vocabulary: Vocabulary, tokens: int) -> Callable[[int, float], None]:
     """A contender: draws `tokens` image tokens for so many prompts, with this guidance."""
     kind = name.rsplit("-", 1)[1]
-    dtype = DTYPES.get(kind, torch.float32)
+    dtype = torch.bfloat16 if kind == "int4" else DTYPES.get(kind, torch.float32)
     if name in OURS:
-        ours = partial(draw_pictures, Decoder(make_weights(shape, dtype), shape, int8=kind == "int8"), vocabulary)
+        decoder = Decoder(make_weights(shape, dtype), shape, None if kind in DTYPES else kind)
+        ours = partial(draw_pictures, decoder, vocabulary)
         ours.decoder = ours.args[0]
         return ours
     model = build_transformers(shape, dtype)
@@ -138,11 +139,14 @@ def build(name: str, shape: Shape, vocabulary: Vocabulary, tokens: int) -> Calla
     return peer
 
 
-def draw_pictures(decoder: Decoder, vocabulary: Vocabulary, batch: int, guidance: float) -> None:
+def draw_pictures(
+    decoder: Decoder, vocabulary: Vocabulary, batch: int, guidance: float, tokens: int | None = None
+) -> None:
+    """Draw an image, or its first `tokens`, for each of `batch` prompts."""
     decode_segments(
         decoder,
         make_prompts(batch, vocabulary),
-        picture_segment(vocabulary),
+        picture_segment(vocabulary, tokens),
         Sampling(guidance=guidance),
         list(range(batch)),
         unconditional=make_unconditional(batch, vocabulary),
@@ -209,7 +213,7 @@ def describe(size, family, batch, guidance, tokens, seconds, contenders, bandwid
                 row[f"over_ours_{clock}"] = min(times[name]) / min(times[ours])
                 pairs = zip(times[name], times[ours], strict=True)
                 row[f"over_ours_{clock}_pairs"] = statistics.median(peer / own for peer, own in pairs)
-        if name == "ours-int8":
+        if name in OURS[2:]:
             others = [min(cpu[other]) for other in OURS[:2] if other in cpu]
             if others:
                 row["faster_than_best_of_bf16_fp32"] = min(others) / min(cpu[name])
@@ -243,20 +247,6 @@ def measure_quality(model: str, shards: str, documents: int = 128) -> None:
         print(json.dumps(row), flush=True)
 
 
-def measure_gpu() -> None:
-    """Seconds a picture at batch 1 and pictures/s at larger ones; 1,024 tokens, guidance 3."""
-    for size in ("350m", "760m", "7b"):
-        vocabulary = make_vocabulary(size, 1024)
-        shape = make_shape(size, "cm3leon", vocabulary, 4096)
-        for kind in ("bf16", "int8"):
-            decoder = Decoder(make_weights(shape, torch.bfloat16, "cuda"), shape, int8=kind == "int8")
-            for batch in (1, 8, 32, 64):
-                draw_pictures(decoder, vocabulary, batch, 3.0)
-                spent = min(time_once(partial(draw_pictures, decoder, vocabulary, batch, 3.0))[0] for _ in range(2))
-                row = {"model": f"cm3leon {size}", "dtype": kind, "batch": batch, "seconds_a_batch": spent}
-                print(json.dumps(row | {"pictures_per_second": batch / spent}), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--size", nargs="+", choices=list(SIZES), default=["quickstart", "350m"])
@@ -273,10 +263,6 @@ def main() -> None:
         return
     for size in options.size:
         measure(options, size)
-    if torch.cuda.is_available():
-        measure_gpu()
-    else:
-        print("one GPU: not measured, there is none here")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The same model and training step as users would write them: plain PyTorch, and Hugging Face's classes.
 
 Both families, in the shapes of a ModelConfig; fused AdamW, clipping at 1.0, fp32 main weights (bf16: under autocast).
+None has a z-loss: what is compared with them must have none either.
 """
 
 from collections.abc import Callable
@@ -117,10 +118,18 @@ def build_hugging_face(model: ModelConfig, vocabulary: int, length: int) -> torc
     return OPTForCausalLM(opt)
 
 
-def torch_step(model: torch.nn.Module, logits_of: Callable, bf16: bool, device: torch.device) -> Step:
+def token_losses(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every token, flat."""
+    return F.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten(), reduction="none")
+
+
+def torch_step(
+    model: torch.nn.Module, logits_of: Callable, bf16: bool, device: torch.device, compiled_loss: bool = False
+) -> Step:
     """Step function of a torch model: forward, weighted loss, backward, clip, fused AdamW."""
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    losses_of = torch.compile(token_losses, dynamic=False) if compiled_loss else token_losses
 
     def step(batches: list[MicroBatch]) -> float:
         total = sum(batch.loss_weights.sum() for batch in batches)
@@ -132,7 +141,7 @@ def torch_step(model: torch.nn.Module, logits_of: Callable, bf16: bool, device: 
             )
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = logits_of(model, tokens, positions)
-            losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+            losses = losses_of(logits, labels)
             loss = (losses * weights.flatten()).sum() / total
             loss.backward()
             loss_sum += loss.detach()
@@ -150,9 +159,21 @@ def plain_step(model: ModelConfig, vocabulary: int, length: int, bf16: bool, dev
 
 
 def hugging_face_step(
-    model: ModelConfig, vocabulary: int, length: int, bf16: bool, device: torch.device, compiled: bool = False
+    model: ModelConfig,
+    vocabulary: int,
+    length: int,
+    bf16: bool,
+    device: torch.device,
+    compiled: bool = False,
+    compiled_loss: bool = False,
 ) -> Step:
-    module = build_hugging_face(model, vocabulary, length)
+    """`compiled`: the model by torch.compile, the loss stays eager; `compiled_loss`: the loss, too."""
+    with torch.device(device):  # weights are drawn there
+        module = build_hugging_face(model, vocabulary, length)
     if compiled:
         module = torch.compile(module)
-    return torch_step(module, lambda module, tokens, positions: module(tokens, use_cache=False).logits, bf16, device)
+
+    def logits_of(module: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return module(tokens, use_cache=False).logits
+
+    return torch_step(module, logits_of, bf16, device, compiled_loss)

@@ -17,6 +17,7 @@ from megatron_cm3leon.engine.base import Engine, StepMetrics
 from megatron_cm3leon.engine.parallel import gather_objects
 from megatron_cm3leon.loss_guard import LossGuard, leave_out
 from megatron_cm3leon.metrics import MetricsLogger, plain
+from megatron_cm3leon.model.initialization import VERSION as INITIAL_WEIGHTS
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.resume import open_run
@@ -100,6 +101,8 @@ class Training:
             save_config(config, self.run / "config.yaml")
             if resumed:
                 attempt.record("resume", step=self.state.step, checkpoint=resumed.name)
+            else:
+                attempt.record("initialize", step=0, weights=INITIAL_WEIGHTS, seed=config.seed)
         self.guard = LossGuard(config)
         self.stragglers = StragglerWatch(config.cluster.straggler_interval, gather_objects, self.first)
         self.saver = RunSaver(self.engine, config, self.first, saved=self.state.step if resumed else None)

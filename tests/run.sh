@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Set-up and the tests: bash tests/run.sh [--slow] [pytest arguments]
+#
+# Tests of a GPU: pytest -m gpu on a machine with one; CM3LEON_GPU_TESTS=cpu pytest -m gpu puts the CPU in its place.
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/common.sh"
 
 marks="not slow and not gpu"

@@ -75,6 +75,8 @@ def test_a_run_leaves_what_it_promises(folder):
     validated = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     assert list(validated) == [15, 30] and validated[30] < validated[15]
     assert load_config(run / "config.yaml").train.steps == 30
+    (initialized,) = [event for event in read_events(run) if event["event"] == "initialize"]
+    assert (initialized["weights"], initialized["seed"], initialized["step"]) == ("pcg64-erfinv-1", 1234, 0)
 
 
 def test_killed_at_any_moment_it_goes_on_as_if_never_stopped(folder):

@@ -9,6 +9,7 @@ import argparse
 from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
 from megatron_cm3leon.generation.decoder import KINDS
+from megatron_cm3leon.generation.sampling import SAMPLERS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--guidance", type=float, nargs="+", default=defaults.guidance, help="guidance weights to try; 1 is none")
     add("--temperature", type=float, default=defaults.temperature, help="of generated pictures; 0 is greedy")
     add("--top-p", type=float, default=defaults.top_p, help="draw among the tokens that make up this probability")
+    add("--sampler", choices=SAMPLERS, default=defaults.sampler, help="how noise becomes a token of a picture")
     add("--documents", type=int, help="retrieved documents of a prompt (default: as in training)")
     add("--examples", type=int, default=defaults.examples, help="examples of each kind to keep")
     add("--seed", type=int, default=defaults.seed, help="of the choice of pairs and of the pictures")

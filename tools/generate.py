@@ -21,7 +21,7 @@ from megatron_cm3leon.generation.made import MadePicture
 from megatron_cm3leon.generation.prompts import CAPTION_FORMS, UNCONDITIONAL_FORMS
 from megatron_cm3leon.generation.results import check_output, written_results
 from megatron_cm3leon.generation.retrieved import DocumentSource
-from megatron_cm3leon.generation.sampling import Sampling, default_guidance
+from megatron_cm3leon.generation.sampling import SAMPLERS, Sampling, default_guidance
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.tokenizers.pixels import load_picture
 
@@ -92,6 +92,10 @@ def _add_shared(parser: argparse.ArgumentParser, *, temperature: float, output: 
     parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k most likely tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the tokens that make up this probability")
+    parser.add_argument(
+        "--sampler", choices=SAMPLERS, default=SAMPLERS[0],
+        help="how noise becomes a token; each gives another result for the same seed",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same result for a prompt")
     parser.add_argument("--retrieve", metavar="INDEX", help="index folder to retrieve documents from")
     parser.add_argument("--documents", type=int, help="documents to retrieve for each prompt (default: as in training)")
@@ -105,7 +109,7 @@ def _add_shared(parser: argparse.ArgumentParser, *, temperature: float, output: 
 
 
 def sampling_options(arguments: argparse.Namespace) -> dict:
-    names = ("guidance", "temperature", "top_k", "top_p", "contrast_k", "contrast_alpha", "seed")
+    names = ("guidance", "temperature", "top_k", "top_p", "contrast_k", "contrast_alpha", "sampler", "seed")
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
@@ -272,8 +276,8 @@ def make_document(arguments: argparse.Namespace) -> None:
     made = generator.complete(
         [parts],
         documents,
-        text=Sampling(**{name: getattr(arguments, f"text_{name}") for name in names}),
-        image=Sampling(**{name: getattr(arguments, name) for name in names}),
+        text=Sampling(sampler=arguments.sampler, **{name: getattr(arguments, f"text_{name}") for name in names}),
+        image=Sampling(sampler=arguments.sampler, **{name: getattr(arguments, name) for name in names}),
         seed=arguments.seed,
         segments=arguments.segments,
         longest=arguments.longest,

@@ -5,6 +5,7 @@ Every object has `time` (Unix seconds), `attempt`, `event` and, where there is o
 | event | further keys |
 |---|---|
 | start | job, restarts (SLURM's, 0 elsewhere), ranks, hosts: a process group stands, before weights are loaded |
+| initialize | weights, seed: a new model; weights is the version of drawing them (model/initialization.py) |
 | resume | checkpoint: weights and optimizer are those of this checkpoint |
 | saved | checkpoint, seconds, bytes: a checkpoint is complete under its final name |
 | signal | signal, rank: asked to stop; the run saves and ends |

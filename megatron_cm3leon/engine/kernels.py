@@ -4,6 +4,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from megatron_cm3leon.config import Config
+from megatron_cm3leon.model.sample_attention import uses_flex
 
 
 def describe_kernels(
@@ -20,14 +21,16 @@ def describe_kernels(
         "norms": "torch",
         "layers": "compiled, one graph" if compiled else "not compiled",
         "weight gradients": gradients,
+        "cross-entropy": choose_cross_entropy(config, device),
     }
 
 
 def choose_attention(config: Config, device: torch.device) -> str:
-    """The kernel that torch takes for causal attention at the run's shape, or that it is given a mask."""
+    """The kernel that torch takes for causal attention at the run's shape, or the form of attention per sample."""
     model = config.model
     if config.data.attention == "sample":
-        return "within samples"
+        flex = uses_flex(config.train.sample_attention, device, model.dropout)
+        return "per sample, FlexAttention" if flex else "per sample, masked"
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     heads = model.heads // config.parallel.tensor, model.kv_heads // config.parallel.tensor
     query, keys = (
@@ -37,3 +40,9 @@ def choose_attention(config: Config, device: torch.device) -> str:
     query.requires_grad_()
     choice = torch._fused_sdp_choice(query, keys, keys, None, 0.0, True, enable_gqa=heads[0] != heads[1])
     return f"torch, {SDPBackend(choice).name.lower()}"
+
+
+def choose_cross_entropy(config: Config, device: torch.device) -> str:
+    """Who computes the loss from logits, and of how many tokens at once."""
+    kernel = "one kernel each way" if device.type == "cuda" else "torch"
+    return f"{kernel}, {config.train.head_chunk} tokens at a time" if config.train.head_chunk else kernel

@@ -32,6 +32,7 @@ from megatron_cm3leon.evaluation.judge import judge_captions, judge_pictures, lo
 from megatron_cm3leon.evaluation.loss import measure_loss
 from megatron_cm3leon.generation.generate import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
+from megatron_cm3leon.generation.sampling import SAMPLERS
 from megatron_cm3leon.progress import track
 from megatron_cm3leon.tokenizers.pixels import from_pixels, load_picture, to_pixels
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
@@ -54,6 +55,8 @@ class EvaluationOptions:
     """Temperature of generated pictures; 0 is greedy."""
     top_p: float = 1.0
     """Share of the probability that pictures are drawn from."""
+    sampler: str = SAMPLERS[0]
+    """Sampler of pictures: see generation/sampling.py."""
     documents: int | None = None
     """Retrieved documents of a prompt; by default as many as the model was trained with."""
     examples: int = 8
@@ -210,6 +213,7 @@ class _Evaluation:
             guidance=guidance,
             temperature=options.temperature,
             top_p=options.top_p,
+            sampler=options.sampler,
             seed=options.seed,
         )
         return [one.picture for one in made]
@@ -310,7 +314,13 @@ class _Evaluation:
         codes, captions = self.pairs.codes[:count], self.pairs.captions[:count]
         documents = None if self.by_text is None else self.by_text[:count]
         made = self.generator.infill_pictures(
-            list(codes), box, captions, documents, temperature=self.options.temperature, seed=self.options.seed
+            list(codes),
+            box,
+            captions,
+            documents,
+            temperature=self.options.temperature,
+            sampler=self.options.sampler,
+            seed=self.options.seed,
         )
         self.result["infilling"] = [
             {

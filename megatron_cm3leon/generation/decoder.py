@@ -8,19 +8,23 @@ attention never reads to the right, so prompts are computed as without the other
 what lies beyond each sequence's own end.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_cm3leon.generation.cache import Cache
 from megatron_cm3leon.generation.exported import POSITION_OFFSET, Shape, WeightFiles, read_shape
-from megatron_cm3leon.generation.linear import Matrix, build_matrix
+from megatron_cm3leon.generation.linear import QUANTIZED, Matrix, build_matrix
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KINDS = (*DTYPES, "int8")
-"""Types the matrices may have. With int8 all else is fp32 on a CPU, bf16 on a GPU."""
+KINDS = (*DTYPES, *QUANTIZED)
+"""Types the matrices may have. All else is bf16 on a GPU; on a CPU bf16 with int4, whose kernel takes no other type as
+fast, and fp32 with int8 and fp8."""
 HEADS_KEPT = 4
 """Parts of the output head that are kept ready: one for pictures, one or two for text, a whole one."""
 _ACTIVATIONS = {"relu": torch.relu_, "gelu": functional.gelu}
@@ -41,37 +45,12 @@ class Layer:
     """[N + G, D]: the queries' norm, repeated, over the keys'."""
 
 
-@dataclass
-class Cache:
-    """Keys and values of every layer [B, G, C, D], and how much of it is filled."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    lengths: Tensor
-    """[B] positions that are filled."""
-    mask: Tensor
-    """[B, 1, 1, C] added to scores: 0 for these, -inf beyond."""
-    longest: int
-    ragged: bool
-
-    def select(self, sequences: Tensor) -> "Cache":
-        """A copy with these sequences, any of them any number of times."""
-        return Cache(
-            [keys[sequences] for keys in self.keys],
-            [values[sequences] for values in self.values],
-            self.lengths[sequences],
-            self.mask[sequences],
-            self.longest,
-            self.ragged,
-        )
-
-
 class Decoder:
     """Logits of the next token, position after position."""
 
-    def __init__(self, weights: dict[str, Tensor] | WeightFiles, shape: Shape, int8: bool = False) -> None:
-        """`weights` by the stock class's names, checked; they are taken out one by one."""
-        self.shape, self.int8, self.context = shape, int8, shape.context
+    def __init__(self, weights: dict[str, Tensor] | WeightFiles, shape: Shape, quantized: str | None = None) -> None:
+        """`weights` by the stock class's names, checked; they are taken out, and quantized, one by one."""
+        self.shape, self.quantized, self.context = shape, quantized, shape.context
         prefix = "model.decoder." if shape.learned_positions else "model."
         self.words = weights.pop(f"{prefix}embed_tokens.weight")
         self.head_rows = self.words if shape.tied else weights.pop("lm_head.weight")
@@ -81,8 +60,10 @@ class Decoder:
             self.positions = weights.pop(f"{prefix}embed_positions.weight")[POSITION_OFFSET:]
         else:
             self.angles = _rotary_angles(shape, self.words.device)
-        self.layers = [_take_layer(weights, f"{prefix}layers.{n}.", shape, int8) for n in range(shape.layers)]
+        self.layers = [_take_layer(weights, f"{prefix}layers.{n}.", shape, quantized) for n in range(shape.layers)]
         self._heads: dict[bytes, Matrix] = {}
+        self.graphs = None
+        """Recorded steps, kept by step_graph.py."""
 
     @classmethod
     def load(cls, folder: str | Path, dtype: str = "fp32", device: str | torch.device = "cpu") -> "Decoder":
@@ -91,9 +72,12 @@ class Decoder:
         if dtype not in KINDS:
             raise ValueError(f"dtype ({dtype!r}) must be one of: {', '.join(KINDS)}.")
         shape = read_shape(folder)
-        beside_int8 = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        weights = WeightFiles(folder, shape, DTYPES.get(dtype, beside_int8), device)
-        return cls(weights, shape, dtype == "int8")
+        on_cpu = torch.device(device).type == "cpu"
+        if dtype == "int4" and not on_cpu:
+            raise ValueError(f"dtype (int4) on {device}: int4 is computed on a CPU only; use int8 or fp8 there.")
+        beside = torch.float32 if on_cpu and dtype != "int4" else torch.bfloat16
+        weights = WeightFiles(folder, shape, DTYPES.get(dtype, beside), device)
+        return cls(weights, shape, None if dtype in DTYPES else dtype)
 
     @property
     def device(self) -> torch.device:
@@ -120,16 +104,19 @@ class Decoder:
             while len(self._heads) >= HEADS_KEPT:
                 del self._heads[next(iter(self._heads))]
             rows = self.head_rows if allowed is None else self.head_rows[allowed.to(self.device)]
-            self._heads[key] = build_matrix(rows, self.int8)
+            # Every token depends on the head, and only some of its rows are kept: it has 8 bits beside 4-bit layers.
+            self._heads[key] = build_matrix(rows, "int8" if self.quantized == "int4" else self.quantized)
         return self._heads[key]
 
     # Prompts and steps
 
     @torch.inference_mode()
-    def start(self, prompts: list, room: int) -> tuple[Tensor, Cache]:
+    def start(self, prompts: list, room: int, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Read prompts (lists of ids, none empty) and make room to generate `room` tokens after each.
 
-        Returns the final hidden state [B, H] after each prompt's last token, for `logits`, and the cache.
+        Prompts that are equal (candidates, or a common unconditional one) are computed once and written to each of
+        their rows. `cache` is one to use again, of as many sequences and enough positions. Returns the final hidden
+        state [B, H] after each prompt's last token, for `logits`, and the cache.
         """
         highest = max(map(max, prompts))
         if highest >= self.vocabulary_size:
@@ -137,31 +124,32 @@ class Decoder:
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
         self.check_length(longest, room)
-        ids_BS = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in zip(ids_BS, prompts, strict=True):
+        if cache is None:
+            cache = self.build_cache(len(prompts), longest + room - 1)
+        cache.begin(lengths)
+        distinct = {tuple(prompt): None for prompt in prompts}
+        distinct = {prompt: number for number, prompt in enumerate(distinct)}
+        which = None
+        if len(distinct) < len(prompts):
+            which = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=self.device)
+        ids_BS = torch.zeros(len(distinct), longest, dtype=torch.long)
+        for row, prompt in zip(ids_BS, distinct, strict=True):
             row[: len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
-        cache = self._new_cache(lengths, longest + room - 1)
         state_BSH = self._embed(ids_BS.to(self.device))
-        for layer, cached_keys, cached_values in zip(self.layers, cache.keys, cache.values, strict=True):
-            keys, values = self._attend_whole(layer, state_BSH)
-            cached_keys[:, :, :longest] = keys
-            cached_values[:, :, :longest] = values
-        last = state_BSH[torch.arange(len(prompts), device=self.device), cache.lengths - 1]
-        return self._normalise(last, self.norm), cache
+        with attention_kernels(self.device):
+            for layer, cached_keys, cached_values in zip(self.layers, cache.keys, cache.values, strict=True):
+                keys, values = self._attend_whole(layer, state_BSH)
+                cached_keys[:, :, :longest] = keys if which is None else keys[which]
+                cached_values[:, :, :longest] = values if which is None else values[which]
+        ends = torch.tensor([len(prompt) - 1 for prompt in distinct], device=self.device)
+        last = self._normalise(state_BSH[torch.arange(len(distinct), device=self.device), ends], self.norm)
+        return last if which is None else last[which], cache
 
-    def _new_cache(self, lengths: list[int], size: int) -> Cache:
-        shape = (len(lengths), self.shape.kv_heads, size, self.shape.width)
-        filled = torch.tensor(lengths, device=self.device)
-        beyond = torch.arange(size, device=self.device) >= filled[:, None]
-        mask = torch.zeros(beyond.shape, dtype=self.words.dtype, device=self.device)
-        return Cache(
-            [self.words.new_zeros(shape) for _ in self.layers],
-            [self.words.new_zeros(shape) for _ in self.layers],
-            filled,
-            mask.masked_fill_(beyond, float("-inf"))[:, None, None],
-            max(lengths),
-            min(lengths) < max(lengths),
-        )
+    def build_cache(self, sequences: int, size: int, flat: bool | None = None) -> Cache:
+        """An empty cache of `size` positions per sequence; `flat` (by default on a CPU): see cache.py."""
+        shape = (sequences, self.shape.kv_heads, size, self.shape.width)
+        flat = self.device.type == "cpu" if flat is None else flat
+        return Cache.build(self.shape.layers, shape, self.words.dtype, self.device, flat)
 
     @torch.inference_mode()
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
@@ -170,9 +158,10 @@ class Decoder:
         return self.advance(ids_B, cache, cache.longest, cache.ragged)
 
     def advance(self, ids_B: Tensor, cache: Cache, width: int, masked: bool) -> Tensor:
-        """`step` over the first `width` positions of the cache; with all of them and `masked` its shapes never change.
+        """`step` over the first `width` positions of the cache; for one width and `masked` its shapes never change.
 
-        Everything that changes is on the device, so that a GPU can replay the step.
+        Everything that changes is on the device, so that a GPU can replay the step. Keys and values are written in
+        place.
         """
         shape, batch = self.shape, len(ids_B)
         state_BH = self.words[ids_B]
@@ -181,20 +170,19 @@ class Decoder:
         angles = None if self.angles is None else [table[cache.lengths][:, None] for table in self.angles]
         cache.mask.view(batch, -1).scatter_(1, cache.lengths[:, None], 0.0)
         mask = cache.mask[..., :width] if masked else None
-        size, groups = cache.mask.shape[-1], torch.arange(batch * shape.kv_heads, device=self.device)
-        places = groups * size + cache.lengths.repeat_interleave(shape.kv_heads)
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            query, key, value = self._project(layer, state_BH, angles)
-            keys.view(-1, shape.width).index_copy_(0, places, key.reshape(-1, shape.width))
-            values.view(-1, shape.width).index_copy_(0, places, value.reshape(-1, shape.width))
-            # Queries that share keys stand as if they were positions: no copy of the keys for each.
-            attended = functional.scaled_dot_product_attention(
-                query.reshape(batch, shape.kv_heads, -1, shape.width),
-                keys[:, :, :width],
-                values[:, :, :width],
-                attn_mask=mask,
-            )
-            self._finish(layer, state_BH, attended.reshape(batch, -1))
+        places = cache.next_places()
+        with attention_kernels(self.device):
+            for number, layer in enumerate(self.layers):
+                query, key, value = self._project(layer, state_BH, angles)
+                cache.write(number, places, key, value)
+                # Queries that share keys stand as if they were positions: no copy of the keys for each.
+                attended = functional.scaled_dot_product_attention(
+                    query.reshape(batch, shape.kv_heads, -1, shape.width),
+                    cache.keys[number][:, :, :width],
+                    cache.values[number][:, :, :width],
+                    attn_mask=mask,
+                )
+                self._finish(layer, state_BH, attended.reshape(batch, -1))
         cache.lengths += 1
         return self._normalise(state_BH, self.norm)
 
@@ -273,20 +261,20 @@ class Decoder:
         state += layer.outer(inner)
 
 
-def _take_layer(weights: dict[str, Tensor] | WeightFiles, prefix: str, shape: Shape, int8: bool) -> Layer:
+def _take_layer(weights: dict[str, Tensor] | WeightFiles, prefix: str, shape: Shape, quantized: str | None) -> Layer:
     def take(name: str) -> Tensor:
         return weights.pop(f"{prefix}{name}.weight")
 
-    qkv = build_matrix(torch.cat([take(f"self_attn.{part}_proj") for part in ("q", "k", "v")]), int8)
+    qkv = build_matrix(torch.cat([take(f"self_attn.{part}_proj") for part in ("q", "k", "v")]), quantized)
     if shape.learned_positions:
         names = ("self_attn.out_proj", "fc1", "fc2")
-        return Layer(qkv, *(build_matrix(take(name), int8) for name in names))
-    inner = build_matrix(torch.cat([take("mlp.gate_proj"), take("mlp.up_proj")]), int8)
+        return Layer(qkv, *(build_matrix(take(name), quantized) for name in names))
+    inner = build_matrix(torch.cat([take("mlp.gate_proj"), take("mlp.up_proj")]), quantized)
     layer = Layer(
         qkv,
-        build_matrix(take("self_attn.o_proj"), int8),
+        build_matrix(take("self_attn.o_proj"), quantized),
         inner,
-        build_matrix(take("mlp.down_proj"), int8),
+        build_matrix(take("mlp.down_proj"), quantized),
         norms=(take("input_layernorm"), take("post_attention_layernorm")),
     )
     if shape.family == "qwen3":
@@ -304,3 +292,10 @@ def _rotary_angles(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     angles = torch.arange(shape.context)[:, None].float() * rates
     cosine, sine = angles.cos(), angles.sin()
     return torch.cat([cosine, cosine], -1).to(device), torch.cat([-sine, sine], -1).to(device)
+
+
+def attention_kernels(device: torch.device) -> AbstractContextManager:
+    """On a GPU, attention without cuDNN: it builds a plan for every new shape (tens of ms), and prompts differ."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -8,8 +8,8 @@
     generator.complete([["a red circle", made.picture, "a green"]])
 
 All prompts of a call are decoded in batches, with both streams of classifier-free guidance in the same batch. A
-sequence's result depends on its own prompt and seed, not on what else is in the call (in bf16 a batch of another size
-rounds differently, which may flip a close draw).
+sequence's result depends on its own prompt and seed, not on what else is in the call, except at near-ties, which
+rounding decides (near_ties.py): in fp32 they are rare, in bf16 a batch of another size may turn one.
 """
 
 import json
@@ -28,7 +28,7 @@ from megatron_cm3leon.generation.complete import complete_documents
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.grammar import Segment, picture_segment, text_segment
 from megatron_cm3leon.generation.made import MadePicture
-from megatron_cm3leon.generation.sampling import Sampling, default_guidance
+from megatron_cm3leon.generation.sampling import SAMPLERS, Sampling, default_guidance
 from megatron_cm3leon.tokenizers.pixels import from_pixels, to_pixels
 
 
@@ -73,6 +73,7 @@ class Generator:
         top_p: float = 1.0,
         contrast_k: int = 0,
         contrast_alpha: float = 0.5,
+        sampler: str = SAMPLERS[0],
         seed: int = 0,
         candidates: int = 1,
         keep: int | None = None,
@@ -84,9 +85,10 @@ class Generator:
 
         With an `encoder` (retrieval/encoder.py) the `keep` best (by default one) of a caption's candidates, the best
         first. `retrieved` gives each caption its retrieved documents (ids, the most similar last). Guidance is 2 by
-        default, 1 (none) under `contrast_k`, see sampling.py; temperature 0 is greedy. `unconditional` is the form of
-        the prompt without the caption: see prompts.py. `advance(n)` is told how many more tokens are done, of
-        captions x candidates x image tokens. ValueError, before anything is drawn, for what cannot be.
+        default, 1 (none) under `contrast_k`, see sampling.py, also for `sampler`; temperature 0 is greedy.
+        `unconditional` is the form of the prompt without the caption: see prompts.py. `advance(n)` is told how many
+        more tokens are done, of captions x candidates x image tokens. ValueError, before anything is drawn, for what
+        cannot be.
         """
         if candidates < 1:
             raise ValueError(f"candidates ({candidates}) must be at least 1.")
@@ -96,7 +98,7 @@ class Generator:
             guidance = default_guidance(contrast_k)
         sampling = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, contrast_k=contrast_k,
-            contrast_alpha=contrast_alpha,
+            contrast_alpha=contrast_alpha, sampler=sampler,
         )  # fmt: skip
         documents = _per_item(retrieved, captions, "captions")
         texts = [self.text.encode(caption) for caption in captions]
@@ -140,6 +142,7 @@ class Generator:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        sampler: str = SAMPLERS[0],
         seed: int = 0,
         longest: int = 64,
         advance: Callable[[int], None] | None = None,
@@ -149,7 +152,7 @@ class Generator:
         `form`: "image_first" continues `picture <break>`; "masked" asks for a masked caption, CM3's way; "auto" takes
         the first where the model was trained on pairs that begin with their picture.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, sampler=sampler)
         form = prompts.choose_caption_form(form, self.training)
         documents = _per_item(retrieved, pictures, "pictures")
         given = [
@@ -161,7 +164,7 @@ class Generator:
 
     def answers(
         self, pictures: list, questions: list[str], retrieved: list | None = None, *, seed: int = 0, longest: int = 16,
-        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, sampler: str = SAMPLERS[0],
     ) -> list[str]:  # fmt: skip
         """An answer to the question about each picture: the masked part of CM3Leon's template (table 5).
 
@@ -169,7 +172,7 @@ class Generator:
         """
         if len(pictures) != len(questions):
             raise ValueError(f"there are {len(questions)} questions for {len(pictures)} pictures; give one for each.")
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, sampler=sampler)
         texts = [(f"Question: {question.strip()} Answer:", ".") for question in questions]
         filled = self._fill(texts, self.picture_ids(pictures), retrieved, sampling, seed, longest)
         return [self.text.decode(row) for _, row, _ in filled]
@@ -191,11 +194,12 @@ class Generator:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        sampler: str = SAMPLERS[0],
         seed: int = 0,
         longest: int = 32,
     ) -> list[str]:
         """Whole captions from (what stands before, what stands after) a masked span; `pictures` may help."""
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, sampler=sampler)
         shown = self.picture_ids(pictures) if pictures is not None else [None] * len(texts)
         if len(shown) != len(texts):
             raise ValueError(f"there are {len(shown)} pictures for {len(texts)} texts; give one for each.")
@@ -226,6 +230,7 @@ class Generator:
         top_p: float = 1.0,
         contrast_k: int = 0,
         contrast_alpha: float = 0.5,
+        sampler: str = SAMPLERS[0],
         seed: int = 0,
     ) -> list[MadePicture]:
         """Pictures (PIL, or image codes) whose codes inside `box` are made anew and no other is changed.
@@ -235,7 +240,7 @@ class Generator:
         """
         sampling = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, contrast_k=contrast_k,
-            contrast_alpha=contrast_alpha,
+            contrast_alpha=contrast_alpha, sampler=sampler,
         )  # fmt: skip
         if sampling.contrasted and captions is None:
             setting = f"contrast_k ({contrast_k})" if contrast_k else f"guidance ({guidance})"

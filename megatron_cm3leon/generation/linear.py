@@ -4,9 +4,13 @@ Reading W is what a step of generation costs. On a CPU oneDNN reads it from a la
 cores: a 4096 x 1024 matrix in bf16 0.6 ms instead of 0.9, in fp32 and two rows 1.4 instead of 2.6); int8 reads half or
 a quarter of the bytes.
 
-int8 keeps one scale an output channel. A GPU multiplies in the type of x (weight-only); a CPU has a fast kernel for
-int8 x int8 alone, so there each row of x gets 8 bits and a scale of its own, which no other row of the batch changes.
+int8 and fp8 (e4m3) keep one scale per output row. A GPU multiplies in the type of x (weight-only) with Triton kernels
+that read the 8-bit matrix once and widen it in registers. A CPU has a fast kernel for int8 x int8 alone, so there each
+row of x gets 8 bits and a scale of its own, which no other row of the batch changes; fp8 there is a wide copy for each
+product: as exact as on a GPU, to measure its quality, and slow. int4 (int4.py) is for a CPU alone.
 """
+
+import os
 
 import torch
 from torch import Tensor
@@ -15,10 +19,17 @@ from torch.nn import functional
 SMALLEST_PACKED = 1 << 19
 """Elements from which an fp32 matrix gains from oneDNN's layout."""
 LEVELS = 127
+FP8_LARGEST = 448.0
+"""Largest number of e4m3."""
+QUANTIZED = ("int8", "fp8", "int4")
+"""Kinds of matrices besides the plain types."""
 
 
 class Matrix:
     """Computes x [..., in] -> [..., out]."""
+
+    scale: Tensor | None = None
+    """fp32 [out] where `weight` is 8-bit levels."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
@@ -47,13 +58,18 @@ class PackedMatrix(Matrix):
         return self.size
 
 
-class Int8Matrix(Matrix):
-    """Weight-only int8: multiplied in the type of x."""
+class ScaledMatrix(Matrix):
+    """int8 or fp8 levels with a scale per output row, multiplied in the type of x (weight-only)."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight, self.scale = quantize_rows(weight)
+    def __init__(self, levels: Tensor, scale: Tensor) -> None:
+        self.weight, self.scale = levels, scale
 
     def __call__(self, x: Tensor) -> Tensor:
+        if uses_triton(x.device):
+            from megatron_cm3leon.generation.products import multiply_scaled  # Triton is there only beside CUDA
+
+            rows = multiply_scaled(x.reshape(-1, x.shape[-1]), self.weight, self.scale)
+            return rows.view(*x.shape[:-1], -1)
         return functional.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
 
 
@@ -91,12 +107,30 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
-def build_matrix(weight: Tensor, int8: bool = False) -> Matrix:
-    """The fastest form of a matrix [out, in] on its device and in its type."""
-    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if int8:
-        return Int8CpuMatrix(weight) if on_cpu else Int8Matrix(weight)
-    if on_cpu and (
+def quantize_rows_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """fp8 e4m3 levels of W's shape and fp32 scales [out]: the largest of a row becomes e4m3's largest number."""
+    weight = weight.float()
+    scale = (weight.abs().amax(1) / FP8_LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    return (weight / scale[:, None]).to(torch.float8_e4m3fn), scale
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether products on this device run in Triton: on a GPU, or on a CPU in Triton's interpreter (tests)."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def build_matrix(weight: Tensor, quantized: str | None = None) -> Matrix:
+    """The fastest form of a matrix [out, in] on its device and in its type, or quantized to one of `QUANTIZED`."""
+    on_onednn = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and not uses_triton(weight.device)
+    if quantized == "int4":
+        from megatron_cm3leon.generation.int4 import Int4Matrix  # is a Matrix
+
+        return Int4Matrix(weight)
+    if quantized == "fp8":
+        return ScaledMatrix(*quantize_rows_fp8(weight))
+    if quantized == "int8":
+        return Int8CpuMatrix(weight) if on_onednn else ScaledMatrix(*quantize_rows(weight))
+    if on_onednn and (
         (weight.dtype == torch.float32 and weight.numel() >= SMALLEST_PACKED)
         or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     ):

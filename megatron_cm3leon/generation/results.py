@@ -1,4 +1,8 @@
-"""What a call of tools/generate.py writes, whole or not at all: pictures, a contact sheet and generated.json."""
+"""What a call of tools/generate.py writes, whole or not at all: pictures, a contact sheet and generated.json.
+
+generated.json holds `format` (1), `sampler` (see sampling.py; a file without it is of inverse-1), `options` of the
+command and `made`, one entry per result.
+"""
 
 import json
 from collections.abc import Iterator
@@ -42,11 +46,14 @@ class Results:
 
 @contextmanager
 def written_results(output: Path, options: dict) -> Iterator[Results]:
-    """Results under a temporary name beside `output`, renamed when all is there and removed on any error."""
+    """Results under a temporary name beside `output`, renamed when all is there and removed on any error.
+
+    `options` has the command's `sampler`.
+    """
     with written_whole(output) as folder:
         results = Results(folder)
         yield results
         if results.shown:
             draw_contact_sheet(*map(list, zip(*results.shown, strict=True))).save(folder / "contact_sheet.png")
-        account = {"format": 1, "options": options, "made": results.made}
+        account = {"format": 1, "sampler": options["sampler"], "options": options, "made": results.made}
         (folder / ACCOUNT).write_text(json.dumps(account, indent=2, ensure_ascii=False) + "\n")

@@ -1,7 +1,7 @@
 """Config -> this rank's stage of the megatron-core GPT model, with its initial weights.
 
-Initial weights: every parameter is a function of (seed, its global name), drawn whole on CPU in fp32 and
-then sliced for this rank, so that every layout starts from the same values.
+Initial weights: every number of a parameter is a function of (seed, its global name), drawn on the CPU in fp32; a rank
+draws its own part alone (initialization.py), and every layout starts from the same values.
 """
 
 import re
@@ -258,8 +258,8 @@ def _canonical_name(local_name: str, first_layer: int, tied: bool) -> str:
 def initialize_weights(model: CM3LeonModel, config: Config) -> None:
     """Fill the stage's parameters with their initial values (CM3Leon section 2.3)."""
     for parameter, place in place_parameters(model):
-        whole = initial_weight(place.name, place.shape, config)
+        part = (place.kept_rows, *place.local_shape[1:])
         parameter.zero_()  # padded vocabulary rows stay 0
-        slices = tuple(slice(start, start + size) for start, size in zip(place.offset, place.local_shape, strict=True))
-        part = whole[slices]
-        parameter.view(place.local_shape)[: part.shape[0]].copy_(part)
+        if part[0]:
+            weight = initial_weight(place.name, place.shape, config, place.offset, part)
+            parameter.view(place.local_shape)[: part[0]].copy_(weight)

@@ -27,13 +27,17 @@ ALONE, COLUMN, COLUMN_SEQUENCE, ROW, ROW_SEQUENCE = "alone", "column", "column_s
 a column's input is gathered along S and its gradient is scattered, a row's output is scattered."""
 
 
+_HAS_FP32_RESULT = hasattr(torch.ops.aten.addmm, "dtype_out")
+"""Since torch 2.8 a GPU adds products of bf16 to fp32."""
+
+
 def accumulate_weight_gradient(main_grad: torch.Tensor, grad: torch.Tensor, input: torch.Tensor) -> None:
     """main_grad [O, I] += grad [tokens, O] transposed @ input [tokens, I], summed in fp32 where a kernel can."""
     if grad.dtype == main_grad.dtype:
         main_grad.addmm_(grad.t(), input)
-    elif grad.is_cuda:
+    elif grad.is_cuda and _HAS_FP32_RESULT:
         torch.addmm(main_grad, grad.t(), input, out_dtype=main_grad.dtype, out=main_grad)
-    else:  # a CPU has no product of bf16 with an fp32 result; in fp32 it takes 1.4-2.2 times as long
+    else:  # a CPU has no product of bf16 with an fp32 result; with fp32 copies it takes 1.8-4.5 times as long
         main_grad.add_(grad.t() @ input)
 
 

@@ -11,12 +11,12 @@ decoder.final_layernorm.weight                     [H]                          
 output_layer.weight                                [vocabulary, H]                        untied
 """
 
-import hashlib
 import math
 
 import torch
 
 from megatron_cm3leon.config import Config
+from megatron_cm3leon.model.initialization import draw_truncated_normal, list_runs
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
@@ -61,18 +61,28 @@ def count_parameters(config: Config, vocabulary_size: int) -> int:
     return sum(math.prod(shape) for shape in canonical_shapes(config, vocabulary_size).values())
 
 
-def initial_weight(name: str, shape: tuple[int, ...], config: Config) -> torch.Tensor:
-    """Initial value of the whole parameter `name`: fp32, on the CPU, a function of (config.seed, name).
+def initial_weight(
+    name: str,
+    shape: tuple[int, ...],
+    config: Config,
+    offset: tuple[int, ...] | None = None,
+    part: tuple[int, ...] | None = None,
+) -> torch.Tensor:
+    """Initial value of the parameter `name` of shape `shape`: fp32, on the CPU, a function of (config.seed, name).
+
+    `offset` and `part` (a shape) name a part of it, which is drawn without the rest; by default all of it.
 
     A normal of standard deviation model.init_std (positions: position_init_std) cut at 3 of them. The matrices that
     write into the residual stream start at 0: the paper's "output layers" (CM3Leon section 2.3). Norms start at 1.
     """
-    weight = torch.empty(shape)
+    offset, part = offset or (0,) * len(shape), shape if part is None else part
     if len(shape) == 1:
-        return weight.fill_(1.0)
+        return torch.ones(part)
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        return weight.zero_()
+        return torch.zeros(part)
     std = config.model.position_init_std if name == POSITION_EMBEDDINGS else config.model.init_std
-    digest = hashlib.sha256(f"{config.seed}/weights/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+    runs = [
+        draw_truncated_normal(config.seed, name, start, start + length, std)
+        for start, length in list_runs(shape, offset, part)
+    ]
+    return torch.cat(runs).view(part) if len(runs) > 1 else runs[0].view(part)

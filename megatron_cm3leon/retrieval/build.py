@@ -34,6 +34,7 @@ from megatron_cm3leon.retrieval.index import (
     choose_factory,
     load_index,
     place_for_search,
+    require_faiss,
     save_index,
     tune_search,
 )
@@ -88,11 +89,14 @@ def build_index_folder(
         raise ValueError("--stage index is the work of one task; run it without --task-id and --num-tasks.")
     if overwrite and (tasks > 1 or stage):
         raise ValueError(f"--overwrite would remove what other tasks or stages wrote; remove {output} first.")
+    encodes_only = stage == "encode" or (not stage and tasks > 1)
+    if not encodes_only:
+        require_faiss()
     build = _Build(Path(output), shards, Path(encoder_folder), bank, options)
     build.prepare(overwrite)
     if stage in ("", "encode"):
         build.encode(task, tasks)
-    if stage == "encode" or (not stage and tasks > 1):
+    if encodes_only:
         return None
     build.join_embeddings()
     if stage in ("", "index"):

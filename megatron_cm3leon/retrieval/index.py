@@ -8,10 +8,16 @@ import logging
 import os
 from pathlib import Path
 
-import faiss
 import numpy as np
 
 from megatron_cm3leon.retrieval.rows import to_float32
+
+try:
+    import faiss
+except ImportError as error:
+    faiss, _IMPORT_ERROR = None, error
+else:
+    _IMPORT_ERROR = None
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +26,15 @@ PIECE = 65536
 TRAINING_VECTORS_A_LIST = 40
 LARGEST_FLAT = 200_000
 LARGEST_PLAIN_IVF = 10_000_000
+
+
+def require_faiss() -> None:
+    """ValueError where FAISS cannot be imported; whatever needs it asks before it begins its work."""
+    if faiss is None:
+        raise ValueError(
+            f"FAISS, which retrieval searches with, cannot be imported ({_IMPORT_ERROR}); install faiss-cpu, or "
+            f"faiss-gpu on a machine with GPUs (docs/installation.md)."
+        )
 
 
 def choose_factory(documents: int, width: int) -> str:
@@ -44,6 +59,7 @@ def build_index(vectors, factory: str, parameters: str = "", seed: int = 0, adva
 
     `advance(count)` is called after each piece of vectors that was added.
     """
+    require_faiss()
     documents, width = vectors.shape
     try:
         index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
@@ -124,6 +140,7 @@ def search_index(index, queries: np.ndarray, count: int) -> tuple[np.ndarray, np
 
 def search_exact(vectors, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """`search_index` by comparing with every vector, piece by piece."""
+    require_faiss()
     heap = faiss.ResultHeap(len(queries), count, keep_max=True)
     queries = np.ascontiguousarray(queries, np.float32)
     for start in range(0, len(vectors), PIECE):
@@ -233,6 +250,7 @@ def save_index(index, path: str | Path) -> None:
 
 def load_index(path: str | Path, parameters: str = ""):
     """Read an index that `save_index` wrote and set its search parameters."""
+    require_faiss()
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no FAISS index at {path}; tools/build_index.py writes one.")

@@ -22,19 +22,56 @@ FORMAT = 1
 
 @contextmanager
 def true_fp32() -> Iterator[None]:
-    """No autocast, no TF32: a code decided by rounding would differ from one machine to the next."""
-    matmul, tf32 = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
-    matmul.allow_tf32 = False
-    try:
-        with (
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-            torch.backends.cudnn.flags(allow_tf32=False, deterministic=True),
-            torch.no_grad(),
-        ):
+    """No gradients, no autocast, no TF32 or bf16 inside fp32 products: a rounding decides which code is nearest.
+
+    cuDNN stays on, restricted to deterministic kernels. Every setting is restored afterwards, whichever of torch's two
+    interfaces (allow_tf32, or fp32_precision from torch 2.9 on) the caller has used.
+    """
+    settings = [*_find_fp32_settings(), (torch.backends.cudnn, "deterministic", True)]
+    settings += [(torch.backends.cudnn, "benchmark", False)]
+    before = [getattr(module, name) for module, name, _ in settings]
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        try:
+            for module, name, value in settings:
+                setattr(module, name, value)
             yield
-    finally:
-        matmul.allow_tf32 = tf32
+        finally:
+            for (module, name, _), value in zip(settings, before, strict=True):
+                _restore(module, name, value)
+
+
+class _MatmulPrecision:
+    """torch.get_float32_matmul_precision and its setter as one attribute."""
+
+    value = property(
+        lambda self: torch.get_float32_matmul_precision(),
+        lambda self, precision: torch.set_float32_matmul_precision(precision),
+    )
+
+
+def _find_fp32_settings() -> Iterator[tuple[object, str, object]]:
+    """(object, attribute, value) of each setting that fp32 products and convolutions are computed by."""
+    backends = torch.backends
+    for module, name, value in ((_MatmulPrecision(), "value", "highest"), (backends.cudnn, "allow_tf32", False)):
+        try:
+            getattr(module, name)
+        except RuntimeError:  # torch refuses to read it once the caller set fp32_precision, which follows below
+            continue
+        yield module, name, value
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        # For each operator: allow_tf32=False leaves them at "none", which inherits torch.backends.fp32_precision.
+        operators = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        for module in [*operators, backends.mkldnn.matmul, backends.mkldnn.conv]:
+            yield module, "fp32_precision", "ieee"
+
+
+def _restore(module: object, name: str, value: object) -> None:
+    """Set an attribute to what it was; an fp32_precision that was inherited is inherited again."""
+    if name == "fp32_precision":
+        setattr(module, name, "none")
+        if getattr(module, name) == value:
+            return
+    setattr(module, name, value)
 
 
 class ImageTokenizer:

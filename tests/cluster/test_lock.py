@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megatron_cm3leon.cluster.lock import RunLock
-from tests.distributed.launch import ROOT
+from tests.distributed.launch import child_environment
 
 HOLD = """
 import sys
@@ -20,7 +20,7 @@ sys.stdin.read()
 
 
 def test_another_process_is_refused_and_the_holder_named(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "4711"}
+    environment = child_environment(SLURM_JOB_ID="4711")
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert holder.stdout.readline() == b"held\n"

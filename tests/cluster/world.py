@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_cm3leon.cluster.events import read_events
 from megatron_cm3leon.cluster.peers import start_of
-from tests.distributed.launch import ROOT
+from tests.distributed.launch import ROOT, child_environment
 
 MARK = "WORLD_OF_RANKS"
 """Environment variable by which the processes of a world are found."""
@@ -41,8 +41,8 @@ class World:
         paths = [f"output={self.run}", f"data.shards={shards}", f"validation.shards={shards}"]
         script = [str(RANK), str(plan), str(folder / "config.yaml"), *paths, *overrides]
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        base = {name: value for name, value in os.environ.items() if name not in names}
-        base |= {MARK: str(self.folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        base = child_environment(**{MARK: str(self.folder)})
+        base = {name: value for name, value in base.items() if name not in names}
         if launcher:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             self.processes = [self._start([*torchrun, *script], base, 0)]

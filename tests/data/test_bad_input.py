@@ -10,17 +10,16 @@ import sys
 import tarfile
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.data import parts
 from megatron_cm3leon.data.inspect import find_damage
 from megatron_cm3leon.data.shards import open_shards
 from tests.data.corpora import ByteTokenizers, write_pictures
 from tests.data.runs import counts_of, files_of, quarantine_of, run
+from tests.distributed.launch import child_environment
 
 
 def encode_picture(picture, kind="PNG", **options) -> bytes:
@@ -185,15 +184,16 @@ def test_the_whole_run_killed_at_any_moment_is_finished_by_the_same_command(tmp_
     pairs = write_pictures(tmp_path / "raw", 30)
     run(pairs, tmp_path / "whole", deduplicate=("picture",))
     program = (
-        "import sys; from tests.data.runs import run; from tests.data.test_bad_input import Path, SlowTokenizers\n"
+        "import sys; from pathlib import Path\n"
+        "from tests.data.runs import run; from tests.data.test_bad_input import SlowTokenizers\n"
         "run(Path(sys.argv[1]), Path(sys.argv[2]), deduplicate=('picture',), load_tokenizers=SlowTokenizers.load)"
     )
     command = [sys.executable, "-c", program, str(pairs), str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(parts.__file__).parents[2])}
     for target in ("hashes-000003.npy", "part-000001.json", "part-000003.json"):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=child_environment(), stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
-        while not (tmp_path / "out/.work" / target).is_file() and time.monotonic() < deadline:
+        while not (tmp_path / "out/.work" / target).is_file():
+            assert process.poll() is None and time.monotonic() < deadline, target
             time.sleep(0.002)
         process.kill()
         process.wait()

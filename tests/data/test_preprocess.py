@@ -5,7 +5,6 @@ import tarfile
 
 import numpy as np
 import pytest
-import webdataset
 from PIL import Image
 
 from megatron_cm3leon.data import parts
@@ -53,6 +52,7 @@ def test_the_bytes_do_not_depend_on_who_does_the_work(tmp_path):
 
 
 def test_webdataset_reads_the_shards(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
     run(write_pictures(tmp_path / "raw", 9), tmp_path / "out")
     corpus = open_shards(tmp_path / "out")
     urls = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
@@ -174,6 +174,7 @@ def test_pictures_of_any_mode_become_documents(tmp_path):
 
 def test_too_many_bad_inputs_of_tars_stop_the_run_before_its_end(tmp_path):
     """How many inputs tars hold is known only when they are read: the others are taken to be as those read."""
+    webdataset = pytest.importorskip("webdataset")
     (tmp_path / "raw").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "sound.png")
     pictures = ((tmp_path / "sound.png").read_bytes(), b"no picture")

@@ -10,7 +10,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import webdataset
 from PIL import Image
 
 from megatron_cm3leon.data.sources import BadInput, Fields, Filtered, RawPair, RawText, open_source, read_picture
@@ -47,6 +46,7 @@ def forms(tmp_path):
     pq.write_table(pa.Table.from_pylist(embedded), tmp_path / "bytes.parquet", row_group_size=2)
     hub = [{"image": {"bytes": picture(40 * n), "path": "x.png"}, "text": text} for n, text in enumerate(CAPTIONS)]
     pq.write_table(pa.Table.from_pylist(hub), tmp_path / "hub.parquet")
+    webdataset = pytest.importorskip("webdataset")
     with webdataset.TarWriter(str(tmp_path / "pairs.tar")) as tar:
         for number, text in enumerate(CAPTIONS):
             tar.write({"__key__": f"{number:09d}", "png": picture(40 * number), "txt": text, "json": {"n": number}})
@@ -112,6 +112,7 @@ def test_urls_are_read_as_local_files_are(forms):
 
 def test_img2dataset_output_is_read_as_it_is_written(tmp_path):
     """Its three layouts: tars beside their Parquet and statistics, a folder of files, Parquet with the bytes."""
+    webdataset = pytest.importorskip("webdataset")
     rows = []
     (tmp_path / "tars").mkdir()
     for shard in range(2):

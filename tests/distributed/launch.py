@@ -9,13 +9,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+def child_environment(**variables: str) -> dict[str, str]:
+    """Variables of a process that a test starts, which finds the project and what this one finds by PYTHONPATH."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **variables}
+
+
 def torchrun(ranks: int, *arguments: str, timeout: float = 300, check: bool = True) -> subprocess.CompletedProcess:
     """Run `torchrun --nproc-per-node RANKS ARGUMENTS` on free ports; the output is text."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT
-    )
+    command += map(str, arguments)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=child_environment(), cwd=ROOT)
     if check and done.returncode:
         raise AssertionError(f"exit status {done.returncode} of {arguments}:\n{done.stdout}\n{done.stderr}")
     return done

@@ -23,7 +23,7 @@ def seen():
 
 
 def test_a_step_reads_nothing_from_the_device_but_its_sums(seen):
-    """Those are read as one list, which is no operator; the norm was read once a tensor before."""
+    """Those are read as one list, which is no operator."""
     assert seen["reads"] == [0, 0]
 
 
@@ -131,5 +131,13 @@ def test_kernels_are_described():
     assert found["attention"].startswith("torch, ") and found["AdamW"] == "torch, fused"
     assert found["layers"] == "compiled, one graph"
     assert found["weight gradients"] == "product in bf16, then added in fp32"
+    assert found["cross-entropy"] == "torch"
+    config.data.attention, config.train.head_chunk = "sample", 256
+    found = describe_kernels(config, torch.device("cpu"), torch.optim.AdamW, compiled=False, accumulates=False)
+    assert found["attention"] == "per sample, masked" and found["cross-entropy"] == "torch, 256 tokens at a time"
+    found = describe_kernels(config, torch.device("cuda"), torch.optim.AdamW, compiled=False, accumulates=True)
+    assert found["attention"] == "per sample, FlexAttention"
+    assert found["weight gradients"] == "accumulated in the product"
     apex = type("FusedAdam", (SimpleNamespace,), {"__module__": "apex.optimizers"})
-    assert describe_kernels(config, torch.device("cpu"), apex, False, False)["AdamW"] == "apex.optimizers.FusedAdam"
+    found = describe_kernels(config, torch.device("cpu"), apex, compiled=False, accumulates=False)
+    assert found["AdamW"] == "apex.optimizers.FusedAdam"

@@ -5,11 +5,12 @@ import torch
 
 from megatron_cm3leon.generation.linear import (
     Int8CpuMatrix,
-    Int8Matrix,
     Matrix,
     PackedMatrix,
+    ScaledMatrix,
     build_matrix,
     quantize_rows,
+    quantize_rows_fp8,
 )
 
 on_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not built in")
@@ -46,16 +47,23 @@ def test_int8_of_a_row_is_its_own():
     assert matrix(torch.zeros(2, 3, 64)).abs().max() == 0 and matrix(torch.zeros(2, 3, 64)).shape == (2, 3, 48)
 
 
-def test_weight_only_int8():
+@pytest.mark.parametrize("quantize", [quantize_rows, quantize_rows_fp8])
+def test_weight_only(quantize):
     weight, x = torch.randn(8, 16, generator=torch.Generator().manual_seed(2)), torch.eye(16)
-    levels, scale = quantize_rows(weight)
-    assert torch.allclose(Int8Matrix(weight)(x), (levels * scale[:, None]).T)
+    levels, scale = quantize(weight)
+    assert torch.allclose(ScaledMatrix(levels, scale)(x), (levels.float() * scale[:, None]).T)
+
+
+def test_rows_as_fp8():
+    """e4m3 has 4 significant bits, of which the first is 1, and its largest number is 448."""
+    levels, scale = quantize_rows_fp8(torch.tensor([[4.48, -2.24, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]))
+    assert levels.float().tolist() == [[448, -224, 0, 96], [0, 0, 0, 0]] and scale[0].item() == pytest.approx(0.01)
 
 
 @on_onednn
 def test_the_form_follows_size_and_type():
     large = torch.randn(1024, 512)
     assert type(build_matrix(large)) is PackedMatrix and type(build_matrix(large[:64])) is Matrix
-    assert type(build_matrix(large, int8=True)) is Int8CpuMatrix
+    assert type(build_matrix(large, "int8")) is Int8CpuMatrix
     assert torch.allclose(build_matrix(large)(large[:3]), large[:3] @ large.T, atol=1e-3)
-    assert build_matrix(large).bytes == 4 * large.numel() and build_matrix(large, int8=True).bytes == large.numel()
+    assert build_matrix(large).bytes == 4 * large.numel() and build_matrix(large, "int8").bytes == large.numel()

@@ -1,10 +1,11 @@
-"""Sampling by hand: guidance, temperature, top-k, top-p, and noise that belongs to a sequence."""
+"""Sampling by hand: guidance, contrast, temperature, top-k, top-p, and both samplers' draws."""
 
 import math
 
 import pytest
 import torch
 
+from megatron_cm3leon.generation.noise import GumbelNoise, philox_key, uniform_numbers
 from megatron_cm3leon.generation.sampling import (
     Sampling,
     apply_contrast,
@@ -12,15 +13,23 @@ from megatron_cm3leon.generation.sampling import (
     draw,
     filter_top_k,
     filter_top_p,
-    uniform_numbers,
 )
 
 PROBABILITIES = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
 
 
-def chosen(sampling, *uniforms):
+def chosen(*uniforms, **fields):
+    """Tokens that inverse-1 draws at these numbers."""
     logits = PROBABILITIES.log().expand(len(uniforms), -1)
-    return draw(logits, sampling, torch.tensor(uniforms, dtype=torch.float64)).tolist()
+    uniform = torch.tensor(uniforms, dtype=torch.float64)
+    return draw(logits, Sampling(sampler="inverse-1", **fields), uniform).tolist()
+
+
+def draw_many(logits, count, **fields):
+    """Tokens that gumbel-1 draws at `count` positions of one sequence."""
+    keys = torch.tensor([philox_key(3, [1, 2])])
+    noise = GumbelNoise(torch.arange(logits.shape[-1]))(keys, torch.arange(count))[:, 0]
+    return draw(logits.expand(count, -1), Sampling(**fields), noise)
 
 
 def test_guidance():
@@ -36,18 +45,18 @@ def test_contrast_by_hand():
     ratios = [5 / 7, 2.5, 1.5, 1.0]
     # k = 1, alpha = 0.4: at least 0.2. k = 2: at least 0.1. k = 4 (or more): at least 0.04.
     for k, kept in [(1, 2), (2, 4), (4, 4), (9, 4)]:
-        score = apply_contrast(conditional, unconditional, k, 0.4)[0].exp().tolist()
+        score = apply_contrast(conditional, unconditional, k, math.log(0.4))[0].exp().tolist()
         assert score == pytest.approx(ratios[:kept] + [0.0] * (4 - kept), abs=1e-6)
-    assert apply_contrast(conditional, unconditional, 1, 1.0)[0].isfinite().tolist() == [True, False, False, False]
+    assert apply_contrast(conditional, unconditional, 1, 0.0)[0].isfinite().tolist() == [True, False, False, False]
 
 
 def test_contrast_of_all_tokens_without_a_bound_is_the_ratio_alone():
     generator = torch.Generator().manual_seed(3)
     conditional, unconditional = torch.randn(2, 5, 40, generator=generator)
     plain = conditional.log_softmax(-1) - unconditional.log_softmax(-1)
-    assert torch.equal(apply_contrast(conditional, unconditional, 40, 0.0), plain)
-    assert torch.equal(apply_contrast(conditional, unconditional, 1, 0.0), plain)
-    one_kept = apply_contrast(conditional, unconditional, 1, 1.0)  # contrastive decoding's collapse to greedy
+    assert torch.equal(apply_contrast(conditional, unconditional, 40, None), plain)
+    assert torch.equal(apply_contrast(conditional, unconditional, 1, None), plain)
+    one_kept = apply_contrast(conditional, unconditional, 1, 0.0)  # contrastive decoding's collapse to greedy
     assert one_kept.argmax(-1).tolist() == conditional.argmax(-1).tolist()
 
 
@@ -66,33 +75,64 @@ def test_top_k():
 
 
 def test_draw_inverts_the_cumulative_distribution():
-    assert chosen(Sampling(), 0.0, 0.09, 0.11, 0.49, 0.51, 0.69, 0.71, 0.999999) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert chosen(0.0, 0.09, 0.11, 0.49, 0.51, 0.69, 0.71, 0.999999) == [0, 0, 1, 1, 2, 2, 3, 3]
     # tokens 1 and 3 stay, with 4/7 and 3/7
-    assert chosen(Sampling(top_p=0.6), 0.0, 0.57, 0.58, 1 - 2**-53) == [1, 1, 3, 3]
-    assert chosen(Sampling(top_k=1), 0.0, 0.5, 1 - 2**-53) == [1, 1, 1]
+    assert chosen(0.0, 0.57, 0.58, 1 - 2**-53, top_p=0.6) == [1, 1, 3, 3]
+    assert chosen(0.0, 0.5, 1 - 2**-53, top_k=1) == [1, 1, 1]
 
 
 def test_temperature():
     # at 0.5 probabilities are squared: 1 16 4 9 of 30
     bounds = [1 / 30, 17 / 30, 21 / 30]
     for number, bound in enumerate(bounds):
-        assert chosen(Sampling(temperature=0.5), bound - 1e-4, bound + 1e-4) == [number, number + 1]
-    assert chosen(Sampling(temperature=0), 0.0, 0.5, 0.99) == [1, 1, 1]
-    assert chosen(Sampling(temperature=0, top_p=0.5, top_k=3), 0.99) == [1]
+        assert chosen(bound - 1e-4, bound + 1e-4, temperature=0.5) == [number, number + 1]
+    assert chosen(0.0, 0.5, 0.99, temperature=0) == [1, 1, 1]
+    assert chosen(0.99, temperature=0, top_p=0.5, top_k=3) == [1]
 
 
-def test_frequencies_follow_the_probabilities():
+def test_inverse_frequencies_follow_the_probabilities():
     uniform = torch.from_numpy(uniform_numbers(1, [1, 2], 20_000))
-    counts = draw(PROBABILITIES.log().expand(20_000, -1), Sampling(), uniform).bincount() / 20_000
+    counts = draw(PROBABILITIES.log().expand(20_000, -1), Sampling(sampler="inverse-1"), uniform).bincount() / 20_000
     assert (counts - PROBABILITIES[0]).abs().max() < 0.012
 
 
-def test_noise_depends_on_seed_and_prompt_alone():
-    first = uniform_numbers(7, [1, 2, 3], 5)
-    assert (first == uniform_numbers(7, [1, 2, 3], 9)[:5]).all()
-    assert (first != uniform_numbers(8, [1, 2, 3], 5)).all()
-    assert (first != uniform_numbers(7, [1, 2, 4], 5)).all()
-    assert ((first >= 0) & (first < 1)).all()
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [0.02, 0.1, 0.4, 0.2, 0.25, 0.03]),
+        ({"temperature": 0.5}, [0.0004, 0.01, 0.16, 0.04, 0.0625, 0.0009]),
+        ({"top_k": 3}, [0, 0, 0.4, 0.2, 0.25, 0]),
+        ({"top_p": 0.6}, [0, 0, 0.4, 0, 0.25, 0]),
+    ],
+)
+def test_gumbel_frequencies_follow_the_softmax(fields, expected):
+    logits = torch.tensor([[0.02, 0.1, 0.4, 0.2, 0.25, 0.03]]).log() + 2
+    expected = torch.tensor(expected) / sum(expected)
+    counts = draw_many(logits, 30_000, **fields).bincount(minlength=6)
+    assert counts[expected == 0].sum() == 0
+    counts, expected = counts[expected > 0], 30_000 * expected[expected > 0]
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    bound = {1: 10.8, 2: 13.8, 5: 20.5}  # 0.1 %, by degrees of freedom
+    assert chi_square < bound[len(counts) - 1]
+
+
+def test_greedy_takes_no_chance():
+    logits = torch.tensor([[0.1, 3.0, 0.2], [5.0, 0.0, 1.0]])
+    for sampler in ("gumbel-1", "inverse-1"):
+        assert draw(logits, Sampling(temperature=0, sampler=sampler), None).tolist() == [1, 0]
+
+
+def test_same_noise_mostly_keeps_the_token_under_a_small_change_of_the_logits():
+    """What exact speculative decoding lives on: at 8.8 bits of entropy and total variation 0.09 and 0.18."""
+    generator = torch.Generator().manual_seed(0)
+    before = 1.5 * torch.randn(1, 2048, generator=generator)
+    uniform = torch.from_numpy(uniform_numbers(1, [1], 400))
+    for change, at_least in ((0.2, 0.85), (0.5, 0.69)):
+        after = before + change * torch.randn(1, 2048, generator=generator)
+        inverse = [draw(x.expand(400, -1), Sampling(sampler="inverse-1"), uniform) for x in (before, after)]
+        gumbel = [draw_many(x, 400) for x in (before, after)]
+        kept = [float((one[0] == one[1]).float().mean()) for one in (gumbel, inverse)]
+        assert kept[0] > at_least and kept[1] < 0.4, kept
 
 
 @pytest.mark.parametrize(
@@ -106,6 +146,7 @@ def test_noise_depends_on_seed_and_prompt_alone():
         ({"guidance": -1}, r"guidance \(-1\) must be 0 or above; 1 is no guidance"),
         ({"contrast_k": -1}, r"contrast_k \(-1\) must be 0 \(no contrastive decoding\) or above"),
         ({"contrast_alpha": 1.5}, r"contrast_alpha \(1.5\) must be between 0"),
+        ({"sampler": "gumbel"}, r"sampler \('gumbel'\) must be one of: gumbel-1, inverse-1; results without a sampler"),
         ({"contrast_k": 2, "guidance": 2.0}, r"guidance \(2.0\) and contrast_k \(2\) both contrast"),
     ],
 )

@@ -25,7 +25,7 @@ def test_initial_weights_follow_the_paper():
     config.validate()
     words = initial_weight("embedding.word_embeddings.weight", (4096, 256), config)
     assert abs(words.std() / 0.006 - 0.9866) < 0.01  # a normal cut at 3 has 0.9866 of its deviation
-    assert words.abs().max() <= 0.018
+    assert words.abs().max() <= 0.018 * (1 + 1e-5)
     positions = initial_weight("embedding.position_embeddings.weight", (4096, 256), config)
     assert abs(positions.std() / 0.0002 - 0.9866) < 0.01
     for name in ("self_attention.linear_proj", "mlp.linear_fc2"):

@@ -4,10 +4,11 @@ import json
 import shutil
 from dataclasses import replace
 
-import faiss
 import numpy as np
 import pytest
 from PIL import Image
+
+faiss = pytest.importorskip("faiss")
 
 from megatron_cm3leon.data.shards import open_shards, seal
 from megatron_cm3leon.retrieval import embeddings

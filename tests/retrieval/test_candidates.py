@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytest.importorskip("faiss")
+
 from megatron_cm3leon.retrieval import candidates
 from megatron_cm3leon.retrieval.candidates import Bank, Queries, find_neighbors
 from megatron_cm3leon.retrieval.index import build_index, search_index

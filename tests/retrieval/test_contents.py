@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.importorskip("faiss")
+
 from megatron_cm3leon.data.shard_writer import ShardWriter
 from megatron_cm3leon.data.shards import MANIFEST, build_manifest, open_shards, write_json
 from megatron_cm3leon.retrieval.build import build_index_folder

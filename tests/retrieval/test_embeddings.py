@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+pytest.importorskip("faiss")
+
 from megatron_cm3leon.retrieval import embeddings, table
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import Encoder

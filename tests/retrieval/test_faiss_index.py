@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytest.importorskip("faiss")
+
 from megatron_cm3leon.retrieval import index as faiss_index
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.importorskip("faiss")
+
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.neighbors import load_neighbors

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cm3leon.tokenizers.image import ImageTokenizer
+from megatron_cm3leon.tokenizers.image import ImageTokenizer, true_fp32
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 
 
@@ -62,6 +62,65 @@ def test_codes_are_true_fp32(tokenizer):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tokenizer.encode(pixels), expected)
         assert tokenizer.decode(expected).dtype == torch.float32
+
+
+def read_precision() -> dict[str, object]:
+    """Everything that torch computes fp32 by; what it refuses to read is "refused"."""
+    backends = torch.backends
+    found = {
+        "cudnn": backends.cudnn.enabled,
+        "deterministic": backends.cudnn.deterministic,
+        "benchmark": backends.cudnn.benchmark,
+    }
+    legacy = {"matmul": torch.get_float32_matmul_precision, "convolution": lambda: backends.cudnn.allow_tf32}
+    for name, read in legacy.items():
+        try:
+            found[name] = read()
+        except RuntimeError:
+            found[name] = "refused"
+    for name in ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv"):
+        backend, operator = name.split(".")
+        found[name] = getattr(getattr(getattr(backends, backend), operator), "fp32_precision", None)
+    return found
+
+
+CHOICES = {
+    "torch's defaults": lambda: None,
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "matmul precision": lambda: torch.set_float32_matmul_precision("medium"),
+    "fp32_precision of one operator": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "fp32_precision of all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+@pytest.fixture
+def precision():
+    """Puts torch's settings back after a test."""
+    operators = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv]
+    operators += [torch.backends.cudnn.rnn, torch.backends.mkldnn.conv]
+    yield
+    torch.backends.fp32_precision = "none"
+    for operator in operators:
+        operator.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_true_fp32_keeps_cudnn_on_and_restores_what_the_caller_chose(precision, choice):
+    if choice.startswith("fp32_precision") and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch is older than 2.9")
+    CHOICES[choice]()
+    before = read_precision()
+    with true_fp32():
+        inside = read_precision()
+        assert inside["cudnn"] and inside["deterministic"] and not inside["benchmark"]
+        assert inside["matmul"] == "highest" or before["matmul"] == "refused"
+        assert {inside[name] for name in inside if "." in name} <= {"ieee", None}, inside
+    assert read_precision() == before
+    if choice == "fp32_precision of all":
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee", "an inherited setting became its own"
 
 
 def test_save_and_load(tokenizer, tmp_path):

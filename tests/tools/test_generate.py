@@ -80,9 +80,13 @@ def test_images(world):
             assert picture.size == (16, 16)
         assert len(one["codes"]) == 16 and max(one["codes"]) < 8
     assert (out / "contact_sheet.png").is_file()
+    assert read_account(out)["sampler"] == "gumbel-1"
     alone = world / "alone"
     make("generate", "image", "a blue one", *options, "--output", alone)
     assert read_account(alone)["made"][0]["codes"] == made[2]["codes"]
+    make("generate", "image", "a blue one", *options, "--sampler", "inverse-1", "--output", world / "inverse")
+    inverse = read_account(world / "inverse")
+    assert inverse["sampler"] == "inverse-1" and inverse["made"][0]["codes"] != made[2]["codes"]
     again = call_tool("generate", "image", "a", "--model", world / "exported", "--output", out)
     assert again.returncode == 2 and "holds the results of an earlier call" in again.stderr
 

@@ -1,0 +1,6 @@
+"""The benchmarks' own modules by name, as their scripts import them."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))

@@ -1,0 +1,95 @@
+"""A CPU in a GPU's place: work is recorded operation by operation and replayed without Python.
+
+As a CUDA graph does, a replay works on the tensors of the recording, with every Python value as it was then: what
+depends on the host, and should not, gives a wrong token. As there, recording changes nothing, and is refused where the
+host reads a value or makes a tensor of its own numbers.
+"""
+
+from collections import deque
+from types import SimpleNamespace
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+HOST_READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero")
+REFUSED = (*HOST_READS, "aten::lift_fresh", "aten::nonzero", "aten::masked_select", "aten::_unique2")
+
+
+class Recorder:
+    """What `CudaGraphs` is on a GPU."""
+
+    def __init__(self, free: int = 1 << 30) -> None:
+        self.free, self.recordings, self.released, self.waits = free, [], 0, 0
+
+    def run(self, work) -> None:
+        work()
+
+    def record(self, work, beside=None) -> "Recording":
+        assert beside is None or beside in self.recordings
+        recording = Recording()
+        with recording:
+            work()
+        recording.undo()
+        self.recordings.append(recording)
+        return recording
+
+    def free_bytes(self) -> int:
+        return self.free
+
+    def release(self) -> None:
+        self.released += 1
+
+    def mark(self):
+        return SimpleNamespace(synchronize=self._wait)
+
+    def _wait(self) -> None:
+        self.waits += 1
+
+
+class Recording(TorchDispatchMode):
+    """Operations in their order, with the tensors they were called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.own, self.before = [], set(), {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function._schema.name not in REFUSED, f"{function} needs the host while a step is recorded"
+        kwargs = kwargs or {}
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._keep(value)
+        given = {storage_of(tensor) for tensor in tensors_of((args, kwargs))}
+        made = function(*args, **kwargs)
+        self.own |= {storage_of(tensor) for tensor in tensors_of(made)} - given
+        self.calls.append((function, args, kwargs, made))
+        return made
+
+    def _keep(self, tensor: Tensor) -> None:
+        """Remember what stands in memory that the recording does not own, before it is written to."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.own | self.before.keys():
+            self.before[storage.data_ptr()] = (storage, storage.clone())
+
+    def undo(self) -> None:
+        for storage, before in self.before.values():
+            storage.copy_(before)
+        self.before.clear()
+
+    def replay(self) -> None:
+        found = {}
+        for function, args, kwargs, made in self.calls:
+            args, kwargs = tree_map_only(Tensor, lambda one: found.get(id(one), one), (args, kwargs))
+            again = function(*args, **kwargs)
+            pairs = zip(tensors_of(made), tensors_of(again), strict=True)
+            deque((found.update({id(old): new}) for old, new in pairs), maxlen=0)
+
+
+def tensors_of(tree) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Address of its memory; 0 for a tensor in a layout of its own (oneDNN)."""
+    return 0 if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()

@@ -1,0 +1,57 @@
+"""What the tests of a GPU share: the device, and decoders of both families on it and on the CPU.
+
+pytest -m gpu                                 on a machine with a CUDA device; elsewhere they skip
+CM3LEON_GPU_TESTS=cpu pytest -m gpu           the CPU in the GPU's place: shows that they run
+"""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from megatron_cm3leon.generation.decoder import Decoder
+from tests.data.corpora import make_vocabulary
+from tests.models import save_random_llama, save_random_opt
+
+VARIABLE = "CM3LEON_GPU_TESTS"
+VOCABULARY = make_vocabulary(text=10, image=16, height=3, width=4, sentinels=4, specials=10)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device under test."""
+    name = os.environ.get(VARIABLE, "")
+    if name not in ("", "cpu", "cuda"):
+        raise ValueError(f"{VARIABLE} ({name}) must be cpu or cuda; unset, it means cuda where there is one.")
+    if not name and not torch.cuda.is_available():
+        pytest.skip(f"no CUDA device here; {VARIABLE}=cpu puts the CPU in its place")
+    return torch.device(name or "cuda")
+
+
+@pytest.fixture(scope="session", params=["cm3leon", "llama", "llama with QK-norm"])
+def exported(request, tmp_path_factory):
+    """An exported folder of each form that the decoder reads."""
+    folder = tmp_path_factory.mktemp("exported")
+    if request.param == "cm3leon":
+        save_random_opt(folder, VOCABULARY, layers=3, heads=4)
+    else:
+        save_random_llama(folder, VOCABULARY, qk_norm=request.param != "llama")
+    return folder
+
+
+def load_decoder(folder, kind: str, device: torch.device) -> Decoder:
+    """A decoder on the device under test; with the CPU in its place, steps are recorded and replayed all the same."""
+    decoder = Decoder.load(folder, kind, device)
+    if device.type == "cpu" and find_spec("megatron_cm3leon.generation.step_graph"):
+        from megatron_cm3leon.generation.step_graph import StepGraphs
+        from tests.generation.recorder import Recorder
+
+        decoder.graphs = StepGraphs(decoder, Recorder())
+    return decoder
+
+
+@pytest.fixture(scope="session")
+def decoders(exported, device):
+    """In fp32: on the CPU, and on the device."""
+    return Decoder.load(exported), load_decoder(exported, "fp32", device)

@@ -1,0 +1,112 @@
+"""Decoding on a GPU, through the step that is captured there: in fp32 the CPU's tokens, whatever the batches are."""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_cm3leon.generation import batch
+from megatron_cm3leon.generation.generate import Generator
+from megatron_cm3leon.generation.grammar import choice_segment, opening_segment, picture_segment, text_segment
+from megatron_cm3leon.generation.made import MadePicture
+from megatron_cm3leon.generation.sampling import Sampling
+from tests.gpu.conftest import VOCABULARY, load_decoder
+from tests.models import make_tokenizers
+
+pytestmark = pytest.mark.gpu
+WORDS = ["a", "red", "blue", "circle", "square", "x", "on", "white", "small", "large"]
+PROMPTS = [[27, 3, 1, 4, 28], [27, 28], [27, 5, 5, 2, 9, 0, 1, 28], [27, 3, 1, 4, 28]]
+EMPTY = [[VOCABULARY.eos, VOCABULARY.sentinel(0), VOCABULARY.break_id]] * len(PROMPTS)
+SEEDS = [0, 1, 2, 3]
+GUIDED = Sampling(guidance=2.0, temperature=0.7)
+SHARE = (batch, "GPU_CACHE_SHARE")
+"""Of a GPU's free memory, that a batch may take."""
+if find_spec("megatron_cm3leon.generation.step_graph"):
+    SHARE = (import_module("megatron_cm3leon.generation.step_graph"), "CACHE_SHARE")
+SEGMENTS = {
+    "image": picture_segment(VOCABULARY),
+    "part of an image": picture_segment(VOCABULARY, 5),
+    "text": text_segment(VOCABULARY, 9),
+    "one token": choice_segment([VOCABULARY.eos, VOCABULARY.break_id]),
+    "opening token": opening_segment(VOCABULARY),
+}
+
+
+def decode(decoder, segment, sampling=GUIDED, **options):
+    return batch.decode_segments(decoder, PROMPTS, segment, sampling, SEEDS, unconditional=EMPTY, **options)
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_tokens_of_fp32_are_the_cpus(decoders, name, guidance):
+    sampling = Sampling(guidance=guidance, temperature=0.7)
+    expected, found = (decode(decoder, SEGMENTS[name], sampling) for decoder in decoders)
+    assert (found == expected).all()
+    assert len({tuple(row) for row in expected}) > 1 or SEGMENTS[name].length == 1
+
+
+def test_greedy_tokens_are_those_of_whole_forward_passes(decoders):
+    _, decoder = decoders
+    segment = SEGMENTS["image"]
+    ids = batch.decode_segments(decoder, PROMPTS, segment, Sampling(temperature=0.0), SEEDS)
+    for prompt, row in zip(PROMPTS, ids.tolist(), strict=True):
+        whole = torch.tensor([prompt + row], device=decoder.device)
+        logits = decoder.all_logits(whole)[0, len(prompt) - 1 : -1, segment.allowed.to(decoder.device)]
+        assert (segment.allowed[logits.argmax(-1).cpu()]).tolist() == row
+
+
+def test_several_batches_in_a_call_give_the_same(decoders, monkeypatch):
+    _, decoder = decoders
+    together = decode(decoder, SEGMENTS["image"])
+    monkeypatch.setattr(batch, "CPU_CACHE_BYTES", 1)  # less than one prompt takes: a batch for each
+    monkeypatch.setattr(*SHARE, 1e-9)
+    options = {"unconditional": EMPTY}
+    parts = [part for part, _ in batch.decode_batches(decoder, PROMPTS, SEGMENTS["image"], GUIDED, SEEDS, **options)]
+    assert parts == [slice(number, number + 1) for number in range(len(PROMPTS))]
+    assert (decode(decoder, SEGMENTS["image"]) == together).all()
+
+
+def test_forced_tokens_stand(decoders):
+    segment = SEGMENTS["image"]
+    forced = np.full((len(PROMPTS), segment.length), -1)
+    forced[:, [0, 3, 4]] = VOCABULARY.image_start + np.arange(12).reshape(4, 3)
+    expected, found = (decode(decoder, segment, forced=forced) for decoder in decoders)
+    assert (found == expected).all() and (found[:, [0, 3, 4]] == forced[:, [0, 3, 4]]).all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_smaller_types_are_close_and_repeatable(exported, decoders, device, kind):
+    reference, small = decoders[0], load_decoder(exported, kind, device)
+    ids = torch.tensor([PROMPTS[2]])
+    expected, found = reference.all_logits(ids), small.all_logits(ids.to(device)).cpu()
+    assert 0 < (found - expected).abs().max() < 0.15 * expected.std()
+    first = decode(small, SEGMENTS["image"])
+    assert (decode(small, SEGMENTS["image"]) == first).all()
+    assert np.isin(first, SEGMENTS["image"].allowed.numpy()).all()
+
+
+def test_documents_are_continued_as_on_the_cpu(decoders):
+    """Segments of one token among longer ones, prompts of many lengths, one call after the other."""
+    documents = [["a red"], [], ["x on", "white"]]
+    hot, made = {"text": Sampling(temperature=2.0), "image": Sampling(temperature=2.0)}, []
+    for decoder in decoders:
+        generator = Generator(decoder, make_tokenizers(WORDS, VOCABULARY))
+        calls = [generator.complete(documents, seed=seed, longest=4, **hot) for seed in range(4)]
+        parts = [part for call in calls for document in call for part in document]
+        made.append([part.codes.tolist() if isinstance(part, MadePicture) else part for part in parts])
+    assert made[0] == made[1]
+    assert {type(part) for part in made[0]} == {list, str}
+
+
+def test_memory_returns_after_a_call(decoders):
+    """The second call of a process may not find less room than the first."""
+    _, decoder = decoders
+    if decoder.device.type == "cpu":
+        pytest.skip("the allocator of a CPU counts nothing")
+    decode(decoder, SEGMENTS["image"])
+    before = torch.cuda.memory_allocated(decoder.device)
+    for _ in range(3):
+        decode(decoder, SEGMENTS["image"])
+    assert torch.cuda.memory_allocated(decoder.device) <= before * 1.01 + (1 << 20)

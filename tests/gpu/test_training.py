@@ -1,0 +1,138 @@
+"""Training on a GPU: the losses of the CPU, checkpoints that either resumes, and saves beside the next steps."""
+
+import pytest
+import torch
+
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader, step_folder
+from megatron_cm3leon.cluster.preflight import find_device_fault
+from megatron_cm3leon.config_fields import TrainConfig
+from tests.data.corpora import make_vocabulary, write_shards
+from tests.distributed.layouts import BF16, CONFIG, DEEPSPEED, LLAMA, SAMPLES, SMALL, learnable_pairs, relative
+from tests.gpu.rows import RowRunner
+
+pytestmark = pytest.mark.gpu
+ROWS = {  # name -> overrides
+    "cm3leon": (),
+    "llama": LLAMA,
+    "by sample": SAMPLES,
+    "llama by sample": LLAMA + SAMPLES,
+    "zero=1 recompute=full": ("parallel.zero=1", "parallel.recompute=full"),
+    "recompute=selective": ("parallel.recompute=selective",),
+    "bf16": BF16,
+    "llama bf16": LLAMA + BF16,
+    "deepspeed zero=2": (*DEEPSPEED, "parallel.zero=2", *SMALL),
+    "deepspeed zero=3 bf16": (*DEEPSPEED, "parallel.zero=3", *BF16, *SMALL),
+}
+CAN_COMPILE = hasattr(TrainConfig(), "compile")
+UNCOMPILED = ("train.compile=false",) if CAN_COMPILE else ()
+COMPILED = {"compiled": "cm3leon", "llama by sample, compiled": "llama by sample"} if CAN_COMPILE else {}
+"""Name -> the row whose losses on the CPU, not compiled, it must have."""
+SYNCHRONOUS = "saved while training waits"
+BROKEN = "broken"
+RESUMED = ("cm3leon", "bf16", "deepspeed zero=2")
+WAYS = [("cpu", "device"), ("device", "cpu"), ("device", "device")]
+
+
+def tolerance(row: str, device: torch.device) -> float:
+    """Largest relative difference of a loss from the CPU's.
+
+    CUDA computes attention in fp32 from three TF32 products each, which round at 1e-6 to 1e-5 of a score.
+    """
+    if "bf16" in row:
+        return 5e-3
+    return 1e-5 if device.type == "cpu" else 1e-4
+
+
+class Runs:
+    """Rows on the CPU and on the device, each side in a process of its own, all under way from the start."""
+
+    def __init__(self, folder, device: torch.device) -> None:
+        self.folder, self.device = folder, device
+        write_shards(folder / "shards", learnable_pairs(), make_vocabulary())
+        (folder / "config.yaml").write_text(CONFIG)
+        self.runners = {"device": RowRunner(folder), "cpu": RowRunner(folder, CUDA_VISIBLE_DEVICES="")}
+        self.futures = {}
+        self._submit(BROKEN, ("model.heads=3",), "device")
+        for row, overrides in ROWS.items():
+            for side in self.runners:
+                self._submit(row, overrides, side)
+        for row, base in COMPILED.items():
+            self._submit(row, (*ROWS[base], "train.compile=true"), "device")
+        self._submit(SYNCHRONOUS, ("checkpoint.asynchronous=false",), "device")
+        for row in RESUMED:
+            for source, target in WAYS:
+                self._submit_resumed(row, source, target)
+
+    def _submit(self, row: str, overrides: tuple, side: str, after=None, name: str = "") -> None:
+        name = name or f"{row} on {side}"
+        train_device = self.device.type if side == "device" else "cpu"
+        paths = [f"data.shards={self.folder / 'shards'}", f"output={self.folder / name}"]
+        overrides = [*UNCOMPILED, *overrides, *paths, f"train.device={train_device}"]
+        case = {"name": name, "config": str(self.folder / "config.yaml"), "overrides": overrides}
+        self.futures[name] = self.runners[side].submit(case, after)
+
+    def _submit_resumed(self, row: str, source: str, target: str) -> None:
+        """The run of `source` up to step 10, gone on with by `target`."""
+        name, saved = f"{row} from {source} to {target}", self.checkpoint(f"{row} on {source}")
+        link = self.folder / name / "checkpoints" / saved.name
+        link.parent.mkdir(parents=True)
+        link.symlink_to(saved)
+        self._submit(row, ROWS[row], target, self.futures[f"{row} on {source}"], name)
+
+    def checkpoint(self, name: str):
+        return step_folder(self.folder / name, 10)
+
+    def steps(self, name: str) -> list[dict]:
+        """Of one run, once it is done; AssertionError where it failed."""
+        return self.futures[name].result()
+
+    def close(self) -> None:
+        for runner in self.runners.values():
+            runner.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, device):
+    runs = Runs(tmp_path_factory.mktemp("rows"), device)
+    yield runs
+    runs.close()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_same_losses_as_on_the_cpu(runs, device, row):
+    assert relative(runs.steps(f"{row} on device"), runs.steps(f"{row} on cpu"), "loss") <= tolerance(row, device)
+
+
+@pytest.mark.parametrize("row", COMPILED)
+def test_compiled_layers_give_the_same_losses(runs, device, row):
+    found, expected = runs.steps(f"{row} on device"), runs.steps(f"{COMPILED[row]} on cpu")
+    assert relative(found, expected, "loss") <= tolerance(row, device)
+
+
+def test_a_row_that_fails_names_its_cause_and_leaves_the_others(runs):
+    with pytest.raises(AssertionError, match=r"(?s)broken on device ended its process:.*model\.heads \(3\)"):
+        runs.steps(f"{BROKEN} on device")
+    assert len(runs.steps("cm3leon on device")) == 20
+
+
+@pytest.mark.parametrize("row", RESUMED)
+@pytest.mark.parametrize(("source", "target"), WAYS)
+def test_either_device_resumes_the_others_checkpoint(runs, device, row, source, target):
+    resumed = runs.steps(f"{row} from {source} to {target}")
+    assert [step["step"] for step in resumed] == list(range(11, 21))
+    largest = 1e-5 if source == target else tolerance(row, device)
+    assert relative(resumed, runs.steps(f"{row} on {source}"), "loss") <= largest
+
+
+def test_a_save_beside_the_next_steps_holds_the_step_it_was_of(runs):
+    """A step changes weights by some 3e-4: a copy that the optimizer overtook would be of another one."""
+    runs.steps("cm3leon on device"), runs.steps(f"{SYNCHRONOUS} on device")
+    expected = CheckpointReader(runs.checkpoint(f"{SYNCHRONOUS} on device"))
+    found = CheckpointReader(runs.checkpoint("cm3leon on device"))
+    assert found.names == expected.names and found.state.step == 10
+    for name in expected.names:
+        torch.testing.assert_close(found.read(name), expected.read(name), rtol=0, atol=2e-5)
+
+
+def test_the_device_computes_right_products(device):
+    assert find_device_fault(device) == ""

@@ -1,0 +1,123 @@
+"""FusedStep: the decoder's own step, in the interpreter, or on a GPU also as a CUDA graph."""
+
+import pytest
+import torch
+
+from megatron_cm3leon.generation import products
+from megatron_cm3leon.generation.fused_step import CHUNK, FusedStep
+from megatron_cm3leon.generation.products import Tile
+from tests.interpreted.models import DEVICE, build_decoder
+
+CLOSE = 2e-6 if DEVICE == "cpu" else 1e-5
+PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 8], [4] * 30]
+
+
+def relative_error(found, expected):
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@torch.inference_mode()
+def compare_steps(decoder, prompts, steps, tile=None):
+    """The largest relative error of the states of `steps` steps and of the cache after them, and of the logits."""
+    (_, expected_cache), (_, cache) = (decoder.start(prompts, steps + 1) for _ in range(2))
+    fused, errors = FusedStep(decoder, tile), []
+    for turn in range(steps):
+        ids = (torch.arange(len(prompts), device=DEVICE) * 7 + turn) % decoder.vocabulary_size
+        expected, state = decoder.step(ids, expected_cache), fused.advance(ids, cache)
+        errors.append(relative_error(state, expected))
+    assert torch.equal(cache.lengths, expected_cache.lengths)
+    for name in ("keys", "values"):
+        for one, other in zip(getattr(cache, name), getattr(expected_cache, name), strict=True):
+            errors.append(relative_error(one, other))
+    return max(*errors, relative_error(fused.logits(expected), decoder.logits(expected)))
+
+
+@pytest.mark.parametrize(("family", "rows", "layers"), [("opt", 1, 2), ("opt", 4, 1), ("llama", 2, 1), ("qwen3", 3, 1)])
+def test_it_is_the_decoder_s_step(family, rows, layers):
+    assert compare_steps(build_decoder(family, layers=layers), PROMPTS[:rows], 2) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"family": "opt", "hidden": 36, "heads": 4, "inner": 50},
+        {"family": "opt", "hidden": 192, "heads": 2, "activation": "relu"},
+        {"family": "llama", "hidden": 36, "heads": 4, "kv_heads": 4, "width": 10, "inner": 50},
+        {"family": "qwen3", "hidden": 96, "heads": 3, "kv_heads": 1, "width": 24},
+    ],
+    ids=str,
+)
+def test_widths_that_are_no_powers_of_two(shape):
+    assert compare_steps(build_decoder(**shape), PROMPTS[:2], 1) < CLOSE
+
+
+@pytest.mark.parametrize(("family", "quantized"), [("opt", "int8"), ("qwen3", "fp8")])
+def test_smaller_types(family, quantized):
+    """The same 8-bit weights give the same step in fp32; bf16 states differ by their rounding."""
+    assert compare_steps(build_decoder(family, quantized=quantized), PROMPTS[:2], 1) < CLOSE
+    assert compare_steps(build_decoder(family, dtype=torch.bfloat16, quantized=quantized), PROMPTS[:2], 1) < 0.02
+
+
+def test_lengths_at_the_ends_of_chunks_and_of_the_cache():
+    """The new position opens a chunk, closes one, is the first and the last of the cache."""
+    decoder = build_decoder("opt", hidden=16, heads=1)
+    prompts = [[1], [1] * (CHUNK - 2), [2] * CHUNK, [3] * (2 * CHUNK - 3)]
+    assert compare_steps(decoder, prompts, 3) < CLOSE
+
+
+def test_what_lies_beyond_a_length_is_not_read():
+    decoder = build_decoder("opt", hidden=16, heads=1)
+    with torch.inference_mode():
+        _, cache = decoder.start([[1, 2, 3], [1] * 100], 3)
+        _, clean = decoder.start([[1, 2, 3], [1] * 100], 3)
+        for keys, values in zip(cache.keys, cache.values, strict=True):
+            keys[0, :, 3:], values[0, :, 3:] = float("nan"), float("nan")
+        ids = torch.tensor([4, 5], device=DEVICE)
+        fused = FusedStep(decoder)
+        found = fused.advance(ids, cache).clone()
+        assert torch.equal(found, fused.advance(ids, clean))
+
+
+def test_small_tiles():
+    decoder = build_decoder("opt", hidden=32, heads=2, inner=32)
+    assert compare_steps(decoder, PROMPTS[:2], 1, Tile(8, 16)) < CLOSE
+
+
+def test_more_rows_are_refused():
+    decoder = build_decoder("opt", hidden=16, heads=1)
+    _, cache = decoder.start([[1]] * 5, 2)
+    with pytest.raises(ValueError, match=r"at most 4 sequences, not 5; use Decoder\.advance"):
+        FusedStep(decoder).advance(torch.zeros(5, dtype=torch.long, device=DEVICE), cache)
+
+
+@pytest.mark.slow
+def test_width_4096(monkeypatch):
+    """One layer of 7b's width, both streams of guidance; the interpreter reads 20 million weights per second."""
+    if DEVICE == "cpu":  # NumPy sums long rows fast
+        monkeypatch.setattr(products, "lane_width", lambda width, itemsize: min(width & -width, 1024))
+    decoder = build_decoder("opt", hidden=4096, heads=32, inner=4096, deviation=0.02)
+    assert compare_steps(decoder, PROMPTS[1:3], 8, Tile(256, 4096) if DEVICE == "cpu" else None) < 1e-5
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("overlap", [False, True])
+@torch.inference_mode()
+def test_a_graph_replays_the_step(overlap):
+    if overlap and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("overlapping launches need sm_90")
+    decoder = build_decoder("qwen3", dtype=torch.bfloat16, quantized="int8")
+    (_, expected_cache), (_, cache) = (decoder.start(PROMPTS[:2], 9) for _ in range(2))
+    plain, fused = FusedStep(decoder), FusedStep(decoder, overlap=overlap)
+    ids = torch.tensor([3, 4], device=DEVICE)
+    lengths = cache.lengths.clone()
+    fused.advance(ids, cache)  # compiles
+    cache.lengths.copy_(lengths)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        state = fused.advance(ids, cache)
+    cache.lengths.copy_(lengths)
+    for turn in range(8):
+        ids.fill_(turn)
+        graph.replay()
+        assert torch.equal(state, plain.advance(ids, expected_cache))
+    assert torch.equal(cache.lengths, expected_cache.lengths)

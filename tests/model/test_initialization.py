@@ -1,0 +1,71 @@
+"""Initial weights: the same bits on every machine, any part without the rest, a normal cut at three deviations."""
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_cm3leon.model import initialization
+from megatron_cm3leon.model.initialization import BLOCK, draw_truncated_normal, list_runs
+
+SHA256 = "b753c39083cdc3d40a46b2f4f4f52e3c1764dc8e012a73399d796fc46d966835"
+PRINT_SHA256 = """
+import hashlib
+from megatron_cm3leon.model.initialization import draw_truncated_normal
+weights = draw_truncated_normal(1234, "decoder.layers.0.mlp.linear_fc1.weight", 0, 3_000_001, 0.006)
+print(hashlib.sha256(weights.numpy().tobytes()).hexdigest())
+"""
+
+
+def draw(start: int, stop: int, seed: int = 7, name: str = "w") -> torch.Tensor:
+    return draw_truncated_normal(seed, name, start, stop, 1.0)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_the_same_bits_with_every_instruction_set(capability):
+    """trunc_normal_, drawn before, gave others with `default` than with `avx2`, and others under torch 2.11."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", PRINT_SHA256], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == SHA256, done.stderr
+
+
+def test_any_part_is_drawn_without_the_rest():
+    whole = draw(0, 2 * BLOCK + 1000)
+    for start, stop in [(0, 5), (40_000, 40_003), (BLOCK - 3, BLOCK + 70_000), (BLOCK, 2 * BLOCK), (5, 2 * BLOCK + 9)]:
+        assert torch.equal(draw(start, stop), whole[start:stop])
+
+
+def test_seed_name_and_block_each_give_other_numbers():
+    first = draw(0, 1000)
+    for other in (draw(0, 1000, seed=8), draw(0, 1000, name="v"), draw(BLOCK, BLOCK + 1000)):
+        assert not (first == other).any()
+
+
+def test_the_distribution_is_a_normal_cut_at_three_deviations():
+    numbers = draw(0, 1_000_000).double()
+    assert numbers.abs().max() <= 3 * (1 + 1e-5) and numbers.abs().max() > 2.99
+    cut = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 2.5], dtype=torch.float64)
+    inside = math.erf(3 / math.sqrt(2))
+    expected = (torch.special.ndtr(cut) - 0.5) / inside + 0.5
+    found = (numbers[:, None] <= cut).double().mean(0)
+    assert (found - expected).abs().max() < 4 * 0.5 / 1000  # four standard errors
+
+
+def test_runs_of_a_part_are_its_numbers():
+    whole = torch.arange(2 * 3 * 4 * 5)
+    shape, offset, part = (2, 3, 4, 5), (0, 1, 0, 0), (2, 2, 4, 5)
+    runs = [whole[start : start + length] for start, length in list_runs(shape, offset, part)]
+    assert len(runs) == 2
+    assert torch.equal(torch.cat(runs), whole.view(shape)[:, 1:3].reshape(-1))
+    columns = [whole[start : start + length] for start, length in list_runs((24, 5), (2, 1), (3, 2))]
+    assert torch.equal(torch.cat(columns), whole.view(24, 5)[2:5, 1:3].reshape(-1))
+
+
+def test_the_version_names_these_numbers():
+    """Other numbers for the same seed need another version: runs record it."""
+    assert initialization.VERSION == "pcg64-erfinv-1"
+    assert hashlib.sha256(draw(0, 4).numpy().tobytes()).hexdigest()[:16] == "f207d1346cb90cff"
