@@ -8,6 +8,8 @@ Weight gradients: with `accumulates` (the megatron engine's weights) the product
 by one kernel on CUDA and for fp32, and autograd is given an uninitialized gradient that nobody reads. See
 `mark_accumulated`.
 
+With `in_fp8` (train.fp8) the three products are those of fp8.py; communication and `main_grad` stay as they are.
+
 Layout legend: S sequence (of this rank under sequence parallelism), B batch, I and O features in and out.
 """
 
