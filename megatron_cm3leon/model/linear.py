@@ -154,7 +154,7 @@ class _Linear(torch.autograd.Function):
     """The product with its communication. `main_grad` is no saved tensor: other micro-batches add to it in between."""
 
     @staticmethod
-    def forward(ctx, input, weight, main_grad, kind, group_name, shared, in_fp8):
+    def forward(ctx, input, weight, main_grad, kind, group_name, shared, in_fp8=False):
         ctx.save_for_backward(input, weight)
         ctx.in_fp8 = in_fp8
         ctx.main_grad, ctx.kind, ctx.group_name, ctx.shared = main_grad, kind, group_name, shared
