@@ -5,7 +5,10 @@ import torch
 
 from megatron_cm3leon.generation import products
 from megatron_cm3leon.generation.fused_step import CHUNK, FusedStep
+from megatron_cm3leon.generation.grammar import Segment
 from megatron_cm3leon.generation.products import Tile
+from megatron_cm3leon.generation.sampling import Sampling
+from megatron_cm3leon.generation.step import DecodingStep, StepShape
 from tests.interpreted.models import DEVICE, build_decoder
 
 CLOSE = 2e-6 if DEVICE == "cpu" else 1e-5
@@ -81,6 +84,23 @@ def test_what_lies_beyond_a_length_is_not_read():
 def test_small_tiles():
     decoder = build_decoder("opt", hidden=32, heads=2, inner=32)
     assert compare_steps(decoder, PROMPTS[:2], 1, Tile(8, 16)) < CLOSE
+
+
+@torch.inference_mode()
+def test_tokens_of_a_whole_step():
+    """As step.py calls it, with guidance and noise around it."""
+    decoder, sampling, made = build_decoder("llama", hidden=32, inner=32), Sampling(guidance=3.0), []
+    segment = Segment(torch.arange(8, 40), 3)
+    shape = StepShape.of(segment, sampling, 2, 16, segment.length, forced=False, margins=False)
+    for fused in (None, FusedStep(decoder)):
+        cache = decoder.build_cache(4, 16, flat=False)
+        step = DecodingStep(decoder, shape, segment, sampling, cache, fused)
+        step.begin([[1, 2, 3], [4, 5]], [[1], [1]], segment.length, sampling, [1, 2], None)
+        for turn in range(segment.length):
+            step.prepare(turn)
+            step.advance(cache.size, True)
+        made.append(step.ids)
+    assert torch.equal(*made) and len(made[0].unique()) > 2
 
 
 def test_more_rows_are_refused():
