@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+BACKEND = "inductor"
+"""Of torch.compile: what tests without a GPU replace."""
 TILE = 128
 """Queries and keys of a tile, FlexAttention's own default."""
 
@@ -78,17 +80,16 @@ def build_sample_blocks(samples_BS: torch.Tensor, places_L: torch.Tensor | None 
 
 def attend_samples(query_BNLD, key_BGSD, value_BGSD, blocks: BlockMask, scale: float | None) -> torch.Tensor:
     """Attention [B, N, L, D] of the pairs that `blocks` allows; G heads of keys and values divide N."""
-    attend = flex_attention
-    if query_BNLD.is_cuda and not torch.compiler.is_compiling():
-        attend = _compiled_attention()
+    # Inside a compiled layer it is compiled with the layer.
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_attention(BACKEND)
     grouped = query_BNLD.shape[1] != key_BGSD.shape[1]
     return attend(query_BNLD, key_BGSD, value_BGSD, block_mask=blocks, scale=scale, enable_gqa=grouped)
 
 
-@lru_cache(maxsize=1)
-def _compiled_attention():
+@lru_cache
+def _compiled_attention(backend: str):
     """Without compilation FlexAttention computes the whole square of scores."""
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, backend=backend, dynamic=False)
 
 
 def _samples_in_tiles(samples_BL: torch.Tensor, largest: int) -> torch.Tensor:

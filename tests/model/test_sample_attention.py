@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from megatron_cm3leon.config import load_config
 from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.sample_attention import TILE, attend_samples, build_sample_blocks, uses_flex
-from tests.flex_on_cpu import flex_on_cpu
+from tests.flex_on_cpu import BACKEND, flex_on_cpu
 from tests.recording import MemoryRecorder
 
 
@@ -79,7 +79,7 @@ def test_a_compiled_layer_is_one_graph_for_all_micro_batches():
         return attend_samples(query, key, value, blocks, None)
 
     with flex_on_cpu():
-        compiled = torch.compile(forward, dynamic=False, fullgraph=True)
+        compiled = torch.compile(forward, backend=BACKEND, dynamic=False, fullgraph=True)
         for number in range(3):
             hidden = torch.randn(2, 160, 32, requires_grad=True)
             blocks = build_sample_blocks(packed_samples(160).roll(50 * number, 1))
