@@ -8,6 +8,8 @@ Weight gradients: with `accumulates` (the megatron engine's weights) the product
 by one kernel on CUDA and for fp32, and autograd is given an uninitialized gradient that nobody reads. See
 `mark_accumulated`.
 
+With `in_fp8` (train.fp8) the three products are those of fp8.py; communication and `main_grad` stay as they are.
+
 Layout legend: S sequence (of this rank under sequence parallelism), B batch, I and O features in and out.
 """
 
@@ -152,7 +154,7 @@ class _Linear(torch.autograd.Function):
     """The product with its communication. `main_grad` is no saved tensor: other micro-batches add to it in between."""
 
     @staticmethod
-    def forward(ctx, input, weight, main_grad, kind, group_name, shared, in_fp8):
+    def forward(ctx, input, weight, main_grad, kind, group_name, shared, in_fp8=False):
         ctx.save_for_backward(input, weight)
         ctx.in_fp8 = in_fp8
         ctx.main_grad, ctx.kind, ctx.group_name, ctx.shared = main_grad, kind, group_name, shared
