@@ -31,6 +31,7 @@ SAMPLES = ("data.attention=sample",)
 BF16 = ("train.precision=bf16",)
 DEEPSPEED = ("train.engine=deepspeed",)
 COMPILE = ("train.compile=true",)
+SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")
 # Stage 3 would keep weights as small as these whole, and buckets as large as its default are never full.
 SMALL = (f"deepspeed.json={ROOT / 'tests' / 'distributed' / 'deepspeed.json'}",)
 
@@ -178,11 +179,12 @@ def _compiled() -> list[Layout]:
 def _flex() -> list[Layout]:
     """Rows whose attention per sample is FlexAttention's, against the masked form in one process."""
     layouts = [  # in the default suite, label of the model, ranks, overrides
-        (True, "by sample", 1, ("parallel.recompute=selective",)),
+        (True, "llama by sample", 2, (*SEQUENCE, "parallel.recompute=selective", "train.head_chunk=20")),
+        (False, "by sample", 1, ("parallel.recompute=selective",)),
         (False, "by sample", 2, ("parallel.context=2",)),
         (False, "by sample", 1, ("train.compile=true", "parallel.recompute=full")),
         (False, "llama by sample", 2, ("parallel.pipeline=2", "parallel.interleave=2", "parallel.recompute=full")),
-        (False, "llama by sample", 4, ("parallel.tensor=2", "parallel.sequence=true", "parallel.context=2")),
+        (False, "llama by sample", 4, (*SEQUENCE, "parallel.context=2")),
     ]
     rows = []
     for covering, label, ranks, overrides in layouts:
@@ -193,31 +195,31 @@ def _flex() -> list[Layout]:
 
 
 def _fp8() -> list[Layout]:
-    """Rows whose layers multiply in fp8, against fp8 in one process; that one against bf16."""
-    layouts = [  # in the default suite, ranks, overrides
-        (False, 1, ("train.compile=true",)),
-        (True, 2, ("parallel.tensor=2", "parallel.sequence=true")),
-        (False, 2, ("parallel.tensor=2", "train.compile=true")),
-        (False, 2, ("parallel.pipeline=2",)),
-        (False, 2, ("parallel.zero=1",)),
-        (False, 2, ("train.engine=deepspeed", "parallel.zero=2", *SMALL)),
+    """Rows whose layers multiply in fp8: two against bf16, the others against fp8 in one process."""
+    layouts = [
+        (1, COMPILE),
+        (2, ("parallel.tensor=2", *COMPILE)),
+        (2, ("parallel.pipeline=2",)),
+        (2, ("parallel.zero=1",)),
+        (2, (*DEEPSPEED, "parallel.zero=2", *SMALL)),
     ]
-    extra, own = (*LLAMA, *BF16, "train.fp8=true"), "fp8 llama, one process"
-    rows = [Layout(own, 1, extra, "llama bf16, one process", True, 1e-3, 5e-2)]
-    for covering, ranks, overrides in layouts:
+    extra, own, bf16 = (*BF16, "train.fp8=true"), "fp8, one process", "bf16, one process"
+    rows = [Layout(own, 1, extra, bf16, False, 1e-3, 5e-2)]
+    rows.append(Layout("fp8, tensor=2 sequence=true", 2, extra + SEQUENCE, bf16, True, 1e-3, 5e-2))
+    for ranks, overrides in layouts:
         names = " ".join(each.split(".", 1)[1] for each in overrides if not each.startswith("deepspeed."))
-        rows.append(Layout(f"fp8 llama, {names}", ranks, extra + overrides, own, covering, 5e-4, 2e-2))
+        rows.append(Layout(f"fp8, {names}", ranks, extra + overrides, own, False, 5e-4, 2e-2))
     return rows
 
 
 def _head_in_chunks() -> list[Layout]:
     """Rows that compute head and loss of 20 tokens at a time, which divides no number of tokens here."""
     layouts = [  # in the default suite, label of the model, ranks, overrides
-        (True, "", 1, ()),
+        (False, "", 1, ()),
         (False, "", 2, ("parallel.pipeline=2",)),
         (False, "", 2, ("parallel.zero=1",)),
         (False, "", 2, (*DEEPSPEED, "parallel.zero=3", *SMALL)),
-        (True, "llama", 2, ("parallel.tensor=2", "parallel.sequence=true")),
+        (False, "llama", 2, SEQUENCE),
         (False, "llama", 2, ("parallel.zero=1",)),
         (False, "llama", 4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.interleave=2")),
         (False, "llama", 2, (*DEEPSPEED, "parallel.tensor=2", "parallel.zero=1")),
