@@ -22,7 +22,19 @@ WEIGHTS = {"bf16": "*bf16", "int8": "*i8", "fp8": "*fp8e4nv"}
 
 def interpret(marks: str) -> None:
     """Run tests/interpreted, in a process that imports Triton as its interpreter."""
-    command = [sys.executable, "-m", "pytest", "tests/interpreted", "-m", marks, "-q", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/interpreted",
+        "-m",
+        marks,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "timeout=3600",
+    ]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
