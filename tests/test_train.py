@@ -280,6 +280,9 @@ def test_the_other_engine_goes_on_from_a_checkpoint_and_says_nothing_more(folder
     assert done.returncode == 0, done.stderr
     usual = ("training: ", "pre-flight: 1 rank on 1 host, cpu computes right; ")
     said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith(usual)]
+    (kernels,) = [line for line in said if line.startswith("kernels: ")]
+    assert "AdamW: torch, fused" in kernels and "layers: not compiled" in kernels
+    said.remove(kernels)
     start, end = (folder / "engines" / "checkpoints" / f"step-000000{step}" for step in (16, 30))
     changed = "changed since step-00000016: parallel.zero 0 -> 3, train.engine megatron -> deepspeed"
     assert said == [f"wrote {end}", changed + ", train.stop_after 16 -> 0", f"resumed from {start} at step 16"]
