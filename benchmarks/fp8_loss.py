@@ -1,5 +1,8 @@
 """Training with train.fp8 beside bf16: the quickstart's model and batches on its corpus, one row per finished run.
 
+A third kind of run shows how far two runs in bf16 are apart that differ by rounding alone: the same batches in
+micro-batches of 16 instead of 8.
+
     python benchmarks/fp8_loss.py                     500 steps, 3 seeds of each; goes on where it was stopped
     python benchmarks/fp8_loss.py --seeds 1 --steps 100 --results /tmp/rows.jsonl
 
@@ -18,6 +21,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "examples/quickstart/train.yaml"
+KINDS = {  # what differs from the quickstart's configuration
+    "bf16": {},
+    "fp8": {"train.fp8": True},
+    "bf16, other rounding": {"train.micro_batch_size": 16},
+}
 LAST = 100
 """Steps whose mean loss is compared: single steps differ by their batches."""
 
@@ -41,19 +49,19 @@ def prepare(work: Path, pairs: int) -> Path:
     return shards
 
 
-def train(work: Path, shards: Path, fp8: bool, seed: int, steps: int) -> dict:
+def train(work: Path, shards: Path, kind: str, seed: int, steps: int) -> dict:
     """One run; its row."""
-    output = work / f"{'fp8' if fp8 else 'bf16'}-{seed}-{steps}"
+    output = work / f"{kind.replace(', ', '-').replace(' ', '-')}-{seed}-{steps}"
     settings = {
-        "data.shards": shards, "output": output, "seed": seed, "train.steps": steps, "train.fp8": fp8,
-        "train.precision": "bf16", "checkpoint.interval": max(1, steps // 5), "checkpoint.keep_last": 1,
+        "data.shards": shards, "output": output, "seed": seed, "train.steps": steps, "train.precision": "bf16",
+        "checkpoint.interval": max(1, steps // 5), "checkpoint.keep_last": 1, **KINDS[kind],
     }  # fmt: skip
     run("-m", "megatron_cm3leon.train", CONFIG, *(f"{name}={value}" for name, value in settings.items()))
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
     assert len(losses) == steps, f"{output} has {len(losses)} of {steps} steps"
     return {
-        "fp8": fp8, "seed": seed, "steps": steps, "torch": torch.__version__,
+        "kind": kind, "seed": seed, "steps": steps, "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, emulated",
         "loss_of_last_steps": statistics.fmean(losses[step] for step in range(steps - LAST + 1, steps + 1)),
         "losses": {step: losses[step] for step in range(50, steps + 1, 50)},
@@ -73,16 +81,18 @@ def main() -> None:
     rows = [row for row in map(json.loads, lines) if row["steps"] == options.steps]
     shards = prepare(options.work, options.pairs)
     for seed in range(options.seeds):
-        for fp8 in (False, True):
-            if any((row["fp8"], row["seed"]) == (fp8, seed) for row in rows):
+        for kind in KINDS:
+            if any((row["kind"], row["seed"]) == (kind, seed) for row in rows):
                 continue
-            rows.append(train(options.work, shards, fp8, seed, options.steps))
+            rows.append(train(options.work, shards, kind, seed, options.steps))
             with open(options.results, "a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-    print(f"\n| seed | loss in bf16 | in fp8 | difference |\n|---|---|---|---|   (mean of the last {LAST} steps)")
+    print(f"\nmean loss of the last {LAST} of {options.steps} steps, and its difference from bf16's")
+    print(f"| seed | {' | '.join(KINDS)} |\n|---{'|---' * len(KINDS)}|")
     for seed in range(options.seeds):
-        found = {row["fp8"]: row["loss_of_last_steps"] for row in rows if row["seed"] == seed}
-        print(f"| {seed} | {found[False]:.4f} | {found[True]:.4f} | {found[True] / found[False] - 1:+.2%} |")
+        found = {row["kind"]: row["loss_of_last_steps"] for row in rows if row["seed"] == seed}
+        cells = [f"{found[kind]:.4f} ({found[kind] / found['bf16'] - 1:+.2%})" for kind in KINDS]
+        print(f"| {seed} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
