@@ -192,12 +192,17 @@ class Cluster:
             list(map(str, command)), env=self.environment, capture_output=True, text=True, timeout=120, **options
         )
         if check and done.returncode:
-            raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr or done.stdout}")
+            said = done.stderr or done.stdout or f"exit status {done.returncode}"
+            raise RuntimeError(f"{' '.join(map(str, command))}: {said}")
         return done.stdout
 
     def show(self, job: int | str) -> dict[str, str]:
-        """The fields of `scontrol show job`, of the first task of an array."""
-        line = self.run("scontrol", "show", "job", "-o", job).splitlines()[0]
+        """The fields of `scontrol show job`, of the first task of an array.
+
+        On a busy machine one in thousands of calls fails without a word: it is made again.
+        """
+        command = "scontrol", "show", "job", "-o", job
+        line = (self.run(*command, check=False) or self.run(*command)).splitlines()[0]
         return dict(field.partition("=")[::2] for field in line.split(" ") if "=" in field)
 
     def wait(self, job: int | str, *states: str, seconds: float = 240) -> dict[str, str]:
