@@ -2,9 +2,9 @@
 
 Parameters are drawn in blocks of 2^20 consecutive numbers of the flattened parameter. A block's generator is PCG64
 with a key of 128 bits from (seed, name, block): any part of a parameter can be drawn without the rest, and by several
-threads. Its 32-bit integers become numbers in (-1, 1), and these a truncated normal by the inverse error function.
-Integers and the operations of IEEE 754 are the same everywhere, and so is torch's `erfinv`: torch 2.11 and 2.13 and
-each value of ATEN_CPU_CAPABILITY give the same bits. (`trunc_normal_` and `uniform_(a, b)` do not.)
+threads. The halves of its 64-bit integers become numbers in (-1, 1), and these a truncated normal by the inverse error
+function. Integers and the operations of IEEE 754 are the same everywhere, and so is torch's `erfinv`: torch 2.11 and
+2.13 and each value of ATEN_CPU_CAPABILITY give the same bits. (`trunc_normal_` and `uniform_(a, b)` do not.)
 """
 
 import hashlib
@@ -52,10 +52,10 @@ def _fill_block(out: torch.Tensor, generator: np.random.Generator, skipped: int,
     """Fill `out` [n] with the numbers of a block from the position `skipped` on."""
     for begin in range(0, skipped + len(out), _CHUNK):
         end = min(begin + _CHUNK, skipped + len(out))
-        bits = torch.from_numpy(generator.integers(0, 1 << 32, end - begin, dtype=np.uint32).view(np.int32))
+        words = generator.integers(0, 1 << 64, (end - begin + 1) // 2, dtype=np.uint64)  # two numbers in each
         if end <= skipped:
             continue
-        bits = bits[max(0, skipped - begin) :]
+        bits = torch.from_numpy(words.view(np.int32))[max(0, skipped - begin) : end - begin]
         numbers = out[max(0, begin - skipped) : end - skipped]
         # 24 bits, centered: odd multiples of 2^-24 in (-1, 1), all of them exact in fp32.
         numbers.copy_(bits.bitwise_and_(0xFFFFFF)).sub_(2**23 - 0.5)
