@@ -14,7 +14,7 @@ _UNWRITTEN = {"empty", "empty_like", "new_empty", "empty_strided"}
 
 
 class MemoryRecorder(TorchDispatchMode):
-    """A context that sums the bytes of every operator in it that is no view.
+    """A context that sums the bytes of every operator in it, views excepted.
 
     Storages of at most `cached` bytes stay in a processor's cache: they move nothing, but count as alive.
     """

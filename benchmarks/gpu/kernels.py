@@ -58,7 +58,7 @@ def decoding_matrices(device, tiny: bool) -> Iterator[dict]:
     import torch
     from timing import relative_error, time_graph
 
-    from megatron_cm3leon.generation.decoder import DTYPES, KINDS
+    from megatron_cm3leon.generation.decoder import DTYPES
     from megatron_cm3leon.generation.linear import build_matrix
 
     hidden, layers = (64, 1) if tiny else (4096, 8)
@@ -88,8 +88,6 @@ def decoding_matrices(device, tiny: bool) -> Iterator[dict]:
     for rows in (1, 2, 8):
         yield attempt("cuBLAS bf16", lambda rows=rows: by_rows(rows, torch.nn.functional.linear, weights, 2))
     for kind, size in (("bf16", 2), ("int8", 1), ("fp8", 1)):
-        if kind not in KINDS:
-            continue
         matrices = [build_matrix(weight, None if kind in DTYPES else kind) for weight in weights]
         for rows in (1, 2, 8):
             yield attempt(f"decoder {kind}", lambda rows=rows, m=matrices, s=size: by_rows(rows, apply, m, s))

@@ -49,7 +49,7 @@ def decode_batches(
     """Which prompts, and the ids [prompts of the batch, segment.length] that follow them, batch after batch.
 
     `unconditional` are the prompts of guidance's other stream. Ids of `forced` [prompts, segment.length] that are
-    not -1 stand instead of drawn ones. `advance(n)` is told how many more ids are there. `margins`, fp32 [prompts,
+    not -1 replace drawn ones. `advance(n)` is called with the number of further ids. `margins`, fp32 [prompts,
     segment.length], is filled with the differences of the two largest values of each draw (near_ties.py). Raises
     ValueError, at once, where the longest prompt and the segment do not fit into the decoder's context, and where
     guidance lacks `unconditional`.

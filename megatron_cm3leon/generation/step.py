@@ -74,7 +74,7 @@ class DecodingStep:
     def begin(
         self, given: list, without: list, room: int, sampling: Sampling, seeds: list[int], forced: np.ndarray | None
     ) -> None:
-        """Read the prompts, those of guidance's other stream behind the others, for `room` tokens each."""
+        """Read the prompts, then those of guidance's other stream, for `room` tokens each."""
         self.hidden.copy_(self.decoder.start(given + without, room, self.cache)[0])
         self.turn.zero_()
         self.ids.fill_(-1)

@@ -113,7 +113,7 @@ class CoreAttention(torch.nn.Module):
 
     @torch.compiler.disable
     def _attend_with_dropout(self, query, key, value, mask) -> torch.Tensor:
-        """Each tensor-parallel rank drops in its own heads: the states of generators are no part of a graph."""
+        """Each tensor-parallel rank drops in its own heads: a graph cannot hold the states of generators."""
         with get_cuda_rng_tracker().fork():
             return self._attend(query, key, value, mask, self.dropout)
 

@@ -6,7 +6,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 
 def gather(part: torch.Tensor, group: dist.ProcessGroup, asynchronous: bool = False):
-    """The parts of all ranks one behind another; with `asynchronous` also what to wait for."""
+    """The parts of all ranks, concatenated in their order; with `asynchronous` also what to wait for."""
     whole = part.new_empty((part.shape[0] * group.size(), *part.shape[1:]))
     work = dist.all_gather_into_tensor(whole, part.contiguous(), group=group, async_op=asynchronous)
     return (whole, work) if asynchronous else whole

@@ -28,7 +28,7 @@ class Quantized(NamedTuple):
     """A matrix: `values` x `inverse`."""
 
     values: torch.Tensor
-    """fp8, rows one behind another."""
+    """fp8, row-major."""
     inverse: torch.Tensor
     """fp32, a scalar and a power of two."""
 
@@ -49,7 +49,7 @@ def multiply(left_MK: Quantized, right_NK: Quantized, dtype: torch.dtype, fast: 
         scales = {"scale_a": left_MK.inverse, "scale_b": right_NK.inverse}
         return torch._scaled_mm(
             left_MK.values, right_NK.values.t(), **scales, out_dtype=dtype, use_fast_accum=fast
-        )  # its second operand has columns one behind another
+        )  # its second operand must be column-major
     product = _decode(left_MK.values) @ _decode(right_NK.values).t()
     return (product.float() * (left_MK.inverse * right_NK.inverse)).to(dtype)
 

@@ -67,7 +67,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(both: torch.Tensor) -> torch.Tensor:
-    """silu(gate) x up of gate and up, one behind the other in the last dimension."""
+    """silu(gate) x up of gate and up, concatenated in the last dimension."""
     if torch.compiler.is_compiling():
         gate, up = both.chunk(2, dim=-1)
         return F.silu(gate) * up  # one kernel each way, which keeps no more

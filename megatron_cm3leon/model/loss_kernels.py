@@ -97,7 +97,7 @@ def _block(width: int) -> int:
 
 
 def _stride(logits_TP: torch.Tensor) -> int:
-    assert logits_TP.stride(1) == 1, "the logits of a row lie one behind another"
+    assert logits_TP.stride(1) == 1, "the logits of a row must be contiguous"
     return logits_TP.stride(0)
 
 

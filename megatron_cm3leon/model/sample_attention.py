@@ -2,7 +2,7 @@
 
 `build_sample_blocks` finds, once for each micro-batch and for all layers, which tiles of 128 x 128 hold an allowed pair
 and in which all pairs are allowed; inside the others FlexAttention's kernel compares the samples of query and key.
-torch's variable-length attention (torch.nn.attention.varlen) needs the tokens of a sample one behind another, which CM3
+torch's variable-length attention (torch.nn.attention.varlen) needs the tokens of a sample to be contiguous, which CM3
 masking does not give: it moves spans of every sample to the end of the sequence.
 
 FlexAttention has no backward pass on a CPU and drops no weights: there the masked form (attention.py) is used.
@@ -116,7 +116,7 @@ def _order_tiles(chosen_BQK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _compare_samples(rows_BL: torch.Tensor, columns_BS: torch.Tensor, places_L: torch.Tensor):
-    """FlexAttention's question about one pair: of one sample, the key not behind the query?"""
+    """FlexAttention's mask_mod: whether the pair is of one sample and the key is not after the query."""
 
     def allowed(batch, head, query, key):
         return (rows_BL[batch, query] == columns_BS[batch, key]) & (key <= places_L[query])

@@ -23,7 +23,7 @@ def seen():
 
 
 def test_a_step_reads_nothing_from_the_device_but_its_sums(seen):
-    """Those are read as one list, which is no operator."""
+    """Those are read as one list, without an operator."""
     assert seen["reads"] == [0, 0]
 
 

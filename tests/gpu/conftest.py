@@ -5,13 +5,14 @@ CM3LEON_GPU_TESTS=cpu pytest -m gpu           the CPU in the GPU's place: shows 
 """
 
 import os
-from importlib.util import find_spec
 
 import pytest
 import torch
 
 from megatron_cm3leon.generation.decoder import Decoder
+from megatron_cm3leon.generation.step_graph import StepGraphs
 from tests.data.corpora import make_vocabulary
+from tests.generation.recorder import Recorder
 from tests.models import save_random_llama, save_random_opt
 
 VARIABLE = "CM3LEON_GPU_TESTS"
@@ -43,10 +44,7 @@ def exported(request, tmp_path_factory):
 def load_decoder(folder, kind: str, device: torch.device) -> Decoder:
     """A decoder on the device under test; with the CPU in its place, steps are recorded and replayed all the same."""
     decoder = Decoder.load(folder, kind, device)
-    if device.type == "cpu" and find_spec("megatron_cm3leon.generation.step_graph"):
-        from megatron_cm3leon.generation.step_graph import StepGraphs
-        from tests.generation.recorder import Recorder
-
+    if device.type == "cpu":
         decoder.graphs = StepGraphs(decoder, Recorder())
     return decoder
 

@@ -1,13 +1,10 @@
 """Decoding on a GPU, through the step that is captured there: in fp32 the CPU's tokens, whatever the batches are."""
 
-from importlib import import_module
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 import torch
 
-from megatron_cm3leon.generation import batch
+from megatron_cm3leon.generation import batch, step_graph
 from megatron_cm3leon.generation.generate import Generator
 from megatron_cm3leon.generation.grammar import choice_segment, opening_segment, picture_segment, text_segment
 from megatron_cm3leon.generation.made import MadePicture
@@ -21,10 +18,8 @@ PROMPTS = [[27, 3, 1, 4, 28], [27, 28], [27, 5, 5, 2, 9, 0, 1, 28], [27, 3, 1, 4
 EMPTY = [[VOCABULARY.eos, VOCABULARY.sentinel(0), VOCABULARY.break_id]] * len(PROMPTS)
 SEEDS = [0, 1, 2, 3]
 GUIDED = Sampling(guidance=2.0, temperature=0.7)
-SHARE = (batch, "GPU_CACHE_SHARE")
+SHARE = (step_graph, "CACHE_SHARE")
 """Of a GPU's free memory, that a batch may take."""
-if find_spec("megatron_cm3leon.generation.step_graph"):
-    SHARE = (import_module("megatron_cm3leon.generation.step_graph"), "CACHE_SHARE")
 SEGMENTS = {
     "image": picture_segment(VOCABULARY),
     "part of an image": picture_segment(VOCABULARY, 5),

@@ -5,7 +5,6 @@ import torch
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, step_folder
 from megatron_cm3leon.cluster.preflight import find_device_fault
-from megatron_cm3leon.config_fields import TrainConfig
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.layouts import BF16, CONFIG, DEEPSPEED, LLAMA, SAMPLES, SMALL, learnable_pairs, relative
 from tests.gpu.rows import RowRunner
@@ -23,9 +22,8 @@ ROWS = {  # name -> overrides
     "deepspeed zero=2": (*DEEPSPEED, "parallel.zero=2", *SMALL),
     "deepspeed zero=3 bf16": (*DEEPSPEED, "parallel.zero=3", *BF16, *SMALL),
 }
-CAN_COMPILE = hasattr(TrainConfig(), "compile")
-UNCOMPILED = ("train.compile=false",) if CAN_COMPILE else ()
-COMPILED = {"compiled": "cm3leon", "llama by sample, compiled": "llama by sample"} if CAN_COMPILE else {}
+UNCOMPILED = ("train.compile=false",)
+COMPILED = {"compiled": "cm3leon", "llama by sample, compiled": "llama by sample"}
 """Name -> the row whose losses on the CPU, not compiled, it must have."""
 SYNCHRONOUS = "saved while training waits"
 BROKEN = "broken"
