@@ -151,7 +151,7 @@ def _(grad_SBO, input_SBI, weight_OI, main_grad, kind, group_name, in_fp8):
 
 
 class _Linear(torch.autograd.Function):
-    """The product with its communication. `main_grad` is not saved for the backward pass: other micro-batches add to it in between."""
+    """The product with its communication. `main_grad` is not saved: other micro-batches add to it in between."""
 
     @staticmethod
     def forward(ctx, input, weight, main_grad, kind, group_name, shared, in_fp8=False):

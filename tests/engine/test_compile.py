@@ -41,7 +41,7 @@ def test_dropout_divides_the_graph_at_the_attention_and_trains(seen):
 
 @pytest.mark.slow
 def test_gathered_weights_are_waited_for_before_a_compiled_layer():
-    """Weights that come in many parts: megatron-core waits in hooks inside the layer, which a graph does not contain."""
+    """Weights that come in many parts: megatron-core waits in hooks inside the layer, which a graph cannot hold."""
     seen = run(2, "zero=1")
     assert seen["zero=1 true"]["losses"] == pytest.approx(seen["zero=1 false"]["losses"], rel=1e-6)
 
