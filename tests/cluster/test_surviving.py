@@ -172,7 +172,7 @@ def test_a_second_run_in_the_folder_is_refused_and_leaves_no_trace(folder):
     assert second.said().count(f"is in use by process {first.processes[0].pid} on") == 1
     first.signal(signal.SIGTERM, 0)
     assert first.wait() == [75], first.said()
-    assert {each["event"] for each in first.events()} == {"start", "saved", "signal", "stop"}
+    assert {each["event"] for each in first.events()} == {"start", "initialize", "saved", "signal", "stop"}
 
 
 @pytest.mark.slow
