@@ -15,6 +15,7 @@ rounding decides (near_ties.py): in fp32 they are rare, in bf16 a batch of anoth
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,12 @@ from megatron_cm3leon.generation import prompts
 from megatron_cm3leon.generation.batch import decode_batches, decode_segments
 from megatron_cm3leon.generation.complete import complete_documents
 from megatron_cm3leon.generation.decoder import Decoder
+from megatron_cm3leon.generation.exported import read_shape
 from megatron_cm3leon.generation.grammar import Segment, picture_segment, text_segment
 from megatron_cm3leon.generation.made import MadePicture
+from megatron_cm3leon.generation.precompile import compile_steps, compiling_beside
 from megatron_cm3leon.generation.sampling import SAMPLERS, Sampling, default_guidance
+from megatron_cm3leon.generation.step_graph import BUCKET, round_up
 from megatron_cm3leon.tokenizers.pixels import from_pixels, to_pixels
 
 
@@ -52,8 +56,12 @@ class Generator:
         from megatron_cm3leon.tokenizers.folder import Tokenizers
 
         folder, device = Path(folder), resolve_device(device)
-        decoder = Decoder.load(folder, dtype, device)
-        return cls(decoder, Tokenizers.load(folder, device), read_training(folder))
+        shape, tokenizers = read_shape(folder), Tokenizers.load(folder, device)
+        image = picture_segment(tokenizers.vocabulary)
+        sizes = {"head_rows": len(image.allowed), "positions": round_up(image.length + BUCKET), "streams": (1, 2)}
+        with compiling_beside(partial(compile_steps, shape, dtype, device, **sizes), device):
+            decoder = Decoder.load(folder, dtype, device)
+        return cls(decoder, tokenizers, read_training(folder))
 
     @property
     def training_documents(self) -> int:

@@ -1,0 +1,55 @@
+"""Compile the kernels of decoding steps while the weights are still being read.
+
+Triton compiles a kernel when it is first launched with its constants: some eight kernels, 0.5 to 3 seconds each in the
+first process on a machine (later ones find them on disk). One step of a decoder with a single layer of zeros launches
+all that a whole step does.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+
+from megatron_cm3leon.generation.decoder import DTYPES, Decoder
+from megatron_cm3leon.generation.exported import Shape, expected_weights
+
+
+@torch.inference_mode()
+def compile_steps(
+    shape: Shape, dtype: str, device: torch.device, head_rows: int, positions: int, streams: tuple[int, ...]
+) -> None:
+    """Launch each kernel of a step once, for each number of `streams` over a cache of `positions`.
+
+    `dtype` is one of decoder.KINDS; `head_rows`, the ids that may be drawn, decides the tile of the head. Takes the
+    memory of one layer and this head, and gives it back.
+    """
+    from megatron_cm3leon.generation.fused_step import FusedStep
+    from megatron_cm3leon.generation.noise_kernel import write_noise
+
+    small = replace(shape, layers=1, vocabulary=head_rows)
+    beside = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    weights = {name: torch.zeros(size, dtype=beside, device=device) for name, size in expected_weights(small).items()}
+    decoder = Decoder(weights, small, None if dtype in DTYPES else dtype)
+    fused, zero = FusedStep(decoder), torch.zeros(1, dtype=torch.long, device=device)
+    for count in streams:
+        cache = decoder.build_cache(count, positions, flat=False)
+        fused.logits(fused.advance(zero.expand(count).contiguous(), cache), decoder.head())
+    write_noise(zero.expand(1, 2).contiguous(), zero, zero.expand(16).contiguous(), torch.zeros(1, 64, device=device))
+
+
+@contextmanager
+def compiling_beside(compile_all: Callable[[], None], device: torch.device) -> Iterator[None]:
+    """Run `compile_all` in a thread of its own beside the block, where `device` is a GPU and Triton is installed.
+
+    Leaving the block waits for the thread and raises what it raised.
+    """
+    if device.type != "cuda" or not find_spec("triton"):
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(compile_all)
+        yield
+        compiled.result()
