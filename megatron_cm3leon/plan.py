@@ -143,10 +143,12 @@ def _layer_bytes(config: Config, tokens: int, width: int) -> tuple[float, float]
     along_sequence = parallel.tensor if parallel.sequence else 1
     attention = hidden + 2 * keys + hidden  # the projection's output and the attention's
     if model.family == "llama":
-        residual = (4 if fused else 6) * hidden  # of each norm: input, scaled input (unless fused), output
+        # Of each norm: input and output; unless fused the scaled input too, and in bf16 both inputs in fp32.
+        extra = 0 if fused else 1 if width == 4 else 3
+        residual = (4 + 2 * extra) * hidden
         attention += 2 * hidden + keys  # rotated queries and keys; the attention's output in the projection's order
         if model.qk_norm and not fused:
-            attention += hidden + keys
+            attention += (1 if width == 4 else 4) * (hidden + keys)
         feed_forward = 3 * ffn
     else:
         residual = 4 * hidden  # input and output of each norm

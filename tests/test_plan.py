@@ -16,7 +16,12 @@ SIZE = """model.layers=4 model.hidden_size=512 model.heads=8 data.seq_length=512
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(1, "train.micro_batch_size=4"), (2, "parallel.tensor=2"), (2, "parallel.zero=1 model.family=llama")],
+    [
+        (1, "train.micro_batch_size=4"),
+        (2, "parallel.tensor=2"),
+        (2, "parallel.zero=1 model.family=llama"),
+        (1, "train.micro_batch_size=4 model.family=llama model.qk_norm=true train.precision=bf16"),
+    ],
 )
 def test_planned_bytes_are_within_a_tenth_of_the_peak(ranks, layout, monkeypatch):
     # Big blocks go back to the system at once, so that resident memory is what tensors take.
