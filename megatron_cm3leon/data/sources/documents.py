@@ -10,8 +10,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
-PICTURE_FIELDS = ("image", *(ending[1:] for ending in PICTURE_ENDINGS))
+COMMON_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
+PICTURE_ENDINGS = (
+    *COMMON_ENDINGS, ".jfif", ".jpe", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".apng", ".dib", ".ico",
+    ".pbm", ".pgm", ".pnm", ".pfm", ".avifs",
+)  # fmt: skip
+"""Endings of the images that are decoded (tokenizers/pixels.py)."""
+UNREAD_ENDINGS = (
+    ".heic", ".heif", ".hif", ".jxl", ".svg", ".svgz", ".psd", ".tga", ".eps", ".icns", ".cur", ".qoi", ".dds", ".pcx",
+    ".sgi", ".xbm", ".xpm", ".exr", ".hdr", ".jxr", ".wdp", ".bpg", ".djvu", ".wmf", ".emf", ".xcf",
+)  # fmt: skip
+"""Endings of images that are not decoded: they are inputs, and the reader says which format they are."""
+PICTURE_FIELDS = ("image", *(ending[1:] for ending in COMMON_ENDINGS))
 CAPTION_FIELDS = ("caption", "txt")
 TEXT, PAIR, INTERLEAVED = KINDS = ("text", "pair", "interleaved")
 TEXT_BLOCK = 1 << 16
