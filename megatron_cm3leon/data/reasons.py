@@ -20,8 +20,12 @@ class Reasons:
         self._first: dict[str, str] = {}
 
     def add(self, reason: str) -> None:
+        self.add_many(reason, 1)
+
+    def add_many(self, reason: str, count: int) -> None:
+        """Count `reason` for as many inputs."""
         group, _, detail = reason.partition(":")
-        self.counts[group] += 1
+        self.counts[group] += count
         self._first.setdefault(group, detail.strip())
 
     def __bool__(self) -> bool:

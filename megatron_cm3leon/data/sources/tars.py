@@ -135,17 +135,18 @@ def _make_pair(group: _Group, key: str, source: str) -> Entry:
     pictures = [ending for ending in group.members if ending in _PICTURES]
     if len(pictures) != 1:
         reason = f"duplicate picture members: {', '.join(pictures)}" if pictures else "no picture among the members"
-        return BadInput(key, source, f"{reason}: {group.name}")
+        text = group.members.get("txt", b"").decode(errors="replace") if not pictures else ""
+        return BadInput(key, source, f"{reason}: {group.name}", [text] if text else ())
+    picture = Picture(f"{source}.{pictures[0]}", content=group.members[pictures[0]])
     try:
         fields = _read_json(group.members["json"]) if "json" in group.members else {"key": group.name}
         caption = fields.pop("caption", None)
         if "txt" in group.members:
             caption = decode_text(group.members["txt"], f"{group.name}.txt")
         if not isinstance(caption, str):
-            return BadInput(key, source, f"no caption: {group.name} has no .txt and no .json with a caption")
+            return BadInput(key, source, f"no caption: {group.name} has no .txt and no .json with a caption", [picture])
     except ValueError as error:
-        return BadInput(key, source, str(error))
-    picture = Picture(f"{source}.{pictures[0]}", content=group.members[pictures[0]])
+        return BadInput(key, source, str(error), [picture])
     return check_document(RawPair(key, source, [caption, picture], json.dumps(fields, sort_keys=True)))
 
 
