@@ -31,6 +31,7 @@ setup(
         "pillow",
         "pyarrow",
         "fsspec",
+        "braceexpand",
         "transformers>=5",
         "matplotlib",
         "rich",

@@ -28,7 +28,9 @@ from megatron_cm3leon.tasks import find_task
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     first, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=HelpFormatter)
-    parser.add_argument("--input", required=True, nargs="+", help="files of one format, or one folder; paths or URLs")
+    parser.add_argument(
+        "--input", required=True, nargs="+", help="files of one format, or one folder; paths, URLs, patterns"
+    )
     parser.add_argument("--format", choices=FORMATS, default="auto", help="of the input; auto goes by names' endings")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder that tools/train_tokenizer.py wrote")
     parser.add_argument("--output", required=True, help="folder of the shards")

@@ -7,11 +7,13 @@ import tarfile
 from collections import OrderedDict
 from threading import Lock
 
-import fsspec
 import numpy as np
 from PIL import Image
 
 from megatron_cm3leon.data.shards import Corpus
+from megatron_cm3leon.data.sources import Picture, read_picture
+from megatron_cm3leon.data.sources.files import join, open_file
+from megatron_cm3leon.data.sources.tar_members import Member, TarReader
 from megatron_cm3leon.retrieval.contents import Content, ReadPictures
 from megatron_cm3leon.tokenizers.pixels import load_picture
 
@@ -28,7 +30,7 @@ class SourcePictures:
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus, self.input = corpus, str(corpus.manifest["input"]).rstrip("/")
-        self._tars: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
+        self._tars: OrderedDict[str, dict[str, Member]] = OrderedDict()
         self._lock = Lock()
 
     def __call__(self, content: Content) -> list[Image.Image]:
@@ -41,7 +43,7 @@ class SourcePictures:
         return [self._read(name, sha256) for name, sha256 in zip(content.image, content.sha256, strict=True)]
 
     def _read(self, name: str, checksum: str) -> Image.Image:
-        place = name if "://" in name or name.startswith("/") else f"{self.input}/{name}"
+        place = join(self.input, name)
         try:
             content = self._read_bytes(place)
         except (OSError, tarfile.TarError) as error:
@@ -59,21 +61,20 @@ class SourcePictures:
         inside = _INSIDE_TAR.search(place)
         archive, member = (place[: inside.end() - 1], place[inside.end() :]) if inside else ("", "")
         if not inside or os.path.isdir(archive):
-            with fsspec.open(place, "rb") as file:
-                return file.read()
+            return read_picture(Picture(place, place))
         with self._lock:
             members = self._tars.get(archive) or self._list_members(archive)
         if member not in members:
             raise FileNotFoundError(2, "the tar has no such member")
-        offset, size = members[member]
-        with fsspec.open(archive, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        with open_file(archive) as file:
+            return TarReader(file).read(members[member])
 
-    def _list_members(self, archive: str) -> dict[str, tuple[int, int]]:
-        """Where each member's bytes stand in a tar, by its name with the ending in small letters."""
-        with fsspec.open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            members = {_lower_ending(member.name): (member.offset_data, member.size) for member in tar}
+    def _list_members(self, archive: str) -> dict[str, Member]:
+        """The files in a tar, links followed, by their names with the ending in small letters."""
+        with open_file(archive) as file:
+            reader = TarReader(file)
+            found = {_lower_ending(member.name): member for member in reader}
+            members = {name: place for name, member in found.items() if (place := reader.follow(member))}
         self._tars[archive] = members
         if len(self._tars) > _TARS_KEPT:
             self._tars.popitem(last=False)

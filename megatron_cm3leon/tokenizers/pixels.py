@@ -13,15 +13,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from megatron_cm3leon.tokenizers.image_kind import explain_no_image
 
 Image.init()
 FORMATS = tuple(
     kind
-    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
     if kind in Image.OPEN  # older Pillow has no AVIF
 )
 """The decoders that are tried. Pillow knows more, but some run other programs (EPS) on untrusted files."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What EXIF's orientations mean."""
 
 MAX_PIXELS = 89_478_485
 """Pictures above this are refused: a small file can unpack to gigabytes (Pillow's own warning level)."""
@@ -29,20 +42,20 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of
 
 
 def load_picture(source: str | Path | bytes) -> Image.Image:
-    """Read a picture file, or its bytes, as RGB; ValueError names why it cannot be read."""
-    name = "picture" if isinstance(source, bytes) else str(source)
+    """Read an image file, or its bytes, as RGB; ValueError names why it cannot be read."""
+    name = "" if isinstance(source, bytes) else f"{source}: "
     try:
-        return _to_rgb(_decode(source))
+        data = source if name == "" else Path(source).read_bytes()
+        return _to_rgb(_decode(data))
     except FileNotFoundError as error:
-        raise ValueError(f"{name}: no such file.") from error
+        raise ValueError(f"{name}no such file.") from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not a picture, or of none of these formats: {', '.join(FORMATS)}.") from error
+        raise ValueError(f"{name}{explain_no_image(data, FORMATS)}.") from error
     except Exception as error:  # decoders meet arbitrary bytes and raise OSError, SyntaxError, struct.error ...
-        raise ValueError(f"{name}: unreadable picture: {error or type(error).__name__}") from error
+        raise ValueError(f"{name}the image cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _decode(source: str | Path | bytes) -> Image.Image:
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+def _decode(data: bytes) -> Image.Image:
     if not data:
         raise ValueError("the file is empty (0 bytes)")
     with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
@@ -50,7 +63,16 @@ def _decode(source: str | Path | bytes) -> Image.Image:
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are read")
         picture.load()
-        return ImageOps.exif_transpose(picture)
+        return _turn(picture)
+
+
+def _turn(picture: Image.Image) -> Image.Image:
+    """As EXIF's orientation says. Nothing else of EXIF is used, so damage in other tags does no harm."""
+    try:
+        method = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # whatever damaged bytes lead to: like viewers, show the image as it is stored
+        method = None
+    return picture.copy() if method is None else picture.transpose(method)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

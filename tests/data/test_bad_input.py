@@ -74,10 +74,10 @@ def test_a_tar_of_everything_that_can_be_wrong(tmp_path):
     assert counts_of(manifest) == (16, 8, 0, 0, 8)
     reasons = {bad["source"]: bad["reason"] for bad in quarantine_of(tmp_path / "out")}
     for source, reason in {
-        "a.tar/bomb": "unreadable picture: a.tar/bomb.png: picture: unreadable picture: 10000 x 10001 pixels are more",
-        "a.tar/zero": "unreadable picture: a.tar/zero.png: picture: unreadable picture: the file is empty (0 bytes)",
+        "a.tar/bomb": "unreadable picture: a.tar/bomb.png: the image cannot be decoded: 10000 x 10001 pixels are more",
+        "a.tar/zero": "unreadable picture: a.tar/zero.png: the image cannot be decoded: the file is empty (0 bytes)",
         "a.tar/cut": "unreadable picture: a.tar/cut.png: ",
-        "a.tar/page": "unreadable picture: a.tar/page.jpg: picture: not a picture, or of none of these formats: PNG",
+        "a.tar/page": "unreadable picture: a.tar/page.jpg: not an image but an HTML page.",
         "a.tar/latin": "not UTF-8: byte 0 of latin.txt cannot be decoded",
         "a.tar/alone": "no caption: alone has no .txt and no .json with a caption",
         "a.tar/dup": "duplicate key: dup has more than one .png",

@@ -74,8 +74,8 @@ def test_a_folder_of_pictures_and_captions(tmp_path):
         {"caption": "first", "image": "a/0.png"}
     ]
     assert [(bad["source"], bad["reason"]) for bad in quarantine_of(tmp_path / "out")] == [
-        ("a/1.png", "no caption: 1.txt is missing beside the picture"),
-        ("lonely.txt", "no picture beside this caption"),
+        ("a/1.png", "no caption: 1.txt is missing beside the image"),
+        ("lonely.txt", "no image beside this caption"),
     ]
 
 

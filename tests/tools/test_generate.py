@@ -166,7 +166,7 @@ def test_answers_and_documents(world):
             "'opt', not 'clip'",
         ),
         (["caption", "{world}/none.png", "--model", "{model}"], "none.png: no such file"),
-        (["caption", "{world}/pairs.jsonl", "--model", "{model}"], "not a picture"),
+        (["caption", "{world}/pairs.jsonl", "--model", "{model}"], "not an image but a text that begins with"),
         (
             ["image", "a", "", "--model", "{model}", "--output", "{world}/new"],
             "caption 1 is empty: guidance and contrast_k need a condition",

@@ -1,7 +1,7 @@
 """Raw readers: a corpus in any of these forms, cut into fixed parts.
 
     tar        WebDataset tars as img2dataset writes them: <key>.jpg, <key>.txt, <key>.json
-    folder     img.png beside img.txt, at any depth, in the order of their names
+    folder     img.png beside img.txt, at any depth, in the order of their names; linked folders are followed
     jsonl      {"image": "relative/path.png", "caption": "text", ...}, {"text": ...} or {"segments": [...]} a line
     csv        the same columns with a header, separated by commas, semicolons, tabs or |
     parquet    the same columns
@@ -9,7 +9,7 @@
     texts      a folder of .txt and .md files, a document each
 
 Images are paths, relative to the file that names them, data: URIs, base64, or bytes in Parquet. Inputs are local
-paths or URLs that fsspec opens.
+paths or URLs that fsspec opens, or patterns of them.
 A reader yields every input: a RawDocument, or a BadInput or Filtered that says why it is none.
 """
 
@@ -18,6 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cm3leon.data.sources.base import Source
+from megatron_cm3leon.data.sources.contents import (
+    ENDINGS,
+    choose_format,
+    explain_compressed,
+    explain_ending,
+    warn_of_compressed,
+    warn_of_images_without_row,
+)  # fmt: skip
 from megatron_cm3leon.data.sources.documents import (
     KINDS,
     PICTURE_ENDINGS,
@@ -32,9 +40,10 @@ from megatron_cm3leon.data.sources.documents import (
     RawTexts,
 )  # fmt: skip
 from megatron_cm3leon.data.sources.embedded import shorten
-from megatron_cm3leon.data.sources.files import find_kind, join, list_folder, make_absolute, read_picture
+from megatron_cm3leon.data.sources.files import find_kind, join_listed, list_folder, open_file, read_picture
 from megatron_cm3leon.data.sources.folders import FolderSource, TextFilesSource
 from megatron_cm3leon.data.sources.lines import JsonlSource, TextLinesSource
+from megatron_cm3leon.data.sources.patterns import expand_inputs
 from megatron_cm3leon.data.sources.tables import CsvSource, ParquetSource
 from megatron_cm3leon.data.sources.tars import TarSource
 
@@ -45,13 +54,12 @@ __all__ = [
 ]  # fmt: skip
 
 _FILES = {
-    "tar": (TarSource, (".tar",)),
-    "parquet": (ParquetSource, (".parquet",)),
-    "csv": (CsvSource, (".csv", ".tsv")),
-    "lines": (TextLinesSource, (".txt",)),
-    "jsonl": (JsonlSource, (".jsonl", ".ndjson", ".json")),
+    "tar": TarSource,
+    "parquet": ParquetSource,
+    "csv": CsvSource,
+    "lines": TextLinesSource,
+    "jsonl": JsonlSource,
 }
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tgz")
 _FOLDERS = {"folder": FolderSource, "texts": TextFilesSource}
 FORMATS = ("auto", *_FILES, *_FOLDERS)
 
@@ -61,16 +69,19 @@ def open_source(
 ) -> Source:  # fmt: skip
     """Open `--input`: one folder, or files of one format in the order given; ValueError when there is nothing to read.
 
-    `form` is one of FORMATS; auto goes by the endings of names. A folder that holds tars or Parquet files (as
-    img2dataset's output does) is read as those.
+    A pattern (`part{0..9}.tar`, `part*.tar`, `~/x`) stands for what it matches. `form` is one of FORMATS; auto goes by
+    the endings of names (`choose_format` for a folder).
     """
     if part_size < 1:
         raise ValueError(f"--part-size ({part_size}) must be at least 1.")
-    paths = [make_absolute(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+    paths = expand_inputs([inputs] if isinstance(inputs, str | Path) else inputs)
     kinds = {path: find_kind(path) for path in paths}
     for path, kind in kinds.items():
         if not kind:
-            raise ValueError(f"--input {path} does not exist; give a JSONL file or a folder of pictures and captions.")
+            several = " Several inputs are separated by spaces." if "::" in path else ""
+            raise ValueError(
+                f"--input {path} does not exist; give a JSONL file or a folder of images and captions.{several}"
+            )
     if "folder" in kinds.values():
         if len(paths) > 1:
             raise ValueError(f"--input: give one folder, or files; these are {len(paths)} of which one is a folder.")
@@ -87,32 +98,52 @@ def open_source(
 
 def _open_folder(path: str, part_size: int, form: str, fields: Fields) -> Source:
     path = path.rstrip("/") or path
-    names = list_folder(path) if form not in _FOLDERS else []
-    for name in ("tar", "parquet") if form == "auto" else (form,) if form in _FILES else ():
-        cls, endings = _FILES[name]
-        found = [join(path, file) for file in names if file.lower().endswith(endings)]
-        if found:
-            return cls(found, part_size, fields, path)
-        if form != "auto":
-            raise ValueError(f"--input {path} holds no {' or '.join(endings)} file, which --format {form} reads.")
-    return _FOLDERS["folder" if form == "auto" else form](path, part_size)
+    names = list_folder(path)
+    if form == "auto":
+        form, files, fields = choose_format(path, names, fields)
+        warn_of_compressed(path, names)
+    elif form in _FILES:
+        files = [name for name in names if name.lower().endswith(ENDINGS[form])]
+        if not files:
+            packed = (name for name in names if os.path.splitext(name)[0].lower().endswith(ENDINGS[form]))
+            raise ValueError(
+                next(filter(None, (explain_compressed(join_listed(path, name)) for name in packed)), "")
+                or f"--input {path} holds no {' or '.join(ENDINGS[form])} file, which --format {form} reads."
+            )
+    if form in _FOLDERS:
+        return _FOLDERS[form](path, part_size, names)
+    source = _FILES[form]([join_listed(path, name) for name in files], part_size, fields, path)
+    if fields.image == "file_name":
+        warn_of_images_without_row(path, names, source.count)
+    return source
 
 
 def _open_files(paths: list[str], part_size: int, form: str, fields: Fields) -> Source:
-    packed = next((path for path in paths if path.partition("::")[0].lower().endswith(_COMPRESSED)), "")
-    if packed:
-        raise ValueError(f"--input {packed} is compressed; unpack it first, as parts begin in the middle of a file.")
+    for path in paths:
+        if fault := explain_compressed(path) or (form == "auto" and explain_ending(path)):
+            raise ValueError(fault)
     if form == "auto":
         forms = {path: _guess_form(path) for path in paths}
         if len(set(forms.values())) > 1:
             shown = ", ".join(f"{os.path.basename(path)}: {name}" for path, name in list(forms.items())[:4])
             raise ValueError(f"--input: files of several formats ({shown}); preprocess each format by itself.")
-        source = _FILES[forms[paths[0]]][0](paths, part_size, fields)
+        source = _FILES[forms[paths[0]]](paths, part_size, fields)
         if isinstance(source, TextLinesSource):
             source.check_no_table()
         return source
-    return _FILES[form][0](paths, part_size, fields)
+    return _FILES[form](paths, part_size, fields)
 
 
 def _guess_form(path: str) -> str:
-    return next((name for name, (_, endings) in _FILES.items() if path.lower().endswith(endings)), "jsonl")
+    """Format by the ending; files of other endings are JSONL if they begin as such."""
+    form = next((name for name, endings in ENDINGS.items() if path.lower().endswith(endings)), "")
+    if not form:
+        with open_file(path) as content:
+            start = content.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if start and not start.startswith(b"{"):
+            ending = os.path.splitext(path)[1]
+            raise ValueError(
+                f"--input {path} {f'ends with {ending}' if ending else 'has no ending'}, which is none of the formats "
+                f"that are read; convert it, or name its format: --format {', '.join(_FILES)}."
+            )
+    return form or "jsonl"

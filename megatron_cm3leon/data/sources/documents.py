@@ -14,8 +14,18 @@ from itertools import compress
 
 from megatron_cm3leon.data.sources.embedded import decode_image, describe_binary, is_image, shorten, shorten_values
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
-PICTURE_FIELDS = ("image", *(ending[1:] for ending in PICTURE_ENDINGS))
+COMMON_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
+PICTURE_ENDINGS = (
+    *COMMON_ENDINGS, ".jfif", ".jpe", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".apng", ".dib", ".ico",
+    ".pbm", ".pgm", ".pnm", ".pfm", ".avifs",
+)  # fmt: skip
+"""Endings of the images that are decoded (tokenizers/pixels.py)."""
+UNREAD_ENDINGS = (
+    ".heic", ".heif", ".hif", ".jxl", ".svg", ".svgz", ".psd", ".tga", ".eps", ".icns", ".cur", ".qoi", ".dds", ".pcx",
+    ".sgi", ".xbm", ".xpm", ".exr", ".hdr", ".jxr", ".wdp", ".bpg", ".djvu", ".wmf", ".emf", ".xcf",
+)  # fmt: skip
+"""Endings of images that are not decoded: they are inputs, and the reader says which format they are."""
+PICTURE_FIELDS = ("image", *(ending[1:] for ending in COMMON_ENDINGS))
 CAPTION_FIELDS = ("caption", "txt")
 FILE_NAME = "file_name"
 """Field of the image in Hugging Face's imagefolder, where its value ends as the name of an image does."""
@@ -305,7 +315,7 @@ def _holds_image(name: str, value) -> bool:
 
 
 def _names_image(value) -> bool:
-    return isinstance(value, str) and value[-5:].lower().endswith(PICTURE_ENDINGS)
+    return isinstance(value, str) and value[-6:].lower().endswith(PICTURE_ENDINGS)
 
 
 @lru_cache(1024)

@@ -2,31 +2,59 @@
 
 import codecs
 import hashlib
+import logging
 import os
+import re
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import BinaryIO
+from unicodedata import normalize
 
 import fsspec
 
 from megatron_cm3leon.data.sources.documents import Picture
 
+logger = logging.getLogger(__name__)
 MAX_BYTES = 1 << 28
 """A picture or text file above this is refused: one bad input must not fill the memory."""
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 
+_PROTOCOL = re.compile(r"([A-Za-z][\w+.-]*)://")
+_WRAPPERS = ("zip", "tar", "libarchive", "simplecache", "filecache", "blockcache")
+"""Protocols that read out of another file, so that what follows `::` may be a relative path."""
+
+
 def is_url(path: str) -> bool:
-    return "://" in path or "::" in path
+    """Whether fsspec opens it: `s3://...`, or a chain such as `simplecache::s3://...`. A local name may hold `::`."""
+    first, _, rest = path.partition("::")
+    return bool(_PROTOCOL.match(first)) or (
+        first in fsspec.available_protocols() and (rest.startswith("/") or bool(_PROTOCOL.match(rest)))
+    )
+
+
+def _split_chain(url: str) -> tuple[str, str]:
+    """The first link of a chain of stores, and the rest with its `::`; "" where `::` belongs to a name."""
+    first, *links = url.split("::")
+    protocol = _PROTOCOL.match(first)
+    chained = not protocol or protocol[1] in _WRAPPERS or any(is_url(link) or link.startswith("/") for link in links)
+    return (first, url[len(first) :]) if chained else (url, "")
 
 
 @lru_cache(64)  # an archive's file system closes it when nobody holds it any more, the reader of a member included
 def _open_store(url: str):
     """(file system, path in it); ValueError where this machine lacks what the URL needs."""
     try:
+        if "::" in url and not _split_chain(url)[1]:
+            folder, _, name = url.rpartition("/")  # url_to_fs would take the name for a chain
+            store, place = _open_store(folder)
+            return store, f"{place.rstrip('/')}/{name}"
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise ValueError(f"{url} needs a package that is not installed: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{url} cannot be opened: {error}.") from error
 
 
 def open_file(path: str) -> BinaryIO:
@@ -52,11 +80,30 @@ def read_file(path: str) -> bytes:
 
 
 def read_picture(picture: Picture) -> bytes:
-    """A picture's bytes; ValueError or OSError when there are none."""
-    if picture.content is None:
+    """An image's bytes; ValueError or OSError when there are none.
+
+    A list written on one system may spell a name with composed letters (NFC) that another one stored decomposed
+    (NFD): where no file has the name as given, one whose name differs in that alone is read.
+    """
+    if picture.content is not None:
+        check_size(len(picture.content))
+        return picture.content
+    try:
         return read_file(picture.path)
-    check_size(len(picture.content))
-    return picture.content
+    except FileNotFoundError:
+        other = "" if picture.path.isascii() else _find_other_form(picture.path)
+        if not other:
+            raise
+        return read_file(other)
+
+
+def _find_other_form(path: str) -> str:
+    """The file whose path differs from `path` in its Unicode form only; "" if there is none."""
+    folder, slash, name = path.rpartition("/")
+    forms = ("NFC", "NFD")
+    same_folder = (folder + slash + normalize(form, name) for form in forms)
+    spelled = (normalize(one, folder) + slash + normalize(other, name) for one, other in product(forms, forms))
+    return next((found for found in (*same_folder, *spelled) if measure_file(found) >= 0), "")
 
 
 def check_size(size: int) -> None:
@@ -107,29 +154,88 @@ def find_kind(path: str) -> str:
 
 
 def list_folder(path: str) -> list[str]:
-    """Relative names of all files at any depth, hidden ones left out, sorted."""
+    """Relative names of all files at any depth, sorted. Names that begin with a dot are left out.
+
+    Linked folders are followed after those that are really there, and each folder is read once, so links may form
+    loops. ValueError where a link without an ending, which may be a folder, leads nowhere; OSError for a folder that
+    cannot be listed.
+    """
     found = []
     if is_url(path):
         store, place = _open_store(path)
         place = place.rstrip("/")
         found = [name[len(place) :].lstrip("/") for name in store.find(place)]
         return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
-    for folder, folders, files in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        start = "" if folder == path else os.path.relpath(folder, path) + os.sep
-        found += [start + name for name in files if not name.startswith(".")]
+    waiting, seen = [path], set()
+    while waiting:
+        start, before = waiting.pop(0), len(found)
+        waiting += _walk(path, start, seen, found)
+        if len(found) > before and start != path:
+            logger.info("--input %s: %d files are read through the link %s.", path, len(found) - before, start)
     return sorted(found)
+
+
+def _walk(path: str, start: str, seen: set, found: list[str]) -> list[str]:
+    """Add the names, relative to `path`, of the files below `start` to `found`; returns the links to folders."""
+    links = []
+    for folder, folders, files in os.walk(start, onerror=_stop):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        linked = (os.path.join(folder, name) for name in folders)
+        links += [link for link in linked if os.path.islink(link) and not _is_loop(link)]
+        begin = "" if folder == path else os.path.relpath(folder, path) + os.sep
+        for name in files:
+            if "." not in name:
+                _check_link(os.path.join(folder, name))
+        found += [begin + name for name in files if not name.startswith(".")]
+    return links
+
+
+def _is_loop(link: str) -> bool:
+    """Whether a linked folder is one of those that hold the link."""
+    holder, target = os.path.realpath(os.path.dirname(link)), os.path.realpath(link)
+    if os.path.commonpath([holder, target]) != target:
+        return False
+    logger.info("%s is a link to a folder that holds it and is not followed.", link)
+    return True
+
+
+def _check_link(file: str) -> None:
+    if os.path.islink(file) and not os.path.exists(file):
+        raise ValueError(
+            f"{file} is a link to {os.readlink(file)}, which does not exist; mount or restore what it names, or "
+            f"remove the link."
+        )
+
+
+def _stop(error: OSError) -> None:
+    raise error
 
 
 def join(folder: str, name: str) -> str:
     """`name` as seen from `folder`; a URL or an absolute path stays what it is."""
-    if is_url(name):
-        return name
-    return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
+    return name if is_url(name) else join_listed(folder, name)
+
+
+def join_listed(folder: str, name: str) -> str:
+    """Where a file is that a listing of `folder` calls `name`, whatever characters the name holds."""
+    if not is_url(folder):
+        return os.path.join(folder, name)
+    links = folder.split("::") if _split_chain(folder)[1] else [folder]
+    place = next((number for number, link in enumerate(links) if _PROTOCOL.match(link)), -1)
+    links[place] += name if links[place].endswith("/") else f"/{name}"
+    return "::".join(links)
 
 
 def make_absolute(path: str | Path) -> str:
-    return str(path) if is_url(str(path)) else os.path.abspath(path)
+    path = str(path)
+    if "::" not in path:
+        path = path.removeprefix("file://")
+    return path if is_url(path) else os.path.abspath(path)
 
 
 def find_common_folder(files: list[str]) -> str:

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import logging
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from unicodedata import normalize
 
 from megatron_cm3leon.data.sources.base import Part, Source
 from megatron_cm3leon.data.sources.documents import (
     PICTURE_ENDINGS,
+    UNREAD_ENDINGS,
     BadInput,
     Entry,
     Picture,
@@ -17,15 +21,18 @@ from megatron_cm3leon.data.sources.documents import (
     check_document,
     decode_text,
 )  # fmt: skip
-from megatron_cm3leon.data.sources.files import join, list_folder, measure_file, read_file
+from megatron_cm3leon.data.sources.files import join_listed, measure_file, read_file
+
+logger = logging.getLogger(__name__)
 
 
 class _FolderSource(Source):
     external = True
 
-    def __init__(self, folder: str, part_size: int) -> None:
+    def __init__(self, folder: str, part_size: int, names: Sequence[str]) -> None:
+        """`names`: what list_folder finds there."""
         self.files, self.part_size, self.folder = [folder], part_size, folder
-        self.names = self._list()
+        self.names = self._list(names)
         """Relative names of the inputs, sorted."""
         self._parts, self.count = [], 0
         self._add_parts(0, list(range(0, len(self.names), part_size)), len(self.names))
@@ -40,13 +47,13 @@ class _FolderSource(Source):
         digest = hashlib.sha256()
         for name in self.names:
             for file in self._files_of(name):
-                size = measure_file(join(self.folder, file))
+                size = measure_file(join_listed(self.folder, file))
                 digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     @abstractmethod
-    def _list(self) -> list[str]:
-        """Names of the inputs in order, relative to the folder."""
+    def _list(self, names: Sequence[str]) -> list[str]:
+        """Names of the inputs in order, relative to the folder, of all the names in it."""
 
     @abstractmethod
     def _files_of(self, name: str) -> list[str]:
@@ -60,55 +67,93 @@ class _FolderSource(Source):
 class FolderSource(_FolderSource):
     """img.png beside img.txt (or, as img2dataset writes them, img.json) at any depth, in the order of their names."""
 
-    expects = f"a picture ({', '.join(PICTURE_ENDINGS)}) beside a .txt of the same name"
+    expects = f"an image ({', '.join(PICTURE_ENDINGS)}) beside a .txt of the same name"
 
-    def _list(self) -> list[str]:
-        """Every picture, and every caption that has no picture."""
-        names = list_folder(self.folder)
-        pictures = [name for name in names if name.lower().endswith(PICTURE_ENDINGS)]
-        stems = {os.path.splitext(name)[0] for name in pictures}
+    def _list(self, names: Sequence[str]) -> list[str]:
+        """Every image, and every caption that has no image.
+
+        An image that cannot be decoded (such as HEIC) counts only where no other has its stem.
+        """
+        images = [name for name in names if name.lower().endswith(PICTURE_ENDINGS)]
+        decoded = set(map(_stem, images))
+        images += [name for name in names if name.lower().endswith(UNREAD_ENDINGS) and _stem(name) not in decoded]
+        stems = set(map(_stem, images))
         captions = [name for name in names if name.lower().endswith(".txt")]
-        odd = [name for name in captions if not name.endswith(".txt")]
-        self._odd = {name[:-4]: name for name in odd}
+        described = {_stem(name) for name in names if name.endswith(".json")}
+        self._odd = {_stem(name): name for name in captions if not name.endswith(".txt")}
         """Captions in capitals (.TXT), by stem."""
-        plain = (stem for name in captions if (stem := name.removesuffix(".txt")) != name)
-        self._several = {stem for stem in plain if stem in self._odd}
+        self._several = {stem for stem, count in Counter(map(_stem, captions)).items() if count > 1}
         """Stems that have a caption in capitals and another."""
-        self._described = {stem for name in names if (stem := name.removesuffix(".json")) != name and stem in stems}
-        return sorted(pictures + [name for name in captions if name[:-4] not in stems])
+        self._caption_stems = _match_forms(stems, set(map(_stem, captions)))
+        self._described = {stem: stem for stem in described & stems} | _match_forms(stems, described)
+        """Stem of the .json of an image's stem."""
+        if matched := len(self._caption_stems):
+            logger.info("%s: %d captions are spelled as their images in another Unicode form.", self.folder, matched)
+        taken = stems | set(self._caption_stems.values())
+        alone = [name for name in captions if _stem(name) not in taken]
+        self._beside = _find_beside(alone, names)
+        return sorted(images + alone)
 
     def _caption_of(self, name: str) -> str:
-        stem = os.path.splitext(name)[0]
+        stem = self._caption_stems.get(_stem(name), _stem(name))
         return self._odd.get(stem, f"{stem}.txt")
 
     def _files_of(self, name: str) -> list[str]:
-        stem = os.path.splitext(name)[0]
-        return [name, self._caption_of(name), *([f"{stem}.json"] if stem in self._described else [])]
+        described = self._described.get(_stem(name))
+        return [name, self._caption_of(name), *([f"{described}.json"] if described else [])]
 
     def _read_input(self, name: str, key: str) -> Entry:
         if name.lower().endswith(".txt"):
-            return BadInput(key, name, "no picture beside this caption")
+            beside = self._beside.get(name, "")
+            return BadInput(key, name, f"no image beside this caption{beside}")
         path = self._caption_of(name)
-        if os.path.splitext(name)[0] in self._several:
+        if self._caption_stems.get(_stem(name), _stem(name)) in self._several:
             return BadInput(key, name, f"duplicate captions: {os.path.basename(path)} and one in small letters")
         fields, shown = {}, os.path.basename(path)
         try:
-            if os.path.splitext(name)[0] in self._described:
-                described = os.path.splitext(name)[0] + ".json"
-                fields = json.loads(read_file(join(self.folder, described)))
+            if _stem(name) in self._described:
+                described = self._described[_stem(name)] + ".json"
+                fields = json.loads(read_file(join_listed(self.folder, described)))
                 if not isinstance(fields, dict):
                     raise ValueError(f"not a JSON object but {type(fields).__name__}")
             caption = fields.pop("caption", None)
-            if caption is None or measure_file(join(self.folder, path)) >= 0:
-                caption = decode_text(read_file(join(self.folder, path)), shown)
+            if caption is None or measure_file(join_listed(self.folder, path)) >= 0:
+                caption = decode_text(read_file(join_listed(self.folder, path)), shown)
         except FileNotFoundError:
-            return BadInput(key, name, f"no caption: {shown} is missing beside the picture")
+            return BadInput(key, name, f"no caption: {shown} is missing beside the image")
         except (OSError, ValueError, RecursionError) as error:
             return BadInput(key, name, str(error) if "UTF-8" in str(error) else f"unreadable caption: {error}")
         if not isinstance(caption, str):
             return BadInput(key, name, f"caption is {type(caption).__name__}, not text")
         extra = json.dumps(fields, sort_keys=True) if fields else "{}"
-        return check_document(RawPair(key, name, [caption, Picture(name, join(self.folder, name))], extra))
+        return check_document(RawPair(key, name, [caption, Picture(name, join_listed(self.folder, name))], extra))
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _match_forms(images: Collection[str], others: Collection[str]) -> dict[str, str]:
+    """For stems of images that have no other file: the one whose name differs in its Unicode form (NFC, NFD) alone.
+
+    A name that two images or two other files share in this way is matched to none of them.
+    """
+    wanted, free = (
+        [stem for stem in a if not stem.isascii() and stem not in b] for a, b in ((images, others), (others, images))
+    )
+    counts = Counter(normalize("NFC", stem) for stem in free)
+    forms = {form: stem for stem in free if counts[form := normalize("NFC", stem)] == 1}
+    counts = Counter(normalize("NFC", stem) for stem in wanted)
+    return {stem: forms[form] for stem in wanted if (form := normalize("NFC", stem)) in forms and counts[form] == 1}
+
+
+def _find_beside(captions: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """What reasons add for captions without an image: the other file of that stem."""
+    stems = {_stem(name): name for name in captions}
+    others = {
+        _stem(name): name for name in names if _stem(name) in stems and not name.lower().endswith((".txt", ".json"))
+    }
+    return {stems[stem]: f": {os.path.basename(name)} is not in a format of images" for stem, name in others.items()}
 
 
 class TextFilesSource(_FolderSource):
@@ -116,15 +161,15 @@ class TextFilesSource(_FolderSource):
 
     expects, endings = "a .txt or .md file", (".txt", ".md")
 
-    def _list(self) -> list[str]:
-        return [name for name in list_folder(self.folder) if name.lower().endswith(self.endings)]
+    def _list(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name.lower().endswith(self.endings)]
 
     def _files_of(self, name: str) -> list[str]:
         return [name]
 
     def _read_input(self, name: str, key: str) -> Entry:
         try:
-            text = read_file(join(self.folder, name)).decode("utf-8-sig")
+            text = read_file(join_listed(self.folder, name)).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             return BadInput(key, name, f"not UTF-8: byte {error.start} cannot be decoded")
         except (OSError, ValueError) as error:

@@ -1,16 +1,23 @@
 """WebDataset tars as img2dataset writes them: members <key>.jpg, <key>.txt and <key>.json, one key after the other.
 
-A tar is a part. Nothing is unpacked to the disk, so a member's name can do no harm.
+A tar is a part. Keys end at the first dot of a member's base name, as in WebDataset; where that leaves no image or no
+caption, the members are told apart by their last dot. Where a key's members are not adjacent (GNU tar without
+--sort=name), the rest of the tar is listed first and then read key by key.
 """
 
 import json
-import tarfile
-from collections.abc import Iterator
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from unicodedata import normalize
 
 from megatron_cm3leon.data.sources.base import FileSource, Part
 from megatron_cm3leon.data.sources.documents import (
+    COMMON_ENDINGS,
     PICTURE_ENDINGS,
+    UNREAD_ENDINGS,
     BadInput,
     Entry,
     Picture,
@@ -18,9 +25,13 @@ from megatron_cm3leon.data.sources.documents import (
     check_document,
     decode_text,
 )  # fmt: skip
-from megatron_cm3leon.data.sources.files import check_size, identify_file, open_file
+from megatron_cm3leon.data.sources.files import identify_file, open_file
+from megatron_cm3leon.data.sources.tar_members import DamagedTar, Member, TarReader
 
-_PICTURES = tuple(ending[1:] for ending in PICTURE_ENDINGS)
+logger = logging.getLogger(__name__)
+_IMAGES = [{ending[1:] for ending in endings} for endings in (COMMON_ENDINGS, PICTURE_ENDINGS, UNREAD_ENDINGS)]
+"""Endings of images: those of the first set go before the others, those of the last cannot be decoded."""
+_READ_AT_ONCE = {"txt", "json"} | _IMAGES[1]
 
 
 @dataclass
@@ -28,16 +39,44 @@ class _Group:
     """Members of one key."""
 
     name: str
-    members: dict[str, bytes] = field(default_factory=dict)
-    fault: str = ""
+    members: dict[str, Member] = field(default_factory=dict)
+    """By ending, which is all that follows the first dot, in small letters."""
+    duplicates: set[str] = field(default_factory=set)
+    """Endings that stand more than once."""
+    contents: dict[str, bytes] = field(default_factory=dict)
+    """Of members that were read when they were met."""
+
+    def add(self, ending: str, member: Member) -> None:
+        if ending in self.members:
+            self.duplicates.add(ending)
+        self.members.setdefault(ending, member)
+
+    def merge(self, other: "_Group") -> None:
+        """Take over the members of a group with the same key."""
+        for ending, member in other.members.items():
+            self.add(ending, member)
+        self.duplicates |= other.duplicates
+
+    def __str__(self) -> str:
+        return ", ".join(f".{ending}" if ending else "no ending" for ending in self.members)
 
 
-class _DamagedTar(Exception):
-    """The rest of a tar cannot be read."""
+@dataclass
+class _Document:
+    """The members of a group that make one pair, as their endings; `name` is the pair's key."""
+
+    name: str
+    images: list[str]
+    texts: list[str]
+    jsons: list[str]
+
+    @property
+    def whole(self) -> bool:
+        return len(self.images) == 1 and bool(self.texts or self.jsons)
 
 
 class TarSource(FileSource):
-    """Pictures with captions, in tars."""
+    """Images with captions, in tars."""
 
     expects, external = "members <key>.jpg and <key>.txt (or a .json with a caption)", False
 
@@ -47,60 +86,103 @@ class TarSource(FileSource):
         return identify_file(self.files[file])
 
     def _read(self, part: Part) -> Iterator[Entry]:
-        name, seen, number = self.name_of(part.file), set(), 0
+        name, number, seen, others = self.name_of(part.file), 0, set(), []
+        prefix = f"{part.file:06d}"
         try:
-            for group in _read_groups(self.files[part.file]):
-                if group.name in seen:
-                    group.fault = f"duplicate key: {group.name} stands in this tar before, apart from these members"
-                seen.add(group.name)
-                yield _make_pair(group, f"{part.file:06d}-{number:06d}", f"{name}/{group.name}")
-                number += 1
-        except _DamagedTar as error:
-            yield BadInput(f"{part.file:06d}-{number:06d}", name, str(error))
+            with open_file(self.files[part.file]) as content:
+                reader = TarReader(content)
+                for group in _read_groups(reader, name, others):
+                    documents = _find_documents(group)
+                    if not documents:
+                        others.append(f"{group.name} ({group})")
+                    for document in documents:
+                        fault = _describe_repeated(group, document) if document.name in seen else ""
+                        seen.add(document.name)
+                        yield _make_pair(reader, group, document, f"{prefix}-{number:06d}", name, fault)
+                        number += 1
+        except DamagedTar as error:
+            yield BadInput(f"{prefix}-{number:06d}", name, str(error))
+        else:
+            if others and not number:
+                reason = f"no image and no caption among its {len(others)} members, such as {others[0]}"
+                yield BadInput(f"{prefix}-{number:06d}", name, reason)
 
 
-def _read_groups(path: str) -> Iterator[_Group]:
-    """Members with the same key, one group after the other; _DamagedTar where the rest cannot be read.
+def _read_groups(reader: TarReader, name: str, others: list[str]) -> Iterator[_Group]:
+    """Groups in the order of their first members; DamagedTar where the rest cannot be read.
 
-    A group that the damage cuts is not yielded: its key is named in the exception.
+    As long as each key is whole they follow one after the other. From the first that is not, the rest is listed
+    before it is read, so that members that are apart meet. `others`: takes the names of members of no document.
+    """
+    rest, damage, apart = {}, None, False
+    try:
+        for group in _gather(reader, rest, others):
+            if not rest and all(document.whole for document in _find_documents(group)) and not _has_open_link(group):
+                yield group
+            elif group.name in rest:
+                rest[group.name].merge(group)
+                apart = True
+            else:
+                rest[group.name] = group
+    except DamagedTar as error:
+        damage = error
+    if apart:
+        logger.info("%s: members of a key are apart, which takes longer; tar --sort=name keeps them together.", name)
+    _join_forms(rest)
+    yield from rest.values()
+    if damage:
+        raise damage
+
+
+def _gather(reader: TarReader, rest: dict, others: list[str]) -> Iterator[_Group]:
+    """Adjacent members with the same key, with their bytes as long as `rest` is empty.
+
+    A group that damage cuts is named in the DamagedTar; it is yielded only if `rest` may hold the rest of it.
     """
     group = None
-    with open_file(path) as content:
-        try:
-            tar = tarfile.open(fileobj=content, mode="r:", errorlevel=2)  # noqa: SIM115 (reads `content`)
-        except tarfile.TarError as error:
-            content.seek(0)
-            raise _DamagedTar(f"not a tar: {error}; it begins with {content.read(8)!r}") from error
-        while True:
-            try:
-                member = tar.next()
-                tar.members.clear()  # tarfile keeps every member otherwise
-                if member is None:
-                    _check_end(tar, content)
-                    break
-                if member.isdir():
-                    continue
-                name, ending = _split_name(member.name)
-                if group is None or name != group.name:
-                    if group:
-                        yield group
-                    group = _Group(name)
-                _read_member(tar, member, ending, group)
-            except (tarfile.TarError, EOFError, OSError, _DamagedTar) as error:
-                cut = f" in {group.name}" if group else ""
-                raise _DamagedTar(f"truncated or damaged tar:{cut} at byte {tar.offset}: {error}") from error
+    try:
+        for member in reader:
+            name, ending = _split_name(member.name)
+            if _is_of_no_document(name, ending):
+                others.append(member.name)
+                continue
+            if group is None or name != group.name:
+                if group:
+                    yield group
+                group = _Group(name)
+            group.add(ending, member)
+            if not rest and not member.link and ending in _READ_AT_ONCE and ending not in group.contents:
+                with suppress(ValueError):  # too large: _make_pair meets it again
+                    group.contents[ending] = reader.read(member)
+    except DamagedTar as error:
+        if group and rest:
+            yield group  # others of its members may be in front
+        raise (error.in_key(group.name) if group else error) from error
     if group:
         yield group
 
 
-def _check_end(tar: tarfile.TarFile, content) -> None:
-    """tarfile takes a missing end and a damaged header for the end of the archive."""
-    content.seek(tar.offset)
-    block = content.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise _DamagedTar("the end mark is missing")
-    if any(block):
-        raise _DamagedTar("a header is damaged")
+def _join_forms(rest: dict[str, _Group]) -> None:
+    """Join two groups without image or caption whose names differ in their Unicode form (NFC, NFD) alone."""
+    forms = defaultdict(list)
+    for name, group in rest.items():
+        if not name.isascii() and not any(document.whole for document in _find_documents(group)):
+            forms[normalize("NFC", name)].append(name)
+    for first, *more in forms.values():
+        if len(more) == 1 and rest[first].members.keys().isdisjoint(rest[more[0]].members):
+            rest[first].merge(rest.pop(more[0]))
+
+
+def _has_open_link(group: _Group) -> bool:
+    """Whether what a link means may follow."""
+    return any(member.link for member in group.members.values())
+
+
+def _is_of_no_document(name: str, ending: str) -> bool:
+    """Whether a member is of the file system (AppleDouble's `._x.jpg`, .DS_Store) or of the dataset (`__x__.json`)."""
+    base = name.rpartition("/")[2]
+    describes_dataset = base.startswith("__") and base.endswith("__") and ending not in _IMAGES[1]
+    return not base or describes_dataset or "__MACOSX/" in name  # a name that begins with a dot has an empty key
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -110,43 +192,89 @@ def _split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", ending.lower()
 
 
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, group: _Group) -> None:
-    if ending not in ("txt", "json", *_PICTURES):
-        return
-    if ending in group.members:
-        group.fault = f"duplicate key: {group.name} has more than one .{ending}"
-    elif not member.isfile():
-        group.fault = f"{member.name} is no regular file in the tar"
-    else:
-        try:
-            check_size(member.size)
-        except ValueError as error:
-            group.fault = f"unreadable member {member.name}: {error}"
-            return
-        content = tar.extractfile(member).read()
-        if len(content) < member.size:
-            raise _DamagedTar(f"{member.name} has {len(content)} of its {member.size} bytes")
-        group.members[ending] = content
+def _find_documents(group: _Group) -> list[_Document]:
+    """The pairs of a group: one of the members whose endings hold no dot, if these are an image and a caption.
+
+    Otherwise its members with more dots count too: as pairs of their own where image and caption have the same name
+    up to the last dot (photo.v1.jpg, photo.v1.txt), else as those of the one pair (0.image.jpg, 0.caption.txt).
+    """
+    plain = _sort_members(group.name, [ending for ending in group.members if "." not in ending])
+    dotted = [ending for ending in group.members if "." in ending]
+    if plain.whole or not dotted:
+        return [plain] if plain.images or plain.texts or plain.jsons else []
+    stems = defaultdict(list)
+    for ending in dotted:
+        stems[ending.rpartition(".")[0]].append(ending)
+    names = {stem: group.members[endings[0]].name.rpartition(".")[0] for stem, endings in stems.items()}
+    apart = [_sort_members(names[stem], endings) for stem, endings in stems.items()]
+    if any(document.whole for document in apart) and not (plain.images or plain.texts or plain.jsons):
+        return [document for document in apart if document.images or document.texts or document.jsons]
+    more = _sort_members(group.name, dotted)
+    together = _Document(
+        group.name, plain.images or more.images, plain.texts or more.texts, plain.jsons or more.jsons[:1]
+    )
+    return [together] if together.images or together.texts or together.jsons else []
 
 
-def _make_pair(group: _Group, key: str, source: str) -> Entry:
-    if group.fault:
-        return BadInput(key, source, group.fault)
-    pictures = [ending for ending in group.members if ending in _PICTURES]
-    if len(pictures) != 1:
-        reason = f"duplicate picture members: {', '.join(pictures)}" if pictures else "no picture among the members"
-        text = group.members.get("txt", b"").decode(errors="replace") if not pictures else ""
-        return BadInput(key, source, f"{reason}: {group.name}", [text] if text else ())
-    picture = Picture(f"{source}.{pictures[0]}", content=group.members[pictures[0]])
+def _sort_members(name: str, endings: Iterable[str]) -> _Document:
+    kinds = {ending: ending.rpartition(".")[2] for ending in endings}
+    images = ([ending for ending, kind in kinds.items() if kind in allowed] for allowed in _IMAGES)
+    texts, jsons = ([ending for ending, kind in kinds.items() if kind == wanted] for wanted in ("txt", "json"))
+    return _Document(name, next(filter(None, images), []), texts, jsons)
+
+
+def _describe_repeated(group: _Group, document: _Document) -> str:
+    return (
+        f"duplicate key: {document.name} stands in this tar before, apart from these members ({group}); tar "
+        f"--sort=name keeps the members of a key together"
+    )
+
+
+def _describe_dots(group: _Group) -> str:
+    """What reasons add where names hold more than one dot."""
+    if not any("." in ending for ending in group.members):
+        return ""
+    return f"; a key ends at the first dot of a name, and the endings of {group.name} are {group}"
+
+
+def _find_fault(group: _Group, document: _Document) -> str:
+    """Why these members make no pair; "" if they do."""
+    repeated = group.duplicates.intersection([*document.images, *document.texts, *document.jsons])
+    dots = _describe_dots(group)
+    if repeated:
+        return f"duplicate key: {group.name} has more than one .{min(repeated)}{dots}"
+    if len(document.images) > 1:
+        return f"duplicate image members: {', '.join(document.images)}: {document.name}{dots}"
+    if not document.images:
+        return f"no image among the members: {document.name}{dots or f' ({group})'}"
+    if len(document.texts) > 1:
+        return f"duplicate captions: {', '.join(document.texts)}: {document.name}{dots}"
+    return ""
+
+
+def _make_pair(reader: TarReader, group: _Group, document: _Document, key: str, tar: str, fault: str) -> Entry:
+    source, sound = f"{tar}/{document.name}", []
+
+    def read(ending: str) -> bytes:
+        return group.contents[ending] if ending in group.contents else reader.read(group.members[ending])
+
     try:
-        fields = _read_json(group.members["json"]) if "json" in group.members else {"key": group.name}
+        if fault := fault or _find_fault(group, document):
+            if len(document.texts) == 1 and not document.images:
+                sound.append(decode_text(read(document.texts[0]), document.texts[0]))
+            raise ValueError(fault)
+        name, ending = _split_name(group.members[document.images[0]].name)
+        picture = Picture(f"{tar}/{name}.{ending}", content=read(document.images[0]))
+        sound.append(picture)
+        fields = _read_json(read(document.jsons[0])) if document.jsons else {"key": document.name}
         caption = fields.pop("caption", None)
-        if "txt" in group.members:
-            caption = decode_text(group.members["txt"], f"{group.name}.txt")
+        if document.texts:
+            caption = decode_text(read(document.texts[0]), f"{group.name}.{document.texts[0]}")
         if not isinstance(caption, str):
-            return BadInput(key, source, f"no caption: {group.name} has no .txt and no .json with a caption", [picture])
+            dots = _describe_dots(group)
+            raise ValueError(f"no caption: {document.name} has no .txt and no .json with a caption{dots}")
     except ValueError as error:
-        return BadInput(key, source, str(error), [picture])
+        return BadInput(key, source, str(error), sound)
     return check_document(RawPair(key, source, [caption, picture], json.dumps(fields, sort_keys=True)))
 
 
