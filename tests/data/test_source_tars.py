@@ -38,6 +38,7 @@ def test_members_of_systems_and_datasets_belong_to_no_document(tmp_path):
     members = [("__dataset__.json", b"{}"), ("./.DS_Store", b"x"), ("__MACOSX/0000.txt", b"x"), ("README", b"x")]
     for name, content in members_of(name="./{:04d}"):
         members += [(f"./._{name[2:]}", b"\0\5\26\7"), (name, content)]
+    members += [("00000_stats.json", b'{"count": 4}'), ("dataset_info.json", b"{}")]
     members += [("Thumbs.db", b"x"), ("LICENSE.md", b"x"), (".gitignore", b"x"), ("__x__.yaml", b"x")]
     assert len(captions_of(write_tar(tmp_path / "x.tar", members))) == 4
     others = [("._0.png", IMAGES[0]), ("0.npy", b"x"), ("1.npy", b"x")]
@@ -45,6 +46,10 @@ def test_members_of_systems_and_datasets_belong_to_no_document(tmp_path):
         "no image and no caption among its 3 members, such as ._0.png"
     ]
     assert reasons_of(write_tar(tmp_path / "empty.tar", [])) == []
+    lost = [*members_of(1), ("1.json", b'{"caption": "its image is missing"}'), ("2.json", b"[]")]
+    assert reasons_of(write_tar(tmp_path / "z.tar", lost)) == [
+        "no image among the members: 1 (.json)", "no image among the members: 2 (.json)",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tarfile
+from unicodedata import normalize as normalize_form
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from megatron_cm3leon.retrieval.neighbors import load_neighbors
 from megatron_cm3leon.retrieval.options import IndexOptions
 from megatron_cm3leon.retrieval.pictures import SourcePictures, read_token_pictures
 from megatron_cm3leon.tokenizers.text import TextTokenizer
+from tests.data.runs import run
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "purple")
 
@@ -143,6 +145,32 @@ def test_pictures_in_tars_are_read_where_they_are(text, vocabulary, tmp_path):
     content.image = []
     with pytest.raises(ValueError, match=r"document 0 .* has 1 pictures, but its metadata name 0 files"):
         SourcePictures(corpus)(content)
+
+
+def test_images_are_found_again_whatever_their_names_are(tmp_path):
+    """The names that preprocessing writes lead back to the bytes: links in tars, dots, `::`, Unicode forms."""
+    (tmp_path / "folder").mkdir()
+    for colour, name in zip(COLOURS, ("std::vec", "a.b", "zip::x", "cafe\u0301", "50% #1", "plain"), strict=True):
+        (tmp_path / f"folder/{name}.png").write_bytes(png(colour))
+        (tmp_path / f"folder/{normalize_form('NFC', name)}.txt").write_text(colour)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, link in (("photo.v1.PNG", ""), ("photo.v2.png", "photo.v1.PNG"), ("e\u0301.png", "photo.v2.png")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = (tarfile.LNKTYPE, link) if link else (tarfile.REGTYPE, "")
+            member.size = 0 if link else len(png("red"))
+            tar.addfile(member, None if link else io.BytesIO(png("red")))
+        for name in ("photo.v1.txt", "photo.v2.txt", "\u00e9.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"red"))
+    for source, count in (("folder", 6), ("x.tar", 3)):
+        run(tmp_path / source, tmp_path / f"{source}-shards")
+        corpus = open_shards(tmp_path / f"{source}-shards")
+        rows = corpus.metadata().to_pylist()
+        assert len(rows) == count
+        for row in rows:
+            image = SourcePictures(corpus)._read(row["image"], row["picture_sha256"])
+            assert image.getpixel((0, 0)) == Image.new("RGB", (1, 1), row["caption"]).getpixel((0, 0)), row["image"]
 
 
 def test_pictures_can_come_from_the_tokens(heldout_shards, vocabulary):

@@ -93,8 +93,9 @@ class TarSource(FileSource):
                 reader = TarReader(content)
                 for group in _read_groups(reader, name, others):
                     documents = _find_documents(group)
-                    if not documents:
+                    if not documents or (group.name not in seen and _describes_dataset(reader, group)):
                         others.append(f"{group.name} ({group})")
+                        continue
                     for document in documents:
                         fault = _describe_repeated(group, document) if document.name in seen else ""
                         seen.add(document.name)
@@ -183,6 +184,17 @@ def _is_of_no_document(name: str, ending: str) -> bool:
     base = name.rpartition("/")[2]
     describes_dataset = base.startswith("__") and base.endswith("__") and ending not in _IMAGES[1]
     return not base or describes_dataset or "__MACOSX/" in name  # a name that begins with a dot has an empty key
+
+
+def _describes_dataset(reader: TarReader, group: _Group) -> bool:
+    """Whether a group is one .json without a caption, as the statistics that img2dataset writes are."""
+    if group.members.keys() != {"json"} or group.duplicates:
+        return False
+    try:
+        content = group.contents.get("json") or reader.read(group.members["json"])
+        return "caption" not in _read_json(content)
+    except ValueError:  # no JSON: an input that is unusable
+        return False
 
 
 def _split_name(name: str) -> tuple[str, str]:
