@@ -7,6 +7,7 @@ import argparse
 from dataclasses import fields
 
 from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.data.raw_inputs import RawInputs, add_input_options
 from megatron_cm3leon.retrieval.train import ClipOptions, train_clip
 
 
@@ -15,7 +16,7 @@ def main() -> None:
         description="Train a small CLIP contrastively on image-text pairs; writes a CLIPModel folder.",
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("--input", required=True, help="JSONL file of pairs, or folder of pictures and captions")
+    add_input_options(parser)
     parser.add_argument("--text-model", required=True, help="SentencePiece model (text.model of a tokenizer folder)")
     parser.add_argument("--output", required=True, help="CLIP folder to write")
     for field in fields(ClipOptions):
@@ -24,12 +25,15 @@ def main() -> None:
         )
     options = parser.parse_args()
     chosen = ClipOptions(**{field.name: getattr(options, field.name) for field in fields(ClipOptions)})
-    figures = train_clip(options.input, options.text_model, options.output, chosen)
+    inputs = RawInputs.open(options, "pairs")
+    figures = train_clip(inputs, options.text_model, options.output, chosen)
     print(
         f"wrote {options.output}: trained on {figures['pairs']} pairs, loss {figures['loss']:.3f}; of "
         f"{figures['heldout_pairs']} held-out captions {figures['recall_at_1']:.1%} find their own picture first, "
         f"{figures['recall_at_10']:.1%} among ten"
     )
+    if figures["skipped"]:
+        print(f"{inputs.name}: {figures['skipped']}")
 
 
 HELP = {

@@ -4,17 +4,17 @@
     python tools/train_tokenizer.py image --input pairs.jsonl --image-size 32 --downsample 4 \\
         --codebook-size 128 --output tok/
 
-Input is a JSONL file with {"image": path, "caption": text} a line, or a folder with img.png beside img.txt.
+Input is whatever tools/preprocess_data.py reads: JSONL, CSV, Parquet, img2dataset's tars, folders, plain text; one
+folder or several files. The image half needs no captions, the text half no images.
 """
 
 import argparse
 import math
 from pathlib import Path
 
-import torch
-
 from megatron_cm3leon.cli import HelpFormatter, run_tool
-from megatron_cm3leon.tokenizers.corpus import list_pictures, read_captions
+from megatron_cm3leon.data.raw_inputs import ImageLoader, RawInputs, add_input_options
+from megatron_cm3leon.device import resolve_device
 from megatron_cm3leon.tokenizers.folder import IMAGE_FOLDER, TEXT_MODEL, VOCABULARY, write_vocabulary
 from megatron_cm3leon.tokenizers.image_training import ImageTrainingOptions, train_and_measure
 from megatron_cm3leon.tokenizers.text import train_text
@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
         ("image", "VQGAN, encoder and decoder", add_image_flags),
     ):
         command = commands.add_parser(name, help=summary, formatter_class=HelpFormatter)
-        command.add_argument("--input", required=True, help="JSONL file of pairs, or a folder")
+        add_input_options(command)
         command.add_argument("--output", required=True, help="tokenizer folder to write to")
         add_flags(command)
         command.add_argument(
@@ -110,15 +110,14 @@ def add_image_flags(command: argparse.ArgumentParser) -> None:
     )
     add("--precision", choices=("bf16", "fp32"), default=defaults.precision, help="of the training arithmetic")
     add("--seed", type=int, default=defaults.seed, help="seed of weights, batches and codebook")
-    add("--heldout", help="JSONL file or folder to measure on, instead of a share of the input", default=None)
+    add("--heldout", nargs="+", help="files or folder to measure on, instead of a share of the input", default=None)
     add("--heldout-share", type=float, default=0.05, help="share of the input held out to measure on")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+    add("--device", default="auto", help="where to train: auto, cpu, cuda, cuda:1 ...")
 
 
 def main() -> None:
     arguments = parse_arguments()
     output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
     if arguments.command == "text":
         train_text_tool(arguments, output)
     else:
@@ -135,24 +134,29 @@ def main() -> None:
 
 
 def train_text_tool(arguments: argparse.Namespace, output: Path) -> None:
-    tokenizer = train_text(read_captions(arguments.input), arguments.vocab_size, coverage=arguments.coverage)
+    inputs = RawInputs.open(arguments, "texts")
+    tokenizer = train_text(inputs.texts(), arguments.vocab_size, coverage=arguments.coverage)
+    output.mkdir(parents=True, exist_ok=True)
     tokenizer.save(output / TEXT_MODEL)
     print(f"wrote {output / TEXT_MODEL}: {tokenizer.size:,} pieces")
+    report_skipped(inputs)
 
 
 def train_image_tool(arguments: argparse.Namespace, output: Path) -> None:
-    config, options = build_config(arguments), build_options(arguments)
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    config, options, device = build_config(arguments), build_options(arguments), resolve_device(arguments.device)
+    inputs, heldout, load = RawInputs.open(arguments, "images"), None, ImageLoader()
+    if arguments.heldout:
+        heldout = RawInputs.open(argparse.Namespace(**{**vars(arguments), "input": arguments.heldout}), "images")
     tokenizer, account = train_and_measure(
-        list_pictures(arguments.input),
+        inputs.images(),
         config,
         options,
-        heldout_paths=list_pictures(arguments.heldout) if arguments.heldout else None,
+        heldout_paths=heldout.images() if heldout else None,
         heldout_share=arguments.heldout_share,
         device=device,
+        load=load,
     )
+    output.mkdir(parents=True, exist_ok=True)
     tokenizer.save(output / IMAGE_FOLDER, training=account)
     measured, (height, width) = account["heldout"], tokenizer.grid
     print(
@@ -160,8 +164,14 @@ def train_image_tool(arguments: argparse.Namespace, output: Path) -> None:
         f"{measured['pictures']} held-out pictures: PSNR {measured['psnr_db']:.2f} dB, "
         f"{measured['codes_used']:.0%} of the codes used, perplexity {measured['codebook_perplexity']:.1f}"
     )
-    if account["pictures_skipped"]:
-        print(f"{account['pictures_skipped']} pictures could not be read and were left out")
+    load.add_to(inputs.reasons)
+    report_skipped(*filter(None, (inputs, heldout)))
+
+
+def report_skipped(*several: RawInputs) -> None:
+    for inputs in several:
+        if skipped := inputs.explain_skipped():
+            print(f"{inputs.name}: {skipped}")
 
 
 def build_config(arguments: argparse.Namespace) -> VQGANConfig:

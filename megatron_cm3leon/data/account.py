@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_cm3leon.data.dedupe import REASONS
+from megatron_cm3leon.data.reasons import Reasons
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -54,12 +55,20 @@ def write_quarantine(output: Path, records: Iterable[Path]) -> None:
 
 
 def check_bad_share(bad: int, read: int, allowed: float, output: Path, total: float | None = None) -> None:
-    """Refuse a run of which more than the share `allowed` of its `total` inputs (those read: None) is unusable."""
+    """ValueError where more than the share `allowed` of a run's `total` inputs (those read: None) is unusable.
+
+    It names the commonest reasons, as far as `output` lists them.
+    """
     if bad <= allowed * (total or read):
         return
+    reasons = Reasons()
+    with open(output / QUARANTINE, encoding="utf-8") as lines:
+        for line in lines:
+            reasons.add(json.loads(line)["reason"])
     raise ValueError(
-        f"{bad} of the {read} inputs read are unusable, more than --max-bad-fraction {allowed:g} "
-        f"allows; {output / QUARANTINE} names each with its reason. Mend the pictures that it names, or "
-        f"raise --max-bad-fraction, and run the same command again: parts that are whole are kept. A changed list of "
-        f"inputs, or a changed folder of pictures, needs --overwrite."
+        f"{bad} of the {read} inputs read are unusable, more than --max-bad-fraction {allowed:g} allows: {reasons}. "
+        + (f"{reasons.hint} " if reasons.hint else "")
+        + f"{output / QUARANTINE} names each with its reason. Fix what it names, or raise --max-bad-fraction, and run "
+        f"the same command again: complete parts are kept. Another list of inputs, a changed folder of images, or "
+        f"other names of fields need --overwrite."
     )

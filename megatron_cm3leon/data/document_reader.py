@@ -4,9 +4,20 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 
 from megatron_cm3leon.data.filters import Filters, clean_caption
-from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawDocument, RawText, RawTexts, read_picture
+from megatron_cm3leon.data.sources import (
+    BadInput,
+    Entry,
+    Filtered,
+    Picture,
+    RawDocument,
+    RawText,
+    RawTexts,
+    read_picture,
+    shorten,
+)  # fmt: skip
 from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
 from megatron_cm3leon.tokenizers.words import TextEncoder
 
@@ -24,6 +35,19 @@ class Loaded:
     pixels: list[torch.Tensor]
     sha256: list[str]
     """Of its pictures' files."""
+
+
+def read_image(picture: Picture) -> tuple[Image.Image, bytes]:
+    """An image as RGB, and the bytes of its file; ValueError says why there is none."""
+    try:
+        content = read_picture(picture)
+        return load_picture(content), content
+    except FileNotFoundError as error:
+        remedy = ": its path has backslashes, where this system has /" if "\\" in picture.name else ""
+        raise ValueError(f"missing picture: {shorten(picture.name, 240)}{remedy}") from error
+    except (ValueError, OSError) as error:  # load_picture turns whatever a decoder raises into ValueError
+        reason = f"{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(f"unreadable picture: {shorten(picture.name, 240)}: {reason}") from error
 
 
 class DocumentReader:
@@ -52,14 +76,11 @@ class DocumentReader:
                 return fault
         return loaded
 
-    def _load_picture(self, entry: RawDocument, picture, loaded: Loaded) -> BadInput | Filtered | None:
+    def _load_picture(self, entry: RawDocument, picture: Picture, loaded: Loaded) -> BadInput | Filtered | None:
         try:
-            content = read_picture(picture)
-            image = load_picture(content)
-        except FileNotFoundError:
-            return BadInput(entry.key, entry.source, f"missing picture: {picture.name}")
-        except (ValueError, OSError) as error:  # load_picture turns whatever a decoder raises into ValueError
-            return BadInput(entry.key, entry.source, f"unreadable picture: {picture.name}: {error}")
+            image, content = read_image(picture)
+        except ValueError as error:
+            return BadInput(entry.key, entry.source, str(error))
         unwanted = self.filters.find_fault(image.size)
         if unwanted:
             return Filtered(unwanted)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_cm3leon.data.sources import RawPair, open_source, read_picture
+from megatron_cm3leon.data.document_reader import read_image
+from megatron_cm3leon.data.raw_inputs import RawInputs
 from megatron_cm3leon.progress import meter, track
 from megatron_cm3leon.retrieval.encoder import TEXT_MODEL, Encoder, build_tiny_clip, save_clip
-from megatron_cm3leon.tokenizers.pixels import load_picture
 from megatron_cm3leon.tokenizers.text import TextTokenizer
 
 
@@ -61,58 +61,58 @@ class ClipOptions:
             raise ValueError(f"--heldout ({self.heldout}) must be a share between 0 and 1.")
 
 
-def train_clip(source: str | Path, text_model: str | Path, output: str | Path, options: ClipOptions) -> dict:
+def train_clip(
+    source: RawInputs | str | Path, text_model: str | Path, output: str | Path, options: ClipOptions
+) -> dict:
     """Train on the pairs of `source`, write a CLIP folder, return figures measured on the held-out pairs.
 
-    Raises ValueError where there are too few pairs for one batch.
+    Raises ValueError where there are too few pairs for one batch; nothing is written then.
     """
     options.validate()
     torch.set_num_threads(options.threads)
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer = TextTokenizer.load(text_model)
-    tokenizer.save(output / TEXT_MODEL)
-    captions, pictures = _read_pairs(source, options)
+    inputs = source if isinstance(source, RawInputs) else RawInputs(source)
+    output, tokenizer = Path(output), TextTokenizer.load(text_model)
     torch.manual_seed(options.seed)
     model = build_tiny_clip(tokenizer.size, options.image_size, options.patch_size, options.width, options.layers)
+    captions, pictures = _read_pairs(inputs, options)
+    heldout = max(2, round(options.heldout * len(captions)))
+    if len(captions) - heldout < options.batch_size:
+        raise ValueError(
+            f"--batch-size ({options.batch_size}) exceeds the {max(0, len(captions) - heldout)} training pairs of "
+            f"{inputs.name} ({heldout} are held out); lower it. {inputs.explain_skipped()}".rstrip()
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(output / TEXT_MODEL)
     encoder = Encoder(model, output)
     pixels = _prepare_pixels(encoder, pictures)
     ids = encoder.tokenize(captions)
     order = np.random.default_rng(options.seed).permutation(len(captions))
-    heldout = max(2, round(options.heldout * len(captions)))
-    if len(captions) - heldout < options.batch_size:
-        raise ValueError(
-            f"--batch-size ({options.batch_size}) exceeds the {len(captions) - heldout} training pairs of {source}; "
-            f"lower it."
-        )
     caption_numbers = torch.from_numpy(np.unique(captions, return_inverse=True)[1])
     loss = _train(model, ids, pixels, caption_numbers, order[heldout:], options)
     save_clip(model.eval(), output)
     chosen = order[:heldout]
     figures = measure_encoder(encoder, [captions[n] for n in chosen], [pictures[n] for n in chosen])
-    return {"pairs": len(order) - heldout, "loss": loss, "heldout_pairs": heldout, **figures}
+    skipped = inputs.explain_skipped()
+    return {"pairs": len(order) - heldout, "loss": loss, "heldout_pairs": heldout, **figures, "skipped": skipped}
 
 
-def _read_pairs(source: str | Path, options: ClipOptions) -> tuple[list[str], list[Image.Image]]:
-    """Captions, and pictures no larger than they are needed; what cannot be read is left out."""
-    raw = open_source(source, part_size=4096)
+def _read_pairs(inputs: RawInputs, options: ClipOptions) -> tuple[list[str], list[Image.Image]]:
+    """Captions, and images no larger than they are needed; ValueError where there is no pair that can be read."""
     captions, pictures = [], []
-    for pair in track(
-        (pair for part in range(raw.parts) for pair in raw.read_part(part)),
-        total=min(raw.count or options.max_pairs, options.max_pairs),
-        label="read",
-        unit="pairs",
-    ):
-        if isinstance(pair, RawPair):
-            try:
-                picture = load_picture(read_picture(pair.pictures[0]))
-            except (ValueError, OSError):
-                continue  # preprocessing quarantines and counts it
-            picture.thumbnail((4 * options.image_size, 4 * options.image_size))
-            captions.append(pair.caption)
-            pictures.append(picture)
+    total = min(inputs.source.count or options.max_pairs, options.max_pairs)
+    for pair in track(inputs.pairs(), total=total, label="read", unit="pairs"):
+        try:
+            picture, _ = read_image(pair.pictures[0])
+        except ValueError as error:
+            inputs.reasons.add(str(error))
+            continue
+        picture.thumbnail((4 * options.image_size, 4 * options.image_size))
+        captions.append(pair.caption)
+        pictures.append(picture)
         if len(captions) >= options.max_pairs:
             break
+    if not captions:
+        raise inputs.explain_none("pair that can be read")
     return captions, pictures
 
 

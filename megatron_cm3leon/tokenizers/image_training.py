@@ -9,12 +9,14 @@
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor
 
 from megatron_cm3leon.progress import Meter, meter
@@ -74,10 +76,13 @@ class ImageTrainingOptions:
 class Pictures:
     """Pictures of one size as uint8 in memory, or read anew for each batch where they would not fit."""
 
-    def __init__(self, paths: list[Path], size: int, memory_gigabytes: float = 4.0) -> None:
-        self.paths, self.size = paths, size
+    def __init__(
+        self, paths: Sequence, size: int, memory_gigabytes: float = 4.0, load: Callable[[Any], Image] = load_picture
+    ) -> None:
+        """`load` gives the image of an item of `paths` as RGB; ValueError says why it cannot be read."""
+        self.paths, self.size, self.load = paths, size, load
         self.pool = ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads()))
-        self.skipped: list[str] = []
+        self._skipped: dict[int, str] = {}
         fits = len(paths) * 3 * size * size <= memory_gigabytes * 1e9
         self.stored = self._read(range(len(paths))) if fits else None
 
@@ -87,14 +92,19 @@ class Pictures:
     def _read(self, numbers) -> Tensor:
         pictures = [picture for picture in self.pool.map(self._read_one, numbers) if picture is not None]
         if not pictures:
-            raise ValueError(f"no picture could be read; the first reason: {self.skipped[0]}")
+            raise ValueError(f"none of the {len(numbers)} images could be read; the first reason: {self.skipped[0]}")
         return torch.stack(pictures)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Why images could not be read, in their order."""
+        return [self._skipped[number] for number in sorted(self._skipped)]
 
     def _read_one(self, number: int) -> Tensor | None:
         try:
-            pixels = to_pixels(load_picture(self.paths[number]), self.size)
+            pixels = to_pixels(self.load(self.paths[number]), self.size)
         except ValueError as error:
-            self.skipped.append(str(error))
+            self._skipped[number] = str(error)
             return None
         return ((pixels + 1) * 127.5).round().to(torch.uint8)
 
@@ -260,19 +270,23 @@ def measure_image(tokenizer: ImageTokenizer, pictures: Pictures, limit: int = 20
 
 
 def train_and_measure(
-    paths: list[Path],
+    paths: Sequence,
     config: VQGANConfig,
     options: ImageTrainingOptions,
     *,
-    heldout_paths: list[Path] | None = None,
+    heldout_paths: Sequence | None = None,
     heldout_share: float = 0.05,
     device: str = "cpu",
+    load: Callable[[Any], Image] = load_picture,
 ) -> tuple[ImageTokenizer, dict]:
-    """Train on a share of the pictures, measure on the rest (or on `heldout_paths`); returns also the account."""
+    """Train on a share of the images, measure on the rest (or on `heldout_paths`); returns also the account.
+
+    `paths` are whatever `load` takes: by default the paths of images.
+    """
     if heldout_paths is None:
         paths, heldout_paths = split_heldout(paths, heldout_share, options.seed)
-    pictures = Pictures(paths, config.image_size)
-    heldout = Pictures(heldout_paths, config.image_size)
+    pictures = Pictures(paths, config.image_size, load=load)
+    heldout = Pictures(heldout_paths, config.image_size, load=load)
     started, cpu_started = time.monotonic(), time.process_time()
     tokenizer = train_image(pictures, config, options, device)
     account = {
@@ -287,7 +301,7 @@ def train_and_measure(
     return tokenizer, account
 
 
-def split_heldout(paths: list[Path], share: float, seed: int) -> tuple[list[Path], list[Path]]:
+def split_heldout(paths: Sequence, share: float, seed: int) -> tuple[list, list]:
     """(train, held-out) paths; at least one is held out."""
     held = max(1, round(len(paths) * share))
     if held >= len(paths):

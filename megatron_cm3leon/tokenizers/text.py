@@ -12,7 +12,8 @@ from pathlib import Path
 import sentencepiece
 
 SPACE_MARK = "▁"
-"""U+2581: SentencePiece writes spaces as this, so the character itself would come back as a space."""
+"""U+2581: SentencePiece writes spaces as this, so the character itself would come back as a space. It is encoded as its
+three UTF-8 bytes instead, in the exported tokenizer.json too. Training sees it as a space."""
 
 MAX_CAPTIONS = 10_000_000
 """Captions that training looks at, sampled evenly; more cost memory and change little."""

@@ -24,7 +24,7 @@ def test_lines_read_together_are_as_lines_read_one_by_one(tmp_path, monkeypatch,
     for number in range(400):
         chosen = draws.choices(LINES[: draws.choice((1, 3, 6, len(LINES)))], k=draws.randrange(1, 12))
         path.write_bytes((b"\xef\xbb\xbf" if number % 5 == 0 else b"") + b"\n".join(chosen) + b"\n" * (number % 2))
-        source = open_source(path, draws.randrange(1, 12))
+        source = open_source(path, draws.randrange(1, 12), "lines" if ending == "txt" else "jsonl")
         blocks = [block for part in range(source.parts) for block in source.read_blocks(part)]
         flat = [entry for block in blocks for entry in (block if isinstance(block, RawTexts) else [block])]
         assert flat == read_all(source)

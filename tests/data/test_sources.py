@@ -190,15 +190,15 @@ def test_a_caption_whose_picture_is_missing_is_no_text(tmp_path):
     assert found[1].segments == ["b"] and found[2] == Filtered("not downloaded")
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     source = open_source(tmp_path / "x.jsonl", 10, fields=Fields("", "text"))
-    assert [entry.reason for entry in read_all(source)] == ['field "image" is missing'] * 2
+    assert [entry.reason for entry in read_all(source)] == ['field "image" is missing: the fields are text'] * 2
 
 
 def test_columns_of_other_names(tmp_path):
     (tmp_path / "odd.csv").write_text("URL,TEXT\n0.png,hello\n")
     (pair,) = read_all(open_source(tmp_path / "odd.csv", 10, fields=Fields("URL", "TEXT")))
     assert isinstance(pair, RawPair) and (pair.caption, pair.image) == ("hello", "0.png")
-    (bad,) = read_all(open_source(tmp_path / "odd.csv", 10))
-    assert bad.reason == 'field "image" is missing'
+    with pytest.raises(ValueError, match=r"header has 2 columns, 'URL', 'TEXT'.*given by --image-field and"):
+        open_source(tmp_path / "odd.csv", 10)
 
 
 def write_tar(path, members):
@@ -312,7 +312,7 @@ def test_only_a_line_feed_ends_a_record(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("image,caption\n0.png,x\n".encode("utf-16"), r"x\.csv is not UTF-8: byte 0 of its header"),
+        ("image,caption\n0.png,x\n".encode("utf-16"), r"x\.csv is UTF-16, not UTF-8; convert it: iconv -f UTF-16"),
         (b"image,caption,caption\n0.png,x,y\n", r"x\.csv has the column 'caption' twice"),
         (b"\nimage,caption\n0.png,x\n", r"x\.csv begins with a blank line, not with a header"),
         (b"image,caption\r0.png,x\r", r"carriage return stands outside quotes without a line feed behind it"),

@@ -46,6 +46,31 @@ def test_the_tool_writes_a_folder_and_says_how_good_it_is(shapes, text_model, tm
     assert names == {"config.json", "model.safetensors", "text.model"}
 
 
+def test_pairs_that_cannot_be_read_are_counted_and_named(shapes, text_model, tmp_path):
+    lines = (shapes / "train.jsonl").read_text().replace('"image": "', f'"image": "{shapes}/').splitlines()[:20]
+    lines += ['{"image": "gone.png", "caption": "a"}', '{"text": "b"}', "{"]
+    (tmp_path / "some.jsonl").write_text("\n".join(lines))
+    options = ClipOptions(steps=1, batch_size=4, width=32, layers=1)
+    figures = train_clip(tmp_path / "some.jsonl", text_model, tmp_path / "clip", options)
+    assert figures["pairs"] + figures["heldout_pairs"] == 20
+    assert figures["skipped"].startswith("3 of 23 inputs were skipped: ")
+    for reason in ("1 x missing picture (the first: gone.png)", "1 x no pair of caption and image", "1 x not JSON"):
+        assert reason in figures["skipped"]
+
+
+def test_no_image_that_can_be_read_leaves_nothing_behind(shapes, text_model, tmp_path):
+    """A list whose paths are relative to another folder."""
+    (tmp_path / "list.jsonl").write_text((shapes / "train.jsonl").read_text())
+    arguments = ["--input", tmp_path / "list.jsonl", "--text-model", text_model, "--output", tmp_path / "clip"]
+    done = call_tool("train_clip", *arguments, "--steps", "2")
+    assert done.returncode == 2
+    assert (
+        "list.jsonl: no pair that can be read in its 180 inputs: 180 x missing picture (the first: train/000000.png). "
+        "Paths of images are relative to the file that names them."
+    ) in done.stderr
+    assert not (tmp_path / "clip").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -59,3 +84,4 @@ def test_the_tool_writes_a_folder_and_says_how_good_it_is(shapes, text_model, tm
 def test_messages(shapes, text_model, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train_clip(shapes / "train.jsonl", text_model, tmp_path / "clip", ClipOptions(**changes))
+    assert not (tmp_path / "clip").exists()

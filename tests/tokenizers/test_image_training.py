@@ -147,7 +147,7 @@ def test_damaged_pictures_are_left_out_and_counted(paths, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     pictures = Pictures([*paths[:3], tmp_path / "bad.png"], 16)
     assert len(pictures) == 3 and len(pictures.skipped) == 1
-    with pytest.raises(ValueError, match=r"no picture could be read; the first reason: .*bad\.png"):
+    with pytest.raises(ValueError, match=r"none of the 1 images could be read; the first reason: .*bad\.png"):
         Pictures([tmp_path / "bad.png"], 16)
 
 

@@ -1,8 +1,10 @@
 """The command: both orders, what it prints and writes, and errors with exit status 2."""
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,7 @@ def test_whichever_comes_second_writes_the_vocabulary(pairs, tmp_path, order):
         (["image", *IMAGE_FLAGS, "--downsample", 6], "--downsample (6) must be a power of 2"),
         (["image", *IMAGE_FLAGS, "--channel-multiplier", 1, 2], "--channel-multiplier has 2 numbers; --downsample 4"),
         (["image", *IMAGE_FLAGS, "--norm", "group"], "base_channels (16) must be a multiple of 32 with norm=group"),
+        (["image", *IMAGE_FLAGS, "--device", "quick"], "--device (quick) is no device of torch"),
         (["image", *IMAGE_FLAGS, "--steps", 1], "warmup_steps (2) must leave steps for the codebook"),
     ],
 )
@@ -65,6 +68,57 @@ def test_errors_are_one_sentence_and_status_2(pairs, tmp_path, arguments, messag
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_every_format_of_preprocessing_is_read(pairs, tmp_path):
+    """img2dataset's tars (two files, one input without a caption), and a table as Excel writes it."""
+    images = [path.read_bytes() for path in sorted(pairs.parent.glob("*.png"))]
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for place, image in enumerate(images[number::2]):
+                members = [(f"{place}.png", image), (f"{place}.txt", b"a caption of noise, number %d" % place)]
+                for name, content in members[: 1 if place == number == 0 else 2]:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    tars = ["--input", tmp_path / "0.tar", tmp_path / "1.tar", "--output", tmp_path / "tok"]
+    text = call_tool("train_tokenizer", "text", *tars, "--vocab-size", 290)
+    assert text.returncode == 0, text.stderr
+    assert "1 of 24 inputs were skipped: 1 x no caption (the first: 0 has no .txt and no .json" in text.stdout
+    image = call_tool("train_tokenizer", "image", *tars, *IMAGE_FLAGS, "--device", "cpu")
+    assert image.returncode == 0 and "skipped" not in image.stdout, image.stderr
+    training = json.loads((tmp_path / "tok/image/config.json").read_text())["training"]
+    assert (training["pictures"], training["pictures_skipped"]) == (23, 0)
+    table = tmp_path / "captions.csv"
+    table.write_text("\ufeffid;title\r\n" + "".join(f"{n};a title of noise, number {n}\r\n" for n in range(9)))
+    arguments = ["--input", table, "--caption-field", "title", "--output", tmp_path / "tok2", "--vocab-size", 290]
+    done = call_tool("train_tokenizer", "text", *arguments)
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stderr
+
+
+def test_images_that_cannot_be_read_are_reported(pairs, tmp_path):
+    lines = pairs.read_text().replace('"image": "', f'"image": "{pairs.parent}/').splitlines()
+    lines += ['{"image": "gone\\\\1.png", "caption": "a"}', "no JSON", '{"caption": "b"}']
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    arguments = ["--input", tmp_path / "pairs.jsonl", "--heldout", pairs, "--output", tmp_path / "tok"]
+    done = call_tool("train_tokenizer", "image", *arguments, *IMAGE_FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert "24 held-out pictures" in done.stdout and "3 of 27 inputs were skipped: " in done.stdout
+    for reason in (
+        '1 x field "image" is missing (the first: the fields are caption)',
+        "1 x not JSON (the first: Expect",
+        "1 x missing picture (the first: gone\\1.png: its path has backslashes",
+    ):
+        assert reason in done.stdout
+
+
+@pytest.mark.parametrize(("command", "what"), [("text", "text"), ("image", "image")])
+def test_an_input_without_anything_says_why_and_leaves_nothing(tmp_path, command, what):
+    (tmp_path / "rows.jsonl").write_text('{"filepath": "0.png", "title": "a"}\n' * 2)
+    done = call_tool("train_tokenizer", command, "--input", tmp_path / "rows.jsonl", "--output", tmp_path / "tok")
+    reason = '2 x field "image" is missing (the first: the fields are filepath, title). If image and caption have other'
+    assert done.returncode == 2 and f"no {what} in its 2 inputs: {reason}" in done.stderr
+    assert not (tmp_path / "tok").exists()
 
 
 def test_missing_input_as_a_command(tmp_path):

@@ -3,13 +3,13 @@
     tar        WebDataset tars as img2dataset writes them: <key>.jpg, <key>.txt, <key>.json
     folder     img.png beside img.txt, at any depth, in the order of their names; linked folders are followed
     jsonl      {"image": "relative/path.png", "caption": "text", ...}, {"text": ...} or {"segments": [...]} a line
-    csv        the same columns with a header (.tsv: tabs)
-    parquet    the same columns; pictures as paths or as bytes
+    csv        the same columns with a header, separated by commas, semicolons, tabs or |
+    parquet    the same columns
     lines      plain text, a document a line
     texts      a folder of .txt and .md files, a document each
 
-Paths of pictures are relative to the file that names them. Inputs are local paths or URLs that fsspec opens, or
-patterns of them.
+Images are paths, relative to the file that names them, data: URIs, base64, or bytes in Parquet. Inputs are local
+paths or URLs that fsspec opens, or patterns of them.
 A reader yields every input: a RawDocument, or a BadInput or Filtered that says why it is none.
 """
 
@@ -39,6 +39,7 @@ from megatron_cm3leon.data.sources.documents import (
     RawText,
     RawTexts,
 )  # fmt: skip
+from megatron_cm3leon.data.sources.embedded import shorten
 from megatron_cm3leon.data.sources.files import find_kind, join_listed, list_folder, open_file, read_picture
 from megatron_cm3leon.data.sources.folders import FolderSource, TextFilesSource
 from megatron_cm3leon.data.sources.lines import JsonlSource, TextLinesSource
@@ -49,6 +50,7 @@ from megatron_cm3leon.data.sources.tars import TarSource
 __all__ = [
     "FORMATS", "KINDS", "PICTURE_ENDINGS", "BadInput", "Entry", "Fields", "Filtered", "FolderSource", "JsonlSource",
     "Picture", "RawDocument", "RawPair", "RawText", "RawTexts", "Source", "open_source", "read_picture",
+    "shorten",
 ]  # fmt: skip
 
 _FILES = {
@@ -125,7 +127,10 @@ def _open_files(paths: list[str], part_size: int, form: str, fields: Fields) -> 
         if len(set(forms.values())) > 1:
             shown = ", ".join(f"{os.path.basename(path)}: {name}" for path, name in list(forms.items())[:4])
             raise ValueError(f"--input: files of several formats ({shown}); preprocess each format by itself.")
-        form = forms[paths[0]]
+        source = _FILES[forms[paths[0]]](paths, part_size, fields)
+        if isinstance(source, TextLinesSource):
+            source.check_no_table()
+        return source
     return _FILES[form](paths, part_size, fields)
 
 

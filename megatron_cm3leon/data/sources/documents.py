@@ -6,9 +6,13 @@ Keys count inputs, so they are safe names in a tar whatever the user's own keys 
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import compress
+
+from megatron_cm3leon.data.sources.embedded import decode_image, describe_binary, is_image, shorten, shorten_values
 
 COMMON_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
 PICTURE_ENDINGS = (
@@ -23,6 +27,8 @@ UNREAD_ENDINGS = (
 """Endings of images that are not decoded: they are inputs, and the reader says which format they are."""
 PICTURE_FIELDS = ("image", *(ending[1:] for ending in COMMON_ENDINGS))
 CAPTION_FIELDS = ("caption", "txt")
+FILE_NAME = "file_name"
+"""Field of the image in Hugging Face's imagefolder, where its value ends as the name of an image does."""
 TEXT, PAIR, INTERLEAVED = KINDS = ("text", "pair", "interleaved")
 TEXT_BLOCK = 1 << 16
 """Characters of texts that are read, encoded and written together: more of them leave the processor's cache."""
@@ -118,9 +124,11 @@ class BadInput:
     key: str
     source: str
     reason: str
+    segments: Sequence[str | Picture] = ()
+    """Texts and images of it that are sound, for what needs only one of the two."""
 
     def to_dict(self) -> dict:
-        fields = {"key": self.key, "source": self.source, "reason": self.reason}
+        fields = {"key": self.key, "source": shorten(self.source), "reason": shorten(self.reason)}
         return {name: text.encode(errors="replace").decode() for name, text in fields.items()}  # valid Unicode
 
 
@@ -141,8 +149,35 @@ class Fields:
     image: str = ""
     caption: str = ""
 
-    def find(self, fields: dict, given: str, usual: tuple[str, ...]) -> str:
-        return given or next((name for name in usual if name in fields), usual[0])
+    def find_image(self, fields: dict) -> str:
+        """Name of the field of the image, whether `fields` have it or not."""
+        if self.image:
+            return self.image
+        for name in PICTURE_FIELDS:
+            if name in fields:
+                return name
+        return FILE_NAME if _names_image(fields.get(FILE_NAME)) else PICTURE_FIELDS[0]
+
+    def find_caption(self, fields: dict) -> str:
+        """Name of the field of the caption, whether `fields` have it or not."""
+        return self.caption or next((name for name in CAPTION_FIELDS if name in fields), CAPTION_FIELDS[0])
+
+    def are_in(self, names: Iterable[str]) -> bool:
+        """Whether one of these names is that of a field which is read."""
+        known = {self.image, self.caption, *PICTURE_FIELDS, *CAPTION_FIELDS, FILE_NAME, "text", "segments"}
+        return not known.isdisjoint(name for name in names if name)
+
+
+_SHORT_EXTRA = 512
+"""Characters of JSON in which nothing is looked for that is too long."""
+
+
+class _Unusable(Exception):
+    """Why a row of fields makes no document."""
+
+    def __init__(self, reason: str, segments: Sequence[str | Picture] = ()) -> None:
+        super().__init__(reason)
+        self.segments = segments
 
 
 def make_document(
@@ -151,32 +186,41 @@ def make_document(
     """A document from a row of fields.
 
     {"image": .., "caption": ..} is a pair, {"text": ..} a text, {"segments": [{"text": ..}, {"image": ..}]} an
-    interleaved document. A picture is a path, bytes, or {"bytes": .., "path": ..}. `locate` turns a path as the
-    input gives it into (name relative to the source's folder, place to read it from).
+    interleaved document. An image is a path, bytes, base64, a data: URI or {"bytes": .., "path": ..}. `locate` turns
+    a path as the input gives it into (name relative to the source's folder, place to read it from).
     """
     if len(fields) == 1 and isinstance(text := fields.get("text"), str) and names.caption != "text":
         # The common row of a text corpus.
         document = RawText(key, source, [text])
         return document if text.isascii() and text and not text.isspace() else check_document(document)
-    image = names.find(fields, names.image, PICTURE_FIELDS)
-    caption = names.find(fields, names.caption, CAPTION_FIELDS)
-    if "segments" in fields:
-        used, cls = ("segments",), RawDocument
-        segments = _read_segments(fields["segments"], key, locate)
-    elif "text" in fields and image not in fields and caption not in fields:
-        used, cls, segments = ("text",), RawText, _read_text(fields["text"], "text")
-    else:
-        if names.caption == "" and caption not in fields and "text" in fields:
-            caption = "text"
-        if fields.get(image) is None and fields.get("status") not in (None, "success"):
-            return Filtered("not downloaded")  # img2dataset's Parquet keeps rows that it could not fetch
-        used, cls = (image, caption), RawPair
-        segments = _read_pair(fields, image, caption, key, locate)
-    if isinstance(segments, str):
-        return BadInput(key, source, segments)
+    image, caption = names.find_image(fields), names.find_caption(fields)
+    try:
+        if "segments" in fields:
+            used, cls = ("segments",), RawDocument
+            segments = _read_segments(fields["segments"], key, locate)
+        elif "text" in fields and image not in fields and caption not in fields:
+            used, cls, segments = ("text",), RawText, [_read_text(fields, "text")]
+            if not names.image:
+                _check_holds_no_image(fields, segments)
+        else:
+            if names.caption == "" and caption not in fields and "text" in fields:
+                caption = "text"
+            if fields.get(image) is None and fields.get("status") not in (None, "success"):
+                return Filtered("not downloaded")  # img2dataset's Parquet keeps rows that it could not fetch
+            used, cls = (image, caption), RawPair
+            segments = _read_pair(fields, image, caption, key, locate)
+    except _Unusable as error:
+        return BadInput(key, source, str(error), error.segments)
     extra = {name: value for name, value in fields.items() if name not in used}
-    text = json.dumps(extra, sort_keys=True, default=str) if extra else "{}"
-    return check_document(cls(key, source, segments, text))
+    return check_document(cls(key, source, segments, write_extra(extra) if extra else "{}"))
+
+
+def write_extra(extra: dict) -> str:
+    """Fields as a JSON object; long binary values, images in base64 and long lists of numbers as their checksum."""
+    text = json.dumps(extra, sort_keys=True, default=describe_binary)
+    if len(text) < _SHORT_EXTRA:
+        return text
+    return json.dumps(shorten_values(extra), sort_keys=True, default=describe_binary)
 
 
 def gather_texts(entries: Iterable["Entry | RawTexts"]) -> Iterator["Entry | RawTexts"]:
@@ -197,68 +241,129 @@ def gather_texts(entries: Iterable["Entry | RawTexts"]) -> Iterator["Entry | Raw
         yield texts
 
 
-def _read_pair(fields: dict, image: str, caption: str, key: str, locate) -> list | str:
-    picture = _read_picture(fields.get(image), image, f"{key}.{image}", locate, image in fields)
-    text = _read_text(fields.get(caption), caption, caption in fields)
-    if isinstance(picture, str):
-        return picture
-    return text if isinstance(text, str) else [*text, picture]
+def _read_pair(fields: dict, image: str, caption: str, key: str, locate) -> list[str | Picture]:
+    segments, reasons = [], []
+    try:
+        segments.append(_read_text(fields, caption))
+    except _Unusable as error:
+        reasons.append(str(error))
+    try:
+        segments.append(_read_image(fields, image, f"{key}.{image}", locate))
+    except _Unusable as error:
+        reasons.append(str(error))
+    if reasons:
+        raise _Unusable(reasons[-1], segments)
+    return segments
 
 
-def _read_text(value, name: str, there: bool = True) -> list[str] | str:
-    """The text as the only one of a list, or what is wrong."""
+def _read_text(fields: dict, name: str) -> str:
+    value = fields.get(name)
+    if isinstance(value, bytes):  # Parquet's binary columns
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise _Unusable(f'not UTF-8: byte {error.start} of field "{name}" cannot be decoded') from error
     if isinstance(value, str):
-        return [value]
-    return f'field "{name}" is {type(value).__name__}, not text' if there else f'field "{name}" is missing'
+        return value
+    raise _Unusable(_explain_field(fields, name, value))
 
 
-def _read_picture(value, field: str, name: str, locate, there: bool = True) -> Picture | str:
+def _explain_field(fields: dict, name: str, value) -> str:
+    if name in fields:
+        return f'field "{name}" is {type(value).__name__}, not text'
+    there = shorten(", ".join(map(str, fields)) or "none", 200)
+    return f'field "{name}" is missing: the fields are {there}'
+
+
+def _read_image(fields: dict, name: str, shown: str, locate) -> Picture:
+    """The image of a field; `shown` is its name where the input holds it without one."""
+    value = fields.get(name)
     if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
-        return Picture(name, content=value)
+        return Picture(shown, content=value)
     if not isinstance(value, str):
-        what = f"is {type(value).__name__}, not text" if there else "is missing"
-        return f'field "{field}" {what}'
+        raise _Unusable(_explain_field(fields, name, value))
     if not value:
-        return "empty picture path"
-    return Picture(*locate(value))
+        raise _Unusable("empty picture path")
+    try:
+        content = decode_image(value)
+    except ValueError as error:
+        raise _Unusable(f'field "{name}" {error}') from error
+    return Picture(*locate(value)) if content is None else Picture(shown, content=content)
 
 
-def _read_segments(rows, key: str, locate) -> list | str:
+def _check_holds_no_image(fields: dict, segments: list[str]) -> None:
+    """Refuse a text beside an image under another name, which would be lost without a word."""
+    for name, value in fields.items():
+        if name != "text" and _holds_image(name, value):
+            raise _Unusable(
+                f'field "image" is missing: field "{name}" holds an image; give --image-field {name} --caption-field '
+                f"text for pairs, or --image-field image for the texts alone",
+                segments,
+            )
+
+
+def _holds_image(name: str, value) -> bool:
+    if isinstance(value, list) and value:
+        value = value[0]
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return is_image(value)
+    return isinstance(value, str) and (value.startswith("data:image/") or (_names_image(value) and _may_be_path(name)))
+
+
+def _names_image(value) -> bool:
+    return isinstance(value, str) and value[-6:].lower().endswith(PICTURE_ENDINGS)
+
+
+@lru_cache(1024)
+def _may_be_path(name: str) -> bool:
+    """Whether a field of this name may hold the path of an image; a URL or a title may end as one does."""
+    return bool(re.search("image|img|pic|photo|file|path", name, re.IGNORECASE))
+
+
+def _read_segments(rows, key: str, locate) -> list[str | Picture]:
     if not isinstance(rows, list) or not rows:
-        return f'field "segments" is {type(rows).__name__ if rows != [] else "empty"}, not a list of texts and pictures'
+        what = type(rows).__name__ if rows != [] else "empty"
+        raise _Unusable(f'field "segments" is {what}, not a list of texts and pictures')
     segments = []
     for number, row in enumerate(rows):
         given = {name: row[name] for name in row if row[name] is not None} if isinstance(row, dict) else {}
         if given.keys() not in ({"text"}, {"image"}):
-            return f'segment {number} is no {{"text": ...}} and no {{"image": ...}}'
-        if "text" in given:
-            found = _read_text(given["text"], "text")
-            segments += found if isinstance(found, list) else []
-        else:
-            found = _read_picture(given["image"], "image", f"{key}.{number}", locate)
-            segments.append(found)
-        if isinstance(found, str):
-            return f"segment {number}: {found}"
+            raise _Unusable(f'segment {number} is no {{"text": ...}} and no {{"image": ...}}')
+        try:
+            if "text" in given:
+                segments.append(_read_text(given, "text"))
+            else:
+                segments.append(_read_image(given, "image", f"{key}.{number}", locate))
+        except _Unusable as error:
+            raise _Unusable(f"segment {number}: {error}") from error
     return segments
 
 
 def check_document(document: RawDocument) -> RawDocument | BadInput:
     """Refuse what no document can be made of: an empty text, text that is no Unicode."""
     for segment in document.segments:
-        text = segment if isinstance(segment, str) else segment.name
-        if not text or text.isspace():
-            what = "empty picture path" if text is not segment else "empty caption"
-            what = "empty text" if document.kind != PAIR and text is segment else what
-            return BadInput(document.key, document.source, what)
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                reason = "not Unicode: an unpaired surrogate in text or picture path"
-                return BadInput(document.key, document.source, reason)
+        if fault := _find_fault(segment, document.kind):
+            sound = [other for other in document.segments if not _find_fault(other, document.kind)]
+            return BadInput(document.key, document.source, fault, sound)
     return document
+
+
+def _find_fault(segment: str | Picture, kind: str) -> str:
+    text = segment if isinstance(segment, str) else segment.name
+    if not text or text.isspace():
+        if text is not segment:
+            return "empty picture path"
+        return "empty caption" if kind == PAIR else "empty text"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return "not Unicode: an unpaired surrogate in text or picture path"
+    return ""
 
 
 def decode_text(content: bytes, what: str) -> str:

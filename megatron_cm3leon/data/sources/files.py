@@ -1,5 +1,6 @@
 """Files of the raw input: local paths, and URLs of whatever fsspec opens (s3://, gs://, memory:// ...)."""
 
+import codecs
 import hashlib
 import logging
 import os
@@ -17,6 +18,7 @@ from megatron_cm3leon.data.sources.documents import Picture
 logger = logging.getLogger(__name__)
 MAX_BYTES = 1 << 28
 """A picture or text file above this is refused: one bad input must not fill the memory."""
+BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 
 _PROTOCOL = re.compile(r"([A-Za-z][\w+.-]*)://")
@@ -107,6 +109,21 @@ def _find_other_form(path: str) -> str:
 def check_size(size: int) -> None:
     if size > MAX_BYTES:
         raise ValueError(f"{size:,} bytes are more than the {MAX_BYTES:,} that are read")
+
+
+def check_encoding(path: str) -> None:
+    """ValueError for a text file in UTF-16 or UTF-32, of which no line can be read."""
+    with open_file(path) as content:
+        start = content.read(64)
+    start = start[: len(start) // 2 * 2]
+    little, big = (any(start[first::2]) and not any(start[1 - first :: 2]) for first in (0, 1))
+    encoding = "UTF-16LE" if little else "UTF-16BE" if big else ""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "UTF-16"
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        encoding = "UTF-32"
+    if encoding:
+        raise ValueError(f"{path} is {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 OLD > NEW.")
 
 
 def measure_file(path: str) -> int:

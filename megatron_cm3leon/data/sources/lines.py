@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from megatron_cm3leon.data.sources.base import FileSource, Part
 from megatron_cm3leon.data.sources.documents import (
+    FILE_NAME,
     TEXT_BLOCK,
     BadInput,
     Entry,
@@ -18,10 +20,12 @@ from megatron_cm3leon.data.sources.documents import (
     check_document,
     make_document,
 )  # fmt: skip
-from megatron_cm3leon.data.sources.files import open_file
+from megatron_cm3leon.data.sources.embedded import shorten
+from megatron_cm3leon.data.sources.files import BYTE_ORDER_MARK, check_encoding, open_file
+from megatron_cm3leon.data.sources.json_form import check_json_lines
 
+logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 1 << 22
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _scan_json = json.JSONDecoder().scan_once
 _decode_pairs = json.JSONDecoder(object_pairs_hook=tuple).decode
 """As json.loads, each object as the tuple of its (name, value): a dict would hide a name that stands twice."""
@@ -29,6 +33,7 @@ _decode_pairs = json.JSONDecoder(object_pairs_hook=tuple).decode
 
 class _LinesSource(FileSource):
     def _cut(self, file: int) -> str:
+        check_encoding(self.files[file])
         digest, offsets, lines, place, last = hashlib.sha256(), [0], 0, 0, b"\n"
         with open_file(self.files[file]) as content:
             while chunk := content.read(_CHUNK_BYTES):
@@ -50,7 +55,7 @@ class _LinesSource(FileSource):
             # io's, since fsspec's own `readlines` knows no limit
             while done < part.inputs and (lines := io.IOBase.readlines(content, TEXT_BLOCK)):
                 if done == part.begin == 0:
-                    lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
+                    lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
                 numbers = range(done, min(done + len(lines), part.inputs))
                 done = numbers.stop
                 keys = [f"{first + number:08d}" for number in numbers]
@@ -103,10 +108,25 @@ def decode_json(line: str):
     return fields if end == len(line) else json.loads(line)
 
 
+def _parse_or_none(line: str):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
 class JsonlSource(_LinesSource):
     """A JSON object a line: {"image": .., "caption": ..}, {"text": ..} or {"segments": [..]}."""
 
     expects = 'a line {"image": "path.png", "caption": "text"}, {"text": "..."} or {"segments": [...]}'
+
+    def _cut(self, file: int) -> str:
+        before = self.count
+        digest = super()._cut(file)
+        fields = check_json_lines(self.files[file], self.count - before)
+        if file == 0 and self.fields.find_image(fields) == FILE_NAME != self.fields.image:
+            logger.info("%s: field %s is the image; --image-field gives another.", self.files[file], FILE_NAME)
+        return digest
 
     def _parser(self, part: Part):
         names, locate = self.fields, self._locator(part.file)
@@ -146,6 +166,21 @@ class TextLinesSource(_LinesSource):
     """Plain text, a document a line."""
 
     expects, external = "a line of text", False
+
+    def check_no_table(self) -> None:
+        """ValueError where a file begins as JSON Lines or a table does: its lines would be read as plain text."""
+        for path in self.files:
+            with open_file(path) as content:
+                line = content.readline(1 << 16).removeprefix(BYTE_ORDER_MARK).decode(errors="replace").strip()
+            is_json = line.startswith("{") and line.endswith("}") and isinstance(_parse_or_none(line), dict)
+            columns = max((line.split(mark) for mark in "\t,;|"), key=len)
+            is_table = len(columns) > 1 and self.fields.find_image(dict.fromkeys(columns)) in columns
+            if is_json or is_table:
+                name = "jsonl" if is_json else "csv"
+                raise ValueError(
+                    f"--input {path} begins with {shorten(line, 60)!r}; give --format {name} to read its fields, or "
+                    f"--format lines to read its lines as plain text."
+                )
 
     def _parser(self, part: Part):
         return lambda line, key, source: check_document(RawText(key, source, [line.rstrip("\r\n")]))

@@ -1,35 +1,64 @@
-"""Tables: CSV (tabs in .tsv) with a header, and Parquet. Their columns are the fields of a JSONL line."""
+"""Tables: CSV with a header, and Parquet. Their columns are the fields of a JSONL line."""
 
 import csv
 import hashlib
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_cm3leon.data.sources.base import FileSource, Part
-from megatron_cm3leon.data.sources.documents import (
-    CAPTION_FIELDS,
-    PICTURE_FIELDS,
-    BadInput,
-    Entry,
-    make_document,
-)  # fmt: skip
-from megatron_cm3leon.data.sources.files import MAX_BYTES, identify_file, open_file
+from megatron_cm3leon.data.sources.documents import CAPTION_FIELDS, BadInput, Entry, make_document
+from megatron_cm3leon.data.sources.embedded import shorten
+from megatron_cm3leon.data.sources.files import BYTE_ORDER_MARK, MAX_BYTES, check_encoding, identify_file, open_file
 
+logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 64
+_DELIMITERS = (",", ";", "\t", "|")
+_UNUSUAL = {";": "a semicolon", "|": "a vertical bar"}
+_SEP_LINE = re.compile(rb'"?sep=(.)"?\r?\n')
+"""The first line of a file that Excel reads with another separator."""
+_NO_VALUE = (ValueError, OverflowError, LookupError, pa.ArrowException)
+"""What pyarrow raises where Python has no such value."""
+
+
+@dataclass(frozen=True)
+class _Style:
+    """How a CSV file is written."""
+
+    delimiter: str
+    begin: int = 0
+    """Bytes in front of the header."""
+    trim: bool = False
+    """Whether a space follows each separator."""
+    columns: tuple[str, ...] = ()
 
 
 class CsvSource(FileSource):
-    """Records as RFC 4180 writes them: a quoted field may hold newlines."""
+    """Records as RFC 4180 writes them: a quoted field may hold newlines.
+
+    The separator is a comma, semicolon, tab or |, whichever gives a header with known columns (or that of a line
+    sep=; in front). Where a space follows the separators of the header, it does so in the records.
+    """
 
     expects = "a header with the columns image and caption (or text), and a record"
 
+    def __init__(self, *arguments, **options) -> None:
+        self._styles: dict[int, _Style] = {}
+        super().__init__(*arguments, **options)
+
     def _cut(self, file: int) -> str:
-        digest, begins, place, records = hashlib.sha256(), [], 0, -1  # the first is the header
-        for raw, blank in self._records(file, 0):
+        check_encoding(self.files[file])
+        style = self._styles[file] = self._find_style(file)
+        digest, begins, place, records = hashlib.sha256(), [], style.begin, -1  # the first is the header
+        with open_file(self.files[file]) as content:
+            digest.update(content.read(style.begin))
+        for raw, blank in self._records(file, style.begin, style):
             digest.update(raw)
             if not blank:
                 if records >= 0 and records % self.part_size == 0:
@@ -37,18 +66,21 @@ class CsvSource(FileSource):
                 records += 1
             place += len(raw)
         if records > 0:
-            self._read_header(file)  # its faults are told before any work
+            self._check_header(file, style.columns)  # its faults are told before any work
+            if file == 0 and (style.delimiter in _UNUSUAL or style.trim):
+                separator = _UNUSUAL.get(style.delimiter, repr(style.delimiter)) + (" and space" if style.trim else "")
+                logger.info("%s: the separator of its columns (the delimiter) is %s.", self.files[file], separator)
         self._add_parts(file, begins, max(records, 0))
         return digest.hexdigest()
 
     def _read(self, part: Part) -> Iterator[Entry]:
         name, locate = self.name_of(part.file), self._locator(part.file)
-        columns = self._read_header(part.file)
-        records = (raw for raw, blank in self._records(part.file, part.begin) if not blank)
+        style = self._styles[part.file]
+        records = (raw for raw, blank in self._records(part.file, part.begin, style) if not blank)
         for number, raw in zip(range(part.inputs), records, strict=False):
             key, source = f"{part.first + number:08d}", f"{name}:record {part.number + number + 1}"
             try:
-                values = self._parse(raw, part.file)
+                values = _parse(raw, style)
             except UnicodeDecodeError as error:
                 yield BadInput(key, source, f"not UTF-8: byte {error.start} of the record cannot be decoded")
                 continue
@@ -56,37 +88,65 @@ class CsvSource(FileSource):
                 lines = len(raw.splitlines())
                 yield BadInput(key, source, f"not CSV: {error} ({lines} lines)")
                 continue
-            if len(values) != len(columns):
-                yield BadInput(key, source, f"not CSV: {len(values)} fields, the header has {len(columns)}")
+            if len(values) != len(style.columns):
+                yield BadInput(key, source, f"not CSV: {len(values)} fields, the header has {len(style.columns)}")
                 continue
-            yield make_document(dict(zip(columns, values, strict=True)), key, source, self.fields, locate)
+            yield make_document(dict(zip(style.columns, values, strict=True)), key, source, self.fields, locate)
 
-    def _read_header(self, file: int) -> list[str]:
-        """Names of the columns; ValueError where there are none to tell apart."""
-        raw, _ = next(self._records(file, 0))
+    def _find_style(self, file: int) -> _Style:
+        """The first style in which the header has a known column, else that with the most columns."""
+        with open_file(self.files[file]) as content:
+            line = content.readline(64)
+        usual = "\t" if self.files[file].lower().endswith(".tsv") else ","
+        delimiters, begin = (usual, *(other for other in _DELIMITERS if other != usual)), 0
+        if given := _SEP_LINE.fullmatch(line.removeprefix(BYTE_ORDER_MARK)):
+            delimiters, begin = (given[1].decode("latin-1"),), len(line)
+        styles = [self._read_header(file, _Style(delimiter, begin)) for delimiter in delimiters]
+        most = max(styles, key=lambda style: len(style.columns))
+        return next((style for style in styles if self.fields.are_in(style.columns)), most)
+
+    def _read_header(self, file: int, style: _Style) -> _Style:
+        """`style` with the names of the columns; ValueError where they cannot be decoded."""
+        raw, _ = next(self._records(file, style.begin, style), (b"", True))
         try:
-            columns = self._parse(raw.removeprefix(b"\xef\xbb\xbf"), file)
+            plain, trimmed = (
+                _parse(raw.removeprefix(BYTE_ORDER_MARK), replace(style, trim=trim)) for trim in (False, True)
+            )
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{self.files[file]} is not UTF-8: byte {error.start} of its header cannot be decoded; convert it."
+                f"{self.files[file]} is not UTF-8: byte {error.start} of its header cannot be decoded; convert it, for "
+                f"example: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW."
             ) from error
+        except csv.Error:
+            return style
+        known = [[name for name in names if self.fields.are_in([name])] for names in (plain, trimmed)]
+        trim = len(known[1]) > len(known[0])
+        names = (
+            name.rstrip() if self.fields.are_in([name.rstrip()]) else name for name in (trimmed if trim else plain)
+        )
+        return replace(style, trim=trim, columns=tuple(names))
+
+    def _check_header(self, file: int, columns: tuple[str, ...]) -> None:
+        """ValueError where the columns cannot be told apart, or none is known."""
         twice = sorted({name for name in columns if name and columns.count(name) > 1})
         if twice or not columns:
             fault = f"has the column {twice[0]!r} twice" if twice else "begins with a blank line, not with a header"
             raise ValueError(f"{self.files[file]} {fault}; its first line has to name each column once.")
-        return columns
+        if not self.fields.are_in(columns):
+            what = "is one column" if len(columns) == 1 else f"has {len(columns)} columns"
+            raise ValueError(
+                f"{self.files[file]}: its header {what}, {shorten(', '.join(map(repr, columns)), 200)}, and none of "
+                f"them is image, caption or text. The first line must name the columns, separated by comma, semicolon, "
+                f"tab or |; other names are given by --image-field and --caption-field."
+            )
 
-    def _parse(self, raw: bytes, file: int) -> list[str]:
-        rows = list(csv.reader([raw.decode("utf-8")], delimiter=self._delimiter(file), strict=True))
-        return rows[0] if rows else []
-
-    def _records(self, file: int, begin: int) -> Iterator[tuple[bytes, bool]]:
+    def _records(self, file: int, begin: int, style: _Style) -> Iterator[tuple[bytes, bool]]:
         """Bytes of each record from `begin` on, and whether it is a blank line."""
         csv.field_size_limit(MAX_BYTES)
         with open_file(self.files[file]) as content:
             content.seek(begin)
             lines: list[bytes] = []
-            reader = csv.reader(_note_lines(content, lines), delimiter=self._delimiter(file))
+            reader = csv.reader(_note_lines(content, lines), delimiter=style.delimiter, skipinitialspace=style.trim)
             try:
                 for row in reader:
                     yield b"".join(lines), not row
@@ -100,8 +160,12 @@ class CsvSource(FileSource):
                     f"Mend the file."
                 ) from error
 
-    def _delimiter(self, file: int) -> str:
-        return "\t" if self.files[file].lower().endswith(".tsv") else ","
+
+def _parse(raw: bytes, style: _Style) -> list[str]:
+    """Fields of a record; UnicodeDecodeError or csv.Error where it is damaged."""
+    text = raw.decode("utf-8")
+    rows = list(csv.reader([text], delimiter=style.delimiter, skipinitialspace=style.trim, strict=True))
+    return rows[0] if rows else []
 
 
 def _note_lines(content: BinaryIO, lines: list[bytes]) -> Iterator[str]:
@@ -150,7 +214,7 @@ class ParquetSource(FileSource):
         captions = [self.fields.caption] if self.fields.caption else CAPTION_FIELDS
         if any(name in columns for name in captions if name != "text"):
             return ""
-        return self.fields.find(dict.fromkeys(columns), self.fields.image, PICTURE_FIELDS)
+        return self.fields.find_image(dict.fromkeys(columns))
 
 
 def _read_rows(table: pq.ParquetFile, begin: int, count: int) -> Iterator[dict]:
@@ -167,9 +231,37 @@ def _read_rows(table: pq.ParquetFile, begin: int, count: int) -> Iterator[dict]:
             if skip >= len(batch):
                 skip -= len(batch)
                 continue
-            rows = batch.slice(skip, count).to_pylist()
+            rows = _to_rows(batch.slice(skip, count))
             skip = 0
             count -= len(rows)
             yield from rows
             if not count:
                 return
+
+
+def _to_rows(batch: pa.RecordBatch) -> list[dict]:
+    """to_pylist, with text in place of values that Python does not have (nanoseconds, years above 9999)."""
+    try:
+        return batch.to_pylist()
+    except _NO_VALUE:
+        columns = [[_to_value(scalar) for scalar in column] for column in batch.columns]
+        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _to_value(scalar: pa.Scalar):
+    """as_py, or the nearest that there is: parts one by one, bytes of text that is not UTF-8, anything else as text."""
+    try:
+        return scalar.as_py()
+    except _NO_VALUE:
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _to_value(value) for name, value in scalar.items()}
+        if isinstance(scalar, pa.ListScalar):
+            return [_to_value(value) for value in scalar.values]
+        if isinstance(scalar, pa.DictionaryScalar | pa.ExtensionScalar):
+            return _to_value(scalar.value)
+        if isinstance(scalar, pa.StringScalar | pa.LargeStringScalar | pa.StringViewScalar):
+            return scalar.as_buffer().to_pybytes()
+        try:
+            return scalar.cast(pa.string()).as_py()
+        except _NO_VALUE:
+            return str(scalar.value)

@@ -265,27 +265,28 @@ def _find_fault(group: _Group, document: _Document) -> str:
 
 
 def _make_pair(reader: TarReader, group: _Group, document: _Document, key: str, tar: str, fault: str) -> Entry:
-    source = f"{tar}/{document.name}"
-    fault = fault or _find_fault(group, document)
-    if fault:
-        return BadInput(key, source, fault)
+    source, sound = f"{tar}/{document.name}", []
 
     def read(ending: str) -> bytes:
         return group.contents[ending] if ending in group.contents else reader.read(group.members[ending])
 
     try:
-        content = read(document.images[0])
+        if fault := fault or _find_fault(group, document):
+            if len(document.texts) == 1 and not document.images:
+                sound.append(decode_text(read(document.texts[0]), document.texts[0]))
+            raise ValueError(fault)
+        name, ending = _split_name(group.members[document.images[0]].name)
+        picture = Picture(f"{tar}/{name}.{ending}", content=read(document.images[0]))
+        sound.append(picture)
         fields = _read_json(read(document.jsons[0])) if document.jsons else {"key": document.name}
         caption = fields.pop("caption", None)
         if document.texts:
             caption = decode_text(read(document.texts[0]), f"{group.name}.{document.texts[0]}")
         if not isinstance(caption, str):
-            reason = f"no caption: {document.name} has no .txt and no .json with a caption{_describe_dots(group)}"
-            return BadInput(key, source, reason)
+            dots = _describe_dots(group)
+            raise ValueError(f"no caption: {document.name} has no .txt and no .json with a caption{dots}")
     except ValueError as error:
-        return BadInput(key, source, str(error))
-    name, ending = _split_name(group.members[document.images[0]].name)
-    picture = Picture(f"{tar}/{name}.{ending}", content=content)
+        return BadInput(key, source, str(error), sound)
     return check_document(RawPair(key, source, [caption, picture], json.dumps(fields, sort_keys=True)))
 
 

@@ -1,0 +1,53 @@
+"""Why inputs were not used: counts of reasons, for messages."""
+
+import re
+from collections import Counter
+
+from megatron_cm3leon.data.sources.embedded import shorten
+
+_SHOWN = 3
+_HINTS = (
+    ('field ".*" is missing', "If image and caption have other names, give --image-field and --caption-field."),
+    ("missing picture", "Paths of images are relative to the file that names them."),
+)
+
+
+class Reasons:
+    """Counts by what stands in front of a reason's first colon, each with the first reason in full."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, reason: str) -> None:
+        self.add_many(reason, 1)
+
+    def add_many(self, reason: str, count: int) -> None:
+        """Count `reason` for as many inputs."""
+        group, _, detail = reason.partition(":")
+        self.counts[group] += count
+        self._first.setdefault(group, detail.strip())
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def __str__(self) -> str:
+        """The commonest reasons, such as `12 x missing picture (the first: images/0.jpg)`."""
+        shown = [self._describe(group, count) for group, count in self.counts.most_common(_SHOWN)]
+        rest = len(self.counts) - _SHOWN
+        return "; ".join(shown) + (f"; and {rest} other reasons" if rest > 0 else "")
+
+    def _describe(self, group: str, count: int) -> str:
+        detail = shorten(self._first[group], 240)
+        return f"{count} x {group}" + (f" (the first: {detail})" if detail else "")
+
+    @property
+    def hint(self) -> str:
+        """What helps against the commonest reason: a sentence, or nothing."""
+        for group, _ in self.counts.most_common(1):
+            return next((hint for pattern, hint in _HINTS if re.match(pattern, group)), "")
+        return ""

@@ -1,0 +1,92 @@
+"""Images inside a row of fields: bytes, base64 and data: URIs; and how long values look in metadata and messages."""
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+
+_SIGNATURES = (
+    b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P6", b"\0\0\x01\0", b"\0\0\0\x0cjP",
+)  # fmt: skip
+_DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[^;,]*?)*?(;base64)?,", re.IGNORECASE)
+_MAX_PATH = 4096
+"""Characters: no path of a file is longer."""
+_MIN_BASE64 = 64
+"""Characters: shorter values are paths."""
+_LIST_CHARACTERS = 4096
+"""Of JSON: a longer list of numbers, such as an embedding or a mask, is not kept."""
+_NUMBERS = re.compile(r"[\[\], .\d+\-eEInfinityNa]+")
+_HEX_BYTES = 32
+"""Binary values up to this many bytes, such as checksums, are kept."""
+
+
+def is_image(content: bytes) -> bool:
+    """Whether bytes begin as an image file does."""
+    container = (content[:4] == b"RIFF" and content[8:12] == b"WEBP") or content[4:12] in (b"ftypavif", b"ftypavis")
+    return container or content.startswith(_SIGNATURES)
+
+
+def decode_image(value: str) -> bytes | None:
+    """The bytes of an image given as a data: URI or in base64; None for a path; ValueError says what is wrong."""
+    if head := _DATA_URI.match(value):
+        content = _decode(value[head.end() :]) if head[1] else None
+        if content is None:
+            fault = "whose base64 is damaged" if head[1] else "that is not base64"
+            raise ValueError(f"is a data: URI {fault}: {shorten(value, 60)}")
+        return content
+    if len(value) < _MIN_BASE64 or ("." in value and len(value) <= _MAX_PATH):
+        return None
+    content = _decode(value)
+    if content is not None and is_image(content):
+        return content
+    if len(value) > _MAX_PATH:
+        raise ValueError(
+            f"has {len(value):,} characters, too many for a path, and is not base64 of an image: {shorten(value, 60)}"
+        )
+    return None
+
+
+def _decode(text: str) -> bytes | None:
+    """Bytes of base64 in either alphabet, with or without line ends and padding; None where it is damaged."""
+    text = re.sub(r"\s+", "", text).translate(str.maketrans("-_", "+/")).rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def describe_binary(value) -> str:
+    """For json.dumps: short bytes as hexadecimal digits, others by length and checksum; anything else as text."""
+    if not isinstance(value, bytes):
+        return str(value)
+    return value.hex() if len(value) <= _HEX_BYTES else _describe(len(value), "bytes", value)
+
+
+def shorten_values(value):
+    """`value` with images in base64 and long lists of numbers, at any depth, as their length and checksum."""
+    if isinstance(value, dict):
+        return {name: shorten_values(item) for name, item in value.items()}
+    if isinstance(value, list):
+        text = json.dumps(value, default=describe_binary)
+        if len(text) > _LIST_CHARACTERS and _NUMBERS.fullmatch(text):
+            return _describe(text.count(",") + 1, "numbers", text.encode())
+        return [shorten_values(item) for item in value]
+    if not isinstance(value, str) or len(value) < _MIN_BASE64:
+        return value
+    try:
+        content = decode_image(value)
+    except ValueError:  # some other long text
+        return value
+    return value if content is None else describe_binary(content)
+
+
+def _describe(count: int, unit: str, content: bytes) -> str:
+    return f"{count} {unit}, sha256 {hashlib.sha256(content).hexdigest()}"
+
+
+def shorten(text: str, limit: int = 400) -> str:
+    """`text` without its middle where it has more than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit * 2 // 3]} [...] {text[-(limit // 4) :]}"
