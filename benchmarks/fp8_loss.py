@@ -95,9 +95,8 @@ def main() -> None:
 def show(rows: list[dict], seeds: int) -> None:
     """Print both means of each run, and their differences from bf16's."""
     for name in ("mean_loss", "loss_of_last_steps"):
-        print(
-            f"\n{name}, and its difference from that of bf16\n| seed | {' | '.join(KINDS)} |\n|---{'|---' * len(KINDS)}|"
-        )
+        print(f"\n{name}, and its difference from that of bf16")
+        print(f"| seed | {' | '.join(KINDS)} |\n|---{'|---' * len(KINDS)}|")
         differences = {kind: [] for kind in KINDS}
         for seed in range(seeds):
             found = {row["kind"]: row[name] for row in rows if row["seed"] == seed}
