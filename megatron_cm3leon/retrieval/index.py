@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cm3leon.blas import one_blas_thread
 from megatron_cm3leon.retrieval.rows import to_float32
 
 try:
@@ -181,7 +182,8 @@ class Recall:
         """Share of the best `count` that the index finds, for each query."""
         _, numbers = search_index(index, self.queries, self.count)
         vectors = to_float32(self.vectors[numbers.clip(0)])
-        found = np.matmul(vectors, self.queries[:, :, None])[:, :, 0]
+        with one_blas_thread():
+            found = np.matmul(vectors, self.queries[:, :, None])[:, :, 0]
         return ((numbers >= 0) & (found >= self.least)).mean(axis=1)
 
 
