@@ -26,6 +26,7 @@ setup(
         "omegaconf>=2.3",
         "pyyaml",
         "sentencepiece",
+        "threadpoolctl",
         "protobuf",  # sentencepiece's description of its models
         "safetensors",
         "pillow",

@@ -7,9 +7,9 @@ usage() {
     cat <<'TXT'
 usage: bash examples/emoji.sh [--out DIR] [--small]
 
-Renders every Noto colour emoji (Debian packages fonts-noto-color-emoji, unicode-data and
-unicode-cldr-core must be installed), then runs what examples/quickstart.sh runs, without a checker:
-held-out emoji are shown beside what the model draws for their captions.
+Renders every Noto colour emoji, then runs what examples/quickstart.sh runs, without a checker:
+held-out emoji are shown beside what the model draws for their captions. It needs the Debian packages
+fonts-noto-color-emoji, unicode-data and unicode-cldr-core: tests/examples/install_emoji.sh installs them.
 
   --out DIR   where everything goes (default: runs/emoji); a second run starts again
   --small     a few steps of everything, to see that it runs; the pictures mean nothing

@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--encoder", required=True, help="CLIP folder (tools/train_clip.py, or a published one)")
     parser.add_argument("--output", required=True, help="index folder to write; an unfinished one is continued")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished index, encode again")
-    parser.add_argument("--task-id", type=int, help="which of the tasks this is, from 0 (default: SLURM's)")
-    parser.add_argument("--num-tasks", type=int, help="tasks that share the work (default: SLURM's, else 1)")
+    parser.add_argument("--task-id", type=int, help="which of the tasks this is, from 0 (default: by the job array)")
+    parser.add_argument("--num-tasks", type=int, help="tasks that share the work (default: as the job array has)")
     parser.add_argument("--stage", choices=STAGES, default="", help="do this alone (empty: all; several tasks: encode)")
     add = {"pictures": {"choices": ("source", "tokens")}}
     for field in fields(IndexOptions):

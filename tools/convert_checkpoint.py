@@ -104,10 +104,10 @@ def image_tool(arguments: argparse.Namespace) -> None:
     sizes = {"specials": arguments.specials, "sentinels": arguments.sentinels}
     vocabulary = write_image_tokenizer(tokenizer, account, arguments.output, **sizes)
     height, width = tokenizer.grid
-    left_out = f"; {account['left_out']} weights of training alone left out" if account["left_out"] else ""
+    skipped = f"; weights skipped because only training uses them: {account['left_out']}" if account["left_out"] else ""
     print(
         f"wrote {arguments.output}/image: {account['layout']} layout, {height} x {width} tokens a picture of "
-        f"{arguments.image_size} pixels, {tokenizer.codebook_size:,} codes{left_out}"
+        f"{arguments.image_size} pixels, {tokenizer.codebook_size:,} codes{skipped}"
     )
     if vocabulary is None:
         print(f"vocab.json follows when tools/train_tokenizer.py text wrote to {arguments.output} too")

@@ -8,11 +8,14 @@
     python tools/generate.py infill --model exported/ --picture picture.png --box 2 2 6 6 --output infilled/
     python tools/generate.py complete --model exported/ "a red circle" @picture.png "a green" --output completed/
 
+Only complete reads @FILE; there a text that begins with @ is written with two: "@@nasa shows".
 With --retrieve INDEX, retrieved documents stand in front of each prompt; with --document, given ones.
 """
 
 import argparse
 from pathlib import Path
+
+from PIL import Image
 
 from megatron_cm3leon.cli import HelpFormatter, run_tool
 from megatron_cm3leon.generation.decoder import KINDS
@@ -68,7 +71,10 @@ def parse_arguments() -> argparse.Namespace:
     _add_contrast(infill, "classifier-free guidance, of a picture with --caption; 1 is none", 1.0)
     _add_shared(infill, temperature=1.0, output="out")
     complete = commands.add_parser("complete", help="what follows a document of texts and pictures", **style)
-    complete.add_argument("parts", nargs="*", help="texts, and picture files as @FILE; a last text goes on")
+    complete.add_argument(
+        "parts", nargs="*", metavar="TEXT|@FILE",
+        help="texts, and image files as @FILE; @@ begins a text with one @; a last text goes on",
+    )  # fmt: skip
     complete.add_argument("--segments", type=int, default=4, help="new texts and pictures at most")
     complete.add_argument("--longest", type=int, default=64, help="text pieces of a text at most")
     complete.add_argument(
@@ -266,9 +272,22 @@ def make_infill(arguments: argparse.Namespace) -> None:
     print(f"wrote {name} (before: {first}), contact_sheet.png and generated.json to {output}")
 
 
+def read_part(part: str) -> str | Image.Image:
+    """The image of @FILE, else the text; of a text that begins with @@ the first is dropped."""
+    if not part.startswith("@") or part.startswith("@@"):
+        return part.removeprefix("@")
+    try:
+        return load_picture(part[1:])
+    except ValueError as error:
+        raise ValueError(
+            f"{part!r} begins with @ and so names an image file. {str(error).rstrip('.')}. "
+            f"If it is a text, begin it with @@."
+        ) from error
+
+
 def make_document(arguments: argparse.Namespace) -> None:
     output = check_output(arguments.output)
-    parts = [load_picture(part[1:]) if part.startswith("@") else part for part in arguments.parts]
+    parts = [read_part(part) for part in arguments.parts]
     generator = load_generator(arguments)
     texts = [" ".join(part for part in parts if isinstance(part, str))]
     numbers, documents = find_documents(arguments, generator, 1, texts=texts)

@@ -16,6 +16,8 @@ from types import ModuleType
 
 from PIL import Image
 
+from megatron_cm3leon.blas import one_blas_thread
+
 
 def load_checker(path: str | Path) -> ModuleType:
     """Import a checker from its file; ValueError where it is none. It is code: it runs."""
@@ -34,6 +36,7 @@ def load_checker(path: str | Path) -> ModuleType:
     return module
 
 
+@one_blas_thread()
 def judge_pictures(checker: ModuleType, pictures: list[Image.Image], wanted: list[dict]) -> list[dict]:
     """For each picture, {attribute: [wanted, found, right]}."""
     judged = []

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_cm3leon.blas import one_blas_thread
 from megatron_cm3leon.retrieval.rows import to_float32
 
 NO_NEIGHBOR = -1
@@ -104,6 +105,7 @@ def _search_view(search: Search, view: np.ndarray, wanted: int) -> np.ndarray:
     return np.where(vectors.any(axis=1)[:, None], numbers, NO_NEIGHBOR)
 
 
+@one_blas_thread()
 def filter_candidates(
     bank: Bank, queries: Queries, candidates: np.ndarray, count: int, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:

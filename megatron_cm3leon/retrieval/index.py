@@ -6,10 +6,12 @@ pieces of bounded size. Where FAISS has GPUs they train, and search what FAISS c
 
 import logging
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 
+from megatron_cm3leon.blas import one_blas_thread
 from megatron_cm3leon.retrieval.rows import to_float32
 
 try:
@@ -26,6 +28,7 @@ PIECE = 65536
 TRAINING_VECTORS_A_LIST = 40
 LARGEST_FLAT = 200_000
 LARGEST_PLAIN_IVF = 10_000_000
+_WITHOUT_LINKS = re.compile(r"(HNSW|NSG)[01](?!\d)")
 
 
 def require_faiss() -> None:
@@ -62,23 +65,37 @@ def build_index(vectors, factory: str, parameters: str = "", seed: int = 0, adva
     require_faiss()
     documents, width = vectors.shape
     try:
+        if _WITHOUT_LINKS.search(factory):
+            raise RuntimeError("a graph needs at least 2 links per vector")  # FAISS ends the process, or never ends
         index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
         if parameters:
             faiss.ParameterSpace().set_index_parameters(index, parameters)  # at once: they may not suit the factory
         if not index.is_trained:
             _train(index, vectors, seed)
+        for start in range(0, documents, PIECE):
+            piece = to_float32(vectors[start : start + PIECE])
+            check_finite(piece, range(start, start + len(piece)))
+            index.add(piece)
+            advance(len(piece))
+        _try_search(index)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].split(": ", 1)[-1]
         raise ValueError(
             f"index factory {factory!r} (search {parameters!r}) does not suit {documents} vectors of width {width}: "
-            f"{reason}. Give another --factory, such as Flat or IVF{max(1, round(documents**0.5))},Flat."
+            f"{_find_reason(error)}. Give another --factory, such as Flat or IVF{max(1, round(documents**0.5))},Flat"
+            f"{', or another --search' if parameters else ''}."
         ) from error
-    for start in range(0, documents, PIECE):
-        piece = to_float32(vectors[start : start + PIECE])
-        check_finite(piece, range(start, start + len(piece)))
-        index.add(piece)
-        advance(len(piece))
     return index
+
+
+def _find_reason(error: RuntimeError) -> str:
+    """What FAISS reports, without the place in its sources."""
+    return re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).splitlines()[0]).strip().rstrip(".")
+
+
+def _try_search(index) -> None:
+    """Search once: some factories and search parameters fail only then, with a RuntimeError."""
+    if index.ntotal:
+        index.search(np.zeros((1, index.d), np.float32), 1)
 
 
 def check_finite(vectors: np.ndarray, numbers) -> None:
@@ -165,7 +182,8 @@ class Recall:
         """Share of the best `count` that the index finds, for each query."""
         _, numbers = search_index(index, self.queries, self.count)
         vectors = to_float32(self.vectors[numbers.clip(0)])
-        found = np.matmul(vectors, self.queries[:, :, None])[:, :, 0]
+        with one_blas_thread():
+            found = np.matmul(vectors, self.queries[:, :, None])[:, :, 0]
         return ((numbers >= 0) & (found >= self.least)).mean(axis=1)
 
 
@@ -235,9 +253,12 @@ def set_parameters(index, parameters: str) -> None:
         return
     try:
         faiss.ParameterSpace().set_index_parameters(index, parameters)
+        _try_search(index)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].split(": ", 1)[-1]
-        raise ValueError(f"--search {parameters!r} does not suit the index: {reason}.") from error
+        raise ValueError(
+            f"--search {parameters!r} does not suit the index: {_find_reason(error)}. Give other parameters, or none: "
+            f"they are then chosen by measured recall."
+        ) from error
 
 
 def save_index(index, path: str | Path) -> None:

@@ -26,8 +26,17 @@ from megatron_cm3leon.tokenizers.image import ImageTokenizer, check_weights
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 
-TRAINING_ONLY = ("loss.", "quantize.codebook_used")
-"""Names that begin so take no part in encoding and decoding: discriminator and perceptual loss, a usage counter."""
+TRAINING_ONLY = re.compile(
+    r"(loss|discriminator|perceptual_loss|lpips|model_ema|ema_model|ema)\..+|colorize"
+    r"|quantize\.((embedding|embed)\.)?(codebook_used|cluster_size|embed_avg|ema_\w+|initted|num_updates)"
+)
+"""Names that take no part in encoding and decoding: losses, moving averages of weights and codebook, counters.
+
+taming and latent-diffusion decode with the weights themselves, not with their averages (model_ema)."""
+_FIRST_WEIGHT = "encoder.conv_in.weight"
+"""Both layouts have it; what stands before it is a wrapper's prefix, such as `module.`."""
+_CONTAINERS = ("state_dict", "model", "model_state_dict", "module")
+"""Entries of a checkpoint that hold the weights; what else it holds is not read."""
 _BOOKKEEPING = ("pytorch_lightning.", "lightning.", "omegaconf.", "argparse.", "collections.", "numpy.")
 """Modules of what trainers put beside the weights; their objects are read as empty shells."""
 
@@ -38,7 +47,7 @@ def import_image_tokenizer(weights: str | Path, image_size: int) -> tuple[ImageT
     ValueError for a file of another kind, for weights missing, unexpected, of another shape or not finite.
     """
     path = Path(weights)
-    found = read_weights(path)
+    found = _strip_prefix(read_weights(path), path)
     if any(name.startswith("encoder.conv_blocks.") for name in found):
         layout, found = "LlamaGen", _rename_llamagen(found)
     elif any(name.startswith("encoder.down.") for name in found):
@@ -49,7 +58,7 @@ def import_image_tokenizer(weights: str | Path, image_size: int) -> tuple[ImageT
             f"{path} is no VQGAN of the taming layout (encoder.down.0.block.0 ...) or LlamaGen's "
             f"(encoder.conv_blocks.0.res.0 ...); it has {names} ..."
         )
-    kept = {name: value.float() for name, value in found.items() if not name.startswith(TRAINING_ONLY)}
+    kept = {name: value.float() for name, value in found.items() if not TRAINING_ONLY.fullmatch(name)}
     kept = {name.replace("quantize.embed.", "quantize.embedding."): value for name, value in kept.items()}
     try:
         config = read_config(kept, image_size)
@@ -90,7 +99,7 @@ def write_image_tokenizer(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file or of a torch checkpoint, which may keep them under state_dict or model."""
+    """Tensors of a .safetensors file or of a torch checkpoint, which may keep them under one of _CONTAINERS."""
     if not path.is_file():
         raise ValueError(f"--weights {path} does not exist; give a .ckpt, .pt, .pth or .safetensors file.")
     if path.suffix == ".safetensors":
@@ -99,11 +108,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read: {error}.") from error
     content = _read_torch(path)
-    for name in ("state_dict", "model"):
+    for name in _CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no named weights, neither at its top nor under state_dict or model.")
+        raise ValueError(f"{path} holds no named weights, neither at its top nor under {' or '.join(_CONTAINERS)}.")
     return content
 
 
@@ -132,6 +141,29 @@ class _Shell:
 
     def __setstate__(self, state) -> None:
         pass
+
+
+def _strip_prefix(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The names as the network itself has them: without module., _orig_mod. or what else its wrappers put before all.
+
+    ValueError where the file holds several networks, none of which is at the top.
+    """
+    prefixes = {name.removesuffix(_FIRST_WEIGHT) for name in weights if f".{name}".endswith(f".{_FIRST_WEIGHT}")}
+    if "" in prefixes or not prefixes:
+        return weights
+    # An average of the weights may stand beside them, under the same wrapper or outside it.
+    own = {prefix for prefix in prefixes if not re.search(r"(^|\.)(model_ema|ema_model|ema)\.", prefix)} or prefixes
+    if len(own) > 1:
+        raise ValueError(
+            f"{path} holds {len(own)} networks ({', '.join(sorted(own))} ...); save the weights of one of them."
+        )
+    [prefix] = own
+    stripped = {name.removeprefix(prefix): value for name, value in weights.items()}
+    if len(stripped) < len(weights):
+        raise ValueError(
+            f"{path} holds some weights both with and without {prefix!r} before their name; keep one kind."
+        )
+    return stripped
 
 
 def _rename_llamagen(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,12 +1,15 @@
 """Emoji corpus: parsing on hand-written snippets always; rendering where the font and Unicode's data are."""
 
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from examples.emoji import generate
+from tests.distributed.launch import ROOT
 from tests.examples.run import run_example
 
 EMOJI_TEST = """\
@@ -143,6 +146,7 @@ def test_a_second_run_into_the_same_folder_is_refused(corpus):
         generate.generate(options)
 
 
+@pytest.mark.slow  # 90 s of one core
 def test_the_whole_path_without_a_checker(fonts, tmp_path):
     done = run_example("emoji.sh", "--small", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -151,6 +155,16 @@ def test_the_whole_path_without_a_checker(fonts, tmp_path):
     assert -1 <= report["clip_score"]["generated"] <= 1 and report["retrieval"] in (True, False)
     page = (tmp_path / "out/report.html").read_text()
     assert "Choice of guidance and retrieval" in page and "Held-out captions" in page
+
+
+def test_where_nothing_can_be_installed_the_reason_is_printed(tmp_path):
+    for program in ("bash", "dirname", "id"):  # no apt-get
+        (tmp_path / program).symlink_to(shutil.which(program))
+    command = ["bash", ROOT / "tests/examples/install_emoji.sh"]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    packages = " ".join(generate.PACKAGES.values())
+    assert done.returncode == 0
+    assert f"emoji: only root on Debian or Ubuntu can install {packages} here; tests of what is" in done.stdout
 
 
 def test_there_is_no_longer_setting():

@@ -74,10 +74,16 @@ def test_an_index_of_nan_is_refused(vectors):
             faiss_index.build_index(damaged, factory)
 
 
-def test_search_parameters_that_do_not_suit_are_refused(vectors):
-    built = faiss_index.build_index(vectors, "Flat")
-    with pytest.raises(ValueError, match=r"--search 'nprobe=4' does not suit the index"):
-        faiss_index.set_parameters(built, "nprobe=4")
+@pytest.mark.parametrize(
+    ("factory", "parameters"),
+    [("Flat", "nprobe=4"), ("IVF4,Flat", "nprobe=0"), ("IVF4,PQ4x4fs,Refine(SQfp16)", "k_factor_rf=0.5")],
+)
+def test_search_parameters_that_do_not_suit_are_refused(vectors, factory, parameters):
+    with pytest.raises(ValueError, match=rf"\(search '{parameters}'\) does not suit .*, or another --search\.$"):
+        faiss_index.build_index(vectors[:200], factory, parameters)
+    built = faiss_index.build_index(vectors[:200], factory)
+    with pytest.raises(ValueError, match=rf"--search '{parameters}' does not suit the index: .*chosen by measured"):
+        faiss_index.set_parameters(built, parameters)
 
 
 def test_recall_in_a_bank_smaller_than_ten(vectors):
@@ -97,10 +103,27 @@ def test_the_refined_factory_builds_and_reloads(vectors, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["index.faiss"]
 
 
-@pytest.mark.parametrize("factory", ["Nonsense", "PQ7", "IVF5000,Flat"])
-def test_a_factory_that_does_not_suit_is_refused(vectors, factory):
-    with pytest.raises(ValueError, match=f"index factory '{factory}'.* does not suit 3000 vectors of width 16: .*Flat"):
-        faiss_index.build_index(vectors, factory)
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [
+        ("Nonsense", "could not parse index string"),
+        ("PQ7", "should be a multiple"),
+        ("IVF5000,Flat", "at least as large as number of clusters"),
+        ("IDMap,Flat", "add does not make sense with IndexIDMap"),  # what follows fails after training
+        ("PCA8,IDMap2,Flat", "add does not make sense with IndexIDMap"),
+        ("NSG16,Flat", "cannot build a graph smaller than 100"),
+        ("IVF0,Flat", "'cur_nprobe > 0' failed"),
+        ("HNSW1_SQ8", "a graph needs at least 2 links per vector"),
+        ("IVF4_HNSW0,Flat", "a graph needs at least 2 links per vector"),
+    ],
+)
+def test_a_factory_that_does_not_suit_is_refused(vectors, factory, reason):
+    with pytest.raises(ValueError) as refused:
+        faiss_index.build_index(vectors[:90], factory)
+    text = str(refused.value)
+    assert text.startswith(f"index factory '{factory}' (search '') does not suit 90 vectors of width 16: ")
+    assert reason in text and text.endswith("Give another --factory, such as Flat or IVF9,Flat.")
+    assert ".cpp" not in text  # not where FAISS found it
 
 
 def test_missing_and_damaged_files(tmp_path):

@@ -114,6 +114,43 @@ def test_taming_gives_the_tokens_of_chameleon_and_the_pixels_of_janus(tmp_path, 
     assert again.config == tokenizer.config and torch.equal(again.encode(pixels), codes)
 
 
+AVERAGED_CODES = {"quantize.embedding.cluster_size": torch.ones(64), "quantize.embedding.embed_avg": torch.ones(64, 8)}
+LIGHTNING_EMA = {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(3),
+                 "model_ema.encoderconv_inweight": torch.ones(2)}  # fmt: skip
+
+
+def with_prefix(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "skipped"),
+    [
+        (lambda state: {"state_dict": state | AVERAGED_CODES}, 2),
+        (lambda state: {"state_dict": state | LIGHTNING_EMA | {"colorize": torch.ones(3)}}, 4),
+        (lambda state: {"model_state_dict": with_prefix("module.", state | AVERAGED_CODES | LIGHTNING_EMA)}, 5),
+        (lambda state: with_prefix("module._orig_mod.", state) | {"loss.discriminator.a": torch.ones(1)}, 1),
+        (lambda state: {"module": with_prefix("module.", state) | with_prefix("model_ema.module.", state)}, None),
+    ],
+)
+def test_averages_and_prefixes_of_trainers_are_skipped(tmp_path, chameleon, janus, pixels, wrap, skipped):
+    state = taming_state(chameleon, janus)
+    torch.save(wrap(state), tmp_path / "vqgan.ckpt")
+    tokenizer, account = import_image_tokenizer(tmp_path / "vqgan.ckpt", SIZE)
+    assert account["left_out"] == (len(state) if skipped is None else skipped)
+    assert torch.equal(tokenizer.encode(pixels), chameleon.encode(pixels).image_tokens.view(3, -1))
+
+
+def test_several_networks_are_refused(tmp_path, chameleon, janus):
+    state = taming_state(chameleon, janus)
+    torch.save(with_prefix("a.", state) | with_prefix("b.", state), tmp_path / "two.ckpt")
+    with pytest.raises(ValueError, match=r"two.ckpt holds 2 networks \(a\., b\. \.\.\.\); save the weights of one"):
+        import_image_tokenizer(tmp_path / "two.ckpt", SIZE)
+    torch.save(with_prefix("a.", state) | {"quant_conv.bias": torch.ones(8)}, tmp_path / "mixed.ckpt")
+    with pytest.raises(ValueError, match=r"some weights both with and without 'a\.' before their name"):
+        import_image_tokenizer(tmp_path / "mixed.ckpt", SIZE)
+
+
 def gumbel_state(state):
     """With taming's GumbelQuantize instead of the nearest code."""
     torch.manual_seed(3)

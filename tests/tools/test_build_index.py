@@ -75,6 +75,14 @@ def test_tasks_share_the_work(corpus, monkeypatch):
     assert done.returncode == 2 and "--overwrite would remove what other tasks or stages wrote" in done.stderr
 
 
+def test_a_factory_that_takes_no_vectors_is_a_usage_error(corpus):
+    arguments = ["--shards", corpus / "shards", "--encoder", corpus / "clip", "--output", corpus / "index"]
+    done = call_tool("build_index", *arguments, "--factory", "IDMap,Flat")
+    assert done.returncode == 2 and "error: index factory 'IDMap,Flat' (search '') does not suit" in done.stderr
+    done = call_tool("build_index", *arguments)  # what was encoded is kept
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_shows_defaults():
     done = call_tool("build_index", "--help")
     assert done.returncode == 0

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_cm3leon.generation.generate import Generator
+from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.tokenizers.folder import Tokenizers
 from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
 from tests.models import save_random_opt
@@ -144,6 +146,25 @@ def test_answers_and_documents(world):
     assert 1 <= len(made) <= 3 and "text" in made[0]
     for one in made[1:]:
         assert "text" in one or (world / "completed" / one["picture"]).is_file()
+
+
+def test_a_text_that_begins_with_an_at_sign(world):
+    model, generator = world / "exported", Generator.load(world / "exported")
+    greedy = Sampling(temperature=0.0)
+    for written, text in (("@@nasa shows", "@nasa shows"), ("@@", "@"), ("@@@", "@@"), ("nasa @home", "nasa @home")):
+        folder = world / f"at {written}"
+        make("generate", "complete", written, "--model", model, "--segments", 1, "--longest", 4, "--output", folder)
+        made = read_account(folder)["made"]
+        assert made == [{"text": part} for part in generator.complete(
+            [[text]], text=greedy, image=greedy, segments=1, longest=4)[0]]  # fmt: skip
+    make("generate", "image", "@nasa shows", "--model", model, "--output", world / "at image")
+    assert read_account(world / "at image")["made"][0]["caption"] == "@nasa shows"
+    for part in ("@nasa shows", "@", f"@{world / 'pairs.jsonl'}", "@" + "long " * 99):
+        refused = call_tool("generate", "complete", part, "--model", model, "--output", world / "at none")
+        assert refused.returncode == 2 and not (world / "at none").exists()
+        assert f"error: '{part}' begins with @ and so names an image file. " in refused.stderr
+        assert refused.stderr.endswith(". If it is a text, begin it with @@.\n")
+    assert "@@ begins a text" in make("generate", "complete", "--help").stdout
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_cm3leon.checkpoint.convert.families import Part, config_fields
 from megatron_cm3leon.config import Config
+from megatron_cm3leon.tokenizers.folder import IMAGE_FOLDER, TEXT_MODEL, VOCABULARY
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,6 +29,13 @@ ACCOUNT_FORMAT = 2
 """1 had no configuration and no state: it cannot be imported."""
 INDEX = "model.safetensors.index.json"
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_OWN_FILES = (ACCOUNT, TEXT_MODEL, VOCABULARY, f"{IMAGE_FOLDER}/config.json", f"{IMAGE_FOLDER}/model.safetensors")
+"""What an import reads besides the files of a stock class."""
+_NOT_COMPARED = {
+    *("use_cache", "dropout", "attention_dropout", "layerdrop", "init_std", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
+"""Fields of config.json that stock training may change: they do not change the logits, and an import reads none."""
 _REMEDY = "give a folder that tools/convert_checkpoint.py export wrote."
 
 
@@ -108,6 +116,12 @@ class ExportFolder:
     def __init__(self, folder: str | Path) -> None:
         """ValueError for a folder that is no export, and for a tensor missing, unknown or of another shape."""
         self.folder = Path(folder)
+        missing = [name for name in _OWN_FILES if not (self.folder / name).is_file()]
+        if missing and (self.folder / "config.json").is_file():
+            raise ValueError(
+                f"{self.folder} is no export: it has no {', '.join(missing)}. Where a stock class saved it, copy these "
+                f"files from the export that the model was loaded from; else {_REMEDY}"
+            )
         account = self._read_json(ACCOUNT)
         if account.get("format") != ACCOUNT_FORMAT or not isinstance(account.get("config"), dict):
             raise ValueError(
@@ -122,13 +136,13 @@ class ExportFolder:
 
     def check(self, config: Config, parts: list[Part]) -> None:
         """ValueError unless config.json and the tensors are those of `config` and `parts`, no more and no less."""
-        found = self._read_json("config.json")
-        dtype = next((dtype for dtype in DTYPES.values() if found.get("torch_dtype") == str(dtype)[6:]), None)
-        for name, value in config_fields(config, self.vocabulary, dtype or torch.float32).items():
+        found = _describe_network(self._read_json("config.json"), self.folder)
+        own = _describe_network(config_fields(config, self.vocabulary, torch.float32), self.folder)
+        for name, value in own.items():
             if found.get(name) != value:
                 raise ValueError(
-                    f"{self.folder}: config.json has {name} {found.get(name)!r}, the configuration in {ACCOUNT} asks "
-                    f"for {value!r}; one of them was changed. {_REMEDY.capitalize()}"
+                    f"{self.folder}: config.json has {name} {found.get(name)!r}, the configuration in {ACCOUNT} "
+                    f"requires {value!r}; one of them was changed. {_REMEDY.capitalize()}"
                 )
         expected = {name: shape for part in parts for name, shape in part.targets.items()}
         missing, unknown = sorted(expected.keys() - self.files.keys()), sorted(self.files.keys() - expected.keys())
@@ -140,6 +154,13 @@ class ExportFolder:
         for name, shape in expected.items():
             if self.shape(name) != shape:
                 raise ValueError(f"{name} of {self.folder} has shape {self.shape(name)}; {shape} is required.")
+            with _opened(self.files[name]) as file:
+                kind = file.get_slice(name).get_dtype()
+            if kind not in _SAFETENSORS_NAMES.values():
+                raise ValueError(
+                    f"{name} of {self.folder} has type {kind}; one of {', '.join(_SAFETENSORS_NAMES.values())} is "
+                    f"required. Save the model in one of these."
+                )
 
     def _read_json(self, name: str) -> dict:
         path = self.folder / name
@@ -158,7 +179,9 @@ class ExportFolder:
         """Name of each tensor -> its file; ValueError where the index and the files do not agree."""
         paths = sorted(self.folder.glob("*.safetensors"))
         if not paths:
-            raise ValueError(f"{self.folder} is no export: it has no *.safetensors; {_REMEDY}")
+            pickled = next(self.folder.glob("pytorch_model*.bin"), None)
+            found = f" but {pickled.name}, which is not read: save it with safe_serialization=True" if pickled else ""
+            raise ValueError(f"{self.folder} is no export: it has no *.safetensors{found}; {_REMEDY}")
         found = {}
         for path in paths:
             with _opened(path) as file:
@@ -181,6 +204,26 @@ class ExportFolder:
     def read_part(self, part: Part) -> Tensor:
         """A weight under its canonical arrangement, fp32."""
         return part.join(*(self.read(name) for name in part.targets))
+
+
+def _describe_network(fields: dict, folder: Path) -> dict:
+    """What of config.json decides the logits, under the names and with the defaults of the stock class.
+
+    Versions of transformers write the same configuration under other names (torch_dtype and dtype, rope_theta and
+    rope_parameters), leave out defaults and add fields.
+    """
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    if fields.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(f"{folder}: config.json has model_type {fields.get('model_type')!r}; {_REMEDY}")
+    try:
+        known = CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields)).to_dict()
+    except Exception as error:  # the library's own kinds, which differ between its versions
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}: config.json is not valid for transformers ({reason}); {_REMEDY}") from error
+    skipped = PretrainedConfig().to_dict().keys() | _NOT_COMPARED
+    named = {name: known.get(name) for name in ("model_type", "architectures", "tie_word_embeddings")}
+    return named | {name: value for name, value in known.items() if name not in skipped}
 
 
 @contextmanager
