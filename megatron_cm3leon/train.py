@@ -5,6 +5,7 @@ Starting the same command again resumes from the last complete checkpoint of the
 
 import argparse
 import logging
+import os
 import sys
 import time
 
@@ -37,6 +38,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print ranks, groups, parameters and bytes a rank; start nothing"
     )
+    parser.add_argument(
+        "--local-rank", "--local_rank", type=int, help="set by the deepspeed launcher; the variable LOCAL_RANK counts"
+    )
     parser.add_argument("--ranks", type=int, default=0, help="ranks of a dry run (default: those that were launched)")
     return parser.parse_args(arguments)
 
@@ -65,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         config.validate(rank.world_size)
         device = choose_device(config.train.device, rank)
     except ValueError as error:  # the same on every rank: the first one tells it
-        if rank.rank == 0:
+        if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SECONDS_FOR_FIRST_RANK)

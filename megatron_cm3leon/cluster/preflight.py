@@ -332,9 +332,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")
     options = parser.parse_args(arguments)
-    rank = Rank.from_environment()
-    show_messages(logging.INFO if rank.rank == 0 else logging.WARNING)
     try:
+        rank = Rank.from_environment()
+        show_messages(logging.INFO if rank.rank == 0 else logging.WARNING)
         config = load_config(options.config, options.overrides)
         config.validate(rank.world_size)
         device = choose_device(config.train.device, rank)
@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
         initialize_groups(config, rank, device, store)
         check_all_reduce(device)
     except ValueError as error:
-        if rank.rank == 0:
+        if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
