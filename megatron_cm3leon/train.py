@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from megatron_cm3leon.cli import show_messages
+from megatron_cm3leon.cli import show_messages, user_path
 from megatron_cm3leon.cluster.attempt import run_attempt
 from megatron_cm3leon.cluster.exit_status import USER_ERROR
 from megatron_cm3leon.config import Config, load_config
@@ -26,7 +26,9 @@ SECONDS_FOR_FIRST_RANK = 20
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="megatron_cm3leon.train", description=__doc__)
-    parser.add_argument("config", help="YAML file of the run; megatron_cm3leon/config_fields.py documents every field")
+    parser.add_argument(
+        "config", type=user_path, help="YAML file of the run; megatron_cm3leon/config_fields.py documents every field"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")
     parser.add_argument(
         "--allow-change",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.tokenizers.corpus import list_pictures, read_captions
 from megatron_cm3leon.tokenizers.folder import IMAGE_FOLDER, TEXT_MODEL, VOCABULARY, write_vocabulary
 from megatron_cm3leon.tokenizers.image_training import ImageTrainingOptions, train_and_measure
@@ -29,8 +29,8 @@ def parse_arguments() -> argparse.Namespace:
         ("image", "VQGAN, encoder and decoder", add_image_flags),
     ):
         command = commands.add_parser(name, help=summary, formatter_class=HelpFormatter)
-        command.add_argument("--input", required=True, help="JSONL file of pairs, or a folder")
-        command.add_argument("--output", required=True, help="tokenizer folder to write to")
+        command.add_argument("--input", type=user_path, required=True, help="JSONL file of pairs, or a folder")
+        command.add_argument("--output", type=user_path, required=True, help="tokenizer folder to write to")
         add_flags(command)
         command.add_argument(
             "--specials", type=int, default=1024, help="special tokens in all, in the joint vocabulary"
@@ -110,7 +110,12 @@ def add_image_flags(command: argparse.ArgumentParser) -> None:
     )
     add("--precision", choices=("bf16", "fp32"), default=defaults.precision, help="of the training arithmetic")
     add("--seed", type=int, default=defaults.seed, help="seed of weights, batches and codebook")
-    add("--heldout", help="JSONL file or folder to measure on, instead of a share of the input", default=None)
+    add(
+        "--heldout",
+        type=user_path,
+        help="JSONL file or folder to measure on, instead of a share of the input",
+        default=None,
+    )
     add("--heldout-share", type=float, default=0.05, help="share of the input held out to measure on")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 import megatron_cm3leon
 from megatron_cm3leon.checkpoint.folder import list_checkpoints
-from megatron_cm3leon.cli import show_messages
+from megatron_cm3leon.cli import show_messages, user_path
 from megatron_cm3leon.config import Config, changed_fields, load_config
 from megatron_cm3leon.data.shards import MANIFEST, load_manifest, sha256_file
 from megatron_cm3leon.engine.parallel import Rank, choose_device, destroy_groups, initialize_groups, meet
@@ -329,7 +329,7 @@ def show_bytes(number: float) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit status 0 all well, 2 for what has to be mended."""
     parser = argparse.ArgumentParser(prog="megatron_cm3leon.cluster.preflight", description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("config", type=user_path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")
     options = parser.parse_args(arguments)
     try:
