@@ -6,6 +6,16 @@ import os
 import sys
 from collections.abc import Callable
 
+from megatron_cm3leon.paths import expand_path
+
+
+def user_path(text: str) -> str:
+    """Type of options that are paths: expands ~ and $VARIABLE, which a shell leaves in `--output=~/x`."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}.") from error
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Appends defaults to the help of options that have one."""

@@ -5,15 +5,18 @@ Precedence, lowest first: the defaults of config_fields.py, the preset, the YAML
 """
 
 import difflib
+import functools
+from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from megatron_cm3leon.config_fields import Config
+from megatron_cm3leon.paths import expand_path
 
 # Family cm3leon: layers, width, peak rate, batch and warm-up are CM3Leon's table 3. Heads, the activation, Adam's
 # betas, epsilon, weight decay, clipping and the linear decay to 0.1 are OPT's: the paper does not print them.
@@ -86,12 +89,17 @@ FIXED_FIELDS = (
     "train.global_batch_size",
 )
 
+PATHS = ("output", "data.shards", "retrieval.index", "validation.shards", "validation.index", "deepspeed.json")
+"""Fields that are paths, beside those of data.sources: ~ and $VARIABLE are expanded in them."""
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None, *, expand: bool = True) -> Config:
     """Read a YAML file and `section.key=value` overrides into a Config; call validate() on it next.
 
-    Raises ValueError for a missing file, a field that does not exist (with the nearest name) and a value
-    of another type.
+    expand: ~ and $VARIABLE in paths; not for what an earlier run wrote, perhaps where other variables were set.
+
+    Raises ValueError for a missing file, a field that does not exist (with the nearest name), a value of another type
+    and a path whose variable is not set.
     """
     layers = []
     if path is not None:
@@ -120,7 +128,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             if sizes and tree.preset not in sizes:
                 raise ValueError(f"preset ({tree.preset!r}) must be one of: {', '.join(sizes)}.")
             tree = OmegaConf.merge(OmegaConf.structured(Config), sizes.get(tree.preset, {}), *layers)
-        return OmegaConf.to_object(tree)
+        config = OmegaConf.to_object(tree)
+        return expand_config(config) if expand else config
     except TypeError as error:
         raise ValueError(
             "one entry of a list cannot be changed alone on the command line; give the whole list, such as "
@@ -128,6 +137,27 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         ) from error
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error)) from error
+
+
+def expand_config(config: Config) -> Config:
+    """The same object, ~ and $VARIABLE expanded in its paths; ValueError with the field."""
+    expand_fields(config, PATHS)
+    for number, source in enumerate(config.data.sources):
+        expand_fields(source, ("shards", "index"), f"data.sources[{number}].")
+    return config
+
+
+def expand_fields(tree: object, names: Iterable[str], prefix: str = "") -> None:
+    """Expand ~ and $VARIABLE in fields of a dataclass (dotted names): paths, or lists of paths; ValueError as above."""
+    for name in names:
+        *sections, field = name.split(".")
+        section = functools.reduce(getattr, sections, tree)
+        value = getattr(section, field)
+        try:
+            new = [expand_path(each) for each in value] if isinstance(value, list) else expand_path(value)
+        except ValueError as error:
+            raise ValueError(f"{prefix}{name} ({value}): {error}.") from error
+        setattr(section, field, new)
 
 
 def load_fields(path: str | Path, schema: type, overrides: list[str], example: str):
@@ -155,7 +185,10 @@ def load_fields(path: str | Path, schema: type, overrides: list[str], example: s
 
 def _explain(error: OmegaConfBaseException) -> str:
     """Its field and first line: what follows speaks of the library's own types."""
-    return f"{getattr(error, 'full_key', None) or 'configuration'}: {str(error.msg or error).partition(chr(10))[0]}"
+    text = f"{getattr(error, 'full_key', None) or 'configuration'}: {str(error.msg or error).partition(chr(10))[0]}"
+    if isinstance(error, InterpolationKeyError):
+        text += "; ${name} stands for a field of the configuration: write $NAME for a variable of the environment"
+    return text
 
 
 def check_names(tree, schema=Config, prefix: str = "") -> None:

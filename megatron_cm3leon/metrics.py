@@ -32,13 +32,21 @@ def flops_per_token(config: Config, vocabulary_size: int) -> int:
 class MetricsLogger:
     """Writes one JSON object a step; only the first rank has one."""
 
-    def __init__(self, run: Path, config: Config, vocabulary_size: int, ranks: int, progress: Meter) -> None:
+    def __init__(
+        self, run: Path, config: Config, vocabulary_size: int, ranks: int, progress: Meter, step: int = 0
+    ) -> None:
+        """`step`: the last one that the run keeps; what an earlier attempt logged after it is no longer drawn."""
         self.file = open(run / METRICS, "a+", buffering=1)  # noqa: SIM115 - closed by close()
         drop_half_line(self.file.fileno())
-        self.board = SummaryWriter(str(run / "tensorboard"))
+        self.run = run
+        self.board = self._open_board(step)
         self.progress = progress
         self.tokens_per_step = config.train.global_batch_size * config.data.seq_length
         self.tera_per_token = flops_per_token(config, vocabulary_size) / ranks / 1e12
+
+    def _open_board(self, step: int) -> SummaryWriter:
+        """A TensorBoard file that begins after `step`; earlier files of the run lose their later steps."""
+        return SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
 
     def log(self, step_seconds: float, **values) -> None:
         """Record one step; `values` as DESIGN names them, NaN is written as null."""
@@ -50,7 +58,8 @@ class MetricsLogger:
         }
         line = {name: plain(value) for name, value in values.items()} | {"time": round(time.time(), 3)}
         self.file.write(json.dumps(line) + "\n")
-        for name, value in values.items():
+        drawn = {} if "skipped" in values else values  # no step was taken: the number is the step before's
+        for name, value in drawn.items():
             if isinstance(value, float) and math.isfinite(value):
                 self.board.add_scalar(name, value, values["step"])
         note = (
@@ -64,6 +73,9 @@ class MetricsLogger:
         for batch in batches:
             line = {"attempt": attempt, "step": step, "batch": batch, "skipped": reason, "time": round(time.time(), 3)}
             self.file.write(json.dumps(line) + "\n")
+        if steps_back:
+            self.board.close()
+            self.board = self._open_board(step)
         self.progress.advance(-steps_back, note=f"batches {batches[0]} to {batches[-1]} left out ({reason})")
 
     def close(self) -> None:

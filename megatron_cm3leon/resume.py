@@ -9,7 +9,7 @@ from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields
 from megatron_cm3leon.data.stream import Stream
-from megatron_cm3leon.engine.base import Engine
+from megatron_cm3leon.engine.base import DROPOUT_SEEDING, Engine
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,24 @@ def check_changes(
         )
 
 
+def check_dropout_seeding(folder: Path, config: Config, state: TrainState) -> None:
+    """Log that an older run keeps the seeding of dropout that it began with; ValueError for a newer one than ours."""
+    if not config.model.dropout:
+        return
+    if state.dropout_seeding > DROPOUT_SEEDING:
+        raise ValueError(
+            f"dropout_seeding ({state.dropout_seeding}) in {folder / 'state.json'} must be at most {DROPOUT_SEEDING}, "
+            f"the newest that this version of the program knows; resume with the version that began the run."
+        )
+    if state.dropout_seeding < DROPOUT_SEEDING:
+        logger.info(
+            "dropout masks keep the seeding that this run began with (version %d: pipeline and context-parallel ranks "
+            "draw the same masks); a new run folder (output=...) has version %d",
+            state.dropout_seeding,
+            DROPOUT_SEEDING,
+        )
+
+
 def engine_class(config: Config) -> type[Engine]:
     """The class of `train.engine`; the other one's packages are not imported."""
     if config.train.engine == "deepspeed":
@@ -67,10 +85,12 @@ def open_run(
     build_engine = engine_class(config)
     folder = latest_checkpoint(Path(config.output))
     if folder is None:
-        return build_engine(config, stream.vocabulary, device), TrainState(stream=stream.fingerprint), None
+        engine = build_engine(config, stream.vocabulary, device)
+        return engine, TrainState(stream=stream.fingerprint, dropout_seeding=engine.dropout_seeding), None
     reader = sharded.CheckpointReader(folder)
     state = reader.state
     check_changes(reader, config, stream, state, allowed)
+    check_dropout_seeding(reader.folder, config, state)
     engine = build_engine(config, stream.vocabulary, device)
     engine.load(folder)
     if state.stream == stream.fingerprint:

@@ -5,10 +5,11 @@ Starting the same command again resumes from the last complete checkpoint of the
 
 import argparse
 import logging
+import os
 import sys
 import time
 
-from megatron_cm3leon.cli import show_messages
+from megatron_cm3leon.cli import show_messages, user_path
 from megatron_cm3leon.cluster.attempt import run_attempt
 from megatron_cm3leon.cluster.exit_status import USER_ERROR
 from megatron_cm3leon.config import Config, load_config
@@ -25,7 +26,9 @@ SECONDS_FOR_FIRST_RANK = 20
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="megatron_cm3leon.train", description=__doc__)
-    parser.add_argument("config", help="YAML file of the run; megatron_cm3leon/config_fields.py documents every field")
+    parser.add_argument(
+        "config", type=user_path, help="YAML file of the run; megatron_cm3leon/config_fields.py documents every field"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")
     parser.add_argument(
         "--allow-change",
@@ -36,6 +39,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print ranks, groups, parameters and bytes a rank; start nothing"
+    )
+    parser.add_argument(
+        "--local-rank", "--local_rank", type=int, help="set by the deepspeed launcher; the variable LOCAL_RANK counts"
     )
     parser.add_argument("--ranks", type=int, default=0, help="ranks of a dry run (default: those that were launched)")
     return parser.parse_args(arguments)
@@ -65,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         config.validate(rank.world_size)
         device = choose_device(config.train.device, rank)
     except ValueError as error:  # the same on every rank: the first one tells it
-        if rank.rank == 0:
+        if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SECONDS_FOR_FIRST_RANK)

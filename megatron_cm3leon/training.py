@@ -119,7 +119,8 @@ class Training:
         with meter(steps, "training", "steps", quiet=not self.first) as progress, self.saver:
             if self.first:
                 ranks = self.attempt.rank.world_size
-                self.log = MetricsLogger(self.run, config, self.stream.vocabulary.size, ranks, progress)
+                size = self.stream.vocabulary.size
+                self.log = MetricsLogger(self.run, config, size, ranks, progress, self.state.step)
             self.attempt.start_steps()
             while self.state.step < self.end and not stopped:
                 self._leave_out_asked()

@@ -11,7 +11,7 @@ command as one task then does the rest; or --stage index as one task, --stage ne
 import argparse
 from dataclasses import fields
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.options import STAGES, IndexOptions
 from megatron_cm3leon.tasks import find_task
@@ -23,24 +23,29 @@ def main() -> None:
         epilog=__doc__.partition("\n\n")[2],
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("--shards", required=True, help="shards whose documents are the queries")
+    parser.add_argument("--shards", type=user_path, required=True, help="shards whose documents are the queries")
     parser.add_argument(
-        "--bank", help="what is retrieved from: shards, or an index whose bank is used (default: --shards)"
+        "--bank",
+        type=user_path,
+        help="what is retrieved from: shards, or an index whose bank is used (default: --shards)",
     )
-    parser.add_argument("--encoder", required=True, help="CLIP folder (tools/train_clip.py, or a published one)")
-    parser.add_argument("--output", required=True, help="index folder to write; an unfinished one is continued")
+    parser.add_argument(
+        "--encoder", type=user_path, required=True, help="CLIP folder (tools/train_clip.py, or a published one)"
+    )
+    parser.add_argument(
+        "--output", type=user_path, required=True, help="index folder to write; an unfinished one is continued"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a finished index, encode again")
     parser.add_argument("--task-id", type=int, help="which of the tasks this is, from 0 (default: by the job array)")
     parser.add_argument("--num-tasks", type=int, help="tasks that share the work (default: as the job array has)")
     parser.add_argument("--stage", choices=STAGES, default="", help="do this alone (empty: all; several tasks: encode)")
-    add = {"pictures": {"choices": ("source", "tokens")}}
+    add = {"pictures": {"choices": ("source", "tokens")}, "tokenizer": {"type": user_path}}
     for field in fields(IndexOptions):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=field.type,
             default=field.default,
             help=HELP[field.name],
-            **add.get(field.name, {}),
+            **{"type": field.type} | add.get(field.name, {}),
         )
     options = parser.parse_args()
     chosen = IndexOptions(**{field.name: getattr(options, field.name) for field in fields(IndexOptions)})

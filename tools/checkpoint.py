@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_cm3leon.checkpoint.account import describe_checkpoint, describe_run, find_checkpoints
 from megatron_cm3leon.checkpoint.folder import total_bytes
 from megatron_cm3leon.checkpoint.verify import find_damage
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.progress import meter
 
 
@@ -27,14 +27,16 @@ def parse_arguments() -> argparse.Namespace:
         help="one line a checkpoint: step, tokens, time, bytes, whole or not, why it is kept",
         formatter_class=style,
     )
-    listing.add_argument("run", type=Path, help="run folder, such as runs/x")
+    listing.add_argument("run", type=user_path, help="run folder, such as runs/x")
     verify = commands.add_parser("verify", help="compare the SHA-256 of every file", formatter_class=style)
-    verify.add_argument("path", type=Path, help="checkpoint folder, or run folder for all of its checkpoints")
+    verify.add_argument("path", type=user_path, help="checkpoint folder, or run folder for all of its checkpoints")
     verify.add_argument("--threads", type=int, default=0, help="files that are hashed at once; 0 takes every core")
     inspect = commands.add_parser(
         "inspect", help="configuration, state, versions, vocabulary, layout and every tensor", formatter_class=style
     )
-    inspect.add_argument("checkpoint", type=Path, help="checkpoint folder, such as runs/x/checkpoints/step-00001000")
+    inspect.add_argument(
+        "checkpoint", type=user_path, help="checkpoint folder, such as runs/x/checkpoints/step-00001000"
+    )
     return parser.parse_args()
 
 
@@ -55,11 +57,11 @@ def verify_all(path: Path, threads: int) -> int:
 def main() -> int:
     arguments = parse_arguments()
     if arguments.command == "list":
-        print(describe_run(arguments.run))
+        print(describe_run(Path(arguments.run)))
     elif arguments.command == "inspect":
-        print(describe_checkpoint(arguments.checkpoint))
+        print(describe_checkpoint(Path(arguments.checkpoint)))
     else:
-        return verify_all(arguments.path, arguments.threads)
+        return verify_all(Path(arguments.path), arguments.threads)
     return 0
 
 

@@ -14,7 +14,7 @@ docs/conversion.md says more.
 import argparse
 import re
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -36,27 +36,48 @@ def parse_arguments() -> argparse.Namespace:
     add = export.add_argument
     add(
         "--checkpoint",
+        type=user_path,
         required=True,
         help="checkpoint folder, such as runs/x/checkpoints/step-00001000, or a run: its newest",
     )
-    add("--tokenizer", required=True, help="tokenizer folder the run was trained with")
-    add("--output", required=True, help="folder to write; must be new or empty, or an export with --overwrite")
+    add("--tokenizer", type=user_path, required=True, help="tokenizer folder the run was trained with")
+    add(
+        "--output",
+        type=user_path,
+        required=True,
+        help="folder to write; must be new or empty, or an export with --overwrite",
+    )
     add("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="type of the weights in the files")
     add("--shard-size", type=parse_size, default="5GB", help="most bytes of a file of weights, such as 500MB or 2GiB")
-    add("--check-corpus", metavar="FILE", help="text whose every line must have the same ids in tokenizer.json")
+    add(
+        "--check-corpus",
+        type=user_path,
+        metavar="FILE",
+        help="text whose every line must have the same ids in tokenizer.json",
+    )
     add("--overwrite", action="store_true", help="replace an earlier export, once the new one is whole and checked")
     _add_check_shards(export)
 
     back = commands.add_parser("import", help="exported folder -> run folder with a checkpoint", **formatted)
-    back.add_argument("--model", required=True, help="folder that `export` wrote")
-    back.add_argument("--output", required=True, help="run folder to write; must be new or empty")
+    back.add_argument("--model", type=user_path, required=True, help="folder that `export` wrote")
+    back.add_argument("--output", type=user_path, required=True, help="run folder to write; must be new or empty")
     _add_check_shards(back)
 
     image = commands.add_parser("image", help="VQGAN that others trained -> tokenizer folder", **formatted)
     add = image.add_argument
-    add("--weights", required=True, help=".ckpt, .pt, .pth or .safetensors of the taming layout or LlamaGen's")
+    add(
+        "--weights",
+        type=user_path,
+        required=True,
+        help=".ckpt, .pt, .pth or .safetensors of the taming layout or LlamaGen's",
+    )
     add("--image-size", type=int, required=True, help="height and width of a picture, pixels (taming: resolution)")
-    add("--output", required=True, help="tokenizer folder to write image/ to; vocab.json follows with text.model")
+    add(
+        "--output",
+        type=user_path,
+        required=True,
+        help="tokenizer folder to write image/ to; vocab.json follows with text.model",
+    )
     add("--specials", type=int, default=1024, help="special tokens in all, in the joint vocabulary")
     add("--sentinels", type=int, default=512, help="sentinel tokens among the specials")
     return parser.parse_args()
@@ -64,7 +85,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def _add_check_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--check-shards", metavar="FOLDER", help="shards to take a real sequence from (default: the run's own)"
+        "--check-shards",
+        type=user_path,
+        metavar="FOLDER",
+        help="shards to take a real sequence from (default: the run's own)",
     )
 
 

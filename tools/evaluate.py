@@ -6,7 +6,7 @@
 
 import argparse
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.sampling import SAMPLERS
@@ -16,11 +16,11 @@ def parse_arguments() -> argparse.Namespace:
     defaults = EvaluationOptions()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="folder that tools/convert_checkpoint.py export wrote")
-    add("--shards", required=True, help="shards of held-out pairs")
-    add("--output", required=True, help="folder for evaluation.json and pictures/")
-    add("--index", help="index whose memory bank documents are retrieved from; none without it")
-    add("--checker", help="Python file with classify(picture) and parse_caption(text); it is run")
+    add("--model", type=user_path, required=True, help="folder that tools/convert_checkpoint.py export wrote")
+    add("--shards", type=user_path, required=True, help="shards of held-out pairs")
+    add("--output", type=user_path, required=True, help="folder for evaluation.json and pictures/")
+    add("--index", type=user_path, help="index whose memory bank documents are retrieved from; none without it")
+    add("--checker", type=user_path, help="Python file with classify(picture) and parse_caption(text); it is run")
     add("--pictures", type=int, default=defaults.pictures, help="held-out pairs that are reported on")
     add("--sweep-pictures", type=int, default=defaults.sweep_pictures, help="other pairs, to choose the guidance on")
     add("--guidance", type=float, nargs="+", default=defaults.guidance, help="guidance weights to try; 1 is none")
@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--documents", type=int, help="retrieved documents of a prompt (default: as in training)")
     add("--examples", type=int, default=defaults.examples, help="examples of each kind to keep")
     add("--seed", type=int, default=defaults.seed, help="of the choice of pairs and of the pictures")
-    add("--encoder", help="CLIP folder, where it is no longer where the index recorded it")
+    add("--encoder", type=user_path, help="CLIP folder, where it is no longer where the index recorded it")
     add("--dtype", choices=KINDS, default="fp32", help="type of the model's matrices")
     add("--device", default="auto", help="cpu, cuda, or auto: CUDA where there is a device")
     return parser.parse_args()

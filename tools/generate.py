@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.generate import Generator
 from megatron_cm3leon.generation.made import MadePicture
@@ -25,6 +25,7 @@ from megatron_cm3leon.generation.prompts import CAPTION_FORMS, UNCONDITIONAL_FOR
 from megatron_cm3leon.generation.results import check_output, written_results
 from megatron_cm3leon.generation.retrieved import DocumentSource
 from megatron_cm3leon.generation.sampling import SAMPLERS, Sampling, default_guidance
+from megatron_cm3leon.paths import expand_path
 from megatron_cm3leon.progress import meter
 from megatron_cm3leon.tokenizers.pixels import load_picture
 
@@ -37,9 +38,13 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     image = commands.add_parser("image", help="pictures of captions", **style)
     image.add_argument("captions", nargs="*", help="what the pictures should show")
-    image.add_argument("--from", dest="file", metavar="FILE", help="more captions, one a line; blank lines are skipped")
+    image.add_argument(
+        "--from", type=user_path, dest="file", metavar="FILE", help="more captions, one a line; blank lines are skipped"
+    )
     image.add_argument("--candidates", type=int, default=1, help="pictures of each caption; seeds count up")
-    image.add_argument("--rank-with", metavar="CLIP", help="CLIP folder: keep the candidates nearest to their caption")
+    image.add_argument(
+        "--rank-with", type=user_path, metavar="CLIP", help="CLIP folder: keep the candidates nearest to their caption"
+    )
     image.add_argument("--keep", type=int, help="candidates that --rank-with keeps (default: 1)")
     image.add_argument(
         "--unconditional", choices=UNCONDITIONAL_FORMS, default="auto",
@@ -48,20 +53,22 @@ def parse_arguments() -> argparse.Namespace:
     _add_contrast(image, "classifier-free guidance; 1 is none (default: 2; 1 with --contrast-k)", None)
     _add_shared(image, temperature=0.7, output="out")
     caption = commands.add_parser("caption", help="captions of pictures", **style)
-    caption.add_argument("pictures", nargs="+", help="picture files")
+    caption.add_argument("pictures", type=user_path, nargs="+", help="picture files")
     caption.add_argument(
         "--form", choices=CAPTION_FORMS, default="auto", help="continue after the picture, or fill a masked caption"
     )
     caption.add_argument("--longest", type=int, default=64, help="text pieces of a caption at most")
     _add_shared(caption, temperature=0.0)
     ask = commands.add_parser("ask", help="answers to questions about a picture", **style)
-    ask.add_argument("picture", help="picture file")
+    ask.add_argument("picture", type=user_path, help="picture file")
     ask.add_argument("questions", nargs="+", help="questions, each answered by itself")
     ask.add_argument("--longest", type=int, default=16, help="text pieces of an answer at most")
     _add_shared(ask, temperature=0.0)
     infill = commands.add_parser("infill", help="what a mask hides, in a text or in a picture", **style)
     infill.add_argument("--text", help=f"caption with {MASK} where a span is to be filled in")
-    infill.add_argument("--picture", help="picture file: the one to change with --box, else what --text describes")
+    infill.add_argument(
+        "--picture", type=user_path, help="picture file: the one to change with --box, else what --text describes"
+    )
     infill.add_argument(
         "--box", type=int, nargs=4, metavar=("TOP", "LEFT", "BOTTOM", "RIGHT"),
         help="part of the picture to make anew, in image tokens; bottom and right are exclusive",
@@ -93,8 +100,12 @@ def _add_contrast(parser: argparse.ArgumentParser, help: str, guidance: float | 
 
 
 def _add_shared(parser: argparse.ArgumentParser, *, temperature: float, output: str | None = None) -> None:
-    parser.add_argument("--model", required=True, help="folder that tools/convert_checkpoint.py export wrote")
-    parser.add_argument("--output", default=output, help="new folder for the results and generated.json")
+    parser.add_argument(
+        "--model", type=user_path, required=True, help="folder that tools/convert_checkpoint.py export wrote"
+    )
+    parser.add_argument(
+        "--output", type=user_path, default=output, help="new folder for the results and generated.json"
+    )
     parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k most likely tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the tokens that make up this probability")
@@ -103,9 +114,11 @@ def _add_shared(parser: argparse.ArgumentParser, *, temperature: float, output: 
         help="how noise becomes a token; each gives another result for the same seed",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same result for a prompt")
-    parser.add_argument("--retrieve", metavar="INDEX", help="index folder to retrieve documents from")
+    parser.add_argument("--retrieve", type=user_path, metavar="INDEX", help="index folder to retrieve documents from")
     parser.add_argument("--documents", type=int, help="documents to retrieve for each prompt (default: as in training)")
-    parser.add_argument("--encoder", help="CLIP folder, where it is no longer where the index recorded it")
+    parser.add_argument(
+        "--encoder", type=user_path, help="CLIP folder, where it is no longer where the index recorded it"
+    )
     parser.add_argument(
         "--document", nargs=2, action="append", metavar=("CAPTION", "PICTURE"),
         help="a document to put in front of each prompt, the most similar last; may be repeated",
@@ -129,7 +142,10 @@ def find_documents(arguments: argparse.Namespace, generator: Generator, count: i
     if arguments.document and arguments.retrieve:
         raise ValueError("give either --document or --retrieve.")
     if arguments.document:
-        given = [generator.encode_document([caption, load_picture(path)]) for caption, path in arguments.document]
+        given = [
+            generator.encode_document([caption, load_picture(expand_path(path))])
+            for caption, path in arguments.document
+        ]
         return None, [given] * count
     if not arguments.retrieve and (arguments.documents is not None or arguments.encoder is not None):
         raise ValueError("--documents and --encoder are for --retrieve INDEX; give it too, or leave them out.")
@@ -277,7 +293,7 @@ def read_part(part: str) -> str | Image.Image:
     if not part.startswith("@") or part.startswith("@@"):
         return part.removeprefix("@")
     try:
-        return load_picture(part[1:])
+        return load_picture(expand_path(part[1:]))
     except ValueError as error:
         raise ValueError(
             f"{part!r} begins with @ and so names an image file. {str(error).rstrip('.')}. "

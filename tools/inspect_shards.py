@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.data.inspect import decode_pictures, describe, measure, require_whole
 from megatron_cm3leon.data.shards import open_shards
 from megatron_cm3leon.generation.sheet import draw_contact_sheet
@@ -11,9 +11,9 @@ from megatron_cm3leon.generation.sheet import draw_contact_sheet
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--shards", required=True, help="folder that tools/preprocess_data.py wrote")
-    parser.add_argument("--tokenizer", help="its tokenizer folder, for --sheet")
-    parser.add_argument("--sheet", help="PNG file of the contact sheet")
+    parser.add_argument("--shards", type=user_path, required=True, help="folder that tools/preprocess_data.py wrote")
+    parser.add_argument("--tokenizer", type=user_path, help="its tokenizer folder, for --sheet")
+    parser.add_argument("--sheet", type=user_path, help="PNG file of the contact sheet")
     parser.add_argument("--pictures", type=int, default=24, help="pictures on the sheet")
     parser.add_argument("--no-verify", action="store_true", help="skip the checksums, which read every byte")
     return parser.parse_args(arguments)

@@ -14,7 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.data.account import QUARANTINE
 from megatron_cm3leon.data.dedupe import BY
 from megatron_cm3leon.data.filters import FITS, Filters
@@ -29,11 +29,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     first, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--input", required=True, nargs="+", help="files of one format, or one folder; paths, URLs, patterns"
+        "--input",
+        type=user_path,
+        required=True,
+        nargs="+",
+        help="files of one format, or one folder; paths, URLs, patterns",
     )
     parser.add_argument("--format", choices=FORMATS, default="auto", help="of the input; auto goes by names' endings")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer folder that tools/train_tokenizer.py wrote")
-    parser.add_argument("--output", required=True, help="folder of the shards")
+    parser.add_argument(
+        "--tokenizer", type=user_path, required=True, help="tokenizer folder that tools/train_tokenizer.py wrote"
+    )
+    parser.add_argument("--output", type=user_path, required=True, help="folder of the shards")
     parser.add_argument("--image-field", default="", help='field or column of the picture (else "image", "jpg" ...)')
     parser.add_argument("--caption-field", default="", help='field or column of the caption (else "caption", "txt")')
     parser.add_argument("--workers", type=int, default=1, help="processes")
@@ -57,7 +63,7 @@ def merge_tasks(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="preprocess_data.py merge", description="Join what the tasks of a job array wrote: write the manifest."
     )
-    parser.add_argument("--output", required=True, help="folder of the shards")
+    parser.add_argument("--output", type=user_path, required=True, help="folder of the shards")
     output = parser.parse_args(arguments).output
     return report(merge(output, shlex.join(["preprocess_data.py", "merge", *arguments])), output)
 

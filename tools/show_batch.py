@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config
 from megatron_cm3leon.data.history import METRICS, REASONS, find_batch, read_history
 from megatron_cm3leon.data.show import BlockPrinter, find_pictures
@@ -28,7 +28,7 @@ LAST_BATCH = 1 << 40
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("config", help="YAML file, or a run folder, which has config.yaml")
+    parser.add_argument("config", type=user_path, help="YAML file, or a run folder, which has config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the file's")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--batch", type=int, default=0, help="number of the batch, from 0")
@@ -38,9 +38,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--report", type=int, default=0, metavar="BLOCKS",
         help="instead of tokens, count padding, trimmed tokens and whole queries in this many blocks from the batch on",
     )  # fmt: skip
-    parser.add_argument("--tokenizer", help="tokenizer folder that turns text ids into text; without it ids are shown")
     parser.add_argument(
-        "--pictures", type=Path, metavar="FILE", help="also draw the whole pictures of these blocks; needs --tokenizer"
+        "--tokenizer", type=user_path, help="tokenizer folder that turns text ids into text; without it ids are shown"
+    )
+    parser.add_argument(
+        "--pictures",
+        type=user_path,
+        metavar="FILE",
+        help="also draw the whole pictures of these blocks; needs --tokenizer",
     )
     parser.add_argument("--validation", action="store_true", help="print the validation data's batch")
     return parser.parse_intermixed_args(arguments)
@@ -81,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     config.validate()
     changes = {}
     if args.step is not None or all((run / name).is_file() for name in ("config.yaml", METRICS)):
-        changes = find_changes(load_config(run / "config.yaml"), config)
+        changes = find_changes(load_config(run / "config.yaml", expand=False), config)
     if args.step is not None:
         refuse_another_stream(changes)
     stream = build_stream(config, train=not args.validation)
@@ -104,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     if count < total:
         print(f"\n({total - count} more blocks; --blocks 0 prints all)")
     if args.pictures:
-        drawn = draw_pictures(stream, range(first, first + count), tokenizers, args.pictures)
+        drawn = draw_pictures(stream, range(first, first + count), tokenizers, Path(args.pictures))
         print(f"\nwrote {args.pictures}: {drawn} pictures" if drawn else "\nno block holds a whole picture")
     return 0
 

@@ -14,13 +14,13 @@ import json
 import sys
 import time
 
-from megatron_cm3leon.cli import run_tool
+from megatron_cm3leon.cli import run_tool, user_path
 from megatron_cm3leon.cluster.status import Status, describe, describe_table, read_status, to_json
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/x")
+    parser.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="run folder, such as runs/x")
     parser.add_argument("--watch", action="store_true", help="show it again and again until Ctrl-C")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks of --watch (default: 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object a run and line; times in seconds")

@@ -9,7 +9,7 @@ a YAML file: --site, else $MEGATRON_CM3LEON_SITE, else ~/.config/megatron_cm3leo
 
 import argparse
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.cluster.pipeline import load_pipeline, plan_pipeline, show_plan, submit_plan
 from megatron_cm3leon.cluster.script import LAUNCHERS
 from megatron_cm3leon.cluster.site import RUNTIMES, Site, check_site, load_site
@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     form = {"formatter_class": HelpFormatter}
     train = commands.add_parser("train", help="submit a training run", **form)
-    train.add_argument("config", help="YAML file of the run")
+    train.add_argument("config", type=user_path, help="YAML file of the run")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")
     train.add_argument("--nodes", type=int, required=True, help="nodes")
     train.add_argument("--gpus-per-node", type=int, default=0, help="GPUs of a node, one rank each")
@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add_site_options(train)
     pipeline = commands.add_parser("pipeline", help="submit preprocessing, index and training, chained", **form)
-    pipeline.add_argument("plan", help="YAML file of the pipeline (examples/slurm/pipeline.yaml)")
+    pipeline.add_argument("plan", type=user_path, help="YAML file of the pipeline (examples/slurm/pipeline.yaml)")
     pipeline.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")
     add_site_options(pipeline)
     # argparse takes the positional arguments up to the first option; overrides may also stand behind it.
@@ -57,13 +57,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def add_site_options(parser: argparse.ArgumentParser) -> None:
     """Options that replace what the site's file says."""
     parser.add_argument("--print", action="store_true", help="show what would be submitted; write nothing")
-    parser.add_argument("--site", default="", help="YAML file of the site's defaults")
+    parser.add_argument("--site", type=user_path, default="", help="YAML file of the site's defaults")
     group = parser.add_argument_group("instead of the site's defaults")
     for name in ("partition", "account", "qos", "constraint"):
         group.add_argument(f"--{name}", help=f"{name} of the job")
     group.add_argument("--memory", "--mem", help="memory of a node, such as 400G; 0 is all of it")
     group.add_argument("--cpus-per-rank", type=int, help="CPU cores of a training rank")
-    group.add_argument("--container", metavar="IMAGE", help="image in which the commands run")
+    group.add_argument("--container", type=user_path, metavar="IMAGE", help="image in which the commands run")
     group.add_argument("--container-runtime", choices=RUNTIMES, help="what runs it")
     group.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the job, NCCL's say; repeatable"

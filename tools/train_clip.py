@@ -6,7 +6,7 @@ python tools/train_clip.py --input pairs.jsonl --text-model tokenizer/text.model
 import argparse
 from dataclasses import fields
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.data.raw_inputs import RawInputs, add_input_options
 from megatron_cm3leon.retrieval.train import ClipOptions, train_clip
 
@@ -17,8 +17,10 @@ def main() -> None:
         formatter_class=HelpFormatter,
     )
     add_input_options(parser)
-    parser.add_argument("--text-model", required=True, help="SentencePiece model (text.model of a tokenizer folder)")
-    parser.add_argument("--output", required=True, help="CLIP folder to write")
+    parser.add_argument(
+        "--text-model", type=user_path, required=True, help="SentencePiece model (text.model of a tokenizer folder)"
+    )
+    parser.add_argument("--output", type=user_path, required=True, help="CLIP folder to write")
     for field in fields(ClipOptions):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", type=field.type, default=field.default, help=HELP[field.name]

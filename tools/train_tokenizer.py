@@ -12,7 +12,7 @@ import argparse
 import math
 from pathlib import Path
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.data.raw_inputs import ImageLoader, RawInputs, add_input_options
 from megatron_cm3leon.device import resolve_device
 from megatron_cm3leon.tokenizers.folder import IMAGE_FOLDER, TEXT_MODEL, VOCABULARY, write_vocabulary
@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     ):
         command = commands.add_parser(name, help=summary, formatter_class=HelpFormatter)
         add_input_options(command)
-        command.add_argument("--output", required=True, help="tokenizer folder to write to")
+        command.add_argument("--output", type=user_path, required=True, help="tokenizer folder to write to")
         add_flags(command)
         command.add_argument(
             "--specials", type=int, default=1024, help="special tokens in all, in the joint vocabulary"
@@ -110,7 +110,13 @@ def add_image_flags(command: argparse.ArgumentParser) -> None:
     )
     add("--precision", choices=("bf16", "fp32"), default=defaults.precision, help="of the training arithmetic")
     add("--seed", type=int, default=defaults.seed, help="seed of weights, batches and codebook")
-    add("--heldout", nargs="+", help="files or folder to measure on, instead of a share of the input", default=None)
+    add(
+        "--heldout",
+        type=user_path,
+        nargs="+",
+        default=None,
+        help="files or folder to measure on, instead of a share of the input",
+    )
     add("--heldout-share", type=float, default=0.05, help="share of the input held out to measure on")
     add("--device", default="auto", help="where to train: auto, cpu, cuda, cuda:1 ...")
 

@@ -66,7 +66,7 @@ def describe_run(run: Path) -> str:
 
 def _run_config(run: Path) -> Config:
     path = run / "config.yaml"
-    return load_config(path) if path.is_file() else Config()
+    return load_config(path, expand=False) if path.is_file() else Config()
 
 
 def _first_sentence(error: ValueError) -> str:

@@ -227,7 +227,7 @@ class CheckpointFolder:
 
     @cached_property
     def config(self) -> Config:
-        config = load_config(self.check("config.yaml"))
+        config = load_config(self.check("config.yaml"), expand=False)
         config.validate()
         return config
 

@@ -27,6 +27,8 @@ class TrainState:
     """Fingerprint of the stream: data, settings, seed, global batch size."""
     attempt: int = 0
     """How often the run was started, this time included."""
+    dropout_seeding: int = 1
+    """Version of the seeding of dropout masks (engine/batch.py); runs that do not record it have version 1."""
 
     changes: list[dict] = field(default_factory=list)
     """Fixed fields that a resume changed: step, field, old and new value."""

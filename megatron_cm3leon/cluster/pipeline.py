@@ -18,7 +18,7 @@ from megatron_cm3leon.cluster.script import ROOT, Job, write_command_script
 from megatron_cm3leon.cluster.site import Site
 from megatron_cm3leon.cluster.slurm import cancel, list_alive, parse_time, submit
 from megatron_cm3leon.cluster.training_job import FOLDER, Prepared, TrainingJob, prepare_training, write_training
-from megatron_cm3leon.config import load_fields
+from megatron_cm3leon.config import expand_fields, load_fields
 from megatron_cm3leon.data.shards import MANIFEST
 
 PLAN, JOBS = "pipeline.yaml", "jobs.yaml"
@@ -123,6 +123,7 @@ def load_pipeline(path: str, overrides: list[str]) -> Pipeline:
 
 def check_pipeline(pipeline: Pipeline) -> None:
     """Fill in absolute paths, expand patterns; ValueError for what is missing or cannot be."""
+    expand_fields(pipeline, ("input", "heldout", "tokenizer", "encoder", "output", "config"))
     for name in ("input", "tokenizer", "output"):
         if not getattr(pipeline, name):
             raise ValueError(f"{name} is empty; a pipeline needs it ({name}: ... in its YAML, or {name}=...).")

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 import megatron_cm3leon
 from megatron_cm3leon.checkpoint.folder import list_checkpoints
-from megatron_cm3leon.cli import show_messages
+from megatron_cm3leon.cli import show_messages, user_path
 from megatron_cm3leon.config import Config, changed_fields, load_config
 from megatron_cm3leon.data.shards import MANIFEST, load_manifest, sha256_file
 from megatron_cm3leon.engine.parallel import Rank, choose_device, destroy_groups, initialize_groups, meet
@@ -329,12 +329,12 @@ def show_bytes(number: float) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit status 0 all well, 2 for what has to be mended."""
     parser = argparse.ArgumentParser(prog="megatron_cm3leon.cluster.preflight", description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("config", type=user_path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")
     options = parser.parse_args(arguments)
-    rank = Rank.from_environment()
-    show_messages(logging.INFO if rank.rank == 0 else logging.WARNING)
     try:
+        rank = Rank.from_environment()
+        show_messages(logging.INFO if rank.rank == 0 else logging.WARNING)
         config = load_config(options.config, options.overrides)
         config.validate(rank.world_size)
         device = choose_device(config.train.device, rank)
@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
         initialize_groups(config, rank, device, store)
         check_all_reduce(device)
     except ValueError as error:
-        if rank.rank == 0:
+        if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:

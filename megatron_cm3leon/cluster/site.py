@@ -8,7 +8,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_cm3leon.config import load_fields
+from megatron_cm3leon.config import expand_fields, load_fields
+from megatron_cm3leon.paths import expand_path
 
 VARIABLE = "MEGATRON_CM3LEON_SITE"
 RUNTIMES = ("apptainer", "pyxis")
@@ -60,9 +61,13 @@ class Site:
     """Container of the jobs."""
 
 
+PATHS = ("python", "container.image")
+"""Fields that are paths, beside mounts; variables are those of the shell that submits."""
+
+
 def find_site_file(given: str = "") -> Path | None:
     """The site's file, or None where there is none; ValueError when the one that was named is missing."""
-    named = given or os.environ.get(VARIABLE, "")
+    named = expand_path(given or os.environ.get(VARIABLE, ""))
     if named:
         if not Path(named).is_file():
             raise ValueError(f"{'--site' if given else VARIABLE} ({named}) is no file; give the site's YAML.")
@@ -79,6 +84,8 @@ def load_site(given: str = "") -> Site:
     example = "write environment: {NCCL_DEBUG: WARN} and sbatch: [--exclusive], as in examples/slurm/site.yaml"
     site = load_fields(path, Site, [], example)
     try:
+        expand_fields(site, PATHS)
+        site.container.mounts = [":".join(map(expand_path, mount.split(":"))) for mount in site.container.mounts]
         check_site(site)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

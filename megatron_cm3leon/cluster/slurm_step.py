@@ -18,10 +18,17 @@ def join_step(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the SLURM step we are in.
 
     What is set already stays. Does nothing under another launcher and outside such a step. ValueError when the first
-    node has no address that this one can find.
+    node has no address that this one can find, and in an interactive shell, which is one process of the step's several.
     """
     if "RANK" in environment or not is_in_step(environment):
         return
+    if is_interactive(environment):
+        tasks = environment["SLURM_STEP_NUM_TASKS"]
+        raise ValueError(
+            f"SLURM_STEP_NUM_TASKS ({tasks}) must be 1 in an interactive shell (srun --pty), where a command starts "
+            f"one rank; use `torchrun --nproc-per-node N -m megatron_cm3leon.train ...` here, `srun -n {tasks} python "
+            f"-m megatron_cm3leon.train ...` outside of the shell, or RANK=0 for a run of one rank."
+        )
     tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
@@ -38,6 +45,21 @@ def is_in_step(environment: Mapping[str, str]) -> bool:
     needed += ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
     several = int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1
     return several and all(name in environment for name in needed)
+
+
+def is_interactive(environment: Mapping[str, str]) -> bool:
+    """Whether a command typed in a shell or a notebook of the step started this process, and not srun or a script.
+
+    An interactive shell gives each command a process group of its own. SLURM_PTY_PORT alone does not say it: further
+    srun commands hand it on to their tasks.
+    """
+    in_terminal = "SLURM_PTY_PORT" in environment
+    if not (in_terminal or os.isatty(0)):
+        return False
+    try:
+        return os.getpgid(int(environment["SLURM_TASK_PID"])) != os.getpgrp()
+    except (KeyError, ValueError, ProcessLookupError):  # in a container with process numbers of its own
+        return in_terminal
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -59,7 +59,7 @@ def read_status(run: str | Path, now: float | None = None) -> Status:
     run, now = Path(run), time.time() if now is None else now
     account = read_account(run)
     lines = [line for line, skipped in account.lines if not skipped]
-    steps = load_config(run / "config.yaml").train.steps if (run / "config.yaml").is_file() else None
+    steps = load_config(run / "config.yaml", expand=False).train.steps if (run / "config.yaml").is_file() else None
     step = lines[-1]["step"] if lines else 0
     recent = [line for line in account.processes[-1].trained if line.get("tokens_per_second")][-RECENT:]
     step_seconds = _seconds_a_step(recent)

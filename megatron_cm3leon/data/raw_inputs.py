@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from megatron_cm3leon.cli import user_path
 from megatron_cm3leon.data.document_reader import read_image
 from megatron_cm3leon.data.reasons import Reasons
 from megatron_cm3leon.data.sources import (
@@ -37,7 +38,7 @@ _CONTENT_BYTES = 4_000_000_000
 def add_input_options(parser: argparse.ArgumentParser) -> None:
     """The options that `RawInputs.open` takes, as tools/preprocess_data.py has them."""
     add = parser.add_argument
-    add("--input", required=True, nargs="+", help="files of one format, or one folder; paths or URLs")
+    add("--input", type=user_path, required=True, nargs="+", help="files of one format, or one folder; paths or URLs")
     add("--format", choices=FORMATS, default="auto", help="of the input; auto goes by names' endings")
     add("--image-field", default="", help='field or column of the image (else "image", "jpg" ...)')
     add("--caption-field", default="", help='field or column of the caption (else "caption", "txt")')

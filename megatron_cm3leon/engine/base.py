@@ -7,6 +7,9 @@ from typing import Protocol
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.data.loader import MicroBatch
 
+DROPOUT_SEEDING = 2
+"""Version of the seeding of dropout masks in a new run (engine/batch.py, seed_dropout)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
@@ -34,6 +37,8 @@ class Engine(Protocol):
     """Which share of every batch is this rank's."""
     data_size: int
     """Into how many shares a batch is cut."""
+    dropout_seeding: int
+    """Version of the seeding of dropout masks: DROPOUT_SEEDING, or the loaded run's."""
 
     def train_step(self, micro_batches: list[MicroBatch], step: int, learning_rate: float) -> StepMetrics:
         """Forward, backward and optimizer step number `step` (from 0) on this rank's part of a global batch."""

@@ -1,12 +1,14 @@
-"""What both engines do with a global batch beside forward and backward: weights, sums of losses, dropout's seed."""
+"""What both engines do with a global batch beside forward and backward: weights, sums of losses, dropout's seeds."""
 
 import math
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_cm3leon.data.loader import MicroBatch
+from megatron_cm3leon.data.order import derive_key
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
@@ -59,6 +61,23 @@ def to_metrics(sums: list[float], norm: float, stepped: bool) -> StepMetrics:
     )
 
 
-def seed_dropout(seed: int, step: int, data_rank: int) -> None:
-    """Dropout is a function of (seed, step, data-parallel rank): nothing to save, nothing to restore."""
-    model_parallel_cuda_manual_seed(hash((seed, step, data_rank)) % (1 << 31), force_reset_rng=True)
+def seed_dropout(seed: int, step: int, version: int) -> None:
+    """Seed this rank's generators for the dropout masks of one step; nothing has to be saved or restored.
+
+    Masks are a function of the run's seed, the step and the rank's coordinates. The default generator draws the masks
+    of activations that tensor-parallel ranks hold in common: data, pipeline and context rank are in its seed. The
+    masks of partitioned activations (heads; slices of the sequence with parallel.sequence) come from megatron-core's
+    model-parallel generator, to whose seed megatron-core adds the tensor rank. The interleaved chunks of a pipeline
+    rank draw one after the other.
+
+    version: TrainState.dropout_seeding. In version 1 pipeline and context ranks draw the same masks.
+    """
+    data_rank = parallel_state.get_data_parallel_rank()
+    if version == 1:
+        key = hash((seed, step, data_rank)) % (1 << 31)
+    else:
+        pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+        context_rank = parallel_state.get_context_parallel_rank()
+        # 62 bits: megatron-core adds to it, and torch takes 64.
+        key = derive_key(seed, "dropout", step, data_rank, pipeline_rank, context_rank) >> 2
+    model_parallel_cuda_manual_seed(key, force_reset_rng=True)

@@ -22,7 +22,7 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
-from megatron_cm3leon.engine.base import StepMetrics
+from megatron_cm3leon.engine.base import DROPOUT_SEEDING, StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
 from megatron_cm3leon.engine.compile import compile_layers
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
@@ -101,6 +101,7 @@ class DeepSpeedEngine:
     def __init__(self, config: Config, vocabulary: Vocabulary, device: torch.device) -> None:
         """Build model and optimizer on `device`; engine.parallel.initialize_groups comes first."""
         self.config, self.vocabulary, self.device = config, vocabulary, device
+        self.dropout_seeding = DROPOUT_SEEDING
         self.clock = WorkClock(device)
         self.data_group = parallel_state.get_data_parallel_group()
         self.data_rank, self.data_size = self.data_group.rank(), self.data_group.size()
@@ -164,7 +165,7 @@ class DeepSpeedEngine:
         """One optimizer step; see Engine.train_step."""
         self.engine.train()
         if self.config.model.dropout:
-            seed_dropout(self.config.seed, step, self.data_rank)
+            seed_dropout(self.config.seed, step, self.dropout_seeding)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         sums = self._run(micro_batches, training=True)
@@ -244,6 +245,7 @@ class DeepSpeedEngine:
             for parameter, place in self.placements:
                 self._load_parameter(reader, parameter, place, reader.state.step)
         self._refresh_parameters()
+        self.dropout_seeding = reader.state.dropout_seeding
         return reader.state
 
     @torch.no_grad()

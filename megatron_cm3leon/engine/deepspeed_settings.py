@@ -1,16 +1,30 @@
 """DeepSpeed's JSON: what follows from the configuration, with a user's own settings merged in.
 
-A key of the user's file that says the same as the configuration is accepted, one that contradicts it is refused by
-name, and one that the configuration says nothing about is passed on to DeepSpeed.
+A key of the user's file that has the same effect as the configuration is accepted, one that contradicts it is refused
+by name, and one that the configuration says nothing about is passed on to DeepSpeed. "auto", null and an empty section
+say nothing.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cm3leon.config import Config
 
 _NOT_HERE = object()
 """Stands for the value of a section whose part another section of the configuration plays."""
+
+
+@dataclass(frozen=True)
+class Governed:
+    """A key of DeepSpeed that the configuration decides."""
+
+    value: object
+    """What the configuration makes it."""
+    field: str
+    """The fields that decide."""
+    equal: tuple = ()
+    """Other values that have the same effect."""
 
 
 def build_settings(config: Config, data_size: int) -> dict:
@@ -21,7 +35,8 @@ def build_settings(config: Config, data_size: int) -> dict:
     settings = _settings(config, data_size)
     if config.deepspeed.json:
         extra = _read(Path(config.deepspeed.json))
-        _merge(settings, _without_agreement(extra, _governed(config, settings), config.deepspeed.json))
+        governed = _governed(config, settings, data_size)
+        _merge(settings, _without_agreement(extra, governed, config.deepspeed.json))
     if config.parallel.zero == 0:
         settings["gradient_clipping"] = 0.0  # engine/deepspeed.py clips: DeepSpeed's norm is not global there
     return settings
@@ -57,44 +72,61 @@ def _settings(config: Config, data_size: int) -> dict:
     return settings
 
 
-def _governed(config: Config, settings: dict) -> dict[str, tuple[object, str]]:
-    """Keys of DeepSpeed that the configuration decides -> (their value here, the fields that decide)."""
-    options, offload = config.optimizer, config.deepspeed
-    adam = {"lr": options.learning_rate, "betas": [options.beta1, options.beta2], "eps": options.epsilon}
-    optimizer = {"type": "AdamW"} | {f"params.{name}": value for name, value in adam.items()}
-    optimizer |= {"params.weight_decay": options.weight_decay, "params.torch_adam": True, "params.adam_w_mode": True}
-    devices = {
-        name: "cpu" if chosen else "none"
-        for name, chosen in (("optimizer", offload.offload_optimizer), ("param", offload.offload_parameters))
-    }
+def _governed(config: Config, settings: dict, data_size: int) -> dict[str, Governed]:
+    """Keys of DeepSpeed, with their sections, that the configuration decides."""
+    parallel, offload, clip = config.parallel, config.deepspeed, config.optimizer.clip
+    accumulated = settings["gradient_accumulation_steps"]
+    accumulated_by = "train.global_batch_size / (train.micro_batch_size x data-parallel ranks)"
+    micro = Governed(settings["train_micro_batch_size_per_gpu"], "train.micro_batch_size")
+    in_bf16, not_in = Governed(settings["bf16"]["enabled"], "train.precision"), Governed(False, "train.precision")
+    partitions_gradients = parallel.zero in (1, 2) and data_size > 1
+    overlap = Governed(
+        parallel.overlap,
+        "parallel.overlap",
+        () if parallel.zero and data_size > 1 else (True, False),  # else there is nothing to overlap
+    )
+    # Its reordering is not in the places of fragments that checkpoints are written by.
+    in_order = Governed(False, "parallel.zero", () if partitions_gradients else (True,))
     return {
-        "train_batch_size": (settings["train_batch_size"], "train.global_batch_size"),
-        "train_micro_batch_size_per_gpu": (settings["train_micro_batch_size_per_gpu"], "train.micro_batch_size"),
-        "gradient_accumulation_steps": (
-            settings["gradient_accumulation_steps"],
-            "train.global_batch_size / (train.micro_batch_size x data-parallel ranks)",
+        "train_batch_size": Governed(settings["train_batch_size"], "train.global_batch_size"),
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": Governed(accumulated, accumulated_by),
+        "managed_gradient_accumulation": Governed(True, "train.global_batch_size"),
+        "gradient_clipping": Governed(clip, "optimizer.clip"),
+        "bf16.enabled": in_bf16,
+        "bfloat16.enabled": in_bf16,
+        "bf16.bf16_master_weights_and_grads": not_in,
+        "bf16.bf16_optimizer_states": not_in,
+        "fp16.enabled": not_in,
+        "amp.enabled": not_in,
+        "torch_autocast.enabled": not_in,
+        "zero_optimization.stage": Governed(parallel.zero, "parallel.zero"),
+        "zero_optimization.overlap_comm": overlap,
+        "zero_optimization.offload_optimizer.device": Governed(
+            "cpu" if offload.offload_optimizer else "none", "deepspeed.offload_optimizer"
         ),
-        "managed_gradient_accumulation": (True, "train.global_batch_size"),
-        "gradient_clipping": (options.clip, "optimizer.clip"),
-        "bf16.enabled": (settings["bf16"]["enabled"], "train.precision"),
-        "bfloat16.enabled": (settings["bf16"]["enabled"], "train.precision"),
-        "bf16.bf16_master_weights_and_grads": (False, "train.precision"),
-        "bf16.bf16_optimizer_states": (False, "train.precision"),
-        "fp16.enabled": (False, "train.precision"),
-        "amp.enabled": (False, "train.precision"),
-        "torch_autocast.enabled": (False, "train.precision"),
-        "zero_optimization.stage": (config.parallel.zero, "parallel.zero"),
-        "zero_optimization.overlap_comm": (settings["zero_optimization"]["overlap_comm"], "parallel.overlap"),
-        "zero_optimization.offload_optimizer.device": (devices["optimizer"], "deepspeed.offload_optimizer"),
-        "zero_optimization.offload_param.device": (devices["param"], "deepspeed.offload_parameters"),
-        "zero_optimization.cpu_offload": (offload.offload_optimizer, "deepspeed.offload_optimizer"),
-        "zero_optimization.cpu_offload_param": (offload.offload_parameters, "deepspeed.offload_parameters"),
-        # Its reordering is not in the places of fragments that checkpoints are written by.
-        "zero_optimization.round_robin_gradients": (False, "checkpoints under canonical names"),
-        "tensor_parallel": (_NOT_HERE, "parallel.tensor"),
-        "scheduler": (_NOT_HERE, "section schedule"),
-        **{f"optimizer.{name}": (value, "section optimizer") for name, value in optimizer.items()},
+        "zero_optimization.offload_param.device": Governed(
+            "cpu" if offload.offload_parameters else "none", "deepspeed.offload_parameters"
+        ),
+        "zero_optimization.cpu_offload": Governed(offload.offload_optimizer, "deepspeed.offload_optimizer"),
+        "zero_optimization.cpu_offload_param": Governed(offload.offload_parameters, "deepspeed.offload_parameters"),
+        "zero_optimization.round_robin_gradients": in_order,
+        "tensor_parallel": Governed(_NOT_HERE, "parallel.tensor"),
+        "tensor_parallel.autotp_size": Governed(parallel.tensor, "parallel.tensor", (0,) * (parallel.tensor == 1)),
+        "scheduler": Governed(_NOT_HERE, "section schedule"),
+        **_governed_by_optimizer(config),
     }
+
+
+def _governed_by_optimizer(config: Config) -> dict[str, Governed]:
+    """Keys of the section `optimizer`: AdamW, whichever implementation; DeepSpeed's Adam is AdamW by default."""
+    options = config.optimizer
+    values = {"lr": options.learning_rate, "betas": [options.beta1, options.beta2], "eps": options.epsilon}
+    values |= {"weight_decay": options.weight_decay, "adam_w_mode": True, "amsgrad": False, "bias_correction": True}
+    governed = {f"optimizer.params.{name}": Governed(value, "section optimizer") for name, value in values.items()}
+    governed["optimizer.params.torch_adam"] = Governed(True, "section optimizer", (False,))
+    governed["optimizer.type"] = Governed("AdamW", "section optimizer", ("adamw", "Adam", "adam"))
+    return governed
 
 
 def _read(path: Path) -> dict:
@@ -109,32 +141,38 @@ def _read(path: Path) -> dict:
     return extra
 
 
-def _without_agreement(extra: dict, governed: dict, path: str, prefix: str = "") -> dict:
+def _without_agreement(extra: dict, governed: dict[str, Governed], path: str, prefix: str = "") -> dict:
     """`extra` without the keys that say what the configuration says; ValueError at one that contradicts it."""
     kept = {}
     for name, value in extra.items():
         key = prefix + name
-        if value == "auto":
-            continue  # Hugging Face's word for: as the trainer's configuration says
-        if key in governed:
-            ours, field = governed[key]
-            if value == ours:
-                continue
-            if ours is _NOT_HERE:
-                raise ValueError(f"deepspeed.json ({path}): {key} ({value}) is decided by {field}; remove it there.")
-            raise ValueError(
-                f"deepspeed.json ({path}): {key} ({value!r}) contradicts {field}, which makes it {ours!r}; remove it "
-                f"there or change {field}."
-            )
+        if value in ("auto", None, {}):
+            continue  # "auto" is Hugging Face's word for: as the trainer's configuration says
         if isinstance(value, dict):
-            kept[name] = _without_agreement(value, governed, path, key + ".")
-            if value and not kept[name]:
-                del kept[name]
+            value = _without_agreement(value, governed, path, key + ".")
+            if not value:
+                continue
+        elif any(each.startswith(f"{key}.") for each in governed):
+            raise ValueError(f"deepspeed.json ({path}): {key} ({value!r}) must be an object of settings; correct it.")
+        if key in governed:
+            _check_agreement(key, value, governed[key], path)
         elif prefix.startswith("optimizer."):
             raise ValueError(f"deepspeed.json ({path}): {key} ({value!r}) is no field of section optimizer; remove it.")
         else:
             kept[name] = value
     return kept
+
+
+def _check_agreement(key: str, value: object, ours: Governed, path: str) -> None:
+    """ValueError where a key of the user's file contradicts the configuration."""
+    if value == ours.value or value in ours.equal:
+        return
+    if ours.value is _NOT_HERE:
+        raise ValueError(f"deepspeed.json ({path}): {key} ({value}) is decided by {ours.field}; remove it there.")
+    raise ValueError(
+        f"deepspeed.json ({path}): {key} ({value!r}) contradicts {ours.field}, which makes it {ours.value!r}; remove "
+        f"it there or change {ours.field}."
+    )
 
 
 def _merge(settings: dict, extra: dict) -> None:

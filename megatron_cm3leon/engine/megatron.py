@@ -28,7 +28,7 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
-from megatron_cm3leon.engine.base import StepMetrics
+from megatron_cm3leon.engine.base import DROPOUT_SEEDING, StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
 from megatron_cm3leon.engine.compile import compile_layers, gather_before_layers
 from megatron_cm3leon.engine.kernels import describe_kernels
@@ -53,6 +53,7 @@ class MegatronEngine:
     def __init__(self, config: Config, vocabulary: Vocabulary, device: torch.device) -> None:
         """Build model and optimizer on `device`; engine.parallel.initialize_groups comes first."""
         self.config, self.vocabulary, self.device = config, vocabulary, device
+        self.dropout_seeding = DROPOUT_SEEDING
         self.clock = WorkClock(device)
         chunks = [chunk.to(device) for chunk in build_stage(config, vocabulary)]
         self.placements = [pair for chunk in chunks for pair in place_parameters(chunk)]
@@ -155,7 +156,7 @@ class MegatronEngine:
             weight.grad_added_to_main_grad = True  # by the products (model/linear.py)
         self.optimizer.zero_grad()
         if self.config.model.dropout:
-            seed_dropout(self.config.seed, step, self.data_rank)
+            seed_dropout(self.config.seed, step, self.dropout_seeding)
         sums = self._run(micro_batches, forward_only=False)
         self.optimizer.prepare_grads()
         norm = global_squared_norm(self.optimizer, self.device).sqrt()
@@ -278,6 +279,7 @@ class MegatronEngine:
         with open_verified(folder, self.vocabulary, [place for _, place in self.placements]) as reader:
             for parameter, place in self.placements:
                 self._load_parameter(reader, parameter, place, reader.state.step)
+        self.dropout_seeding = reader.state.dropout_seeding
         return reader.state
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.verify import verified
+from megatron_cm3leon.cluster.mpi_launch import join_mpi
 from megatron_cm3leon.cluster.slurm_step import join_step
 from megatron_cm3leon.config import Config
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
@@ -42,14 +43,24 @@ class Rank:
 
     @classmethod
     def from_environment(cls) -> "Rank":
-        """This rank as torchrun's variables or, in an srun step, SLURM's say; ValueError as join_step()."""
+        """This rank as torchrun's, an MPI launcher's or, in an srun step, SLURM's variables say.
+
+        ValueError as join_mpi() and join_step(), and for a WORLD_SIZE without RANK.
+        """
+        join_mpi()
         join_step()
         world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if world_size > 1 and "RANK" not in os.environ:
+            raise ValueError(
+                f"WORLD_SIZE ({world_size}) is set and RANK is not, so every process would be rank 0; start the ranks "
+                f"with torchrun or srun, which set both, or unset WORLD_SIZE for a run of one rank."
+            )
         return cls(
             rank=int(os.environ.get("RANK", 0)),
             world_size=world_size,
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            # LOCAL_SIZE is what DeepSpeed's launcher calls it.
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size),
         )
 
 

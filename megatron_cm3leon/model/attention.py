@@ -7,6 +7,8 @@ Under parallel.context = C a sequence is 2 C chunks, and rank r holds chunks r a
 same share of a causal mask. Keys and values are gathered, queries stay.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -88,6 +90,7 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal, f"attention of type {attn_mask_type} is not built here"
         self.dropout, self.softmax_scale = config.attention_dropout, softmax_scale
+        self.sequence_parallel = config.sequence_parallel
         self.context = config.context_parallel_size
         """Ranks that share a sequence."""
         if self.context > 1:
@@ -113,8 +116,12 @@ class CoreAttention(torch.nn.Module):
 
     @torch.compiler.disable
     def _attend_with_dropout(self, query, key, value, mask) -> torch.Tensor:
-        """Each tensor-parallel rank drops in its own heads: a graph cannot hold the states of generators."""
-        with get_cuda_rng_tracker().fork():
+        """Each tensor-parallel rank drops in its own heads: a graph cannot hold the states of generators.
+
+        With sequence parallelism the whole layer draws from the model-parallel generator. Entering it again here would
+        make recomputation, which restores the generator but not megatron-core's name for it, draw other masks.
+        """
+        with nullcontext() if self.sequence_parallel else get_cuda_rng_tracker().fork():
             return self._attend(query, key, value, mask, self.dropout)
 
     def _attend_blocks(self, query, key, value, blocks) -> torch.Tensor:

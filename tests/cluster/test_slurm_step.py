@@ -1,5 +1,7 @@
 """Ranks from SLURM's variables: those of a step of several tasks, and of nothing else."""
 
+import os
+
 import pytest
 
 from megatron_cm3leon.cluster.slurm_step import address, first_host, join_step, port, tasks_per_node
@@ -34,6 +36,22 @@ def test_elsewhere_nothing_changes(change):
     before = dict(environment)
     join_step(environment)
     assert environment == before
+
+
+@pytest.mark.parametrize("task", [None, "1", "4194305"], ids=["not named", "another process group", "elsewhere"])
+def test_an_interactive_shell_of_several_tasks_is_told_what_to_do(task):
+    environment = STEP | {"SLURM_PTY_PORT": "33333"} | ({"SLURM_TASK_PID": task} if task else {})
+    with pytest.raises(ValueError, match=r"\(5\) must be 1 in an interactive shell .*`torchrun .*`srun -n 5 .*RANK=0"):
+        join_step(environment)
+    assert "RANK" not in environment
+    join_step(environment | {"RANK": "0"})  # torchrun in that shell
+
+
+def test_a_script_and_srun_in_a_shell_with_a_terminal_are_no_interactive_shell():
+    """srun hands SLURM_PTY_PORT on to the tasks of further steps; a script shares its task's process group."""
+    environment = STEP | {"SLURM_PTY_PORT": "33333", "SLURM_TASK_PID": str(os.getpid())}
+    join_step(environment)
+    assert environment["RANK"] == "4"
 
 
 def test_an_address_that_was_given_stays():

@@ -17,6 +17,7 @@ from megatron_cm3leon.checkpoint.sharded import step_folder
 from megatron_cm3leon.progress import track
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.launch import ROOT, run_cases
+from tests.distributed.masks import ENTRIES, STEPS, Comparison, compare_masks, load_masks
 
 CONFIG = """
 model: {layers: 4, hidden_size: 64, heads: 4, init_std: 0.02}
@@ -234,6 +235,51 @@ def _head_in_chunks() -> list[Layout]:
     return rows
 
 
+DROPOUT = 0.1
+MASKED = (f"model.dropout={DROPOUT}", "model.hidden_size=128", "data.seq_length=96", "train.stop_after=12")
+"""Dropout, and sizes at which every rank draws a million entries of each mask in the recorded steps (masks.py)."""
+
+
+def _dropout() -> list[Layout]:
+    """Rows with dropout. Several ranks draw other masks than one process: these rows are compared by their masks."""
+    alone, one = (f"model.dropout={DROPOUT}",), "dropout, one process"
+    rows = [Layout(one, 1, alone, one, False)]
+    for kind in ("selective", "full"):  # the same numbers are dropped when a layer is computed again
+        recompute = (*alone, f"parallel.recompute={kind}")
+        rows.append(Layout(f"dropout, recompute={kind}", 1, recompute, one, False, 0.0, 0.0))
+    layouts = [  # in the default suite, ranks, layout
+        (False, 2, "zero=1"),  # data parallel
+        (False, 2, "tensor=2"),
+        (False, 2, "tensor=2 sequence=true recompute=selective"),
+        (False, 2, "pipeline=2"),
+        (False, 2, "pipeline=2 interleave=2 recompute=full"),
+        (False, 2, "context=2"),
+        (True, 4, "tensor=2 pipeline=2 interleave=2 recompute=selective"),
+        (True, 4, "tensor=2 context=2 sequence=true recompute=full"),
+        (False, 4, "tensor=2 pipeline=2 sequence=true recompute=full"),
+        (False, 4, "pipeline=2 context=2 recompute=selective"),
+        (False, 4, "pipeline=2 zero=1 overlap=false"),
+        (False, 4, "context=2 zero=1 recompute=full"),
+    ]
+    for covering, ranks, text in layouts:
+        rows.append(_masked(f"dropout, {text}", ranks, text, (), covering))
+    others = [  # in the default suite, label, ranks, other overrides, layout
+        (True, "deepspeed, data 2", 2, DEEPSPEED, "zero=2 recompute=selective"),
+        (False, "deepspeed, data 2", 2, (*DEEPSPEED, *SMALL), "zero=3 recompute=full"),
+        (False, "deepspeed", 2, DEEPSPEED, "tensor=2 zero=1"),
+        (False, "deepspeed, data 2", 4, DEEPSPEED, "tensor=2 zero=2 recompute=full"),
+        (False, "llama by sample", 4, LLAMA + SAMPLES, "tensor=2 pipeline=2 sequence=true recompute=selective"),
+    ]
+    for covering, label, ranks, extra, text in others:
+        rows.append(_masked(f"dropout, {label} {text}", ranks, text, extra, covering))
+    return rows
+
+
+def _masked(name: str, ranks: int, text: str, extra: tuple[str, ...], covering: bool = False) -> Layout:
+    overrides = MASKED + extra + tuple(f"parallel.{item}" for item in text.split())
+    return Layout(name, ranks, overrides, name, covering)
+
+
 LAYOUTS = [
     Layout("one process", 1),
     Layout("micro-batches of 1", 1, ("train.micro_batch_size=1",), covering=False),
@@ -262,18 +308,7 @@ LAYOUTS = [
     _row("tensor=4 sequence=true", 4, "tensor=4 sequence=true", covering=False),
     _row("pipeline=4", 4, "pipeline=4", covering=False),
     _row("data 4 zero=1", 4, "zero=1", covering=False),
-    Layout("dropout, one process", 1, ("model.dropout=0.1",), "dropout, one process"),
-    *[
-        Layout(
-            f"dropout, recompute={kind}",
-            1,
-            ("model.dropout=0.1", f"parallel.recompute={kind}"),
-            "dropout, one process",
-            loss_tolerance=0.0,  # the same numbers are dropped when a layer is computed again
-            norm_tolerance=0.0,
-        )
-        for kind in ("selective", "full")
-    ],
+    *_dropout(),
     *_variants(),
     *_deepspeed(),
     *_compiled(),
@@ -298,6 +333,9 @@ class Resume:
     def name(self) -> str:
         return f"{self.source} -> {self.target}"
 
+
+MASKS = [layout for layout in LAYOUTS if layout.overrides[: len(MASKED)] == MASKED]
+"""Rows that are compared by the masks of their ranks."""
 
 RESUMES = [
     Resume("one process", "one process", True),
@@ -327,6 +365,7 @@ RESUMES = [
     Resume("deepspeed llama, tensor=2 data 2 zero=3", "llama, context=2"),
     Resume("llama, tensor=2 sequence=true", "deepspeed llama, tensor=2 data 2 zero=0"),
     Resume("deepspeed bf16, data 2 zero=1", "deepspeed bf16, data 2 zero=1"),
+    *[Resume(layout.name, layout.name, layout.covering) for layout in MASKS],
 ]
 
 
@@ -353,7 +392,8 @@ def run_layouts(folder: Path, layouts: list[Layout], resumes: list[Resume]) -> d
 
     cases: dict[int, list[dict]] = {1: [], 2: [], 4: []}
     for layout in layouts:
-        cases[layout.ranks].append(case(layout.name, layout, layout.folder, save_start=True))
+        more = {"masks": True} if layout in MASKS else {}
+        cases[layout.ranks].append(case(layout.name, layout, layout.folder, save_start=True, **more))
     steps = {}
     for ranks in track(cases, label="layouts", unit="worlds"):
         steps |= run_cases(folder, ranks, cases[ranks]) if cases[ranks] else {}
@@ -368,6 +408,12 @@ def run_layouts(folder: Path, layouts: list[Layout], resumes: list[Resume]) -> d
     for ranks in track(again, label="resumes", unit="worlds"):
         steps |= run_cases(folder, ranks, again[ranks]) if again[ranks] else {}
     return steps
+
+
+def read_masks(folder: Path, layout: Layout) -> Comparison:
+    """The masks that the ranks of a row drew, compared."""
+    sequence = "parallel.sequence=true" in layout.overrides
+    return compare_masks(load_masks(folder, layout.name, layout.ranks), DROPOUT, sequence)
 
 
 def relative(found: list[dict], expected: list[dict], field: str) -> float:
@@ -386,7 +432,22 @@ def find_differences(steps: dict[str, list[dict]]) -> list[str]:
     for resume in RESUMES:
         found = relative(steps[resume.name], steps[resume.source], "loss")
         wrong += [f"{resume.name}: loss differs by {found:.1e}, more than 1e-06"] * (found > 1e-6)
+        exact = resume.source != resume.target or steps[resume.name] == steps[resume.source][10:]
+        wrong += [f"{resume.name}: resumed under the same layout, not the same bit for bit"] * (not exact)
     return wrong
+
+
+def compare_all_masks(folder: Path) -> tuple[list[str], list[str]]:
+    """Lines of the table of dropout masks, and what is wrong with them."""
+    lines, wrong = [], []
+    for layout in MASKS:
+        found = read_masks(folder, layout)
+        lines.append(
+            f"| {layout.name} | {layout.ranks} | {found.same} | {found.different} | {found.worst:.1f} | "
+            f"{found.replayed} |"
+        )
+        wrong += [f"{layout.name}: masks are {found.worst:.1f} standard deviations from chance"] * (found.worst > 4)
+    return lines, wrong
 
 
 def write_table(path: Path) -> list[str]:
@@ -394,6 +455,7 @@ def write_table(path: Path) -> list[str]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         steps = run_layouts(Path(folder), LAYOUTS, RESUMES)
+        masks, wrong = compare_all_masks(Path(folder))
     lines = [
         "# Every layout is the same run",
         "",
@@ -412,9 +474,22 @@ def write_table(path: Path) -> list[str]:
         lines.append(f"| {layout.name} | {layout.ranks} | {' | '.join(differences)} | {found[-1]['loss']:.4f} |")
     lines += [
         "",
+        "## Dropout",
+        "",
+        "Ranks that hold the same activations draw the same dropout masks, all others independent ones. The masks of "
+        f"{STEPS} steps are compared between ranks, between the chunks of an interleaved pipeline, and between kinds, "
+        f"{ENTRIES:,} entries each: pairs that are the same, pairs that are independent, and the largest deviation of "
+        "their equal entries from chance, in standard deviations. Recomputed masks are those that backward passes drew "
+        "again, all of them masks of the forward passes. These rows stop at step 12.",
+        "",
+        "| layout | ranks | the same | independent | deviation | recomputed |",
+        "|---|---|---|---|---|---|",
+        *masks,
+        "",
         "## Resumed under another layout",
         "",
-        "Saved at step 10, then ten steps under the second layout; against the run of the first, never stopped.",
+        "Saved at step 10, then ten steps (two in rows of dropout masks) under the second layout; against the run of "
+        "the first, never stopped.",
         "",
         "| saved under | resumed under | loss |",
         "|---|---|---|",
@@ -424,7 +499,7 @@ def write_table(path: Path) -> list[str]:
         difference = f"{relative(found, expected, 'loss'):.1e}" if found != expected[10:] else "0, bit for bit"
         lines.append(f"| {resume.source} | {resume.target} | {difference} |")
     path.write_text("\n".join(lines) + "\n")
-    return find_differences(steps)
+    return find_differences(steps) + wrong
 
 
 if __name__ == "__main__":

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, step_folder
-from tests.distributed.layouts import BY_NAME, LAYOUTS, RESUMES, Layout, Resume, relative, run_layouts
+from tests.distributed.layouts import (
+    BY_NAME,
+    LAYOUTS,
+    MASKS,
+    RESUMES,
+    Layout,
+    Resume,
+    read_masks,
+    relative,
+    run_layouts,
+)
 
 SLOW = {
     "micro-batches of 1",
@@ -62,10 +72,20 @@ def test_same_initial_weights_as_one_process(runs, layout):
 @pytest.mark.parametrize("resume", _marked(RESUMES))
 def test_resumes_under_any_layout(runs, resume):
     _, steps = runs
-    assert [step["step"] for step in steps[resume.name]] == list(range(11, 21))
+    assert [step["step"] for step in steps[resume.name]] == [step["step"] for step in steps[resume.source][10:]]
     if resume.source == resume.target:
         assert steps[resume.name] == steps[resume.source][10:]  # bit for bit
     assert relative(steps[resume.name], steps[resume.source], "loss") <= 1e-6
+
+
+@pytest.mark.parametrize("layout", _marked(MASKS))
+def test_dropout_masks_are_the_same_where_activations_are_and_independent_elsewhere(runs, layout):
+    folder, _ = runs
+    found = read_masks(folder, layout)
+    assert found.different and found.worst <= 4, found
+    replicated = "parallel.tensor=2" in layout.overrides and "parallel.sequence=true" not in layout.overrides
+    assert (found.same > 0) == replicated
+    assert (found.replayed > 0) == any(override.startswith("parallel.recompute") for override in layout.overrides)
 
 
 def test_the_tested_rows_are_few_and_have_every_value():

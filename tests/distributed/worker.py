@@ -6,6 +6,7 @@ every case of its size: megatron-core's groups are made and destroyed once a cas
 
 With "save_start" the initial weights are saved too. With "spoil" (a step) that step is first tried on a batch whose
 weights are infinite on the last data-parallel rank alone: no rank may step, and the run goes on as if nothing had been.
+With "masks" the dropout masks of each rank are written to NAME-RANK.npz (masks.py).
 With "go_back" ([from, to]) the checkpoint of step `to` is loaded once, at step `from`, and its steps are taken again.
 """
 
@@ -29,6 +30,7 @@ from megatron_cm3leon.engine.parallel import Rank, choose_device, initialize_gro
 from megatron_cm3leon.resume import open_run
 from megatron_cm3leon.schedule import learning_rate
 from megatron_cm3leon.training import build_loader
+from tests.distributed import masks
 from tests.flex_on_cpu import flex_on_cpu
 
 
@@ -48,6 +50,19 @@ def go_back(step: int, config: Config, stream: Stream, engine: Engine, record: l
     return state, record[:step], build_loader(config, stream, engine, state.batch)
 
 
+def save_masks(recorder: masks.MaskRecorder, path: Path) -> None:
+    """Write what this rank drew, with its coordinates."""
+    from megatron.core import parallel_state
+
+    coordinates = {
+        "data": parallel_state.get_data_parallel_rank(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_rank(),
+        "context": parallel_state.get_context_parallel_rank(),
+        "tensor": parallel_state.get_tensor_model_parallel_rank(),
+    }
+    recorder.save(path, coordinates)
+
+
 def run_case(case: dict, rank: Rank, folder: Path) -> None:
     from megatron.core import parallel_state
 
@@ -61,14 +76,17 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
     if case.get("save_start"):
         engine.save(sharded.step_folder(Path(config.output), 0), state)
     loader = build_loader(config, stream, engine, state.batch)
-    record = []
+    record, recorder = [], nullcontext()
+    if case.get("masks"):
+        recorder = masks.MaskRecorder(getattr(engine, "model", None) or [engine.engine])
     while state.step < (config.train.stop_after or config.train.steps):
         batch, micro_batches = next(loader)
         if state.step == case.get("spoil"):
             spoiled = spoil(micro_batches) if engine.data_rank == engine.data_size - 1 else micro_batches
             metrics = engine.train_step(spoiled, state.step, learning_rate(config, state.step))
             assert not metrics.stepped and not math.isfinite(metrics.loss), (case["name"], metrics)
-        metrics = engine.train_step(micro_batches, state.step, learning_rate(config, state.step))
+        with recorder if state.step < masks.STEPS else nullcontext():
+            metrics = engine.train_step(micro_batches, state.step, learning_rate(config, state.step))
         assert metrics.stepped, (case["name"], state.step, metrics)
         state.step, state.batch = state.step + 1, batch + 1
         record.append({"step": state.step, "loss": metrics.loss, "grad_norm": metrics.grad_norm})
@@ -79,6 +97,8 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
     loader.close()
     while not engine.poll():
         time.sleep(0.01)
+    if case.get("masks"):
+        save_masks(recorder, folder / f"{case['name']}-{rank.rank}.npz")
     if rank.rank == 0:
         (folder / f"{case['name']}.json").write_text(json.dumps(record))
     dist.barrier()

@@ -106,6 +106,25 @@ def resume_with(saving: type, resuming: type, folder) -> list[float]:
     return losses
 
 
+def resume_with_dropout(version: int, folder) -> dict:
+    """Seed of step 7, losses of steps 0 to 3 and, from the checkpoint at 2, of steps 2 and 3 again."""
+    from megatron_cm3leon.checkpoint.state import TrainState
+    from megatron_cm3leon.engine.batch import seed_dropout
+
+    options = ["model.layers=1", "model.dropout=0.1", f"output={folder}", "checkpoint.asynchronous=false"]
+    engine, batches = build(*options)
+    newest, engine.dropout_seeding = engine.dropout_seeding, version
+    losses = train(engine, batches, range(2))
+    state = TrainState(step=2) if version == 1 else TrainState(step=2, dropout_seeding=version)  # 1 was not recorded
+    engine.save(folder / "step-00000002", state)
+    losses += train(engine, batches, range(2, 4))
+    again, _ = build(*options)
+    again.load(folder / "step-00000002")
+    resumed = train(again, batches, range(2, 4))
+    seed_dropout(1234, 7, version)
+    return {"newest": newest, "seed": torch.initial_seed(), "losses": losses, "resumed": resumed}
+
+
 def main() -> None:
     import tempfile
     from pathlib import Path
@@ -122,6 +141,10 @@ def main() -> None:
     }.items():
         with tempfile.TemporaryDirectory() as folder:
             seen["losses"][name] = resume_with(*pair, Path(folder) / "checkpoints")
+    optimizer._INSTALLED = None
+    for version in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            seen[f"dropout {version}"] = resume_with_dropout(version, Path(folder) / "checkpoints")
     optimizer._INSTALLED = GroupStepAdamW
     seen["classes"] = SimpleNamespace(
         auto=type(build("model.layers=1")[0].optimizer.optimizer).__name__,

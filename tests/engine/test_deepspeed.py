@@ -83,9 +83,23 @@ def test_a_users_json_is_merged_in(tmp_path):
         ),
         (
             {"optimizer": {"params": {"amsgrad": True}}},
-            "optimizer.params.amsgrad (True) is no field of section optimizer",
+            "optimizer.params.amsgrad (True) contradicts section optimizer, which makes it False",
+        ),
+        (
+            {"optimizer": {"params": {"max_coeff": 10}}},
+            "optimizer.params.max_coeff (10) is no field of section optimizer",
         ),
         ({"scheduler": {"type": "WarmupLR"}}, "is decided by section schedule; remove it there."),
+        (
+            {"zero_optimization": {"overlap_comm": False}},
+            "zero_optimization.overlap_comm (False) contradicts parallel.overlap, which makes it True; remove it",
+        ),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "contradicts parallel.zero, which makes it False"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size (2) contradicts parallel.tensor, which makes it 1"),
+        ({"tensor_parallel": {"tp": {"tp_size": 1}}}, "is decided by parallel.tensor; remove it there."),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode (False) contradicts section"),
+        ({"zero_optimization": True}, "zero_optimization (True) must be an object of settings; correct it."),
+        ({"bf16": True}, "bf16 (True) must be an object of settings; correct it."),
         ("{", "is not valid JSON"),
         ("[1]", "must hold an object of settings, not [1]."),
     ],
@@ -95,6 +109,37 @@ def test_what_contradicts_is_refused_by_name(tmp_path, extra, sentence):
         settings(["parallel.zero=1"], extra=extra, folder=tmp_path)
     assert sentence in str(error.value)
     assert "user.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "data_size", "extra"),
+    [
+        (["parallel.zero=2"], 1, {"zero_optimization": {"stage": 2, "overlap_comm": True}}),
+        (["parallel.zero=2"], 1, {"zero_optimization": {"overlap_comm": False}}),
+        (["parallel.zero=2", "parallel.overlap=false"], 1, {"zero_optimization": {"overlap_comm": True}}),
+        (["parallel.zero=2", "parallel.overlap=false"], 2, {"zero_optimization": {"overlap_comm": False}}),
+        (["parallel.zero=0"], 2, {"zero_optimization": {"stage": 0, "overlap_comm": False}}),
+        (["parallel.zero=2"], 1, {"zero_optimization": {"round_robin_gradients": True}}),
+        (["parallel.zero=3"], 2, {"zero_optimization": {"round_robin_gradients": True}}),
+        (["parallel.zero=1"], 2, {"tensor_parallel": {"autotp_size": 0}, "scheduler": None}),
+        (["parallel.zero=1", "parallel.tensor=2"], 2, {"tensor_parallel": {"autotp_size": 2}, "scheduler": {}}),
+        (["parallel.zero=1"], 2, {"optimizer": {"type": "Adam", "params": {"torch_adam": False, "amsgrad": False}}}),
+        (["parallel.zero=1"], 2, {"optimizer": {"type": "adamw", "params": {"bias_correction": True, "lr": 6e-4}}}),
+        (
+            ["parallel.zero=2"],
+            2,
+            {"zero_optimization": {"offload_optimizer": {"device": "none"}, "cpu_offload": False}},
+        ),
+        (
+            ["parallel.zero=2", "deepspeed.offload_optimizer=true"],
+            2,
+            {"zero_optimization": {"offload_optimizer": None}},
+        ),
+        (["parallel.zero=2"], 2, {"zero_optimization": None, "bf16": {}, "gradient_clipping": 1, "fp16": None}),
+    ],
+)
+def test_what_has_the_same_effect_changes_nothing(tmp_path, overrides, data_size, extra):
+    assert settings(overrides, data_size, extra, tmp_path) == settings(overrides, data_size)
 
 
 def test_a_missing_json_is_named():

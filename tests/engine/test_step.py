@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_cm3leon.checkpoint.schedule import STEPS_AHEAD, saves_soon
+from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config import load_config
+from megatron_cm3leon.engine.base import DROPOUT_SEEDING
+from megatron_cm3leon.resume import check_dropout_seeding
 from tests.data.corpora import make_vocabulary
 from tests.distributed.launch import torchrun
 
@@ -38,6 +42,26 @@ def test_adamw_is_the_installed_librarys_or_torchs(seen):
 @pytest.mark.parametrize("pair", ["installed to torch", "torch to installed"])
 def test_either_adamw_resumes_the_others_checkpoint(seen, pair):
     assert seen["losses"][pair] == pytest.approx(seen["losses"]["torch"], rel=1e-6)
+
+
+def test_a_resumed_run_keeps_its_seeding_of_dropout(seen):
+    """Seeds of (seed 1234, step 7) on the first rank: another number is another version."""
+    older, newer = seen["dropout 1"], seen["dropout 2"]
+    assert older["resumed"] == older["losses"][2:] and newer["resumed"] == newer["losses"][2:]
+    assert older["losses"] != newer["losses"] and newer["newest"] == 2
+    assert (older["seed"], newer["seed"]) == (338633693, 3920288169382061327)
+
+
+def test_an_older_seeding_of_dropout_is_logged_and_a_newer_one_refused(caplog):
+    caplog.set_level("INFO")
+    folder, config, without = Path("run/step-00000002"), load_config(None, ["model.dropout=0.1"]), load_config()
+    check_dropout_seeding(folder, config, TrainState(dropout_seeding=DROPOUT_SEEDING))
+    check_dropout_seeding(folder, without, TrainState())
+    assert not caplog.messages
+    check_dropout_seeding(folder, config, TrainState())
+    assert "keep the seeding that this run began with (version 1:" in caplog.text
+    with pytest.raises(ValueError, match=r"dropout_seeding \(3\) in run/step-00000002/state.json must be at most 2"):
+        check_dropout_seeding(folder, config, TrainState(dropout_seeding=3))
 
 
 def test_without_the_cpus_substitutes_adamw_is_torchs_fused_one():

@@ -1,0 +1,134 @@
+"""Dropout masks of real training steps, recorded on every rank and compared between ranks.
+
+Ranks that hold the same activations must drop the same entries, all others independent ones: of two independent masks
+of probability p, (1 - p)^2 + p^2 of the entries are equal.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ENTRIES = 1_000_000
+"""Entries of each mask stream that are compared."""
+STEPS = 8
+"""Steps that are recorded."""
+HIDDEN, ATTENTION = "hidden", "attention"
+"""Masks of embeddings and residual branches [S, B, H], and of attention weights [B, N, S, S]."""
+
+
+class MaskRecorder(TorchDispatchMode):
+    """Records every mask that is drawn while it is active, by kind and by chunk of an interleaved pipeline."""
+
+    def __init__(self, models: list[torch.nn.Module]) -> None:
+        super().__init__()
+        self.chunk = 0
+        self.masks: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
+        self.order: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.digests = {"forward": defaultdict(list), "backward": defaultdict(list)}
+        for number, model in enumerate(models):
+            model.register_forward_pre_hook(lambda *_, number=number: setattr(self, "chunk", number))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.bernoulli_.float:
+            self._add(result.detach().bool().numpy().reshape(-1), HIDDEN if result.dim() == 3 else ATTENTION)
+        return result
+
+    def _add(self, mask: np.ndarray, kind: str) -> None:
+        phase = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+        self.digests[phase][kind].append(hashlib.blake2b(mask.tobytes(), digest_size=16).hexdigest())
+        if phase == "forward":
+            for masks in (self.masks[kind, self.chunk], self.order[kind]):
+                if sum(map(len, masks)) < ENTRIES:
+                    masks.append(mask)
+
+    def save(self, path: Path, coordinates: dict[str, int]) -> None:
+        """Write the streams as bits, one array each, and what identifies them."""
+        streams = {kind: np.concatenate(masks)[:ENTRIES] for kind, masks in self.order.items()}
+        for (kind, chunk), masks in self.masks.items():
+            streams[f"{kind} {chunk}"] = np.concatenate(masks)[:ENTRIES]
+        about = json.dumps({"coordinates": coordinates, "digests": self.digests})
+        np.savez(path, about=about, **streams)
+
+
+@dataclass(frozen=True)
+class RankMasks:
+    """What one rank drew."""
+
+    coordinates: dict[str, int]
+    """data, pipeline, context and tensor rank."""
+    digests: dict[str, dict[str, list[str]]]
+    """forward or backward -> kind -> digest of every mask, in order."""
+    streams: dict[str, np.ndarray]
+    """kind, or kind and chunk -> the first entries of all masks of the forward passes, true where kept."""
+
+
+def load_masks(folder: Path, name: str, ranks: int) -> list[RankMasks]:
+    """The masks of every rank of one row."""
+    found = []
+    for rank in range(ranks):
+        with np.load(folder / f"{name}-{rank}.npz") as file:
+            about = json.loads(str(file["about"]))
+            streams = {key: file[key] for key in file.files if key != "about"}
+        found.append(RankMasks(about["coordinates"], about["digests"], streams))
+    return found
+
+
+def deviation(left: np.ndarray, right: np.ndarray, probability: float) -> float:
+    """Standard deviations between the share of equal entries and that of independent masks."""
+    assert len(left) == len(right) == ENTRIES, (len(left), len(right))
+    chance = probability**2 + (1 - probability) ** 2
+    return (float((left == right).mean()) - chance) / math.sqrt(chance * (1 - chance) / ENTRIES)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All ranks of one row against each other."""
+
+    same: int
+    """Pairs of mask streams that must be the same, and are."""
+    different: int
+    """Pairs that must be independent."""
+    worst: float
+    """Largest deviation of those from chance, in standard deviations."""
+    replayed: int
+    """Masks that recomputation drew again, on all ranks."""
+
+
+def compare_masks(ranks: list[RankMasks], probability: float, sequence_parallel: bool) -> Comparison:
+    """Compare every two streams that could be confused; AssertionError for two that must be the same and differ."""
+    same, deviations = 0, []
+    for left, right in itertools.combinations(ranks, 2):
+        others = [key for key in left.coordinates if key != "tensor"]
+        replicated = not sequence_parallel and all(left.coordinates[key] == right.coordinates[key] for key in others)
+        for kind in (HIDDEN, ATTENTION):
+            if replicated and kind == HIDDEN:
+                assert left.digests["forward"][kind] == right.digests["forward"][kind], (left.coordinates, kind)
+                same += 1
+            else:
+                deviations.append(deviation(left.streams[kind], right.streams[kind], probability))
+    for rank in ranks:
+        deviations.append(deviation(rank.streams[HIDDEN], rank.streams[ATTENTION], probability))
+        for kind in (HIDDEN, ATTENTION):
+            chunks = [stream for key, stream in rank.streams.items() if key.startswith(f"{kind} ")]
+            deviations += [deviation(*pair, probability) for pair in itertools.combinations(chunks, 2)]
+    return Comparison(same, len(deviations), max(map(abs, deviations)), sum(map(count_replayed, ranks)))
+
+
+def count_replayed(rank: RankMasks) -> int:
+    """Masks that backward passes drew again; AssertionError for one that no forward pass drew, or drew twice."""
+    count = 0
+    for kind, digests in rank.digests["forward"].items():
+        drawn, again = Counter(digests), Counter(rank.digests["backward"].get(kind, []))
+        assert max(drawn.values()) == 1, f"a {kind} mask was drawn {max(drawn.values())} times"
+        assert again <= drawn, f"{(again - drawn).total()} of {again.total()} {kind} masks were recomputed differently"
+        count += again.total()
+    return count
