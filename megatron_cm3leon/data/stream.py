@@ -237,12 +237,12 @@ class Stream:
         """Where block `number` stands, for a checkpoint: with it, `resume` costs the same at any step."""
         if not self.packing.prefix:
             return {}
-        return dict(vars(self.packing.anchor(number)))
+        return self.packing.anchor(number).to_dict()
 
     def resume(self, cursor: dict) -> None:
         """Take up a cursor of this stream (of the same fingerprint)."""
         if cursor and self.packing.prefix:
-            self.packing.prefix.add_cursor(**cursor)
+            self.packing.prefix.add_cursor(cursor)
 
     def keep_tables(self, folder: Path) -> None:
         """Keep the tables that distant blocks need in `folder`."""

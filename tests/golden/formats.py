@@ -16,12 +16,15 @@ from megatron_cm3leon.checkpoint.folder import Piece
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.cluster.status import read_status, to_json
 from megatron_cm3leon.config import Config, save_config
+from megatron_cm3leon.data.filters import Filters
 from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.evaluation.evaluate import EvaluationOptions
 from megatron_cm3leon.generation.results import written_results
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import TEXT_MODEL, build_tiny_clip, save_clip
 from megatron_cm3leon.retrieval.options import IndexOptions
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
+from megatron_cm3leon.tokenizers.image_training import ImageTrainingOptions
 from megatron_cm3leon.tokenizers.text import TextTokenizer
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -156,6 +159,12 @@ def describe_generated(folder: Path) -> dict:
     with written_results(folder / "image", options["image"]) as results:
         results.made.append({"text": "a"})
     return {"generated.json": dict.fromkeys(read_json(folder / "image/generated.json")), "options": options}
+
+
+def describe_options() -> dict:
+    """Options as shards, index, tokenizer and evaluation record them, at their defaults."""
+    chosen = (Filters(), IndexOptions(), ImageTrainingOptions(), EvaluationOptions())
+    return {type(options).__name__: options.to_dict() for options in chosen}
 
 
 def describe_run(folder: Path) -> dict:

@@ -27,6 +27,7 @@ def collect() -> dict:
             "tokenizers": formats.describe_tokenizers(folder / "tokenizers"),
             "exports": formats.describe_exports(folder / "exports"),
             "generated": formats.describe_generated(folder / "generated"),
+            "options": formats.describe_options(),
             "run": formats.describe_run(folder / "run"),
         }
     return json.loads(json.dumps(found))  # as JSON has it: no tuples
