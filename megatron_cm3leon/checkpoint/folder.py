@@ -254,7 +254,7 @@ class CheckpointFolder:
 
     @cached_property
     def state(self) -> TrainState:
-        return TrainState.load(self.check("state.json"))
+        return TrainState.load(self.check("state.json"), self.config.train.global_batch_size)
 
     @cached_property
     def pieces(self) -> dict[tuple[str, str], list[Stored]]:

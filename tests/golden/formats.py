@@ -67,12 +67,14 @@ def make_state() -> TrainState:
     return TrainState(
         step=11,
         batch=14,
+        sequence=440,
         tokens=123456,
         skipped=[3],
         left_out=[{"step": 8, "first": 8, "last": 9, "reason": "spike", "loss": 9.5}],
         recent_losses=[2.5, 2.25],
         cursor={"start": 4, "span": 1, "group": 0},
         stream="0123456789abcdef",
+        stream_parts={"version": 2, "stream_version": 1, "weights": [7, 3], "sources": [["0a", "0b", "0c"], ["0d"]]},
         attempt=2,
         changes=[{"step": 4, "field": "cm3.probability", "old": 1.0, "new": 0.5}],
     )

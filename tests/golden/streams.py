@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cm3leon.config import Config
+from megatron_cm3leon.data.identity import describe_sources, identify
 from megatron_cm3leon.data.samples import DataSource
 from megatron_cm3leon.data.stream import Stream
 from tests.data.corpora import Neighbors, make_vocabulary, write_shards
@@ -83,10 +84,11 @@ def make_stream(settings: dict, corpora: list) -> Stream:
 
 def describe_stream(stream: Stream) -> dict:
     """Identity, first three batches and some cursors of a stream. Loss weights are counted in 1/1024."""
-    blocks = stream.blocks(0, 12)
+    blocks, sources = stream.blocks(0, 12), describe_sources(stream.samples, stream.config)
     batches = [blocks[start : start + 4] for start in (0, 4, 8)]
     return {
-        "identity": stream.fingerprint,
+        "identities": {version: identify(sources, stream.config, version) for version in (1, 2)},
+        "sources": sources,
         "first sequence": str(blocks[0].tokens.tolist()),
         "tokens": [hash_numbers(np.stack([block.tokens for block in batch])) for batch in batches],
         "weights": [hash_numbers(np.stack([block.weights * 1024 for block in batch]).round()) for batch in batches],

@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 import pytest
 
 from megatron_cm3leon.checkpoint.folder import Piece
+from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.data.filters import Filters
 from megatron_cm3leon.data.prefix import Anchor
 from megatron_cm3leon.evaluation.evaluate import EvaluationOptions
@@ -29,7 +30,7 @@ def test_formats_and_streams_are_the_golden_ones(found, part):
 
 
 @pytest.mark.parametrize(
-    "kind", [Anchor, EvaluationOptions, Filters, ImageTrainingOptions, IndexOptions, Piece, VQGANConfig]
+    "kind", [Anchor, EvaluationOptions, Filters, ImageTrainingOptions, IndexOptions, Piece, TrainState, VQGANConfig]
 )
 def test_every_field_is_written(kind):
     required = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]
