@@ -1,5 +1,6 @@
 """Where a run begins: a new model, or the last complete checkpoint and what may have changed since."""
 
+import copy
 import logging
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron_cm3leon.data.identity import compare_sources, describe_sources, id
 from megatron_cm3leon.data.mixture import whole_weights
 from megatron_cm3leon.data.stream import Stream
 from megatron_cm3leon.engine.base import Engine
+from megatron_cm3leon.model.weights import canonical_shapes
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ def check_changes(
     free = [f"{name} {old} -> {new}" for name, (old, new) in found.items() if name not in changes]
     if free:
         logger.info("changed since %s: %s", reader.folder.name, ", ".join(free))
+    _check_shapes(reader, config, changes)
     for name, (before, after) in changes.items():
         if name not in allowed:
             raise ValueError(
@@ -62,6 +65,24 @@ def check_changes(
         state.changes.append({"step": state.step, "batch": state.batch, "field": name, "old": before, "new": after})
     _log_position(reader.config, config, changes, state)
     return not any(name.startswith(("seed", "data.", "retrieval.", "cm3.")) for name in changes)
+
+
+def _check_shapes(reader: sharded.CheckpointReader, config: Config, changes: dict[str, tuple]) -> None:
+    """Refuse a change that gives parameters other shapes: no --allow-change could load the checkpoint."""
+    size, before = reader.vocabulary.size, canonical_shapes(reader.config, reader.vocabulary.size)
+    if canonical_shapes(config, size) == before:
+        return
+    for name, (old, new) in changes.items():
+        alone, (section, _, field) = copy.deepcopy(reader.config), name.rpartition(".")
+        setattr(getattr(alone, section) if section else alone, field, new)
+        if canonical_shapes(alone, size) != before:
+            reason = "which gives the model's parameters other shapes"
+            if name == "data.seq_length":
+                reason = f"which has {old} learned positions (model.family=cm3leon), one for each token of a sequence"
+            raise ValueError(
+                f"{name} ({new}) was {old} in {reader.folder}, {reason}; resume with {name}={old}, or start a new run "
+                f"folder (output=...)."
+            )
 
 
 def _compare_sources(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config import load_config
 from megatron_cm3leon.config_fields import CM3Config, DataConfig, RetrievalConfig
@@ -14,6 +15,7 @@ from megatron_cm3leon.data.identity import describe_sources, identify
 from megatron_cm3leon.data.samples import DataSource
 from megatron_cm3leon.data.stream import Stream
 from megatron_cm3leon.resume import check_changes
+from tests.checkpoint.made import write_random_checkpoint
 from tests.data.corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
 
 VOCABULARY = make_vocabulary()
@@ -151,3 +153,38 @@ def test_a_change_that_moves_samples_is_told(corpora, packing, field, moved, cap
     caplog.set_level(logging.INFO)
     assert not resume(make_stream(config, corpora[0]), record(make_stream(old, corpora[0])), old, name)
     assert (f"another place of the data since {name} changed" in caplog.text) == moved
+
+
+def test_positions_of_a_checkpoint_are_named_and_no_way_is_offered_that_cannot_work(corpora, tmp_path):
+    for family, overrides in (("cm3leon", []), ("llama", ["model.family=llama", "model.ffn_hidden_size=16"])):
+        old = make_config(*overrides, "data.packing=stream")
+        reader = CheckpointReader(write_random_checkpoint(tmp_path / family, old, VOCABULARY))
+
+        def change(*more, old=old, overrides=overrides, reader=reader, allowed=()):
+            config = make_config(*overrides, "data.packing=stream", *more)
+            state = record(make_stream(old, corpora[0]))
+            return check_changes(reader, config, make_stream(config, corpora[0]), state, list(allowed))
+
+        for length in (80, 30):
+            if family == "cm3leon":
+                with pytest.raises(
+                    ValueError, match=r"has 40 learned positions .* resume with data.seq_length=40"
+                ) as error:
+                    change(f"data.seq_length={length}", "cm3.probability=0.5", allowed=["data.seq_length"])
+                assert "--allow-change" not in str(error.value)
+            else:
+                with pytest.raises(ValueError, match=r"--allow-change data.seq_length"):
+                    change(f"data.seq_length={length}")
+                assert not change(f"data.seq_length={length}", allowed=["data.seq_length"])
+        for override in (
+            "model.layers=2",
+            "model.hidden_size=16",
+            f"model.family={'llama' if family == 'cm3leon' else 'cm3leon'}",
+        ):
+            with pytest.raises(
+                ValueError, match=r"gives the model's parameters other shapes; resume with model"
+            ) as error:
+                change(override)
+            assert "--allow-change" not in str(error.value) and override.partition("=")[0] in str(error.value)
+        with pytest.raises(ValueError, match=r"--allow-change model.dropout"):
+            change("model.dropout=0.1")
