@@ -72,22 +72,10 @@ PRESETS: dict[str, dict[str, dict]] = {
 }
 
 # What a resumed run may change only when it is told to (`--allow-change`): the model and the stream.
-# Paths are not among them: the stream's fingerprint covers what lies behind them.
-FIXED_FIELDS = (
-    "seed",
-    "model.",
-    "data.seq_length",
-    "data.packing",
-    "data.attention",
-    "data.image_first_probability",
-    "data.text_loss_weight",
-    "data.image_loss_weight",
-    "retrieval.documents",
-    "retrieval.choice",
-    "retrieval.loss_weight",
-    "cm3.",
-    "train.global_batch_size",
-)
+FIXED_FIELDS = ("seed", "model.", "data.", "retrieval.", "cm3.", "train.global_batch_size")
+# But for these: the stream's identity (data/identity.py) covers the content of folders, wherever they are.
+SOURCE_FIELDS = ("data.shards", "data.sources", "retrieval.index")
+FREE_FIELDS = (*SOURCE_FIELDS, "data.workers", "data.prefetch")
 
 PATHS = ("output", "data.shards", "retrieval.index", "validation.shards", "validation.index", "deepspeed.json")
 """Fields that are paths, beside those of data.sources: ~ and $VARIABLE are expanded in them."""
@@ -218,6 +206,11 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple]:
     """Dotted names of the fields that differ, with the old and the new value."""
     left, right = _flatten(asdict(old)), _flatten(asdict(new))
     return {name: (left.get(name), value) for name, value in right.items() if left.get(name) != value}
+
+
+def is_fixed(name: str) -> bool:
+    """Whether a resumed run may change the field `name` (dotted) only when it is told to."""
+    return name.startswith(FIXED_FIELDS) and name not in FREE_FIELDS
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:

@@ -60,7 +60,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     """Several sources with weights, in place of `shards` and retrieval.index."""
     seq_length: int = 4096
-    """Tokens the model sees at once; also the number of learned positions."""
+    """Tokens the model sees at once; also the number of learned positions (cm3leon), which a resumed run keeps."""
     packing: str = "query"
     """query: every query its own block, whole, at the end; stream: samples concatenated and cut;
     stream_whole_images: no block begins inside a picture; documents: whole samples, best fit."""
@@ -142,7 +142,8 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps."""
     global_batch_size: int = 32
-    """Blocks in one step, over all ranks."""
+    """Sequences in one step, over all ranks. A resumed run may change it (--allow-change) and goes on with the next
+    sequence; train.steps and the schedule count steps."""
     micro_batch_size: int = 1
     """Blocks in one forward pass of one rank."""
     precision: str = "bf16"
@@ -167,7 +168,7 @@ class TrainConfig:
     max_rollbacks: int = 3
     """Times the run may go back to the same checkpoint; the next spike ends it."""
     skip_batches: str = ""
-    """Batches of the stream to leave out, by number, such as 120-320,900."""
+    """Batches to skip, by their numbers in metrics.jsonl, such as 120-320,900."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator, added to each token's loss (Chameleon: 1e-5)."""
     fp8: bool = False

@@ -81,15 +81,16 @@ class LossGuard:
                 f"(train.max_rollbacks); {look}, or go back further: rename that folder and start again."
             )
         batches = range(back.batch, state.batch)
-        back.attempt, back.stream, back.changes = state.attempt, state.stream, state.changes
-        back.left_out = state.left_out
-        leave_out(back, batches, "spike", loss)
+        back.attempt, back.changes, back.left_out = state.attempt, state.changes, state.left_out
+        back.stream, back.stream_parts = state.stream, state.stream_parts
+        leave_out(back, batches, self.config.train.global_batch_size, "spike", loss)
         logger.info("%s; back to %s, batches %d to %d are left out", what, folder, batches[0], batches[-1])
         return back, batches
 
 
-def leave_out(state: TrainState, batches: range, reason: str, loss: float | None = None) -> None:
-    """Go on behind `batches`, which begin at the state's next one, and remember them. `reason`: spike or asked."""
+def leave_out(state: TrainState, batches: range, size: int, reason: str, loss: float | None = None) -> None:
+    """Skip `batches` of `size` sequences each, which begin at the state's next one. `reason`: spike or asked."""
     entry = {"step": state.step, "first": batches[0], "last": batches[-1], "reason": reason}
     state.left_out = [*state.left_out, entry | ({} if loss is None else {"loss": loss})]
     state.batch = batches.stop
+    state.sequence += len(batches) * size

@@ -68,10 +68,24 @@ class MetricsLogger:
         )
         self.progress.advance(note=note)
 
-    def leave_out(self, batches: range, *, attempt: int, step: int, reason: str, steps_back: int = 0) -> None:
-        """Record batches that the run goes past after `step`: of theirs, these lines hold. `reason` as TrainState's."""
-        for batch in batches:
-            line = {"attempt": attempt, "step": step, "batch": batch, "skipped": reason, "time": round(time.time(), 3)}
+    def leave_out(
+        self, batches: range, first_sequence: int, sequences: int, *, attempt: int, step: int, reason: str,
+        steps_back: int = 0,
+    ) -> None:  # fmt: skip
+        """Record batches that the run skips after `step`; these lines supersede earlier lines of the same batches.
+
+        Each has `sequences` sequences, the first batch those from `first_sequence` on; `reason` as in TrainState.
+        """
+        for number, batch in enumerate(batches):
+            line = {
+                "attempt": attempt,
+                "step": step,
+                "batch": batch,
+                "first_sequence": first_sequence + number * sequences,
+                "sequences": sequences,
+                "skipped": reason,
+                "time": round(time.time(), 3),
+            }
             self.file.write(json.dumps(line) + "\n")
         if steps_back:
             self.board.close()

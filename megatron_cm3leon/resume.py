@@ -1,5 +1,6 @@
 """Where a run begins: a new model, or the last complete checkpoint and what may have changed since."""
 
+import copy
 import logging
 from pathlib import Path
 
@@ -7,12 +8,23 @@ import torch
 
 from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields
+from megatron_cm3leon.config import Config, changed_fields, is_fixed
+from megatron_cm3leon.data.identity import compare_sources, describe_sources, identify
+from megatron_cm3leon.data.mixture import whole_weights
 from megatron_cm3leon.data.stream import Stream
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, Engine
+from megatron_cm3leon.model.weights import canonical_shapes
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
 logger = logging.getLogger(__name__)
+
+_IN_PLACE = (
+    "cm3.", "data.attention", "data.image_first_probability", "data.text_loss_weight", "data.image_loss_weight",
+    "retrieval.loss_weight",
+)  # fmt: skip
+"""Fields of the stream that leave every sample in its sequence."""
+_LENGTHS = ("data.seq_length", "retrieval.")
+"""Fields that move samples to other sequences, but under packing=query, where sequence n is sample n."""
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -23,27 +35,95 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 def check_changes(
     reader: sharded.CheckpointReader, config: Config, stream: Stream, state: TrainState, allowed: list[str]
-) -> None:
-    """Refuse to resume with another vocabulary, model or stream unless each changed field was allowed; record those."""
+) -> bool:
+    """Refuse to resume with another vocabulary, model or stream unless each change was allowed; record those.
+
+    Returns whether the sequences of the stream are those of the checkpoint's run.
+    """
     check_same_vocabulary(stream.vocabulary, reader.vocabulary, f"checkpoint {reader.folder}")
     found = changed_fields(reader.config, config)
-    changes = {name: pair for name, pair in found.items() if name.startswith(FIXED_FIELDS)}
+    changes = {name: pair for name, pair in found.items() if is_fixed(name)}
     free = [f"{name} {old} -> {new}" for name, (old, new) in found.items() if name not in changes]
     if free:
         logger.info("changed since %s: %s", reader.folder.name, ", ".join(free))
+    _check_shapes(reader, config, changes)
     for name, (before, after) in changes.items():
         if name not in allowed:
             raise ValueError(
                 f"{name} ({after}) was {before} in {reader.folder}; resume with the old value, start a new run folder "
                 f"(output=...), or confirm with --allow-change {name}."
             )
-        state.changes.append({"step": state.step, "field": name, "old": before, "new": after})
-    if state.stream != stream.fingerprint and not changes and "data.shards" not in allowed:
+    difference, field = _compare_sources(reader, config, stream, state)
+    if difference and not {field, "data.shards"} & set(allowed):
         raise ValueError(
-            f"the shards or the index behind this run, or the weights of data.sources, are not those of "
-            f"{reader.folder}; give the same ones, start a new run folder (output=...), or confirm with "
-            f"--allow-change data.shards."
+            f"{difference}; give the same data, start a new run folder (output=...), or confirm with --allow-change "
+            f"{field}."
         )
+    if difference:
+        changes[field] = state.stream, stream.identity
+    for name, (before, after) in changes.items():
+        state.changes.append({"step": state.step, "batch": state.batch, "field": name, "old": before, "new": after})
+    _log_position(reader.config, config, changes, state)
+    return not any(name.startswith(("seed", "data.", "retrieval.", "cm3.")) for name in changes)
+
+
+def _check_shapes(reader: sharded.CheckpointReader, config: Config, changes: dict[str, tuple]) -> None:
+    """Refuse a change that gives parameters other shapes: no --allow-change could load the checkpoint."""
+    size, before = reader.vocabulary.size, canonical_shapes(reader.config, reader.vocabulary.size)
+    if canonical_shapes(config, size) == before:
+        return
+    for name, (old, new) in changes.items():
+        alone, (section, _, field) = copy.deepcopy(reader.config), name.rpartition(".")
+        setattr(getattr(alone, section) if section else alone, field, new)
+        if canonical_shapes(alone, size) != before:
+            reason = "which gives the model's parameters other shapes"
+            if name == "data.seq_length":
+                reason = f"which has {old} learned positions (model.family=cm3leon), one for each token of a sequence"
+            raise ValueError(
+                f"{name} ({new}) was {old} in {reader.folder}, {reason}; resume with {name}={old}, or start a new run "
+                f"folder (output=...)."
+            )
+
+
+def _compare_sources(
+    reader: sharded.CheckpointReader, config: Config, stream: Stream, state: TrainState
+) -> tuple[str, str]:
+    """How the data behind the stream differ from the checkpoint's, and the field that names them; ("", "") if not."""
+    old, present = reader.config, describe_sources(stream.samples, reader.config)
+    if state.stream_parts:
+        return compare_sources(state.stream_parts, present, config, reader.folder)
+    # An identity of version 1, which is a hash alone.
+    if old.retrieval.documents and not config.retrieval.documents:
+        return "", ""  # it covers an index that is not open any more
+    if identify(present, old, version=1) == state.stream:
+        return "", ""
+    weighted = present | {"weights": whole_weights([source.weight for source in old.data.sources] or [1.0])}
+    if identify(weighted, old, version=1) == state.stream:
+        return compare_sources(weighted, present, config, reader.folder)
+    field = "data.sources" if config.data.sources else "data.shards"
+    return f"the shards or the index behind this run are not those of {reader.folder}", field
+
+
+def _log_position(old: Config, config: Config, changes: dict[str, tuple], state: TrainState) -> None:
+    """Say where in the stream a run goes on whose batches or sequences have changed."""
+    moving = [
+        name
+        for name in changes
+        if not name.startswith(("model.", "train.", *_IN_PLACE))
+        and not (name.startswith(_LENGTHS) and old.data.packing == config.data.packing == "query")
+    ]
+    if moving:
+        logger.info(
+            "training continues at sequence %d, which is another place of the data since %s changed: some samples are "
+            "trained on again, or not in this epoch",
+            state.sequence, " and ".join(moving),
+        )  # fmt: skip
+    elif "train.global_batch_size" in changes:
+        logger.info(
+            "training continues at sequence %d with batches of %d sequences instead of %d: no sample is skipped or "
+            "repeated; train.steps and the schedule count steps as before",
+            state.sequence, *reversed(changes["train.global_batch_size"]),
+        )  # fmt: skip
 
 
 def check_dropout_seeding(folder: Path, config: Config, state: TrainState) -> None:
@@ -86,17 +166,21 @@ def open_run(
     folder = latest_checkpoint(Path(config.output))
     if folder is None:
         engine = build_engine(config, stream.vocabulary, device)
-        return engine, TrainState(stream=stream.fingerprint, dropout_seeding=engine.dropout_seeding), None
+        return engine, _record_stream(TrainState(dropout_seeding=engine.dropout_seeding), stream), None
     reader = sharded.CheckpointReader(folder)
     state = reader.state
-    check_changes(reader, config, stream, state, allowed)
+    if check_changes(reader, config, stream, state, allowed):
+        stream.resume(state.cursor)
     check_dropout_seeding(reader.folder, config, state)
     engine = build_engine(config, stream.vocabulary, device)
     engine.load(folder)
-    if state.stream == stream.fingerprint:
-        stream.resume(state.cursor)
-    state.stream = stream.fingerprint
     logger.info("resumed from %s at step %d", folder, state.step)
     for left in sharded.list_unfinished(Path(config.output)):
         logger.info("%s was not finished when the run ended; it is not used", left)
-    return engine, state, folder
+    return engine, _record_stream(state, stream), folder
+
+
+def _record_stream(state: TrainState, stream: Stream) -> TrainState:
+    """The state, of the identity of `stream`."""
+    state.stream, state.stream_parts = stream.identity, describe_sources(stream.samples, stream.config)
+    return state

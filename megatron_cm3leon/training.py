@@ -26,14 +26,16 @@ from megatron_cm3leon.schedule import follow_rule, learning_rate
 logger = logging.getLogger(__name__)
 
 
-def build_loader(config: Config, stream: Stream, engine: Engine, start_batch: int) -> Loader:
+def build_loader(config: Config, stream: Stream, engine: Engine, batch: int = 0, sequence: int = 0) -> Loader:
+    """The loader of this rank from `batch` on, whose first sequence is `sequence`."""
     return Loader(
         stream,
         rank=engine.data_rank,
         size=engine.data_size,
         micro_batch_size=config.train.micro_batch_size,
         global_batch_size=config.train.global_batch_size,
-        start_batch=start_batch,
+        start_batch=batch,
+        start_sequence=sequence,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         pin_memory=engine.device.type == "cuda",
@@ -53,7 +55,7 @@ class Validation:
         """Mean losses over the batches, named as metrics.jsonl has them."""
         losses = {}
         for name, stream in self.streams.items():
-            loader = build_loader(self.config, stream, engine, start_batch=0)
+            loader = build_loader(self.config, stream, engine)
             metrics = [engine.eval_step(next(loader)[1]) for _ in range(self.config.validation.batches)]
             loader.close()
             for field in ("loss", "loss_text", "loss_image"):
@@ -65,6 +67,7 @@ def advance(state: TrainState, metrics: StepMetrics, config: Config) -> None:
     """Count the batch; ValueError after too many non-finite ones in a row."""
     state.tokens += metrics.tokens
     state.batch += 1
+    state.sequence += config.train.global_batch_size
     if metrics.stepped:
         state.step += 1
         return
@@ -114,7 +117,7 @@ class Training:
         """Run the loop; returns why it ended (finished, stop_after, signal), and the step."""
         config, stopped = self.config, False
         self.saver.save_if_due(self.state)
-        self.loader = build_loader(config, self.stream, self.engine, self.state.batch)
+        self.loader = build_loader(config, self.stream, self.engine, self.state.batch, self.state.sequence)
         steps = max(0, self.end - self.state.step)
         with meter(steps, "training", "steps", quiet=not self.first) as progress, self.saver:
             if self.first:
@@ -149,7 +152,7 @@ class Training:
         """Train on the next batch, validate where that is due, and log both."""
         config, state = self.config, self.state
         self.watch.progress(f"waiting for batch {state.batch}")
-        started = time.perf_counter()
+        started, sequence = time.perf_counter(), state.sequence
         batch, micro_batches = next(self.loader)
         assert batch == state.batch, f"the loader is at batch {batch}, the run at {state.batch}"
         waited = time.perf_counter() - started
@@ -173,6 +176,8 @@ class Training:
                 attempt=state.attempt,
                 step=state.step,
                 batch=batch,
+                first_sequence=sequence,
+                sequences=config.train.global_batch_size,
                 loss=metrics.loss,
                 loss_text=metrics.loss_text,
                 loss_image=metrics.loss_image,
@@ -188,9 +193,10 @@ class Training:
     def _leave_out_asked(self) -> None:
         """Go past the batches of train.skip_batches that would come next."""
         if asked := self.guard.asked_from(self.state.batch):
-            leave_out(self.state, asked, "asked")
+            first, size = self.state.sequence, self.config.train.global_batch_size
+            leave_out(self.state, asked, size, "asked")
             if self.log:
-                self.log.leave_out(asked, attempt=self.state.attempt, step=self.state.step, reason="asked")
+                self.log.leave_out(asked, first, size, attempt=self.state.attempt, step=self.state.step, reason="asked")
             self._restart_loader()
 
     def _roll_back(self, loss: float) -> None:
@@ -201,7 +207,9 @@ class Training:
         self.state, batches = self.guard.roll_back(self.engine, self.state, loss)
         step = self.saver.saved = self.state.step
         if self.log:
-            self.log.leave_out(batches, attempt=self.state.attempt, step=step, reason="spike", steps_back=spiked - step)
+            size = self.config.train.global_batch_size
+            first, known = self.state.sequence - len(batches) * size, {"attempt": self.state.attempt, "step": step}
+            self.log.leave_out(batches, first, size, reason="spike", steps_back=spiked - step, **known)
             name, ends = step_folder(self.run, step).name, [batches[0], batches[-1]]
             self.attempt.record("rollback", step=step, loss=loss, checkpoint=name, batches=ends)
         self._restart_loader()
@@ -209,4 +217,4 @@ class Training:
     def _restart_loader(self) -> None:
         """Begin at the state's next batch."""
         self.loader.close()
-        self.loader = build_loader(self.config, self.stream, self.engine, self.state.batch)
+        self.loader = build_loader(self.config, self.stream, self.engine, self.state.batch, self.state.sequence)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from megatron_cm3leon.config import load_config
 from megatron_cm3leon.config_rules import parse_batches
 from megatron_cm3leon.data.history import read_history, read_metrics
 from megatron_cm3leon.data.stream import build_stream
+from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.loss_guard import LossGuard, spike_threshold
+from megatron_cm3leon.training import advance
+from tests.checkpoint.made import write_checkpoint
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.launch import ROOT
 from tests.tools.call import call_tool
@@ -137,6 +141,30 @@ def test_a_spike_is_far_above_the_median_of_a_full_window():
     assert guard.sees_spike(state, 8.0) and state.recent_losses == [1.1, 0.9, 1.2, 1.0]
     assert not LossGuard(load_config()).sees_spike(state, 8.0)
     assert json.loads(json.dumps(state.recent_losses)) == state.recent_losses
+
+
+def test_a_rollback_after_another_batch_size_keeps_the_position(tmp_path, monkeypatch):
+    """Batches 0 to 2 had 8 sequences, 3 and 4 have 16: back from batch 5 to the checkpoint, at sequence 24 + 2 x 16."""
+    monkeypatch.setattr("megatron_cm3leon.loss_guard.gather_objects", lambda value: [value])
+    old = load_config(None, ["train.global_batch_size=8"])
+    for sequence in ({"sequence": 24}, {}):  # of this version; of one that counted in batches
+        monkeypatch.setattr(
+            TrainState, "to_dict", lambda state, more=sequence: {"step": state.step, "batch": state.batch, **more}
+        )
+        folder = write_checkpoint(tmp_path, step=3, config=old)
+        config = load_config(None, ["train.global_batch_size=16", f"output={tmp_path}"])
+        engine = SimpleNamespace(load=lambda folder: CheckpointReader(folder).state)
+        state = TrainState(step=5, batch=5, sequence=56, stream="x", stream_parts={"version": 2}, attempt=2)
+        back, batches = LossGuard(config).roll_back(engine, state, 99.0)
+        assert (back.step, back.batch, back.sequence, batches) == (3, 5, 56, range(3, 5)), folder
+        assert (back.stream, back.stream_parts, back.attempt) == ("x", {"version": 2}, 2)
+
+
+def test_a_batch_without_a_step_counts_as_read():
+    config, state = load_config(None, ["train.global_batch_size=16"]), TrainState(step=5, batch=5, sequence=56)
+    nan = dict.fromkeys(("loss", "loss_text", "loss_image", "grad_norm"), float("nan"))
+    advance(state, StepMetrics(**nan, tokens=7, tokens_trimmed=0, stepped=False), config)
+    assert (state.batch, state.sequence, state.step, state.skipped) == (6, 72, 5, [5])
 
 
 def test_batches_to_skip_are_ranges():

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
-from megatron_cm3leon.config import FIXED_FIELDS, Config, changed_fields, load_config
+from megatron_cm3leon.config import SOURCE_FIELDS, Config, changed_fields, is_fixed, load_config
 from megatron_cm3leon.data.history import METRICS, REASONS, find_batch, read_history
 from megatron_cm3leon.data.show import BlockPrinter, find_pictures
 from megatron_cm3leon.data.stream import Stream, build_stream
 from megatron_cm3leon.data.waste import describe_waste
 from megatron_cm3leon.generation.sheet import draw_contact_sheet
+from megatron_cm3leon.positions import find_sequences
 from megatron_cm3leon.tokenizers.folder import Tokenizers
 from megatron_cm3leon.tokenizers.pixels import from_pixels
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
@@ -89,10 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
         changes = find_changes(load_config(run / "config.yaml", expand=False), config)
     if args.step is not None:
         refuse_another_stream(changes)
-    stream = build_stream(config, train=not args.validation)
     batch = args.batch if args.step is None else find_batch(run, args.step)
-    total = stream.global_batch_size
-    first = batch * total
+    own = not args.validation and not changes  # the batches of the run, where there is one
+    total = config.train.global_batch_size
+    sequences = range(batch * total, (batch + 1) * total)
+    if own:
+        sequences, config = find_sequences(run, config, batch)
+    stream = build_stream(config, train=not args.validation)
+    first, total = sequences.start, len(sequences)
     if args.report:
         print(describe_waste(stream, first, args.report))
         return 0
@@ -101,8 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError("--pictures needs --tokenizer, the folder that decodes them.")
     tokenizers = load_tokenizers(args.tokenizer, stream.vocabulary) if args.tokenizer else None
     printer = BlockPrinter(stream, tokenizers and tokenizers.text, colour=sys.stdout.isatty())
-    note = "" if args.validation or changes else describe_batch(run, batch)
-    print(f"batch {batch}: blocks {first}..{first + total - 1}, stream {stream.fingerprint}{note}")
+    note = describe_batch(run, batch) if own else ""
+    print(f"batch {batch}: blocks {first}..{first + total - 1}, stream {stream.identity}{note}")
     for number in range(first, first + count):
         print()
         print(printer.describe(number))
@@ -116,12 +121,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def find_changes(own: Config, config: Config) -> dict[str, tuple]:
     """Field -> (value of the run, value now), of what determines which documents a step of the run saw."""
-    names = ("data.shards", "data.sources", "retrieval.index", *FIXED_FIELDS)
     own.validate()
     return {
         name: values
         for name, values in changed_fields(own, config).items()
-        if name.startswith(names) and not name.startswith("model.")
+        if (is_fixed(name) or name in SOURCE_FIELDS) and not name.startswith("model.")
     }
 
 

@@ -94,7 +94,7 @@ def describe_checkpoint(folder: Path) -> str:
         ("image codes", vocabulary.image_start, vocabulary.image_end),
         ("specials", vocabulary.image_end, vocabulary.size),
     ]
-    state = asdict(checkpoint.state)
+    state = checkpoint.state.to_dict()
     sections = {
         "checkpoint": [
             f"{folder}",

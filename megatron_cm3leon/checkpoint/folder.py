@@ -47,6 +47,23 @@ class Piece:
     stop: int
     """One past the last number of the run."""
 
+    def to_dict(self) -> dict:
+        """The entry of a rank file's header."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "shape": self.shape,
+            "offset": self.offset,
+            "part": self.part,
+            "start": self.start,
+            "stop": self.stop,
+        }
+
+    @classmethod
+    def from_dict(cls, entry: dict) -> "Piece":
+        shape, offset, part = (tuple(entry[key]) for key in ("shape", "offset", "part"))
+        return cls(entry["name"], entry["kind"], shape, offset, part, entry["start"], entry["stop"])
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -237,7 +254,7 @@ class CheckpointFolder:
 
     @cached_property
     def state(self) -> TrainState:
-        return TrainState.load(self.check("state.json"))
+        return TrainState.load(self.check("state.json"), self.config.train.global_batch_size)
 
     @cached_property
     def pieces(self) -> dict[tuple[str, str], list[Stored]]:
@@ -257,10 +274,9 @@ class CheckpointFolder:
                     raise ValueError(f"a header of {length} bytes")
                 header = json.loads(file.read(length))
             stored = []
-            for number, fields in enumerate(json.loads(header["__metadata__"]["pieces"])):
-                fields |= {key: tuple(fields[key]) for key in ("shape", "offset", "part")}
+            for number, entry in enumerate(json.loads(header["__metadata__"]["pieces"])):
                 begin, end = header[str(number)]["data_offsets"]
-                piece = Piece(**fields)
+                piece = Piece.from_dict(entry)
                 if header[str(number)]["dtype"] != "F32" or end - begin != 4 * (piece.stop - piece.start):
                     raise ValueError(f"piece {number} is not {piece.stop - piece.start} numbers of fp32")
                 stored.append(Stored(piece, name, 8 + length + begin))

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
@@ -94,7 +93,7 @@ def _blocks(pieces: list[tuple[Piece, torch.Tensor]]) -> Iterator[memoryview]:
     The library's own writer keeps the interpreter's lock, which would stop training while a thread writes, and
     reports a full disk as an error of its own without the number of the cause.
     """
-    header, end = {"__metadata__": {"pieces": json.dumps([asdict(piece) for piece, _ in pieces])}}, 0
+    header, end = {"__metadata__": {"pieces": json.dumps([piece.to_dict() for piece, _ in pieces])}}, 0
     for number, (piece, tensor) in enumerate(pieces):
         count = piece.stop - piece.start
         assert tensor.numel() == count, f"{piece} does not describe {tensor.numel()} numbers"

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
 
@@ -196,7 +196,27 @@ def _roughly(seconds: float | None) -> str:
 
 def to_json(status: Status) -> dict:
     """The status as JSON has it."""
-    return asdict(status)
+    return {
+        "run": status.run,
+        "state": status.state,
+        "why": status.why,
+        "last_record_seconds": status.last_record_seconds,
+        "step": status.step,
+        "steps": status.steps,
+        "loss": status.loss,
+        "tokens": status.tokens,
+        "tokens_per_second": status.tokens_per_second,
+        "seconds_left": status.seconds_left,
+        "checkpoint": status.checkpoint,
+        "checkpoint_step": status.checkpoint_step,
+        "checkpoint_age_seconds": status.checkpoint_age_seconds,
+        "restarts": status.restarts,
+        "skipped": status.skipped,
+        "slowest": status.slowest,
+        "goodput": status.goodput,
+        "wall_seconds": status.wall_seconds,
+        "seconds": status.seconds,
+    }
 
 
 def _rate(status: Status) -> str:

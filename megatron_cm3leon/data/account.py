@@ -40,8 +40,14 @@ class Account:
                 self.filtered += count
 
     def to_dict(self) -> dict:
-        names = ("read", "written", "duplicates", "filtered", "quarantined")
-        return {**{name: getattr(self, name) for name in names}, "reasons": dict(sorted(self.reasons.items()))}
+        return {
+            "read": self.read,
+            "written": self.written,
+            "duplicates": self.duplicates,
+            "filtered": self.filtered,
+            "quarantined": self.quarantined,
+            "reasons": dict(sorted(self.reasons.items())),
+        }
 
 
 def write_quarantine(output: Path, records: Iterable[Path]) -> None:

@@ -30,6 +30,15 @@ class Filters:
         if self.max_aspect != 0 and not self.max_aspect >= 1:
             raise ValueError(f"--max-aspect ({self.max_aspect}) must be at least 1, or 0 for any.")
 
+    def to_dict(self) -> dict:
+        """The filters as manifests have them."""
+        return {
+            "fit": self.fit,
+            "min_side": self.min_side,
+            "max_aspect": self.max_aspect,
+            "clean_captions": self.clean_captions,
+        }
+
     def find_fault(self, size: tuple[int, int]) -> str:
         """Why a picture of this width and height is not wanted; "" when it is."""
         short, long = sorted(size)

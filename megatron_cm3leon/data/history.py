@@ -3,7 +3,7 @@
 A step that met a non-finite loss or gradient skips its batch: its line repeats the step before it. So does the line of
 a batch that was left out (after a spike, or because train.skip_batches asks for it); it replaces the line of the step
 that was taken back. A later attempt goes on from a checkpoint: its lines replace those of earlier attempts from its
-first batch on.
+first batch on. Batch numbers count on when the batch size changes; positions.py finds a batch's sequences.
 """
 
 from collections.abc import Iterable

@@ -2,8 +2,9 @@
 
     for b, micro_batches in Loader(stream, rank=0, size=2, micro_batch_size=4, workers=2):
 
-Rank r of `size` gets blocks r * G / size .. (r + 1) * G / size of batch b, in order. Worker w of W prepares
-batches start + w, start + w + W ...: the order is fixed, and a worker holds nothing that a batch depends on.
+Batch b + 1 is the G sequences after those of batch b; `start_sequence` is the first of `start_batch`. Rank r of `size`
+gets G / size of them in order, from the (r * G / size)-th on. Worker w of W prepares batches start + w, start + w + W
+...: the order is fixed, and a worker holds nothing that a batch depends on.
 
 Workers are forked and hand batches over in anonymous shared memory (a ring of `prefetch` slots each), which
 leaves no name behind and does not count against /dev/shm. One that dies is noticed at the next batch it
@@ -58,12 +59,15 @@ class _Slice:
 
     stream: Stream
     global_batch_size: int
+    start_batch: int
+    start_sequence: int
+    """First sequence of batch `start_batch`."""
     first: int
     blocks: int
 
     def numbers(self, batch: int) -> np.ndarray:
         """This rank's blocks of a batch, int64."""
-        start = batch * self.global_batch_size + self.first
+        start = self.start_sequence + (batch - self.start_batch) * self.global_batch_size + self.first
         return np.arange(start, start + self.blocks)
 
 
@@ -230,11 +234,12 @@ class Loader:
 
     def __init__(
         self, stream: Stream, *, rank: int = 0, size: int = 1, micro_batch_size: int = 1,
-        global_batch_size: int | None = None, start_batch: int = 0, workers: int = 0, prefetch: int = 4,
-        pin_memory: bool = False,
+        global_batch_size: int | None = None, start_batch: int = 0, start_sequence: int | None = None,
+        workers: int = 0, prefetch: int = 4, pin_memory: bool = False,
     ) -> None:  # fmt: skip
         """`rank` of `size` data-parallel ranks; each worker prepares up to `prefetch` batches ahead.
 
+        `start_sequence`: the first sequence of `start_batch`; None where all batches before had as many as this one.
         `pin_memory` gives page-locked tensors, which a GPU copies while it computes.
         """
         total = global_batch_size or stream.global_batch_size
@@ -246,7 +251,9 @@ class Loader:
             )
         self.micro_batch_size, self.number, self.start = micro_batch_size, start_batch, start_batch
         self.position_ids = torch.arange(stream.length - 1).repeat(micro_batch_size, 1)
-        self.part = _Slice(stream, total, rank * (total // size), total // size)
+        if start_sequence is None:
+            start_sequence = start_batch * total
+        self.part = _Slice(stream, total, start_batch, start_sequence, rank * (total // size), total // size)
         self.closed, self.workers = False, []
         self.cursor: dict = {}
         """Where the last batch begins, for a checkpoint (Stream.resume)."""

@@ -38,6 +38,14 @@ class Anchor:
     span: int
     group: int
 
+    def to_dict(self) -> dict:
+        """The cursor that checkpoints hold."""
+        return {"start": self.start, "span": self.span, "group": self.group}
+
+    @classmethod
+    def from_dict(cls, cursor: dict) -> "Anchor":
+        return cls(cursor["start"], cursor["span"], cursor["group"])
+
 
 class Prefix:
     """Units of the groups of a stream whose spans have `span` samples each."""
@@ -86,9 +94,9 @@ class Prefix:
                 return Anchor(start + int(table[group]), anchor.span, group)
             self._add(Anchor(start + int(table[-1]), anchor.span + 1, 0))
 
-    def add_cursor(self, start: int, span: int, group: int) -> None:
-        """Begin here as if it had been found before; what a checkpoint's cursor holds."""
-        self._add(Anchor(start, span, group))
+    def add_cursor(self, cursor: dict) -> None:
+        """Begin at a checkpoint's cursor as if it had been found before."""
+        self._add(Anchor.from_dict(cursor))
 
     def _nearest(self, unit: int) -> Anchor:
         """The last place known at or before a unit."""

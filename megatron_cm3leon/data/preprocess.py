@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ from megatron_cm3leon.progress import Meter, meter
 logger = logging.getLogger(__name__)
 STAGES = ("all", "hash", "encode")
 _POLL_SECONDS = 0.5
-_DEFAULTS = {**asdict(Filters()), "deduplicate": []}
+_DEFAULTS = {**Filters().to_dict(), "deduplicate": []}
 """Of what manifests record only where it differs."""
 
 
@@ -139,7 +139,7 @@ def preprocess(source: Source, options: PreprocessOptions) -> dict:
 
 def _make_plan(source: Source, options: PreprocessOptions, vocabulary: str) -> dict:
     """What the bytes of the shards depend on."""
-    chosen = {**asdict(options.filters), "deduplicate": sorted(options.deduplicate)}
+    chosen = {**options.filters.to_dict(), "deduplicate": sorted(options.deduplicate)}
     return {
         "input_sha256": source.identity,
         "vocabulary": vocabulary,

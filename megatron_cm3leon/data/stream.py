@@ -3,13 +3,12 @@
     shards + neighbour tables -> samples (samples.py) -> layouts (packing.py) -> masked blocks (cm3.py)
 
 `stream.block(n)` is the same for any number of ranks, workers or nodes, whenever it is asked for.
-Batch b is blocks [b * G, (b + 1) * G), G = train.global_batch_size; epochs follow one another without end.
+Batch b is blocks [b * G, (b + 1) * G), G = train.global_batch_size, in a run that never changed G (positions.py);
+epochs follow one another without end.
 """
 
-import hashlib
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,12 @@ from megatron_cm3leon.config import Config
 from megatron_cm3leon.config_fields import SourceConfig
 from megatron_cm3leon.data.best_fit import DocumentsPacking
 from megatron_cm3leon.data.cm3 import TOKENS_PER_SPAN, MaskDraws, SpanSampler, mask_block
+from megatron_cm3leon.data.identity import describe_sources, identify
 from megatron_cm3leon.data.layout import Layout, write_layout
 from megatron_cm3leon.data.packing import QueryPacking, StreamPacking, WholeImagesPacking
-from megatron_cm3leon.data.samples import DataSource, Samples, SourceSamples
+from megatron_cm3leon.data.samples import DataSource, Samples
 from megatron_cm3leon.data.shards import Corpus, open_shards
 
-STREAM_VERSION = 1
-"""Part of the fingerprint; raised by any change of the code that changes a block."""
 PACKINGS = {
     "query": QueryPacking,
     "stream": StreamPacking,
@@ -237,51 +235,22 @@ class Stream:
         """Where block `number` stands, for a checkpoint: with it, `resume` costs the same at any step."""
         if not self.packing.prefix:
             return {}
-        return dict(vars(self.packing.anchor(number)))
+        return self.packing.anchor(number).to_dict()
 
     def resume(self, cursor: dict) -> None:
-        """Take up a cursor of this stream (of the same fingerprint)."""
+        """Take up a cursor of this stream (of the same identity)."""
         if cursor and self.packing.prefix:
-            self.packing.prefix.add_cursor(**cursor)
+            self.packing.prefix.add_cursor(cursor)
 
     def keep_tables(self, folder: Path) -> None:
         """Keep the tables that distant blocks need in `folder`."""
         if self.packing.prefix:
-            self.packing.prefix.keep_tables(folder, self.fingerprint)
+            self.packing.prefix.keep_tables(folder, self.identity)
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of all that determines batch b: data, neighbours, settings, seed, global batch size."""
-        config = self.config
-        data = asdict(config.data)
-        for name in ("shards", "sources", "workers", "prefetch"):
-            del data[name]
-        parts = {
-            "version": STREAM_VERSION,
-            "sources": [self._describe(source) for source in self.samples.sources],
-            "weights": self.samples.mixture.weights,
-            "data": data,
-            "cm3": asdict(config.cm3),
-            "seed": config.seed,
-            "global_batch_size": self.global_batch_size,
-        }
-        if self.samples.documents:
-            retrieval = asdict(config.retrieval)
-            del retrieval["index"]
-            parts["retrieval"] = retrieval
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-    def _describe(self, source: SourceSamples) -> list[str]:
-        """Hashes of a source's documents and, with retrieval, of its bank and of its neighbour table."""
-        parts = [source.corpus.identity]
-        return [*parts, source.bank.identity, _table_hash(source.table)] if source.documents else parts
-
-
-def _table_hash(table: np.ndarray) -> str:
-    """Hash of the neighbour table's shape and of up to 4,096 of its rows, evenly spaced."""
-    rows = np.linspace(0, len(table) - 1, min(len(table), 4096)).astype(np.int64)
-    sampled = np.ascontiguousarray(table[rows], np.int64)
-    return hashlib.sha256(repr(table.shape).encode() + sampled.tobytes()).hexdigest()
+    def identity(self) -> str:
+        """Hash of all that determines sequence n: data, neighbors, settings, seed."""
+        return identify(describe_sources(self.samples, self.config), self.config)
 
 
 def number_samples(tokens: np.ndarray, eos: int) -> np.ndarray:

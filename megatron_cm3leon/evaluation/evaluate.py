@@ -64,6 +64,20 @@ class EvaluationOptions:
     seed: int = 0
     """Seed of the choice of documents and of the pictures."""
 
+    def to_dict(self) -> dict:
+        """The options as evaluation.json has them."""
+        return {
+            "pictures": self.pictures,
+            "sweep_pictures": self.sweep_pictures,
+            "guidance": self.guidance,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "sampler": self.sampler,
+            "documents": self.documents,
+            "examples": self.examples,
+            "seed": self.seed,
+        }
+
 
 def evaluate_model(
     model: str | Path,
@@ -98,14 +112,26 @@ class _Evaluation:
             if self.count is None:
                 self.count = self.generator.training_documents
             self.source = DocumentSource.load(index, self.vocabulary, encoder) if index and self.count else None
-        self.result = {"format": 1, "figures": {}, "sweep": [], "options": vars(options) | {"documents": self.count}}
+        self.result = {
+            "format": 1,
+            "figures": {},
+            "sweep": [],
+            "options": options.to_dict() | {"documents": self.count},
+        }
         (output / "pictures").mkdir(parents=True, exist_ok=True)
 
     def run(self) -> dict:
-        parts = (self.reconstruct, self.retrieve, self.generate, self.caption, self.infill, self.lose)
-        for part in track(parts, label="evaluating", unit="parts"):
-            with self._timed(part.__name__):
-                part()
+        parts = {
+            "reconstruct": self.reconstruct,
+            "retrieve": self.retrieve,
+            "generate": self.generate,
+            "caption": self.caption,
+            "infill": self.infill,
+            "lose": self.lose,
+        }
+        for name in track(parts, label="evaluating", unit="parts"):
+            with self._timed(name):
+                parts[name]()
         self.result["seconds"] = self.seconds
         text = json.dumps(self.result, indent=1, ensure_ascii=False)
         (self.output / "evaluation.json").write_text(text + "\n")

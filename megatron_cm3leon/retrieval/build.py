@@ -15,7 +15,6 @@ import os
 import shlex
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -298,7 +297,7 @@ class _Build:
             "neighbors": self.options.neighbors,
             "neighbors_found": count_neighbors(rows.load("neighbors")),
             **{name: made[name] for name in ("factory", "search", "recall_at_10")},
-            "options": asdict(self.options),
+            "options": self.options.to_dict(),
             "command": shlex.join(sys.argv),
         }
         if self.own is not self.whole:

@@ -36,6 +36,24 @@ class IndexOptions:
     device: str = "auto"
     """Device of the encoder: auto, cpu, cuda, cuda:1 ..."""
 
+    def to_dict(self) -> dict:
+        """The options as index.json has them."""
+        return {
+            "neighbors": self.neighbors,
+            "threshold": self.threshold,
+            "query_dropout": self.query_dropout,
+            "pictures": self.pictures,
+            "tokenizer": self.tokenizer,
+            "factory": self.factory,
+            "search": self.search,
+            "recall": self.recall,
+            "candidates": self.candidates,
+            "max_candidates": self.max_candidates,
+            "recall_queries": self.recall_queries,
+            "seed": self.seed,
+            "device": self.device,
+        }
+
     def validate(self) -> None:
         """Raise ValueError for a value outside its range."""
         if self.neighbors < 1:

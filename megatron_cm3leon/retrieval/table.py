@@ -22,7 +22,12 @@ _QUERY_BATCH = 1024
 
 def open_table(folder: Path, documents: int, options: IndexOptions, settings: dict) -> Rows:
     """The arrays neighbors and scores; `settings` says which queries are searched in which index."""
-    chosen = {name: getattr(options, name) for name in ("neighbors", "threshold", "candidates", "max_candidates")}
+    chosen = {
+        "neighbors": options.neighbors,
+        "threshold": options.threshold,
+        "candidates": options.candidates,
+        "max_candidates": options.max_candidates,
+    }
     return Rows(folder, "table", ["neighbors", "scores"], documents, PART_NEIGHBORS, {**settings, **chosen})
 
 

@@ -7,7 +7,6 @@ model.safetensors (the weights, fp32). Codes are computed in true fp32 everywher
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -115,7 +114,7 @@ class ImageTokenizer:
         """Write config.json and model.safetensors; `training` is an account of how it was made."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"format": FORMAT, "type": "vqgan", **asdict(self.config), "training": training or {}}
+        config = {"format": FORMAT, "type": "vqgan", **self.config.to_dict(), "training": training or {}}
         weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

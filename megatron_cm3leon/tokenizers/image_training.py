@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,6 +71,22 @@ class ImageTrainingOptions:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must leave steps for the codebook: 0 to {self.steps - 1}."
             )
+
+    def to_dict(self) -> dict:
+        """The options as the tokenizer's config.json has them under "training"."""
+        return {
+            "steps": self.steps,
+            "warmup_steps": self.warmup_steps,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "loss": self.loss,
+            "commitment": self.commitment,
+            "codebook": self.codebook,
+            "ema_decay": self.ema_decay,
+            "revive_below": self.revive_below,
+            "precision": self.precision,
+            "seed": self.seed,
+        }
 
 
 class Pictures:
@@ -290,7 +306,7 @@ def train_and_measure(
     started, cpu_started = time.monotonic(), time.process_time()
     tokenizer = train_image(pictures, config, options, device)
     account = {
-        **asdict(options),
+        **options.to_dict(),
         "pictures": len(pictures),
         "pictures_skipped": len(pictures.skipped) + len(heldout.skipped),
         "parameters": sum(weight.numel() for weight in tokenizer.model.parameters()),

@@ -12,12 +12,16 @@ Captions are never parsed for specials: the text "<break>" becomes ordinary text
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 NAMED_SPECIALS = ("<pad>", "</s>", "<break>", "<eoss>")
+_KEYS = (
+    "text_size", "image_size", "sentinels", "specials", "image_height", "image_width", "text_sha256", "image_sha256",
+)  # fmt: skip
+"""Of vocab.json, in its order; the hash covers them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,17 +122,20 @@ class Vocabulary:
     @property
     def hash(self) -> str:
         """Identity of the vocabulary: text model, image tokenizer and ranges; 16 hexadecimal digits."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(self._describe(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict:
         """Plain JSON form, as `vocab.json` and the manifests carry it."""
-        return {**asdict(self), "size": self.size, "hash": self.hash}
+        return {**self._describe(), "size": self.size, "hash": self.hash}
+
+    def _describe(self) -> dict:
+        return {key: getattr(self, key) for key in _KEYS}
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Vocabulary":
         """Read `to_dict`'s form; ValueError when the recorded hash does not match the fields."""
-        known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+        known = {key: fields[key] for key in _KEYS if key in fields}
         try:
             vocabulary = cls(**known)
         except TypeError as error:
@@ -165,9 +172,9 @@ def check_same_vocabulary(expected: Vocabulary, found: Vocabulary, what: str) ->
     if expected.hash == found.hash:
         return
     differing = [
-        f"{name}: {getattr(found, name)} instead of {getattr(expected, name)}"
-        for name in Vocabulary.__dataclass_fields__
-        if getattr(expected, name) != getattr(found, name)
+        f"{key}: {getattr(found, key)} instead of {getattr(expected, key)}"
+        for key in _KEYS
+        if getattr(expected, key) != getattr(found, key)
     ]
     raise ValueError(
         f"{what} was made with another vocabulary ({found.hash}, expected {expected.hash}; "

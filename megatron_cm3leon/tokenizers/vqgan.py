@@ -9,12 +9,17 @@ Two options keep the names but change the function, for small models whose codes
 `norm: pixel` and `encoder_kernel: 1` make a code a function of its own patch of the picture alone.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_GROUPS = 32  # of the taming code
+_KEYS = (
+    "image_size", "codebook_size", "embed_dim", "latent_channels", "base_channels", "channel_multiplier",
+    "num_res_blocks", "attn_resolutions", "mid_attention", "norm", "encoder_kernel", "quantizer",
+)  # fmt: skip
+"""Of config.json, in its order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +103,15 @@ class VQGANConfig:
         """Picture side in pixels at each level, the highest first."""
         return [self.image_size >> level for level in range(len(self.channel_multiplier))]
 
+    def to_dict(self) -> dict:
+        """The fields as config.json has them; the hash of the vocabulary covers them."""
+        return {key: getattr(self, key) for key in _KEYS}
+
     @classmethod
     def from_dict(cls, values: dict) -> "VQGANConfig":
         """Read config.json's fields; unknown ones are an error, for they might change the codes."""
         values = {name: value for name, value in values.items() if name not in ("format", "type", "training")}
-        unknown = set(values) - {field.name for field in fields(cls)}
+        unknown = values.keys() - set(_KEYS)
         if unknown:
             raise ValueError(f"image tokenizer: unknown fields {sorted(unknown)}; a newer version wrote them.")
         return cls(**values)

@@ -8,6 +8,7 @@ from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.folder import Piece
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config import Config, load_config
+from megatron_cm3leon.data.identity import describe_sources
 from megatron_cm3leon.model.weights import canonical_shapes
 from megatron_cm3leon.tokenizers.folder import write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
@@ -94,8 +95,11 @@ def family_config(*overrides):
     return config
 
 
-def write_random_checkpoint(run, config, vocabulary, step=3, change=lambda name, weight: weight, stream=""):
-    """Random weights of a model, its tensors in turn in two ranks' files; `change` may replace or drop (None) one."""
+def write_random_checkpoint(run, config, vocabulary, step=3, change=lambda name, weight: weight, stream=None):
+    """Random weights of a model, its tensors in turn in two ranks' files; `change` may replace or drop (None) one.
+
+    `stream`: the one that the run is said to have trained on.
+    """
     folder = sharded.step_folder(run, step)
     sharded.begin(folder)
     generator, pieces = torch.Generator().manual_seed(0), ([], [])
@@ -108,6 +112,8 @@ def write_random_checkpoint(run, config, vocabulary, step=3, change=lambda name,
             pieces[number % 2].append((piece, weight.reshape(-1)))
     for rank in (0, 1):
         sharded.write_rank(folder, rank, pieces[rank])
-    state = TrainState(step=step, batch=step, tokens=1000 * step, stream=stream)
+    state = TrainState(step=step, batch=step, sequence=step * config.train.global_batch_size, tokens=1000 * step)
+    if stream:
+        state.stream, state.stream_parts = stream.identity, describe_sources(stream.samples, config)
     sharded.finish(folder, config, vocabulary, state, {"torch": "x"})
     return folder

@@ -67,6 +67,27 @@ def test_starting_at_a_batch_equals_continuing_over_epochs(stream):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_another_batch_size_goes_on_at_the_next_sequence(stream, workers):
+    """After 3 batches of 8, batches of 16, then of 4: every sequence once."""
+    loaders = [
+        Loader(stream, rank=rank, size=2, micro_batch_size=2, global_batch_size=size, workers=workers, **start)
+        for size, start in (
+            (16, {"start_batch": 3, "start_sequence": 24}),
+            (4, {"start_batch": 5, "start_sequence": 56}),
+        )
+        for rank in range(2)
+    ]
+    first, second, third, fourth = (take(loader, 2) for loader in loaders)
+    assert [number for number, _ in first + third] == [3, 4, 5, 6]
+    tokens = [
+        batch.tokens for parts in ((first, second), (third, fourth)) for pair in zip(*parts, strict=True)
+        for _, batches in pair for batch in batches
+    ]  # fmt: skip
+    expected = np.stack([block.tokens[:-1] for block in stream.blocks(24, 64)])
+    assert np.array_equal(torch.cat(tokens).numpy(), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_cursor_leads_a_new_stream_to_the_next_batch(stream, corpus, workers, monkeypatch):
     monkeypatch.setattr("megatron_cm3leon.data.prefix.GROUP", 8)
     first = Stream(stream.config, corpus, make_neighbors(corpus))

@@ -202,7 +202,7 @@ def test_a_table_of_another_size_is_refused(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_cm3leon.data.prefix._WALK", 0)
     stream = make_stream(corpus, "stream", True)
     stream.keep_tables(tmp_path)
-    np.save(tmp_path / f"{stream.fingerprint}-000000.npy", np.zeros(7, np.int64))
+    np.save(tmp_path / f"{stream.identity}-000000.npy", np.zeros(7, np.int64))
     with pytest.raises(ValueError, match=r"-000000.npy is no table of 2 numbers; delete it"):
         stream.block(0)
 
@@ -227,4 +227,4 @@ def test_mixed_sources_stand_in_one_stream(corpus, tmp_path):
             assert len(block.retrieved) == 0
         again = Stream(config, sources)
         assert again.block(150).tokens.tolist() == stream.block(150).tokens.tolist()
-        assert Stream(config, [sources[0], DataSource(texts, None, 0.5)]).fingerprint != stream.fingerprint
+        assert Stream(config, [sources[0], DataSource(texts, None, 0.5)]).identity != stream.identity

@@ -35,7 +35,7 @@ def world(tmp_path_factory):
     settings = ["train.global_batch_size=4", "train.precision=fp32", "train.steps=5", "schedule.warmup_steps=2"]
     settings += ["data.packing=stream", "data.workers=0", "train.threads=1", "data.image_first_probability=0"]
     config = family_config(f"data.shards={path / 'shards'}", *settings)
-    write_random_checkpoint(path / "run", config, vocabulary, stream=build_stream(config).fingerprint)
+    write_random_checkpoint(path / "run", config, vocabulary, stream=build_stream(config))
     (path / "corpus.txt").write_text("".join(CAPTIONS))
     return path
 

@@ -97,7 +97,7 @@ def export_checkpoint(
             "parameters": count_parameters(config, vocabulary.size),
             "training": _training_facts(config),
             "config": asdict(config),
-            "state": asdict(reader.state),
+            "state": reader.state.to_dict(),
         }
         write_json(folder / ACCOUNT, account)
         export = ExportFolder(folder)

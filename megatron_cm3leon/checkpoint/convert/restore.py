@@ -63,8 +63,8 @@ def import_export(
 def _read_account(export: ExportFolder) -> tuple[Config, TrainState]:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), export.account["config"]))
-        state = TrainState(**export.account["state"])
-    except (OmegaConfBaseException, KeyError, TypeError) as error:
+        state = TrainState.from_dict(export.account["state"], config.train.global_batch_size)
+    except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{export.folder / ACCOUNT} does not hold the run's configuration and state ({error}); export the "
             f"checkpoint again."

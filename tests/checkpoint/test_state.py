@@ -1,0 +1,27 @@
+"""TrainState as state.json has it, and those of earlier versions."""
+
+import json
+
+import pytest
+
+from megatron_cm3leon.checkpoint.state import TrainState
+from tests.golden.formats import make_state
+
+
+def test_a_state_reads_back_equal(tmp_path):
+    state = make_state()
+    state.save(tmp_path / "state.json")
+    assert TrainState.load(tmp_path / "state.json", global_batch_size=8) == state
+    assert all(state.to_dict().values()), "a field that is empty would not show"
+
+
+def test_an_older_state_counts_its_position_in_batches():
+    old = {key: value for key, value in make_state().to_dict().items() if key not in ("sequence", "stream_parts")}
+    state = TrainState.from_dict(json.loads(json.dumps(old)), global_batch_size=8)
+    assert (state.batch, state.sequence, state.stream_parts) == (14, 112, {})
+    assert TrainState.from_dict({"step": 3, "batch": 3}, 8).tokens == 0
+
+
+def test_a_newer_state_is_refused():
+    with pytest.raises(ValueError, match="unknown key 'warp'; a newer version wrote it"):
+        TrainState.from_dict({"step": 1, "warp": 9}, 8)

@@ -1,0 +1,111 @@
+"""Streams of golden.json: deterministic documents, several settings, the first three batches of each."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cm3leon.config import Config
+from megatron_cm3leon.data.identity import describe_sources, identify
+from megatron_cm3leon.data.samples import DataSource
+from megatron_cm3leon.data.stream import Stream
+from tests.data.corpora import Neighbors, make_vocabulary, write_shards
+
+VOCABULARY = make_vocabulary()
+SETTINGS = {
+    "query": {},
+    "query, weighted": {
+        "retrieval.choice": "uniform",
+        "retrieval.loss_weight": 0.25,
+        "cm3.sentinel_loss_weight": 0.5,
+        "cm3.rotation_probability": 0.5,
+        "cm3.mean_spans": 3.0,
+        "data.text_loss_weight": 2.0,
+        "data.image_first_probability": 0.25,
+    },
+    "stream": {"data.packing": "stream", "data.attention": "sample"},
+    "stream_whole_images": {"data.packing": "stream_whole_images"},
+    "documents": {"data.packing": "documents", "data.attention": "sample", "retrieval.documents": 1, "seed": 7},
+    "without retrieval": {"data.packing": "documents", "neighbors": False},
+    "mixture": {"data.packing": "stream", "weights": (0.7, 0.3)},
+}
+"""Streams by name: what differs from a batch of 4 sequences of 96 tokens with 2 retrieved documents. `neighbors` and
+`weights` (of two sources) are no fields of the configuration."""
+
+
+def hash_numbers(numbers: np.ndarray) -> str:
+    """Hash of integers and their shape."""
+    numbers = np.ascontiguousarray(numbers, "<i8")
+    return hashlib.sha256(repr(numbers.shape).encode() + numbers.tobytes()).hexdigest()[:16]
+
+
+def draw(*key) -> int:
+    """A number below 2^32 that `key` determines, under every version of numpy."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
+
+
+def make_documents(count: int, source: int) -> list[np.ndarray]:
+    """Pairs: 1 to 12 text ids, <break>, one image."""
+    v, documents = VOCABULARY, []
+    for number in range(count):
+        words = [draw("text", source, number, place) % v.text_size for place in range(1 + draw(source, number) % 12)]
+        codes = [draw("image", source, number, place) % v.image_size for place in range(v.image_tokens)]
+        documents.append(np.array([*words, v.break_id, *(v.image_start + code for code in codes)]))
+    return documents
+
+
+def make_neighbors(corpus) -> Neighbors:
+    """Four neighbors of a third of the documents, three and two of the others; -1 where there is none."""
+    rows = range(corpus.documents)
+    table = np.array([[draw("neighbor", row, column) % len(rows) for column in range(4)] for row in rows])
+    table[np.arange(4) >= np.array([[4 - row % 3] for row in rows])] = -1
+    return Neighbors(table, corpus)
+
+
+def make_config(settings: dict) -> Config:
+    """The configuration of one of SETTINGS."""
+    config = Config()
+    config.data.seq_length, config.train.global_batch_size, config.retrieval.documents = 95, 4, 2
+    for name, value in settings.items():
+        section, _, field = name.rpartition(".")
+        if field not in ("neighbors", "weights"):
+            setattr(getattr(config, section) if section else config, field, value)
+    return config
+
+
+def make_stream(settings: dict, corpora: list) -> Stream:
+    """The stream of one of SETTINGS over one or two corpora."""
+    neighbors = make_neighbors(corpora[0]) if settings.get("neighbors", True) else None
+    weights = settings.get("weights", (1.0,))
+    parts = zip(corpora, (neighbors, None), weights, strict=False)
+    return Stream(make_config(settings), [DataSource(*part) for part in parts])
+
+
+def describe_stream(stream: Stream) -> dict:
+    """Identity, first three batches and some cursors of a stream. Loss weights are counted in 1/1024."""
+    blocks, sources = stream.blocks(0, 12), describe_sources(stream.samples, stream.config)
+    batches = [blocks[start : start + 4] for start in (0, 4, 8)]
+    return {
+        "identities": {version: identify(sources, stream.config, version) for version in (1, 2)},
+        "sources": sources,
+        "first sequence": str(blocks[0].tokens.tolist()),
+        "tokens": [hash_numbers(np.stack([block.tokens for block in batch])) for batch in batches],
+        "weights": [hash_numbers(np.stack([block.weights * 1024 for block in batch]).round()) for batch in batches],
+        "samples": None if blocks[0].samples is None else hash_numbers(np.stack([block.samples for block in blocks])),
+        "documents": str([block.documents.tolist() for block in blocks]),
+        "retrieved": str([block.retrieved.tolist() for block in blocks]),
+        "trimmed": str([block.trimmed for block in blocks]),
+        "epochs": str([block.epoch for block in blocks]),
+        "cursors": [json.dumps(stream.cursor(number)) for number in (0, 11, 5000)],
+    }
+
+
+def describe_streams(folder: Path) -> dict:
+    """All of SETTINGS."""
+    counts = (90, 40)
+    corpora = [
+        write_shards(folder / str(source), make_documents(count, source), VOCABULARY)
+        for source, count in enumerate(counts)
+    ]
+    return {name: describe_stream(make_stream(settings, corpora)) for name, settings in SETTINGS.items()}
