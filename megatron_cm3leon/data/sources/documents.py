@@ -168,8 +168,16 @@ class Fields:
         return not known.isdisjoint(name for name in names if name)
 
 
+_to_json = json.JSONEncoder(sort_keys=True, default=describe_binary).encode
 _SHORT_EXTRA = 512
 """Characters of JSON in which nothing is looked for that is too long."""
+
+
+@lru_cache(1024)
+def _find_names(image: str, caption: str, present: tuple[str, ...]) -> tuple[str, str]:
+    """Names of the fields of image and caption where these are `present`; a corpus has few kinds of rows."""
+    fields, names = dict.fromkeys(present), Fields(image, caption)
+    return names.find_image(fields), names.find_caption(fields)
 
 
 class _Unusable(Exception):
@@ -193,7 +201,9 @@ def make_document(
         # The common row of a text corpus.
         document = RawText(key, source, [text])
         return document if text.isascii() and text and not text.isspace() else check_document(document)
-    image, caption = names.find_image(fields), names.find_caption(fields)
+    image, caption = _find_names(names.image, names.caption, tuple(fields))
+    if image == PICTURE_FIELDS[0] and FILE_NAME in fields:
+        image = names.find_image(fields)
     try:
         if "segments" in fields:
             used, cls = ("segments",), RawDocument
@@ -217,10 +227,8 @@ def make_document(
 
 def write_extra(extra: dict) -> str:
     """Fields as a JSON object; long binary values, images in base64 and long lists of numbers as their checksum."""
-    text = json.dumps(extra, sort_keys=True, default=describe_binary)
-    if len(text) < _SHORT_EXTRA:
-        return text
-    return json.dumps(shorten_values(extra), sort_keys=True, default=describe_binary)
+    text = _to_json(extra)
+    return text if len(text) < _SHORT_EXTRA else _to_json(shorten_values(extra))
 
 
 def gather_texts(entries: Iterable["Entry | RawTexts"]) -> Iterator["Entry | RawTexts"]:
@@ -305,13 +313,13 @@ def _check_holds_no_image(fields: dict, segments: list[str]) -> None:
 
 
 def _holds_image(name: str, value) -> bool:
-    if isinstance(value, list) and value:
-        value = value[0]
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        return (_names_image(value) and _may_be_path(name)) or value.startswith("data:image/")
     if isinstance(value, bytes):
         return is_image(value)
-    return isinstance(value, str) and (value.startswith("data:image/") or (_names_image(value) and _may_be_path(name)))
+    if isinstance(value, list):
+        return bool(value) and _holds_image(name, value[0])
+    return isinstance(value, dict) and _holds_image(name, value.get("bytes") or value.get("path"))
 
 
 def _names_image(value) -> bool:
@@ -346,6 +354,9 @@ def _read_segments(rows, key: str, locate) -> list[str | Picture]:
 def check_document(document: RawDocument) -> RawDocument | BadInput:
     """Refuse what no document can be made of: an empty text, text that is no Unicode."""
     for segment in document.segments:
+        text = segment if isinstance(segment, str) else segment.name
+        if text and text.isascii() and not text.isspace():
+            continue
         if fault := _find_fault(segment, document.kind):
             sound = [other for other in document.segments if not _find_fault(other, document.kind)]
             return BadInput(document.key, document.source, fault, sound)
