@@ -45,7 +45,7 @@ def test_file_name_is_the_image_where_it_ends_as_one(tmp_path, caplog):
     ("name", "value"),
     [
         ("image_path", "0.jpg"), ("filename", "a/0.PNG"), ("images", ["0.jpg"]), ("img", {"path": "x.png"}),
-        ("photo", "data:image/png;base64,aGk="), ("image_url", "http://a/b.webp"),
+        ("scan_file", "a.heic"), ("photo", "data:image/png;base64,aGk="), ("image_url", "http://a/b.webp"),
     ],
 )  # fmt: skip
 def test_an_image_beside_a_text_is_not_left_out_silently(tmp_path, name, value):

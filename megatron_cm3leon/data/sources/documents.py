@@ -5,14 +5,11 @@ document. An input that makes no document is a BadInput (quarantined) or a Filte
 Keys count inputs, so they are safe names in a tar whatever the user's own keys are.
 """
 
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import compress
 
-from megatron_cm3leon.data.sources.embedded import decode_image, describe_binary, is_image, shorten, shorten_values
+from megatron_cm3leon.data.sources.embedded import shorten
 
 COMMON_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
 PICTURE_ENDINGS = (
@@ -156,7 +153,7 @@ class Fields:
         for name in PICTURE_FIELDS:
             if name in fields:
                 return name
-        return FILE_NAME if _names_image(fields.get(FILE_NAME)) else PICTURE_FIELDS[0]
+        return FILE_NAME if names_image(fields.get(FILE_NAME)) else PICTURE_FIELDS[0]
 
     def find_caption(self, fields: dict) -> str:
         """Name of the field of the caption, whether `fields` have it or not."""
@@ -168,59 +165,9 @@ class Fields:
         return not known.isdisjoint(name for name in names if name)
 
 
-_SHORT_EXTRA = 512
-"""Characters of JSON in which nothing is looked for that is too long."""
-
-
-class _Unusable(Exception):
-    """Why a row of fields makes no document."""
-
-    def __init__(self, reason: str, segments: Sequence[str | Picture] = ()) -> None:
-        super().__init__(reason)
-        self.segments = segments
-
-
-def make_document(
-    fields: dict, key: str, source: str, names: Fields, locate: Callable[[str], tuple[str, str]]
-) -> Entry:
-    """A document from a row of fields.
-
-    {"image": .., "caption": ..} is a pair, {"text": ..} a text, {"segments": [{"text": ..}, {"image": ..}]} an
-    interleaved document. An image is a path, bytes, base64, a data: URI or {"bytes": .., "path": ..}. `locate` turns
-    a path as the input gives it into (name relative to the source's folder, place to read it from).
-    """
-    if len(fields) == 1 and isinstance(text := fields.get("text"), str) and names.caption != "text":
-        # The common row of a text corpus.
-        document = RawText(key, source, [text])
-        return document if text.isascii() and text and not text.isspace() else check_document(document)
-    image, caption = names.find_image(fields), names.find_caption(fields)
-    try:
-        if "segments" in fields:
-            used, cls = ("segments",), RawDocument
-            segments = _read_segments(fields["segments"], key, locate)
-        elif "text" in fields and image not in fields and caption not in fields:
-            used, cls, segments = ("text",), RawText, [_read_text(fields, "text")]
-            if not names.image:
-                _check_holds_no_image(fields, segments)
-        else:
-            if names.caption == "" and caption not in fields and "text" in fields:
-                caption = "text"
-            if fields.get(image) is None and fields.get("status") not in (None, "success"):
-                return Filtered("not downloaded")  # img2dataset's Parquet keeps rows that it could not fetch
-            used, cls = (image, caption), RawPair
-            segments = _read_pair(fields, image, caption, key, locate)
-    except _Unusable as error:
-        return BadInput(key, source, str(error), error.segments)
-    extra = {name: value for name, value in fields.items() if name not in used}
-    return check_document(cls(key, source, segments, write_extra(extra) if extra else "{}"))
-
-
-def write_extra(extra: dict) -> str:
-    """Fields as a JSON object; long binary values, images in base64 and long lists of numbers as their checksum."""
-    text = json.dumps(extra, sort_keys=True, default=describe_binary)
-    if len(text) < _SHORT_EXTRA:
-        return text
-    return json.dumps(shorten_values(extra), sort_keys=True, default=describe_binary)
+def names_image(value) -> bool:
+    """Whether a value ends as the name of an image file does."""
+    return isinstance(value, str) and value[-6:].lower().endswith((*PICTURE_ENDINGS, *UNREAD_ENDINGS))
 
 
 def gather_texts(entries: Iterable["Entry | RawTexts"]) -> Iterator["Entry | RawTexts"]:
@@ -241,111 +188,12 @@ def gather_texts(entries: Iterable["Entry | RawTexts"]) -> Iterator["Entry | Raw
         yield texts
 
 
-def _read_pair(fields: dict, image: str, caption: str, key: str, locate) -> list[str | Picture]:
-    segments, reasons = [], []
-    try:
-        segments.append(_read_text(fields, caption))
-    except _Unusable as error:
-        reasons.append(str(error))
-    try:
-        segments.append(_read_image(fields, image, f"{key}.{image}", locate))
-    except _Unusable as error:
-        reasons.append(str(error))
-    if reasons:
-        raise _Unusable(reasons[-1], segments)
-    return segments
-
-
-def _read_text(fields: dict, name: str) -> str:
-    value = fields.get(name)
-    if isinstance(value, bytes):  # Parquet's binary columns
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise _Unusable(f'not UTF-8: byte {error.start} of field "{name}" cannot be decoded') from error
-    if isinstance(value, str):
-        return value
-    raise _Unusable(_explain_field(fields, name, value))
-
-
-def _explain_field(fields: dict, name: str, value) -> str:
-    if name in fields:
-        return f'field "{name}" is {type(value).__name__}, not text'
-    there = shorten(", ".join(map(str, fields)) or "none", 200)
-    return f'field "{name}" is missing: the fields are {there}'
-
-
-def _read_image(fields: dict, name: str, shown: str, locate) -> Picture:
-    """The image of a field; `shown` is its name where the input holds it without one."""
-    value = fields.get(name)
-    if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return Picture(shown, content=value)
-    if not isinstance(value, str):
-        raise _Unusable(_explain_field(fields, name, value))
-    if not value:
-        raise _Unusable("empty picture path")
-    try:
-        content = decode_image(value)
-    except ValueError as error:
-        raise _Unusable(f'field "{name}" {error}') from error
-    return Picture(*locate(value)) if content is None else Picture(shown, content=content)
-
-
-def _check_holds_no_image(fields: dict, segments: list[str]) -> None:
-    """Refuse a text beside an image under another name, which would be lost without a word."""
-    for name, value in fields.items():
-        if name != "text" and _holds_image(name, value):
-            raise _Unusable(
-                f'field "image" is missing: field "{name}" holds an image; give --image-field {name} --caption-field '
-                f"text for pairs, or --image-field image for the texts alone",
-                segments,
-            )
-
-
-def _holds_image(name: str, value) -> bool:
-    if isinstance(value, list) and value:
-        value = value[0]
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return is_image(value)
-    return isinstance(value, str) and (value.startswith("data:image/") or (_names_image(value) and _may_be_path(name)))
-
-
-def _names_image(value) -> bool:
-    return isinstance(value, str) and value[-6:].lower().endswith(PICTURE_ENDINGS)
-
-
-@lru_cache(1024)
-def _may_be_path(name: str) -> bool:
-    """Whether a field of this name may hold the path of an image; a URL or a title may end as one does."""
-    return bool(re.search("image|img|pic|photo|file|path", name, re.IGNORECASE))
-
-
-def _read_segments(rows, key: str, locate) -> list[str | Picture]:
-    if not isinstance(rows, list) or not rows:
-        what = type(rows).__name__ if rows != [] else "empty"
-        raise _Unusable(f'field "segments" is {what}, not a list of texts and pictures')
-    segments = []
-    for number, row in enumerate(rows):
-        given = {name: row[name] for name in row if row[name] is not None} if isinstance(row, dict) else {}
-        if given.keys() not in ({"text"}, {"image"}):
-            raise _Unusable(f'segment {number} is no {{"text": ...}} and no {{"image": ...}}')
-        try:
-            if "text" in given:
-                segments.append(_read_text(given, "text"))
-            else:
-                segments.append(_read_image(given, "image", f"{key}.{number}", locate))
-        except _Unusable as error:
-            raise _Unusable(f"segment {number}: {error}") from error
-    return segments
-
-
 def check_document(document: RawDocument) -> RawDocument | BadInput:
     """Refuse what no document can be made of: an empty text, text that is no Unicode."""
     for segment in document.segments:
+        text = segment if isinstance(segment, str) else segment.name
+        if text and text.isascii() and not text.isspace():
+            continue
         if fault := _find_fault(segment, document.kind):
             sound = [other for other in document.segments if not _find_fault(other, document.kind)]
             return BadInput(document.key, document.source, fault, sound)

@@ -29,7 +29,7 @@ def is_image(content: bytes) -> bool:
 
 def decode_image(value: str) -> bytes | None:
     """The bytes of an image given as a data: URI or in base64; None for a path; ValueError says what is wrong."""
-    if head := _DATA_URI.match(value):
+    if value[:5].lower() == "data:" and (head := _DATA_URI.match(value)):
         content = _decode(value[head.end() :]) if head[1] else None
         if content is None:
             fault = "whose base64 is damaged" if head[1] else "that is not base64"

@@ -5,7 +5,7 @@ import json
 from megatron_cm3leon.data.sources.embedded import shorten
 from megatron_cm3leon.data.sources.files import open_file
 
-_START = 1 << 20
+_START = 1 << 16
 """Bytes that are looked at; a file of one line is read as far as its line goes."""
 
 

@@ -18,11 +18,11 @@ from megatron_cm3leon.data.sources.documents import (
     RawText,
     RawTexts,
     check_document,
-    make_document,
 )  # fmt: skip
 from megatron_cm3leon.data.sources.embedded import shorten
 from megatron_cm3leon.data.sources.files import BYTE_ORDER_MARK, check_encoding, open_file
 from megatron_cm3leon.data.sources.json_form import check_json_lines
+from megatron_cm3leon.data.sources.rows import make_document
 
 logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 1 << 22

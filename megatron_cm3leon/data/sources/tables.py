@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_cm3leon.data.sources.base import FileSource, Part
-from megatron_cm3leon.data.sources.documents import CAPTION_FIELDS, BadInput, Entry, make_document
+from megatron_cm3leon.data.sources.documents import CAPTION_FIELDS, BadInput, Entry
 from megatron_cm3leon.data.sources.embedded import shorten
 from megatron_cm3leon.data.sources.files import BYTE_ORDER_MARK, MAX_BYTES, check_encoding, identify_file, open_file
+from megatron_cm3leon.data.sources.rows import make_document
 
 logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 64
