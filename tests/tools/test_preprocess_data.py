@@ -117,7 +117,7 @@ def test_usage_errors():
         (["--max-bad-fraction", 2], "error: --max-bad-fraction (2.0) must be between 0 and 1."),
         (["--tokenizer", "nowhere"], "error: no vocabulary at nowhere"),
     ):
-        result = preprocess("--input", "raw", "--tokenizer", "tok", "--output", "x", *arguments)
+        result = preprocess("--input", "raw/pairs.jsonl", "--tokenizer", "tok", "--output", "x", *arguments)
         assert result.returncode == 2 and result.stderr.startswith(message), result.stderr
     result = preprocess("--help")
     assert result.returncode == 0 and "(default: 0.01)" in " ".join(result.stdout.split())
