@@ -47,7 +47,7 @@ def go_back(step: int, config: Config, stream: Stream, engine: Engine, record: l
     dist.barrier()
     state = engine.load(sharded.step_folder(Path(config.output), step))
     loader.close()
-    return state, record[:step], build_loader(config, stream, engine, state.batch)
+    return state, record[:step], build_loader(config, stream, engine, state.batch, state.sequence)
 
 
 def save_masks(recorder: masks.MaskRecorder, path: Path) -> None:
@@ -75,7 +75,7 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
     engine, state, _ = open_run(config, stream, device, [])
     if case.get("save_start"):
         engine.save(sharded.step_folder(Path(config.output), 0), state)
-    loader = build_loader(config, stream, engine, state.batch)
+    loader = build_loader(config, stream, engine, state.batch, state.sequence)
     record, recorder = [], nullcontext()
     if case.get("masks"):
         recorder = masks.MaskRecorder(getattr(engine, "model", None) or [engine.engine])
