@@ -89,6 +89,7 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
             metrics = engine.train_step(micro_batches, state.step, learning_rate(config, state.step))
         assert metrics.stepped, (case["name"], state.step, metrics)
         state.step, state.batch = state.step + 1, batch + 1
+        state.sequence += config.train.global_batch_size
         record.append({"step": state.step, "loss": metrics.loss, "grad_norm": metrics.grad_norm})
         if state.step % config.checkpoint.interval == 0:
             engine.save(sharded.step_folder(Path(config.output), state.step), state)
