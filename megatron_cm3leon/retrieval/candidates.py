@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_cm3leon.blas import one_blas_thread
 from megatron_cm3leon.retrieval.rows import to_float32
+from megatron_cm3leon.threads import one_blas_thread
 
 NO_NEIGHBOR = -1
 _CANDIDATE_BYTES = 8 << 20

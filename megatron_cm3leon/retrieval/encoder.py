@@ -25,6 +25,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from megatron_cm3leon.data.shards import sha256_file
+from megatron_cm3leon.threads import one_thread_if_small
 from megatron_cm3leon.tokenizers.pixels import to_pixels
 from megatron_cm3leon.tokenizers.text import TextTokenizer
 
@@ -170,7 +171,8 @@ class Encoder:
         if not len(texts):
             return np.zeros((0, self.width), np.float32)
         ids = self.tokenize(texts, dropout, keys).to(self.device)
-        vectors = normalize(self.model.get_text_features(input_ids=ids).pooler_output.float().cpu().numpy())
+        with one_thread_if_small(self.model):
+            vectors = normalize(self.model.get_text_features(input_ids=ids).pooler_output.float().cpu().numpy())
         vectors[[not text.strip() for text in texts]] = 0
         return vectors
 
@@ -180,7 +182,8 @@ class Encoder:
         if not len(pictures):
             return np.zeros((0, self.width), np.float32)
         pixels = self.prepare_pixels(pictures).to(self.device)
-        return normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float().cpu().numpy())
+        with one_thread_if_small(self.model):
+            return normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float().cpu().numpy())
 
     def prepare_pixels(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """Pixels float32 [n, 3, image_size, image_size] as this model expects them."""

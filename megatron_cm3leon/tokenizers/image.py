@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from megatron_cm3leon.threads import one_thread_if_small
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 
 FORMAT = 1
@@ -93,7 +94,7 @@ class ImageTokenizer:
         expected = (3, self.image_size, self.image_size)
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
             raise ValueError(f"pixels of shape {list(pixels.shape)} must be [batch, {', '.join(map(str, expected))}].")
-        with true_fp32():
+        with true_fp32(), one_thread_if_small(self.model):
             pixels = pixels.to(self.device, torch.float32)
             return self.model.find_codes(self.model.encode(pixels)).flatten(1)
 
@@ -106,7 +107,7 @@ class ImageTokenizer:
             raise ValueError(
                 f"image codes {int(codes.min())} to {int(codes.max())} must lie in 0..{self.codebook_size - 1}."
             )
-        with true_fp32():
+        with true_fp32(), one_thread_if_small(self.model):
             latents = self.model.look_up(codes.to(self.device).view(-1, height, width))
             return self.model.decode(latents).clamp(-1, 1)
 

@@ -40,6 +40,25 @@ def test_text_vectors_are_those_of_the_model(encoder, clip_folder):
     np.testing.assert_allclose(found, (expected / expected.norm()).numpy(), atol=1e-6)
 
 
+def test_a_small_encoder_takes_one_thread_and_gives_the_same_bits(encoder, monkeypatch):
+    texts, pictures = ["a small red circle"] * 40, [Image.new("RGB", (32, 32), "red")] * 40
+    seen, before = [], torch.get_num_threads()
+    parts = (encoder.model.text_model, encoder.model.vision_model)
+    hooks = [part.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads())) for part in parts]
+    torch.set_num_threads(2)
+    try:
+        found = encoder.encode_texts(texts), encoder.encode_pictures(pictures)
+        assert seen == [1, 1] and torch.get_num_threads() == 2
+        monkeypatch.setattr("megatron_cm3leon.threads.SMALL_MODEL", 0)
+        expected = encoder.encode_texts(texts), encoder.encode_pictures(pictures)
+        assert seen == [1, 1, 2, 2]
+    finally:
+        torch.set_num_threads(before)
+        for hook in hooks:
+            hook.remove()
+    assert all(np.array_equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
 def test_a_long_caption_is_cut_behind_its_beginning(encoder):
     ids = encoder.tokenize(["circle " * 500])
     assert ids.shape == (1, encoder.positions)

@@ -46,6 +46,29 @@ def test_shapes_types_and_ranges(tokenizer):
     assert not pixels.requires_grad
 
 
+def test_a_small_tokenizer_takes_one_thread_and_gives_the_same_codes(tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    pixels = torch.rand(8, 3, tokenizer.image_size, tokenizer.image_size) * 2 - 1
+    seen, before = [], torch.get_num_threads()
+    hooks = [
+        part.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+        for part in (tokenizer.model.encoder, tokenizer.model.decoder)
+    ]
+    torch.set_num_threads(2)
+    try:
+        codes = tokenizer.encode(pixels)
+        decoded = tokenizer.decode(codes)
+        assert seen == [1, 1] and torch.get_num_threads() == 2
+        monkeypatch.setattr("megatron_cm3leon.threads.SMALL_MODEL", 0)
+        assert torch.equal(tokenizer.encode(pixels), codes)
+        torch.testing.assert_close(tokenizer.decode(codes), decoded, rtol=1e-5, atol=1e-5)
+        assert seen == [1, 1, 2, 2]
+    finally:
+        torch.set_num_threads(before)
+        for hook in hooks:
+            hook.remove()
+
+
 def test_codes_run_row_by_row(tokenizer):
     """A changed patch in row 1, column 2 of the grid moves latent 1 * 4 + 2 alone."""
     pixels = draw_pixels(1)

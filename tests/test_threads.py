@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from megatron_cm3leon.blas import one_blas_thread
 from megatron_cm3leon.evaluation import judge
 from megatron_cm3leon.retrieval import candidates
+from megatron_cm3leon.threads import SMALL_MODEL, one_blas_thread, one_thread_if_small
 
 
 def count_threads() -> set[int]:
@@ -61,3 +62,20 @@ def test_the_filters_of_the_neighbor_table_take_one_thread_and_give_the_same_bit
 def test_a_checker_takes_one_thread(two_threads):
     checker = SimpleNamespace(classify=lambda picture: {"threads": count_threads()})
     assert judge.judge_pictures(checker, [None], [{"threads": {1}}]) == [{"threads": [{1}, {1}, True]}]
+
+
+@pytest.fixture
+def two_torch_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_small_model_on_the_cpu_takes_one_thread(two_torch_threads):
+    small, large = torch.nn.Linear(8, 8), torch.nn.Linear(SMALL_MODEL, 1, device="meta")
+    for model, expected in ((small, 1), (large, 2), (torch.nn.Linear(8, 8, device="meta"), 2)):
+        with pytest.raises(KeyError), one_thread_if_small(model):
+            assert torch.get_num_threads() == expected
+            raise KeyError
+        assert torch.get_num_threads() == 2
