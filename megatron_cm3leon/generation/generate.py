@@ -55,11 +55,12 @@ class Generator:
         """Open what tools/convert_checkpoint.py export wrote; ValueError for any other folder."""
         from megatron_cm3leon.tokenizers.folder import Tokenizers
 
-        folder, device = Path(folder), torch.device(resolve_device(device))
+        folder, device = Path(folder), resolve_device(device)
         shape, tokenizers = read_shape(folder), Tokenizers.load(folder, device)
         image = picture_segment(tokenizers.vocabulary)
         sizes = {"head_rows": len(image.allowed), "positions": round_up(image.length + BUCKET), "streams": (1, 2)}
-        with compiling_beside(partial(compile_steps, shape, dtype, device, **sizes), device):
+        place = torch.device(device)
+        with compiling_beside(partial(compile_steps, shape, dtype, place, **sizes), place):
             decoder = Decoder.load(folder, dtype, device)
         return cls(decoder, tokenizers, read_training(folder))
 
