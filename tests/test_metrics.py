@@ -54,10 +54,10 @@ def test_steps_before_a_roll_back_are_not_drawn(tmp_path, open_log):
     record = open_log(0)
     for step in range(1, 7):
         log(record, step, loss=1.0)
-    record.leave_out(range(4, 7), attempt=1, step=4, reason="spike", steps_back=2)
+    record.leave_out(range(4, 7), first_sequence=16, sequences=4, attempt=1, step=4, reason="spike", steps_back=2)
     for step in range(5, 9):
         log(record, step, loss=2.0)
-    record.leave_out(range(8, 9), attempt=1, step=8, reason="asked")
+    record.leave_out(range(8, 9), first_sequence=32, sequences=4, attempt=1, step=8, reason="asked")
     log(record, 9, loss=2.0)
     record.close()
     assert drawn(tmp_path, "loss") == [(step, 1.0 if step <= 4 else 2.0) for step in range(1, 10)]
