@@ -71,7 +71,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     },
 }
 
-# What a resumed run may change only when it is told to (`--allow-change`): the model and the stream.
+# What a resumed run may change only with `--allow-change`: the model and the stream.
 FIXED_FIELDS = ("seed", "model.", "data.", "retrieval.", "cm3.", "train.global_batch_size")
 # But for these: the stream's identity (data/identity.py) covers the content of folders, wherever they are.
 SOURCE_FIELDS = ("data.shards", "data.sources", "retrieval.index")
@@ -209,7 +209,7 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple]:
 
 
 def is_fixed(name: str) -> bool:
-    """Whether a resumed run may change the field `name` (dotted) only when it is told to."""
+    """Whether a resumed run may change the field `name` (section.key) only with --allow-change."""
     return name.startswith(FIXED_FIELDS) and name not in FREE_FIELDS
 
 

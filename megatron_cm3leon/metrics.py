@@ -35,7 +35,7 @@ class MetricsLogger:
     def __init__(
         self, run: Path, config: Config, vocabulary_size: int, ranks: int, progress: Meter, step: int = 0
     ) -> None:
-        """`step`: the last one that the run keeps; what an earlier attempt logged after it is no longer drawn."""
+        """`step`: the last one that the run keeps; TensorBoard drops what an earlier attempt logged after it."""
         self.file = open(run / METRICS, "a+", buffering=1)  # noqa: SIM115 - closed by close()
         drop_half_line(self.file.fileno())
         self.run = run

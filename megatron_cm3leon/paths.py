@@ -1,4 +1,4 @@
-"""Paths as users write them: ~ and $VARIABLE, which a shell does not expand in a YAML file or behind `=`."""
+"""Paths as users write them: ~ and $VARIABLE, which a shell does not expand in a YAML file or after `=`."""
 
 import os
 import re

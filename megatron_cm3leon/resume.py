@@ -101,7 +101,7 @@ def _compare_sources(
     if identify(weighted, old, version=1) == state.stream:
         return compare_sources(weighted, present, config, reader.folder)
     field = "data.sources" if config.data.sources else "data.shards"
-    return f"the shards or the index behind this run are not those of {reader.folder}", field
+    return f"the shards or the index of this run are not those of {reader.folder}", field
 
 
 def _log_position(old: Config, config: Config, changes: dict[str, tuple], state: TrainState) -> None:

@@ -26,16 +26,16 @@ from megatron_cm3leon.schedule import follow_rule, learning_rate
 logger = logging.getLogger(__name__)
 
 
-def build_loader(config: Config, stream: Stream, engine: Engine, batch: int = 0, sequence: int = 0) -> Loader:
-    """The loader of this rank from `batch` on, whose first sequence is `sequence`."""
+def build_loader(config: Config, stream: Stream, engine: Engine, state: TrainState) -> Loader:
+    """The loader of this rank's part of the batches from the position of `state` on."""
     return Loader(
         stream,
         rank=engine.data_rank,
         size=engine.data_size,
         micro_batch_size=config.train.micro_batch_size,
         global_batch_size=config.train.global_batch_size,
-        start_batch=batch,
-        start_sequence=sequence,
+        start_batch=state.batch,
+        start_sequence=state.sequence,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         pin_memory=engine.device.type == "cuda",
@@ -55,7 +55,7 @@ class Validation:
         """Mean losses over the batches, named as metrics.jsonl has them."""
         losses = {}
         for name, stream in self.streams.items():
-            loader = build_loader(self.config, stream, engine)
+            loader = build_loader(self.config, stream, engine, TrainState())
             metrics = [engine.eval_step(next(loader)[1]) for _ in range(self.config.validation.batches)]
             loader.close()
             for field in ("loss", "loss_text", "loss_image"):
@@ -117,7 +117,7 @@ class Training:
         """Run the loop; returns why it ended (finished, stop_after, signal), and the step."""
         config, stopped = self.config, False
         self.saver.save_if_due(self.state)
-        self.loader = build_loader(config, self.stream, self.engine, self.state.batch, self.state.sequence)
+        self.loader = build_loader(config, self.stream, self.engine, self.state)
         steps = max(0, self.end - self.state.step)
         with meter(steps, "training", "steps", quiet=not self.first) as progress, self.saver:
             if self.first:
@@ -217,4 +217,4 @@ class Training:
     def _restart_loader(self) -> None:
         """Begin at the state's next batch."""
         self.loader.close()
-        self.loader = build_loader(self.config, self.stream, self.engine, self.state.batch, self.state.sequence)
+        self.loader = build_loader(self.config, self.stream, self.engine, self.state)

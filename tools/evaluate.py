@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--documents", type=int, help="retrieved documents of a prompt (default: as in training)")
     add("--examples", type=int, default=defaults.examples, help="examples of each kind to keep")
     add("--seed", type=int, default=defaults.seed, help="of the choice of pairs and of the pictures")
-    add("--encoder", type=user_path, help="CLIP folder, where it is no longer where the index recorded it")
+    add("--encoder", type=user_path, help="CLIP folder, if it was moved since the index recorded its path")
     add("--dtype", choices=KINDS, default="fp32", help="type of the model's matrices")
     add("--device", default="auto", help="cpu, cuda, or auto: CUDA where there is a device")
     return parser.parse_args()

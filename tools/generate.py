@@ -117,7 +117,7 @@ def _add_shared(parser: argparse.ArgumentParser, *, temperature: float, output: 
     parser.add_argument("--retrieve", type=user_path, metavar="INDEX", help="index folder to retrieve documents from")
     parser.add_argument("--documents", type=int, help="documents to retrieve for each prompt (default: as in training)")
     parser.add_argument(
-        "--encoder", type=user_path, help="CLIP folder, where it is no longer where the index recorded it"
+        "--encoder", type=user_path, help="CLIP folder, if it was moved since the index recorded its path"
     )
     parser.add_argument(
         "--document", nargs=2, action="append", metavar=("CAPTION", "PICTURE"),

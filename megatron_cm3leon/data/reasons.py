@@ -13,7 +13,7 @@ _HINTS = (
 
 
 class Reasons:
-    """Counts by what stands in front of a reason's first colon, each with the first reason in full."""
+    """Counts of reasons, grouped by their text up to the first colon; the first reason of a group is kept in full."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

@@ -59,8 +59,8 @@ class Generator:
         shape, tokenizers = read_shape(folder), Tokenizers.load(folder, device)
         image = picture_segment(tokenizers.vocabulary)
         sizes = {"head_rows": len(image.allowed), "positions": round_up(image.length + BUCKET), "streams": (1, 2)}
-        place = torch.device(device)
-        with compiling_beside(partial(compile_steps, shape, dtype, place, **sizes), place):
+        torch_device = torch.device(device)
+        with compiling_beside(partial(compile_steps, shape, dtype, torch_device, **sizes), torch_device):
             decoder = Decoder.load(folder, dtype, device)
         return cls(decoder, tokenizers, read_training(folder))
 

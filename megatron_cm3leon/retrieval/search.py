@@ -28,7 +28,7 @@ class Retriever:
     def load(
         cls, folder: str | Path, encoder: str | Path | None = None, bank: Corpus | None = None, device: str = "cpu"
     ) -> "Retriever":
-        """Open an index folder; `encoder` is the CLIP folder where it is no longer where the index recorded it.
+        """Open an index folder; `encoder` is the CLIP folder if it was moved since the index recorded its path.
 
         Raises ValueError when the encoder or the bank is not the one the index was built with.
         """

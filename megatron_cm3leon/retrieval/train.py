@@ -97,7 +97,7 @@ def train_clip(
 
 
 def _read_pairs(inputs: RawInputs, options: ClipOptions) -> tuple[list[str], list[Image.Image]]:
-    """Captions, and images no larger than they are needed; ValueError where there is no pair that can be read."""
+    """Captions, and images at four times the training size or less; ValueError if no pair can be read."""
     captions, pictures = [], []
     total = min(inputs.source.count or options.max_pairs, options.max_pairs)
     for pair in track(inputs.pairs(), total=total, label="read", unit="pairs"):

@@ -34,7 +34,7 @@ TRAINING_ONLY = re.compile(
 
 taming and latent-diffusion decode with the weights themselves, not with their averages (model_ema)."""
 _FIRST_WEIGHT = "encoder.conv_in.weight"
-"""Both layouts have it; what stands before it is a wrapper's prefix, such as `module.`."""
+"""Both layouts have it; a text in front of it is a wrapper's prefix, such as `module.`."""
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "module")
 """Entries of a checkpoint that hold the weights; what else it holds is not read."""
 _BOOKKEEPING = ("pytorch_lightning.", "lightning.", "omegaconf.", "argparse.", "collections.", "numpy.")
@@ -151,7 +151,7 @@ def _strip_prefix(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     prefixes = {name.removesuffix(_FIRST_WEIGHT) for name in weights if f".{name}".endswith(f".{_FIRST_WEIGHT}")}
     if "" in prefixes or not prefixes:
         return weights
-    # An average of the weights may stand beside them, under the same wrapper or outside it.
+    # The file may also hold an average of the weights, under the same wrapper or outside it.
     own = {prefix for prefix in prefixes if not re.search(r"(^|\.)(model_ema|ema_model|ema)\.", prefix)} or prefixes
     if len(own) > 1:
         raise ValueError(

@@ -16,7 +16,7 @@ from megatron_cm3leon.engine.parallel import Rank
 from tests.checkpoint.made import run_ranks, write_checkpoint
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import torchrun
-from tests.distributed.layouts import CONFIG
+from tests.distributed.layout_rows import CONFIG
 
 CPU = torch.device("cpu")
 

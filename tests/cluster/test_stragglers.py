@@ -9,7 +9,8 @@ from megatron_cm3leon.cluster.stragglers import StragglerWatch
 from megatron_cm3leon.data.history import read_metrics
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.launch import torchrun
-from tests.distributed.layouts import CONFIG, learnable_pairs
+from tests.distributed.layout_rows import CONFIG
+from tests.distributed.layouts import learnable_pairs
 
 SLOW_PASSES = """
 import os, sys, time

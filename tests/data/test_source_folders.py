@@ -30,7 +30,7 @@ def write_files(folder: Path, **or_names) -> Path:
 
 
 def pairs_of(source) -> dict[str, str]:
-    """Captions by the image's name; fails where an input is no pair."""
+    """Captions by the image's name; fails if an input is not a pair."""
     entries = read_all(source)
     assert all(isinstance(entry, RawPair) for entry in entries), entries
     assert all(read_picture(entry.pictures[0]) == IMAGE for entry in entries)

@@ -30,7 +30,7 @@ def test_separators_are_found_in_the_header(tmp_path, separator, ending, head):
 
 
 def test_a_separator_that_is_declared(tmp_path):
-    """The line sep=; of Excel; a separator that is no usual one."""
+    """The line sep=; of Excel; an unusual separator."""
     for separator, head in ((";", "sep=;\r\n"), ("^", "\ufeffsep=^\n"), (",", '"sep=,"\r\n')):
         path = write_csv(tmp_path / "x.csv", separator, head)
         for size in (1, 10):

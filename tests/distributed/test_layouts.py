@@ -4,17 +4,8 @@ import pytest
 import torch
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, step_folder
-from tests.distributed.layouts import (
-    BY_NAME,
-    LAYOUTS,
-    MASKS,
-    RESUMES,
-    Layout,
-    Resume,
-    read_masks,
-    relative,
-    run_layouts,
-)
+from tests.distributed.layout_rows import BY_NAME, LAYOUTS, MASKS, RESUMES, Layout, Resume
+from tests.distributed.layouts import read_masks, relative, run_layouts
 
 SLOW = {
     "micro-batches of 1",

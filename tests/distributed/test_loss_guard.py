@@ -7,7 +7,8 @@ import pytest
 
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.launch import run_cases
-from tests.distributed.layouts import CONFIG, learnable_pairs
+from tests.distributed.layout_rows import CONFIG
+from tests.distributed.layouts import learnable_pairs
 
 ENGINES = {
     "megatron": [],

@@ -29,7 +29,7 @@ from megatron_cm3leon.engine.base import Engine
 from megatron_cm3leon.engine.parallel import Rank, choose_device, initialize_groups, set_threads
 from megatron_cm3leon.resume import open_run
 from megatron_cm3leon.schedule import learning_rate
-from megatron_cm3leon.training import build_loader
+from megatron_cm3leon.training import advance, build_loader
 from tests.distributed import masks
 from tests.flex_on_cpu import flex_on_cpu
 
@@ -47,7 +47,7 @@ def go_back(step: int, config: Config, stream: Stream, engine: Engine, record: l
     dist.barrier()
     state = engine.load(sharded.step_folder(Path(config.output), step))
     loader.close()
-    return state, record[:step], build_loader(config, stream, engine, state.batch, state.sequence)
+    return state, record[:step], build_loader(config, stream, engine, state)
 
 
 def save_masks(recorder: masks.MaskRecorder, path: Path) -> None:
@@ -75,7 +75,7 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
     engine, state, _ = open_run(config, stream, device, [])
     if case.get("save_start"):
         engine.save(sharded.step_folder(Path(config.output), 0), state)
-    loader = build_loader(config, stream, engine, state.batch, state.sequence)
+    loader = build_loader(config, stream, engine, state)
     record, recorder = [], nullcontext()
     if case.get("masks"):
         recorder = masks.MaskRecorder(getattr(engine, "model", None) or [engine.engine])
@@ -88,8 +88,8 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
         with recorder if state.step < masks.STEPS else nullcontext():
             metrics = engine.train_step(micro_batches, state.step, learning_rate(config, state.step))
         assert metrics.stepped, (case["name"], state.step, metrics)
-        state.step, state.batch = state.step + 1, batch + 1
-        state.sequence += config.train.global_batch_size
+        assert batch == state.batch, (case["name"], batch, state.batch)
+        advance(state, metrics, config)
         record.append({"step": state.step, "loss": metrics.loss, "grad_norm": metrics.grad_norm})
         if state.step % config.checkpoint.interval == 0:
             engine.save(sharded.step_folder(Path(config.output), state.step), state)

@@ -35,7 +35,7 @@ for folder, *overrides in json.load(sys.stdin):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Commit -> run/, shards/, index/ and expected.json, the run gone on with; `resized` did so in other sizes."""
+    """Commit -> run/, shards/, index/ and expected.json, the run resumed; `resized` with other batch sizes."""
     folder, trainings = tmp_path_factory.mktemp("old"), []
     for commit in COMMITS:
         with tarfile.open(Path(__file__).with_name(f"{commit}.tar.xz")) as archive:

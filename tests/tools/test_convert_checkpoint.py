@@ -110,7 +110,7 @@ def test_the_reference_is_the_model_that_trains(world, tmp_path):
             ["export", "--checkpoint", "CHECKPOINT", "--tokenizer", "tok", "--check-corpus", "gone"],
             "gone does not exist",
         ),
-        (["import", "--model", "run"], "run is no export: it has no cm3leon.json"),
+        (["import", "--model", "run"], "run is not an export: it lacks cm3leon.json"),
     ],
 )
 def test_errors_are_sentences_and_nothing_is_left(world, monkeypatch, arguments, message):

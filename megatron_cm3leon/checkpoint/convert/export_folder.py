@@ -44,7 +44,7 @@ def check_output(output: Path, overwrite: bool = False) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / ACCOUNT).is_file():
-        raise ValueError(f"{output} already exists and is no export (it has no {ACCOUNT}); give a new folder.")
+        raise ValueError(f"{output} already exists and is not an export (it has no {ACCOUNT}); give a new folder.")
     if not overwrite:
         raise ValueError(f"{output} already holds an export; give a new folder, or --overwrite to replace it.")
 
@@ -114,13 +114,13 @@ class ExportFolder:
     """An export on disk; nothing of it is trusted before it was compared with the configuration it records."""
 
     def __init__(self, folder: str | Path) -> None:
-        """ValueError for a folder that is no export, and for a tensor missing, unknown or of another shape."""
+        """ValueError for a folder that is not an export, and for a tensor missing, unknown or of another shape."""
         self.folder = Path(folder)
         missing = [name for name in _OWN_FILES if not (self.folder / name).is_file()]
         if missing and (self.folder / "config.json").is_file():
             raise ValueError(
-                f"{self.folder} is no export: it has no {', '.join(missing)}. Where a stock class saved it, copy these "
-                f"files from the export that the model was loaded from; else {_REMEDY}"
+                f"{self.folder} is not an export: it lacks {', '.join(missing)}. If a stock class saved it, copy "
+                f"these files from the export that the model was loaded from; otherwise {_REMEDY}"
             )
         account = self._read_json(ACCOUNT)
         if account.get("format") != ACCOUNT_FORMAT or not isinstance(account.get("config"), dict):
@@ -165,7 +165,7 @@ class ExportFolder:
     def _read_json(self, name: str) -> dict:
         path = self.folder / name
         if not path.is_file():
-            raise ValueError(f"{self.folder} is no export: it has no {name}; {_REMEDY}")
+            raise ValueError(f"{self.folder} is not an export: it lacks {name}; {_REMEDY}")
         try:
             content = json.loads(path.read_text())
         except ValueError as error:
@@ -181,7 +181,7 @@ class ExportFolder:
         if not paths:
             pickled = next(self.folder.glob("pytorch_model*.bin"), None)
             found = f" but {pickled.name}, which is not read: save it with safe_serialization=True" if pickled else ""
-            raise ValueError(f"{self.folder} is no export: it has no *.safetensors{found}; {_REMEDY}")
+            raise ValueError(f"{self.folder} is not an export: it has no *.safetensors{found}; {_REMEDY}")
         found = {}
         for path in paths:
             with _opened(path) as file:
@@ -210,7 +210,7 @@ def _describe_network(fields: dict, folder: Path) -> dict:
     """What of config.json decides the logits, under the names and with the defaults of the stock class.
 
     Versions of transformers write the same configuration under other names (torch_dtype and dtype, rope_theta and
-    rope_parameters), leave out defaults and add fields.
+    rope_parameters), omit defaults and add fields.
     """
     from transformers import CONFIG_MAPPING, PretrainedConfig
 

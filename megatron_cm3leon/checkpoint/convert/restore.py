@@ -31,7 +31,7 @@ def import_export(
 ) -> tuple[Path, Comparison]:
     """Write the run folder `output` from the export `model`; returns its checkpoint and how the logits compare.
 
-    ValueError for a folder that is no export, whose tensors are not those of its configuration, are not finite, or
+    ValueError for a folder that is not an export, whose tensors are not those of its configuration, are not finite, or
     give other logits in the checkpoint; nothing is under `output` then.
     """
     export, output = ExportFolder(model), Path(output)

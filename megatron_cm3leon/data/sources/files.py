@@ -154,7 +154,7 @@ def find_kind(path: str) -> str:
 
 
 def list_folder(path: str) -> list[str]:
-    """Relative names of all files at any depth, sorted. Names that begin with a dot are left out.
+    """Relative names of all files at any depth, sorted. Names that begin with a dot are skipped.
 
     Linked folders are followed after those that are really there, and each folder is read once, so links may form
     loops. ValueError where a link without an ending, which may be a folder, leads nowhere; OSError for a folder that

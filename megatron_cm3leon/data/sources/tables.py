@@ -67,7 +67,7 @@ class CsvSource(FileSource):
                 records += 1
             place += len(raw)
         if records > 0:
-            self._check_header(file, style.columns)  # its faults are told before any work
+            self._check_header(file, style.columns)  # its faults are reported before any work
             if file == 0 and (style.delimiter in _UNUSUAL or style.trim):
                 separator = _UNUSUAL.get(style.delimiter, repr(style.delimiter)) + (" and space" if style.trim else "")
                 logger.info("%s: the separator of its columns (the delimiter) is %s.", self.files[file], separator)
@@ -128,7 +128,7 @@ class CsvSource(FileSource):
         return replace(style, trim=trim, columns=tuple(names))
 
     def _check_header(self, file: int, columns: tuple[str, ...]) -> None:
-        """ValueError where the columns cannot be told apart, or none is known."""
+        """ValueError if the columns are ambiguous, or none is known."""
         twice = sorted({name for name in columns if name and columns.count(name) > 1})
         if twice or not columns:
             fault = f"has the column {twice[0]!r} twice" if twice else "begins with a blank line, not with a header"

@@ -54,7 +54,7 @@ class TarReader:
             raise DamagedTar(f"not a tar: {error}; {known}") from error
 
     def __iter__(self) -> Iterator[Member]:
-        """Files and links in order, folders left out; DamagedTar where the rest cannot be read."""
+        """Files and links in order, without folders; DamagedTar if the rest cannot be read."""
         while True:
             try:
                 info = self._tar.next()

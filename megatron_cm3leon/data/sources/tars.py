@@ -1,7 +1,7 @@
 """WebDataset tars as img2dataset writes them: members <key>.jpg, <key>.txt and <key>.json, one key after the other.
 
 A tar is a part. Keys end at the first dot of a member's base name, as in WebDataset; where that leaves no image or no
-caption, the members are told apart by their last dot. Where a key's members are not adjacent (GNU tar without
+caption, the key ends at the last dot. Where a key's members are not adjacent (GNU tar without
 --sort=name), the rest of the tar is listed first and then read key by key.
 """
 

@@ -177,7 +177,7 @@ def test_what_is_there_is_kept(tmp_path, tokenizer, checkpoint):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"mine already exists and is no export"):
+        with pytest.raises(ValueError, match=r"mine already exists and is not an export"):
             export_checkpoint(checkpoint, tokenizer, tmp_path / "mine", overwrite=overwrite)
     assert (tmp_path / "mine/notes.txt").read_text() == "keep"
 

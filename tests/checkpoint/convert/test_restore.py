@@ -1,4 +1,4 @@
-"""Import: bit for bit what was exported, and what is no export is refused."""
+"""Import: bit for bit what was exported, and what is not an export is refused."""
 
 import json
 import shutil
@@ -157,7 +157,7 @@ def test_what_is_no_export_is_refused(tmp_path, export):
             import_export(export, tmp_path / "back")
         assert not (tmp_path / "back").exists()
 
-    with pytest.raises(ValueError, match=r"is no export: it has no cm3leon.json"):
+    with pytest.raises(ValueError, match=r"is not an export: it lacks cm3leon.json"):
         import_export(tmp_path, tmp_path / "back")
     account = json.loads((export / "cm3leon.json").read_text())
     config = json.loads((export / "config.json").read_text())

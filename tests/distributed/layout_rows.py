@@ -1,0 +1,354 @@
+"""Rows of the table of layouts: what each runs, under how many ranks, and which of them resume each other's runs."""
+
+from dataclasses import dataclass, replace
+
+from tests.distributed.launch import ROOT
+
+CONFIG = """
+model: {layers: 4, hidden_size: 64, heads: 4, init_std: 0.02}
+data: {seq_length: 48, packing: stream, workers: 0}
+train: {steps: 20, global_batch_size: 8, micro_batch_size: 2, precision: fp32}
+optimizer: {learning_rate: 6e-4, epsilon: 1e-6}  # at 1e-8 Adam takes whole steps along gradients of rounding alone
+schedule: {warmup_steps: 20}
+checkpoint: {interval: 10}
+"""
+LLAMA = ("model.family=llama", "model.kv_heads=2", "model.qk_norm=true", "train.z_loss=1e-4")
+SAMPLES = ("data.attention=sample",)
+BF16 = ("train.precision=bf16",)
+DEEPSPEED = ("train.engine=deepspeed",)
+COMPILE = ("train.compile=true",)
+SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")
+# Stage 3 would keep weights as small as these whole, and buckets as large as its default are never full.
+SMALL = (f"deepspeed.json={ROOT / 'tests' / 'distributed' / 'deepspeed.json'}",)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row: overrides of CONFIG, against `reference`, the row of one process that it must equal."""
+
+    name: str
+    ranks: int
+    overrides: tuple[str, ...] = ()
+    reference: str = "one process"
+    covering: bool = True
+    """Whether the default suite runs it; all rows run under the marker `slow`."""
+    loss_tolerance: float = 1e-6
+    """Largest relative difference of any of the losses."""
+    norm_tolerance: float = 1e-5
+    """Largest relative difference of any of the gradient norms."""
+
+    @property
+    def folder(self) -> str:
+        """Name of its run folder."""
+        return self.name.replace(" ", "_").replace(",", "")
+
+
+def _row(name: str, ranks: int, text: str, covering: bool = True, **more) -> Layout:
+    return Layout(name, ranks, tuple(f"parallel.{item}" for item in text.split()), covering=covering, **more)
+
+
+def _variants() -> list[Layout]:
+    """Rows of other models, masks and precisions, each against its own row of one process."""
+    layouts = [("tensor=2 sequence=true", 2), ("context=2", 2), ("tensor=2 pipeline=2 sequence=true", 4)]
+    layouts += [("tensor=2 context=2 zero=1", 4), ("pipeline=2 interleave=2", 2), ("zero=1 recompute=full", 2)]
+    kinds = [  # label, overrides, rows of the default suite, tolerances
+        ("llama", LLAMA, (0, 1, 2, 4), {}),
+        ("by sample", SAMPLES, (1, 2), {}),
+        ("llama by sample", LLAMA + SAMPLES, (3,), {}),
+        ("bf16", BF16, (3,), {"loss_tolerance": 2e-3, "norm_tolerance": 0.1}),
+        ("llama bf16", LLAMA + BF16, (), {"loss_tolerance": 2e-3, "norm_tolerance": 0.1}),
+    ]
+    rows = []
+    for label, extra, covering, tolerances in kinds:
+        reference = f"{label}, one process"
+        rows.append(Layout(reference, 1, extra, reference, bool(covering)))
+        for number, (text, ranks) in enumerate(layouts):
+            overrides = extra + tuple(f"parallel.{item}" for item in text.split())
+            rows.append(Layout(f"{label}, {text}", ranks, overrides, reference, number in covering, **tolerances))
+    return rows
+
+
+def _deepspeed() -> list[Layout]:
+    """Rows of the DeepSpeed engine, against the megatron engine in one process; in bf16 against its own."""
+    layouts = [  # in the default suite, label, ranks, overrides
+        (False, "zero=0", 1, ("parallel.zero=0",)),
+        (False, "zero=1", 1, ("parallel.zero=1",)),
+        (False, "data 2 zero=0", 2, ("parallel.zero=0",)),
+        (False, "data 2 zero=1", 2, ("parallel.zero=1",)),
+        (True, "data 2 zero=2", 2, ("parallel.zero=2", *SMALL)),
+        (True, "data 2 zero=3", 2, ("parallel.zero=3", *SMALL)),
+        (False, "data 2 zero=3, small weights whole", 2, ("parallel.zero=3",)),
+        (False, "data 2 zero=2, not overlapped", 2, ("parallel.zero=2", "parallel.overlap=false")),
+        (False, "data 2 zero=2, micro-batches of 1", 2, ("parallel.zero=2", "train.micro_batch_size=1")),
+        (False, "data 2 zero=3, micro-batches of 4", 2, ("parallel.zero=3", "train.micro_batch_size=4", *SMALL)),
+        (False, "data 2 zero=1 offload", 2, ("parallel.zero=1", "deepspeed.offload_optimizer=true")),
+        (False, "data 2 zero=2 offload", 2, ("parallel.zero=2", "deepspeed.offload_optimizer=true")),
+        (
+            False,
+            "data 2 zero=3 offload",
+            2,
+            ("parallel.zero=3", "deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true", *SMALL),
+        ),
+        (False, "data 2 zero=1 recompute=full", 2, ("parallel.zero=1", "parallel.recompute=full")),
+        (False, "data 2 zero=3 recompute=full", 2, ("parallel.zero=3", "parallel.recompute=full", *SMALL)),
+        (False, "data 4 zero=1", 4, ("parallel.zero=1",)),
+        (False, "data 4 zero=3", 4, ("parallel.zero=3", *SMALL)),
+        (False, "tensor=2 data 2 zero=0", 4, ("parallel.tensor=2", "parallel.zero=0")),
+        (False, "tensor=2 data 2 zero=1", 4, ("parallel.tensor=2", "parallel.zero=1")),
+        (False, "tensor=2 data 2 zero=2", 4, ("parallel.tensor=2", "parallel.zero=2")),
+        (False, "tensor=2 data 2 zero=3", 4, ("parallel.tensor=2", "parallel.zero=3", *SMALL)),
+    ]
+    variants = [
+        (True, "llama", LLAMA, "tensor=2 zero=1", 2, ("parallel.tensor=2", "parallel.zero=1")),
+        (False, "llama", LLAMA, "tensor=2 data 2 zero=0", 4, ("parallel.tensor=2", "parallel.zero=0")),
+        (False, "llama", LLAMA, "tensor=2 data 2 zero=3", 4, ("parallel.tensor=2", "parallel.zero=3", *SMALL)),
+        (False, "by sample", SAMPLES, "data 2 zero=3", 2, ("parallel.zero=3", *SMALL)),
+        (False, "llama by sample", LLAMA + SAMPLES, "tensor=2 zero=2", 2, ("parallel.tensor=2", "parallel.zero=2")),
+    ]
+    own = "deepspeed bf16, one process"
+    precise = [
+        ("data 2 zero=0", 2, ("parallel.zero=0",)),
+        ("data 2 zero=1", 2, ("parallel.zero=1",)),
+        ("data 2 zero=2", 2, ("parallel.zero=2", *SMALL)),
+        ("data 2 zero=3", 2, ("parallel.zero=3", *SMALL)),
+        ("data 2 zero=2 offload", 2, ("parallel.zero=2", "deepspeed.offload_optimizer=true")),
+        ("tensor=2 data 2 zero=0", 4, ("parallel.tensor=2", "parallel.zero=0")),
+        ("tensor=2 data 2 zero=3", 4, ("parallel.tensor=2", "parallel.zero=3", *SMALL)),
+    ]
+    rows = [Layout(f"deepspeed, {name}", *row, covering=covering) for covering, name, *row in layouts]
+    for covering, label, extra, name, ranks, more in variants:
+        rows.append(Layout(f"deepspeed {label}, {name}", ranks, extra + more, f"{label}, one process", covering))
+    rows.append(Layout(own, 1, (*BF16, "parallel.zero=1"), own, False))
+    for name, ranks, more in precise:  # one Adam step too many at stage 0 is 2e-3 in loss, 6e-2 in norm
+        covering = name == "data 2 zero=0"
+        rows.append(Layout(f"deepspeed bf16, {name}", ranks, BF16 + more, own, covering, 5e-4, 1e-2))
+    return [replace(row, overrides=DEEPSPEED + row.overrides) for row in rows]
+
+
+def _compiled() -> list[Layout]:
+    """Rows with compiled layers, against the uncompiled model in one process."""
+    layouts = [  # in the default suite, label of the model, ranks, layout
+        (False, "", 1, ""),
+        (False, "", 1, "recompute=selective"),
+        (False, "", 2, "tensor=2"),
+        (False, "", 2, "zero=1"),
+        (False, "", 2, "pipeline=2"),
+        (False, "", 2, "context=2"),
+        (False, "", 4, "tensor=2 pipeline=2 interleave=2 sequence=true"),
+        (False, "llama", 1, ""),
+        (False, "llama", 1, "recompute=full"),
+        (True, "llama", 2, "tensor=2 sequence=true recompute=selective"),
+        (False, "llama", 2, "pipeline=2 interleave=2"),
+        (False, "llama", 4, "tensor=2 context=2 zero=1"),
+        (False, "by sample", 1, ""),
+        (False, "by sample", 2, "context=2"),
+        (False, "llama by sample", 1, "recompute=full"),
+    ]
+    extra = {"": (), "llama": LLAMA, "by sample": SAMPLES, "llama by sample": LLAMA + SAMPLES}
+    rows = []
+    for covering, label, ranks, text in layouts:
+        overrides = COMPILE + extra[label] + tuple(f"parallel.{item}" for item in text.split())
+        name = ", ".join(filter(None, (f"compiled {label}".strip(), text or "one process")))
+        rows.append(Layout(name, ranks, overrides, f"{label}, one process" if label else "one process", covering))
+    for label, more in (("zero=0", ()), ("data 2 zero=2", SMALL)):
+        ranks, zero = (1, 0) if not more else (2, 2)
+        overrides = COMPILE + DEEPSPEED + (f"parallel.zero={zero}", *more)
+        rows.append(Layout(f"compiled deepspeed, {label}", ranks, overrides, covering=False))
+    overrides = COMPILE + DEEPSPEED + LLAMA + ("parallel.tensor=2", "parallel.zero=1")
+    rows.append(Layout("compiled deepspeed llama, tensor=2 zero=1", 2, overrides, "llama, one process", False))
+    rows.append(
+        Layout("compiled bf16, zero=1", 2, (*COMPILE, *BF16, "parallel.zero=1"), "bf16, one process", False, 2e-3, 0.1)
+    )
+    return rows
+
+
+def _flex() -> list[Layout]:
+    """Rows whose attention per sample is FlexAttention's, against the masked form in one process."""
+    layouts = [  # in the default suite, label of the model, ranks, overrides
+        (True, "llama by sample", 2, (*SEQUENCE, "parallel.recompute=selective", "train.head_chunk=20")),
+        (False, "by sample", 1, ("parallel.recompute=selective",)),
+        (False, "by sample", 2, ("parallel.context=2",)),
+        (False, "by sample", 1, ("train.compile=true", "parallel.recompute=full")),
+        (False, "llama by sample", 2, ("parallel.pipeline=2", "parallel.interleave=2", "parallel.recompute=full")),
+        (False, "llama by sample", 4, (*SEQUENCE, "parallel.context=2")),
+    ]
+    rows = []
+    for covering, label, ranks, overrides in layouts:
+        names = " ".join(each.split(".", 1)[1] for each in overrides)
+        extra = (*SAMPLES, *(LLAMA if "llama" in label else ()), "train.sample_attention=flex")
+        rows.append(Layout(f"flex {label}, {names}", ranks, extra + overrides, f"{label}, one process", covering))
+    return rows
+
+
+def _fp8() -> list[Layout]:
+    """Rows whose layers multiply in fp8: two against bf16, the others against fp8 in one process."""
+    layouts = [
+        (1, COMPILE),
+        (2, ("parallel.tensor=2", *COMPILE)),
+        (2, ("parallel.pipeline=2",)),
+        (2, ("parallel.zero=1",)),
+        (2, (*DEEPSPEED, "parallel.zero=2", *SMALL)),
+    ]
+    extra, own, bf16 = (*BF16, "train.fp8=true"), "fp8, one process", "bf16, one process"
+    rows = [Layout(own, 1, extra, bf16, False, 1e-3, 5e-2)]
+    rows.append(Layout("fp8, tensor=2 sequence=true", 2, extra + SEQUENCE, bf16, True, 1e-3, 5e-2))
+    for ranks, overrides in layouts:
+        names = " ".join(each.split(".", 1)[1] for each in overrides if not each.startswith("deepspeed."))
+        rows.append(Layout(f"fp8, {names}", ranks, extra + overrides, own, False, 5e-4, 2e-2))
+    return rows
+
+
+def _head_in_chunks() -> list[Layout]:
+    """Rows that compute head and loss of 20 tokens at a time, which divides no number of tokens here."""
+    layouts = [  # in the default suite, label of the model, ranks, overrides
+        (False, "", 1, ()),
+        (False, "", 2, ("parallel.pipeline=2",)),
+        (False, "", 2, ("parallel.zero=1",)),
+        (False, "", 2, (*DEEPSPEED, "parallel.zero=3", *SMALL)),
+        (False, "llama", 2, SEQUENCE),
+        (False, "llama", 2, ("parallel.zero=1",)),
+        (False, "llama", 4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.interleave=2")),
+        (False, "llama", 2, (*DEEPSPEED, "parallel.tensor=2", "parallel.zero=1")),
+    ]
+    rows = []
+    for covering, label, ranks, overrides in layouts:
+        names = [each.split(".", 1)[1] for each in overrides if not each.startswith("deepspeed.")]
+        name = f"head in chunks{', ' + label if label else ''}, {' '.join(names) or 'one process'}"
+        reference = f"{label}, one process" if label else "one process"
+        overrides = (LLAMA if label else ()) + overrides + ("train.head_chunk=20",)
+        rows.append(Layout(name, ranks, overrides, reference, covering))
+    return rows
+
+
+DROPOUT = 0.1
+MASKED = (f"model.dropout={DROPOUT}", "model.hidden_size=128", "data.seq_length=96", "train.stop_after=12")
+"""Dropout, and sizes at which every rank draws a million entries of each mask in the recorded steps (masks.py)."""
+
+
+def _dropout() -> list[Layout]:
+    """Rows with dropout. Several ranks draw other masks than one process: these rows are compared by their masks."""
+    alone, one = (f"model.dropout={DROPOUT}",), "dropout, one process"
+    rows = [Layout(one, 1, alone, one, False)]
+    for kind in ("selective", "full"):  # the same numbers are dropped when a layer is computed again
+        recompute = (*alone, f"parallel.recompute={kind}")
+        rows.append(Layout(f"dropout, recompute={kind}", 1, recompute, one, False, 0.0, 0.0))
+    layouts = [  # in the default suite, ranks, layout
+        (False, 2, "zero=1"),  # data parallel
+        (False, 2, "tensor=2"),
+        (False, 2, "tensor=2 sequence=true recompute=selective"),
+        (False, 2, "pipeline=2"),
+        (False, 2, "pipeline=2 interleave=2 recompute=full"),
+        (False, 2, "context=2"),
+        (True, 4, "tensor=2 pipeline=2 interleave=2 recompute=selective"),
+        (True, 4, "tensor=2 context=2 sequence=true recompute=full"),
+        (False, 4, "tensor=2 pipeline=2 sequence=true recompute=full"),
+        (False, 4, "pipeline=2 context=2 recompute=selective"),
+        (False, 4, "pipeline=2 zero=1 overlap=false"),
+        (False, 4, "context=2 zero=1 recompute=full"),
+    ]
+    for covering, ranks, text in layouts:
+        rows.append(_masked(f"dropout, {text}", ranks, text, (), covering))
+    others = [  # in the default suite, label, ranks, other overrides, layout
+        (True, "deepspeed, data 2", 2, DEEPSPEED, "zero=2 recompute=selective"),
+        (False, "deepspeed, data 2", 2, (*DEEPSPEED, *SMALL), "zero=3 recompute=full"),
+        (False, "deepspeed", 2, DEEPSPEED, "tensor=2 zero=1"),
+        (False, "deepspeed, data 2", 4, DEEPSPEED, "tensor=2 zero=2 recompute=full"),
+        (False, "llama by sample", 4, LLAMA + SAMPLES, "tensor=2 pipeline=2 sequence=true recompute=selective"),
+    ]
+    for covering, label, ranks, extra, text in others:
+        rows.append(_masked(f"dropout, {label} {text}", ranks, text, extra, covering))
+    return rows
+
+
+def _masked(name: str, ranks: int, text: str, extra: tuple[str, ...], covering: bool = False) -> Layout:
+    overrides = MASKED + extra + tuple(f"parallel.{item}" for item in text.split())
+    return Layout(name, ranks, overrides, name, covering)
+
+
+LAYOUTS = [
+    Layout("one process", 1),
+    Layout("micro-batches of 1", 1, ("train.micro_batch_size=1",), covering=False),
+    Layout("micro-batches of 8", 1, ("train.micro_batch_size=8",), covering=False),
+    _row("zero=1", 1, "zero=1", covering=False),
+    _row("recompute=selective", 1, "recompute=selective", covering=False),
+    _row("recompute=full", 1, "recompute=full"),
+    _row("data 2", 2, "overlap=false", covering=False),
+    _row("data 2, overlapped", 2, ""),
+    _row("data 2, zero=1", 2, "zero=1"),
+    _row("data 2, zero=1, not overlapped", 2, "zero=1 overlap=false", covering=False),
+    _row("tensor=2", 2, "tensor=2", covering=False),
+    _row("tensor=2 sequence=true", 2, "tensor=2 sequence=true"),
+    _row("pipeline=2", 2, "pipeline=2"),
+    _row("pipeline=2 interleave=2", 2, "pipeline=2 interleave=2"),
+    _row("context=2", 2, "context=2"),
+    _row("context=2 zero=1", 2, "context=2 zero=1", covering=False),
+    _row("tensor=2 pipeline=2", 4, "tensor=2 pipeline=2"),
+    _row("tensor=2 pipeline=2 interleave=2 sequence=true", 4, "tensor=2 pipeline=2 interleave=2 sequence=true"),
+    _row("tensor=2 data 2 zero=1 sequence=true", 4, "tensor=2 zero=1 sequence=true"),
+    _row("pipeline=2 data 2 zero=1", 4, "pipeline=2 zero=1", covering=False),
+    _row("pipeline=2 interleave=2 data 2 zero=1", 4, "pipeline=2 interleave=2 zero=1"),
+    _row("tensor=2 context=2 sequence=true", 4, "tensor=2 context=2 sequence=true"),
+    _row("pipeline=2 context=2", 4, "pipeline=2 context=2"),
+    _row("context=2 data 2 zero=1 recompute=full", 4, "context=2 zero=1 recompute=full", covering=False),
+    _row("tensor=4 sequence=true", 4, "tensor=4 sequence=true", covering=False),
+    _row("pipeline=4", 4, "pipeline=4", covering=False),
+    _row("data 4 zero=1", 4, "zero=1", covering=False),
+    *_dropout(),
+    *_variants(),
+    *_deepspeed(),
+    *_compiled(),
+    *_flex(),
+    *_fp8(),
+    *_head_in_chunks(),
+]
+
+
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A run that goes on from step 10 of another row, under the layout of a second."""
+
+    source: str
+    target: str
+    covering: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.source} -> {self.target}"
+
+
+MASKS = [layout for layout in LAYOUTS if layout.overrides[: len(MASKED)] == MASKED]
+"""Rows that are compared by the masks of their ranks."""
+
+RESUMES = [
+    Resume("one process", "one process", True),
+    Resume("tensor=2 pipeline=2", "data 2, zero=1", True),
+    Resume("data 2, zero=1", "tensor=2", True),
+    Resume("data 2, zero=1", "data 2, zero=1", True),
+    Resume("tensor=2", "pipeline=2"),
+    Resume("pipeline=2 interleave=2", "context=2", True),
+    Resume("context=2", "tensor=2 data 2 zero=1 sequence=true", True),
+    Resume("tensor=2 data 2 zero=1 sequence=true", "tensor=2 pipeline=2 interleave=2 sequence=true"),
+    Resume("tensor=2 pipeline=2 interleave=2 sequence=true", "one process"),
+    Resume("pipeline=2 interleave=2 data 2 zero=1", "pipeline=2 context=2"),
+    Resume("tensor=2 context=2 sequence=true", "pipeline=2 interleave=2"),
+    Resume("llama, tensor=2 sequence=true", "llama, pipeline=2 interleave=2", True),
+    Resume("llama, tensor=2 pipeline=2 sequence=true", "llama, context=2"),
+    Resume("llama, context=2", "llama, tensor=2 pipeline=2 sequence=true"),
+    Resume("bf16, zero=1 recompute=full", "bf16, zero=1 recompute=full"),
+    Resume("deepspeed, data 2 zero=3", "tensor=2", True),
+    Resume("pipeline=2", "deepspeed, data 2 zero=2", True),
+    Resume("deepspeed, data 2 zero=1", "deepspeed, zero=1"),
+    Resume("deepspeed, data 2 zero=1", "deepspeed, data 4 zero=1"),
+    Resume("deepspeed, tensor=2 data 2 zero=3", "deepspeed, data 2 zero=1"),
+    Resume("deepspeed, data 2 zero=3", "deepspeed, data 2 zero=3"),
+    Resume("deepspeed, data 2 zero=0", "deepspeed, data 4 zero=3"),
+    Resume("deepspeed, data 2 zero=2", "deepspeed, data 2 zero=3 offload"),
+    Resume("tensor=2 pipeline=2", "deepspeed, data 2 zero=0"),
+    Resume("deepspeed llama, tensor=2 data 2 zero=3", "llama, context=2"),
+    Resume("llama, tensor=2 sequence=true", "deepspeed llama, tensor=2 data 2 zero=0"),
+    Resume("deepspeed bf16, data 2 zero=1", "deepspeed bf16, data 2 zero=1"),
+    *[Resume(layout.name, layout.name, layout.covering) for layout in MASKS],
+]
