@@ -55,7 +55,7 @@ def test_a_folder_that_a_stock_class_saved_again_is_imported(family, tmp_path):
     transformers.AutoTokenizer.from_pretrained(family.export).save_pretrained(folder)
     assert (folder / "model.safetensors.index.json").is_file()
     assert "torch_dtype" not in json.loads((folder / "config.json").read_text())
-    missing = r"has no cm3leon.json, text.model, vocab.json, image/config.json, image/model.safetensors\. .*copy these"
+    missing = r"lacks cm3leon.json, text.model, vocab.json, image/config.json, image/model.safetensors\. .*copy these"
     with pytest.raises(ValueError, match=missing):
         import_export(folder, tmp_path / "back")
     put_back(family.export, folder)
@@ -99,7 +99,7 @@ def test_what_a_stock_class_changed_is_refused(family, tmp_path):
     fails(rf"config.json has vocab_size {vocabulary + 8}, the .* requires {vocabulary}; one", change=grow)
     save_again(family.export, tmp_path / "saved", prepare_for_training)
     put_back(family.export, tmp_path / "saved", OWN[:3])
-    with pytest.raises(ValueError, match=r"has no image/config.json, image/model.safetensors\. "):
+    with pytest.raises(ValueError, match=r"lacks image/config.json, image/model.safetensors\. "):
         import_export(tmp_path / "saved", tmp_path / "back")
     put_back(family.export, tmp_path / "saved", OWN[3:])
     (tmp_path / "saved/model.safetensors").rename(tmp_path / "saved/pytorch_model.bin")
