@@ -10,8 +10,8 @@ verify, and no process left; every attempt that was killed must have ended withi
 
 Goodput: seconds of the steps that were kept / wall time from the first start to the last end. From death to step: from
 the kill to the first step that a restart finished; what it costs to end, start and load again.
-The simulator (cluster/simulation.py) is given each run's kills, restarts and mean costs; the goodput of the same steps
-in its time stands beside that by the run folder (cluster/goodput.py), which begins with the first event.
+The simulator (benchmarks/failure_simulation.py) is given each run's kills, restarts and mean costs; the goodput of the
+same steps in its time stands beside that by the run folder (monitoring/goodput.py), which begins with the first event.
 Prints a table, and exits 1 when anything differs.
 """
 
@@ -29,13 +29,13 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megatron_cm3leon.checkpoint.folder import list_checkpoints
+from benchmarks.failure_simulation import replay
+from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.checkpoint.verify import find_damage
-from megatron_cm3leon.cli import run_tool
-from megatron_cm3leon.cluster.events import read_events
-from megatron_cm3leon.cluster.goodput import read_account
-from megatron_cm3leon.cluster.simulation import replay
-from megatron_cm3leon.data.history import read_lines, read_metrics
+from megatron_cm3leon.common.cli import run_tool
+from megatron_cm3leon.monitoring.events import read_events
+from megatron_cm3leon.monitoring.goodput import read_account
+from megatron_cm3leon.monitoring.history import read_lines, read_metrics
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_cm3leon.checkpoint.folder import KINDS, Piece, hash_file
+from megatron_cm3leon.checkpoint.format import KINDS, Piece, hash_file
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, step_folder
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.checkpoint.verify import verified
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
-from megatron_cm3leon.cli import run_tool
-from megatron_cm3leon.config import Config
-from megatron_cm3leon.engine.parallel import Rank, gather_objects, set_threads
+from megatron_cm3leon.common.cli import run_tool
+from megatron_cm3leon.config.loading import Config
+from megatron_cm3leon.engine.groups import Rank, gather_objects, set_threads
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 STALL = "stall of an asynchronous save"

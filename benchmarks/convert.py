@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.checkpoint.folder import Piece
+from megatron_cm3leon.checkpoint.format import Piece
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.cli import HelpFormatter, run_tool
-from megatron_cm3leon.config import Config, load_config
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool
+from megatron_cm3leon.common.progress import track
+from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.model.weights import canonical_shapes
-from megatron_cm3leon.progress import track
 from megatron_cm3leon.tokenizers.folder import write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
 from megatron_cm3leon.tokenizers.text import train_text

@@ -14,14 +14,14 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
-from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool
+from megatron_cm3leon.common.progress import track
+from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.evaluation.evaluate import PROMPT_TOKENS
 from megatron_cm3leon.evaluation.heldout import read_heldout
 from megatron_cm3leon.evaluation.judge import judge_pictures, load_checker, share_right
-from megatron_cm3leon.generation.generate import Generator
+from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
-from megatron_cm3leon.progress import track
 
 TEMPERATURE = 0.7
 SWEEPS = {

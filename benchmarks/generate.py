@@ -27,12 +27,12 @@ from functools import cache, partial
 
 import torch
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
-from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool
+from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.evaluation.loss import measure_loss
+from megatron_cm3leon.export.reader import Shape, expected_weights
 from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.decoder import DTYPES, KINDS, Decoder
-from megatron_cm3leon.generation.exported import Shape, expected_weights
 from megatron_cm3leon.generation.grammar import picture_segment
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.tokenizers.vocab import Vocabulary

@@ -14,9 +14,7 @@ in 54 days on 2,048 nodes (arXiv 2407.21783 section 3.3.4).
 
 import argparse
 
-from megatron_cm3leon.cli import run_tool
-from megatron_cm3leon.cluster.goodput import read_account
-from megatron_cm3leon.cluster.simulation import (
+from benchmarks.failure_simulation import (
     SECONDS_A_DAY,
     Costs,
     best_interval,
@@ -26,8 +24,10 @@ from megatron_cm3leon.cluster.simulation import (
     replay,
     seconds_between_failures,
 )
-from megatron_cm3leon.cluster.status import show_seconds
-from megatron_cm3leon.config import load_config
+from megatron_cm3leon.common.cli import run_tool
+from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.monitoring.goodput import read_account
+from megatron_cm3leon.monitoring.status import show_seconds
 
 
 def parse_arguments() -> argparse.Namespace:

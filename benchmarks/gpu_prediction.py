@@ -130,7 +130,7 @@ def at_depth(rows: list[dict], layers: int, gpu: Gpu, end: int) -> dict[str, flo
 
 
 def build_config(row: dict, layers: int):
-    from megatron_cm3leon.config import load_config
+    from megatron_cm3leon.config.loading import load_config
 
     count = row["micro_batch"] * MICRO_BATCHES[row["preset"]]
     values = [
@@ -145,7 +145,7 @@ def build_config(row: dict, layers: int):
 
 def fit_layers(row: dict, gpu: Gpu) -> int:
     """Layers of a 7b that the plan lets into the device; of other models, those recorded."""
-    from megatron_cm3leon.plan import estimate_memory
+    from megatron_cm3leon.model.memory import estimate_memory
 
     layers = 32 if row["preset"] == "7b" else row["layers"]
     room = RESERVE * gpu.memory_gib * 2**30
@@ -155,7 +155,7 @@ def fit_layers(row: dict, gpu: Gpu) -> int:
 
 
 def predict_training(rows: list[dict], name: str, gpu: Gpu) -> dict:
-    from megatron_cm3leon.metrics import flops_per_token
+    from megatron_cm3leon.monitoring.metrics import flops_per_token
 
     layers = fit_layers(rows[0], gpu)
     count = MICRO_BATCHES[rows[0]["preset"]]
@@ -180,7 +180,7 @@ def predict_training(rows: list[dict], name: str, gpu: Gpu) -> dict:
 def predict_generation(family: str, size: str, weights: str, prompts: int, gpu: Gpu) -> dict:
     from generate import make_shape, make_vocabulary
 
-    from megatron_cm3leon.generation.exported import expected_weights
+    from megatron_cm3leon.export.reader import expected_weights
 
     shape = make_shape(size, family, make_vocabulary(size, TOKENS), TOKENS + PROMPT)
     sizes = [one for name, one in expected_weights(shape).items() if "layers." in name and len(one) == 2]
@@ -281,6 +281,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from megatron_cm3leon.cli import run_tool
+    from megatron_cm3leon.common.cli import run_tool
 
     run_tool(main)

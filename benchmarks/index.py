@@ -26,8 +26,8 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
-from megatron_cm3leon.retrieval.candidates import Bank, Queries, find_neighbors
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool
+from megatron_cm3leon.retrieval.filters import Bank, Queries, find_neighbors
 from megatron_cm3leon.retrieval.index import (
     Recall,
     build_index,

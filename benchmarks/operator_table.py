@@ -63,6 +63,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from megatron_cm3leon.cli import run_tool
+    from megatron_cm3leon.common.cli import run_tool
 
     run_tool(main)

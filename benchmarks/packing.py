@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
-from megatron_cm3leon.config import load_config
-from megatron_cm3leon.data.best_fit import pack_in_order, pack_window
-from megatron_cm3leon.data.order import draw_bits
-from megatron_cm3leon.data.samples import DataSource
-from megatron_cm3leon.data.stream import Stream
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool
+from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.data.stream.best_fit import pack_in_order, pack_window
+from megatron_cm3leon.data.stream.order import draw_bits
+from megatron_cm3leon.data.stream.samples import DataSource
+from megatron_cm3leon.data.stream.stream import Stream
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 PAPER = Vocabulary(text_size=56_320, image_size=8192, image_height=32, image_width=32, text_sha256="", image_sha256="")

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from megatron_cm3leon.config_fields import ModelConfig
-from megatron_cm3leon.data.loader import MicroBatch
+from megatron_cm3leon.config.schema import ModelConfig
+from megatron_cm3leon.data.stream.loader import MicroBatch
 
 Step = Callable[[list[MicroBatch]], float]
 

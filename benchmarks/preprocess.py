@@ -42,8 +42,8 @@ import sentencepiece
 import torch
 from PIL import Image
 
-from megatron_cm3leon.cli import run_tool
-from megatron_cm3leon.data import parts
+from megatron_cm3leon.common.cli import run_tool
+from megatron_cm3leon.data.preprocess import worker as parts
 from megatron_cm3leon.data.sources import open_source
 from megatron_cm3leon.tokenizers.folder import write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer

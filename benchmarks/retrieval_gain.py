@@ -24,14 +24,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
-from megatron_cm3leon.config import load_config, save_config
-from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool
+from megatron_cm3leon.common.progress import track
+from megatron_cm3leon.config.loading import load_config, save_config
+from megatron_cm3leon.data.neighbors import load_neighbors
+from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.evaluation.loss import measure_loss
 from megatron_cm3leon.generation.decoder import Decoder
-from megatron_cm3leon.progress import track
-from megatron_cm3leon.retrieval.neighbors import load_neighbors
-from megatron_cm3leon.retrieval.search import Retriever
+from megatron_cm3leon.retrieval.retriever import Retriever
 
 matplotlib.use("agg")
 from matplotlib import pyplot

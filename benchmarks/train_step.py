@@ -21,10 +21,10 @@ import time
 import torch
 from peers import Step, hugging_face_step, plain_step
 
-from megatron_cm3leon.cli import run_tool
-from megatron_cm3leon.config import Config, load_config
-from megatron_cm3leon.data.loader import MicroBatch
-from megatron_cm3leon.engine.parallel import Rank, choose_device, destroy_groups, initialize_groups, set_threads
+from megatron_cm3leon.common.cli import run_tool
+from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.data.stream.loader import MicroBatch
+from megatron_cm3leon.engine.groups import Rank, choose_device, destroy_groups, initialize_groups, set_threads
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 OURS, PLAIN, HUGGING_FACE = CONTENDERS = "megatron_cm3leon", "plain PyTorch", "Hugging Face"

@@ -5,5 +5,5 @@ __version__ = "0.1.0"
 import os
 
 # A rank that ends makes torch's C++ warn in every other rank, with a stack of forty lines; the cause is told once
-# instead (cluster/watchdog.py). torch reads the variable when it is loaded, and errors are still shown.
+# instead (runtime/watchdog.py). torch reads the variable when it is loaded, and errors are still shown.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

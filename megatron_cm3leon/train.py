@@ -9,16 +9,16 @@ import os
 import sys
 import time
 
-from megatron_cm3leon.cli import show_messages, user_path
-from megatron_cm3leon.cluster.attempt import run_attempt
-from megatron_cm3leon.cluster.exit_status import USER_ERROR
-from megatron_cm3leon.config import Config, load_config
-from megatron_cm3leon.data.shards import open_shards
-from megatron_cm3leon.engine.parallel import Rank, choose_device, set_threads
+from megatron_cm3leon.common.cli import show_messages, user_path
+from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.data.shards.reader import open_shards
+from megatron_cm3leon.engine.groups import Rank, choose_device, set_threads
+from megatron_cm3leon.model.memory import PAPER_VOCABULARY, describe
 from megatron_cm3leon.model.weights import count_parameters
-from megatron_cm3leon.plan import PAPER_VOCABULARY, describe
-from megatron_cm3leon.schedule import follow_rule
-from megatron_cm3leon.training import Training
+from megatron_cm3leon.runtime.attempt import run_attempt
+from megatron_cm3leon.runtime.exit_status import USER_ERROR
+from megatron_cm3leon.training.loop import Training
+from megatron_cm3leon.training.lr_schedule import follow_rule
 
 SECONDS_FOR_FIRST_RANK = 20
 """A launcher ends all ranks with the first that ends: the others wait, so that the first rank's sentence is printed."""
@@ -27,7 +27,7 @@ SECONDS_FOR_FIRST_RANK = 20
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="megatron_cm3leon.train", description=__doc__)
     parser.add_argument(
-        "config", type=user_path, help="YAML file of the run; megatron_cm3leon/config_fields.py documents every field"
+        "config", type=user_path, help="YAML file of the run; megatron_cm3leon/config/schema.py documents every field"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")
     parser.add_argument(
@@ -57,7 +57,7 @@ def dry_run(config: Config, ranks: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; the exit status is that of cluster/attempt.py. Errors are told once, by the rank that met them."""
+    """Command line; the exit status is that of runtime/attempt.py. Errors are told once, by the rank that met them."""
     options = parse_arguments(arguments)
     rank = Rank(0, 1, 0, 1)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import Cluster, reason_unavailable
+from tests.slurm.cluster import Cluster, reason_unavailable
 
 # Before torch is imported: the machine's cores belong to the ranks under test; with tiny tensors a second
 # thread costs more than it brings, and it sums in another order.

@@ -11,10 +11,10 @@ command as one task then does the rest; or --stage index as one task, --stage ne
 import argparse
 from dataclasses import fields
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.options import STAGES, IndexOptions
-from megatron_cm3leon.tasks import find_task
+from megatron_cm3leon.slurm.array import find_task
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_cm3leon.checkpoint.account import describe_checkpoint, describe_run, find_checkpoints
-from megatron_cm3leon.checkpoint.folder import total_bytes
+from megatron_cm3leon.checkpoint.format import total_bytes
+from megatron_cm3leon.checkpoint.summary import describe_checkpoint, describe_run, find_checkpoints
 from megatron_cm3leon.checkpoint.verify import find_damage
-from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
-from megatron_cm3leon.progress import meter
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.common.progress import meter
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,7 +14,7 @@ docs/conversion.md says more.
 import argparse
 import re
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -93,7 +93,7 @@ def _add_check_shards(parser: argparse.ArgumentParser) -> None:
 
 
 def export_tool(arguments: argparse.Namespace) -> None:
-    from megatron_cm3leon.checkpoint.convert import export_checkpoint
+    from megatron_cm3leon.export import export_checkpoint
 
     account = export_checkpoint(
         arguments.checkpoint,
@@ -114,7 +114,7 @@ def export_tool(arguments: argparse.Namespace) -> None:
 
 
 def import_tool(arguments: argparse.Namespace) -> None:
-    from megatron_cm3leon.checkpoint.convert import import_export
+    from megatron_cm3leon.export import import_export
 
     folder, comparison = import_export(arguments.model, arguments.output, check_shards=arguments.check_shards)
     print(f"the checkpoint against the export: {comparison.describe()}")

@@ -6,7 +6,7 @@
 
 import argparse
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.sampling import SAMPLERS

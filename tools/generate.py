@@ -17,17 +17,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.common.paths import expand_path
+from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.generation.decoder import KINDS
-from megatron_cm3leon.generation.generate import Generator
-from megatron_cm3leon.generation.made import MadePicture
+from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.prompts import CAPTION_FORMS, UNCONDITIONAL_FORMS
 from megatron_cm3leon.generation.results import check_output, written_results
 from megatron_cm3leon.generation.retrieved import DocumentSource
 from megatron_cm3leon.generation.sampling import SAMPLERS, Sampling, default_guidance
-from megatron_cm3leon.paths import expand_path
-from megatron_cm3leon.progress import meter
-from megatron_cm3leon.tokenizers.pixels import load_picture
+from megatron_cm3leon.generation.types import MadePicture
+from megatron_cm3leon.tokenizers.images import load_picture
 
 MASK = "<mask>"
 

@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
-from megatron_cm3leon.data.inspect import decode_pictures, describe, measure, require_whole
-from megatron_cm3leon.data.shards import open_shards
-from megatron_cm3leon.generation.sheet import draw_contact_sheet
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.common.contact_sheet import draw_contact_sheet
+from megatron_cm3leon.data.inspect.shards import decode_pictures, describe, measure, require_whole
+from megatron_cm3leon.data.shards.reader import open_shards
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

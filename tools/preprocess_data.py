@@ -14,15 +14,15 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
-from megatron_cm3leon.data.account import QUARANTINE
-from megatron_cm3leon.data.dedupe import BY
-from megatron_cm3leon.data.filters import FITS, Filters
-from megatron_cm3leon.data.merge import merge
-from megatron_cm3leon.data.preprocess import STAGES, PreprocessOptions, preprocess
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.data.preprocess.counts import QUARANTINE
+from megatron_cm3leon.data.preprocess.dedupe import BY
+from megatron_cm3leon.data.preprocess.filters import FITS, Filters
+from megatron_cm3leon.data.preprocess.merge import merge
+from megatron_cm3leon.data.preprocess.run import STAGES, PreprocessOptions, preprocess
 from megatron_cm3leon.data.sources import FORMATS, Fields, open_source
-from megatron_cm3leon.device import resolve_device
-from megatron_cm3leon.tasks import find_task
+from megatron_cm3leon.distributed.device import resolve_device
+from megatron_cm3leon.slurm.array import find_task
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -5,7 +5,7 @@ python tools/report.py --evaluation evaluation/ --model exported/ --run runs/x -
 
 import argparse
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.evaluation.assemble import collect_report, write_report
 
 

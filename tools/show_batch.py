@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
-from megatron_cm3leon.config import SOURCE_FIELDS, Config, changed_fields, is_fixed, load_config
-from megatron_cm3leon.data.history import METRICS, REASONS, find_batch, read_history
-from megatron_cm3leon.data.show import BlockPrinter, find_pictures
-from megatron_cm3leon.data.stream import Stream, build_stream
-from megatron_cm3leon.data.waste import describe_waste
-from megatron_cm3leon.generation.sheet import draw_contact_sheet
-from megatron_cm3leon.positions import find_sequences
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.common.contact_sheet import draw_contact_sheet
+from megatron_cm3leon.config.loading import SOURCE_FIELDS, Config, changed_fields, is_fixed, load_config
+from megatron_cm3leon.data.inspect.packing import describe_waste
+from megatron_cm3leon.data.inspect.sequences import BlockPrinter, find_pictures
+from megatron_cm3leon.data.stream.stream import Stream, build_stream
+from megatron_cm3leon.monitoring.history import METRICS, REASONS, find_batch, read_history
+from megatron_cm3leon.monitoring.positions import find_sequences
 from megatron_cm3leon.tokenizers.folder import Tokenizers
-from megatron_cm3leon.tokenizers.pixels import from_pixels
+from megatron_cm3leon.tokenizers.images import from_pixels
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
 LAST_BATCH = 1 << 40

@@ -6,7 +6,7 @@
     python tools/status.py runs/x --json
 
 One run is described, several make a table. Goodput is the share of wall time in training steps that were kept;
-megatron_cm3leon/cluster/goodput.py says what the rest is. Which checkpoint.interval is best: benchmarks/goodput.py.
+megatron_cm3leon/monitoring/goodput.py says what the rest is. Which checkpoint.interval is best: benchmarks/goodput.py.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import json
 import sys
 import time
 
-from megatron_cm3leon.cli import run_tool, user_path
-from megatron_cm3leon.cluster.status import Status, describe, describe_table, read_status, to_json
+from megatron_cm3leon.common.cli import run_tool, user_path
+from megatron_cm3leon.monitoring.status import Status, describe, describe_table, read_status, to_json
 
 
 def parse_arguments() -> argparse.Namespace:

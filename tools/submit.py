@@ -9,11 +9,11 @@ a YAML file: --site, else $MEGATRON_CM3LEON_SITE, else ~/.config/megatron_cm3leo
 
 import argparse
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
-from megatron_cm3leon.cluster.pipeline import load_pipeline, plan_pipeline, show_plan, submit_plan
-from megatron_cm3leon.cluster.script import LAUNCHERS
-from megatron_cm3leon.cluster.site import RUNTIMES, Site, check_site, load_site
-from megatron_cm3leon.cluster.training_job import TrainingJob, prepare_training, submit_training
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.slurm.pipeline import load_pipeline, plan_pipeline, show_plan, submit_plan
+from megatron_cm3leon.slurm.script import LAUNCHERS
+from megatron_cm3leon.slurm.site import RUNTIMES, Site, check_site, load_site
+from megatron_cm3leon.slurm.training_job import TrainingJob, prepare_training, submit_training
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

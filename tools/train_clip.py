@@ -6,9 +6,9 @@ python tools/train_clip.py --input pairs.jsonl --text-model tokenizer/text.model
 import argparse
 from dataclasses import fields
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
-from megatron_cm3leon.data.raw_inputs import RawInputs, add_input_options
-from megatron_cm3leon.retrieval.train import ClipOptions, train_clip
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.data.preprocess.raw_inputs import RawInputs, add_input_options
+from megatron_cm3leon.retrieval.train_encoder import ClipOptions, train_clip
 
 
 def main() -> None:

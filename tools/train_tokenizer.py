@@ -12,9 +12,9 @@ import argparse
 import math
 from pathlib import Path
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool, user_path
-from megatron_cm3leon.data.raw_inputs import ImageLoader, RawInputs, add_input_options
-from megatron_cm3leon.device import resolve_device
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
+from megatron_cm3leon.data.preprocess.raw_inputs import ImageLoader, RawInputs, add_input_options
+from megatron_cm3leon.distributed.device import resolve_device
 from megatron_cm3leon.tokenizers.folder import IMAGE_FOLDER, TEXT_MODEL, VOCABULARY, write_vocabulary
 from megatron_cm3leon.tokenizers.image_training import ImageTrainingOptions, train_and_measure
 from megatron_cm3leon.tokenizers.text import train_text

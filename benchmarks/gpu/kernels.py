@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from runner import parse_options, run_driver
 
-MODULES = ("torch._dynamo", "megatron_cm3leon.generation.decoder", "megatron_cm3leon.engine.parallel")
+MODULES = ("torch._dynamo", "megatron_cm3leon.generation.decoder", "megatron_cm3leon.engine.groups")
 
 GROUPS: dict[str, tuple[int, Callable[[object, bool], Iterator[dict]]]] = {}
 """Name -> seconds at most, and a generator of rows that takes the device and whether sizes are tiny."""
@@ -59,7 +59,7 @@ def decoding_matrices(device, tiny: bool) -> Iterator[dict]:
     from timing import relative_error, time_graph
 
     from megatron_cm3leon.generation.decoder import DTYPES
-    from megatron_cm3leon.generation.linear import build_matrix
+    from megatron_cm3leon.generation.matrices import build_matrix
 
     hidden, layers = (64, 1) if tiny else (4096, 8)
     shapes = [(3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden)]
@@ -254,8 +254,8 @@ def cross_entropy(device, tiny: bool) -> Iterator[dict]:
     import torch.nn.functional as F
     from timing import time_call
 
-    from megatron_cm3leon.config import load_config
-    from megatron_cm3leon.engine.parallel import Rank, initialize_groups
+    from megatron_cm3leon.config.loading import load_config
+    from megatron_cm3leon.engine.groups import Rank, initialize_groups
 
     config = load_config(None, ["preset=350m"])
     config.validate(1)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from runner import parse_options, run_driver
 
-MODULES = ("train_step", "megatron_cm3leon.cluster.preflight", "megatron_cm3leon.engine.megatron")
+MODULES = ("train_step", "megatron_cm3leon.runtime.preflight", "megatron_cm3leon.engine.megatron")
 
 CHECKS: dict[str, tuple[int, Callable]] = {}
 """Name -> seconds at most, and a generator of the row's states that takes the device."""
@@ -152,7 +152,7 @@ def images(device) -> Iterator[dict]:
 @check(30)
 def preflight(device) -> Iterator[dict]:
     """The product test with which every training run begins."""
-    from megatron_cm3leon.cluster.preflight import find_device_fault
+    from megatron_cm3leon.runtime.preflight import find_device_fault
 
     fault = find_device_fault(device)
     yield {"fault": fault}
@@ -186,7 +186,7 @@ def first_step(device) -> Iterator[dict]:
     from train_step import make_batches, make_vocabulary
     from training import build_config, build_step, make_rows
 
-    from megatron_cm3leon.engine.parallel import Rank, choose_device
+    from megatron_cm3leon.engine.groups import Rank, choose_device
 
     row = {**make_rows("cpu")[0], "device": device.type, "model": "350m"}
     config, begin = build_config(row), time.perf_counter()

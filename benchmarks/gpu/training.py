@@ -100,7 +100,7 @@ def make_rows(device: str) -> list[dict]:
 
 def build_config(row: dict):
     """The configuration of a row, validated; ValueError for an override that this tree does not know."""
-    from megatron_cm3leon.config import load_config
+    from megatron_cm3leon.config.loading import load_config
 
     values = [
         f"preset={row['model']}",
@@ -121,7 +121,7 @@ def build_config(row: dict):
 
 def fit_layers(row: dict, memory: int) -> int:
     """The model's layers, or as many as the plan lets into `memory` bytes."""
-    from megatron_cm3leon.plan import estimate_memory
+    from megatron_cm3leon.model.memory import estimate_memory
 
     config = build_config(row)
     while estimate_memory(config, row["vocabulary"], 1, 0).total > RESERVE * memory and config.model.layers > 1:
@@ -157,8 +157,8 @@ def weights_drawn_on(device) -> Iterator[None]:
 def build_step(row: dict, config, vocabulary, device) -> Callable:
     """A contender's step: global batch -> (loss, gradient norm or None)."""
     if row["contender"] == OURS:
+        from megatron_cm3leon.engine.groups import Rank, initialize_groups
         from megatron_cm3leon.engine.megatron import MegatronEngine
-        from megatron_cm3leon.engine.parallel import Rank, initialize_groups
 
         initialize_groups(config, Rank.from_environment(), device)
         with weights_drawn_on(device):
@@ -182,7 +182,7 @@ def measure(row: dict) -> Iterator[dict]:
     from timing import list_kernels
     from train_step import make_batches, make_vocabulary
 
-    from megatron_cm3leon.engine.parallel import Rank, choose_device
+    from megatron_cm3leon.engine.groups import Rank, choose_device
 
     begin = time.perf_counter()
     device = choose_device(row["device"], Rank.from_environment())
@@ -228,9 +228,9 @@ def divide_into_samples(batch):
 
 def describe(config, row: dict) -> dict:
     """Sizes of a row, its operations per step, and the bytes that the plan expects of this project."""
-    from megatron_cm3leon.metrics import flops_per_token
+    from megatron_cm3leon.model.memory import estimate_memory
     from megatron_cm3leon.model.weights import canonical_shapes
-    from megatron_cm3leon.plan import estimate_memory
+    from megatron_cm3leon.monitoring.metrics import flops_per_token
 
     tokens = row["micro_batch"] * row["micro_batches"] * row["sequence"]
     found = {

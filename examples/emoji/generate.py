@@ -29,8 +29,8 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it also runs as a script
 
-from megatron_cm3leon.cli import HelpFormatter, run_tool
-from megatron_cm3leon.progress import track
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool
+from megatron_cm3leon.common.progress import track
 
 FONTS = ("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "/usr/share/fonts/noto/NotoColorEmoji.ttf")
 EMOJI_TEST = "/usr/share/unicode/emoji/emoji-test.txt"

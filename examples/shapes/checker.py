@@ -31,7 +31,7 @@ from examples.shapes.drawing import (
     SHAPES,
     draw_mask,
 )
-from megatron_cm3leon.cli import HelpFormatter, run_tool
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool
 
 BLUR = 1 / 40
 """Standard deviation of the blurred templates as a share of the picture size."""

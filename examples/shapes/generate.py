@@ -29,8 +29,8 @@ from examples.shapes.drawing import (
     draw_picture,
     write_caption,
 )
-from megatron_cm3leon.cli import HelpFormatter, run_tool
-from megatron_cm3leon.progress import track
+from megatron_cm3leon.common.cli import HelpFormatter, run_tool
+from megatron_cm3leon.common.progress import track
 
 HELDOUT_COMBINATIONS = 144
 HELDOUT_SHARE = 0.1

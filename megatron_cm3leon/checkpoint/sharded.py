@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_cm3leon.checkpoint.folder import (
+from megatron_cm3leon.checkpoint.format import (
     FORMAT,
     MANIFEST,
     SHARED_FILES,
@@ -36,7 +36,7 @@ from megatron_cm3leon.checkpoint.folder import (
     unfinished,
 )
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.config import Config, save_config
+from megatron_cm3leon.config.loading import Config, save_config
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 __all__ = [

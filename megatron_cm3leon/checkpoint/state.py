@@ -43,13 +43,13 @@ class TrainState:
     cursor: dict = field(default_factory=dict)
     """Where the last batch stands in the stream (Stream.resume), so that resuming costs the same at any step."""
     stream: str = ""
-    """Identity of the stream (data/identity.py)."""
+    """Identity of the stream (data/stream/identity.py)."""
     stream_parts: dict = field(default_factory=dict)
     """Version of that identity, and what it covers beside the configuration; empty in version 1."""
     attempt: int = 0
     """How often the run was started, this time included."""
     dropout_seeding: int = 1
-    """Version of the seeding of dropout masks (engine/batch.py); runs that do not record it have version 1."""
+    """Version of the seeding of dropout masks (engine/step.py); runs that do not record it have version 1."""
 
     changes: list[dict] = field(default_factory=list)
     """Fixed fields that a resume changed: step, batch (not in older states), field, old and new value."""

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_cm3leon.checkpoint.folder import CheckpointFolder, content_damage, damaged, offer_previous, read_manifest
+from megatron_cm3leon.checkpoint.format import CheckpointFolder, content_damage, damaged, offer_previous, read_manifest
 
 Gather = Callable[[object], list]
 """Gives every rank the list of what each rank put in, in the order of the ranks."""

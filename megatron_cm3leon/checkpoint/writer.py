@@ -22,9 +22,9 @@ from threading import Event, Thread
 import torch
 
 from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.checkpoint.folder import Piece, list_checkpoints, rank_file, unfinished
+from megatron_cm3leon.checkpoint.format import Piece, list_checkpoints, rank_file, unfinished
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.config import Config
+from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 Pieces = Iterable[tuple[Piece, torch.Tensor]]

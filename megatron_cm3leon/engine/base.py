@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.data.loader import MicroBatch
+from megatron_cm3leon.data.stream.loader import MicroBatch
 
 DROPOUT_SEEDING = 2
-"""Version of the seeding of dropout masks in a new run (engine/batch.py, seed_dropout)."""
+"""Version of the seeding of dropout masks in a new run (engine/step.py, seed_dropout)."""
 
 
 @dataclass(frozen=True, kw_only=True)

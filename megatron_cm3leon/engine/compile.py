@@ -11,7 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_cm3leon.config import Config
+from megatron_cm3leon.config.loading import Config
 
 logger = logging.getLogger(__name__)
 

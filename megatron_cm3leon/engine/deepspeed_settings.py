@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cm3leon.config import Config
+from megatron_cm3leon.config.loading import Config
 
 _NOT_HERE = object()
 """Stands for the value of a section whose part another section of the configuration plays."""

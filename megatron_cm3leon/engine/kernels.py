@@ -3,7 +3,7 @@
 import torch
 from torch.nn.attention import SDPBackend
 
-from megatron_cm3leon.config import Config
+from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.model.sample_attention import uses_flex
 
 

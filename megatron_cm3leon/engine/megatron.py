@@ -21,24 +21,24 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from megatron_cm3leon.checkpoint.folder import KINDS
-from megatron_cm3leon.checkpoint.schedule import saves_soon
+from megatron_cm3leon.checkpoint.format import KINDS
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, Piece
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
-from megatron_cm3leon.config import Config
-from megatron_cm3leon.data.loader import MicroBatch
+from megatron_cm3leon.config.loading import Config
+from megatron_cm3leon.data.stream.loader import MicroBatch
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, StepMetrics
-from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
 from megatron_cm3leon.engine.compile import compile_layers, gather_before_layers
+from megatron_cm3leon.engine.groups import destroy_groups, open_verified
 from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import choose_adamw, clip_gradients, global_squared_norm, load_moments
-from megatron_cm3leon.engine.parallel import destroy_groups, open_verified
-from megatron_cm3leon.engine.work_clock import WorkClock
+from megatron_cm3leon.engine.step import loss_scale, seed_dropout, sum_losses, to_metrics
+from megatron_cm3leon.engine.timer import WorkClock
 from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
 from megatron_cm3leon.model.linear import mark_accumulated
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
+from megatron_cm3leon.training.saving import saves_soon
 
 logger = logging.getLogger(__name__)
 

@@ -26,15 +26,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.common.progress import track
+from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.evaluation.heldout import Heldout, cover_box, measure_psnr, read_heldout
 from megatron_cm3leon.evaluation.judge import judge_captions, judge_pictures, load_checker, share_right, word_f1
 from megatron_cm3leon.evaluation.loss import measure_loss
-from megatron_cm3leon.generation.generate import Generator
+from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
 from megatron_cm3leon.generation.sampling import SAMPLERS
-from megatron_cm3leon.progress import track
-from megatron_cm3leon.tokenizers.pixels import from_pixels, load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import from_pixels, load_picture, to_pixels
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
 PROMPT_TOKENS = 8

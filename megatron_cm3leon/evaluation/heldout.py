@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_cm3leon.data.shards import Corpus, split_segments
+from megatron_cm3leon.data.shards.reader import Corpus, split_segments
 
 
 @dataclass

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from PIL import Image
 
-from megatron_cm3leon.threads import one_blas_thread
+from megatron_cm3leon.common.threads import one_blas_thread
 
 
 def load_checker(path: str | Path) -> ModuleType:

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_cm3leon.export.reader import POSITION_OFFSET, Shape, WeightFiles, read_shape
 from megatron_cm3leon.generation.cache import Cache
-from megatron_cm3leon.generation.exported import POSITION_OFFSET, Shape, WeightFiles, read_shape
-from megatron_cm3leon.generation.linear import QUANTIZED, Matrix, build_matrix
+from megatron_cm3leon.generation.matrices import QUANTIZED, Matrix, build_matrix
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = (*DTYPES, *QUANTIZED)

@@ -27,7 +27,7 @@ from megatron_cm3leon.generation.kernels import (
     embed_kernel,
     finish_step_kernel,
 )
-from megatron_cm3leon.generation.linear import Matrix
+from megatron_cm3leon.generation.matrices import Matrix
 from megatron_cm3leon.generation.products import MOST_ROWS, Tile, multiply_rows, overlapping
 
 CHUNK = 64

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_cm3leon.generation.linear import Matrix
+from megatron_cm3leon.generation.matrices import Matrix
 
 GROUPS = (128, 64, 32)
 """Weights of a row that share a scale and a zero: the first that divides the row; else rows are filled up to 32."""

@@ -13,8 +13,8 @@ from importlib.util import find_spec
 
 import torch
 
+from megatron_cm3leon.export.reader import Shape, expected_weights
 from megatron_cm3leon.generation.decoder import DTYPES, Decoder
-from megatron_cm3leon.generation.exported import Shape, expected_weights
 
 
 @torch.inference_mode()

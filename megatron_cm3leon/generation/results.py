@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from megatron_cm3leon.generation.sheet import draw_contact_sheet
-from megatron_cm3leon.written import written_whole
+from megatron_cm3leon.common.atomic_directory import written_whole
+from megatron_cm3leon.common.contact_sheet import draw_contact_sheet
 
 ACCOUNT = "generated.json"
 

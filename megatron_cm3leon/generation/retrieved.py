@@ -28,7 +28,7 @@ class DocumentSource:
         cls, folder: str | Path, vocabulary: Vocabulary, encoder: str | Path | None = None, device: str = "cpu"
     ) -> "DocumentSource":
         """Open what tools/build_index.py wrote; ValueError where its documents are of another vocabulary."""
-        from megatron_cm3leon.retrieval.search import Retriever
+        from megatron_cm3leon.retrieval.retriever import Retriever
 
         retriever = Retriever.load(folder, encoder, device=device)
         check_same_vocabulary(vocabulary, retriever.bank.vocabulary, f"the memory bank of {folder}")

@@ -22,8 +22,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn.attention.flex_attention import BlockMask
 
-from megatron_cm3leon.config import Config
-from megatron_cm3leon.config_rules import VOCABULARY_ROW_MULTIPLE
+from megatron_cm3leon.config.loading import Config
+from megatron_cm3leon.config.validation import VOCABULARY_ROW_MULTIPLE
 from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.fp8 import require_fp8
 from megatron_cm3leon.model.head import Head

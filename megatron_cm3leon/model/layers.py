@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.utils.checkpoint import checkpoint
 
-from megatron_cm3leon.config_fields import ModelConfig
+from megatron_cm3leon.config.schema import ModelConfig
 from megatron_cm3leon.model.attention import CoreAttention
 from megatron_cm3leon.model.linear import ColumnLinear, RowLinear
 

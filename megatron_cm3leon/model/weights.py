@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from megatron_cm3leon.config import Config
+from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.model.initialization import draw_truncated_normal, list_runs
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"

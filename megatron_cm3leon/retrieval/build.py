@@ -19,13 +19,22 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cm3leon.data.shards import Corpus, open_shards, seal, write_json
-from megatron_cm3leon.device import resolve_device
-from megatron_cm3leon.progress import meter
-from megatron_cm3leon.retrieval.candidates import NO_NEIGHBOR, Bank, Queries
+from megatron_cm3leon.common.progress import meter
+from megatron_cm3leon.data.neighbors import (
+    CHECKSUMS,
+    FORMAT,
+    INDEX_FILE,
+    checksum_rows,
+    load_description,
+    manifest_sha256,
+    open_bank,
+)
+from megatron_cm3leon.data.shards.reader import Corpus, open_shards, seal, write_json
+from megatron_cm3leon.distributed.device import resolve_device
 from megatron_cm3leon.retrieval.contents import ContentReader
 from megatron_cm3leon.retrieval.embeddings import DOCUMENTS, QUERIES, Wanted, encode_corpus, open_embeddings
 from megatron_cm3leon.retrieval.encoder import Encoder
+from megatron_cm3leon.retrieval.filters import NO_NEIGHBOR, Bank, Queries
 from megatron_cm3leon.retrieval.index import (
     Recall,
     build_index,
@@ -37,18 +46,9 @@ from megatron_cm3leon.retrieval.index import (
     save_index,
     tune_search,
 )
-from megatron_cm3leon.retrieval.neighbors import (
-    CHECKSUMS,
-    FORMAT,
-    INDEX_FILE,
-    checksum_rows,
-    load_description,
-    manifest_sha256,
-    open_bank,
-)
 from megatron_cm3leon.retrieval.options import IndexOptions
+from megatron_cm3leon.retrieval.part_arrays import Rows
 from megatron_cm3leon.retrieval.pictures import SourcePictures, read_token_pictures
-from megatron_cm3leon.retrieval.rows import Rows
 from megatron_cm3leon.retrieval.table import (
     TABLE_FILES,
     count_neighbors,

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from megatron_cm3leon.data.shards import Corpus, split_segments
+from megatron_cm3leon.data.shards.reader import Corpus, split_segments
 
 READERS = 8
 """Threads that read and decode pictures."""

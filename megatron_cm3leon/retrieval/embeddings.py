@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cm3leon.data.shards import Corpus
+from megatron_cm3leon.data.shards.reader import Corpus
 from megatron_cm3leon.retrieval.contents import Content, ContentReader, ReadPictures, compute_identities, read_ahead
 from megatron_cm3leon.retrieval.encoder import Encoder, combine, normalize
-from megatron_cm3leon.retrieval.rows import Rows
+from megatron_cm3leon.retrieval.part_arrays import Rows
 
 PART_DOCUMENTS = 4096
 """Documents of a part, the unit of resuming and of the tasks' work."""

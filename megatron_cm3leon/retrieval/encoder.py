@@ -24,9 +24,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from megatron_cm3leon.data.shards import sha256_file
-from megatron_cm3leon.threads import one_thread_if_small
-from megatron_cm3leon.tokenizers.pixels import to_pixels
+from megatron_cm3leon.common.threads import one_thread_if_small
+from megatron_cm3leon.data.shards.reader import sha256_file
+from megatron_cm3leon.tokenizers.images import to_pixels
 from megatron_cm3leon.tokenizers.text import TextTokenizer
 
 transformers.utils.logging.disable_progress_bar()  # for one file of weights it says nothing

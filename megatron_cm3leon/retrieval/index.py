@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cm3leon.retrieval.rows import to_float32
-from megatron_cm3leon.threads import one_blas_thread
+from megatron_cm3leon.common.threads import one_blas_thread
+from megatron_cm3leon.retrieval.part_arrays import to_float32
 
 try:
     import faiss

@@ -10,12 +10,12 @@ from threading import Lock
 import numpy as np
 from PIL import Image
 
-from megatron_cm3leon.data.shards import Corpus
+from megatron_cm3leon.data.shards.reader import Corpus
 from megatron_cm3leon.data.sources import Picture, read_picture
 from megatron_cm3leon.data.sources.files import join, open_file
 from megatron_cm3leon.data.sources.tar_members import Member, TarReader
 from megatron_cm3leon.retrieval.contents import Content, ReadPictures
-from megatron_cm3leon.tokenizers.pixels import load_picture
+from megatron_cm3leon.tokenizers.images import load_picture
 
 _REMEDY = (
     "put it back, or decode pictures from the image tokens (the way for an input that held them as bytes): "
@@ -92,7 +92,7 @@ def read_token_pictures(image_tokenizer) -> ReadPictures:
     """Reader that decodes pictures from the image tokens of the shards."""
     import torch
 
-    from megatron_cm3leon.tokenizers.pixels import from_pixels
+    from megatron_cm3leon.tokenizers.images import from_pixels
 
     def read(content: Content) -> list[Image.Image]:
         pixels = image_tokenizer.decode(torch.from_numpy(np.stack(content.codes)))

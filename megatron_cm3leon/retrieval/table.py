@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cm3leon.progress import meter
-from megatron_cm3leon.retrieval.candidates import NO_NEIGHBOR, Bank, Queries, find_neighbors
+from megatron_cm3leon.common.progress import meter
+from megatron_cm3leon.data.neighbors import CHECKSUMS
+from megatron_cm3leon.retrieval.filters import NO_NEIGHBOR, Bank, Queries, find_neighbors
 from megatron_cm3leon.retrieval.index import search_index
-from megatron_cm3leon.retrieval.neighbors import CHECKSUMS
 from megatron_cm3leon.retrieval.options import IndexOptions
-from megatron_cm3leon.retrieval.rows import Rows
+from megatron_cm3leon.retrieval.part_arrays import Rows
 
 logger = logging.getLogger(__name__)
 

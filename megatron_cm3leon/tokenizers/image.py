@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megatron_cm3leon.threads import one_thread_if_small
+from megatron_cm3leon.common.threads import one_thread_if_small
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 
 FORMAT = 1

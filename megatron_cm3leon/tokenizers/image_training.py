@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from megatron_cm3leon.progress import Meter, meter
+from megatron_cm3leon.common.progress import Meter, meter
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
-from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig, find_nearest
 
 KMEANS_VECTORS_PER_CODE = 64

@@ -33,7 +33,7 @@ def drivers():
 def groups():
     """Process groups that a row of ours makes are ended: another row makes its own."""
     yield
-    from megatron_cm3leon.engine.parallel import destroy_groups
+    from megatron_cm3leon.engine.groups import destroy_groups
 
     destroy_groups()
 

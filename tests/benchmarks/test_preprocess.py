@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.preprocess import check_same_ids, run_megatron
-from megatron_cm3leon.data.preprocess import PreprocessOptions, preprocess
+from megatron_cm3leon.data.preprocess.run import PreprocessOptions, preprocess
 from megatron_cm3leon.data.sources import open_source
 from tests.checkpoint.made import CAPTIONS, write_tokenizers
 

@@ -5,10 +5,10 @@ import threading
 import torch
 
 from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.checkpoint.folder import Piece
+from megatron_cm3leon.checkpoint.format import Piece
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.config import Config, load_config
-from megatron_cm3leon.data.identity import describe_sources
+from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.data.stream.identity import describe_sources
 from megatron_cm3leon.model.weights import canonical_shapes
 from megatron_cm3leon.tokenizers.folder import write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer

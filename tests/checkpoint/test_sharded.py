@@ -7,7 +7,7 @@ import torch
 
 from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
-from megatron_cm3leon.config import Config
+from megatron_cm3leon.config.loading import Config
 from tests.checkpoint.made import WHOLE, write_checkpoint
 from tests.data.corpora import make_vocabulary
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from megatron_cm3leon.checkpoint import folder as checkpoint_folder
+from megatron_cm3leon.checkpoint import format as checkpoint_folder
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.verify import find_damage, verified
 from tests.checkpoint.made import WHOLE, flip_byte, run_ranks, write_checkpoint

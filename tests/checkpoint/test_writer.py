@@ -12,7 +12,7 @@ from megatron_cm3leon.checkpoint import sharded, writer
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints, step_folder, unfinished
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
-from megatron_cm3leon.config import Config
+from megatron_cm3leon.config.loading import Config
 from tests.checkpoint.made import WHOLE, make_pieces, run_ranks, write_checkpoint
 from tests.data.corpora import make_vocabulary
 

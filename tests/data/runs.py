@@ -2,7 +2,7 @@
 
 import json
 
-from megatron_cm3leon.data.preprocess import PreprocessOptions, preprocess
+from megatron_cm3leon.data.preprocess.run import PreprocessOptions, preprocess
 from megatron_cm3leon.data.sources import open_source
 from tests.data.corpora import ByteTokenizers
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cm3leon.checkpoint.sharded import step_folder
-from megatron_cm3leon.progress import track
+from megatron_cm3leon.common.progress import track
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.launch import run_cases
 from tests.distributed.layout_rows import BY_NAME, CONFIG, DROPOUT, LAYOUTS, MASKS, RESUMES, Layout, Resume

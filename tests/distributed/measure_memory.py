@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from megatron_cm3leon.config import load_config
-from megatron_cm3leon.data.loader import MicroBatch
-from megatron_cm3leon.engine.parallel import Rank, destroy_groups, initialize_groups, set_threads
-from megatron_cm3leon.plan import estimate_memory, place_rank
+from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.data.stream.loader import MicroBatch
+from megatron_cm3leon.engine.groups import Rank, destroy_groups, initialize_groups, set_threads
+from megatron_cm3leon.model.memory import estimate_memory, place_rank
 from tests.data.corpora import make_vocabulary
 
 

@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.config import Config, load_config
-from megatron_cm3leon.data.loader import Loader, MicroBatch
-from megatron_cm3leon.data.stream import Stream, build_stream
+from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.data.stream.loader import Loader, MicroBatch
+from megatron_cm3leon.data.stream.stream import Stream, build_stream
 from megatron_cm3leon.engine.base import Engine
-from megatron_cm3leon.engine.parallel import Rank, choose_device, initialize_groups, set_threads
-from megatron_cm3leon.resume import open_run
-from megatron_cm3leon.schedule import learning_rate
-from megatron_cm3leon.training import advance, build_loader
+from megatron_cm3leon.engine.groups import Rank, choose_device, initialize_groups, set_threads
+from megatron_cm3leon.training.loop import advance, build_loader
+from megatron_cm3leon.training.lr_schedule import learning_rate
+from megatron_cm3leon.training.setup import open_run
 from tests.distributed import masks
 from tests.flex_on_cpu import flex_on_cpu
 

@@ -14,7 +14,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*{{}},-]*")
 MODULE = re.compile(r"\b(?:megatron_cm3leon|tests)(?:\.\w+)+")
 SOURCE = re.compile(r"(?<![\w./{}*-])(?:\w+/)*\w+\.(?:py|sh)\b(?!/)")
-"""A source file that is named without its first folders, such as `engine/batch.py`."""
+"""A source file that is named without its first folders, such as `engine/step.py`."""
 WRITTEN = {"001.sh", "corpus/submit/shards.sh"}
 """Sources that a command writes: not in the tree."""
 
@@ -85,5 +85,8 @@ def test_links_of_a_page_lead_somewhere(page):
 def test_what_is_missing_is_found():
     page = "`tools/none.py`, `examples/{emoji,none}.sh`, `python -m tests.none.x`, `engine/none.py`, tools/text.py"
     assert find_missing(page) == ["tools/none.py", "examples/none.sh", "tests.none.x", "engine/none.py"]
-    assert find_missing("`tools/generate.py`, `megatron_cm3leon.cli.run_tool`, `docs/*.md`, `runs/x/config.yaml`") == []
+    assert (
+        find_missing("`tools/generate.py`, `megatron_cm3leon.common.cli.run_tool`, `docs/*.md`, `runs/x/config.yaml`")
+        == []
+    )
     assert find_anchors("# One: two `three`\n```\n# no\n```") == {"one-two-three"}

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_cm3leon.config import Config, load_config
+from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.engine import optimizer
-from megatron_cm3leon.engine.parallel import Rank, initialize_groups, set_threads
+from megatron_cm3leon.engine.groups import Rank, initialize_groups, set_threads
 from tests.data.corpora import make_vocabulary
 from tests.distributed.measure_memory import make_batches
 
@@ -109,7 +109,7 @@ def resume_with(saving: type, resuming: type, folder) -> list[float]:
 def resume_with_dropout(version: int, folder) -> dict:
     """Seed of step 7, losses of steps 0 to 3 and, from the checkpoint at 2, of steps 2 and 3 again."""
     from megatron_cm3leon.checkpoint.state import TrainState
-    from megatron_cm3leon.engine.batch import seed_dropout
+    from megatron_cm3leon.engine.step import seed_dropout
 
     options = ["model.layers=1", "model.dropout=0.1", f"output={folder}", "checkpoint.asynchronous=false"]
     engine, batches = build(*options)

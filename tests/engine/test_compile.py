@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megatron_cm3leon.config import load_config
+from megatron_cm3leon.config.loading import load_config
 from tests.distributed.launch import torchrun
 
 

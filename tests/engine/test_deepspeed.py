@@ -5,8 +5,8 @@ from importlib import util
 
 import pytest
 
-from megatron_cm3leon import config_rules
-from megatron_cm3leon.config import load_config
+from megatron_cm3leon.config import validation as config_rules
+from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
 
 BASE = ["train.engine=deepspeed", "train.global_batch_size=32", "train.micro_batch_size=2"]

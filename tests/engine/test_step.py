@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_cm3leon.checkpoint.schedule import STEPS_AHEAD, saves_soon
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.config import load_config
+from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING
-from megatron_cm3leon.resume import check_dropout_seeding
+from megatron_cm3leon.training.saving import STEPS_AHEAD, saves_soon
+from megatron_cm3leon.training.setup import check_dropout_seeding
 from tests.data.corpora import make_vocabulary
 from tests.distributed.launch import torchrun
 
@@ -121,7 +121,7 @@ class Recorded(TorchDispatchMode):
 
 
 def test_sums_of_losses_copy_nothing_to_the_device():
-    from megatron_cm3leon.engine.batch import sum_losses
+    from megatron_cm3leon.engine.step import sum_losses
 
     labels, weights = torch.tensor([[1, 2]]), torch.tensor([[1.0, 0.5]])
     with Recorded() as recorded:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.data.shard_writer import ShardWriter
-from megatron_cm3leon.data.shards import build_manifest, open_shards, write_json
+from megatron_cm3leon.data.shards.reader import build_manifest, open_shards, write_json
+from megatron_cm3leon.data.shards.writer import ShardWriter
 from megatron_cm3leon.generation.decoder import Decoder
-from megatron_cm3leon.generation.generate import Generator
+from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource
 from tests.data.corpora import make_vocabulary
 from tests.models import make_tokenizers, save_random_opt

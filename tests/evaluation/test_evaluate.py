@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
 from megatron_cm3leon.evaluation.heldout import measure_psnr, read_heldout
 from megatron_cm3leon.evaluation.judge import judge_captions, load_checker, share_right, word_f1

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megatron_cm3leon.data.history import read_metrics
+from megatron_cm3leon.monitoring.history import read_metrics
 from tests.examples.run import run_example
 
 ACCURACIES = {"colour", "shape", "size", "position", "background", "all"}

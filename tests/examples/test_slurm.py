@@ -5,8 +5,8 @@ import re
 import pytest
 import yaml
 
-from megatron_cm3leon.cluster.pipeline import Pipeline
-from megatron_cm3leon.cluster.site import Site, load_site
+from megatron_cm3leon.slurm.pipeline import Pipeline
+from megatron_cm3leon.slurm.site import Site, load_site
 from megatron_cm3leon.train import main
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import ROOT

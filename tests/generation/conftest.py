@@ -4,7 +4,7 @@ import pytest
 from transformers import OPTForCausalLM
 
 from megatron_cm3leon.generation.decoder import Decoder
-from megatron_cm3leon.generation.generate import Generator
+from megatron_cm3leon.generation.generator import Generator
 from tests.data.corpora import make_vocabulary
 from tests.models import make_tokenizers, save_random_opt
 

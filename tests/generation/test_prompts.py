@@ -28,7 +28,7 @@ def test_forms(vocabulary):
 def test_a_masked_block_of_the_stream_begins_with_the_infilling_prompt(vocabulary):
     """The same form as training: the masked source, then the span behind its sentinel."""
     np = pytest.importorskip("numpy")
-    cm3 = pytest.importorskip("megatron_cm3leon.data.cm3")
+    cm3 = pytest.importorskip("megatron_cm3leon.data.stream.cm3")
     source = np.array([EOS, 1, 2, 3, BREAK, 10, 11, 12, EOS])
     tokens, weights = np.full(14, PAD), np.zeros(14, np.float32)
     cm3.apply_spans(source, np.ones(9, np.float32), [(2, 3)], vocabulary, tokens, weights)

@@ -15,7 +15,7 @@ from megatron_cm3leon.generation import batch, step_graph
 from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.cache import Cache
 from megatron_cm3leon.generation.decoder import Decoder
-from megatron_cm3leon.generation.generate import Generator
+from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.grammar import Segment, choice_segment, picture_segment, text_segment
 from megatron_cm3leon.generation.near_ties import count_near_ties, unexplained_differences
 from megatron_cm3leon.generation.sampling import Sampling

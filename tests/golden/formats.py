@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.checkpoint.convert import export_checkpoint
-from megatron_cm3leon.checkpoint.folder import Piece
+from megatron_cm3leon.checkpoint.format import Piece
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.cluster.status import read_status, to_json
-from megatron_cm3leon.config import Config, save_config
-from megatron_cm3leon.data.filters import Filters
-from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.config.loading import Config, save_config
+from megatron_cm3leon.data.preprocess.filters import Filters
+from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.evaluation.evaluate import EvaluationOptions
+from megatron_cm3leon.export import export_checkpoint
 from megatron_cm3leon.generation.results import written_results
+from megatron_cm3leon.monitoring.status import read_status, to_json
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import TEXT_MODEL, build_tiny_clip, save_clip
 from megatron_cm3leon.retrieval.options import IndexOptions

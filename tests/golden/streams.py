@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cm3leon.config import Config
-from megatron_cm3leon.data.identity import describe_sources, identify
-from megatron_cm3leon.data.samples import DataSource
-from megatron_cm3leon.data.stream import Stream
+from megatron_cm3leon.config.loading import Config
+from megatron_cm3leon.data.stream.identity import describe_sources, identify
+from megatron_cm3leon.data.stream.samples import DataSource
+from megatron_cm3leon.data.stream.stream import Stream
 from tests.data.corpora import Neighbors, make_vocabulary, write_shards
 
 VOCABULARY = make_vocabulary()

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints
-from megatron_cm3leon.config import load_config
-from megatron_cm3leon.data.history import read_metrics
-from megatron_cm3leon.data.identity import describe_sources, identify
-from megatron_cm3leon.data.shards import open_shards
-from megatron_cm3leon.data.stream import build_stream
+from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.data.shards.reader import open_shards
+from megatron_cm3leon.data.stream.identity import describe_sources, identify
+from megatron_cm3leon.data.stream.stream import build_stream
+from megatron_cm3leon.monitoring.history import read_metrics
 from tests.distributed.launch import child_environment
 from tests.tools.call import call_tool
 

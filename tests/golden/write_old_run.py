@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from megatron_cm3leon.data.history import read_metrics
-from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.data.shards.reader import open_shards
+from megatron_cm3leon.monitoring.history import read_metrics
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import TEXT_MODEL, build_tiny_clip, save_clip
 from megatron_cm3leon.retrieval.options import IndexOptions

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cm3leon.data.preprocess import PreprocessOptions, preprocess
-from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.data.preprocess.run import PreprocessOptions, preprocess
+from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.data.sources import open_source
 from megatron_cm3leon.retrieval.encoder import build_tiny_clip
 from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary

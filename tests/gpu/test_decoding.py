@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from megatron_cm3leon.generation import batch, step_graph
-from megatron_cm3leon.generation.generate import Generator
+from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.grammar import choice_segment, opening_segment, picture_segment, text_segment
-from megatron_cm3leon.generation.made import MadePicture
 from megatron_cm3leon.generation.sampling import Sampling
+from megatron_cm3leon.generation.types import MadePicture
 from tests.gpu.conftest import VOCABULARY, load_decoder
 from tests.models import make_tokenizers
 

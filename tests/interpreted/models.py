@@ -4,8 +4,8 @@ import os
 
 import torch
 
+from megatron_cm3leon.export.reader import Shape, expected_weights
 from megatron_cm3leon.generation.decoder import Decoder
-from megatron_cm3leon.generation.exported import Shape, expected_weights
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 

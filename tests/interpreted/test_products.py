@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_cm3leon.generation import kernels, linear
+from megatron_cm3leon.generation import kernels
+from megatron_cm3leon.generation import matrices as linear
 from megatron_cm3leon.generation.fused_step import sum_rows
-from megatron_cm3leon.generation.linear import ScaledMatrix, build_matrix
+from megatron_cm3leon.generation.matrices import ScaledMatrix, build_matrix
 from megatron_cm3leon.generation.products import multiply_rows
 from tests.interpreted.models import DEVICE, build_decoder
 

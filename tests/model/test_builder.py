@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_cm3leon.config import load_config
+from megatron_cm3leon.config.loading import load_config
 from tests.distributed.launch import torchrun
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_cm3leon.config import load_config
+from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.model.fp8 import BACKWARD, FORWARD, multiply, quantize, require_fp8
 from megatron_cm3leon.model.linear import ALONE, _Linear
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_cm3leon.config import load_config
+from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.model.head import _ChunkedLosses
 from megatron_cm3leon.model.loss import cross_entropy
-from megatron_cm3leon.plan import estimate_memory
+from megatron_cm3leon.model.memory import estimate_memory
 from tests.recording import MemoryRecorder
 
 TOKENS, WIDTH, ROWS, TRUE, Z_LOSS = 96, 16, 512, 450, 0.01

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from megatron_cm3leon.config import load_config
+from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.sample_attention import TILE, attend_samples, build_sample_blocks, uses_flex
 from tests.flex_on_cpu import BACKEND, flex_on_cpu

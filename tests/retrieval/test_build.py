@@ -10,11 +10,11 @@ from PIL import Image
 
 faiss = pytest.importorskip("faiss")
 
-from megatron_cm3leon.data.shards import open_shards, seal
+from megatron_cm3leon.data.neighbors import CHECKSUMS, load_description, load_neighbors
+from megatron_cm3leon.data.shards.reader import open_shards, seal
 from megatron_cm3leon.retrieval import embeddings
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import Encoder, combine
-from megatron_cm3leon.retrieval.neighbors import CHECKSUMS, load_description, load_neighbors
 from megatron_cm3leon.retrieval.options import IndexOptions
 
 OPTIONS = IndexOptions(neighbors=3, threshold=0.999)  # an untrained encoder finds everything alike

@@ -11,12 +11,12 @@ from PIL import Image
 
 pytest.importorskip("faiss")
 
-from megatron_cm3leon.data.shard_writer import ShardWriter
-from megatron_cm3leon.data.shards import MANIFEST, build_manifest, open_shards, write_json
+from megatron_cm3leon.data.neighbors import load_neighbors
+from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest, open_shards, write_json
+from megatron_cm3leon.data.shards.writer import ShardWriter
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.contents import MOST_PICTURES, ContentReader, compute_identities, read_ahead
 from megatron_cm3leon.retrieval.encoder import Encoder, combine, normalize
-from megatron_cm3leon.retrieval.neighbors import load_neighbors
 from megatron_cm3leon.retrieval.options import IndexOptions
 from megatron_cm3leon.retrieval.pictures import SourcePictures, read_token_pictures
 from megatron_cm3leon.tokenizers.text import TextTokenizer

@@ -15,7 +15,7 @@ from megatron_cm3leon.retrieval import embeddings, table
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import Encoder
 from megatron_cm3leon.retrieval.options import IndexOptions
-from megatron_cm3leon.retrieval.rows import Rows
+from megatron_cm3leon.retrieval.part_arrays import Rows
 
 OPTIONS = IndexOptions(neighbors=3, threshold=0.999)
 FILES = ("neighbors.npy", "scores.npy", *(f"embeddings/{name}.npy" for name in ("bank", "queries_text")))

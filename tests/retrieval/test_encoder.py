@@ -49,7 +49,7 @@ def test_a_small_encoder_takes_one_thread_and_gives_the_same_bits(encoder, monke
     try:
         found = encoder.encode_texts(texts), encoder.encode_pictures(pictures)
         assert seen == [1, 1] and torch.get_num_threads() == 2
-        monkeypatch.setattr("megatron_cm3leon.threads.SMALL_MODEL", 0)
+        monkeypatch.setattr("megatron_cm3leon.common.threads.SMALL_MODEL", 0)
         expected = encoder.encode_texts(texts), encoder.encode_pictures(pictures)
         assert seen == [1, 1, 2, 2]
     finally:

@@ -9,11 +9,11 @@ from PIL import Image
 
 pytest.importorskip("faiss")
 
-from megatron_cm3leon.data.shards import open_shards
+from megatron_cm3leon.data.neighbors import load_neighbors
+from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.retrieval.build import build_index_folder
-from megatron_cm3leon.retrieval.neighbors import load_neighbors
 from megatron_cm3leon.retrieval.options import IndexOptions
-from megatron_cm3leon.retrieval.search import Retriever
+from megatron_cm3leon.retrieval.retriever import Retriever
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def test_a_small_tokenizer_takes_one_thread_and_gives_the_same_codes(tokenizer, 
         codes = tokenizer.encode(pixels)
         decoded = tokenizer.decode(codes)
         assert seen == [1, 1] and torch.get_num_threads() == 2
-        monkeypatch.setattr("megatron_cm3leon.threads.SMALL_MODEL", 0)
+        monkeypatch.setattr("megatron_cm3leon.common.threads.SMALL_MODEL", 0)
         assert torch.equal(tokenizer.encode(pixels), codes)
         torch.testing.assert_close(tokenizer.decode(codes), decoded, rtol=1e-5, atol=1e-5)
         assert seen == [1, 1, 2, 2]

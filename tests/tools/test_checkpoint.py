@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from megatron_cm3leon.checkpoint.sharded import unfinished
-from megatron_cm3leon.config import load_config, save_config
+from megatron_cm3leon.config.loading import load_config, save_config
 from tests.checkpoint.made import flip_byte, write_checkpoint
 from tests.tools.call import TOOLS, call_tool
 

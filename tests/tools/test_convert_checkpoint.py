@@ -9,18 +9,18 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_cm3leon.checkpoint.reference import reference_logits
 from megatron_cm3leon.checkpoint.sharded import read_weights
-from megatron_cm3leon.data.history import read_metrics
-from megatron_cm3leon.data.stream import build_stream
+from megatron_cm3leon.data.stream.stream import build_stream
 from megatron_cm3leon.generation.decoder import Decoder
+from megatron_cm3leon.model.reference import reference_logits
+from megatron_cm3leon.monitoring.history import read_metrics
 from megatron_cm3leon.tokenizers.folder import Tokenizers
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-from tests.checkpoint.convert.trained import open_trained_model
 from tests.checkpoint.made import CAPTIONS, family_config, write_random_checkpoint, write_tokenizers
 from tests.data.corpora import make_pairs, write_shards
 from tests.distributed.launch import ROOT
+from tests.export.trained import open_trained_model
 from tests.tools.call import call_tool
 
 call = partial(call_tool, "convert_checkpoint")

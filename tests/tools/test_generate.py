@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.generation.generate import Generator
+from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.tokenizers.folder import Tokenizers
-from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
 from tests.models import save_random_opt
 from tests.tools.call import call_tool
 

@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_cm3leon.data.shards import open_shards, split_segments
+from megatron_cm3leon.data.shards.reader import open_shards, split_segments
 from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
-from megatron_cm3leon.tokenizers.pixels import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 from tests.data.corpora import write_pictures

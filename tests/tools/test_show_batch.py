@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.config import Config
-from megatron_cm3leon.data.history import read_history
-from megatron_cm3leon.data.show import BlockPrinter, find_pictures
-from megatron_cm3leon.data.stream import Stream
+from megatron_cm3leon.config.loading import Config
+from megatron_cm3leon.data.inspect.sequences import BlockPrinter, find_pictures
+from megatron_cm3leon.data.stream.stream import Stream
+from megatron_cm3leon.monitoring.history import read_history
 from tests.data.corpora import ByteText, make_neighbors, make_vocabulary, write_shards
 from tests.tools.call import call_tool
 from tools.show_batch import draw_pictures

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from megatron_cm3leon.cluster.status import read_status, show_number, show_seconds
+from megatron_cm3leon.monitoring.status import read_status, show_number, show_seconds
 from tests.checkpoint.made import write_checkpoint
-from tests.cluster.test_goodput import EVENTS, LINES, event, left_out, step, write
+from tests.monitoring.test_goodput import EVENTS, LINES, event, left_out, step, write
 from tests.tools.call import call_tool
 
 

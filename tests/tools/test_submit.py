@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 
-from megatron_cm3leon.cluster.events import record
-from megatron_cm3leon.cluster.site import VARIABLE
-from megatron_cm3leon.config import load_config
+from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.monitoring.events import record
+from megatron_cm3leon.slurm.site import VARIABLE
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.tools.call import call_tool
 
@@ -86,7 +86,7 @@ def test_containers(folder):
     assert "cm3.sif python -m megatron_cm3leon.train" in text.partition("apptainer exec --nv --bind ")[2]
     mounts = text.partition("--bind ")[2].partition(" ")[0].split(",")
     assert {"/runs/x", "/data/elsewhere/shards"} <= set(mounts)
-    assert "verdict=$(apptainer exec" in text and "cm3.sif python -m megatron_cm3leon.cluster.requeue" in text
+    assert "verdict=$(apptainer exec" in text and "cm3.sif python -m megatron_cm3leon.slurm.requeue" in text
     (folder / "site.yaml").write_text("container: {mounts: ['/data:/mnt'], options: [--no-container-mount-home]}\n")
     pyxis = show(*arguments, "data.shards=/data/x", "--container-runtime", "pyxis", "--site", "site.yaml")
     assert "--container-image=/images/cm3.sif --container-mounts=/data:/mnt," in pyxis and "apptainer" not in pyxis

@@ -16,7 +16,7 @@ PICTURE_ENDINGS = (
     *COMMON_ENDINGS, ".jfif", ".jpe", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".apng", ".dib", ".ico",
     ".pbm", ".pgm", ".pnm", ".pfm", ".avifs",
 )  # fmt: skip
-"""Endings of the images that are decoded (tokenizers/pixels.py)."""
+"""Endings of the images that are decoded (tokenizers/images.py)."""
 UNREAD_ENDINGS = (
     ".heic", ".heif", ".hif", ".jxl", ".svg", ".svgz", ".psd", ".tga", ".eps", ".icns", ".cur", ".qoi", ".dds", ".pcx",
     ".sgi", ".xbm", ".xpm", ".exr", ".hdr", ".jxr", ".wdp", ".bpg", ".djvu", ".wmf", ".emf", ".xcf",

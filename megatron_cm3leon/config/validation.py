@@ -1,0 +1,395 @@
+"""What a configuration must satisfy: choices, ranges, and layouts that can run."""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_cm3leon.config.schema import Config, ModelConfig
+
+VOCABULARY_ROW_MULTIPLE = 128
+"""The model pads its vocabulary rows to a multiple of this, under every layout."""
+
+_CHOICES = {
+    "model.family": ("cm3leon", "llama"),
+    "data.attention": ("causal", "sample"),
+    "data.packing": ("query", "stream", "stream_whole_images", "documents"),
+    "retrieval.choice": ("fixed", "uniform"),
+    "train.engine": ("megatron", "deepspeed"),
+    "train.precision": ("bf16", "fp32"),
+    "train.kernels": ("auto", "torch"),
+    "train.sample_attention": ("auto", "flex", "masked"),
+    "train.device": ("auto", "cpu", "cuda"),
+    "schedule.name": ("linear", "cosine", "exponential", "constant", "wsd"),
+    "optimizer.rule": ("none", "mm1"),
+    "parallel.recompute": ("none", "selective", "full"),
+    "parallel.zero": (0, 1, 2, 3),
+}
+
+# field -> (lowest, highest); None is no bound.
+_RANGES = {
+    "model.layers": (1, None),
+    "model.hidden_size": (1, None),
+    "model.heads": (1, None),
+    "model.kv_heads": (1, None),
+    "model.rope_base": (1, None),
+    "model.norm_epsilon": (0, None),
+    "model.init_std": (0, None),
+    "model.position_init_std": (0, None),
+    "model.dropout": (0, 0.99),
+    "data.seq_length": (8, None),
+    "data.image_first_probability": (0, 1),
+    "data.text_loss_weight": (0, None),
+    "data.image_loss_weight": (0, None),
+    "data.workers": (0, None),
+    "data.prefetch": (1, None),
+    "retrieval.documents": (0, None),
+    "retrieval.loss_weight": (0, None),
+    "cm3.probability": (0, 1),
+    "cm3.mean_spans": (0, None),
+    "cm3.min_spans": (0, None),
+    "cm3.max_spans": (0, None),
+    "cm3.sentinel_loss_weight": (0, None),
+    "cm3.rotation_probability": (0, 1),
+    "parallel.tensor": (1, None),
+    "parallel.pipeline": (1, None),
+    "parallel.interleave": (1, None),
+    "parallel.context": (1, None),
+    "train.steps": (1, None),
+    "train.global_batch_size": (1, None),
+    "train.micro_batch_size": (1, None),
+    "train.threads": (0, None),
+    "train.stop_after": (0, None),
+    "train.max_skipped": (0, None),
+    "train.spike_width": (0, None),
+    "train.spike_window": (3, None),
+    "train.max_rollbacks": (0, None),
+    "train.z_loss": (0, None),
+    "train.head_chunk": (0, None),
+    "optimizer.learning_rate": (0, None),
+    "optimizer.beta1": (0, 1),
+    "optimizer.beta2": (0, 1),
+    "optimizer.epsilon": (0, None),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.clip": (0, None),
+    "schedule.warmup_steps": (0, None),
+    "schedule.floor": (0, 1),
+    "schedule.decay_steps": (0, None),
+    "checkpoint.interval": (1, None),
+    "checkpoint.keep_last": (0, None),
+    "checkpoint.keep_every": (0, None),
+    "validation.interval": (0, None),
+    "validation.batches": (1, None),
+    "cluster.watchdog_seconds": (0, None),
+    "cluster.straggler_interval": (0, None),
+    "cluster.max_restarts": (0, None),
+}
+
+
+FAMILY_ACTIVATIONS = {"cm3leon": ("relu", "gelu"), "llama": ("swiglu",)}
+
+
+def fill_family(model: "ModelConfig") -> None:
+    """Replace what is left to the family by its values."""
+    llama = model.family == "llama"
+    if not model.ffn_hidden_size:
+        model.ffn_hidden_size = -(-8 * model.hidden_size // (3 * 256)) * 256 if llama else 4 * model.hidden_size
+    model.activation = model.activation or FAMILY_ACTIVATIONS.get(model.family, ("",))[0]
+    model.kv_heads = model.kv_heads or model.heads
+    if model.tied_embeddings is None:
+        model.tied_embeddings = not llama
+
+
+def check_config(config: "Config", world_size: int | None) -> None:
+    """Raise ValueError for the first field that breaks a rule; layouts against `world_size` where it is known."""
+    _check_choices(config)
+    _check_ranges(config)
+    _check_sources(config)
+    _check_masking(config)
+    _check_family(config)
+    _check_attention(config)
+    _check_layout(config)
+    _check_fp8(config)
+    _check_engine(config)
+    _check_checkpoints(config)
+    parse_batches(config.train.skip_batches)
+    if world_size is not None:
+        _check_installed(config)
+        _check_ranks(config, world_size)
+
+
+def _get_field(config: "Config", path: str):
+    """Value of a dotted field name, such as `model.layers`."""
+    value = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _check_choices(config: "Config") -> None:
+    for path, choices in _CHOICES.items():
+        value = _get_field(config, path)
+        if value not in choices:
+            raise ValueError(f"{path} ({value!r}) must be one of: {', '.join(map(str, choices))}.")
+
+
+def _check_ranges(config: "Config") -> None:
+    for path, (lowest, highest) in _RANGES.items():
+        value = _get_field(config, path)
+        too_low = not value >= lowest  # also refuses NaN
+        if too_low or (highest is not None and value > highest):
+            bound = f"at least {lowest}" if highest is None else f"between {lowest} and {highest}"
+            raise ValueError(f"{path} ({value}) must be {bound}.")
+
+
+def parse_batches(text: str) -> list[range]:
+    """train.skip_batches, such as 120-320,900, as ranges in ascending order; those that touch become one."""
+    found = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()) or int(last) < int(first):
+            raise ValueError(f"train.skip_batches ({text}) must be numbers and ranges of batches, such as 120-320,900.")
+        found.append(range(int(first), int(last) + 1))
+    merged: list[range] = []
+    for each in sorted(found, key=lambda each: each.start):
+        if merged and each.start <= merged[-1].stop:
+            each = range(merged[-1].start, max(each.stop, merged.pop().stop))
+        merged.append(each)
+    return merged
+
+
+def _check_sources(config: "Config") -> None:
+    if not config.data.sources:
+        return
+    for path in ("data.shards", "retrieval.index"):
+        if value := _get_field(config, path):
+            raise ValueError(f"{path} ({value}) must be empty with data.sources, which name their own; leave one out.")
+    for number, source in enumerate(config.data.sources):
+        if not source.shards:
+            raise ValueError(
+                f"data.sources[{number}].shards is empty; give the folder that tools/preprocess_data.py wrote."
+            )
+        if not 0 < source.weight < float("inf"):
+            raise ValueError(
+                f"data.sources[{number}].weight ({source.weight}) must be above 0 and finite; leave out a source "
+                f"without a share."
+            )
+
+
+def _check_masking(config: "Config") -> None:
+    least, most = config.cm3.min_spans, config.cm3.max_spans
+    if least > most:
+        raise ValueError(f"cm3.min_spans ({least}) must be at most cm3.max_spans ({most}); change one of them.")
+
+
+def _check_family(config: "Config") -> None:
+    model = config.model
+    activations = FAMILY_ACTIVATIONS[model.family]
+    if model.activation not in activations:
+        raise ValueError(
+            f"model.activation ({model.activation!r}) must be one of: {', '.join(activations)}, those of family "
+            f"{model.family}."
+        )
+    if model.family == "cm3leon":
+        for name, value, wanted in (
+            ("kv_heads", model.kv_heads, model.heads),
+            ("qk_norm", model.qk_norm, False),
+            ("tied_embeddings", model.tied_embeddings, True),
+            ("norm_epsilon", model.norm_epsilon, 1e-5),
+        ):
+            if value != wanted:
+                raise ValueError(
+                    f"model.{name} ({value}) must be {wanted} in family cm3leon, which is exported as OPT; leave it "
+                    f"out or use model.family=llama."
+                )
+    if model.hidden_size % model.heads:
+        raise ValueError(
+            f"model.hidden_size ({model.hidden_size}) must be divisible by model.heads ({model.heads}); "
+            f"change one of them."
+        )
+    if model.heads % model.kv_heads:
+        raise ValueError(
+            f"model.kv_heads ({model.kv_heads}) must divide model.heads ({model.heads}); use one of "
+            f"{_divisors(model.heads)}."
+        )
+    if model.family == "llama" and model.hidden_size // model.heads % 2:
+        raise ValueError(
+            f"model.hidden_size ({model.hidden_size}) / model.heads ({model.heads}) must be even: RoPE rotates pairs."
+        )
+    if config.schedule.name == "exponential" and not config.schedule.floor:
+        raise ValueError(
+            "schedule.floor (0) must be above 0 with schedule.name=exponential, which never reaches 0; 0.01 decays to "
+            "a hundredth of the peak."
+        )
+
+
+def _check_attention(config: "Config") -> None:
+    if config.train.sample_attention != "flex":
+        return
+    reasons = []
+    if config.model.dropout:
+        reasons.append(f"model.dropout ({config.model.dropout}) to be 0, because FlexAttention drops no weights")
+    if config.train.device == "cpu":
+        reasons.append("a GPU (train.device is cpu), because FlexAttention has no backward pass on a CPU")
+    if reasons:
+        raise ValueError(
+            f"train.sample_attention (flex) needs {' and '.join(reasons)}; use train.sample_attention=auto, which "
+            f"takes the masked form there."
+        )
+
+
+def _check_fp8(config: "Config") -> None:
+    """fp8's kernels need sizes divisible by 16 (model/fp8.py)."""
+    if not config.train.fp8:
+        return
+    if config.train.precision != "bf16":
+        raise ValueError(
+            f"train.fp8 (True) needs train.precision=bf16, whose products it replaces; it is {config.train.precision}: "
+            f"use train.precision=bf16 or train.fp8=false."
+        )
+    model, parallel, train = config.model, config.parallel, config.train
+    width = model.hidden_size // model.heads
+    for name, size in (
+        ("model.hidden_size", model.hidden_size),
+        ("model.hidden_size / parallel.tensor", model.hidden_size // parallel.tensor),
+        (
+            "(model.heads + 2 x model.kv_heads) x width of a head / parallel.tensor",
+            (model.heads + 2 * model.kv_heads) * width // parallel.tensor,
+        ),
+        ("model.ffn_hidden_size / parallel.tensor", model.ffn_hidden_size // parallel.tensor),
+        (
+            "train.micro_batch_size x data.seq_length / parallel.context",
+            train.micro_batch_size * config.data.seq_length // parallel.context,
+        ),
+    ):
+        if size % 16:
+            raise ValueError(
+                f"{name} ({size}) must be divisible by 16 with train.fp8; change one of them or use train.fp8=false."
+            )
+
+
+def _check_layout(config: "Config") -> None:
+    model, parallel, data = config.model, config.parallel, config.data
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    for name, value in (
+        ("heads", model.heads),
+        ("kv_heads", model.kv_heads),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+    ):
+        if value % tensor:
+            raise ValueError(
+                f"parallel.tensor ({tensor}) must divide model.{name} ({value}); use one of {_divisors(value)}."
+            )
+    if VOCABULARY_ROW_MULTIPLE % tensor:
+        raise ValueError(
+            f"parallel.tensor ({tensor}) must divide {VOCABULARY_ROW_MULTIPLE}, to which vocabulary "
+            f"rows are padded; use one of {_divisors(VOCABULARY_ROW_MULTIPLE)}."
+        )
+    if model.layers % pipeline:
+        raise ValueError(
+            f"parallel.pipeline ({pipeline}) must divide model.layers ({model.layers}); "
+            f"use one of {_divisors(model.layers)}."
+        )
+    if parallel.interleave > 1 and pipeline == 1:
+        raise ValueError(
+            f"parallel.interleave ({parallel.interleave}) needs parallel.pipeline of at least 2; it is 1: leave "
+            f"parallel.interleave at 1."
+        )
+    if model.layers % (pipeline * parallel.interleave):
+        raise ValueError(
+            f"parallel.pipeline ({pipeline}) x parallel.interleave ({parallel.interleave}) must divide model.layers "
+            f"({model.layers}); use a parallel.interleave of {_divisors(model.layers // pipeline)}."
+        )
+    if parallel.sequence and data.seq_length % (tensor * parallel.context):
+        raise ValueError(
+            f"data.seq_length ({data.seq_length}) must be divisible by parallel.tensor ({tensor}) x parallel.context "
+            f"({parallel.context}) with parallel.sequence; change one of them."
+        )
+    if parallel.context > 1 and data.seq_length % (2 * parallel.context):
+        raise ValueError(
+            f"data.seq_length ({data.seq_length}) must be divisible by 2 x parallel.context ({parallel.context}): each "
+            f"rank takes one chunk of either half."
+        )
+
+
+def _check_engine(config: "Config") -> None:
+    parallel, offload = config.parallel, config.deepspeed
+    if config.train.engine == "megatron":
+        if parallel.zero > 1:
+            raise ValueError(
+                f"parallel.zero ({parallel.zero}) must be 0 or 1 with train.engine=megatron, which partitions the "
+                f"optimizer state alone; use parallel.zero=1 or train.engine=deepspeed."
+            )
+        for name in ("offload_optimizer", "offload_parameters", "json"):
+            if value := getattr(offload, name):
+                raise ValueError(
+                    f"deepspeed.{name} ({value}) needs train.engine=deepspeed; leave it out or choose that engine."
+                )
+        return
+    for name, wanted in (("pipeline", 1), ("interleave", 1), ("context", 1), ("sequence", False)):
+        value = getattr(parallel, name)
+        if value != wanted:
+            raise ValueError(
+                f"parallel.{name} ({value}) must be {wanted} with train.engine=deepspeed; use parallel.tensor and "
+                f"parallel.zero there, or train.engine=megatron."
+            )
+    if config.train.compile and parallel.zero == 3:
+        raise ValueError(
+            "train.compile (True) needs parallel.zero of 0, 1 or 2 with train.engine=deepspeed, which gathers weights "
+            "inside the layers at 3; use parallel.zero=2 or train.compile=false."
+        )
+    if offload.offload_optimizer and not parallel.zero:
+        raise ValueError(
+            "deepspeed.offload_optimizer (True) needs parallel.zero of 1, 2 or 3; it is 0: use parallel.zero=1."
+        )
+    if offload.offload_parameters and parallel.zero != 3:
+        raise ValueError(
+            f"deepspeed.offload_parameters (True) needs parallel.zero=3, which partitions the weights; it is "
+            f"{parallel.zero}."
+        )
+
+
+def _check_installed(config: "Config") -> None:
+    """Where a run is about to start: a checkpoint of either engine is read without its packages."""
+    if config.train.engine == "deepspeed" and find_spec("deepspeed") is None:
+        raise ValueError(
+            "train.engine (deepspeed) needs the package deepspeed, which is not installed; run `pip install -e "
+            ".[deepspeed]` or use train.engine=megatron."
+        )
+
+
+def _check_checkpoints(config: "Config") -> None:
+    options = config.checkpoint
+    if options.keep_every % options.interval:
+        raise ValueError(
+            f"checkpoint.keep_every ({options.keep_every}) must be a multiple of checkpoint.interval "
+            f"({options.interval}): only what is saved can be kept; change one of them."
+        )
+
+
+def _check_ranks(config: "Config", world_size: int) -> None:
+    parallel, train = config.parallel, config.train
+    ranks = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % ranks:
+        sizes = f"parallel.tensor ({parallel.tensor}) x parallel.pipeline ({parallel.pipeline})"
+        sizes += f" x parallel.context ({parallel.context})" if parallel.context > 1 else ""
+        raise ValueError(
+            f"{sizes} = {ranks} must divide the number of ranks ({world_size}); start "
+            f"{ranks * max(1, world_size // ranks)} ranks (torchrun --nproc-per-node) or change the layout."
+        )
+    blocks = train.micro_batch_size * (world_size // ranks)
+    if train.global_batch_size % blocks:
+        raise ValueError(
+            f"train.global_batch_size ({train.global_batch_size}) must be divisible by train.micro_batch_size "
+            f"({train.micro_batch_size}) x data-parallel ranks ({world_size // ranks}) = {blocks}."
+        )
+    if parallel.interleave > 1 and train.global_batch_size // blocks % parallel.pipeline:
+        raise ValueError(
+            f"train.global_batch_size ({train.global_batch_size}) gives {train.global_batch_size // blocks} "
+            f"micro-batches a rank; parallel.interleave needs a multiple of parallel.pipeline ({parallel.pipeline}): "
+            f"change train.global_batch_size or train.micro_batch_size."
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -1,0 +1,113 @@
+"""One document: its pictures read, its texts encoded, the filters applied; or why it is none."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from megatron_cm3leon.data.preprocess.filters import Filters, clean_caption
+from megatron_cm3leon.data.sources import (
+    BadInput,
+    Entry,
+    Filtered,
+    Picture,
+    RawDocument,
+    RawText,
+    RawTexts,
+    read_picture,
+    shorten,
+)  # fmt: skip
+from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.text_cache import TextEncoder
+
+NO_TOKEN = "empty caption: it encodes to no token"
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A document ready to be encoded."""
+
+    raw: RawDocument
+    texts: list[str]
+    payloads: list[bytes]
+    """Ids of its texts."""
+    pixels: list[torch.Tensor]
+    sha256: list[str]
+    """Of its pictures' files."""
+
+
+def read_image(picture: Picture) -> tuple[Image.Image, bytes]:
+    """An image as RGB, and the bytes of its file; ValueError says why there is none."""
+    try:
+        content = read_picture(picture)
+        return load_picture(content), content
+    except FileNotFoundError as error:
+        remedy = ": its path has backslashes, where this system has /" if "\\" in picture.name else ""
+        raise ValueError(f"missing picture: {shorten(picture.name, 240)}{remedy}") from error
+    except (ValueError, OSError) as error:  # load_picture turns whatever a decoder raises into ValueError
+        reason = f"{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(f"unreadable picture: {shorten(picture.name, 240)}: {reason}") from error
+
+
+class DocumentReader:
+    """Reads the pictures of raw documents and applies the filters."""
+
+    def __init__(self, tokenizers, filters: Filters) -> None:
+        self.filters, self.size = filters, tokenizers.image.image_size
+        self.text = TextEncoder(tokenizers.text, tokenizers.vocabulary.dtype)
+
+    def read(self, entry: Entry) -> Loaded | BadInput | Filtered:
+        """Texts as ids and pictures as pixels, or why there are none."""
+        if not isinstance(entry, RawDocument):
+            return entry
+        texts, pictures = entry.texts, entry.pictures
+        if self.filters.clean_captions:
+            texts = list(map(clean_caption, texts))
+            if not all(texts):
+                return Filtered("caption empty after clean-up")
+        payloads = list(map(self.text.encode, texts))
+        if not all(payloads):
+            return BadInput(entry.key, entry.source, NO_TOKEN)
+        loaded = Loaded(entry, texts, payloads, [], [])
+        for picture in pictures:
+            fault = self._load_picture(entry, picture, loaded)
+            if fault:
+                return fault
+        return loaded
+
+    def _load_picture(self, entry: RawDocument, picture: Picture, loaded: Loaded) -> BadInput | Filtered | None:
+        try:
+            image, content = read_image(picture)
+        except ValueError as error:
+            return BadInput(entry.key, entry.source, str(error))
+        unwanted = self.filters.find_fault(image.size)
+        if unwanted:
+            return Filtered(unwanted)
+        loaded.pixels.append(to_pixels(image, self.size, self.filters.fit))
+        loaded.sha256.append(hashlib.sha256(content).hexdigest())
+        return None
+
+
+def describe_document(loaded: Loaded) -> dict:
+    """A document's row in the shard's Parquet file, without its key."""
+    raw = loaded.raw
+    row = {"caption": "", "image": "", "source": raw.source, "picture_sha256": "", "extra": raw.extra, "kind": raw.kind}
+    if loaded.sha256:
+        row["image"] = "\n".join(picture.name for picture in raw.pictures)
+        row["picture_sha256"] = "\n".join(loaded.sha256)
+        row["caption"] = loaded.texts[0] if raw.kind == "pair" else ""
+    return row
+
+
+def describe_texts(texts: RawTexts) -> dict[str, list]:
+    """Rows of texts without pictures, as `describe_document` has them, a column each."""
+    empty = [""] * len(texts)
+    return {
+        "caption": empty,
+        "image": empty,
+        "source": texts.sources,
+        "picture_sha256": empty,
+        "extra": texts.extras,
+        "kind": [RawText.kind] * len(texts),
+    }

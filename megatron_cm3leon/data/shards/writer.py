@@ -1,0 +1,152 @@
+"""ShardWriter: documents -> one shard, in the form that shards.py describes and reads."""
+
+import hashlib
+import io
+import tarfile
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_cm3leon.data.shards.reader import INDEX_DTYPE, METADATA_SCHEMA, sha256_file, shard_files
+from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+_REPEATING = ["caption", "image", "picture_sha256", "extra", "kind"]
+"""Columns of which a text corpus has one value; key and source differ in every row."""
+_TAR_BLOCK, _TAR_RECORD = 512, 10240
+_BUFFER_BYTES = 1 << 20
+_NPY_HEADER = 128
+
+
+class ShardWriter:
+    """Writes one shard: tar, index and metadata. The bytes depend on the documents alone."""
+
+    def __init__(self, folder: Path, name: str, vocabulary: Vocabulary) -> None:
+        self.folder, self.name, self.vocabulary = folder, name, vocabulary
+        self.dtype = vocabulary.dtype.newbyteorder("<")
+        self.bytes = 0
+        """Size of the tar so far."""
+        self._indexes: list[np.ndarray] = []
+        self._columns: dict[str, list] = {name: [] for name in METADATA_SCHEMA.names}
+        self._keys, self._payloads = [], []
+        """Documents that wait to be written."""
+        self._written, self._digest = 0, hashlib.sha256()
+        self._file = open(folder / f"{name}.tar", "wb")  # noqa: SIM115 (closed by `close`)
+
+    def add(self, key: str, ids: np.ndarray, metadata: dict) -> None:
+        """Append a document; `metadata` has METADATA_SCHEMA's fields except the key."""
+        ids = np.asarray(ids)
+        assert ids.ndim == 1 and len(ids), f"document {key} is not a row of ids"
+        assert ids.min() >= 0 and ids.max() < self.vocabulary.size, f"document {key} has ids outside the vocabulary"
+        self.add_bytes(key, np.ascontiguousarray(ids, self.dtype).tobytes(), metadata)
+
+    def add_bytes(self, key: str, payload: bytes, metadata: dict) -> None:
+        """Append a document whose ids are given as bytes of the shards' type."""
+        self.add_many([key], [payload], {name: [metadata.get(name)] for name in self._columns})
+
+    def add_many(self, keys: list[str], payloads: list[bytes], metadata: dict[str, list]) -> None:
+        """Append documents; `metadata` has a list a field, as long as `keys`."""
+        assert all(payloads), f"document {keys[payloads.index(b'')]} has no ids"
+        self._keys += keys
+        self._payloads += payloads
+        for name, column in self._columns.items():
+            column += keys if name == "key" else metadata[name]
+        sizes = np.fromiter(map(len, payloads), np.int64, len(payloads)) + _NPY_HEADER
+        self.bytes += int((_TAR_BLOCK + sizes + -sizes % _TAR_BLOCK).sum())
+        if self.bytes - self._written > _BUFFER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write the documents that wait: many headers at once cost a fraction of one after the other."""
+        if not self._keys:
+            return
+        content, offsets = pack_members(self._keys, self._payloads, self.dtype)
+        index = np.empty(len(offsets), INDEX_DTYPE)
+        index["offset"] = offsets + self._written
+        index["tokens"] = [len(payload) // self.dtype.itemsize for payload in self._payloads]
+        index["crc32"] = list(map(zlib.crc32, self._payloads))
+        self._indexes.append(index)
+        self._write(content)
+        self._keys, self._payloads = [], []
+        assert self._written == self.bytes, f"{self._written} bytes of {self.name}.tar instead of {self.bytes}"
+
+    def _write(self, content) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self._written += len(content)
+
+    def close(self) -> dict:
+        """Finish the three files; returns the shard's entry in the manifest."""
+        self._flush()
+        end = self.bytes + 2 * _TAR_BLOCK
+        self._write(bytes(end + -end % _TAR_RECORD - self.bytes))
+        self._file.close()
+        index = np.concatenate(self._indexes)
+        np.save(self.folder / f"{self.name}.idx.npy", index)
+        columns = [pa.array(self._columns[field.name], field.type) for field in METADATA_SCHEMA]
+        table = pa.Table.from_arrays(columns, schema=METADATA_SCHEMA)
+        pq.write_table(table, self.folder / f"{self.name}.parquet", use_dictionary=_REPEATING)
+        entry = {"name": self.name, "documents": len(index), "tokens": int(index["tokens"].sum()), "files": {}}
+        for path in shard_files(self.folder, self.name):
+            checksum = self._digest.hexdigest() if path.suffix == ".tar" else sha256_file(path)
+            entry["files"][path.name] = {"bytes": path.stat().st_size, "sha256": checksum}
+        entry["sha256"] = entry["files"][f"{self.name}.tar"]["sha256"]
+        return entry
+
+    def abandon(self) -> None:
+        """Close what will not be finished."""
+        self._file.close()
+
+
+def pack_members(keys: list[str], payloads: list[bytes], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Members <key>.tokens.npy as tarfile and numpy write them (mtime, uid and gid 0), one behind the other.
+
+    Returns the bytes, uint8, and the place of each payload in them, int64.
+    """
+    assert max(map(len, keys)) <= 89, "a key does not fit a plain tar header"
+    sizes = np.fromiter(map(len, payloads), np.int64, len(payloads))
+    spans = _TAR_BLOCK + _NPY_HEADER + sizes
+    spans += -spans % _TAR_BLOCK
+    starts = np.cumsum(spans) - spans
+    content = np.zeros(int(spans.sum()), np.uint8)
+    blocks, first = content.reshape(-1, _TAR_BLOCK), starts // _TAR_BLOCK
+    names = np.array([f"{key}.tokens.npy" for key in keys], "S100").view(np.uint8).reshape(-1, 100)
+    octal = _write_octal(sizes + _NPY_HEADER, 11)
+    blocks[first] = _tar_template()
+    blocks[first, :100] = names
+    blocks[first, 124:135] = octal
+    checksums = _tar_template().sum(dtype=np.int64) + names.sum(1, dtype=np.int64) + octal.sum(1)
+    blocks[first, 148:154] = _write_octal(checksums, 6)
+    blocks[first, 154:156] = np.frombuffer(b"\0 ", np.uint8)
+    name = dtype.str
+    headers = b"".join([_npy_header(tokens, name) for tokens in (sizes // dtype.itemsize).tolist()])
+    blocks[first + 1, :_NPY_HEADER] = np.frombuffer(headers, np.uint8).reshape(-1, _NPY_HEADER)
+    offsets, view = starts + _TAR_BLOCK + _NPY_HEADER, memoryview(content)
+    for offset, payload in zip(offsets.tolist(), payloads, strict=True):
+        view[offset : offset + len(payload)] = payload
+    return content, offsets
+
+
+def _write_octal(numbers: np.ndarray, digits: int) -> np.ndarray:
+    """ASCII octal digits, int64 [numbers, digits]."""
+    return (numbers[:, None] >> 3 * np.arange(digits - 1, -1, -1) & 7) + ord("0")
+
+
+@lru_cache(1 << 16)
+def _npy_header(tokens: int, dtype: str) -> bytes:
+    """What stands in front of a row of ids in a .npy file."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": (tokens,)})
+    assert header.tell() == _NPY_HEADER, f"numpy writes {header.tell()} bytes in front of an array"
+    return header.getvalue()
+
+
+@lru_cache(1)
+def _tar_template() -> np.ndarray:
+    """A member's header as it is summed up: name and size empty, spaces for the checksum."""
+    header = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
+    header[124:135], header[148:156] = bytes(11), b" " * 8
+    return np.frombuffer(bytes(header), np.uint8)

@@ -1,0 +1,184 @@
+"""CM3 masking: spans of a block move to its end, behind their sentinels (CM3Leon section 2.2).
+
+Input:  a source, up to `length` tokens of samples, and the loss weight of each token.
+Output: `length` tokens: the source with every chosen span replaced by <sentinel:i>, then for each span
+        <sentinel:i> span <eoss>, then <pad>. Sentinels are numbered from left to right.
+
+The rules are those of the released training code (2023): the number of spans is Poisson(mean), clamped
+to [0, max_spans]; one span is two sorted uniforms; for n > 1, n * n candidates are drawn and up to n
+disjoint ones kept; a span that crosses a delimiter is clipped to the segment it overlaps most. Here the
+delimiters are <break> and </s>: a moved span never holds the end of a sample.
+
+A span adds three tokens. Where the block has no room for them, the source is cut *before* spans are
+drawn, so no sentinel loses its place: its tail under packing=stream, its head (behind the leading </s>)
+under packing=query.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from megatron_cm3leon.config.schema import CM3Config
+from megatron_cm3leon.data.stream.order import derive_key, draw_uniform, poisson_table
+from megatron_cm3leon.tokenizers.vocab import Vocabulary
+
+TOKENS_PER_SPAN = 3
+"""A moved span adds its sentinel twice and <eoss>."""
+
+
+@dataclass(frozen=True)
+class MaskDraws:
+    """What is decided for each of some blocks before its tokens are known."""
+
+    spans: np.ndarray
+    """Spans wanted, int64 [blocks]; fewer may turn out to be disjoint."""
+    rotated: np.ndarray
+    """Whether a whole segment moves instead, bool [blocks]."""
+    uniforms: list[list[float]]
+    """Numbers in [0, 1) for each block: pairs for candidate spans, or one that chooses the segment."""
+
+
+class SpanSampler:
+    """Draws how a block is masked, as a function of (seed, block number)."""
+
+    def __init__(self, config: CM3Config, seed: int, max_spans: int) -> None:
+        self.config = config
+        self.max_spans = max(0, min(config.max_spans, max_spans))
+        self.table = poisson_table(config.mean_spans)
+        self.block_key = derive_key(seed, "cm3 block")
+        self.span_key = derive_key(seed, "cm3 span")
+
+    def draw(self, numbers: np.ndarray) -> MaskDraws:
+        """Decide for blocks `numbers`, int64 [blocks]."""
+        masked, rotated, count = draw_uniform(self.block_key, numbers[:, None], np.arange(3)).T
+        rotated = (rotated < self.config.rotation_probability) & (masked < self.config.probability)
+        rotated &= self.max_spans > 0
+        spans = np.maximum(np.searchsorted(self.table, count, "right"), self.config.min_spans)
+        spans = np.minimum(spans, self.max_spans)
+        spans = np.where(rotated, 1, np.where(masked < self.config.probability, spans, 0))
+        needed = np.where(rotated, 1, np.where(spans > 1, 2 * spans * spans, 2 * spans))
+        ends = np.cumsum(needed)
+        counters = np.arange(ends[-1]) - np.repeat(ends - needed, needed)
+        uniforms = draw_uniform(self.span_key, np.repeat(numbers, needed), counters).tolist()
+        pairs = zip((ends - needed).tolist(), ends.tolist(), strict=True)
+        return MaskDraws(spans, rotated, [uniforms[start:end] for start, end in pairs])
+
+
+def choose_spans(length: int, delimiters: list[int], count: int, uniforms: list[float]) -> list[tuple[int, int]]:
+    """Up to `count` disjoint spans (start, end) of a source of `length` tokens, left to right.
+
+    `uniforms` holds two numbers a candidate. No span holds token 0 or a delimiter, and none is empty.
+    """
+    kept: list[tuple[int, int]] = []
+    for first, second in zip(uniforms[::2], uniforms[1::2], strict=True):
+        start, end = 1 + int(min(first, second) * length), 1 + int(max(first, second) * length)
+        place = bisect_left(kept, (start, end))
+        free = (place == 0 or kept[place - 1][1] <= start) and (place == len(kept) or end <= kept[place][0])
+        if start < end and free:
+            insort(kept, (start, end))
+            if len(kept) == count:
+                break
+    clipped = (_clip_to_segment(start, min(end, length), length, delimiters) for start, end in kept)
+    return [(start, end) for start, end in clipped if start < end]
+
+
+def _clip_to_segment(start: int, end: int, length: int, delimiters: list[int]) -> tuple[int, int]:
+    """The part of a span in the segment that holds most of it; the first of equals."""
+    first, last = bisect_left(delimiters, start), bisect_left(delimiters, end)
+    if first == last:
+        return start, end
+    edges = [-1, *delimiters, length]
+    parts = [(max(start, edges[segment] + 1), min(end, edges[segment + 1])) for segment in range(first, last + 1)]
+    return max(parts, key=lambda part: part[1] - part[0])
+
+
+def choose_segment(delimiters: list[int], start: int, uniform: float) -> list[tuple[int, int]]:
+    """One whole segment, between two delimiters, that begins at `start` or later; [] where there is none."""
+    segments = [(left + 1, right) for left, right in pairwise(delimiters) if left + 1 >= start and right > left + 1]
+    return [segments[int(uniform * len(segments))]] if segments else []
+
+
+def find_delimiters(tokens: np.ndarray, vocabulary: Vocabulary) -> list[int]:
+    """Places of <break> and </s>."""
+    return ((tokens == vocabulary.break_id) | (tokens == vocabulary.eos)).nonzero()[0].tolist()
+
+
+def apply_spans(
+    tokens: np.ndarray, values: np.ndarray | None, spans: list[tuple[int, int]], vocabulary: Vocabulary,
+    out_tokens: np.ndarray, out_values: np.ndarray | None,
+) -> int:  # fmt: skip
+    """Write the masked source into `out_tokens` and `out_values`; returns how many places were filled.
+
+    `values` [..., tokens], where there are any, travel with their tokens. A sentinel takes the value of the first
+    token of its span, <eoss> that of the last.
+    """
+    place = done = 0
+    pieces, marks = [], []  # (start, end, place) of what is copied; (place, token, whose value it takes)
+    sentinel = vocabulary.sentinel(0)
+    for index, (start, end) in enumerate(spans):
+        pieces.append((done, start, place))
+        place += start - done
+        marks.append((place, sentinel + index, start))
+        place, done = place + 1, end
+    pieces.append((done, len(tokens), place))
+    place += len(tokens) - done
+    for index, (start, end) in enumerate(spans):
+        marks.append((place, sentinel + index, start))
+        pieces.append((start, end, place + 1))
+        place += 1 + end - start
+        marks.append((place, vocabulary.eoss, end - 1))
+        place += 1
+    for start, end, target in pieces:
+        out_tokens[target : target + end - start] = tokens[start:end]
+    for target, token, _ in marks:
+        out_tokens[target] = token
+    if values is not None:
+        for start, end, target in pieces:
+            out_values[..., target : target + end - start] = values[..., start:end]
+        for target, _, origin in marks:
+            out_values[..., target] = values[..., origin]
+    return place
+
+
+def cut_source(values: np.ndarray, room: int, cut: str) -> np.ndarray:
+    """At most `room` tokens (the last axis): without the tail, or ("head") without what follows token 0."""
+    length = values.shape[-1]
+    if length <= room:
+        return values
+    if cut == "tail":
+        return values[..., :room]
+    kept = values[..., length - room :].copy()
+    kept[..., 0] = values[..., 0]
+    return kept
+
+
+def mask_block(
+    tokens: np.ndarray, values: np.ndarray | None, query_start: int, wanted: int, rotated: bool,
+    uniforms: list[float], vocabulary: Vocabulary, cut: str, out_tokens: np.ndarray, out_values: np.ndarray | None,
+) -> tuple[int, int]:  # fmt: skip
+    """Mask one source into a block; returns how many tokens of the source had to go, and how many places it fills.
+
+    `values` [..., tokens], the loss weights and what else belongs to a token, travel with it. `out_tokens` [length]
+    comes filled with <pad>, `out_values` [..., length] with what <pad> has. `query_start` is where the
+    query document begins under `cut="head"`, where rotation chooses among its segments: the last of them
+    trains the picture from its caption, the first the caption from its picture (or the reverse, as the
+    pair stands). Under `cut="tail"` any whole segment of the block may move.
+    """
+    length = len(out_tokens)
+    source = cut_source(tokens, length - TOKENS_PER_SPAN * wanted, cut)
+    shift = len(tokens) - len(source) if cut == "head" else 0
+    spans = []
+    if wanted:
+        delimiters = find_delimiters(source, vocabulary)
+        if rotated:
+            spans = choose_segment(delimiters, query_start - shift, uniforms[0])
+        else:
+            spans = choose_spans(len(source), delimiters, wanted, uniforms)
+    whole = cut_source(tokens, length - TOKENS_PER_SPAN * len(spans), cut)  # spans not found give room back
+    if shift and len(whole) > len(source):
+        spans = [(start + len(whole) - len(source), end + len(whole) - len(source)) for start, end in spans]
+    kept_values = None if values is None else cut_source(values, len(whole), cut)
+    filled = apply_spans(whole, kept_values, spans, vocabulary, out_tokens, out_values)
+    return len(tokens) - len(whole), filled

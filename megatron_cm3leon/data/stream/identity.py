@@ -1,0 +1,115 @@
+"""Identity of a stream: a hash of all that determines its sequences. A run records it, and compares it on resuming.
+
+A field of the configuration that is at its default changes no identity, so that fields can be added. Version 1 (until
+0.1.0) also covered train.global_batch_size, which decides how many sequences a batch has, not which ones there are; it
+is computed as it was, to compare the runs that recorded it.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cm3leon.config.loading import FREE_FIELDS, Config
+from megatron_cm3leon.config.schema import SourceConfig
+from megatron_cm3leon.data.stream.samples import Samples, SourceSamples
+
+VERSION = 2
+STREAM_VERSION = 1
+"""Raised by any change of the code that changes a sequence."""
+_ALWAYS = {
+    "data": (
+        "seq_length", "packing", "attention", "image_first_probability", "text_loss_weight", "image_loss_weight",
+    ),
+    "cm3": (
+        "probability", "mean_spans", "min_spans", "max_spans", "sentinel_loss_weight", "rotation_probability",
+    ),
+    "retrieval": ("documents", "choice", "loss_weight"),
+}  # fmt: skip
+"""Fields that are part of an identity whatever their value. Fields that came later are, where not at their default."""
+
+
+def identify(sources: dict, config: Config, version: int = VERSION) -> str:
+    """The identity of the stream of `sources` (of describe_sources) under `config`, 32 hexadecimal digits."""
+    parts = {
+        "version": sources["stream_version"],
+        "sources": sources["sources"],
+        "weights": sources["weights"],
+        "data": _describe_section(config, "data"),
+        "cm3": _describe_section(config, "cm3"),
+        "seed": config.seed,
+    }
+    if version == 1:
+        parts["global_batch_size"] = config.train.global_batch_size
+    if any(len(source) > 1 for source in sources["sources"]):
+        parts["retrieval"] = _describe_section(config, "retrieval")
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def describe_sources(samples: Samples, config: Config) -> dict:
+    """What an identity covers beside the configuration, as a run's state records it (TrainState.stream_parts).
+
+    `sources`: hashes of each source's documents and, with retrieval, of its bank and of its neighbor table.
+    """
+    return {
+        "version": VERSION,
+        "stream_version": STREAM_VERSION,
+        "weights": samples.mixture.weights,
+        "sources": [_hash_source(source, config) for source in samples.sources],
+    }
+
+
+def compare_sources(recorded: dict, present: dict, config: Config, folder: Path) -> tuple[str, str]:
+    """How the sources of a stream differ from those that the checkpoint `folder` recorded, in words.
+
+    Comes with the field of `config` that names what differs; ("", "") where nothing does. Both are of describe_sources.
+    """
+    several = bool(config.data.sources)
+    shards_field, index_field = ("data.sources",) * 2 if several else ("data.shards", "retrieval.index")
+    now, before = present["stream_version"], recorded["stream_version"]
+    if now != before:
+        what = f"this version of the code makes other sequences of the same data (stream version {now})"
+        return f"{what} than the one that wrote {folder} (stream version {before})", shards_field
+    now, before = len(present["sources"]), len(recorded["sources"])
+    if now != before:
+        return f"the data have {now} source{'s' * (now > 1)}, and had {before} in {folder}", shards_field
+    now, before = present["weights"], recorded["weights"]
+    if now != before:
+        return f"the weights of data.sources are in the ratio {now}, and were {before} in {folder}", shards_field
+    places = config.data.sources or [SourceConfig(shards=config.data.shards, index=config.retrieval.index)]
+    for place, before, now in zip(places, recorded["sources"], present["sources"], strict=True):
+        if before[0] != now[0]:
+            return f"the shards at {place.shards} are not those of {folder}", shards_field
+        if before[1:] != now[1:] and config.retrieval.documents:
+            if not now[1:]:
+                return f"{place.shards} has no index, and had one in {folder}", index_field
+            if not before[1:]:
+                return f"{place.shards} has the index {place.index}, and had none in {folder}", index_field
+            return f"the index at {place.index} is not that of {folder}", index_field
+    return "", ""
+
+
+def _hash_source(source: SourceSamples, config: Config) -> list[str]:
+    if source.neighbors is None or not config.retrieval.documents:
+        return [source.corpus.identity]
+    return [source.corpus.identity, source.neighbors.bank.identity, _hash_table(source.neighbors.table)]
+
+
+def _hash_table(table: np.ndarray) -> str:
+    """Hash of the neighbor table's shape and of up to 4,096 of its rows, evenly spaced."""
+    rows = np.linspace(0, len(table) - 1, min(len(table), 4096)).astype(np.int64)
+    sampled = np.ascontiguousarray(table[rows], np.int64)
+    return hashlib.sha256(repr(table.shape).encode() + sampled.tobytes()).hexdigest()
+
+
+def _describe_section(config: Config, name: str) -> dict:
+    """The fields of a section that are part of the identity."""
+    section = getattr(config, name)
+    defaults = asdict(type(section)())
+    return {
+        field: value
+        for field, value in asdict(section).items()
+        if f"{name}.{field}" not in FREE_FIELDS and (field in _ALWAYS[name] or value != defaults[field])
+    }

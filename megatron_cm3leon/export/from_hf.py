@@ -1,0 +1,99 @@
+"""Import: an export becomes a run folder with one checkpoint, from which any layout and either engine goes on.
+
+The checkpoint holds weights alone and the state of the run that was exported: the next step reads the batch that
+would have come next, at that step's learning rate, with Adam's moments at zero.
+"""
+
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.checkpoint.format import Piece, step_folder
+from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.common.atomic_directory import written_whole
+from megatron_cm3leon.common.progress import meter
+from megatron_cm3leon.config.loading import Config, save_config
+from megatron_cm3leon.export.check import Comparison, compare_logits, find_shards, require_passed
+from megatron_cm3leon.export.folder import ACCOUNT, ExportFolder, check_output
+from megatron_cm3leon.export.layouts import Part, list_parts
+from megatron_cm3leon.tokenizers.folder import Tokenizers
+
+FILE_NUMBERS = 1 << 28
+"""Numbers of one file of the checkpoint (1 GiB) before the next one begins: so much is in memory at a time."""
+
+
+def import_export(
+    model: str | Path, output: str | Path, *, check_shards: str | Path | None = None
+) -> tuple[Path, Comparison]:
+    """Write the run folder `output` from the export `model`; returns its checkpoint and how the logits compare.
+
+    ValueError for a folder that is not an export, whose tensors are not those of its configuration, are not finite, or
+    give other logits in the checkpoint; nothing is under `output` then.
+    """
+    export, output = ExportFolder(model), Path(output)
+    config, state = _read_account(export)
+    vocabulary = Tokenizers.load(export.folder).vocabulary
+    parts = list_parts(config, vocabulary.size)
+    export.check(config, parts)
+    check_output(output)
+    with written_whole(output) as run:
+        config.output = str(output.absolute())  # the run is found from any folder
+        save_config(config, run / "config.yaml")
+        folder = step_folder(run, state.step)
+        sharded.begin(folder)
+        with meter(len(parts), "importing", "tensors") as progress:
+            for number, group in enumerate(_group(parts)):
+                pieces = []
+                for part in group:
+                    pieces.append(_whole_piece(part, _checked_read(export, part)))
+                    progress.advance()
+                sharded.write_rank(folder, number, pieces)
+        sharded.finish(folder, config, vocabulary, state, {"imported from": str(model), "torch": torch.__version__})
+        reader = sharded.CheckpointReader(folder)
+        shards = check_shards or find_shards(config, vocabulary)
+        comparison = compare_logits(reader.read, config, export, shards)
+        require_passed(comparison, output)
+    return step_folder(output, state.step), comparison
+
+
+def _read_account(export: ExportFolder) -> tuple[Config, TrainState]:
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), export.account["config"]))
+        state = TrainState.from_dict(export.account["state"], config.train.global_batch_size)
+    except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{export.folder / ACCOUNT} does not hold the run's configuration and state ({error}); export the "
+            f"checkpoint again."
+        ) from error
+    config.validate()
+    return config, state
+
+
+def _group(parts: list[Part]) -> list[list[Part]]:
+    groups, filled = [[]], 0
+    for part in parts:
+        count = torch.Size(part.shape).numel()
+        if groups[-1] and filled + count > FILE_NUMBERS:
+            groups.append([])
+            filled = 0
+        groups[-1].append(part)
+        filled += count
+    return groups
+
+
+def _checked_read(export: ExportFolder, part: Part) -> Tensor:
+    weight = export.read_part(part)
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"{' or '.join(part.targets)} of {export.folder} has NaN or infinite values; export the checkpoint again."
+        )
+    return weight
+
+
+def _whole_piece(part: Part, weight: Tensor) -> tuple[Piece, Tensor]:
+    offset = (0,) * len(part.shape)
+    return Piece(part.name, "weight", part.shape, offset, part.shape, 0, weight.numel()), weight.reshape(-1)

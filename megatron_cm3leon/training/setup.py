@@ -1,0 +1,186 @@
+"""Where a run begins: a new model, or the last complete checkpoint and what may have changed since."""
+
+import copy
+import logging
+from pathlib import Path
+
+import torch
+
+from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.config.loading import Config, changed_fields, is_fixed
+from megatron_cm3leon.data.stream.identity import compare_sources, describe_sources, identify
+from megatron_cm3leon.data.stream.mixture import whole_weights
+from megatron_cm3leon.data.stream.stream import Stream
+from megatron_cm3leon.engine.base import DROPOUT_SEEDING, Engine
+from megatron_cm3leon.model.weights import canonical_shapes
+from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
+
+logger = logging.getLogger(__name__)
+
+_IN_PLACE = (
+    "cm3.", "data.attention", "data.image_first_probability", "data.text_loss_weight", "data.image_loss_weight",
+    "retrieval.loss_weight",
+)  # fmt: skip
+"""Fields of the stream that leave every sample in its sequence."""
+_LENGTHS = ("data.seq_length", "retrieval.")
+"""Fields that move samples to other sequences, but under packing=query, where sequence n is sample n."""
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """Folder of the newest checkpoint, or None at the start of a run. A damaged one is refused when it is opened."""
+    found = sharded.list_checkpoints(run)
+    return found[-1] if found else None
+
+
+def check_changes(
+    reader: sharded.CheckpointReader, config: Config, stream: Stream, state: TrainState, allowed: list[str]
+) -> bool:
+    """Refuse to resume with another vocabulary, model or stream unless each change was allowed; record those.
+
+    Returns whether the sequences of the stream are those of the checkpoint's run.
+    """
+    check_same_vocabulary(stream.vocabulary, reader.vocabulary, f"checkpoint {reader.folder}")
+    found = changed_fields(reader.config, config)
+    changes = {name: pair for name, pair in found.items() if is_fixed(name)}
+    free = [f"{name} {old} -> {new}" for name, (old, new) in found.items() if name not in changes]
+    if free:
+        logger.info("changed since %s: %s", reader.folder.name, ", ".join(free))
+    _check_shapes(reader, config, changes)
+    for name, (before, after) in changes.items():
+        if name not in allowed:
+            raise ValueError(
+                f"{name} ({after}) was {before} in {reader.folder}; resume with the old value, start a new run folder "
+                f"(output=...), or confirm with --allow-change {name}."
+            )
+    difference, field = _compare_sources(reader, config, stream, state)
+    if difference and not {field, "data.shards"} & set(allowed):
+        raise ValueError(
+            f"{difference}; give the same data, start a new run folder (output=...), or confirm with --allow-change "
+            f"{field}."
+        )
+    if difference:
+        changes[field] = state.stream, stream.identity
+    for name, (before, after) in changes.items():
+        state.changes.append({"step": state.step, "batch": state.batch, "field": name, "old": before, "new": after})
+    _log_position(reader.config, config, changes, state)
+    return not any(name.startswith(("seed", "data.", "retrieval.", "cm3.")) for name in changes)
+
+
+def _check_shapes(reader: sharded.CheckpointReader, config: Config, changes: dict[str, tuple]) -> None:
+    """Refuse a change that gives parameters other shapes: no --allow-change could load the checkpoint."""
+    size, before = reader.vocabulary.size, canonical_shapes(reader.config, reader.vocabulary.size)
+    if canonical_shapes(config, size) == before:
+        return
+    for name, (old, new) in changes.items():
+        alone, (section, _, field) = copy.deepcopy(reader.config), name.rpartition(".")
+        setattr(getattr(alone, section) if section else alone, field, new)
+        if canonical_shapes(alone, size) != before:
+            reason = "which gives the model's parameters other shapes"
+            if name == "data.seq_length":
+                reason = f"which has {old} learned positions (model.family=cm3leon), one for each token of a sequence"
+            raise ValueError(
+                f"{name} ({new}) was {old} in {reader.folder}, {reason}; resume with {name}={old}, or start a new run "
+                f"folder (output=...)."
+            )
+
+
+def _compare_sources(
+    reader: sharded.CheckpointReader, config: Config, stream: Stream, state: TrainState
+) -> tuple[str, str]:
+    """How the data behind the stream differ from the checkpoint's, and the field that names them; ("", "") if not."""
+    old, present = reader.config, describe_sources(stream.samples, reader.config)
+    if state.stream_parts:
+        return compare_sources(state.stream_parts, present, config, reader.folder)
+    # An identity of version 1, which is a hash alone.
+    if old.retrieval.documents and not config.retrieval.documents:
+        return "", ""  # it covers an index that is not open any more
+    if identify(present, old, version=1) == state.stream:
+        return "", ""
+    weighted = present | {"weights": whole_weights([source.weight for source in old.data.sources] or [1.0])}
+    if identify(weighted, old, version=1) == state.stream:
+        return compare_sources(weighted, present, config, reader.folder)
+    field = "data.sources" if config.data.sources else "data.shards"
+    return f"the shards or the index of this run are not those of {reader.folder}", field
+
+
+def _log_position(old: Config, config: Config, changes: dict[str, tuple], state: TrainState) -> None:
+    """Say where in the stream a run goes on whose batches or sequences have changed."""
+    moving = [
+        name
+        for name in changes
+        if not name.startswith(("model.", "train.", *_IN_PLACE))
+        and not (name.startswith(_LENGTHS) and old.data.packing == config.data.packing == "query")
+    ]
+    if moving:
+        logger.info(
+            "training continues at sequence %d, which is another place of the data since %s changed: some samples are "
+            "trained on again, or not in this epoch",
+            state.sequence, " and ".join(moving),
+        )  # fmt: skip
+    elif "train.global_batch_size" in changes:
+        logger.info(
+            "training continues at sequence %d with batches of %d sequences instead of %d: no sample is skipped or "
+            "repeated; train.steps and the schedule count steps as before",
+            state.sequence, *reversed(changes["train.global_batch_size"]),
+        )  # fmt: skip
+
+
+def check_dropout_seeding(folder: Path, config: Config, state: TrainState) -> None:
+    """Log that an older run keeps the seeding of dropout that it began with; ValueError for a newer one than ours."""
+    if not config.model.dropout:
+        return
+    if state.dropout_seeding > DROPOUT_SEEDING:
+        raise ValueError(
+            f"dropout_seeding ({state.dropout_seeding}) in {folder / 'state.json'} must be at most {DROPOUT_SEEDING}, "
+            f"the newest that this version of the program knows; resume with the version that began the run."
+        )
+    if state.dropout_seeding < DROPOUT_SEEDING:
+        logger.info(
+            "dropout masks keep the seeding that this run began with (version %d: pipeline and context-parallel ranks "
+            "draw the same masks); a new run folder (output=...) has version %d",
+            state.dropout_seeding,
+            DROPOUT_SEEDING,
+        )
+
+
+def engine_class(config: Config) -> type[Engine]:
+    """The class of `train.engine`; the other one's packages are not imported."""
+    if config.train.engine == "deepspeed":
+        from megatron_cm3leon.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine
+    from megatron_cm3leon.engine.megatron import MegatronEngine
+
+    return MegatronEngine
+
+
+def open_run(
+    config: Config, stream: Stream, device: torch.device, allowed: list[str]
+) -> tuple[Engine, TrainState, Path | None]:
+    """Engine and state to go on from, the last checkpoint's (its folder comes third) or new.
+
+    Changed fields are told before weights are read.
+    """
+    build_engine = engine_class(config)
+    folder = latest_checkpoint(Path(config.output))
+    if folder is None:
+        engine = build_engine(config, stream.vocabulary, device)
+        return engine, _record_stream(TrainState(dropout_seeding=engine.dropout_seeding), stream), None
+    reader = sharded.CheckpointReader(folder)
+    state = reader.state
+    if check_changes(reader, config, stream, state, allowed):
+        stream.resume(state.cursor)
+    check_dropout_seeding(reader.folder, config, state)
+    engine = build_engine(config, stream.vocabulary, device)
+    engine.load(folder)
+    logger.info("resumed from %s at step %d", folder, state.step)
+    for left in sharded.list_unfinished(Path(config.output)):
+        logger.info("%s was not finished when the run ended; it is not used", left)
+    return engine, _record_stream(state, stream), folder
+
+
+def _record_stream(state: TrainState, stream: Stream) -> TrainState:
+    """The state, of the identity of `stream`."""
+    state.stream, state.stream_parts = stream.identity, describe_sources(stream.samples, stream.config)
+    return state

@@ -1,0 +1,158 @@
+"""~ and $VARIABLE in every path: fields of YAML files, and options of tools, which a shell leaves in `--output=~/x`."""
+
+import argparse
+import importlib.util
+import sys
+from dataclasses import fields, is_dataclass
+
+import pytest
+
+from megatron_cm3leon.common.cli import user_path
+from megatron_cm3leon.common.paths import expand_path
+from megatron_cm3leon.config.loading import PATHS, load_config
+from megatron_cm3leon.config.schema import Config
+from megatron_cm3leon.config.validation import _CHOICES
+from megatron_cm3leon.slurm.pipeline import load_pipeline
+from megatron_cm3leon.slurm.site import load_site
+from tests.distributed.launch import ROOT
+
+OTHER_TEXT = {"preset", "model.activation", "train.skip_batches"}
+"""Text fields that are neither paths nor choices."""
+NO_PATHS = (
+    "--format --image-field --caption-field --device --fit --stage --title --subtitle --factory --search --sampler "
+    "--unconditional --form --text --caption --document --dtype --time --launcher --name --allow-change --partition "
+    "--account --qos --constraint --memory --container-runtime --env --shard-size --deduplicate captions questions "
+    "parts overrides"
+)
+"""Options of tools whose values are texts."""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """An empty working directory, a home folder, and $SCRATCH."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return str(tmp_path / "home")
+
+
+def test_home_and_variables_are_expanded(home):
+    assert expand_path("~") == home and expand_path("~/x") == f"{home}/x"
+    assert expand_path("$SCRATCH/x") == expand_path("${SCRATCH}/x") == "/scratch/me/x"
+    for text in ("", "runs/x", "a~", "cost$", "x$5", "s3://bucket/$NOT_SET"):
+        assert expand_path(text) == text
+
+
+def test_what_exists_as_it_is_written_stays(tmp_path):
+    """Such as the folder that an earlier version made of output=$SCRATCH/x: its run goes on."""
+    (tmp_path / "work" / "$NOT_SET" / "x").mkdir(parents=True)
+    assert expand_path("$NOT_SET/x") == "$NOT_SET/x"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("$NOT_SET/x", "the variable NOT_SET is not set; set and export it"),
+        ("${NOT_SET}/x", "the variable NOT_SET is not set; set and export it"),
+        ("~no-such-user/x", "~no-such-user is not a user's home folder"),
+    ],
+)
+def test_what_cannot_be_expanded_is_refused(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        expand_path(text)
+    with pytest.raises(argparse.ArgumentTypeError, match=reason):
+        user_path(text)
+
+
+def text_fields(section=Config, prefix=""):
+    for field in fields(section):
+        if is_dataclass(field.type):
+            yield from text_fields(field.type, f"{prefix}{field.name}.")
+        elif field.type is str:
+            yield prefix + field.name
+
+
+def test_every_text_field_is_a_path_a_choice_or_known_as_text():
+    """A new path must be expanded too."""
+    assert {name for name in text_fields() if name not in _CHOICES} == set(PATHS) | OTHER_TEXT
+
+
+@pytest.mark.parametrize("field", PATHS)
+def test_every_path_of_the_configuration_is_expanded(field, home, tmp_path):
+    section, _, name = field.rpartition(".")
+    yaml = tmp_path / "config.yaml"
+    yaml.write_text(f"{section}: {{{name}: ~/x}}\n" if section else f"{name}: ~/x\n")
+
+    def read(config):
+        return getattr(getattr(config, section) if section else config, name)
+
+    assert read(load_config(yaml)) == f"{home}/x"
+    assert read(load_config(None, [f"{field}=$SCRATCH/x"])) == "/scratch/me/x"
+    assert read(load_config(yaml, expand=False)) == "~/x"
+    with pytest.raises(ValueError, match=rf"^{field} \(\$NOT_SET/x\): the variable NOT_SET is not set"):
+        load_config(None, [f"{field}=$NOT_SET/x"])
+
+
+def test_paths_of_sources_are_expanded(home):
+    [source] = load_config(None, ["data.sources=[{shards: ~/a, index: $SCRATCH/i}]"]).data.sources
+    assert (source.shards, source.index) == (f"{home}/a", "/scratch/me/i")
+    with pytest.raises(ValueError, match=r"^data.sources\[0\].shards \(\$NOT_SET\): the variable"):
+        load_config(None, ["data.sources=[{shards: $NOT_SET}]"])
+
+
+def test_braces_name_fields_and_the_message_says_so():
+    with pytest.raises(ValueError, match=r"output: Interpolation key 'SCRATCH' not found; .* write \$NAME"):
+        load_config(None, ["output=${SCRATCH}/x"])
+
+
+def test_paths_of_a_site_and_of_a_pipeline_are_expanded(home, tmp_path):
+    site, pipeline = tmp_path / "home" / "site.yaml", tmp_path / "pipeline.yaml"
+    site.parent.mkdir()
+    site.write_text("python: ~/bin/python\ncontainer: {image: $SCRATCH/x.sif, mounts: ['~/a:/a', $SCRATCH]}\n")
+    found = load_site("~/site.yaml")
+    assert (found.python, found.container.image) == (f"{home}/bin/python", "/scratch/me/x.sif")
+    assert found.container.mounts == [f"{home}/a:/a", "/scratch/me"]
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / "home" / name).touch()
+    pipeline.write_text("input: [~/*.tar]\ntokenizer: ~/\nencoder: ~/\noutput: $SCRATCH/out\nconfig: ~/c.yaml\n")
+    plan = load_pipeline(str(pipeline), [])
+    assert plan.input == [f"{home}/a.tar", f"{home}/b.tar"] and plan.config == f"{home}/c.yaml"
+    assert (plan.tokenizer, plan.encoder, plan.output) == (home, home, "/scratch/me/out")
+
+
+def parsers_of(path, monkeypatch):
+    """Every parser that a tool makes."""
+    found, original = [], argparse.ArgumentParser.parse_known_args
+
+    def parse(self, *arguments, **options):
+        found.append(self)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+    spec = importlib.util.spec_from_file_location(f"tool_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [path.name])
+    with pytest.raises(SystemExit):
+        module.main()
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", original)
+    for parser in found:
+        groups = [
+            action.choices.values() for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+        ]
+        yield from [parser, *(each for group in groups for each in group)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
+def test_every_option_of_a_tool_that_takes_a_text_is_a_path_or_known_as_text(path, monkeypatch):
+    seen = 0
+    for parser in parsers_of(path, monkeypatch):
+        for action in parser._actions:
+            name = (action.option_strings or [action.dest])[0]
+            if action.type is user_path:
+                seen += 1
+            elif action.nargs != 0 and action.choices is None and action.type in (None, str):
+                assert name in NO_PATHS.split(), f"{path.name}: {name} must have type=user_path, or be listed as a text"
+    assert seen

@@ -1,0 +1,143 @@
+"""The configuration tree: precedence, presets, and the sentences users read when a field is wrong."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_cm3leon.config.loading import Config, changed_fields, load_config, save_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_command_line_wins_over_yaml_over_preset_over_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: 760m\nmodel: {layers: 12}\noptimizer: {learning_rate: 3e-4}\n")
+    config = load_config(path, ["optimizer.learning_rate=1e-5"])
+    assert config.model.hidden_size == 1536  # preset
+    assert config.model.layers == 12  # YAML
+    assert config.optimizer.learning_rate == 1e-5  # command line
+    assert config.optimizer.beta2 == 0.95  # default
+
+
+def test_a_saved_config_reads_back_equal(tmp_path):
+    config = load_config(None, ["preset=7b", "cm3.probability=0.25"])
+    config.validate()
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_every_field_is_documented_and_has_a_default():
+    assert Config() == load_config()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "sentence"),
+    [
+        (["modle.layers=2"], 1, "there is no field modle; did you mean model?"),
+        (["model.layer=2"], 1, "there is no field model.layer; did you mean model.layers?"),
+        (["model.layers=many"], 1, "model.layers: Value 'many'"),
+        (["model=3"], 1, "model must be a mapping of fields, not 3."),
+        (["parallel.tensor"], 1, "write section.key=value"),
+        (["preset=13b"], 1, "preset ('13b') must be one of: 350m, 760m, 7b."),
+        (["model.layers=0"], 1, "model.layers (0) must be at least 1."),
+        (["cm3.probability=1.5"], 1, "cm3.probability (1.5) must be between 0 and 1."),
+        (["optimizer.learning_rate=nan"], 1, "optimizer.learning_rate (nan) must be at least 0."),
+        (
+            ["data.packing=tight"],
+            1,
+            "data.packing ('tight') must be one of: query, stream, stream_whole_images, documents.",
+        ),
+        (
+            ["data.shards=a", "data.sources=[{shards: b}]"],
+            1,
+            "data.shards (a) must be empty with data.sources, which name their own",
+        ),
+        (["data.sources=[{weight: 1}]"], 1, "data.sources[0].shards is empty; give the folder"),
+        (["data.sources=[{shards: a}, {shards: b, weight: 0}]"], 1, "data.sources[1].weight (0.0) must be above 0"),
+        (["data.sources=[{shard: a}]"], 1, "there is no field data.sources[0].shard; did you mean"),
+        (["cm3.min_spans=20", "cm3.max_spans=16"], 1, "cm3.min_spans (20) must be at most cm3.max_spans (16)"),
+        (["model.hidden_size=100"], 1, "must be divisible by model.heads (16)"),
+        (["parallel.tensor=3"], 3, "parallel.tensor (3) must divide model.heads (16); use one of [1, 2, 4, 8, 16]."),
+        (["parallel.pipeline=5"], 5, "parallel.pipeline (5) must divide model.layers (24)"),
+        (["parallel.tensor=2", "parallel.pipeline=2"], 6, "= 4 must divide the number of ranks (6); start 4 ranks"),
+        (
+            ["model.activation=swiglu"],
+            1,
+            "model.activation ('swiglu') must be one of: relu, gelu, those of family cm3leon",
+        ),
+        (["model.qk_norm=true"], 1, "model.qk_norm (True) must be False in family cm3leon"),
+        (["model.family=llama", "model.kv_heads=3"], 1, "model.kv_heads (3) must divide model.heads (16)"),
+        (
+            ["model.family=llama", "model.kv_heads=2", "parallel.tensor=4"],
+            4,
+            "must divide model.kv_heads (2); use one of",
+        ),
+        (["parallel.interleave=2"], 1, "parallel.interleave (2) needs parallel.pipeline of at least 2"),
+        (
+            ["parallel.pipeline=8", "parallel.interleave=2"],
+            8,
+            "must divide model.layers (24); use a parallel.interleave of",
+        ),
+        (["parallel.context=3"], 3, "data.seq_length (4096) must be divisible by 2 x parallel.context (3)"),
+        (
+            ["parallel.pipeline=2", "parallel.interleave=2", "train.global_batch_size=3"],
+            2,
+            "needs a multiple of parallel",
+        ),
+        (["schedule.name=exponential", "schedule.floor=0"], 1, "schedule.floor (0) must be above 0"),
+        (["train.global_batch_size=6"], 4, "must be divisible by train.micro_batch_size (1) x data-parallel ranks (4)"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(overrides, ranks, sentence):
+    with pytest.raises(ValueError) as error:
+        load_config(None, overrides).validate(ranks)
+    assert sentence in str(error.value)
+
+
+def test_a_missing_and_a_broken_file_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no configuration file at"):
+        load_config(tmp_path / "absent.yaml")
+    path = tmp_path / "broken.yaml"
+    path.write_text("model: {layers: 2\n")
+    with pytest.raises(ValueError, match=r"broken.yaml is not valid YAML"):
+        load_config(path)
+
+
+def test_the_family_fills_what_is_left_to_it():
+    config = load_config(None, ["preset=7b", "model.family=llama"])
+    config.validate()
+    assert (config.model.activation, config.model.ffn_hidden_size, config.model.kv_heads) == ("swiglu", 11008, 32)
+    assert config.model.tied_embeddings is False and config.model.qk_norm and config.train.z_loss == 1e-5
+    config = load_config(None, ["preset=350m"])
+    config.validate()
+    assert (config.model.activation, config.model.ffn_hidden_size) == ("relu", 4096) and config.model.tied_embeddings
+
+
+def test_changed_fields_names_both_values():
+    old, new = load_config(), load_config(None, ["cm3.probability=0.5", "seed=7"])
+    assert changed_fields(old, new) == {"seed": (1234, 7), "cm3.probability": (1.0, 0.5)}
+
+
+RUNS = [path for path in sorted((ROOT / "examples").rglob("*.yaml")) if path.stem not in ("site", "pipeline")]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_example_is_valid(path):
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+    load_config(path).validate()
+
+
+def test_one_entry_of_a_list_is_not_changed_alone(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {sources: [{shards: a}, {shards: b}]}")
+    with pytest.raises(ValueError, match=r"one entry of a list cannot be changed alone .* give the whole list"):
+        load_config(path, ["data.sources.0.weight=3"])
+    config = load_config(path, ["data.sources=[{shards: a, weight: 2}, {shards: b}]"])
+    assert [(source.shards, source.weight) for source in config.data.sources] == [("a", 2), ("b", 1)]
+
+
+def test_a_value_that_yaml_would_cut_is_refused():
+    with pytest.raises(ValueError, match=r"output \(/x/hash #x\): YAML takes what follows ' #' for a comment"):
+        load_config(None, ["output=/x/hash #x"])
+    assert load_config(None, ["output='/x/hash #x'"]).output == "/x/hash #x"

@@ -1,0 +1,202 @@
+"""What goes wrong with inputs, disks and processes: named, counted, nothing lost, nothing outside the output folder."""
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_cm3leon.data.inspect.shards import find_damage
+from megatron_cm3leon.data.shards.reader import open_shards
+from tests.data.corpora import ByteTokenizers, write_pictures
+from tests.data.runs import counts_of, files_of, quarantine_of, run
+from tests.distributed.launch import child_environment
+
+
+def encode_picture(picture, kind="PNG", **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def list_files(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_tar_of_everything_that_can_be_wrong(tmp_path):
+    grey = Image.new("L", (12, 12), 128)
+    good = encode_picture(grey)
+    noise = encode_picture(Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)))
+    frames = [Image.new("P", (12, 12), shade) for shade in (128, 3)]
+    bomb = encode_picture(Image.new("1", (10_000, 10_001)))
+    pictures = {
+        "bomb.png": bomb, "zero.png": b"", "cut.png": noise[:400], "page.jpg": b"<html>404</html>",
+        "animated.gif": encode_picture(grey, "GIF", save_all=True, append_images=frames),
+        "cmyk.jpg": encode_picture(grey.convert("CMYK"), "JPEG"),
+        "deep.png": encode_picture(Image.fromarray(np.full((12, 12), 128 * 257, np.uint16))),
+        "UPPER.PNG": good, "../../../outside.png": good, "/tmp/absolute.png": good, "a/b/c.png": good,
+    }  # fmt: skip
+    members = []
+    for name, content in pictures.items():
+        stem = name.rpartition(".")[0]
+        members += [(name, content), (f"{stem}.TXT" if name.isupper() else f"{stem}.txt", name.encode())]
+    members += [
+        ("latin.png", good),
+        ("latin.txt", "é".encode("latin-1")),
+        ("long.png", good),
+        ("long.txt", b"w " * 500_000),
+    ]
+    members += [("alone.png", good), ("dup.png", good), ("dup.png", good), ("dup.txt", b"x")]
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write_tar(raw / "a.tar", members)
+    (raw / "b.tar").write_bytes((raw / "a.tar").read_bytes()[: 3 * 512 + 100])
+    before = list_files(raw)
+    manifest = run(raw, tmp_path / "out", max_bad_fraction=1.0)
+    assert counts_of(manifest) == (16, 8, 0, 0, 8)
+    reasons = {bad["source"]: bad["reason"] for bad in quarantine_of(tmp_path / "out")}
+    for source, reason in {
+        "a.tar/bomb": "unreadable picture: a.tar/bomb.png: the image cannot be decoded: 10000 x 10001 pixels are more",
+        "a.tar/zero": "unreadable picture: a.tar/zero.png: the image cannot be decoded: the file is empty (0 bytes)",
+        "a.tar/cut": "unreadable picture: a.tar/cut.png: ",
+        "a.tar/page": "unreadable picture: a.tar/page.jpg: not an image but an HTML page.",
+        "a.tar/latin": "not UTF-8: byte 0 of latin.txt cannot be decoded",
+        "a.tar/alone": "no caption: alone has no .txt and no .json with a caption",
+        "a.tar/dup": "duplicate key: dup has more than one .png",
+        "b.tar": "truncated or damaged tar: in bomb at byte ",
+    }.items():
+        assert reasons.pop(source).startswith(reason), source
+    assert not reasons
+    corpus = open_shards(tmp_path / "out")
+    rows = corpus.metadata().to_pylist()
+    assert [row["caption"] for row in rows[:-1]] == list(pictures)[4:]
+    assert rows[-1]["caption"] == "w " * 500_000 and corpus.lengths[7] == 1_000_000 + 5
+    for number in range(8):  # 128 of 255 in all of them: first frame, inverted inks, 16 bits
+        assert set(corpus.read(number)[-4:].tolist()) == {corpus.vocabulary.image_start + 8}
+    assert list_files(raw) == before  # and nothing but the output folder is new
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
+
+
+def test_a_shard_changed_after_the_manifest_is_found(tmp_path):
+    run(write_pictures(tmp_path / "raw", 8), tmp_path / "out")
+    corpus = open_shards(tmp_path / "out")
+    assert find_damage(corpus) == []
+    tar = tmp_path / "out/shard-000001-000.tar"
+    content = bytearray(tar.read_bytes())
+    content[int(corpus._indexes[1]["offset"][2]) + 1] ^= 1
+    tar.write_bytes(content)
+    assert find_damage(corpus) == ["shard-000001-000.tar: its sha256 is not the manifest's in documents 6"]
+    with pytest.raises(ValueError, match=r"document 6 \(row 2 of .*shard-000001-000\.tar\) is damaged"):
+        open_shards(tmp_path / "out").read(6)
+
+
+def limit_file_size(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_more_room_finishes_it(tmp_path):
+    """A limit on the size of files stands in for the disk: the write fails in the middle of a shard."""
+    pairs = write_pictures(tmp_path / "raw", 12)
+    lines = pairs.read_text().splitlines()
+    lines[5] = json.dumps({"image": "5.png", "caption": "x" * 200_000})
+    pairs.write_text("\n".join(lines))
+    run(pairs, tmp_path / "whole")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        limit_file_size(100_000)
+        with pytest.raises(
+            OSError, match=r"--output .*out cannot take more: File too large. Make room and run the same"
+        ):
+            run(pairs, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    left = sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert left == [
+        "lock",
+        "part-000000.json",
+        "plan.json",
+        *(f"shard-000000-000{e}" for e in (".idx.npy", ".parquet", ".tar")),
+    ]
+    manifest = run(pairs, tmp_path / "out")
+    assert counts_of(manifest) == (12, 12, 0, 0, 0)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+class SlowTokenizers(ByteTokenizers):
+    """Pictures take a moment, so that a worker is met in the middle of a shard."""
+
+    @classmethod
+    def load(cls, folder) -> "SlowTokenizers":
+        tokenizers = cls()
+        encode = tokenizers.image.encode
+        tokenizers.image.encode = lambda pixels: (time.sleep(0.15), encode(pixels))[1]
+        return tokenizers
+
+
+def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path):
+    pairs = write_pictures(tmp_path / "raw", 40)
+    run(pairs, tmp_path / "whole")
+
+    def kill_a_writer():
+        """SIGKILL to the worker whose temporary folder appears second."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            done = list((tmp_path / "out/.work").glob("part-*.json"))
+            found = [path for path in (tmp_path / "out/.work").glob("part-*.tmp") if list(path.glob("*.tar"))]
+            if done and found:
+                os.kill(int(found[0].suffixes[-2].rpartition("-")[2]), signal.SIGKILL)
+                return
+            time.sleep(0.005)
+
+    killer = threading.Thread(target=kill_a_writer)
+    killer.start()
+    with pytest.raises(OSError, match=r"a worker process was killed \(often for want of memory\).*whole are kept"):
+        run(pairs, tmp_path / "out", workers=2, load_tokenizers=SlowTokenizers.load)
+    killer.join()
+    assert not (tmp_path / "out/manifest.json").exists()
+    kept = {path.name for path in (tmp_path / "out/.work").glob("part-*.json")}
+    assert kept and list((tmp_path / "out/.work").glob("*.tmp"))
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-000000*")}
+    run(pairs, tmp_path / "out")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-000000*")} == before
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_the_whole_run_killed_at_any_moment_is_finished_by_the_same_command(tmp_path):
+    pairs = write_pictures(tmp_path / "raw", 30)
+    run(pairs, tmp_path / "whole", deduplicate=("picture",))
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from tests.data.runs import run; from tests.data.preprocess.test_bad_input import SlowTokenizers\n"
+        "run(Path(sys.argv[1]), Path(sys.argv[2]), deduplicate=('picture',), load_tokenizers=SlowTokenizers.load)"
+    )
+    command = [sys.executable, "-c", program, str(pairs), str(tmp_path / "out")]
+    for target in ("hashes-000003.npy", "part-000001.json", "part-000003.json"):
+        process = subprocess.Popen(command, env=child_environment(), stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out/.work" / target).is_file():
+            assert process.poll() is None and time.monotonic() < deadline, target
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "out/manifest.json").exists(), target
+    run(pairs, tmp_path / "out", deduplicate=("picture",))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")

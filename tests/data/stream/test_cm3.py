@@ -1,0 +1,172 @@
+"""CM3 masking: exact tokens of hand-written blocks, and the statistics of what is drawn."""
+
+import numpy as np
+import pytest
+
+from megatron_cm3leon.config.schema import CM3Config
+from megatron_cm3leon.data.stream.cm3 import (
+    SpanSampler,
+    apply_spans,
+    choose_segment,
+    choose_spans,
+    cut_source,
+    find_delimiters,
+    mask_block,
+)
+from tests.data.corpora import make_vocabulary
+
+V = make_vocabulary(text=50, image=20, height=2, width=2)
+EOS, BREAK, PAD, EOSS = V.eos, V.break_id, V.pad, V.eoss
+S0, S1 = V.sentinel(0), V.sentinel(1)
+PICTURE = [V.image_start + code for code in (1, 2, 3, 4)]
+SAMPLE = [EOS, 10, 11, 12, BREAK, *PICTURE, EOS]  # text at 1..3, <break> at 4, picture at 5..8
+
+
+def apply(source, spans, length, weights=None):
+    tokens, out = np.full(length, PAD), np.zeros(length, np.float32)
+    weights = np.ones(len(source)) if weights is None else np.array(weights)
+    filled = apply_spans(np.array(source), weights, spans, V, tokens, out)
+    return tokens.tolist(), out.tolist(), filled
+
+
+def mask(source, length, wanted, uniforms, cut, rotated=False, query_start=1):
+    tokens, weights = np.full(length, PAD), np.zeros(length, np.float32)
+    trimmed, filled = mask_block(
+        np.array(source), np.ones(len(source)), query_start, wanted, rotated, uniforms, V, cut, tokens, weights
+    )
+    assert (weights > 0).sum() == filled
+    return tokens.tolist(), weights.tolist(), trimmed
+
+
+def test_one_span_moves_to_the_end_behind_its_sentinel():
+    tokens, weights, filled = apply(SAMPLE, [(2, 4)], 14)
+    assert tokens == [EOS, 10, S0, BREAK, *PICTURE, EOS, S0, 11, 12, EOSS, PAD]
+    assert weights == [1.0] * 13 + [0.0] and filled == 13
+
+
+def test_two_spans_are_numbered_from_left_to_right():
+    tokens, _, _ = apply(SAMPLE, [(1, 2), (6, 9)], 16)
+    expected = [EOS, S0, 11, 12, BREAK, PICTURE[0], S1, EOS, S0, 10, EOSS, S1, *PICTURE[1:], EOSS]
+    assert tokens == expected
+
+
+def test_sentinels_take_the_weight_of_their_span():
+    tokens, weights, _ = apply(SAMPLE, [(1, 3), (6, 8)], 16, [0.1] * 5 + [1.0] * 5)
+    expected = {S0: 0.1, S1: 1.0}
+    for token, weight in zip(tokens, weights, strict=True):
+        assert token not in expected or weight == pytest.approx(expected[token])
+    assert [weight for token, weight in zip(tokens, weights, strict=True) if token == EOSS] == pytest.approx([0.1, 1])
+
+
+def test_a_whole_text_moved_leaves_the_prompt_of_captioning():
+    delimiters = find_delimiters(np.array(SAMPLE), V)
+    assert delimiters == [0, 4, 9]
+    assert choose_segment(delimiters, 1, 0.0) == [(1, 4)]
+    assert choose_segment(delimiters, 1, 0.99) == [(5, 9)]
+    assert choose_segment(delimiters, 5, 0.0) == [(5, 9)]
+    assert choose_segment([0, 1], 1, 0.5) == []
+    tokens, _, trimmed = mask(SAMPLE, 13, 1, [0.0], "head", rotated=True)
+    assert tokens == [EOS, S0, BREAK, *PICTURE, EOS, S0, 10, 11, 12, EOSS] and trimmed == 0
+
+
+def test_a_span_is_two_sorted_uniforms_and_never_holds_the_first_token():
+    assert choose_spans(10, [], 1, [0.7, 0.2]) == [(3, 8)]
+    assert choose_spans(10, [], 1, [0.0, 0.999]) == [(1, 10)]
+    assert choose_spans(10, [], 1, [0.5, 0.55]) == [], "an empty span is none"
+
+
+@pytest.mark.parametrize(
+    "span, expected",
+    [
+        ((2, 7), (2, 4)),  # two tokens of each: the first of equals
+        ((1, 6), (1, 4)),
+        ((3, 9), (5, 9)),
+        ((4, 5), None),  # <break> alone
+        ((9, 10), None),  # </s> alone
+    ],
+)
+def test_a_span_is_clipped_to_the_segment_it_overlaps_most(span, expected):
+    uniforms = [(span[0] - 0.5) / 10, (span[1] - 0.5) / 10]
+    assert choose_spans(10, [0, 4, 9], 1, uniforms) == ([expected] if expected else [])
+
+
+def test_of_several_candidates_disjoint_ones_are_kept_in_order_of_drawing():
+    at = lambda *places: [(place - 0.5) / 100 for place in places]  # noqa: E731
+    candidates = at(10, 20, 15, 30, 20, 25, 5, 8, 50, 60)
+    assert choose_spans(100, [], 2, candidates) == [(10, 20), (20, 25)]
+    assert choose_spans(100, [], 5, candidates) == [(5, 8), (10, 20), (20, 25), (50, 60)]
+
+
+def test_growth_cuts_the_tail_under_stream_and_the_head_behind_eos_under_query():
+    assert cut_source(np.arange(9), 6, "tail").tolist() == [0, 1, 2, 3, 4, 5]
+    assert cut_source(np.arange(9), 6, "head").tolist() == [0, 4, 5, 6, 7, 8]
+    source = [EOS, 1, 2, 3, 4, 5, 6, BREAK, 20, 21, BREAK, *PICTURE, EOS]
+    uniforms = [(7 - 0.5) / 13, (9 - 0.5) / 13]
+    tokens, _, trimmed = mask(source, 16, 1, uniforms, "tail")
+    assert tokens == [*source[:7], BREAK, S0, 21, BREAK, *PICTURE[:2], S0, 20, EOSS] and trimmed == 3
+    tokens, _, trimmed = mask(source, 16, 1, uniforms, "head")
+    assert tokens == [EOS, 4, 5, 6, BREAK, 20, 21, BREAK, S0, *PICTURE[1:], EOS, S0, PICTURE[0], EOSS]
+    assert trimmed == 3
+
+
+def test_spans_that_are_not_found_give_their_room_back():
+    source = [EOS, 1, 2, 3, 4, 5, 6, BREAK, 20, 21, BREAK, *PICTURE, EOS]
+    tokens, _, trimmed = mask(source, 16, 1, [0.5, 0.5], "head")
+    assert (tokens, trimmed) == (source, 0)
+    tokens, _, trimmed = mask(source, 16, 2, [(8 - 0.5) / 10, (9 - 0.5) / 10, *[0.5, 0.5] * 3], "head")
+    assert tokens[:8] == [EOS, 4, 5, 6, BREAK, 20, 21, BREAK] and trimmed == 3
+    assert tokens[8:] == [*PICTURE[:3], S0, EOS, S0, PICTURE[3], EOSS]
+
+
+def test_the_number_of_spans_is_a_clamped_poisson():
+    config = CM3Config(mean_spans=1.0, max_spans=2)
+    draws = SpanSampler(config, 7, 16).draw(np.arange(40_000))
+    shares = np.bincount(draws.spans) / 40_000
+    expected = [np.exp(-1), np.exp(-1), 1 - 2 * np.exp(-1)]
+    assert np.abs(shares - expected).max() < 0.01
+    assert all(len(row) == (0, 2, 8)[count] for row, count in zip(draws.uniforms, draws.spans, strict=True))
+
+
+def test_probabilities_of_masking_and_rotation():
+    config = CM3Config(probability=0.5, mean_spans=5.0, rotation_probability=0.25)
+    draws = SpanSampler(config, 7, 16).draw(np.arange(20_000))
+    assert (draws.spans > 0).mean() == pytest.approx(0.5, abs=0.02)
+    assert draws.rotated.mean() == pytest.approx(0.125, abs=0.01)
+    assert (draws.spans[draws.rotated] == 1).all()
+    for off in (CM3Config(probability=0.0), CM3Config(max_spans=0, rotation_probability=1.0)):
+        draws = SpanSampler(off, 7, 16).draw(np.arange(100))
+        assert not draws.spans.any() and not draws.rotated.any()
+
+
+def test_draws_depend_on_the_block_number_alone():
+    sampler = SpanSampler(CM3Config(mean_spans=3.0), 7, 16)
+    whole, one = sampler.draw(np.arange(100)), sampler.draw(np.array([57]))
+    assert one.spans[0] == whole.spans[57] and one.uniforms[0] == whole.uniforms[57]
+
+
+def test_span_ends_are_uniform_over_the_source():
+    sampler = SpanSampler(CM3Config(mean_spans=1.0, max_spans=1), 3, 16)
+    draws = sampler.draw(np.arange(20_000))
+    spans = [span for row in draws.uniforms if row for span in choose_spans(1000, [], 1, row)]
+    lengths = np.array([end - start for start, end in spans])
+    assert lengths.mean() == pytest.approx(1000 / 3, rel=0.03)
+    assert min(start for start, _ in spans) >= 1 and max(end for _, end in spans) <= 1000
+
+
+@pytest.mark.parametrize("most", [16, 256])
+def test_cm3_and_incoder_have_one_span_at_least(most):
+    """CM3 (2201.07520, A.1) clamps Poisson(1) to [1, 16], InCoder (2204.05999) to [1, 256]."""
+    sampler = SpanSampler(CM3Config(min_spans=1, max_spans=most), 7, 512)
+    shares = np.bincount(sampler.draw(np.arange(40_000)).spans) / 40_000
+    assert shares[0] == 0 and shares[1] == pytest.approx(2 * np.exp(-1), abs=0.01)
+    assert shares[2] == pytest.approx(np.exp(-1) / 2, abs=0.01)
+    many = SpanSampler(CM3Config(min_spans=1, max_spans=most, mean_spans=1000.0), 7, 512).draw(np.arange(50))
+    assert (many.spans == most).all()
+
+
+def test_cm3leon_leaves_as_many_blocks_unmasked_as_the_distribution_says():
+    """CM3Leon: Poisson(1) in [0, 511]; the mean is 1, and 1/e of the blocks stay as they are."""
+    spans = SpanSampler(CM3Config(), 11, 512).draw(np.arange(100_000)).spans
+    expected = np.exp(-1) / np.array([1, 1, 2, 6, 24, 120])
+    assert np.abs(np.bincount(spans, minlength=6)[:6] / 100_000 - expected).max() < 0.005
+    assert spans.mean() == pytest.approx(1, abs=0.02)

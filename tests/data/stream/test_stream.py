@@ -1,0 +1,308 @@
+"""The stream is exact: any block at any time, every document once an epoch, whoever asks."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from megatron_cm3leon.config.loading import Config, load_config, save_config
+from megatron_cm3leon.data.stream.samples import turn_document
+from megatron_cm3leon.data.stream.stream import Stream, build_stream, number_samples, positions_in_samples
+from tests.data.corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
+
+VOCABULARY = make_vocabulary()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data") / "shards", make_pairs(130, VOCABULARY), VOCABULARY)
+
+
+def make_stream(corpus, retrieval=True, packing="query", seq_length=64, **changes):
+    config = Config()
+    config.data.packing, config.data.seq_length = packing, seq_length
+    config.train.global_batch_size = 8
+    for name, value in changes.items():
+        section, field = name.split("__")
+        setattr(getattr(config, section), field, value)
+    return Stream(config, corpus, make_neighbors(corpus) if retrieval else None)
+
+
+def write_sample(stream, epoch, position):
+    """A sample written out the long way: tokens, and which of them are of retrieved documents."""
+    lineup = stream.samples.line_up(np.array([epoch * stream.samples.span + position]))
+    tokens, marks = [VOCABULARY.eos], [False]
+    pairs = zip(lineup.retrieved[0], lineup.retrieved_image_first[0], strict=True)
+    for number, image_first in pairs:
+        if number >= 0:
+            ids = np.concatenate(turn_document(stream.library.read(number), image_first, VOCABULARY)).tolist()
+            tokens += [*ids, VOCABULARY.break_id]
+            marks += [True] * (len(ids) + 1)
+    query = stream.library.read(lineup.queries[0])
+    tokens += np.concatenate(turn_document(query, lineup.query_image_first[0], VOCABULARY)).tolist()
+    tokens += [VOCABULARY.eos]
+    return tokens, marks + [False] * (len(tokens) - len(marks))
+
+
+def test_a_hand_written_pair_becomes_exactly_these_tokens(tmp_path):
+    vocabulary = make_vocabulary(text=10, image=6, height=2, width=2)
+    code, brk, eos, pad = vocabulary.image_start, vocabulary.break_id, vocabulary.eos, vocabulary.pad
+    pair = [3, 1, 4, brk, code + 5, code + 0, code + 2, code + 2]
+    corpus = write_shards(tmp_path, [pair], vocabulary)
+    settings = {"retrieval": False, "seq_length": 11, "cm3__probability": 0.0}
+    text_first = make_stream(corpus, data__image_first_probability=0.0, **settings).block(0)
+    assert text_first.tokens.tolist() == [eos, *pair, eos, pad, pad]
+    assert text_first.weights.tolist() == [1] * 10 + [0, 0]
+    image_first = make_stream(corpus, data__image_first_probability=1.0, **settings).block(0)
+    assert image_first.tokens.tolist() == [eos, *pair[4:], brk, 3, 1, 4, eos, pad, pad]
+    stream = make_stream(corpus, packing="stream", data__image_first_probability=0.0, **settings)
+    assert stream.block(0).tokens.tolist() == [eos, *pair, eos, eos, 3]
+    assert stream.block(1).tokens.tolist() == [1, 4, *pair[3:], eos, eos, 3, 1, 4]
+    assert stream.block(1).epoch == 1
+
+
+@pytest.mark.parametrize("retrieval", [False, True])
+@pytest.mark.parametrize("choice", ["fixed", "uniform"])
+def test_stream_packing_is_the_samples_in_order_nothing_skipped_or_repeated(corpus, retrieval, choice):
+    stream = make_stream(
+        corpus, retrieval, "stream", cm3__probability=0.0, retrieval__choice=choice, retrieval__loss_weight=0.25
+    )
+    expected, marks, queries = [], [], []
+    for epoch in range(3):
+        for position in range(corpus.documents):
+            tokens, retrieved = write_sample(stream, epoch, position)
+            expected += tokens
+            marks += retrieved
+        queries.append(
+            sorted(stream.samples.line_up(epoch * corpus.documents + np.arange(corpus.documents)).queries.tolist())
+        )
+    assert queries == [list(range(corpus.documents))] * 3
+    count = len(expected) // 65
+    blocks = stream.blocks(0, count)
+    assert np.concatenate([block.tokens for block in blocks]).tolist() == expected[: count * 65]
+    weights = np.where(marks, 0.25, 1.0)[: count * 65]
+    assert np.concatenate([block.weights for block in blocks]).tolist() == weights.tolist()
+    assert {number for block in blocks for number in block.documents.tolist()} == set(range(corpus.documents))
+    fresh = make_stream(corpus, retrieval, "stream", cm3__probability=0.0, retrieval__choice=choice)
+    for number in (count - 1, 3, count // 2, 0):  # a fresh stream that reads at random
+        assert fresh.block(number).tokens.tolist() == blocks[number].tokens.tolist()
+
+
+def test_stream_packing_reaches_any_group_of_the_prefix_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_cm3leon.data.stream.seek.GROUP", 8)
+    corpus = write_shards(tmp_path, make_pairs(45, VOCABULARY), VOCABULARY)
+    whole = make_stream(corpus, packing="stream").blocks(0, 150)
+    for number in (149, 17, 60, 0, 148):
+        assert make_stream(corpus, packing="stream").block(number).tokens.tolist() == whole[number].tokens.tolist()
+
+
+@pytest.mark.parametrize("packing", ["query", "stream"])
+def test_a_far_block_costs_no_more_than_a_near_one(corpus, packing):
+    stream = make_stream(corpus, packing == "query", packing)
+    assert stream.block(10**12).epoch > 10**9
+
+
+def test_a_block_longer_than_many_epochs(tmp_path):
+    corpus = write_shards(tmp_path, make_pairs(2, VOCABULARY), VOCABULARY)
+    block = make_stream(corpus, False, "stream", 400, cm3__probability=0.0).block(3)
+    assert (block.tokens == VOCABULARY.eos).sum() > 20
+
+
+@pytest.mark.parametrize("retrieval", [False, True])
+def test_query_packing_is_the_end_of_each_sample_behind_its_eos(corpus, retrieval):
+    stream = make_stream(corpus, retrieval, cm3__probability=0.0, retrieval__loss_weight=0.25)
+    seen = []
+    for number in range(2 * corpus.documents):
+        block = stream.block(number)
+        tokens, marks = write_sample(stream, *divmod(number, corpus.documents))
+        if len(tokens) > 65:
+            tokens, marks = [tokens[0], *tokens[-64:]], [False, *marks[-64:]]
+        weights = [0.25 if mark else 1.0 for mark in marks] + [0.0] * (65 - len(tokens))
+        assert block.tokens.tolist() == tokens + [VOCABULARY.pad] * (65 - len(tokens))
+        assert block.weights.tolist() == weights
+        assert block.trimmed == 0
+        seen += block.documents.tolist()
+    assert sorted(seen) == sorted(list(range(corpus.documents)) * 2)
+    assert seen[: corpus.documents] != seen[corpus.documents :], "each epoch has its own order"
+
+
+@pytest.mark.parametrize("packing", ["query", "stream"])
+def test_masked_blocks_keep_the_query_picture_and_have_no_orphan_sentinels(corpus, packing):
+    stream = make_stream(corpus, packing=packing, cm3__mean_spans=2.0, cm3__rotation_probability=0.2)
+    masked = 0
+    for block in stream.blocks(0, 200):
+        tokens = block.tokens
+        for index in range(VOCABULARY.sentinels):
+            assert (tokens == VOCABULARY.sentinel(index)).sum() in (0, 2)
+        masked += VOCABULARY.sentinel(0) in tokens
+        assert (tokens == VOCABULARY.eoss).sum() == (tokens == VOCABULARY.sentinel(0)).sum() / 2 * len(
+            [index for index in range(VOCABULARY.sentinels) if VOCABULARY.sentinel(index) in tokens]
+        )
+        assert ((block.weights == 0) == (tokens == VOCABULARY.pad)).all()
+        if packing == "query":
+            assert tokens[0] == VOCABULARY.eos
+            codes = [code for code in corpus.read(int(block.documents[0])) if VOCABULARY.is_image(int(code))]
+            found = [token for token in tokens.tolist() if VOCABULARY.is_image(token)]
+            assert all(found.count(code) >= codes.count(code) for code in codes)
+    assert masked > 100
+
+
+def test_rotation_moves_a_whole_segment_of_the_query(corpus):
+    stream = make_stream(corpus, cm3__rotation_probability=1.0, data__image_first_probability=0.0)
+    kinds = {"text": 0, "picture": 0}
+    for block in stream.blocks(0, 100):
+        tokens = block.tokens[block.tokens != VOCABULARY.pad].tolist()
+        sentinel = VOCABULARY.sentinel(0)
+        first, second = [place for place, token in enumerate(tokens) if token == sentinel]
+        document = corpus.read(int(block.documents[0])).tolist()
+        split = document.index(VOCABULARY.break_id)
+        moved = tokens[second + 1 : -1]
+        assert tokens[-1] == VOCABULARY.eoss and tokens[second - 1] == VOCABULARY.eos
+        if moved == document[:split]:
+            kinds["text"] += 1
+            assert tokens[first : second - 1] == [sentinel, *document[split:]]
+        else:
+            kinds["picture"] += 1
+            assert moved == document[split + 1 :]
+            assert tokens[first - split - 1 : second] == [*document[: split + 1], sentinel, VOCABULARY.eos]
+    assert min(kinds.values()) > 25
+
+
+def test_a_caption_too_long_for_the_block_loses_its_end_and_is_counted(tmp_path):
+    text, picture = list(range(90)), list(range(VOCABULARY.image_start, VOCABULARY.image_start + 16))
+    corpus = write_shards(tmp_path, [[*text, VOCABULARY.break_id, *picture]], VOCABULARY)
+    settings = {"retrieval": False, "seq_length": 40}
+    block = make_stream(corpus, data__image_first_probability=0.0, cm3__probability=0.0, **settings).block(0)
+    expected = [VOCABULARY.eos, *text[:22], VOCABULARY.break_id, *picture, VOCABULARY.eos]
+    assert block.tokens.tolist() == expected and block.trimmed == 68
+    for masked in make_stream(corpus, **settings).blocks(0, 60):
+        assert sum(VOCABULARY.is_image(token) for token in masked.tokens.tolist()) == 16
+        assert masked.trimmed + (masked.weights > 0).sum() - 3 * (masked.tokens == VOCABULARY.eoss).sum() == 109
+
+
+def test_a_picture_that_no_block_can_hold_is_refused(corpus):
+    with pytest.raises(ValueError, match=r"data.seq_length \(15\) cannot hold a picture of 16 tokens.*at least 19"):
+        make_stream(corpus, seq_length=15)
+
+
+def test_retrieved_documents_are_drawn_from_the_table_row(corpus):
+    stream = make_stream(corpus, retrieval__choice="uniform")
+    table = stream.sources[0].neighbors.table
+    queries = np.arange(corpus.documents)
+    counts = np.zeros(4)
+    for epoch in range(20):
+        retrieved = stream.samples.sources[0].choose_retrieved(epoch, queries)
+        for query, row in zip(queries, retrieved, strict=True):
+            present = row[row >= 0].tolist()
+            ranks = sorted(table[query].tolist().index(number) for number in present)
+            assert all(rank >= 0 for rank in ranks)
+            if (table[query] >= 0).sum() >= 3:
+                counts[len(present)] += 1
+    assert (np.abs(counts / counts.sum() - 0.25) < 0.05).all()
+    fixed = make_stream(corpus).samples.sources[0].choose_retrieved(0, queries)
+    assert ((fixed >= 0).sum(1) == np.minimum((table >= 0).sum(1), 3)).all()
+
+
+def test_an_index_with_too_few_neighbours_is_refused(corpus):
+    with pytest.raises(ValueError, match=r"retrieval.documents \(7\) exceeds the 5 neighbours"):
+        make_stream(corpus, retrieval__documents=7)
+
+
+def test_identity_changes_with_what_changes_the_stream_and_with_nothing_else(corpus):
+    base = make_stream(corpus).identity
+    assert make_stream(corpus, data__workers=7).identity == base
+    assert make_stream(corpus, train__global_batch_size=16).identity == base
+    assert pickle.loads(pickle.dumps(make_stream(corpus))).identity == base
+    others = [
+        make_stream(corpus, False),
+        make_stream(corpus, packing="stream"),
+        make_stream(corpus, cm3__mean_spans=2.0),
+        make_stream(corpus, retrieval__loss_weight=0.1),
+    ]
+    assert len({base, *(stream.identity for stream in others)}) == 5
+
+
+def test_build_stream_names_the_missing_field(corpus):
+    with pytest.raises(ValueError, match=r"data\.shards is empty; give the folder"):
+        build_stream(Config())
+    with pytest.raises(ValueError, match=r"validation\.shards is empty"):
+        build_stream(Config(), train=False)
+    config = Config()
+    config.data.shards = str(corpus.folder)
+    assert build_stream(config).block(0).tokens.shape == (4097,)
+
+
+def test_samples_and_positions_by_hand():
+    eos = VOCABULARY.eos
+    tokens = np.array([3, 4, eos, eos, 5, eos, eos, 6])
+    samples = number_samples(tokens, eos)
+    assert samples.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert number_samples(np.array([eos, eos, 3]), eos).tolist() == [0, 1, 1]
+    assert positions_in_samples(samples).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert positions_in_samples(np.array([0, 1, 1, 0, -1, 1, -1])).tolist() == [0, 0, 1, 1, 0, 2, 1]
+
+
+def test_moved_spans_stay_with_their_sample(corpus):
+    """Taken out of a masked block, each sample is itself: its unmasked part, then its spans, its own positions."""
+    settings = {"packing": "stream", "retrieval": False, "cm3__probability": 1.0, "data__attention": "sample"}
+    stream, plain = make_stream(corpus, **settings), make_stream(corpus, packing="stream", retrieval=False)
+    several = 0
+    for number in range(40):
+        block, other = stream.block(number), plain.block(number)
+        assert np.array_equal(block.tokens, other.tokens)  # the mask of attention changes no token
+        assert other.samples is None
+        first_sentinels = {}
+        for sample in set(block.samples.tolist()) - {-1}:
+            own = block.tokens[block.samples == sample]
+            moved = [
+                place for place, token in enumerate(own) if VOCABULARY.sentinel(0) <= token < VOCABULARY.sentinel(7)
+            ]
+            first_sentinels[sample] = moved
+            assert len(moved) % 2 == 0  # each span's sentinel stands twice in the same sample
+        several += len(first_sentinels) > 1 and any(first_sentinels.values())
+        unseen = np.flatnonzero((np.diff(block.samples) != 0) & (block.tokens[1:] != VOCABULARY.eos)) + 1
+        assert not block.weights[unseen].any()
+        kept = np.setdiff1d(np.arange(len(block.tokens)), unseen)
+        assert np.array_equal(block.weights[kept], other.weights[kept])
+    assert several > 5
+
+
+def test_loss_weights_of_modalities_and_sentinels(corpus):
+    """CM3 (2201.07520, A.1) gives sentinels no loss; the ends of spans keep theirs."""
+    settings = {"packing": "stream", "retrieval__loss_weight": 0.5, "cm3__min_spans": 1}
+    plain = make_stream(corpus, **settings).blocks(0, 40)
+    factors = {"data__text_loss_weight": 2.0, "data__image_loss_weight": 0.25, "cm3__sentinel_loss_weight": 0.0}
+    weighted = make_stream(corpus, **settings, **factors).blocks(0, 40)
+    sentinels = 0
+    for block, other in zip(plain, weighted, strict=True):
+        tokens = block.tokens
+        assert np.array_equal(tokens, other.tokens)
+        expected = (
+            block.weights * np.where(tokens < 100, 2.0, 1.0) * np.where((tokens >= 100) & (tokens < 132), 0.25, 1)
+        )
+        places = (tokens >= VOCABULARY.sentinel(0)) & (tokens < VOCABULARY.sentinel(0) + VOCABULARY.sentinels)
+        expected[places] = 0
+        sentinels += places.sum()
+        assert np.allclose(other.weights, expected)
+        assert {0.5, 1.0} >= set(block.weights.tolist())
+    assert sentinels >= 70
+
+
+def test_sources_of_a_config_are_opened_with_their_weights(corpus, tmp_path):
+    other = write_shards(tmp_path / "texts", [[1, 2, 3], [4, 5]], VOCABULARY)
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"output: {tmp_path}\ndata:\n  seq_length: 64\n  sources:\n  - {{shards: {corpus.folder}, weight: 0.9}}\n"
+        f"  - {{shards: {other.folder}, weight: 0.1}}\n"
+    )
+    config = load_config(path)
+    config.validate()
+    stream = build_stream(config)
+    assert [source.corpus.folder.name for source in stream.sources] == ["shards", "texts"]
+    assert stream.samples.mixture.weights == [9, 1]
+    save_config(config, tmp_path / "again.yaml")
+    assert build_stream(load_config(tmp_path / "again.yaml")).identity == stream.identity
+    strange = write_shards(tmp_path / "strange", [[1, 2, 3]], make_vocabulary(text=90))
+    config.data.sources[1].shards = str(strange.folder)
+    with pytest.raises(ValueError, match=r"vocabulary.*strange|strange.*vocabulary"):
+        build_stream(config)

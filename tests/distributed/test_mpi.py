@@ -1,0 +1,120 @@
+"""Ranks from the variables of MPI launchers, or a refusal that names torchrun and srun."""
+
+import pytest
+
+from megatron_cm3leon.distributed.mpi import join_mpi
+from megatron_cm3leon.engine.groups import Rank
+from megatron_cm3leon.runtime import preflight
+from megatron_cm3leon.train import main
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_RANK": "3",
+}
+INTEL = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+MVAPICH = {name.replace("OMPI_", "MV2_"): value for name, value in OPEN_MPI.items() if name != "PMIX_RANK"}
+CRAY = {"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "2"}
+ADDRESS = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+STEP_OF_DAEMONS = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+LAUNCHERS = pytest.mark.parametrize("variables", [OPEN_MPI, INTEL, MVAPICH, CRAY], ids=["open", "intel", "mv2", "cray"])
+
+
+def joined(variables):
+    environment = dict(variables)
+    join_mpi(environment)
+    return {name: value for name, value in environment.items() if name not in variables}
+
+
+@LAUNCHERS
+def test_with_an_address_its_processes_are_ranks(variables):
+    found = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert joined(variables | ADDRESS) == found
+
+
+@LAUNCHERS
+def test_without_an_address_they_are_refused_with_the_remedy(variables):
+    with pytest.raises(
+        ValueError, match=r"SIZE \(4\) says .* mpirun .* one of 4 ranks.*`torchrun .*`srun.*MASTER_ADDR"
+    ):
+        joined(variables)
+
+
+def test_mpirun_in_a_slurm_job_goes_before_the_step_of_its_daemons():
+    assert joined(OPEN_MPI | ADDRESS | STEP_OF_DAEMONS)["RANK"] == "3"
+    with pytest.raises(ValueError, match="mpirun"):
+        joined(INTEL | STEP_OF_DAEMONS)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PMI_RANK": "0", "PMI_SIZE": "2"},
+        {"PMIX_RANK": "0"},
+        {"MV2_COMM_WORLD_RANK": "0"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"} | ADDRESS,
+    ],
+)
+def test_a_launcher_that_says_too_little_is_refused(variables):
+    with pytest.raises(ValueError, match=r"_RANK \(0\) says that mpirun or another .*torchrun.*, or set RANK, WORLD"):
+        joined(variables)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        OPEN_MPI | {"RANK": "0"},
+        CRAY | {"SLURM_JOB_ID": "7"},
+        {"PMIX_RANK": "1", "SLURM_JOB_ID": "7"},
+    ],
+    ids=["none", "torchrun under mpirun", "srun --mpi=cray", "srun --mpi=pmix"],
+)
+def test_elsewhere_nothing_changes(variables):
+    assert joined(variables) == {}
+
+
+def test_one_rank_needs_no_address():
+    assert joined({"PMI_RANK": "0", "PMI_SIZE": "1"})["WORLD_SIZE"] == "1"
+    assert joined(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"})["WORLD_SIZE"] == "1"
+
+
+@pytest.fixture
+def no_rank(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_a_size_without_a_rank_is_refused(no_rank):
+    no_rank.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE \(2\) is set and RANK is not"):
+        Rank.from_environment()
+
+
+def test_deepspeeds_launcher_is_read(no_rank):
+    """It sets LOCAL_SIZE, and passes --local_rank in front of the other arguments."""
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "4")):
+        no_rank.setenv(name, value)
+    assert Rank.from_environment() == Rank(5, 8, 1, 4)
+
+
+def test_the_command_reports_once_and_takes_local_rank(no_rank, capsys):
+    no_rank.setattr("megatron_cm3leon.train.SECONDS_FOR_FIRST_RANK", 0)
+    for number in range(2):
+        no_rank.delenv("RANK", raising=False)
+        for name, value in (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": str(number)}).items():
+            no_rank.setenv(name, value)
+        assert main([f"--local_rank={number}", "absent.yaml", "train.steps=1"]) == 2
+        said = capsys.readouterr().err
+        assert ("torchrun" in said) == (number == 0) and "unrecognized" not in said
+
+
+def test_preflight_reports_in_one_sentence(no_rank, capsys):
+    for name, value in (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"}).items():
+        no_rank.setenv(name, value)
+    assert preflight.main(["absent.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: OMPI_COMM_WORLD_SIZE (4)")

@@ -1,0 +1,41 @@
+"""The trained model itself, whole, in this process: what a conversion is compared with."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
+from megatron_cm3leon.config.schema import ParallelConfig
+from megatron_cm3leon.engine.groups import Rank, destroy_groups, initialize_groups
+
+
+@contextmanager
+def open_trained_model(checkpoint: str | Path) -> Iterator[Callable[[torch.Tensor, torch.dtype], torch.Tensor]]:
+    """Inside the `with`: (ids int64 [B, S], dtype) -> logits [B, S, padded rows] of the megatron-core model.
+
+    Weights are the checkpoint's fp32 ones, the arithmetic is that of `dtype` (fp32 or fp64).
+    The checkpoint may be of any layout. Process groups of one rank exist inside the `with` alone.
+    """
+    reader = CheckpointReader(checkpoint)
+    config = reader.config
+    config.parallel, config.train.precision = ParallelConfig(), "fp32"
+    initialize_groups(config, Rank(0, 1, 0, 1), torch.device("cpu"))
+    try:
+        from megatron_cm3leon.model.builder import build_stage, place_parameters
+
+        [stage] = build_stage(config, reader.vocabulary)
+        stage.eval()
+        with torch.no_grad():
+            for parameter, place in place_parameters(stage):
+                part = reader.read_part(place.name, "weight", place.offset, place.local_shape)
+                parameter.copy_(part.view(parameter.shape))
+
+        @torch.no_grad()
+        def logits(ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            return stage.to(dtype)(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
+
+        yield logits
+    finally:
+        destroy_groups()

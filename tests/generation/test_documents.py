@@ -1,0 +1,107 @@
+"""Continuation of documents: well formed, whatever is drawn, and the same as by whole forward passes."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_cm3leon.generation.sampling import Sampling
+from megatron_cm3leon.generation.types import MadePicture
+
+PICTURE = np.arange(12) % 16
+DOCUMENTS = [["a red"], ["a", PICTURE], [], [PICTURE], ["x on", "white"]]
+HOT = {"text": Sampling(temperature=4.0), "image": Sampling(temperature=3.0)}
+
+
+def ids_of(generator, document, parts):
+    """The document's ids with the new parts behind it: the text that went on is part of the old one."""
+    ids = generator.encode_document(document)
+    for number, part in enumerate(parts):
+        goes_on = number == 0 and document and isinstance(document[-1], str)
+        ids += [28] if ids and not goes_on else []
+        ids += generator.text.encode(part) if isinstance(part, str) else (10 + part.codes).tolist()
+    return ids
+
+
+def test_every_document_is_well_formed(generator):
+    texts = pictures = 0
+    for seed in range(8):
+        for document, parts in zip(DOCUMENTS, generator.complete(DOCUMENTS, seed=seed, longest=5, **HOT), strict=True):
+            assert len(parts) <= 4
+            for part in parts:
+                if isinstance(part, MadePicture):
+                    assert part.codes.shape == (12,) and part.codes.min() >= 0 and part.codes.max() < 16
+                    pictures += 1
+                else:
+                    assert len(part.split()) <= 6  # the piece that opened it, and five
+                    texts += 1
+            assert 1 + len(ids_of(generator, document, parts)) <= generator.decoder.context + 1
+    assert texts > 20 and pictures > 8
+
+
+def continue_greedily(decoder, ids, segments, longest):
+    """The document's ids, by a whole forward pass for each, with the grammar written out."""
+    ids, made = list(ids), 0
+    state = "opening" if len(ids) == 1 else "after" if ids[-1] >= 10 else "text"
+    while made < segments:
+        if state == "picture":
+            for _ in range(11):
+                ids.append(most_likely(decoder, ids, range(10, 26)))
+            made, state = made + 1, "after"
+        elif state == "opening":
+            token = most_likely(decoder, ids, [*range(26), 27])
+            if token == 27:
+                break
+            ids.append(token)
+            state = "picture" if token >= 10 else "text"
+        else:
+            token = most_likely(decoder, ids, [27, 28]) if state == "after" else 0
+            for left in range(longest, -1, -1) if state == "text" else ():
+                token = most_likely(decoder, ids, [*range(10), 27, 28]) if left else 27
+                if token >= 10:
+                    break
+                ids.append(token)
+            made += state == "text"
+            if token == 27 or made == segments:
+                break
+            ids.append(28)
+            state = "opening"
+    return ids[:-1] if ids[-1] == 28 else ids
+
+
+def test_greedy_completion_is_the_most_likely_document(generator, decoder):
+    greedy = Sampling(temperature=0)
+    for document in DOCUMENTS:
+        parts = generator.complete([document], text=greedy, image=greedy, segments=3, longest=6)[0]
+        start = [27, *generator.encode_document(document)]
+        assert [27, *ids_of(generator, document, parts)] == continue_greedily(decoder, start, 3, 6)
+
+
+def most_likely(decoder, ids, allowed):
+    allowed = list(allowed)
+    return allowed[int(decoder.all_logits(torch.tensor([ids]))[0, -1, allowed].argmax())]
+
+
+def test_a_document_completes_alike_beside_others(generator):
+    together = generator.complete(DOCUMENTS, seed=3, longest=5, **HOT)
+    for document, parts in zip(DOCUMENTS, together, strict=True):
+        alone = generator.complete([document], seed=3, longest=5, **HOT)[0]
+        assert ids_of(generator, document, alone) == ids_of(generator, document, parts)
+
+
+def test_a_full_context_ends_the_document(generator):
+    long = ["a " * 60]
+    parts = generator.complete([long], segments=9, longest=9, **HOT)[0]
+    assert len(ids_of(generator, long, parts)) <= generator.decoder.context
+
+
+def test_errors(generator):
+    for options, message in [
+        ({"image": Sampling(guidance=2.0)}, r"of image contrast a prompt with one without its condition"),
+        ({"text": Sampling(contrast_k=2)}, r"of text contrast a prompt"),
+        ({"segments": 0}, r"segments \(0\) must be at least 1"),
+        ({"retrieved": []}, r"retrieved documents for 0 of 1 documents"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            generator.complete([["a"]], **options)
+    with pytest.raises(ValueError, match=r"a prompt of 71 tokens"):
+        generator.complete([["a " * 70]])

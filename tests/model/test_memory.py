@@ -1,0 +1,87 @@
+"""The dry run: groups are megatron-core's, parameters exact, bytes near what a run really takes."""
+
+import re
+
+import pytest
+
+from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.model.memory import count_stage_parameters, describe, estimate_memory, list_groups
+from megatron_cm3leon.model.weights import count_parameters
+from megatron_cm3leon.train import main
+from tests.distributed.launch import torchrun
+
+SIZE = """model.layers=4 model.hidden_size=512 model.heads=8 data.seq_length=512 train.global_batch_size=4
+          train.micro_batch_size=2 train.precision=fp32"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, "train.micro_batch_size=4"),
+        (2, "parallel.tensor=2"),
+        (2, "parallel.zero=1 model.family=llama"),
+        (1, "train.micro_batch_size=4 model.family=llama model.qk_norm=true train.precision=bf16"),
+    ],
+)
+def test_planned_bytes_are_within_a_tenth_of_the_peak(ranks, layout, monkeypatch):
+    # Big blocks go back to the system at once, so that resident memory is what tensors take.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    done = torchrun(ranks, "tests/distributed/measure_memory.py", *SIZE.split(), *layout.split())
+    ratios = [float(ratio) for ratio in re.findall(r"planned/measured ([\d.]+)", done.stdout)]
+    assert len(ratios) == ranks and all(0.9 <= ratio <= 1.1 for ratio in ratios), ratios
+
+
+def load(text: str, ranks: int):
+    config = load_config(None, text.split())
+    config.validate(ranks)
+    return config
+
+
+def test_stages_hold_the_whole_model():
+    """Of one tensor-parallel rank with rows that need no padding: the stages' sum is the model."""
+    for text in (
+        "preset=350m",
+        "preset=350m model.family=llama",
+        "preset=7b parallel.pipeline=4 parallel.interleave=2",
+    ):
+        config = load(text, 8)
+        held = sum(count_stage_parameters(config, 65_536, stage) for stage in range(config.parallel.pipeline))
+        tied_copy = config.model.tied_embeddings and config.parallel.pipeline > 1
+        assert held == count_parameters(config, 65_536) + tied_copy * 65_536 * config.model.hidden_size
+
+
+def test_each_stage_of_zero_partitions_more():
+    base = "preset=350m train.engine=deepspeed train.precision=fp32"
+    plans = [estimate_memory(load(f"{base} parallel.zero={zero}", 4), 65_536, 4, 0) for zero in range(4)]
+    assert [plan.optimizer * 4 == plans[0].optimizer for plan in plans] == [False, True, True, True]
+    assert [plan.gradients * 4 == plans[0].gradients for plan in plans] == [False, False, True, True]
+    assert [plan.weights * 4 == plans[0].weights for plan in plans] == [False, False, False, True]
+    offloaded = f"{base} parallel.zero=3 deepspeed.offload_optimizer=true deepspeed.offload_parameters=true"
+    plan = estimate_memory(load(offloaded, 4), 65_536, 4, 0)
+    assert plan.optimizer == plan.weights == 0 < plan.gradients
+
+
+def test_groups_differ_in_one_coordinate():
+    config = load("preset=350m parallel.tensor=2 parallel.context=2 parallel.pipeline=2", 16)
+    groups = list_groups(config, 16)
+    assert groups["tensor"][:2] == [[0, 1], [2, 3]] and groups["context"][0] == [0, 2]
+    assert groups["data"][0] == [0, 4] and groups["pipeline"][0] == [0, 8]
+    for kind in groups.values():
+        assert sorted(rank for group in kind for rank in group) == list(range(16))
+
+
+def test_the_text_names_what_matters():
+    text = describe(load("preset=7b parallel.tensor=4 parallel.pipeline=4 parallel.zero=1", 64), 65_536, 64)
+    assert "6,727,663,616 parameters" in text and "64 ranks = tensor 4 x context 1 x data 4 x pipeline 4" in text
+    assert len(re.findall(r"GiB\n", text)) == 4 and "512 micro-batches of 1" in text
+
+
+def test_dry_run_starts_nothing(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"preset: 350m\nparallel: {{tensor: 2}}\noutput: {tmp_path / 'run'}\n")
+    assert main([str(config), "--dry-run", "--ranks", "8"]) == 0
+    assert "8 ranks = tensor 2 x context 1 x data 4 x pipeline 1" in capsys.readouterr().out
+    assert main([str(config), "--dry-run", "--ranks", "5"]) == 2
+    assert "= 2 must divide the number of ranks (5)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

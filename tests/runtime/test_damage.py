@@ -1,0 +1,161 @@
+"""One bit flipped in each kind of file that a run reads: the file is named, or nothing that is used changes.
+
+`python -m tests.runtime.test_damage 5000` prints the table of kinds and outcomes for so many seeds.
+"""
+
+import random
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_cm3leon.checkpoint.format import KINDS
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
+from megatron_cm3leon.checkpoint.verify import verified
+from megatron_cm3leon.config.loading import Config, changed_fields, load_config, save_config
+from megatron_cm3leon.data.neighbors import (
+    CHECKED_ROWS,
+    CHECKSUMS,
+    FORMAT,
+    INDEX_FILE,
+    checksum_rows,
+    load_neighbors,
+    manifest_sha256,
+)
+from megatron_cm3leon.data.shards.reader import open_shards, seal, write_json
+from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
+from tests.checkpoint.made import write_checkpoint
+from tests.data.corpora import make_pairs, make_vocabulary, write_shards
+from tests.tokenizers.test_folder import write_image, write_text
+
+DOCUMENTS = 2 * CHECKED_ROWS + 7
+
+
+def write_all(folder: Path) -> None:
+    """Everything a run reads: shards/, index/, tokenizer/ and run/ with a checkpoint."""
+    corpus = write_shards(folder / "shards", make_pairs(DOCUMENTS, make_vocabulary()), make_vocabulary(), 300)
+    table = np.random.default_rng(0).integers(-1, DOCUMENTS, (DOCUMENTS, 4))
+    (folder / "index").mkdir()
+    np.save(folder / "index" / "neighbors.npy", table)
+    np.save(folder / "index" / CHECKSUMS, checksum_rows(table))
+    own = {"shards": str(corpus.folder), "shards_relative": "../shards"}
+    own |= {"bank": own["shards"], "bank_relative": "../shards", "neighbors": 4, "format": FORMAT}
+    hashes = dict.fromkeys(("shards_manifest_sha256", "bank_manifest_sha256"), manifest_sha256(corpus))
+    description = own | hashes | {"vocabulary_hash": corpus.vocabulary.hash, "command": "build_index.py"}
+    write_json(folder / "index" / INDEX_FILE, seal(description))
+    (folder / "tokenizer").mkdir()
+    write_text(folder / "tokenizer")
+    write_image(folder / "tokenizer")
+    write_vocabulary(folder / "tokenizer", specials=20, sentinels=8)
+    config = Config()
+    config.validate()
+    write_checkpoint(folder / "run", kinds=KINDS, config=config)
+    save_config(config, folder / "run" / "config.yaml")
+
+
+def read_shards(folder: Path) -> object:
+    corpus = open_shards(folder / "shards")
+    numbers = np.arange(corpus.documents)
+    out = np.empty(corpus.lengths.sum(), corpus.dtype)
+    corpus.read_into(numbers, out, np.cumsum(np.r_[0, corpus.lengths[:-1]]))
+    return out.tobytes(), corpus.lengths.tolist(), corpus.identity, corpus.vocabulary, corpus.metadata().to_pylist()
+
+
+def read_index(folder: Path) -> object:
+    neighbors = load_neighbors(folder / "index", open_shards(folder / "shards"))
+    neighbors.check(np.arange(DOCUMENTS))
+    return neighbors.table.tobytes(), str(neighbors.bank.folder)
+
+
+def read_tokenizers(folder: Path) -> object:
+    tokenizers = Tokenizers.load(folder / "tokenizer")
+    weights = {name: tensor.numpy().tobytes() for name, tensor in tokenizers.image.model.state_dict().items()}
+    return tokenizers.text.encode("a red square"), weights, tokenizers.vocabulary, tokenizers.image.grid
+
+
+def read_checkpoint(folder: Path) -> object:
+    reader = CheckpointReader(folder / "run" / "checkpoints" / "step-00000003")
+    with verified(reader, reader.rank_files):
+        tensors = {kind: reader.read("w", kind).numpy().tobytes() for kind in KINDS}
+    return tensors, reader.config, reader.vocabulary, reader.state
+
+
+def read_config(folder: Path) -> object:
+    """What train.py tells of a configuration that is not the checkpoint's counts as told."""
+    config = load_config(folder / "run" / "config.yaml")
+    config.validate()
+    changes = changed_fields(CheckpointReader(folder / "run" / "checkpoints" / "step-00000003").config, config)
+    if changes:
+        raise ValueError(f"config.yaml: {', '.join(changes)} changed since the checkpoint")
+    return config
+
+
+CHECKPOINT = "run/checkpoints/step-00000003/"
+KINDS_OF_FILES = {
+    **{f"shards/shard-000000-000{ending}": read_shards for ending in (".tar", ".idx.npy", ".parquet")},
+    "shards/manifest.json": read_shards,
+    **{f"index/{name}": read_index for name in ("neighbors.npy", CHECKSUMS, INDEX_FILE)},
+    **{f"tokenizer/{name}": read_tokenizers for name in ("text.model", "vocab.json", "image/config.json")},
+    "tokenizer/image/model.safetensors": read_tokenizers,
+    **{CHECKPOINT + name: read_checkpoint for name in ("rank-00000.safetensors", "manifest.json", "state.json")},
+    **{CHECKPOINT + name: read_checkpoint for name in ("config.yaml", "vocab.json")},
+    "run/config.yaml": read_config,
+}
+
+
+def names(path: Path, error: Exception) -> bool:
+    """Whether the sentence is a user's and names the file, or, of the configuration, the field."""
+    return type(error) is ValueError and (path.name in str(error) or path.parent.name == "run")
+
+
+def flip(folder: Path, name: str, seed: int, expected: object) -> str:
+    """The outcome for one bit of a file, drawn by `seed`; the file is restored."""
+    path, generator = folder / name, random.Random(seed)
+    content = path.read_bytes()
+    changed = bytearray(content)
+    changed[generator.randrange(len(changed))] ^= 1 << generator.randrange(8)
+    path.write_bytes(changed)
+    try:
+        return "unchanged" if KINDS_OF_FILES[name](folder) == expected else "NOT DETECTED"
+    except Exception as error:
+        return "told" if names(path, error) else f"MISLEADING {type(error).__name__}: {str(error)[:90]}"
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damage")
+    write_all(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", KINDS_OF_FILES)
+def test_a_flipped_bit_is_told_or_changes_nothing(folder, name):
+    expected = KINDS_OF_FILES[name](folder)
+    outcomes = Counter(flip(folder, name, seed, expected) for seed in range(12))
+    assert set(outcomes) <= {"told", "unchanged"}, outcomes
+    if name.endswith((".parquet", "crc32.npy", "text.model", ".safetensors")):
+        assert outcomes["told"] > 0
+
+
+def main(seeds: int) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_all(folder)
+        expected = {name: read(folder) for name, read in KINDS_OF_FILES.items()}
+        outcomes = {name: Counter() for name in KINDS_OF_FILES}
+        for seed in range(seeds):
+            name = list(KINDS_OF_FILES)[seed % len(KINDS_OF_FILES)]
+            outcomes[name][flip(folder, name, seed, expected[name])] += 1
+        for name, found in outcomes.items():
+            print(
+                f"{name:<48} {found.pop('told', 0):>5} told {found.pop('unchanged', 0):>5} unchanged", dict(found) or ""
+            )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,126 @@
+"""Disks that fill up, are read-only or go away: the run ends with a sentence, and what was saved stays."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints, step_folder
+from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.checkpoint.verify import verified
+from megatron_cm3leon.checkpoint.writer import CheckpointWriter
+from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.data.stream.loader import Loader
+from megatron_cm3leon.data.stream.stream import build_stream
+from tests.checkpoint.made import make_pieces, write_checkpoint
+from tests.data.corpora import make_pairs, make_vocabulary, write_shards
+from tests.distributed.launch import ROOT
+
+
+def save(run, step, pieces=None):
+    writer = CheckpointWriter(0, 1, lambda: None)
+    state = TrainState(step=step)
+    writer.save(step_folder(run, step), pieces or make_pieces(0), Config(), make_vocabulary(), state, {})
+    writer.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB; skipped where none can be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_during_a_save_costs_that_save_alone(small_disk):
+    save(small_disk, 1)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(40 << 10))
+    piece = make_pieces(0)[0][0]
+    whole = torch.zeros(12, 1000)
+    place = type(piece)("w", "weight", (12, 1000), (0, 0), (12, 1000), 0, whole.numel())
+    sentence = r"step-00000002 was not written: .*rank-00000.safetensors: No space left on device; make room .*"
+    with pytest.raises(ValueError, match=sentence + r"resumes from .*step-00000001\)"):
+        save(small_disk, 2, [(place, whole.view(-1))])
+    assert torch.equal(CheckpointReader(step_folder(small_disk, 1)).read_part("w", "weight", (0, 0), (3, 4)),
+                       torch.arange(12.0).view(3, 4))  # fmt: skip
+    filler.unlink()
+    save(small_disk, 2)
+    assert [folder.name for folder in list_checkpoints(small_disk)] == ["step-00000001", "step-00000002"]
+
+
+def test_a_quota_that_ends_within_a_file_is_told_the_same(tmp_path):
+    write_checkpoint(tmp_path, 1)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"step-00000002 was not written: .*: File too large; make room"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001"]
+
+
+AS_NOBODY = """
+import os, sys
+from tests.runtime.test_disks import save
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    save(sys.argv[1], 2)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_read_only_checkpoint_folder_is_told(tmp_path):
+    write_checkpoint(tmp_path, 1)
+    (tmp_path / "checkpoints").chmod(0o555)
+    for parent in (tmp_path, *list(tmp_path.parents)[:3]):  # somebody else may look, not write
+        if parent.stat().st_uid == os.getuid() and str(parent).startswith("/tmp/pytest"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    done = subprocess.run([sys.executable, "-c", AS_NOBODY, tmp_path], capture_output=True, text=True, cwd=ROOT)
+    (tmp_path / "checkpoints").chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert "step-00000002 was not written: " in done.stdout
+    assert ": Permission denied; make room or mend the path, or choose another with output=" in done.stdout
+    assert "the run resumes from" in done.stdout
+
+
+def test_a_checkpoint_deleted_between_list_and_load_is_told(tmp_path):
+    write_checkpoint(tmp_path, 1)
+    gone = write_checkpoint(tmp_path, 2)
+    [_, listed] = list_checkpoints(tmp_path)
+    reader = CheckpointReader(listed)
+    shutil.rmtree(gone)
+    gone_missing = pytest.raises(ValueError, match=r"step-00000002 is damaged: rank-0000\d.safetensors is missing")
+    with gone_missing, verified(reader, ["rank-00000.safetensors"]):
+        reader.read("w")
+    with pytest.raises(ValueError, match=r"step-00000002 is no complete checkpoint"):
+        CheckpointReader(listed)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_that_go_away_in_the_middle_of_a_run_are_told_with_the_batch(tmp_path, workers):
+    shards = tmp_path / "shards"
+    write_shards(shards, make_pairs(400, make_vocabulary()), make_vocabulary(), shard_documents=2)
+    options = ["data.seq_length=32", "train.global_batch_size=2", "data.packing=stream", f"data.shards={shards}"]
+    config = load_config(None, [*options, f"output={tmp_path / 'none'}"])
+    config.validate()
+    loader = Loader(build_stream(config), workers=workers, prefetch=1)
+    next(loader)
+    shards.rename(tmp_path / "unmounted")
+    with pytest.raises(ValueError, match=r"batch \d+: .*shard-\d+-000.tar cannot be opened: No such file or directory"):
+        for _ in range(200):
+            next(loader)
+    loader.close()

@@ -1,0 +1,80 @@
+"""What clusters do to jobs: each time the run goes on by itself, and its losses are those of one never stopped."""
+
+import pytest
+
+from megatron_cm3leon.monitoring.events import read_events
+from tests.slurm.jobs import losses, make_corpus, submit_run
+
+pytestmark = pytest.mark.slow
+RUN = ["train.steps=300", "schedule.name=constant", "checkpoint.interval=10"]
+RUN += ["--ranks-per-node", 1, "--time", 10, "--lead", 55]
+LONGER = ["train.steps=2000"]
+"""The controller looks at time limits twice a minute; as the rate is constant, the first 300 steps are the same."""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("interruptions"))
+
+
+@pytest.fixture(scope="module")
+def straight(cluster, corpus):
+    """The losses of the run that nothing stopped; by submit.py too, so that it is the same layout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+        job, log = submit_run(corpus, "straight", *RUN)
+    assert cluster.wait(job, seconds=240)["JobState"] == "COMPLETED", log.read_text()
+    return losses(corpus / "straight")
+
+
+def ask_to_stop(slurm, job):
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+
+
+def bring_time_limit_near(slurm, job):
+    """The controller may shorten and lengthen a limit: so the signal comes amid the steps on any machine."""
+    slurm.run("scontrol", "update", f"jobid={job}", "timelimit=1")
+    slurm.wait(job, "PENDING")
+    slurm.run("scontrol", "update", f"jobid={job}", "timelimit=10")
+
+
+def preempt(slurm, job):
+    slurm.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+
+
+def requeue(slurm, job):
+    slurm.run("scontrol", "requeue", job)
+
+
+def take_node_down(slurm, job):
+    slurm.kill_node("n2")
+    slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=power")
+    slurm.wait(job, "PENDING")
+    slurm.start_node("n2")  # it registers, and is up again (ReturnToService=2)
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "options", "reason"),
+    [
+        (ask_to_stop, [], "time limit"),
+        (bring_time_limit_near, LONGER, "time limit"),
+        (preempt, [], ""),
+        (preempt, ["--partition", "grace"], "pre-emption"),
+        (requeue, [], ""),
+        (take_node_down, [], ""),
+    ],
+    ids=["asked", "time limit", "pre-emption", "pre-emption with grace", "scontrol requeue", "node down"],
+)
+def test_it_goes_on_by_itself_as_if_never_stopped(slurm, corpus, straight, interrupt, options, reason, request):
+    """`reason`: with which the batch script requeues; empty where SLURM does it, and nobody else may."""
+    run = corpus / request.node.callspec.id.replace(" ", "-")
+    job, log = submit_run(corpus, run.name, *RUN, *options)
+    slurm.wait_for_steps(run, 60)
+    interrupt(slurm, job)
+    fields = slurm.wait(job, "COMPLETED", "CANCELLED", "TIMEOUT", "FAILED", seconds=240)
+    assert fields["JobState"] == "COMPLETED", log.read_text()
+    requeued = [event["reason"] for event in read_events(run) if event["event"] == "requeue"]
+    assert requeued == ([reason] if reason else [])
+    assert fields["Restarts"] == "1", log.read_text()
+    assert "resumed from" in log.read_text()
+    assert losses(run)[: len(straight)] == straight

@@ -1,0 +1,121 @@
+"""Worlds of training ranks that meet accidents: with torchrun, or plain processes as `srun` starts them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_cm3leon.monitoring.events import read_events
+from megatron_cm3leon.runtime.peers import start_of
+from tests.distributed.launch import ROOT, child_environment
+
+MARK = "WORLD_OF_RANKS"
+"""Environment variable by which the processes of a world are found."""
+RANK = ROOT / "tests" / "cluster" / "rank.py"
+
+
+class World:
+    """Ranks of one run; what they print, how they end, and whether anything of them is left."""
+
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        ranks: int,
+        *overrides: str,
+        launcher: str = "",
+        pace=0.0,
+        watchdog=900,
+        accidents=(),
+    ):
+        self.run, self.ranks = folder / run, ranks
+        self.folder = folder / "worlds" / f"{run}-{time.monotonic_ns()}"
+        self.folder.mkdir(parents=True)
+        plan = self.folder / "accidents.json"
+        plan.write_text(json.dumps({"pace": pace, "watchdog": watchdog, "accidents": list(accidents)}))
+        shards = folder / "shards"
+        paths = [f"output={self.run}", f"data.shards={shards}", f"validation.shards={shards}"]
+        script = [str(RANK), str(plan), str(folder / "config.yaml"), *paths, *overrides]
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        base = child_environment(**{MARK: str(self.folder)})
+        base = {name: value for name, value in base.items() if name not in names}
+        if launcher:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            self.processes = [self._start([*torchrun, *script], base, 0)]
+            return
+        port = free_port()
+        self.processes = []
+        for rank in range(ranks):
+            place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = base | {name: str(value) for name, value in place.items()}
+            self.processes.append(self._start([sys.executable, *script], environment, rank))
+
+    def _start(self, command: list[str], environment: dict, number: int) -> subprocess.Popen:
+        with open(self.folder / f"{number}.out", "w") as out, open(self.folder / f"{number}.err", "w") as err:
+            return subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True)
+
+    def said(self, ending: str = "err") -> str:
+        """What all processes printed so far."""
+        return "".join(path.read_text() for path in sorted(self.folder.glob(f"*.{ending}")))
+
+    def events(self, name: str = "") -> list[dict]:
+        return [each for each in read_events(self.run) if not name or each["event"] == name]
+
+    def wait_for(self, condition, seconds: float = 120) -> None:
+        """Return when `condition()` holds; AssertionError with what was said if it does not come."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.01)
+
+    def wait_for_step(self, step: int) -> None:
+        """Return when metrics.jsonl has a line of `step`."""
+        metrics = self.run / "metrics.jsonl"
+        self.wait_for(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text())
+
+    def members(self) -> list[int]:
+        """Every process of the world that lives, loader workers included."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (path / "environ").read_bytes()
+            except OSError:  # it has ended, or is another user's
+                continue
+            if f"{MARK}={self.folder}".encode() in environment.split(b"\0") and start_of(int(path.name)):
+                found.append(int(path.name))
+        return found
+
+    def wait(self, seconds: float = 150) -> list[int]:
+        """Exit statuses, once no process of the world is left; AssertionError, all killed, when one stays longer."""
+        deadline = time.monotonic() + seconds
+        try:
+            statuses = [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
+            while left := self.members():
+                assert time.monotonic() < deadline, f"processes {left} are left\n{self.said()}"
+                time.sleep(0.05)
+        except (subprocess.TimeoutExpired, AssertionError):
+            self.kill()
+            print(self.said())
+            raise
+        return statuses
+
+    def kill(self) -> None:
+        """End whatever is left of the world."""
+        for number in self.members():
+            os.kill(number, signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def signal(self, number: int, rank: int) -> None:
+        self.processes[rank].send_signal(number)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

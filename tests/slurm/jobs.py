@@ -1,0 +1,36 @@
+"""A corpus and a run that take seconds, and submitting it."""
+
+import re
+from pathlib import Path
+
+from megatron_cm3leon.monitoring.history import read_metrics
+from tests.data.corpora import make_pairs, make_vocabulary, write_shards
+from tests.tools.call import call_tool
+
+YAML = """
+model: {{layers: 2, hidden_size: 32, heads: 4, init_std: 0.02}}
+data: {{seq_length: 32, packing: stream, workers: 1, shards: {shards}}}
+train: {{steps: 12, global_batch_size: 4, micro_batch_size: 1, precision: fp32, threads: 1}}
+schedule: {{warmup_steps: 5}}
+checkpoint: {{interval: 4, keep_last: 2}}
+"""
+
+
+def make_corpus(folder):
+    """Write shards/ and config.yaml."""
+    write_shards(folder / "shards", make_pairs(40, make_vocabulary()), make_vocabulary())
+    (folder / "config.yaml").write_text(YAML.format(shards=folder / "shards"))
+    return folder
+
+
+def submit_run(corpus, output, *more):
+    """Submit a run of two nodes; (number of the job, its log)."""
+    arguments = [f"output={corpus / output}", "--nodes", 2, "--time", 5]
+    done = call_tool("submit", "train", corpus / "config.yaml", *arguments, *more)
+    assert done.returncode == 0, done.stderr
+    job, log = re.fullmatch(r"job (\d+): (.*)\n", done.stdout).groups()
+    return int(job), Path(log)
+
+
+def losses(run):
+    return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(run)]

@@ -1,0 +1,86 @@
+"""Whether a job starts again: the decision, its limit, and what it leaves in the run folder."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_cm3leon.monitoring.events import read_events, record
+from megatron_cm3leon.slurm.requeue import count_idle_restarts, decide
+
+RUNNING = {"JobState": "RUNNING", "PreemptTime": "None"}
+STOPPED_BY = {signal: [{"event": "signal", "signal": signal}, {"event": "stop", "reason": "signal"}] for signal in
+              ("SIGUSR1", "SIGTERM")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("status", "signal", "events", "job", "verdict"),
+    [
+        (0, "", [], RUNNING, "end 0"),
+        (0, "USR1", [], RUNNING, "end 0"),
+        (2, "", [], RUNNING, "end 2"),
+        (2, "USR1", [], RUNNING, "end 2"),
+        (75, "USR1", STOPPED_BY["SIGUSR1"], RUNNING, "requeue"),
+        (138, "USR1", [], RUNNING, "requeue"),
+        (75, "", STOPPED_BY["SIGUSR1"], RUNNING, "requeue"),  # scancel --signal=USR1 goes to the ranks alone
+        (75, "TERM", STOPPED_BY["SIGTERM"], RUNNING, "end 75"),
+        (75, "", STOPPED_BY["SIGTERM"], RUNNING, "end 75"),
+        (75, "", STOPPED_BY["SIGTERM"], {"JobState": "RUNNING", "PreemptTime": "2026-11-21T11:10:49"}, "requeue"),
+        (75, "TERM", STOPPED_BY["SIGTERM"], {"JobState": "COMPLETING", "PreemptTime": "None"}, "end 75"),
+        (137, "", [], {"JobState": "COMPLETING"}, "end 137"),
+        (137, "", [{"event": "failure", "cause": "rank 3 was killed"}], RUNNING, "requeue"),
+        (1, "", [], RUNNING, "requeue"),
+        # torchrun's 1 says nothing: the events do.
+        (1, "", [{"event": "stop", "reason": "finished"}], RUNNING, "end 0"),
+        (1, "USR1", STOPPED_BY["SIGUSR1"], RUNNING, "requeue"),
+        (1, "", [{"event": "failure", "cause": "data.shards is empty", "status": 2}], RUNNING, "end 2"),
+    ],
+)
+def test_what_comes_after_an_end(status, signal, events, job, verdict):
+    found = decide(status, signal, events, job)
+    assert ("requeue" if found.requeue else f"end {found.status}") == verdict
+
+
+def test_idle_restarts_are_those_since_the_last_new_checkpoint():
+    steps = [-1, 4, 4, 8, 8, 8]
+    events = [{"event": "requeue", "job": "7", "step": step} for step in steps]
+    assert [count_idle_restarts(events, "7", step) for step in (8, 12)] == [3, 0]
+    assert count_idle_restarts(events, "8", 8) == 0  # submitted again: another job
+    assert count_idle_restarts(events[:1], "7", -1) == 1
+
+
+def ask(run, status, since, state="RUNNING"):
+    """What the batch script is told."""
+    command = [sys.executable, "-m", "megatron_cm3leon.slurm.requeue", str(run), "--status", str(status)]
+    command += ["--since", str(since), "--max-restarts", "2"]
+    done = subprocess.run(
+        [*command, "--job", f"JobId=7 JobName=a b JobState={state} Restarts=1 PreemptTime=None"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_job_that_gets_nowhere_gives_up_with_a_sentence(tmp_path):
+    (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
+    record(tmp_path, 3, "failure", cause="of an earlier start", status=2)
+    now = time.time()
+    assert [ask(tmp_path, 1, now)[0] for _ in range(2)] == ["requeue\n", "requeue\n"]
+    answer, told = ask(tmp_path, 1, now)
+    assert answer == "end 1\n"
+    sentence = "2 restarts in a row brought no new checkpoint, cluster.max_restarts is 2; the last end: exit status 1."
+    assert told.startswith(f"not requeued: {sentence}")
+    events = read_events(tmp_path)[1:]
+    assert [event["event"] for event in events] == ["requeue", "requeue", "gave_up"]
+    assert events[-1]["reason"].startswith(sentence[:-1])
+    assert (events[0]["job"], events[0]["restarts"], events[0]["step"], events[0]["attempt"]) == ("7", 1, 4, 3)
+    (tmp_path / "checkpoints/step-00000008").mkdir()
+    assert ask(tmp_path, 1, now)[0] == "requeue\n"
+
+
+def test_an_end_that_is_none_of_ours_records_nothing(tmp_path):
+    answer, told = ask(tmp_path, 143, time.time(), state="COMPLETING")
+    assert answer == "end 143\n" and "SLURM is ending the job itself (COMPLETING)" in told
+    assert read_events(tmp_path) == []

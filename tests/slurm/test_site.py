@@ -1,0 +1,45 @@
+"""The site's file: where it is found, and what is refused."""
+
+import pytest
+
+from megatron_cm3leon.slurm.site import VARIABLE, Site, load_site
+
+
+def test_the_option_wins_over_the_variable_over_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert load_site() == Site()
+    usual = tmp_path / ".config/megatron_cm3leon/site.yaml"
+    usual.parent.mkdir(parents=True)
+    usual.write_text("partition: home\nenvironment: {NCCL_IB_HCA: mlx5, N: 4}\n")
+    assert load_site().partition == "home"
+    assert load_site().environment == {"NCCL_IB_HCA": "mlx5", "N": "4"}
+    (tmp_path / "variable.yaml").write_text("partition: variable\n")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "variable.yaml"))
+    assert load_site().partition == "variable"
+    (tmp_path / "option.yaml").write_text("partition: option\n")
+    assert load_site(str(tmp_path / "option.yaml")).partition == "option"
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "gone.yaml"))
+    with pytest.raises(ValueError, match=r"MEGATRON_CM3LEON_SITE \(.*gone.yaml\) is no file"):
+        load_site()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("partitoin: gpu", "there is no field partitoin; did you mean partition?"),
+        ("container: {mount: [/data]}", "there is no field container.mount; did you mean container.mounts?"),
+        ("container: {runtime: docker}", "container.runtime ('docker') must be one of: apptainer, pyxis."),
+        ("cpus_per_rank: many", "cpus_per_rank: Value 'many'"),
+        ("cpus_per_rank: -1", "cpus_per_rank (-1) must be at least 0."),
+        ("environment: {'A B': 1}", "environment: 'A B' is no name of a variable"),
+        ("environment: [A=1]", "a list stands where names and values belong"),
+        ("sbatch: {exclusive: true}", "a list stands where names and values belong"),
+        ("partition: [", "is not valid YAML"),
+    ],
+)
+def test_what_is_refused_by_name(text, sentence, tmp_path):
+    (tmp_path / "site.yaml").write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_site(str(tmp_path / "site.yaml"))
+    assert sentence in str(error.value) and str(tmp_path / "site.yaml") in str(error.value)

@@ -1,0 +1,59 @@
+"""When a run saves and what it keeps."""
+
+import pytest
+
+from megatron_cm3leon.checkpoint.sharded import list_checkpoints, unfinished
+from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.config.schema import CheckpointConfig
+from megatron_cm3leon.training.saving import is_due, remove_old
+from tests.checkpoint.made import write_checkpoint
+
+
+def kept(run):
+    return [int(folder.name[5:]) for folder in list_checkpoints(run)]
+
+
+def test_due_steps():
+    assert [step for step in range(31) if is_due(step, CheckpointConfig(interval=10))] == [10, 20, 30]
+    spaced = CheckpointConfig(interval=1000, log_spaced=True)
+    found = [step for step in range(3001) if is_due(step, spaced)]
+    assert found == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 2000, 3000]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"keep_last": 0}, [0, 1, 2, 3, 4, 6, 8, 9]),
+        ({"keep_last": 2}, [8, 9]),
+        ({"keep_last": 1, "keep_every": 3}, [0, 3, 6, 9]),
+        ({"keep_last": 1, "log_spaced": True}, [0, 1, 2, 4, 8, 9]),
+        ({"keep_last": 3, "keep_every": 4, "log_spaced": True}, [0, 1, 2, 4, 6, 8, 9]),
+    ],
+)
+def test_kept_checkpoints(tmp_path, options, expected):
+    for step in (0, 1, 2, 3, 4, 6, 8, 9):
+        write_checkpoint(tmp_path, step)
+    remove_old(tmp_path, CheckpointConfig(**options))
+    assert kept(tmp_path) == expected
+
+
+def test_only_the_runs_own_folders_are_deleted(tmp_path):
+    folders = [write_checkpoint(tmp_path / "run", step) for step in (1, 2, 3)]
+    checkpoints = folders[0].parent
+    unfinished(checkpoints / "step-00000002").mkdir()
+    others = [checkpoints / name for name in ("step-00000002.damaged", "step-2", "best", "step-00000001-copy.tmp")]
+    for other in others:
+        other.mkdir()
+    elsewhere = write_checkpoint(tmp_path / "elsewhere", 0)
+    (checkpoints / "step-00000000").symlink_to(elsewhere)
+    remove_old(tmp_path / "run", CheckpointConfig(keep_last=1))
+    left = {path.name for path in checkpoints.iterdir()}
+    assert left == {"step-00000003", "step-00000000"} | {other.name for other in others}
+    assert (elsewhere / "manifest.json").is_file()
+
+
+def test_what_is_never_saved_cannot_be_kept():
+    config = load_config(None, ["checkpoint.keep_every=1500"])
+    with pytest.raises(ValueError, match=r"keep_every \(1500\) must be a multiple of checkpoint.interval \(1000\)"):
+        config.validate()
+    assert Config().checkpoint.asynchronous
