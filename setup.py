@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 DEEPSPEED = "deepspeed==0.19.8"  # engine/deepspeed.py finds fp32 weights where this version keeps them
 RETRIEVAL = ["faiss-cpu"]
-TEST = ["pytest", "pytest-timeout", "ruff", "webdataset"]
+TEST = ["import-linter", "pytest", "pytest-timeout", "ruff", "webdataset"]
 
 setup(
     name="megatron_cm3leon",

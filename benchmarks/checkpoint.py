@@ -31,7 +31,7 @@ from megatron_cm3leon.checkpoint.verify import verified
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.common.cli import run_tool
 from megatron_cm3leon.config.loading import Config
-from megatron_cm3leon.engine.groups import Rank, gather_objects, set_threads
+from megatron_cm3leon.distributed.launch import Rank, gather_objects, set_threads
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 STALL = "stall of an asynchronous save"

@@ -52,7 +52,8 @@ def record(name: str, options: argparse.Namespace) -> dict:
     from train_step import make_batches, make_vocabulary
 
     from megatron_cm3leon.config.loading import load_config
-    from megatron_cm3leon.engine.groups import Rank, initialize_groups
+    from megatron_cm3leon.distributed.launch import Rank
+    from megatron_cm3leon.engine.groups import initialize_groups
 
     family, preset, layers, micro_batch = MODELS[name]
     micro_batch = options.micro_batch or micro_batch

@@ -24,7 +24,8 @@ from peers import Step, hugging_face_step, plain_step
 from megatron_cm3leon.common.cli import run_tool
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.data.stream.loader import MicroBatch
-from megatron_cm3leon.engine.groups import Rank, choose_device, destroy_groups, initialize_groups, set_threads
+from megatron_cm3leon.distributed.launch import Rank, choose_device, set_threads
+from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 OURS, PLAIN, HUGGING_FACE = CONTENDERS = "megatron_cm3leon", "plain PyTorch", "Hugging Face"

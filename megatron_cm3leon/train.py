@@ -12,7 +12,7 @@ import time
 from megatron_cm3leon.common.cli import show_messages, user_path
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.data.shards.reader import open_shards
-from megatron_cm3leon.engine.groups import Rank, choose_device, set_threads
+from megatron_cm3leon.distributed.launch import Rank, choose_device, set_threads
 from megatron_cm3leon.model.memory import PAPER_VOCABULARY, describe
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.runtime.attempt import run_attempt

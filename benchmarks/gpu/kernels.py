@@ -255,7 +255,8 @@ def cross_entropy(device, tiny: bool) -> Iterator[dict]:
     from timing import time_call
 
     from megatron_cm3leon.config.loading import load_config
-    from megatron_cm3leon.engine.groups import Rank, initialize_groups
+    from megatron_cm3leon.distributed.launch import Rank
+    from megatron_cm3leon.engine.groups import initialize_groups
 
     config = load_config(None, ["preset=350m"])
     config.validate(1)

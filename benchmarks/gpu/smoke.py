@@ -186,7 +186,7 @@ def first_step(device) -> Iterator[dict]:
     from train_step import make_batches, make_vocabulary
     from training import build_config, build_step, make_rows
 
-    from megatron_cm3leon.engine.groups import Rank, choose_device
+    from megatron_cm3leon.distributed.launch import Rank, choose_device
 
     row = {**make_rows("cpu")[0], "device": device.type, "model": "350m"}
     config, begin = build_config(row), time.perf_counter()

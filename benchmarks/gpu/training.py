@@ -157,7 +157,8 @@ def weights_drawn_on(device) -> Iterator[None]:
 def build_step(row: dict, config, vocabulary, device) -> Callable:
     """A contender's step: global batch -> (loss, gradient norm or None)."""
     if row["contender"] == OURS:
-        from megatron_cm3leon.engine.groups import Rank, initialize_groups
+        from megatron_cm3leon.distributed.launch import Rank
+        from megatron_cm3leon.engine.groups import initialize_groups
         from megatron_cm3leon.engine.megatron import MegatronEngine
 
         initialize_groups(config, Rank.from_environment(), device)
@@ -182,7 +183,7 @@ def measure(row: dict) -> Iterator[dict]:
     from timing import list_kernels
     from train_step import make_batches, make_vocabulary
 
-    from megatron_cm3leon.engine.groups import Rank, choose_device
+    from megatron_cm3leon.distributed.launch import Rank, choose_device
 
     begin = time.perf_counter()
     device = choose_device(row["device"], Rank.from_environment())

@@ -14,8 +14,8 @@ from megatron_cm3leon.checkpoint.format import (
     list_unfinished,
     step_of,
 )
+from megatron_cm3leon.checkpoint.retention import reason_kept
 from megatron_cm3leon.config.loading import Config, load_config
-from megatron_cm3leon.training.saving import reason_kept
 
 
 def find_checkpoints(path: Path) -> list[Path]:

@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_cm3leon.checkpoint.format import CheckpointFolder, content_damage, damaged, offer_previous, read_manifest
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
+from megatron_cm3leon.distributed.launch import gather_objects
+from megatron_cm3leon.model.builder import Placement
+from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
 Gather = Callable[[object], list]
 """Gives every rank the list of what each rank put in, in the order of the ranks."""
@@ -81,3 +85,18 @@ def find_damage(folder: Path, report: Callable[[int], None] = lambda size: None,
             return [str(error)]
     sentences = [f"checkpoint {folder} is damaged: {what}." for what in found]
     return [*sentences[:-1], sentences[-1] + offer_previous(folder)] if sentences else []
+
+
+@contextmanager
+def open_verified(folder: Path, vocabulary: Vocabulary, places: list[Placement]) -> Iterator[CheckpointReader]:
+    """A checkpoint's reader while its files are compared with their SHA-256; collective.
+
+    Raises ValueError on every rank for another vocabulary, for a parameter of `places` that is missing or of another
+    shape, and at the end for a damaged file.
+    """
+    reader = CheckpointReader(folder)
+    check_same_vocabulary(vocabulary, reader.vocabulary, f"checkpoint {folder}")
+    files = reader.files_of([(place.name, place.offset, place.local_shape) for place in places])
+    with verified(reader, files, gather_objects):
+        reader.check_parameters({place.name: place.shape for place in places})
+        yield reader

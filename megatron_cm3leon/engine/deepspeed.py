@@ -19,13 +19,14 @@ from megatron.core import parallel_state
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, Piece
 from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.checkpoint.verify import open_verified
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.data.stream.loader import MicroBatch
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, StepMetrics
 from megatron_cm3leon.engine.compile import compile_layers
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
-from megatron_cm3leon.engine.groups import destroy_groups, open_verified
+from megatron_cm3leon.engine.groups import destroy_groups
 from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import clip_gradients, squared_norm
 from megatron_cm3leon.engine.step import loss_scale, seed_dropout, sum_losses, to_metrics

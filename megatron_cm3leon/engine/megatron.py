@@ -22,14 +22,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_cm3leon.checkpoint.format import KINDS
+from megatron_cm3leon.checkpoint.retention import saves_soon
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, Piece
 from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.checkpoint.verify import open_verified
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.data.stream.loader import MicroBatch
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, StepMetrics
 from megatron_cm3leon.engine.compile import compile_layers, gather_before_layers
-from megatron_cm3leon.engine.groups import destroy_groups, open_verified
+from megatron_cm3leon.engine.groups import destroy_groups
 from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import choose_adamw, clip_gradients, global_squared_norm, load_moments
 from megatron_cm3leon.engine.step import loss_scale, seed_dropout, sum_losses, to_metrics
@@ -38,7 +40,6 @@ from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
 from megatron_cm3leon.model.linear import mark_accumulated
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
-from megatron_cm3leon.training.saving import saves_soon
 
 logger = logging.getLogger(__name__)
 

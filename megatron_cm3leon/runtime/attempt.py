@@ -23,14 +23,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_cm3leon.config.loading import Config
-from megatron_cm3leon.engine.groups import (
-    Rank,
-    destroy_groups,
-    gather_objects,
-    initialize_groups,
-    meet,
-    uses_launchers_store,
-)
+from megatron_cm3leon.distributed.launch import Rank, gather_objects, meet, uses_launchers_store
+from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
 from megatron_cm3leon.monitoring import events
 from megatron_cm3leon.runtime.exit_status import DONE, FAILED, STOPPED, USER_ERROR
 from megatron_cm3leon.runtime.lock import RunLock

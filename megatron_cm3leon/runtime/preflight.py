@@ -33,7 +33,8 @@ from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.common.cli import show_messages, user_path
 from megatron_cm3leon.config.loading import Config, changed_fields, load_config
 from megatron_cm3leon.data.shards.reader import MANIFEST, load_manifest, sha256_file
-from megatron_cm3leon.engine.groups import Rank, choose_device, destroy_groups, initialize_groups, meet
+from megatron_cm3leon.distributed.launch import Rank, choose_device, meet
+from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
 from megatron_cm3leon.model.memory import checkpoint_bytes, show_ranks
 
 logger = logging.getLogger("megatron_cm3leon.runtime.preflight")  # by name: this module also runs as __main__

@@ -10,8 +10,8 @@ from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.config.loading import Config, save_config
 from megatron_cm3leon.data.stream.loader import Loader
 from megatron_cm3leon.data.stream.stream import Stream, build_stream
+from megatron_cm3leon.distributed.launch import gather_objects
 from megatron_cm3leon.engine.base import Engine, StepMetrics
-from megatron_cm3leon.engine.groups import gather_objects
 from megatron_cm3leon.model.initialization import VERSION as INITIAL_WEIGHTS
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.monitoring.history import NON_FINITE

@@ -18,8 +18,8 @@ from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.config.validation import parse_batches
+from megatron_cm3leon.distributed.launch import gather_objects
 from megatron_cm3leon.engine.base import Engine
-from megatron_cm3leon.engine.groups import gather_objects
 
 logger = logging.getLogger(__name__)
 

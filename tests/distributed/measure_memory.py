@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.data.stream.loader import MicroBatch
-from megatron_cm3leon.engine.groups import Rank, destroy_groups, initialize_groups, set_threads
+from megatron_cm3leon.distributed.launch import Rank, set_threads
+from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
 from megatron_cm3leon.model.memory import estimate_memory, place_rank
 from tests.data.corpora import make_vocabulary
 

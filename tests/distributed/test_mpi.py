@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_cm3leon.distributed.launch import Rank
 from megatron_cm3leon.distributed.mpi import join_mpi
-from megatron_cm3leon.engine.groups import Rank
 from megatron_cm3leon.runtime import preflight
 from megatron_cm3leon.train import main
 

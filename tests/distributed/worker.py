@@ -25,8 +25,9 @@ from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.data.stream.loader import Loader, MicroBatch
 from megatron_cm3leon.data.stream.stream import Stream, build_stream
+from megatron_cm3leon.distributed.launch import Rank, choose_device, set_threads
 from megatron_cm3leon.engine.base import Engine
-from megatron_cm3leon.engine.groups import Rank, choose_device, initialize_groups, set_threads
+from megatron_cm3leon.engine.groups import initialize_groups
 from megatron_cm3leon.training.loop import advance, build_loader
 from megatron_cm3leon.training.lr_schedule import learning_rate
 from megatron_cm3leon.training.setup import open_run

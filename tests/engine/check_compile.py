@@ -12,8 +12,9 @@ import torch
 import torch._dynamo
 
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.distributed.launch import Rank, set_threads
 from megatron_cm3leon.engine import compile as engine_compile
-from megatron_cm3leon.engine.groups import Rank, initialize_groups, set_threads
+from megatron_cm3leon.engine.groups import initialize_groups
 from tests.data.corpora import make_vocabulary
 from tests.distributed.measure_memory import make_batches
 

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.distributed.launch import Rank, set_threads
 from megatron_cm3leon.engine import optimizer
-from megatron_cm3leon.engine.groups import Rank, initialize_groups, set_threads
+from megatron_cm3leon.engine.groups import initialize_groups
 from tests.data.corpora import make_vocabulary
 from tests.distributed.measure_memory import make_batches
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_cm3leon.checkpoint.retention import STEPS_AHEAD, saves_soon
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING
-from megatron_cm3leon.training.saving import STEPS_AHEAD, saves_soon
 from megatron_cm3leon.training.setup import check_dropout_seeding
 from tests.data.corpora import make_vocabulary
 from tests.distributed.launch import torchrun

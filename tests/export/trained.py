@@ -8,7 +8,8 @@ import torch
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.config.schema import ParallelConfig
-from megatron_cm3leon.engine.groups import Rank, destroy_groups, initialize_groups
+from megatron_cm3leon.distributed.launch import Rank
+from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class RowRunner:
 
 
 def main() -> None:
-    from megatron_cm3leon.engine.groups import Rank, set_threads
+    from megatron_cm3leon.distributed.launch import Rank, set_threads
     from tests.distributed.worker import run_case
 
     rank = Rank.from_environment()

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_cm3leon.config.loading import load_config
-from megatron_cm3leon.engine.groups import Rank, choose_device, destroy_groups, initialize_groups
+from megatron_cm3leon.distributed.launch import Rank, choose_device
+from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
 from tests.data.corpora import make_vocabulary
 
 LAYERS, WIDTH, HEADS, LENGTH = 2, 32, 4, 20

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cm3leon.config.loading import load_config
-from megatron_cm3leon.engine.groups import Rank
+from megatron_cm3leon.distributed.launch import Rank
 from megatron_cm3leon.runtime import preflight
 from megatron_cm3leon.runtime.preflight import check_disk, compare_ranks, find_device_fault, judge
 from tests.checkpoint.made import run_ranks, write_checkpoint

@@ -2,10 +2,10 @@
 
 import pytest
 
+from megatron_cm3leon.checkpoint.retention import is_due, remove_old
 from megatron_cm3leon.checkpoint.sharded import list_checkpoints, unfinished
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.config.schema import CheckpointConfig
-from megatron_cm3leon.training.saving import is_due, remove_old
 from tests.checkpoint.made import write_checkpoint
 
 
