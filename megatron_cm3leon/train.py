@@ -11,6 +11,7 @@ import time
 
 from megatron_cm3leon.common.cli import show_messages, user_path
 from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.distributed.launch import Rank, choose_device, set_threads
 from megatron_cm3leon.model.memory import PAPER_VOCABULARY, describe
@@ -49,7 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def dry_run(config: Config, ranks: int) -> str:
     """What the run would need on `ranks` ranks; ValueError where the layout cannot be built."""
-    config.validate(ranks)
+    validate_config(config, ranks)
     folder = config.data.sources[0].shards if config.data.sources else config.data.shards
     size = open_shards(folder).vocabulary.size if folder else PAPER_VOCABULARY
     follow_rule(config, count_parameters(config, size))
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             if rank.rank == 0:
                 print(dry_run(config, options.ranks or rank.world_size))
             return 0
-        config.validate(rank.world_size)
+        validate_config(config, rank.world_size)
         device = choose_device(config.train.device, rank)
     except ValueError as error:  # the same on every rank: the first one tells it
         if os.environ.get("RANK", "0") == "0":

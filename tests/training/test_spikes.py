@@ -14,7 +14,7 @@ import pytest
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import load_config
-from megatron_cm3leon.config.validation import parse_batches
+from megatron_cm3leon.config.validation import parse_batches, validate_config
 from megatron_cm3leon.data.stream.stream import build_stream
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.monitoring.events import read_events
@@ -70,7 +70,7 @@ def steps(run):
 
 def garbage_batch(folder):
     config = load_config(folder / "guarded" / "config.yaml")
-    config.validate()
+    validate_config(config)
     stream = build_stream(config)
     return next(b for b in range(30) if any(GARBAGE in block.documents for block in stream.batch(b)))
 
