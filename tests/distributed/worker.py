@@ -29,9 +29,9 @@ from megatron_cm3leon.data.stream.stream import Stream, build_stream
 from megatron_cm3leon.distributed.launch import Rank, choose_device, set_threads
 from megatron_cm3leon.engine.base import Engine
 from megatron_cm3leon.engine.groups import initialize_groups
-from megatron_cm3leon.training.loop import advance, build_loader
+from megatron_cm3leon.training.loop import advance
 from megatron_cm3leon.training.lr_schedule import learning_rate
-from megatron_cm3leon.training.setup import open_run
+from megatron_cm3leon.training.setup import build_loader, open_run
 from tests.distributed import masks
 from tests.flex_on_cpu import flex_on_cpu
 

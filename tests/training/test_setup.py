@@ -159,7 +159,7 @@ def test_a_change_that_moves_samples_is_told(corpora, packing, field, moved, cap
     name = field.partition("=")[0]
     caplog.set_level(logging.INFO)
     assert not resume(make_stream(config, corpora[0]), record(make_stream(old, corpora[0])), old, name)
-    assert (f"another place of the data since {name} changed" in caplog.text) == moved
+    assert (f"another position in the data because {name} changed" in caplog.text) == moved
 
 
 def test_positions_of_a_checkpoint_are_named_and_no_way_is_offered_that_cannot_work(corpora, tmp_path):
@@ -189,7 +189,7 @@ def test_positions_of_a_checkpoint_are_named_and_no_way_is_offered_that_cannot_w
             f"model.family={'llama' if family == 'cm3leon' else 'cm3leon'}",
         ):
             with pytest.raises(
-                ValueError, match=r"gives the model's parameters other shapes; resume with model"
+                ValueError, match=r"changes the shapes of the parameters; resume with model"
             ) as error:
                 change(override)
             assert "--allow-change" not in str(error.value) and override.partition("=")[0] in str(error.value)
