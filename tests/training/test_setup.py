@@ -188,9 +188,7 @@ def test_positions_of_a_checkpoint_are_named_and_no_way_is_offered_that_cannot_w
             "model.hidden_size=16",
             f"model.family={'llama' if family == 'cm3leon' else 'cm3leon'}",
         ):
-            with pytest.raises(
-                ValueError, match=r"changes the shapes of the parameters; resume with model"
-            ) as error:
+            with pytest.raises(ValueError, match=r"changes the shapes of the parameters; resume with model") as error:
                 change(override)
             assert "--allow-change" not in str(error.value) and override.partition("=")[0] in str(error.value)
         with pytest.raises(ValueError, match=r"--allow-change model.dropout"):
