@@ -72,6 +72,6 @@ setup(
         "test": TEST,
         "docs": DOCS,
         # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
-        "dev": [DEEPSPEED, *RETRIEVAL, *TEST, "triton"],
+        "dev": [DEEPSPEED, *RETRIEVAL, *TEST, *DOCS, "triton"],
     },
 )

@@ -6,6 +6,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../examples/common.sh"
 
 cd "$ROOT"
 prepare_environment
-python -c 'import mkdocs, mkdocstrings_handlers.python' 2>/dev/null || stage "install the extra docs" \
-    python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 stage "documentation" python -m mkdocs build --strict "$@"
