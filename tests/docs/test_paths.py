@@ -107,7 +107,7 @@ def test_every_page_is_in_the_site_once():
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("mkdocstrings_handlers.python", reason="the extra docs is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "site/api/config/index.html").read_text()
     assert "global_batch_size" in reference
