@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same path on the real set: every Noto colour emoji with its CLDR name and keywords.
+# The same path on a real set of images: every Noto color emoji with its CLDR name and keywords.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$ROOT/examples/pipeline.sh"
 
@@ -7,12 +7,12 @@ usage() {
     cat <<'TXT'
 usage: bash examples/emoji.sh [--out DIR] [--small]
 
-Renders every Noto colour emoji, then runs what examples/quickstart.sh runs, without a checker:
-held-out emoji are shown beside what the model draws for their captions. It needs the Debian packages
+Renders every Noto color emoji, then runs what examples/quickstart.sh runs, without a checker:
+held-out emoji are shown beside the images generated for their captions. It needs the Debian packages
 fonts-noto-color-emoji, unicode-data and unicode-cldr-core: tests/examples/install_emoji.sh installs them.
 
-  --out DIR   where everything goes (default: runs/emoji); a second run starts again
-  --small     a few steps of everything, to see that it runs; the pictures mean nothing
+  --out DIR   output folder (default: runs/emoji); a second run starts from the beginning
+  --small     a few steps of everything, to see that it runs; the images mean nothing
   PYTHON, VENV (environment)   interpreter and virtual environment (default: python3, .venv)
 TXT
 }
@@ -31,7 +31,7 @@ if [ "$SIZE" = small ]; then
     PAIRS+=(--limit 200)
     EVALUATE=(--pictures 4 --sweep-pictures 2 --guidance 1 2 --examples 4)
 fi
-TITLE="Emoji: captions to pictures and back"
+TITLE="Emoji: captions to images and back"
 CONFIG=examples/emoji/train.yaml
 CAPTION="red heart"
 SPECIALS=(--specials 64 --sentinels 32)
