@@ -133,7 +133,7 @@ class Training:
                     continue
                 self.watch.progress(f"saving at step {self.state.step}")
                 self.saver.poll()
-                stopped = self.attempt.stop_asked(self.state.step)
+                stopped = self.attempt.stop_requested(self.state.step)
                 if not stopped:
                     self.saver.save_if_due(self.state)
         self.loader.close()

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_cm3leon.distributed.launch import Rank
-from megatron_cm3leon.distributed.mpi import join_mpi
+from megatron_cm3leon.distributed.mpi import set_mpi_variables
 from megatron_cm3leon.runtime import preflight
 from megatron_cm3leon.train import main
 
@@ -24,7 +24,7 @@ LAUNCHERS = pytest.mark.parametrize("variables", [OPEN_MPI, INTEL, MVAPICH, CRAY
 
 def joined(variables):
     environment = dict(variables)
-    join_mpi(environment)
+    set_mpi_variables(environment)
     return {name: value for name, value in environment.items() if name not in variables}
 
 
