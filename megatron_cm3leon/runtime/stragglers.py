@@ -54,8 +54,8 @@ class StragglerWatch:
         ratio = seconds[slowest] / max(statistics.median(seconds), 1e-9)
         if self.first and ratio > WARN_ABOVE:
             logger.warning(
-                "rank %d on %s is slow: its own work takes %.3g s per step (%.3g s of it waiting for data), %.2f times the "
-                "median of the ranks, and all ranks wait for it; check that machine.",
+                "rank %d on %s is slow: its own work takes %.3g s per step (%.3g s of it waiting for data), %.2f times "
+                "the median of the ranks, and all ranks wait for it; check that machine.",
                 *(slowest, host, seconds[slowest], data, ratio),
             )
         return {"slowest_rank": slowest, "slowest_host": host, "slowest_over_median": ratio}

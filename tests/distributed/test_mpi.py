@@ -89,9 +89,9 @@ def no_rank(monkeypatch):
     return monkeypatch
 
 
-def test_a_size_without_a_rank_is_refused(no_rank):
+def test_a_size_without_a_rank_is_an_error(no_rank):
     no_rank.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE \(2\) is set and RANK is not"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE \(2\) is set but RANK is not"):
         Rank.from_environment()
 
 

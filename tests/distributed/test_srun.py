@@ -73,7 +73,8 @@ def test_lists_of_nodes_and_tasks_are_parsed():
 
 
 def test_jobs_and_steps_have_different_ports():
-    ports = {choose_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job in range(300) for step in range(8)}
+    numbers = [(str(job), str(step)) for job in range(300) for step in range(8)]
+    ports = {choose_port({"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}) for job, step in numbers}
     assert len(ports) == 2400 and min(ports) >= 20000 and max(ports) < 32768
 
 

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 def straight(folder):
     """Losses of an undisturbed run with two ranks."""
     world = World(folder, "straight", 2)
-    assert world.wait() == [0, 0], world.read_output()
+    assert world.wait() == [0, 0], world.output()
     return losses(folder / "straight")
 
 

@@ -86,7 +86,8 @@ def test_the_node_at_fault_is_reported():
     assert error.startswith("torch differs: 2.12.1 on ranks 2-3 (b); 2.13.0 on ranks 0-1,4-5 (a, c).")
     [error], _ = compare_facts([facts("a"), facts("b", ["cuda:0 computes wrong products in float32"])], [0.0] * 2)
     assert error == "rank 1 (b): cuda:0 computes wrong products in float32."
-    _, [warning] = compare_facts([facts("a", model="H200"), facts("b", model="H200"), facts("c", model="H100")], [0.0] * 3)
+    found = [facts("a", model="H200"), facts("b", model="H200"), facts("c", model="H100")]
+    _, [warning] = compare_facts(found, [0.0] * 3)
     assert warning.startswith("GPU model differs: H100 on rank 2 (c); H200 on ranks 0-1 (a, b).")
 
 

@@ -59,7 +59,7 @@ class World:
         with open(self.folder / f"{number}.out", "w") as out, open(self.folder / f"{number}.err", "w") as err:
             return subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True)
 
-    def read_output(self, ending: str = "err") -> str:
+    def output(self, ending: str = "err") -> str:
         """What all processes have printed so far."""
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"*.{ending}")))
 
@@ -70,7 +70,7 @@ class World:
         """Return when `condition()` is true; AssertionError with the output if that takes too long."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, self.read_output()
+            assert time.monotonic() < deadline, self.output()
             time.sleep(0.01)
 
     def wait_for_step(self, step: int) -> None:
@@ -96,11 +96,11 @@ class World:
         try:
             statuses = [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
             while left := self.members():
-                assert time.monotonic() < deadline, f"processes {left} still run\n{self.read_output()}"
+                assert time.monotonic() < deadline, f"processes {left} still run\n{self.output()}"
                 time.sleep(0.05)
         except (subprocess.TimeoutExpired, AssertionError):
             self.kill()
-            print(self.read_output())
+            print(self.output())
             raise
         return statuses
 
