@@ -7,7 +7,7 @@ from tests.slurm.jobs import losses, make_corpus, submit_run
 
 pytestmark = pytest.mark.slow
 RUN = ["train.steps=300", "schedule.name=constant", "checkpoint.interval=10"]
-RUN += ["--ranks-per-node", 1, "--time", 10, "--lead", 55]
+RUN += ["--ranks-per-node", 1, "--time", 10, "--signal-time", 55]
 LONGER = ["train.steps=2000"]
 """The controller looks at time limits twice a minute; as the rate is constant, the first 300 steps are the same."""
 
