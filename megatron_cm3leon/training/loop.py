@@ -196,7 +196,8 @@ class Training:
             first, size = self.state.sequence, self.config.train.global_batch_size
             leave_out(self.state, asked, size, "asked")
             if self.log:
-                self.log.leave_out(asked, first, size, attempt=self.state.attempt, step=self.state.step, reason="asked")
+                known = {"attempt": self.state.attempt, "step": self.state.step}
+                self.log.log_skipped(asked, first, size, reason="asked", **known)
             self._restart_loader()
 
     def _roll_back(self, loss: float) -> None:
@@ -209,7 +210,7 @@ class Training:
         if self.log:
             size = self.config.train.global_batch_size
             first, known = self.state.sequence - len(batches) * size, {"attempt": self.state.attempt, "step": step}
-            self.log.leave_out(batches, first, size, reason="spike", steps_back=spiked - step, **known)
+            self.log.log_skipped(batches, first, size, reason="spike", steps_back=spiked - step, **known)
             name, ends = step_folder(self.run, step).name, [batches[0], batches[-1]]
             self.attempt.record("rollback", step=step, loss=loss, checkpoint=name, batches=ends)
         self._restart_loader()
