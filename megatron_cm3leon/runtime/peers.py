@@ -100,7 +100,8 @@ class Peers:
 
     def __init__(self, store: dist.Store, rank: int, ranks: int) -> None:
         """Opens a connection of its own to `store`."""
-        self.store = dist.PrefixStore("peers", store.clone())
+        # type: ignore because torch's stubs omit Store.clone.
+        self.store = dist.PrefixStore("peers", store.clone())  # type: ignore[attr-defined]
         self.store.set_timeout(timedelta(seconds=30))
         self.rank, self.ranks = rank, ranks
         self.heartbeats = self.updates = 0
@@ -137,7 +138,7 @@ class Peers:
         return first
 
     def read_cause(self) -> Cause | None:
-        """The published cause; None while the run goes on."""
+        """The published cause; None while the run continues."""
         return Cause(**json.loads(self.store.get("cause"))) if self.store.check(["cause"]) else None
 
     def announce_stall(self) -> int:

@@ -188,7 +188,7 @@ class Watchdog:
         return self.peers.read_heartbeats(ranks) == before
 
     def _keep_heartbeat(self, seconds: float) -> None:
-        """Wait for some seconds while this rank's heartbeats go on."""
+        """Wait for some seconds and keep sending heartbeats."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self._send_heartbeat()
