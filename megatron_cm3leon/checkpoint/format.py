@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 FORMAT = 1
@@ -245,7 +246,7 @@ class CheckpointFolder:
     @cached_property
     def config(self) -> Config:
         config = load_config(self.check("config.yaml"), expand=False)
-        config.validate()
+        validate_config(config)
         return config
 
     @cached_property

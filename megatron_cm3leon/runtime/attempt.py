@@ -3,7 +3,7 @@
     Attempt(...), begin()     store, watchdog, signals; lock of the run folder, attempt number, process groups
     watch.progress(),         called by the training loop
     stop_requested()
-    end() or fail()           records the event stop or failure; exit status
+    finish() or fail()        why the run stopped; records the event stop or failure, sets the exit status
 
 Exit status: 0 done; 2 the user must fix something; 75 stopped on request, the same command continues the run; 1 a
 failure after which a restart may help. Only the first cause is reported, by the rank that found it
@@ -14,10 +14,11 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,9 @@ from megatron_cm3leon.runtime.report import report_failure
 from megatron_cm3leon.runtime.signals import StopRequested, StopSignals
 from megatron_cm3leon.runtime.watchdog import LINGER_SECONDS, SILENCE_SECONDS, Watchdog
 
+StopReason = Literal["finished", "stop_after", "signal"]
+"""Why training stopped: train.steps, train.stop_after, or a signal."""
+
 SIGNAL_SECONDS = 1.5
 """When a rank dies, its launcher signals the others: a signal waits this long for the report of a dead rank."""
 
@@ -46,6 +50,8 @@ class Attempt:
         self.config, self.rank, self.device, self.signals = config, rank, device, signals
         self.run, self.first = Path(config.output), rank.rank == 0
         self.number = 0
+        self.exit_status = DONE
+        self.stop_event: dict[str, object] = {}
         self.lock = RunLock(self.run)
         self.store = rendezvous(rank)
         launched = uses_launcher_store()
@@ -109,13 +115,17 @@ class Attempt:
             self.record("signal", step=step, signal=found[0], rank=found[1])
         return found is not None
 
-    def end(self, reason: str, step: int) -> int:
-        """Record the stop after `step` and disconnect from the other ranks; returns the exit status."""
+    def finish(self, reason: StopReason, step: int) -> None:
+        """Training stopped after `step`; `reason` decides the exit status."""
+        self.stop_event = {"step": step, "reason": reason}
+        self.exit_status = STOPPED if reason == "signal" else DONE
+
+    def leave(self) -> None:
+        """Record the stop, disconnect from the other ranks and release the run folder."""
         if self.first:
-            self.record("stop", step=step, reason=reason)
+            self.record("stop", **self.stop_event)
         self.watch.close()
         self.lock.release()
-        return STOPPED if reason == "signal" else DONE
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process after an error; the first rank to fail prints and records the cause."""
@@ -170,31 +180,33 @@ class Attempt:
             report_failure(f"{self.run}: the {cause.kind} was not recorded: {record_error}")
 
 
-def run_attempt(config: Config, rank: Rank, device: torch.device, body: Callable[[Attempt], tuple[str, int]]) -> int:
-    """Run `body` on this rank and return the exit status; after an error in `body` the process ends instead.
+@contextmanager
+def start_attempt(config: Config, rank: Rank, device: torch.device) -> Iterator[Attempt]:
+    """Connect to the other ranks and create the process groups; after the body disconnect in order.
 
-    `body` returns why it stopped (finished, stop_after, signal) and the step.
+    The body ends with Attempt.finish. After an error or a second signal in it, the first cause is reported and this
+    process ends with an exit status of runtime/exit_status.py; before the ranks are connected, SystemExit is raised.
     """
     signals, attempt = StopSignals(), None
     signals.install()
     try:
         attempt = Attempt(config, rank, device, signals)
         attempt.begin()
-        reason, step = body(attempt)
+        yield attempt
         signals.ignore()
         destroy_groups()
-        return attempt.end(reason, step)
+        attempt.leave()
     except (Exception, StopRequested) as error:
         signals.ignore()
         if attempt is not None:
             attempt.fail(error)
         if isinstance(error, StopRequested):
             report_failure(f"stopped by {error.name} before the ranks were connected")
-            return STOPPED
+            raise SystemExit(STOPPED) from error
         if not isinstance(error, ValueError | OSError):
             raise
         report_failure(f"error (rank {rank.rank}): {error}")
-        return USER_ERROR
+        raise SystemExit(USER_ERROR) from error
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -100,7 +100,7 @@ class Peers:
 
     def __init__(self, store: dist.Store, rank: int, ranks: int) -> None:
         """Opens a connection of its own to `store`."""
-        # type: ignore because torch's stubs omit Store.clone.
+        # torch's stubs omit Store.clone.
         self.store = dist.PrefixStore("peers", store.clone())  # type: ignore[attr-defined]
         self.store.set_timeout(timedelta(seconds=30))
         self.rank, self.ranks = rank, ranks

@@ -33,6 +33,7 @@ from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.common.cli import show_messages, user_path
 from megatron_cm3leon.common.version import __version__
 from megatron_cm3leon.config.loading import Config, changed_fields, load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.shards.reader import MANIFEST, load_manifest, sha256_file
 from megatron_cm3leon.distributed.launch import Rank, choose_device, rendezvous
 from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
@@ -369,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
         rank = Rank.from_environment()
         show_messages(logging.INFO if rank.rank == 0 else logging.WARNING)
         config = load_config(options.config, options.overrides)
-        config.validate(rank.world_size)
+        validate_config(config, rank.world_size)
         device = choose_device(config.train.device, rank)
         store = rendezvous(rank)
         compare_ranks(config, rank, device, store)
