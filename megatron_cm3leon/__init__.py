@@ -3,7 +3,7 @@
 | name | what it is for |
 |---|---|
 | `load_config`, `validate_config`, `Config` | the configuration of a run: YAML, presets, `section.key=value` |
-| `Vocabulary`, `TextTokenizer`, `ImageTokenizer` | joint ids of text and image tokens; text and images to ids and back |
+| `Vocabulary`, `TextTokenizer`, `ImageTokenizer` | joint ids of text and image tokens; text and images as ids |
 | `open_shards` | the tokenized documents of a shard folder |
 | `build_stream`, `Stream`, `Loader` | the exact stream of training sequences; micro-batches of one rank |
 | `Retriever` | documents of an index that fit a text or an image |
@@ -16,6 +16,8 @@ examples/python_api.py uses each of them. What this list does not name may chang
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from megatron_cm3leon.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from megatron_cm3leon.checkpoint.reference import load_reference_model
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from megatron_cm3leon.tokenizers.text import TextTokenizer
     from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Config",
