@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_cm3leon.checkpoint.format import total_bytes
+from megatron_cm3leon.checkpoint.format import count_bytes
 from megatron_cm3leon.checkpoint.summary import describe_checkpoint, describe_run, find_checkpoints
 from megatron_cm3leon.checkpoint.verify import find_damage
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
@@ -44,7 +44,7 @@ def verify_all(path: Path, threads: int) -> int:
     """Print what is damaged; 1 when something is."""
     folders = find_checkpoints(path)
     damage = []
-    with meter(sum(map(total_bytes, folders)) // 1_000_000, "verifying", "MB") as progress:
+    with meter(sum(map(count_bytes, folders)) // 1_000_000, "verifying", "MB") as progress:
         for folder in folders:
             damage += find_damage(folder, progress.count(1_000_000), threads)
     for sentence in damage:

@@ -13,7 +13,7 @@ from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 
-def loss_scale(micro_batches: list[MicroBatch], device: torch.device, group: dist.ProcessGroup) -> torch.Tensor:
+def compute_loss_scale(micro_batches: list[MicroBatch], device: torch.device, group: dist.ProcessGroup) -> torch.Tensor:
     """1 / sum of weights over the global batch, whose parts the ranks of `group` hold; fp32, not waited for."""
     weight = torch.zeros((), dtype=torch.float64)
     for micro_batch in micro_batches:
@@ -43,7 +43,7 @@ def sum_losses(weighted, labels, weights, trimmed: float, vocabulary: Vocabulary
     )
 
 
-def to_metrics(sums: list[float], norm: float, stepped: bool) -> StepMetrics:
+def build_metrics(sums: list[float], norm: float, stepped: bool) -> StepMetrics:
     """Metrics of a global batch from the sums of `sum_losses` over its micro-batches and ranks."""
     loss, text, image, weight, text_weight, image_weight, tokens, trimmed = sums
 

@@ -20,12 +20,12 @@ from megatron_cm3leon.model.collectives import gather_sequence
 from megatron_cm3leon.model.rotary import rotate
 from megatron_cm3leon.model.sample_attention import attend_samples
 
-LONGEST_WRITTEN_OUT = 256
-"""Longest sequence for which bf16 on a CPU takes `attend_written_out`: forward and backward of 16 x 160 tokens
+LONGEST_UNFUSED = 256
+"""Longest sequence for which bf16 on a CPU takes `attend_unfused`: forward and backward of 16 x 160 tokens
 take 16 ms instead of 38 (4 heads of 48), of 16 x 256 tokens 46 instead of 63; from 512 on torch's is faster."""
 
 
-def attend_written_out(query, key, value, scale: float | None = None, dropout: float = 0.0) -> torch.Tensor:
+def attend_unfused(query, key, value, scale: float | None = None, dropout: float = 0.0) -> torch.Tensor:
     """Causal attention by two matrix products around an fp32 softmax; arguments and result are [B, N, S, D].
 
     `dropout` is the probability that a weight behind the softmax is dropped.
@@ -62,7 +62,7 @@ class _NarrowAttention(torch.autograd.Function):
         return *(each.to(gradient.dtype) for each in gradients), None
 
 
-def context_places(length: int, rank: int, size: int) -> torch.Tensor:
+def context_positions(length: int, rank: int, size: int) -> torch.Tensor:
     """Places [length / size] in the whole sequence of the tokens that one context-parallel rank holds."""
     chunks = torch.arange(length).view(2 * size, -1)
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
@@ -137,8 +137,8 @@ class CoreAttention(torch.nn.Module):
             allowed = _same_sample(mask[0], mask[0]).tril()
             return self._attend_masked(query, key, value, allowed, dropout)
         on_cpu_in_bf16 = query.dtype == torch.bfloat16 and query.device.type == "cpu"
-        if on_cpu_in_bf16 and not grouped and query.shape[2] <= LONGEST_WRITTEN_OUT:
-            return attend_written_out(query, key, value, self.softmax_scale, dropout)
+        if on_cpu_in_bf16 and not grouped and query.shape[2] <= LONGEST_UNFUSED:
+            return attend_unfused(query, key, value, self.softmax_scale, dropout)
         if on_cpu_in_bf16 and not dropout and query.shape[3] < NARROW:
             key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
             return _NarrowAttention.apply(query, key, value, self.softmax_scale)

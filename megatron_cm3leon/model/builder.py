@@ -24,15 +24,15 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.config.validation import VOCABULARY_ROW_MULTIPLE
-from megatron_cm3leon.model.attention import context_places
+from megatron_cm3leon.model.attention import context_positions
 from megatron_cm3leon.model.fp8 import require_fp8
 from megatron_cm3leon.model.head import Head
 from megatron_cm3leon.model.layers import build_block_spec
 from megatron_cm3leon.model.linear import multiply_in_fp8
 from megatron_cm3leon.model.loss import cross_entropy
-from megatron_cm3leon.model.rotary import rotary_angles
+from megatron_cm3leon.model.rotary import compute_rotary_angles
 from megatron_cm3leon.model.sample_attention import LayerInputs, build_sample_blocks, uses_flex
-from megatron_cm3leon.model.weights import OUTPUT_HEAD, WORD_EMBEDDINGS, initial_weight, layer_name
+from megatron_cm3leon.model.weights import OUTPUT_HEAD, WORD_EMBEDDINGS, draw_initial_weight, layer_name
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
@@ -63,7 +63,7 @@ class CM3LeonModel(GPTModel):
         angles = blocks = None
         if self.rope_base:
             rows = position_ids[:1] if attention_mask is None else position_ids  # every row 0, 1, 2 ...
-            angles = rotary_angles(rows, self.config.kv_channels, self.rope_base)
+            angles = compute_rotary_angles(rows, self.config.kv_channels, self.rope_base)
         if attention_mask is not None:
             blocks = self._build_blocks(attention_mask[0])
         if angles is not None or blocks is not None:
@@ -76,7 +76,7 @@ class CM3LeonModel(GPTModel):
             return None
         group, places = self.pg_collection.cp, None
         if group.size() > 1:
-            places = context_places(samples_BS.shape[1], group.rank(), group.size()).to(samples_BS.device)
+            places = context_positions(samples_BS.shape[1], group.rank(), group.size()).to(samples_BS.device)
         return build_sample_blocks(samples_BS, places)
 
     def _postprocess(self, hidden_states, *, labels=None, **options) -> torch.Tensor:
@@ -101,7 +101,7 @@ class CM3LeonModel(GPTModel):
         return losses_SB.transpose(0, 1)
 
 
-def padded_rows(vocabulary_size: int) -> int:
+def padded_vocabulary_size(vocabulary_size: int) -> int:
     """Rows of the model's vocabulary: `vocabulary_size` rounded up, the same under every layout."""
     return -(-vocabulary_size // VOCABULARY_ROW_MULTIPLE) * VOCABULARY_ROW_MULTIPLE
 
@@ -164,7 +164,7 @@ def _build_chunk(config: Config, vocabulary: Vocabulary, number: int) -> CM3Leon
     model = CM3LeonModel(
         config=transformer,
         transformer_layer_spec=build_block_spec(transformer, config.model, layers),
-        vocab_size=padded_rows(vocabulary.size),
+        vocab_size=padded_vocabulary_size(vocabulary.size),
         true_vocabulary_size=vocabulary.size,
         z_loss=config.train.z_loss,
         head_chunk=config.train.head_chunk,
@@ -223,7 +223,7 @@ class Placement:
         return min(max(self.shape[0] - self.offset[0], 0), self.local_shape[0])
 
 
-def place_parameters(model: CM3LeonModel) -> Iterator[tuple[torch.nn.Parameter, Placement]]:
+def locate_parameters(model: CM3LeonModel) -> Iterator[tuple[torch.nn.Parameter, Placement]]:
     """Each parameter of this stage with its place in the whole model; tied copies have the same name.
 
     A gated feed-forward layer's first matrix is [2, ffn_hidden_size, hidden_size] here: gate, then up. Each
@@ -257,9 +257,9 @@ def _canonical_name(local_name: str, first_layer: int, tied: bool) -> str:
 @torch.no_grad()
 def initialize_weights(model: CM3LeonModel, config: Config) -> None:
     """Fill the stage's parameters with their initial values (CM3Leon section 2.3)."""
-    for parameter, place in place_parameters(model):
+    for parameter, place in locate_parameters(model):
         part = (place.kept_rows, *place.local_shape[1:])
         parameter.zero_()  # padded vocabulary rows stay 0
         if part[0]:
-            weight = initial_weight(place.name, place.shape, config, place.offset, part)
+            weight = draw_initial_weight(place.name, place.shape, config, place.offset, part)
             parameter.view(place.local_shape)[: part[0]].copy_(weight)

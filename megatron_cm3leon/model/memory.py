@@ -19,7 +19,7 @@ PAPER_VOCABULARY = 65_536
 
 
 @dataclass(frozen=True)
-class Place:
+class RankCoordinates:
     """Coordinates of a rank; neighbours in tensor are neighbours in rank, pipeline stages are farthest apart."""
 
     rank: int
@@ -47,13 +47,13 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def place_rank(config: Config, world_size: int, rank: int) -> Place:
+def locate_rank(config: Config, world_size: int, rank: int) -> RankCoordinates:
     """Where a rank stands, in megatron-core's order: tensor, context, data, pipeline."""
     parallel, data = config.parallel, config.data_parallel_size(world_size)
     rest, tensor = divmod(rank, parallel.tensor)
     rest, context = divmod(rest, parallel.context)
     pipeline, data_rank = divmod(rest, data)
-    return Place(rank, tensor, context, data_rank, pipeline)
+    return RankCoordinates(rank, tensor, context, data_rank, pipeline)
 
 
 def count_stage_parameters(config: Config, vocabulary_size: int, stage: int) -> int:
@@ -176,14 +176,14 @@ def _runs_on_a_gpu(config: Config) -> bool:
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
-def checkpoint_bytes(config: Config, vocabulary_size: int) -> int:
+def estimate_checkpoint_bytes(config: Config, vocabulary_size: int) -> int:
     """Bytes of the numbers of a checkpoint: every parameter and Adam's two moments, fp32, once."""
     return 12 * sum(math.prod(shape) for shape in canonical_shapes(config, vocabulary_size).values())
 
 
 def list_groups(config: Config, world_size: int) -> dict[str, list[list[int]]]:
     """Ranks of every group by kind: the ranks that differ in that coordinate alone."""
-    places = [place_rank(config, world_size, rank) for rank in range(world_size)]
+    places = [locate_rank(config, world_size, rank) for rank in range(world_size)]
     groups = {}
     for kind in ("tensor", "context", "data", "pipeline"):
         found: dict[tuple, list[int]] = {}
@@ -194,7 +194,7 @@ def list_groups(config: Config, world_size: int) -> dict[str, list[list[int]]]:
     return groups
 
 
-def describe(config: Config, vocabulary_size: int, world_size: int) -> str:
+def describe_memory(config: Config, vocabulary_size: int, world_size: int) -> str:
     """The plan as text: the model, its groups, and a table of each pipeline stage's ranks."""
     parallel, train = config.parallel, config.train
     data = config.data_parallel_size(world_size)
@@ -209,17 +209,17 @@ def describe(config: Config, vocabulary_size: int, world_size: int) -> str:
         "",
     ]
     for kind, groups in list_groups(config, world_size).items():
-        shown = "  ".join(show_ranks(group) for group in groups[:4]) + ("  ..." if len(groups) > 4 else "")
+        shown = "  ".join(format_ranks(group) for group in groups[:4]) + ("  ..." if len(groups) > 4 else "")
         lines.append(f"{kind + ' groups':<16}{len(groups):>5}: {shown}")
     header = ("stage", "layers", "ranks", "parameters", "weights", "gradients", "optimizer", "activations", "all")
     rows = [header]
     for stage in range(parallel.pipeline):
         layers = [number for number in range(config.model.layers) if _stage_of_layer(config, number) == stage]
         memory = estimate_memory(config, vocabulary_size, world_size, stage)
-        ranks = [rank for rank in range(world_size) if place_rank(config, world_size, rank).pipeline == stage]
+        ranks = [rank for rank in range(world_size) if locate_rank(config, world_size, rank).pipeline == stage]
         sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
         rows.append(
-            (str(stage), show_ranks(layers), show_ranks(ranks), f"{memory.parameters:,}", *map(_show_bytes, sizes))
+            (str(stage), format_ranks(layers), format_ranks(ranks), f"{memory.parameters:,}", *map(_show_bytes, sizes))
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines += ["", *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)]
@@ -227,7 +227,7 @@ def describe(config: Config, vocabulary_size: int, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def show_ranks(numbers: list[int]) -> str:
+def format_ranks(numbers: list[int]) -> str:
     """0-3 or 0,4,8-9."""
     runs: list[list[int]] = []
     for number in numbers:

@@ -6,7 +6,7 @@ Layout legend: B batch, S sequence of this rank, N heads, D width of a head.
 import torch
 
 
-def rotary_angles(positions_BS: torch.Tensor, width: int, base: float) -> torch.Tensor:
+def compute_rotary_angles(positions_BS: torch.Tensor, width: int, base: float) -> torch.Tensor:
     """Cosine and sine of the angles of `width` / 2 pairs, fp32 [2, B, S, width / 2]."""
     rates = base ** (torch.arange(0, width, 2, device=positions_BS.device, dtype=torch.float32) / -width)
     angles = positions_BS[..., None].float() * rates

@@ -27,7 +27,7 @@ class LayerInputs(NamedTuple):
     """What all layers need beside the hidden states: megatron-core hands it through as `attention_bias`."""
 
     angles: torch.Tensor | None
-    """Of rotary positions, as rotary.rotary_angles gives them; None without."""
+    """Of rotary positions, as rotary.compute_rotary_angles gives them; None without."""
     blocks: BlockMask | None
     """Of attention per sample by FlexAttention; None for any other."""
 

@@ -61,7 +61,7 @@ def count_parameters(config: Config, vocabulary_size: int) -> int:
     return sum(math.prod(shape) for shape in canonical_shapes(config, vocabulary_size).values())
 
 
-def initial_weight(
+def draw_initial_weight(
     name: str,
     shape: tuple[int, ...],
     config: Config,

@@ -34,8 +34,8 @@ from megatron_cm3leon.common.cli import show_messages, user_path
 from megatron_cm3leon.config.loading import Config, changed_fields, load_config
 from megatron_cm3leon.data.shards.reader import MANIFEST, load_manifest, sha256_file
 from megatron_cm3leon.distributed.launch import Rank, choose_device, meet
-from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
-from megatron_cm3leon.model.memory import checkpoint_bytes, show_ranks
+from megatron_cm3leon.engine.groups import destroy_groups, ignore_library_warnings, initialize_groups
+from megatron_cm3leon.model.memory import estimate_checkpoint_bytes, format_ranks
 
 logger = logging.getLogger("megatron_cm3leon.runtime.preflight")  # by name: this module also runs as __main__
 
@@ -184,7 +184,7 @@ def _checkpoint_bytes(config: Config) -> int:
     """0 where the shards, whose vocabulary counts, cannot be read: what is wrong with them is told elsewhere."""
     folder = config.data.sources[0].shards if config.data.sources else config.data.shards
     try:
-        return checkpoint_bytes(config, load_manifest(Path(folder))["vocabulary"]["size"])
+        return estimate_checkpoint_bytes(config, load_manifest(Path(folder))["vocabulary"]["size"])
     except (ValueError, OSError):
         return 0
 
@@ -270,7 +270,7 @@ def _differences(found: list[dict], hosts: list[str]) -> Iterator[str]:
 
 def name_ranks(ranks: list[int], hosts: list[str] | None = None) -> str:
     """ranks 0-3 (a, b)."""
-    named = f"rank{'s' if len(ranks) > 1 else ''} {show_ranks(ranks)}"
+    named = f"rank{'s' if len(ranks) > 1 else ''} {format_ranks(ranks)}"
     if hosts is None:
         return named
     own = list(dict.fromkeys(hosts[rank] for rank in ranks))
@@ -333,6 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", type=user_path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that replace the YAML's")
     options = parser.parse_args(arguments)
+    ignore_library_warnings()
     try:
         rank = Rank.from_environment()
         show_messages(logging.INFO if rank.rank == 0 else logging.WARNING)

@@ -1,9 +1,9 @@
 """Stragglers: the rank whose own work takes longest, against the median of ranks.
 
 Data-parallel ranks wait for the slowest at each step: their steps take the same time, so what is compared is the time
-before a rank waits for others (its loader, and Engine.own_seconds, which states what each engine can tell). Ranks of
-one replica (tensor, context and pipeline parallel) wait for each other within their passes and look alike: the one that
-is named then stands for its replica. Under zero=3 passes wait for weights: only a slow loader is told.
+before a rank waits for others (its loader, and Engine.compute_seconds, which states what each engine measures). Ranks
+of one replica (tensor, context and pipeline parallel) wait for each other within their passes and look alike: the one
+that is named then stands for its replica. Under zero=3 passes wait for weights: only a slow loader is told.
 """
 
 import logging
@@ -29,7 +29,7 @@ class StragglerWatch:
     def _reset(self) -> None:
         self.steps, self.data, self.passes = 0, 0.0, 0.0
 
-    def add(self, data_seconds: float, own_seconds: float) -> dict[str, int | str | float]:
+    def add(self, data_seconds: float, compute_seconds: float) -> dict[str, int | str | float]:
         """Count a step; after each interval, collectively, the report for the metrics, else {}.
 
         The first step is not counted: its time is that of what is done once.
@@ -39,7 +39,7 @@ class StragglerWatch:
         if not self._begun:
             self._begun = True
             return {}
-        self.steps, self.data, self.passes = self.steps + 1, self.data + data_seconds, self.passes + own_seconds
+        self.steps, self.data, self.passes = self.steps + 1, self.data + data_seconds, self.passes + compute_seconds
         if self.steps < self.interval:
             return {}
         gathered = self.gather((platform.node(), self.data / self.steps, self.passes / self.steps))

@@ -21,7 +21,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 
-from megatron_cm3leon.checkpoint.format import list_checkpoints, step_of
+from megatron_cm3leon.checkpoint.format import list_checkpoints, parse_step
 from megatron_cm3leon.monitoring.events import read_events, record
 from megatron_cm3leon.runtime.exit_status import STOPPED, USER_ERROR
 
@@ -96,7 +96,7 @@ def main() -> int:
     events, job = read_events(options.run), parse_job(options.job)
     verdict = decide(options.status, options.signal, [event for event in events if event["time"] >= options.since], job)
     found = list_checkpoints(options.run)
-    step = step_of(found[-1]) if found else -1
+    step = parse_step(found[-1]) if found else -1
     final = limit_restarts(verdict, count_idle_restarts(events, job.get("JobId"), step), options.max_restarts)
     if verdict.requeue:
         record(

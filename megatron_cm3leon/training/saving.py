@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cm3leon.checkpoint.format import (
+    count_bytes,
     step_folder,
-    total_bytes,
 )
-from megatron_cm3leon.checkpoint.retention import is_due, remove_old
+from megatron_cm3leon.checkpoint.retention import is_due, remove_old_checkpoints
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.schema import Config
 from megatron_cm3leon.monitoring import events
@@ -78,6 +78,6 @@ class RunSaver:
         if self.first:
             folder = step_folder(Path(self.config.output), self.saved)
             seconds = time.monotonic() - self.begun
-            values = {"checkpoint": folder.name, "seconds": round(seconds, 3), "bytes": total_bytes(folder)}
+            values = {"checkpoint": folder.name, "seconds": round(seconds, 3), "bytes": count_bytes(folder)}
             events.record(self.config.output, self.attempt, "saved", step=self.saved, **values)
-            remove_old(self.config.output, self.config.checkpoint)
+            remove_old_checkpoints(self.config.output, self.config.checkpoint)

@@ -74,14 +74,14 @@ class LossGuard:
                 f"the batch out (train.skip_batches={spike})."
             )
         back = engine.load(folder)
-        before = [each for each in state.left_out if each["reason"] == "spike" and each["step"] == back.step]
+        before = [each for each in state.skipped_ranges if each["reason"] == "spike" and each["step"] == back.step]
         if len(before) >= self.config.train.max_rollbacks:
             raise ValueError(
                 f"{what}, and the run went back to {folder} {len(before)} times without reaching a new checkpoint "
                 f"(train.max_rollbacks); {look}, or go back further: rename that folder and start again."
             )
         batches = range(back.batch, state.batch)
-        back.attempt, back.changes, back.left_out = state.attempt, state.changes, state.left_out
+        back.attempt, back.changes, back.skipped_ranges = state.attempt, state.changes, state.skipped_ranges
         back.stream, back.stream_parts = state.stream, state.stream_parts
         leave_out(back, batches, self.config.train.global_batch_size, "spike", loss)
         logger.info("%s; back to %s, batches %d to %d are left out", what, folder, batches[0], batches[-1])
@@ -91,6 +91,6 @@ class LossGuard:
 def leave_out(state: TrainState, batches: range, size: int, reason: str, loss: float | None = None) -> None:
     """Skip `batches` of `size` sequences each, which begin at the state's next one. `reason`: spike or asked."""
     entry = {"step": state.step, "first": batches[0], "last": batches[-1], "reason": reason}
-    state.left_out = [*state.left_out, entry | ({} if loss is None else {"loss": loss})]
+    state.skipped_ranges = [*state.skipped_ranges, entry | ({} if loss is None else {"loss": loss})]
     state.batch = batches.stop
     state.sequence += len(batches) * size

@@ -5,7 +5,7 @@ import threading
 import torch
 
 from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.checkpoint.format import Piece
+from megatron_cm3leon.checkpoint.format import Piece, step_folder
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.data.stream.identity import describe_sources
@@ -33,12 +33,12 @@ def make_pieces(rank, whole=WHOLE, kinds=("weight",)):
 
 def write_checkpoint(run, step=3, ranks=2, kinds=("weight",), config=None):
     """Write it whole; returns its folder."""
-    folder = sharded.step_folder(run, step)
-    sharded.begin(folder)
+    folder = step_folder(run, step)
+    sharded.begin_checkpoint(folder)
     for rank in range(ranks):
-        sharded.write_rank(folder, rank, make_pieces(rank, kinds=kinds))
+        sharded.write_rank_file(folder, rank, make_pieces(rank, kinds=kinds))
     state = TrainState(step=step, batch=step, tokens=1000 * step)
-    sharded.finish(folder, config or Config(), make_vocabulary(), state, {"torch": "x"})
+    sharded.finish_checkpoint(folder, config or Config(), make_vocabulary(), state, {"torch": "x"})
     return folder
 
 
@@ -100,8 +100,8 @@ def write_random_checkpoint(run, config, vocabulary, step=3, change=lambda name,
 
     `stream`: the one that the run is said to have trained on.
     """
-    folder = sharded.step_folder(run, step)
-    sharded.begin(folder)
+    folder = step_folder(run, step)
+    sharded.begin_checkpoint(folder)
     generator, pieces = torch.Generator().manual_seed(0), ([], [])
     for number, (name, shape) in enumerate(canonical_shapes(config, vocabulary.size).items()):
         weight = torch.randn(shape, generator=generator) * 0.2 + (1 if len(shape) == 1 else 0)
@@ -111,9 +111,9 @@ def write_random_checkpoint(run, config, vocabulary, step=3, change=lambda name,
             piece = Piece(name, "weight", whole, (0,) * len(whole), whole, 0, weight.numel())
             pieces[number % 2].append((piece, weight.reshape(-1)))
     for rank in (0, 1):
-        sharded.write_rank(folder, rank, pieces[rank])
+        sharded.write_rank_file(folder, rank, pieces[rank])
     state = TrainState(step=step, batch=step, sequence=step * config.train.global_batch_size, tokens=1000 * step)
     if stream:
         state.stream, state.stream_parts = stream.identity, describe_sources(stream.samples, config)
-    sharded.finish(folder, config, vocabulary, state, {"torch": "x"})
+    sharded.finish_checkpoint(folder, config, vocabulary, state, {"torch": "x"})
     return folder

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.checkpoint.format import list_checkpoints, step_folder
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.config.loading import Config
 from tests.checkpoint.made import WHOLE, write_checkpoint
@@ -36,12 +37,12 @@ def test_state_config_and_vocabulary_travel_along(tmp_path):
 
 
 def test_a_checkpoint_is_complete_or_absent(tmp_path):
-    folder = sharded.step_folder(tmp_path, 5)
-    sharded.begin(folder)
-    assert sharded.list_checkpoints(tmp_path) == []
+    folder = step_folder(tmp_path, 5)
+    sharded.begin_checkpoint(folder)
+    assert list_checkpoints(tmp_path) == []
     assert not (tmp_path / "latest").exists()
     write_checkpoint(tmp_path, step=5)
-    assert sharded.list_checkpoints(tmp_path) == [folder]
+    assert list_checkpoints(tmp_path) == [folder]
     assert (tmp_path / "latest").read_text() == "step-00000005\n"
 
 
@@ -68,15 +69,15 @@ def test_missing_numbers_are_counted(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is no complete checkpoint"):
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
         CheckpointReader(tmp_path)
     folder = write_checkpoint(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(ValueError, match="format 99 is not the one this version reads"):
+    with pytest.raises(ValueError, match="format 99 is not supported; this version reads format 1"):
         CheckpointReader(folder)
 
 
 def test_another_models_parameter_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"has no weight of decoder.x; it was made by another model"):
+    with pytest.raises(ValueError, match=r"has no weight of decoder.x; it was written by another model"):
         CheckpointReader(write_checkpoint(tmp_path)).read("decoder.x")

@@ -23,5 +23,5 @@ def test_an_older_state_counts_its_position_in_batches():
 
 
 def test_a_newer_state_is_refused():
-    with pytest.raises(ValueError, match="unknown key 'warp'; a newer version wrote it"):
+    with pytest.raises(ValueError, match="unknown key 'warp'; a newer version of megatron_cm3leon wrote it"):
         TrainState.from_dict({"step": 1, "warp": 9}, 8)

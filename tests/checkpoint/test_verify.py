@@ -7,7 +7,7 @@ import torch
 
 from megatron_cm3leon.checkpoint import format as checkpoint_folder
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
-from megatron_cm3leon.checkpoint.verify import find_damage, verified
+from megatron_cm3leon.checkpoint.verify import find_damage, verify_while_reading
 from tests.checkpoint.made import WHOLE, flip_byte, run_ranks, write_checkpoint
 
 PARTS = [[("w", (0, 0), (6, 2))], [("w", (0, 2), (6, 2))]]  # each rank reads both files
@@ -35,7 +35,7 @@ def load(folder, fail_on=None):
 
     def load_one(rank):
         reader = CheckpointReader(folder)
-        with verified(reader, reader.files_of(PARTS[rank]), world.gather(rank)):
+        with verify_while_reading(reader, reader.list_files(PARTS[rank]), world.gather(rank)):
             part = reader.read_part(PARTS[rank][0][0], "weight", *PARTS[rank][0][1:])
             if rank == fail_on:
                 raise ValueError("of another shape")
@@ -57,7 +57,7 @@ def test_only_files_that_are_read_are_hashed(tmp_path):
     folder = write_checkpoint(tmp_path)
     flip_byte(folder / "rank-00001.safetensors")
     reader = CheckpointReader(folder)
-    assert reader.files_of([("w", (0, 0), (3, 4))]) == {"rank-00000.safetensors"}
+    assert reader.list_files([("w", (0, 0), (3, 4))]) == {"rank-00000.safetensors"}
     assert torch.equal(reader.read_part("w", "weight", (0, 0), (3, 4)), WHOLE[:3])
     with pytest.raises(ValueError, match=r"rank-00001\.safetensors does not match its SHA-256"):
         reader.read("w")
@@ -70,7 +70,7 @@ def test_damage_is_told_on_every_rank_before_any_other_error(tmp_path):
     for errors in (load(folder), load(folder, fail_on=0)):
         for error in errors:
             assert "rank-00000.safetensors does not match its SHA-256" in str(error)
-            assert f"The checkpoint before it is {before}:" in str(error)
+            assert f"The previous checkpoint is {before}:" in str(error)
             assert f"mv {folder} {folder}.damaged" in str(error)
 
 
@@ -82,12 +82,14 @@ def test_a_half_written_checkpoint_offers_the_last_whole_one(tmp_path):
     whole, half, newest = (write_checkpoint(tmp_path, step) for step in (1, 2, 3))
     (half / "rank-00001.safetensors").unlink()
     (newest / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=f"no manifest.json.*The checkpoint before it is {whole}:"):
+    with pytest.raises(ValueError, match=f"no manifest.json.*The previous checkpoint is {whole}:"):
         CheckpointReader(newest)
     with pytest.raises(ValueError, match=r"rank-00001.safetensors is missing.*The checkpoint before it"):
         CheckpointReader(half)
     (whole / "state.json").unlink()
-    with pytest.raises(ValueError, match=r"There is no whole checkpoint before it: to begin the run anew, rename"):
+    with pytest.raises(
+        ValueError, match="no complete checkpoint before it: to start the run from the beginning, rename"
+    ):
         CheckpointReader(newest)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_cm3leon.checkpoint import sharded, writer
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints, step_folder, unfinished
+from megatron_cm3leon.checkpoint.format import list_checkpoints, step_folder, temporary_folder
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config.loading import Config
@@ -30,13 +31,13 @@ def alone(**options):
 @pytest.fixture
 def held(monkeypatch):
     """Files are written only once this event is set."""
-    event, write = threading.Event(), sharded.write_rank
+    event, write = threading.Event(), sharded.write_rank_file
 
     def wait_and_write(*arguments):
         assert event.wait(30)
         write(*arguments)
 
-    monkeypatch.setattr(sharded, "write_rank", wait_and_write)
+    monkeypatch.setattr(sharded, "write_rank_file", wait_and_write)
     yield event
     event.set()
 
@@ -120,7 +121,7 @@ def test_a_save_waits_for_the_one_before(tmp_path, held):
     second = threading.Thread(target=save, args=(checkpoint_writer, tmp_path, 2))
     second.start()
     time.sleep(0.05)
-    assert second.is_alive() and not unfinished(step_folder(tmp_path, 2)).exists()
+    assert second.is_alive() and not temporary_folder(step_folder(tmp_path, 2)).exists()
     held.set()
     second.join(30)
     assert step_folder(tmp_path, 1) in list_checkpoints(tmp_path)
@@ -139,14 +140,14 @@ def test_memory_is_used_again_and_grows_once_there_are_moments(tmp_path):
 
 def full_disk(monkeypatch, name="rank-00000"):
     """The disk is full once the header of a file whose name holds `name` is written."""
-    write = sharded._write_all
+    write = sharded._write_fully
 
     def fail(file, block):
         if name in str(file.name) and file.tell():
             raise OSError(errno.ENOSPC, "No space left on device", file.name)
         write(file, block)
 
-    monkeypatch.setattr(sharded, "_write_all", fail)
+    monkeypatch.setattr(sharded, "_write_fully", fail)
 
 
 def test_a_full_disk_is_raised_by_poll_with_path_and_remedy(tmp_path, monkeypatch):
@@ -155,12 +156,12 @@ def test_a_full_disk_is_raised_by_poll_with_path_and_remedy(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         full_disk(patch)
         save(checkpoint_writer, tmp_path)
-        sentence = r"rank-00000.safetensors: No space left on device; make room .* resumes from .*step-00000001\)"
+        sentence = r"rank-00000.safetensors: No space left on device; free disk space .* resumes from .*step-00000001\)"
         with pytest.raises(ValueError, match=sentence):
             while not checkpoint_writer.poll():
                 time.sleep(0.01)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001"]
-    assert not list(unfinished(step_folder(tmp_path, 3)).glob("*.safetensors"))  # room was made
+    assert not list(temporary_folder(step_folder(tmp_path, 3)).glob("*.safetensors"))  # room was made
     assert checkpoint_writer.poll()  # told once
     save(checkpoint_writer, tmp_path)
     checkpoint_writer.close()
@@ -191,7 +192,7 @@ def test_the_first_rank_hears_of_another_ranks_disk(tmp_path, monkeypatch):
 def test_a_path_that_is_no_folder_is_named(tmp_path, held):
     checkpoint_writer = alone()
     save(checkpoint_writer, tmp_path)
-    temporary = unfinished(step_folder(tmp_path, 3))
+    temporary = temporary_folder(step_folder(tmp_path, 3))
     shutil.rmtree(temporary)
     temporary.write_text("in the way")
     held.set()
@@ -207,11 +208,11 @@ def test_the_first_rank_gives_up_on_ranks_that_write_nothing(tmp_path, monkeypat
     monkeypatch.setattr(writer, "SECONDS_WITHOUT_GROWTH", 0.1)
     checkpoint_writer = CheckpointWriter(0, 3, lambda: None)
     save(checkpoint_writer, tmp_path)
-    with pytest.raises(ValueError, match=r"nothing of rank 1 \(2 ranks in all\) has come"):
+    with pytest.raises(ValueError, match=r"rank 1 \(2 ranks in total\) wrote nothing for"):
         checkpoint_writer.wait()
 
 
-@pytest.mark.parametrize("stage", ["save_config", "seal", "_sync"])
+@pytest.mark.parametrize("stage", ["save_config", "add_checksum", "_sync"])
 def test_stopped_while_finishing_the_one_before_stays_the_newest(tmp_path, monkeypatch, stage):
     write_checkpoint(tmp_path, 1)
 

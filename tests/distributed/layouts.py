@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cm3leon.checkpoint.sharded import step_folder
+from megatron_cm3leon.checkpoint.format import step_folder
 from megatron_cm3leon.common.progress import track
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.launch import run_cases

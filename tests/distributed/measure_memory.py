@@ -12,7 +12,7 @@ from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.data.stream.loader import MicroBatch
 from megatron_cm3leon.distributed.launch import Rank, set_threads
 from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
-from megatron_cm3leon.model.memory import estimate_memory, place_rank
+from megatron_cm3leon.model.memory import estimate_memory, locate_rank
 from tests.data.corpora import make_vocabulary
 
 
@@ -63,7 +63,7 @@ def main() -> None:
 
     from megatron_cm3leon.engine.megatron import MegatronEngine
 
-    place = place_rank(config, rank.world_size, rank.rank)
+    place = locate_rank(config, rank.world_size, rank.rank)
     assert place.tensor == parallel_state.get_tensor_model_parallel_rank()
     assert place.context == parallel_state.get_context_parallel_rank()
     assert place.data == parallel_state.get_data_parallel_rank()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, step_folder
+from megatron_cm3leon.checkpoint.format import step_folder
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from tests.distributed.layout_rows import BY_NAME, LAYOUTS, MASKS, RESUMES, Layout, Resume
 from tests.distributed.layouts import read_masks, relative, run_layouts
 

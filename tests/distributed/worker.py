@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.checkpoint.format import step_folder
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.data.stream.loader import Loader, MicroBatch
 from megatron_cm3leon.data.stream.stream import Stream, build_stream
@@ -46,7 +46,7 @@ def go_back(step: int, config: Config, stream: Stream, engine: Engine, record: l
     while not engine.poll():
         time.sleep(0.01)
     dist.barrier()
-    state = engine.load(sharded.step_folder(Path(config.output), step))
+    state = engine.load(step_folder(Path(config.output), step))
     loader.close()
     return state, record[:step], build_loader(config, stream, engine, state)
 
@@ -75,7 +75,7 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
     stream = build_stream(config)
     engine, state, _ = open_run(config, stream, device, [])
     if case.get("save_start"):
-        engine.save(sharded.step_folder(Path(config.output), 0), state)
+        engine.save(step_folder(Path(config.output), 0), state)
     loader = build_loader(config, stream, engine, state)
     record, recorder = [], nullcontext()
     if case.get("masks"):
@@ -93,7 +93,7 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
         advance(state, metrics, config)
         record.append({"step": state.step, "loss": metrics.loss, "grad_norm": metrics.grad_norm})
         if state.step % config.checkpoint.interval == 0:
-            engine.save(sharded.step_folder(Path(config.output), state.step), state)
+            engine.save(step_folder(Path(config.output), state.step), state)
         if state.step == case.get("go_back", [None])[0]:
             state, record, loader = go_back(case.pop("go_back")[1], config, stream, engine, record, loader)
     loader.close()

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_cm3leon.checkpoint.sharded import read_weights
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.export import export_checkpoint
 from tests.checkpoint.made import family_config, write_random_checkpoint, write_tokenizers
 from tests.data.corpora import make_pairs, write_shards
@@ -54,5 +54,5 @@ def family(request, tokenizer, vocabulary, shards):
         export=path / "export",
         account=account,
         config=config,
-        reader=read_weights(checkpoint),
+        reader=CheckpointReader(checkpoint),
     )

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, step_folder
+from megatron_cm3leon.checkpoint.format import step_folder
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.runtime.preflight import find_device_fault
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.layout_rows import BF16, CONFIG, DEEPSPEED, LLAMA, SAMPLES, SMALL

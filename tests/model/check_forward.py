@@ -76,14 +76,14 @@ def check_family(rank: Rank, overrides: list[str], expected_losses) -> None:
     initialize_groups(config, rank, choose_device("cpu", rank))
     from megatron.core import parallel_state
 
-    from megatron_cm3leon.model.builder import build_stage, place_parameters
+    from megatron_cm3leon.model.builder import build_stage, locate_parameters
     from megatron_cm3leon.model.weights import canonical_shapes
 
     vocabulary = make_vocabulary()
     [stage] = build_stage(config, vocabulary)
     torch.manual_seed(0)
     weights, shapes = {}, {}
-    for parameter, place in place_parameters(stage):
+    for parameter, place in locate_parameters(stage):
         torch.nn.init.normal_(parameter, std=0.2)  # padded rows too: they must not matter
         weights[place.name], shapes[place.name] = parameter.detach(), place.shape
     assert shapes == canonical_shapes(config, vocabulary.size)

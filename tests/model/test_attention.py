@@ -7,13 +7,13 @@ import torch.nn.functional as F
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_attention_written_out_equals_torchs(dtype, tolerance):
-    from megatron_cm3leon.model.attention import attend_written_out
+    from megatron_cm3leon.model.attention import attend_unfused
 
     generator = torch.Generator().manual_seed(0)
     ours = [torch.randn(2, 3, 20, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
     theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
     weights = torch.randn(2, 3, 20, 16, generator=generator).to(dtype)
-    found = attend_written_out(*ours)
+    found = attend_unfused(*ours)
     expected = F.scaled_dot_product_attention(*theirs, is_causal=True)
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
@@ -45,13 +45,13 @@ def test_narrow_bf16_heads_take_their_gradient_in_fp32():
 
 
 def test_dropout_drops_weights_and_keeps_their_mean():
-    from megatron_cm3leon.model.attention import attend_written_out
+    from megatron_cm3leon.model.attention import attend_unfused
 
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 1, 12, 16, generator=generator) for _ in range(2))
     value = torch.eye(12)[None, None]  # the result is the weights themselves
-    whole = attend_written_out(query, key, value)
+    whole = attend_unfused(query, key, value)
     torch.manual_seed(0)
-    draws = torch.stack([attend_written_out(query, key, value, dropout=0.25) for _ in range(4000)])
+    draws = torch.stack([attend_unfused(query, key, value, dropout=0.25) for _ in range(4000)])
     assert (draws[..., 11, :] == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
     torch.testing.assert_close(draws.mean(0), whole, rtol=0, atol=0.03)

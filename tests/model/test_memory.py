@@ -5,7 +5,7 @@ import re
 import pytest
 
 from megatron_cm3leon.config.loading import load_config
-from megatron_cm3leon.model.memory import count_stage_parameters, describe, estimate_memory, list_groups
+from megatron_cm3leon.model.memory import count_stage_parameters, describe_memory, estimate_memory, list_groups
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.train import main
 from tests.distributed.launch import torchrun
@@ -72,7 +72,7 @@ def test_groups_differ_in_one_coordinate():
 
 
 def test_the_text_names_what_matters():
-    text = describe(load("preset=7b parallel.tensor=4 parallel.pipeline=4 parallel.zero=1", 64), 65_536, 64)
+    text = describe_memory(load("preset=7b parallel.tensor=4 parallel.pipeline=4 parallel.zero=1", 64), 65_536, 64)
     assert "6,727,663,616 parameters" in text and "64 ranks = tensor 4 x context 1 x data 4 x pipeline 4" in text
     assert len(re.findall(r"GiB\n", text)) == 4 and "512 micro-batches of 1" in text
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_cm3leon.model.rotary import rotary_angles, rotate
+from megatron_cm3leon.model.rotary import compute_rotary_angles, rotate
 
 
 def rotate_plainly(states_BNSD, positions_BS, base):
@@ -25,7 +25,7 @@ def test_rotation_equals_the_plain_expression(dtype, tolerance):
     theirs = ours.detach().clone().requires_grad_()
     weights = torch.randn(2, 3, 7, 8, generator=generator)
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 2, 3, 0]])
-    found, expected = rotate(ours, rotary_angles(positions, 8, 100.0)), rotate_plainly(theirs, positions, 100.0)
+    found, expected = rotate(ours, compute_rotary_angles(positions, 8, 100.0)), rotate_plainly(theirs, positions, 100.0)
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     assert found.dtype == dtype
@@ -36,7 +36,10 @@ def test_rotation_equals_the_plain_expression(dtype, tolerance):
 def test_one_row_of_angles_serves_every_sequence():
     states = torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(7)
-    one, each = rotary_angles(positions[None], 8, 100.0), rotary_angles(positions.expand(2, -1), 8, 100.0)
+    one, each = (
+        compute_rotary_angles(positions[None], 8, 100.0),
+        compute_rotary_angles(positions.expand(2, -1), 8, 100.0),
+    )
     assert one.shape == (2, 1, 7, 4) and torch.equal(rotate(states, one), rotate(states, each))
 
 

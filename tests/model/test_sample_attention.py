@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from megatron_cm3leon.config.loading import load_config
-from megatron_cm3leon.model.attention import context_places
+from megatron_cm3leon.model.attention import context_positions
 from megatron_cm3leon.model.sample_attention import TILE, attend_samples, build_sample_blocks, uses_flex
 from tests.flex_on_cpu import BACKEND, flex_on_cpu
 from tests.recording import MemoryRecorder
@@ -27,7 +27,7 @@ def allowed_pairs(samples: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def places_of(length: int, ranks: int) -> list[torch.Tensor | None]:
-    return [None] if ranks == 1 else [context_places(length, rank, ranks) for rank in range(ranks)]
+    return [None] if ranks == 1 else [context_positions(length, rank, ranks) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(("length", "ranks"), [(1300, 1), (1024, 2), (640, 2), (48, 1)])

@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints, step_folder
+from megatron_cm3leon.checkpoint.format import list_checkpoints, step_folder
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.checkpoint.verify import verified
+from megatron_cm3leon.checkpoint.verify import verify_while_reading
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.data.stream.loader import Loader
@@ -48,7 +49,7 @@ def test_a_disk_that_fills_up_during_a_save_costs_that_save_alone(small_disk):
     piece = make_pieces(0)[0][0]
     whole = torch.zeros(12, 1000)
     place = type(piece)("w", "weight", (12, 1000), (0, 0), (12, 1000), 0, whole.numel())
-    sentence = r"step-00000002 was not written: .*rank-00000.safetensors: No space left on device; make room .*"
+    sentence = r"step-00000002 was not written: .*rank-00000.safetensors: No space left on device; free disk space .*"
     with pytest.raises(ValueError, match=sentence + r"resumes from .*step-00000001\)"):
         save(small_disk, 2, [(place, whole.view(-1))])
     assert torch.equal(CheckpointReader(step_folder(small_disk, 1)).read_part("w", "weight", (0, 0), (3, 4)),
@@ -63,7 +64,7 @@ def test_a_quota_that_ends_within_a_file_is_told_the_same(tmp_path):
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        with pytest.raises(ValueError, match=r"step-00000002 was not written: .*: File too large; make room"):
+        with pytest.raises(ValueError, match=r"step-00000002 was not written: .*: File too large; free disk space"):
             save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -93,7 +94,7 @@ def test_a_read_only_checkpoint_folder_is_told(tmp_path):
     (tmp_path / "checkpoints").chmod(0o755)
     assert done.returncode == 0, done.stderr
     assert "step-00000002 was not written: " in done.stdout
-    assert ": Permission denied; make room or mend the path, or choose another with output=" in done.stdout
+    assert ": Permission denied; free disk space or fix the path, or choose another with output=" in done.stdout
     assert "the run resumes from" in done.stdout
 
 
@@ -104,9 +105,9 @@ def test_a_checkpoint_deleted_between_list_and_load_is_told(tmp_path):
     reader = CheckpointReader(listed)
     shutil.rmtree(gone)
     gone_missing = pytest.raises(ValueError, match=r"step-00000002 is damaged: rank-0000\d.safetensors is missing")
-    with gone_missing, verified(reader, ["rank-00000.safetensors"]):
+    with gone_missing, verify_while_reading(reader, ["rank-00000.safetensors"]):
         reader.read("w")
-    with pytest.raises(ValueError, match=r"step-00000002 is no complete checkpoint"):
+    with pytest.raises(ValueError, match=r"step-00000002 is not a complete checkpoint"):
         CheckpointReader(listed)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from megatron_cm3leon.checkpoint.sharded import unfinished
+from megatron_cm3leon.checkpoint.format import temporary_folder
 from megatron_cm3leon.config.loading import load_config, save_config
 from tests.checkpoint.made import flip_byte, write_checkpoint
 from tests.tools.call import TOOLS, call_tool
@@ -23,7 +23,7 @@ def run(tmp_path):
     config.validate()
     for step in (0, 2, 3, 5, 6):
         write_checkpoint(run, step, kinds=("weight", "exp_avg", "exp_avg_sq"), config=config)
-    unfinished(run / "checkpoints/step-00000007").mkdir()
+    temporary_folder(run / "checkpoints/step-00000007").mkdir()
     save_config(config, run / "config.yaml")
     return run
 
@@ -40,9 +40,9 @@ def test_list(run):
     assert rows[0].split()[-2:] == ["yes", "log_spaced"]
     assert "NO: no manifest.json" in rows[2]
     assert "NO: state.json has 1 bytes" in rows[3] and "keep_every 3" in rows[3]
-    assert "nothing: goes after the next save" in rows[5] and " 5,000 " in rows[5]
+    assert "nothing: deleted after the next save" in rows[5] and " 5,000 " in rows[5]
     assert "yes" in rows[6] and "keep_every 3" in rows[6]
-    assert "NO: being written, or left" in rows[7]
+    assert "NO: being written, or interrupted" in rows[7]
 
 
 def test_verify_finds_one_flipped_byte(run):
@@ -53,7 +53,7 @@ def test_verify_finds_one_flipped_byte(run):
         done = call("verify", path)
         assert done.returncode == 1
         assert "rank-00001.safetensors does not match its SHA-256" in done.stderr
-        assert f"The checkpoint before it is {run / 'checkpoints/step-00000005'}" in done.stderr
+        assert f"The previous checkpoint is {run / 'checkpoints/step-00000005'}" in done.stderr
     assert call("verify", run / "checkpoints/step-00000005", "--threads", 1).returncode == 0
     (run / "checkpoints/step-00000005/manifest.json").unlink()
     done = call("verify", run / "checkpoints/step-00000005")

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints
+from megatron_cm3leon.checkpoint.format import list_checkpoints
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import parse_batches
@@ -90,7 +91,7 @@ def test_the_run_equals_one_that_was_told_to_leave_the_batches_out(folder):
 def test_what_was_left_out_is_on_record(folder):
     garbage, run = garbage_batch(folder), folder / "guarded"
     first, state = garbage // 4 * 4, CheckpointReader(list_checkpoints(run)[-1]).state
-    [entry] = state.left_out
+    [entry] = state.skipped_ranges
     assert entry.pop("loss") > 1
     assert entry == {"step": first, "first": first, "last": garbage, "reason": "spike"}
     assert (state.step, state.batch) == (26, 26 + garbage + 1 - first) and len(state.recent_losses) == 5
