@@ -64,7 +64,7 @@ def test_damage_is_named(tmp_path):
 
 def test_missing_numbers_are_counted(tmp_path):
     folder = write_checkpoint(tmp_path, ranks=1)
-    with pytest.raises(ValueError, match="misses 12 numbers of weight w"):
+    with pytest.raises(ValueError, match="12 numbers of weight w are missing"):
         CheckpointReader(folder).read("w")
 
 

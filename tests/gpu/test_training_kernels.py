@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from megatron_cm3leon.model.fp8 import BACKWARD, FORWARD, multiply, quantize
 from megatron_cm3leon.model.loss import cross_entropy
-from megatron_cm3leon.model.sample_attention import attend_samples, build_sample_blocks
+from megatron_cm3leon.model.sample_attention import attend_samples, build_sample_mask
 from tests.flex_on_cpu import flex_on_cpu
 
 pytestmark = pytest.mark.gpu
@@ -68,7 +68,7 @@ def test_attention_per_sample_equals_the_masked_form(device, dtype, width, heads
     allowed = (samples[:, :, None] == samples[:, None]).tril()[:, None]
     expected = F.scaled_dot_product_attention(*states, attn_mask=allowed, enable_gqa=True)
     with flex_on_cpu() if device.type == "cpu" else nullcontext():
-        found = attend_samples(*states, build_sample_blocks(samples), None)
+        found = attend_samples(*states, build_sample_mask(samples), None)
         gradients = torch.autograd.grad(found, states, weights)
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5 if device.type == "cpu" else 1e-4  # three TF32 products
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)

@@ -24,7 +24,7 @@ def test_attention_written_out_equals_torchs(dtype, tolerance):
 
 def test_narrow_bf16_heads_take_their_gradient_in_fp32():
     """Closer to fp32's than torch's own bf16 gradient, whose kernel is slower."""
-    from megatron_cm3leon.model.attention import _NarrowAttention
+    from megatron_cm3leon.model.attention import _AttentionWithFp32Gradient
 
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(2, 3, 40, 16, generator=generator) for _ in range(3)]
@@ -33,7 +33,7 @@ def test_narrow_bf16_heads_take_their_gradient_in_fp32():
     for name, dtype in (("exact", torch.float32), ("ours", torch.bfloat16), ("torch", torch.bfloat16)):
         inputs = [state.bfloat16().to(dtype).requires_grad_() for state in states]
         if name == "ours":
-            output = _NarrowAttention.apply(*inputs, None)
+            output = _AttentionWithFp32Gradient.apply(*inputs, None)
         else:
             output = F.scaled_dot_product_attention(*inputs, is_causal=True)
         (output.float() * weights.bfloat16().float()).sum().backward()

@@ -7,7 +7,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.model.attention import context_positions
-from megatron_cm3leon.model.sample_attention import TILE, attend_samples, build_sample_blocks, uses_flex
+from megatron_cm3leon.model.sample_attention import TILE, attend_samples, build_sample_mask, uses_flex
 from tests.flex_on_cpu import BACKEND, flex_on_cpu
 from tests.recording import MemoryRecorder
 
@@ -34,7 +34,7 @@ def places_of(length: int, ranks: int) -> list[torch.Tensor | None]:
 def test_tiles_hold_all_allowed_pairs_and_full_ones_no_others(length, ranks):
     samples, number_full = packed_samples(length), 0
     for places in places_of(length, ranks):
-        blocks = build_sample_blocks(samples, places)
+        blocks = build_sample_mask(samples, places)
         allowed = allowed_pairs(samples, torch.arange(length) if places is None else places)
         rows, columns = allowed.shape[1:]
 
@@ -63,7 +63,7 @@ def test_equals_the_masked_form(width, heads, groups, ranks):
         allowed = allowed_pairs(samples, torch.arange(300) if places is None else places)
         expected = F.scaled_dot_product_attention(*states, attn_mask=allowed[:, None], enable_gqa=True)
         with flex_on_cpu():
-            found = attend_samples(*states, build_sample_blocks(samples, places), None)
+            found = attend_samples(*states, build_sample_mask(samples, places), None)
             gradients = torch.autograd.grad(found, states, weights)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         for mine, theirs in zip(gradients, torch.autograd.grad(expected, states, weights), strict=True):
@@ -82,7 +82,7 @@ def test_a_compiled_layer_is_one_graph_for_all_micro_batches():
         compiled = torch.compile(forward, backend=BACKEND, dynamic=False, fullgraph=True)
         for number in range(3):
             hidden = torch.randn(2, 160, 32, requires_grad=True)
-            blocks = build_sample_blocks(packed_samples(160).roll(50 * number, 1))
+            blocks = build_sample_mask(packed_samples(160).roll(50 * number, 1))
             found, expected = compiled(hidden, blocks), forward(hidden, blocks)
             torch.testing.assert_close(found, expected)
             mine, theirs = (torch.autograd.grad(each.square().sum(), hidden)[0] for each in (found, expected))
@@ -93,7 +93,7 @@ def test_a_compiled_layer_is_one_graph_for_all_micro_batches():
 def test_no_mask_of_the_whole_square_is_made():
     samples = packed_samples(4096)[:1]
     with MemoryRecorder() as recorder:
-        build_sample_blocks(samples)
+        build_sample_mask(samples)
     assert recorder.peak < 4096 * 4096 / 8
 
 
