@@ -93,7 +93,7 @@ def _serialize(pieces: list[tuple[Piece, torch.Tensor]]) -> Iterator[memoryview]
     for _, tensor in pieces:
         if not tensor.numel():
             continue
-        content = memoryview(tensor.detach().reshape(-1).to("cpu", torch.float32).contiguous().numpy()).cast("B")
+        content = tensor.detach().reshape(-1).to("cpu", torch.float32).contiguous().numpy().data.cast("B")
         for start in range(0, len(content), WRITE_CHUNK_BYTES):
             yield content[start : start + WRITE_CHUNK_BYTES]
 
@@ -234,7 +234,7 @@ class CheckpointReader(CheckpointFolder):
             numbers = flat[stored.piece.start : stored.piece.stop]
             if not numbers.numel():
                 continue
-            target = memoryview(numbers.numpy()).cast("B")
+            target = numbers.numpy().data.cast("B")
             with open(self.check(stored.file), "rb", buffering=0) as file:
                 file.seek(stored.begin)
                 while len(target):

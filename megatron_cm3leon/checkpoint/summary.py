@@ -1,6 +1,7 @@
 """Human-readable checkpoint summaries for tools/checkpoint.py, from manifests and headers only, without torch."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -138,7 +139,7 @@ def _format_ranges(numbers: list[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _format_table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> str:
+def _format_table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> str:
     """Rows in aligned columns; the columns `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

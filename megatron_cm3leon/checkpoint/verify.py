@@ -85,7 +85,7 @@ def find_damage(folder: Path, report: Callable[[int], None] = lambda size: None,
         return [str(error)]
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         files = manifest["files"].items()
-        checks = pool.map(lambda file: find_content_damage(folder, *file, report), files)
+        checks = pool.map(lambda file: find_content_damage(folder, file[0], file[1], report), files)
         problems = [problem for problem in checks if problem]
     if not problems:
         try:

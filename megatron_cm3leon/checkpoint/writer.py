@@ -229,12 +229,11 @@ class _Buffer:
         Another thread may call it: on a GPU the tensors are copied as they are now, in parallel to later kernels.
         """
         device = next((tensor.device for _, tensor in pieces if tensor.is_cuda), None)
-        now = torch.cuda.current_stream(device).record_event() if device else None
+        if device is None:
+            return partial(self._copy, pieces, locked=False)
+        now = torch.cuda.current_stream(device).record_event()
 
         def copy_pieces() -> Pieces:
-            self._join()
-            if device is None:
-                return self._copy(pieces, locked=False)
             torch.cuda.set_device(device)  # a thread starts on device 0
             stream = torch.cuda.Stream(device)
             stream.wait_event(now)
@@ -246,6 +245,7 @@ class _Buffer:
         return copy_pieces
 
     def _copy(self, pieces: list[tuple[Piece, torch.Tensor]], locked: bool) -> Pieces:
+        self._join()
         self._allocate(sum(tensor.numel() for _, tensor in pieces), locked)
         copied, end = [], 0
         for piece, tensor in pieces:

@@ -78,7 +78,7 @@ class ClippingAdamW(torch.optim.AdamW):
         self._counted = [is_first_copy(each) for group in self.param_groups for each in group["params"]]
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # DeepSpeed passes no closure
         """Take a step if the norm of all gradients is finite."""
         gradients = [each.grad for group in self.param_groups for each in group["params"]]
         counted = [each for each, counts in zip(gradients, self._counted, strict=True) if counts]
@@ -144,13 +144,13 @@ class DeepSpeedEngine(CheckpointedEngine):
         groups: list[dict] = [{"params": matrices, "weight_decay": options.weight_decay}]
         if vectors:
             groups.append({"params": vectors, "weight_decay": 0.0})
-        common = {"lr": 0.0, "betas": (options.beta1, options.beta2), "eps": options.epsilon}
+        betas, epsilon = (options.beta1, options.beta2), options.epsilon
         if self.config.parallel.zero == 0:
             tensor_group = parallel_state.get_tensor_model_parallel_group()
-            return ClippingAdamW(groups, options.clip, tensor_group, fused=True, **common)
+            return ClippingAdamW(groups, options.clip, tensor_group, lr=0.0, betas=betas, eps=epsilon, fused=True)
         if self.config.deepspeed.offload_optimizer and self.device.type == "cuda":
-            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
-        return torch.optim.AdamW(groups, fused=True, **common)
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=epsilon, adamw_mode=True)
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
 
     # ------------------------------------------------------------------ steps
 
@@ -163,7 +163,7 @@ class DeepSpeedEngine(CheckpointedEngine):
             group["lr"] = learning_rate
         sums = self._run(micro_batches, training=True)
         stepped = self.engine.was_step_applied()
-        source = self.adam if self.config.parallel.zero == 0 else self.engine
+        source = self.adam if isinstance(self.adam, ClippingAdamW) else self.engine
         norm = float(source._global_grad_norm) if stepped else math.inf
         return build_metrics(sums.tolist(), norm, stepped)
 
@@ -245,7 +245,8 @@ class DeepSpeedEngine(CheckpointedEngine):
             flat = self.zero.fp32_partitioned_groups_flat[group]
             return StateRange(flat, offset, start, min(start + count, numel))
         if stage:
-            mapping = parameter._hp_mapping  # DeepSpeed's position of the parameter in the flat fp32 tensors
+            # Set by DeepSpeed: position of the parameter in the flat fp32 tensors.
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:
                 return StateRange(torch.empty(0), 0, 0, 0)  # other ranks hold the state
             local, flat = mapping.lp_fragment_address, self.adam.param_groups[mapping.param_group_index]["params"][0]

@@ -145,15 +145,16 @@ class MegatronEngine(CheckpointedEngine):
             model.train()
             model.zero_grad_buffer()
         for weight in self.accumulated:
-            weight.grad_added_to_main_grad = True  # the matrix products add to it (model/linear.py)
+            # megatron-core's attribute: the matrix products add to main_grad (model/linear.py)
+            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         self.optimizer.zero_grad()
         if self.config.model.dropout:
             seed_dropout(self.config.seed, step, self.dropout_seeding)
         sums = self._run(micro_batches, forward_only=False)
         self.optimizer.prepare_grads()
-        norm = global_squared_norm(self.optimizer, self.device).sqrt()
-        *sums, norm = torch.cat([sums, norm[None]]).tolist()  # the only wait for the device in a step
-        stepped = all(math.isfinite(value) for value in (norm, *sums[:3]))
+        squared_norm = global_squared_norm(self.optimizer, self.device)
+        *totals, norm = torch.cat([sums, squared_norm.sqrt()[None]]).tolist()  # the only wait for the device in a step
+        stepped = all(math.isfinite(value) for value in (norm, *totals[:3]))
         if stepped:
             self.writer.wait_for_copy()
             for group in self.optimizer.param_groups:
@@ -161,7 +162,7 @@ class MegatronEngine(CheckpointedEngine):
             gradients = [parameter.grad for parameter in self.optimizer.get_parameters() if parameter.grad is not None]
             clip_gradients(gradients, norm, self.config.optimizer.clip)
             self.optimizer.step_with_ready_grads()
-        return build_metrics(sums, norm, stepped)
+        return build_metrics(totals, norm, stepped)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:
@@ -280,6 +281,7 @@ class MegatronEngine(CheckpointedEngine):
 
 def _pair_main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
     """Yield (model parameter, fp32 tensor that the optimizer updates) of one of megatron-core's optimizers."""
+    groups: tuple[tuple[list, list], ...]
     if isinstance(optimizer, DistributedOptimizer):
         groups = (
             (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),

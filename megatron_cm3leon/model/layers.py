@@ -39,7 +39,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # With sequence parallelism each rank has the gradient of its part of the sequence; megatron-core sums them.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron-core's name
         self.eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

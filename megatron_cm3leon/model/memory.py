@@ -64,7 +64,7 @@ def count_stage_parameters(config: Config, vocabulary_size: int, stage: int) -> 
     total = 0
     for name, shape in canonical_shapes(config, vocabulary_size).items():
         if name == WORD_EMBEDDINGS:
-            copies = first + (last and config.model.tied_embeddings and pipeline > 1)
+            copies = first + bool(last and config.model.tied_embeddings and pipeline > 1)
             total += copies * head_rows
         elif name == OUTPUT_HEAD:
             total += last * head_rows

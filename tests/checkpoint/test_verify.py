@@ -84,7 +84,7 @@ def test_a_half_written_checkpoint_offers_the_last_whole_one(tmp_path):
     (newest / "manifest.json").unlink()
     with pytest.raises(ValueError, match=f"no manifest.json.*The previous checkpoint is {whole}:"):
         CheckpointReader(newest)
-    with pytest.raises(ValueError, match=r"rank-00001.safetensors is missing.*The checkpoint before it"):
+    with pytest.raises(ValueError, match=r"rank-00001.safetensors is missing.*The previous checkpoint"):
         CheckpointReader(half)
     (whole / "state.json").unlink()
     with pytest.raises(

@@ -184,7 +184,7 @@ def test_the_first_rank_hears_of_another_ranks_disk(tmp_path, monkeypatch):
         checkpoint_writer.close()
 
     first, second = run_ranks(2, save_one)
-    assert "was not written: rank-00001 met" in str(first) and "No space left on device" in str(first)
+    assert "was not written: rank-00001 failed with" in str(first) and "No space left on device" in str(first)
     assert "rank-00001.safetensors: No space left on device" in str(second)
     assert list_checkpoints(tmp_path) == []
 

@@ -55,53 +55,53 @@ def test_a_users_json_is_merged_in(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
-        ({"train_batch_size": 64}, "train_batch_size (64) contradicts train.global_batch_size, which makes it 32;"),
+        ({"train_batch_size": 64}, "train_batch_size (64) contradicts train.global_batch_size, which requires 32;"),
         (
             {"train_micro_batch_size_per_gpu": 1},
-            "train_micro_batch_size_per_gpu (1) contradicts train.micro_batch_size, which makes it 2;",
+            "train_micro_batch_size_per_gpu (1) contradicts train.micro_batch_size, which requires 2;",
         ),
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps (1) contradicts train.global_batch_size"),
-        ({"gradient_clipping": 2.0}, "gradient_clipping (2.0) contradicts optimizer.clip, which makes it 1.0;"),
-        ({"bf16": {"enabled": False}}, "bf16.enabled (False) contradicts train.precision, which makes it True;"),
-        ({"fp16": {"enabled": True}}, "fp16.enabled (True) contradicts train.precision, which makes it False;"),
+        ({"gradient_clipping": 2.0}, "gradient_clipping (2.0) contradicts optimizer.clip, which requires 1.0;"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled (False) contradicts train.precision, which requires True;"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled (True) contradicts train.precision, which requires False;"),
         (
             {"zero_optimization": {"stage": 3}},
-            "zero_optimization.stage (3) contradicts parallel.zero, which makes it 1",
+            "zero_optimization.stage (3) contradicts parallel.zero, which requires 1",
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
-            "zero_optimization.offload_optimizer.device ('nvme') contradicts deepspeed.offload_optimizer, which makes "
-            "it 'none'; remove it there or change deepspeed.offload_optimizer.",
+            "zero_optimization.offload_optimizer.device ('nvme') contradicts deepspeed.offload_optimizer, which "
+            "requires 'none'; remove it from the file or change deepspeed.offload_optimizer.",
         ),
         (
             {"optimizer": {"type": "Lamb"}},
-            "optimizer.type ('Lamb') contradicts section optimizer, which makes it 'AdamW'",
+            "optimizer.type ('Lamb') contradicts section optimizer, which requires 'AdamW'",
         ),
         (
             {"optimizer": {"params": {"lr": 1}}},
-            "optimizer.params.lr (1) contradicts section optimizer, which makes it 0.0006",
+            "optimizer.params.lr (1) contradicts section optimizer, which requires 0.0006",
         ),
         (
             {"optimizer": {"params": {"amsgrad": True}}},
-            "optimizer.params.amsgrad (True) contradicts section optimizer, which makes it False",
+            "optimizer.params.amsgrad (True) contradicts section optimizer, which requires False",
         ),
         (
             {"optimizer": {"params": {"max_coeff": 10}}},
-            "optimizer.params.max_coeff (10) is no field of section optimizer",
+            "optimizer.params.max_coeff (10) is not a field of section optimizer",
         ),
-        ({"scheduler": {"type": "WarmupLR"}}, "is decided by section schedule; remove it there."),
+        ({"scheduler": {"type": "WarmupLR"}}, "is set by section schedule; remove it from the file."),
         (
             {"zero_optimization": {"overlap_comm": False}},
-            "zero_optimization.overlap_comm (False) contradicts parallel.overlap, which makes it True; remove it",
+            "zero_optimization.overlap_comm (False) contradicts parallel.overlap, which requires True; remove it",
         ),
-        ({"zero_optimization": {"round_robin_gradients": True}}, "contradicts parallel.zero, which makes it False"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size (2) contradicts parallel.tensor, which makes it 1"),
-        ({"tensor_parallel": {"tp": {"tp_size": 1}}}, "is decided by parallel.tensor; remove it there."),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "contradicts parallel.zero, which requires False"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size (2) contradicts parallel.tensor, which requires 1"),
+        ({"tensor_parallel": {"tp": {"tp_size": 1}}}, "is set by parallel.tensor; remove it from the file."),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode (False) contradicts section"),
         ({"zero_optimization": True}, "zero_optimization (True) must be an object of settings; correct it."),
         ({"bf16": True}, "bf16 (True) must be an object of settings; correct it."),
         ("{", "is not valid JSON"),
-        ("[1]", "must hold an object of settings, not [1]."),
+        ("[1]", "must contain an object of settings, not [1]."),
     ],
 )
 def test_what_contradicts_is_refused_by_name(tmp_path, extra, sentence):
@@ -143,7 +143,7 @@ def test_what_has_the_same_effect_changes_nothing(tmp_path, overrides, data_size
 
 
 def test_a_missing_json_is_named():
-    with pytest.raises(ValueError, match=r"deepspeed\.json \(absent\.json\) is no file"):
+    with pytest.raises(ValueError, match=r"deepspeed\.json \(absent\.json\) does not exist"):
         settings(["deepspeed.json=absent.json"])
 
 
