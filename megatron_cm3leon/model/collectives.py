@@ -19,24 +19,28 @@ def scatter_sum(full: torch.Tensor, group: dist.ProcessGroup, asynchronous: bool
     return (part, work) if asynchronous else part
 
 
+def _find_group(name: str) -> dist.ProcessGroup:
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # the type of names differs between torch versions
+
+
 @torch.library.custom_op("megatron_cm3leon::gather_sequence", mutates_args=())
 def _gather_sequence(part: torch.Tensor, group_name: str) -> torch.Tensor:
-    return gather(part, _resolve_process_group(group_name))
+    return gather(part, _find_group(group_name))
 
 
 @torch.library.custom_op("megatron_cm3leon::scatter_sequence", mutates_args=())
 def _scatter_sequence(full: torch.Tensor, group_name: str) -> torch.Tensor:
-    return scatter_sum(full, _resolve_process_group(group_name))
+    return scatter_sum(full, _find_group(group_name))
 
 
 @_gather_sequence.register_fake
 def _(part, group_name):
-    return part.new_empty((part.shape[0] * _resolve_process_group(group_name).size(), *part.shape[1:]))
+    return part.new_empty((part.shape[0] * _find_group(group_name).size(), *part.shape[1:]))
 
 
 @_scatter_sequence.register_fake
 def _(full, group_name):
-    return full.new_empty((full.shape[0] // _resolve_process_group(group_name).size(), *full.shape[1:]))
+    return full.new_empty((full.shape[0] // _find_group(group_name).size(), *full.shape[1:]))
 
 
 def _save_group(ctx, inputs, output) -> None:

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: any part of any tensor from any pieces, complete or absent, damage is named."""
+"""Sharded checkpoints: any part of any tensor is read from any pieces; a folder is complete or absent; damage."""
 
 import json
 
@@ -9,11 +9,11 @@ from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.format import list_checkpoints, step_folder
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.config.loading import Config
-from tests.checkpoint.made import WHOLE, write_checkpoint
+from tests.checkpoint.builders import WHOLE, write_checkpoint
 from tests.data.corpora import make_vocabulary
 
 
-def test_whole_tensors_and_parts_come_back(tmp_path):
+def test_whole_tensors_and_parts_are_read(tmp_path):
     folder = write_checkpoint(tmp_path)
     reader = CheckpointReader(folder)
     assert reader.names == ["w"] and reader.shape("w") == (6, 4)
@@ -21,14 +21,14 @@ def test_whole_tensors_and_parts_come_back(tmp_path):
     assert torch.equal(reader.read_part("w", "weight", (2, 1), (3, 2)), WHOLE[2:5, 1:3])
 
 
-def test_rows_beyond_the_true_ones_are_zero(tmp_path):
+def test_rows_beyond_the_edge_are_zero(tmp_path):
     folder = write_checkpoint(tmp_path)
     part = CheckpointReader(folder).read_part("w", "weight", (4, 0), (4, 4))
     assert torch.equal(part[:2], WHOLE[4:]) and not part[2:].any()
     assert not CheckpointReader(folder).read_part("w", "weight", (8, 0), (4, 4)).any()
 
 
-def test_state_config_and_vocabulary_travel_along(tmp_path):
+def test_state_config_and_vocabulary_are_stored(tmp_path):
     reader = CheckpointReader(write_checkpoint(tmp_path))
     assert reader.state.step == 3
     assert reader.vocabulary == make_vocabulary()
@@ -68,7 +68,7 @@ def test_missing_numbers_are_counted(tmp_path):
         CheckpointReader(folder).read("w")
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_checkpoint_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="is not a complete checkpoint"):
         CheckpointReader(tmp_path)
     folder = write_checkpoint(tmp_path)
@@ -78,6 +78,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         CheckpointReader(folder)
 
 
-def test_another_models_parameter_is_named(tmp_path):
+def test_a_missing_parameter_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no weight of decoder.x; it was written by another model"):
         CheckpointReader(write_checkpoint(tmp_path)).read("decoder.x")

@@ -1,4 +1,4 @@
-"""DeepSpeed's settings: what follows from the configuration, what a user's JSON may add, and what is refused."""
+"""DeepSpeed's settings: derived values, keys that a user's JSON may add, and keys that are rejected."""
 
 import json
 from importlib import util
@@ -35,7 +35,7 @@ def test_settings_follow_from_the_configuration():
     assert "offload_param" not in found["zero_optimization"]
 
 
-def test_a_users_json_is_merged_in(tmp_path):
+def test_a_users_json_is_merged(tmp_path):
     extra = {
         "zero_optimization": {"stage": 3, "stage3_max_live_parameters": 5, "offload_param": {"pin_memory": True}},
         "train_batch_size": "auto",
@@ -104,7 +104,7 @@ def test_a_users_json_is_merged_in(tmp_path):
         ("[1]", "must contain an object of settings, not [1]."),
     ],
 )
-def test_what_contradicts_is_refused_by_name(tmp_path, extra, sentence):
+def test_a_contradiction_is_rejected_by_name(tmp_path, extra, sentence):
     with pytest.raises(ValueError) as error:
         settings(["parallel.zero=1"], extra=extra, folder=tmp_path)
     assert sentence in str(error.value)
@@ -138,7 +138,7 @@ def test_what_contradicts_is_refused_by_name(tmp_path, extra, sentence):
         (["parallel.zero=2"], 2, {"zero_optimization": None, "bf16": {}, "gradient_clipping": 1, "fp16": None}),
     ],
 )
-def test_what_has_the_same_effect_changes_nothing(tmp_path, overrides, data_size, extra):
+def test_keys_with_the_same_effect_are_accepted(tmp_path, overrides, data_size, extra):
     assert settings(overrides, data_size, extra, tmp_path) == settings(overrides, data_size)
 
 
@@ -167,13 +167,13 @@ def test_a_missing_json_is_named():
         ),
     ],
 )
-def test_combinations_that_no_engine_has_are_refused(overrides, sentence):
+def test_combinations_that_no_engine_supports_are_rejected(overrides, sentence):
     with pytest.raises(ValueError) as error:
         load_config(None, overrides).validate()
     assert sentence in str(error.value)
 
 
-def test_a_missing_package_is_named_where_a_run_starts(monkeypatch):
+def test_a_missing_package_is_named_when_a_run_starts(monkeypatch):
     monkeypatch.setattr(config_rules, "find_spec", lambda name: None)
     config = load_config(None, BASE)
     config.validate()  # reading a checkpoint needs no package

@@ -15,7 +15,7 @@ from megatron_cm3leon.export import export_checkpoint
 from megatron_cm3leon.export import layouts as families
 from megatron_cm3leon.model.reference import reference_logits
 from megatron_cm3leon.model.weights import canonical_shapes
-from tests.checkpoint.made import family_config, flip_byte, write_random_checkpoint, write_tokenizers
+from tests.checkpoint.builders import family_config, flip_byte, write_random_checkpoint, write_tokenizers
 
 
 def load_stock(folder):

@@ -28,7 +28,7 @@ from megatron_cm3leon.tokenizers.image_training import ImageTrainingOptions
 from megatron_cm3leon.tokenizers.text import TextTokenizer
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-from tests.checkpoint.made import family_config, write_random_checkpoint, write_tokenizers
+from tests.checkpoint.builders import family_config, write_random_checkpoint, write_tokenizers
 from tests.data.corpora import write_pictures, write_shards
 from tests.data.runs import run as preprocess
 from tests.golden.streams import VOCABULARY, hash_numbers

@@ -1,4 +1,4 @@
-"""Attention written out for short bf16 sequences on a CPU equals torch's."""
+"""Attention for short bf16 sequences and narrow heads on a CPU equals that of torch."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_attention_written_out_equals_torchs(dtype, tolerance):
+def test_unfused_attention_equals_that_of_torch(dtype, tolerance):
     from megatron_cm3leon.model.attention import attend_unfused
 
     generator = torch.Generator().manual_seed(0)
@@ -22,8 +22,8 @@ def test_attention_written_out_equals_torchs(dtype, tolerance):
         torch.testing.assert_close(mine.grad, other.grad, rtol=tolerance, atol=tolerance)
 
 
-def test_narrow_bf16_heads_take_their_gradient_in_fp32():
-    """Closer to fp32's than torch's own bf16 gradient, whose kernel is slower."""
+def test_the_gradient_of_narrow_bf16_heads_is_computed_in_fp32():
+    """It is closer to the fp32 gradient than the bf16 gradient of torch, whose kernel is also slower."""
     from megatron_cm3leon.model.attention import _AttentionWithFp32Gradient
 
     generator = torch.Generator().manual_seed(0)
@@ -49,9 +49,9 @@ def test_dropout_drops_weights_and_keeps_their_mean():
 
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 1, 12, 16, generator=generator) for _ in range(2))
-    value = torch.eye(12)[None, None]  # the result is the weights themselves
-    whole = attend_unfused(query, key, value)
+    value = torch.eye(12)[None, None]  # the result is the attention weights
+    without_dropout = attend_unfused(query, key, value)
     torch.manual_seed(0)
     draws = torch.stack([attend_unfused(query, key, value, dropout=0.25) for _ in range(4000)])
     assert (draws[..., 11, :] == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
-    torch.testing.assert_close(draws.mean(0), whole, rtol=0, atol=0.03)
+    torch.testing.assert_close(draws.mean(0), without_dropout, rtol=0, atol=0.03)

@@ -1,4 +1,4 @@
-"""The model: parameter counts of the paper's presets, initial weights, logits of an independent forward."""
+"""Parameter counts of the paper's presets, initial weights, losses of an independent forward pass."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_initial_weights_follow_the_paper():
     config = load_config(None, ["preset=350m"])
     config.validate()
     words = draw_initial_weight("embedding.word_embeddings.weight", (4096, 256), config)
-    assert abs(words.std() / 0.006 - 0.9866) < 0.01  # a normal cut at 3 has 0.9866 of its deviation
+    assert abs(words.std() / 0.006 - 0.9866) < 0.01  # standard deviation of a normal truncated at 3
     assert words.abs().max() <= 0.018 * (1 + 1e-5)
     positions = draw_initial_weight("embedding.position_embeddings.weight", (4096, 256), config)
     assert abs(positions.std() / 0.0002 - 0.9866) < 0.01
@@ -37,6 +37,6 @@ def test_initial_weights_follow_the_paper():
 
 
 def test_padding_changes_no_loss(tmp_path):
-    """164 true rows in 256: the loss is that of a softmax over the true ones."""
+    """With a vocabulary of 164 padded to 256 rows, the softmax covers the 164 rows only."""
     done = torchrun(1, "tests/model/check_forward.py")
     assert "forward agrees" in done.stdout

@@ -9,7 +9,7 @@ from megatron_cm3leon.checkpoint.format import step_folder
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import load_config, save_config
 from megatron_cm3leon.monitoring.positions import find_sequences
-from tests.checkpoint.made import make_pieces
+from tests.checkpoint.builders import make_pieces
 from tests.data.corpora import make_vocabulary
 
 

@@ -27,7 +27,7 @@ from megatron_cm3leon.data.neighbors import (
 )
 from megatron_cm3leon.data.shards.reader import open_shards, seal, write_json
 from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
-from tests.checkpoint.made import write_checkpoint
+from tests.checkpoint.builders import write_checkpoint
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.tokenizers.test_folder import write_image, write_text
 

@@ -18,7 +18,7 @@ from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.data.stream.loader import Loader
 from megatron_cm3leon.data.stream.stream import build_stream
-from tests.checkpoint.made import make_pieces, write_checkpoint
+from tests.checkpoint.builders import make_pieces, write_checkpoint
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import ROOT
 

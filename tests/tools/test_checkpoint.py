@@ -1,4 +1,4 @@
-"""tools/checkpoint.py from the command line: what it prints, and its exit statuses."""
+"""tools/checkpoint.py on the command line: output and exit statuses."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from megatron_cm3leon.checkpoint.format import temporary_folder
 from megatron_cm3leon.config.loading import load_config, save_config
-from tests.checkpoint.made import flip_byte, write_checkpoint
+from tests.checkpoint.builders import flip_byte, write_checkpoint
 from tests.tools.call import TOOLS, call_tool
 
 call = partial(call_tool, "checkpoint")
@@ -16,7 +16,7 @@ call = partial(call_tool, "checkpoint")
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder with steps 0, 2, 3, 5 and 6, and 7 unfinished."""
+    """A run folder with complete checkpoints of steps 0, 2, 3, 5 and 6 and an incomplete one of step 7."""
     run = tmp_path / "run"
     overrides = ["checkpoint.keep_last=1", "checkpoint.interval=3", "checkpoint.keep_every=3", "parallel.tensor=2"]
     config = load_config(None, [*overrides, "checkpoint.log_spaced=true"])
@@ -78,7 +78,7 @@ def test_inspect(run):
     assert tensor.split() == ["w", "6", "x", "4", "weight", "exp_avg", "exp_avg_sq", "3", "0-1"]
 
 
-def test_what_is_no_checkpoint_is_a_usage_error(run, tmp_path):
+def test_a_path_that_is_not_a_checkpoint_is_a_usage_error(run, tmp_path):
     for arguments in (("list", tmp_path), ("verify", tmp_path / "none"), ("verify", tmp_path), ("inspect", run)):
         done = call(*arguments)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

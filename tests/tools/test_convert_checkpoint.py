@@ -17,7 +17,7 @@ from megatron_cm3leon.monitoring.history import read_metrics
 from megatron_cm3leon.tokenizers.folder import Tokenizers
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-from tests.checkpoint.made import CAPTIONS, family_config, write_random_checkpoint, write_tokenizers
+from tests.checkpoint.builders import CAPTIONS, family_config, write_random_checkpoint, write_tokenizers
 from tests.data.corpora import make_pairs, write_shards
 from tests.distributed.launch import ROOT
 from tests.export.trained import open_trained_model

@@ -6,7 +6,7 @@ from megatron_cm3leon.checkpoint.format import list_checkpoints, temporary_folde
 from megatron_cm3leon.checkpoint.retention import is_due, remove_old_checkpoints
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.config.schema import CheckpointConfig
-from tests.checkpoint.made import write_checkpoint
+from tests.checkpoint.builders import write_checkpoint
 
 
 def kept(run):

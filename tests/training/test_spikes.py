@@ -22,7 +22,7 @@ from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.monitoring.history import read_history, read_metrics
 from megatron_cm3leon.training.loop import advance
 from megatron_cm3leon.training.spikes import LossGuard, spike_threshold
-from tests.checkpoint.made import write_checkpoint
+from tests.checkpoint.builders import write_checkpoint
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.launch import ROOT
 from tests.tools.call import call_tool

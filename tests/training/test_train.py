@@ -16,7 +16,7 @@ from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.monitoring.history import read_metrics
 from megatron_cm3leon.monitoring.metrics import flops_per_token
 from megatron_cm3leon.training.lr_schedule import follow_rule, learning_rate
-from tests.checkpoint.made import flip_byte
+from tests.checkpoint.builders import flip_byte
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import ROOT, torchrun
 

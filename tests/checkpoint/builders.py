@@ -1,4 +1,4 @@
-"""Small checkpoints for tests: one 6x4 tensor in row halves, or a tiny model; and its tokenizer folder."""
+"""Builders of small checkpoints for tests: one 6 x 4 tensor in two row halves, or a tiny model with its tokenizers."""
 
 import threading
 
@@ -21,18 +21,18 @@ WHOLE = torch.arange(24.0).view(6, 4)
 
 
 def make_pieces(rank, whole=WHOLE, kinds=("weight",)):
-    """Rank 0's half whole, rank 1's in two flat runs, as views of `whole`; nothing for further ranks."""
+    """Pieces of one rank, views of `whole`: rank 0 has one half in one piece, rank 1 the other half in two."""
     pieces = []
     for kind in kinds:
-        place = {"name": "w", "kind": kind, "shape": (6, 4), "part": (3, 4), "offset": (3 * rank, 0)}
+        position = {"name": "w", "kind": kind, "shape": (6, 4), "part": (3, 4), "offset": (3 * rank, 0)}
         half = whole[3 * rank : 3 * rank + 3].reshape(-1)
         for start, stop in ((0, 12),) if rank == 0 else ((0, 5), (5, 12)) if rank == 1 else ():
-            pieces.append((Piece(**place, start=start, stop=stop), half[start:stop]))
+            pieces.append((Piece(**position, start=start, stop=stop), half[start:stop]))
     return pieces
 
 
 def write_checkpoint(run, step=3, ranks=2, kinds=("weight",), config=None):
-    """Write it whole; returns its folder."""
+    """Write a complete checkpoint; returns its folder."""
     folder = step_folder(run, step)
     sharded.begin_checkpoint(folder)
     for rank in range(ranks):
@@ -42,15 +42,15 @@ def write_checkpoint(run, step=3, ranks=2, kinds=("weight",), config=None):
     return folder
 
 
-def flip_byte(path, place=-1):
+def flip_byte(path, index=-1):
     """Change one bit of one byte of a file."""
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[index] ^= 1
     path.write_bytes(content)
 
 
 def run_ranks(count, function):
-    """Call function(rank) in a thread for each rank; returns what each returned or raised."""
+    """Call function(rank) in one thread per rank; returns the result or the exception of each."""
     results = [None] * count
 
     def call(rank):
@@ -69,16 +69,16 @@ def run_ranks(count, function):
 
 
 CAPTIONS = [
-    f"a {size} {colour} circle,  in the {place} ({number})\n"
+    f"a {size} {color} circle,  in the {position} ({number})\n"
     for size in ("small", "large")
-    for colour in ("red", "green", "bluish-green")
-    for place in ("centre", "top left corner", "bottom")
+    for color in ("red", "green", "bluish-green")
+    for position in ("centre", "top left corner", "bottom")
     for number in (1, 22, 2023)
 ]
 
 
 def write_tokenizers(folder, text_size=330) -> Vocabulary:
-    """A tokenizer folder: trained text pieces, an image tokenizer with random weights; returns its vocabulary."""
+    """Write a tokenizer folder: trained text pieces, an image tokenizer with random weights; returns its vocabulary."""
     folder.mkdir(parents=True)
     train_text(CAPTIONS, text_size).save(folder / "text.model")
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def write_tokenizers(folder, text_size=330) -> Vocabulary:
 
 
 def family_config(*overrides):
-    """A tiny validated model; `overrides` such as model.family=llama."""
+    """Validated configuration of a tiny model; `overrides` such as model.family=llama."""
     sizes = ["model.layers=2", "model.hidden_size=32", "model.heads=4", "data.seq_length=20"]
     config = load_config(None, [*sizes, *overrides])
     config.validate()
@@ -96,9 +96,9 @@ def family_config(*overrides):
 
 
 def write_random_checkpoint(run, config, vocabulary, step=3, change=lambda name, weight: weight, stream=None):
-    """Random weights of a model, its tensors in turn in two ranks' files; `change` may replace or drop (None) one.
+    """Write random weights of a model, tensors alternately in the files of two ranks; returns the folder.
 
-    `stream`: the one that the run is said to have trained on.
+    `change` may replace a weight or omit it (None); `stream`: the stream that the state names.
     """
     folder = step_folder(run, step)
     sharded.begin_checkpoint(folder)
