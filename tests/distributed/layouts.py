@@ -130,8 +130,8 @@ def write_table(path: Path) -> list[str]:
         "Ranks with the same activations draw the same dropout masks, all others independent ones. "
         f"The masks of {STEPS} steps are compared between ranks, between the chunks of an interleaved pipeline, and "
         f"between kinds, {ENTRIES:,} entries each: identical pairs, independent pairs, and the largest deviation of "
-        "the number of equal entries from chance, in standard deviations. Recomputed masks are those that backward passes drew again; each "
-        "equals a mask of the forward passes. These rows stop at step 12.",
+        "the number of equal entries from chance, in standard deviations. Recomputed masks are those that backward "
+        "passes drew again; each equals a mask of the forward passes. These rows stop at step 12.",
         "",
         "| layout | ranks | identical | independent | deviation | recomputed |",
         "|---|---|---|---|---|---|",
