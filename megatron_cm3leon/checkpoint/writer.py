@@ -261,7 +261,7 @@ class _Buffer:
             self._preparation = None
 
     def _allocate(self, count: int, locked: bool) -> None:
-        """Make room for `count` numbers unless there is."""
+        """Allocate memory for `count` numbers unless the buffer is large enough."""
         if count <= self._numbers.numel() and locked == self._locked:
             return
         self._free()

@@ -53,6 +53,8 @@ class Head(ColumnLinear):
 
 
 class _ChunkedLosses(torch.autograd.Function):
+    """Losses [T] of head and cross-entropy, `chunk` tokens at a time; `targets` [T] are columns of this rank."""
+
     @staticmethod
     def forward(ctx, hidden_SBH, weight_PH, main_grad, targets, columns, group, sequence_parallel, z_loss, chunk):
         hidden_TH = _gather_tokens(hidden_SBH, group, sequence_parallel)

@@ -43,6 +43,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes of all tensors."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
