@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_cm3leon.checkpoint.format import KINDS, Piece, hash_file
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, step_folder
+from megatron_cm3leon.checkpoint.format import KINDS, Piece, hash_file, step_folder
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.checkpoint.verify import verified
+from megatron_cm3leon.checkpoint.verify import verify_while_reading
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.common.cli import run_tool
 from megatron_cm3leon.config.loading import Config
@@ -135,7 +135,7 @@ class Contenders:
         if not check:
             reader.damage = lambda name: ""
         parts = [(piece.name, piece.offset, piece.part) for piece, _ in self.pieces if piece.kind == "weight"]
-        with verified(reader, reader.files_of(parts), gather_objects):
+        with verify_while_reading(reader, reader.list_files(parts), gather_objects):
             loaded = {
                 f"{kind}/{name}": reader.read_part(name, kind, offset, size)
                 for name, offset, size in parts

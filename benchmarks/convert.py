@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.checkpoint.format import Piece
+from megatron_cm3leon.checkpoint.format import Piece, step_folder
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool
 from megatron_cm3leon.common.progress import track
@@ -50,8 +50,8 @@ def write_tokenizers(folder: Path) -> Vocabulary:
 
 def write_checkpoint(run: Path, config: Config, vocabulary: Vocabulary) -> Path:
     """Random weights, one file a layer: no more than a layer is in memory."""
-    folder = sharded.step_folder(run, 1)
-    sharded.begin(folder)
+    folder = step_folder(run, 1)
+    sharded.begin_checkpoint(folder)
     groups: dict[str, list] = {}
     for name, shape in canonical_shapes(config, vocabulary.size).items():
         layer = name.split(".")[2] if name.startswith("decoder.layers.") else name
@@ -63,8 +63,8 @@ def write_checkpoint(run: Path, config: Config, vocabulary: Vocabulary) -> Path:
             weight = torch.empty(shape).normal_(std=0.02, generator=generator)
             weight += len(shape) == 1  # norms
             pieces.append((Piece(name, "weight", shape, (0,) * len(shape), shape, 0, weight.numel()), weight.view(-1)))
-        sharded.write_rank(folder, number, pieces)
-    sharded.finish(folder, config, vocabulary, TrainState(step=1), {"torch": torch.__version__})
+        sharded.write_rank_file(folder, number, pieces)
+    sharded.finish_checkpoint(folder, config, vocabulary, TrainState(step=1), {"torch": torch.__version__})
     return folder
 
 

@@ -22,8 +22,9 @@ from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.data.stream.stream import build_stream
 from megatron_cm3leon.distributed.launch import Rank, choose_device, set_threads
+from megatron_cm3leon.engine.groups import ignore_library_warnings
 from megatron_cm3leon.model.initialization import VERSION as INITIAL_WEIGHTS
-from megatron_cm3leon.model.memory import PAPER_VOCABULARY, describe
+from megatron_cm3leon.model.memory import PAPER_VOCABULARY, describe_memory
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.runtime.attempt import Attempt, start_attempt
 from megatron_cm3leon.runtime.exit_status import USER_ERROR
@@ -71,12 +72,13 @@ def dry_run(config: Config, ranks: int) -> str:
     folder = config.data.sources[0].shards if config.data.sources else config.data.shards
     size = open_shards(folder).vocabulary.size if folder else PAPER_VOCABULARY
     follow_rule(config, count_parameters(config, size))
-    return describe(config, size, ranks)
+    return describe_memory(config, size, ranks)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns an exit status of runtime/exit_status.py. One rank reports an error, not all."""
     options = parse_arguments(arguments)
+    ignore_library_warnings()
     rank = Rank(0, 1, 0, 1)
     try:
         rank = Rank.from_environment()

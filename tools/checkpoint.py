@@ -1,17 +1,17 @@
-"""Look at checkpoints without loading them.
+"""List, verify and inspect checkpoints without loading them.
 
     python tools/checkpoint.py list runs/x
     python tools/checkpoint.py verify runs/x
     python tools/checkpoint.py inspect runs/x/checkpoints/step-00001000
 
-Exit status: 0 all well, 1 `verify` found damage, 2 a usage error.
+Exit status: 0 success, 1 `verify` found damage, 2 usage error.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from megatron_cm3leon.checkpoint.format import total_bytes
+from megatron_cm3leon.checkpoint.format import count_bytes
 from megatron_cm3leon.checkpoint.summary import describe_checkpoint, describe_run, find_checkpoints
 from megatron_cm3leon.checkpoint.verify import find_damage
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
@@ -24,13 +24,13 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser(
         "list",
-        help="one line a checkpoint: step, tokens, time, bytes, whole or not, why it is kept",
+        help="one line per checkpoint: step, tokens, time, bytes, complete or not, rule that keeps it",
         formatter_class=style,
     )
     listing.add_argument("run", type=user_path, help="run folder, such as runs/x")
-    verify = commands.add_parser("verify", help="compare the SHA-256 of every file", formatter_class=style)
+    verify = commands.add_parser("verify", help="verify the SHA-256 of every file", formatter_class=style)
     verify.add_argument("path", type=user_path, help="checkpoint folder, or run folder for all of its checkpoints")
-    verify.add_argument("--threads", type=int, default=0, help="files that are hashed at once; 0 takes every core")
+    verify.add_argument("--threads", type=int, default=0, help="files hashed at the same time; 0 uses every core")
     inspect = commands.add_parser(
         "inspect", help="configuration, state, versions, vocabulary, layout and every tensor", formatter_class=style
     )
@@ -41,17 +41,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def verify_all(path: Path, threads: int) -> int:
-    """Print what is damaged; 1 when something is."""
+    """Verify a checkpoint, or all of a run, and print every damage; returns the exit status."""
     folders = find_checkpoints(path)
-    damage = []
-    with meter(sum(map(total_bytes, folders)) // 1_000_000, "verifying", "MB") as progress:
+    errors = []
+    with meter(sum(map(count_bytes, folders)) // 1_000_000, "verifying", "MB") as progress:
         for folder in folders:
-            damage += find_damage(folder, progress.count(1_000_000), threads)
-    for sentence in damage:
+            errors += find_damage(folder, progress.count(1_000_000), threads)
+    for sentence in errors:
         print(f"error: {sentence}", file=sys.stderr)
     noun = "checkpoint" if len(folders) == 1 else "checkpoints"
-    print(f"{path}: {len(folders)} {noun}, {f'{len(damage)} errors' if damage else 'every SHA-256 matches'}")
-    return 1 if damage else 0
+    print(f"{path}: {len(folders)} {noun}, {f'{len(errors)} errors' if errors else 'every SHA-256 matches'}")
+    return 1 if errors else 0
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
-"""Checksums of a checkpoint: while it is loaded, shared among the ranks of a node, and for tools/checkpoint.py.
+"""Verification of a checkpoint's checksums: during loading, shared among the ranks of a node, and on command.
 
-On loading, every file behind what the ranks of one node read is hashed once on that node, by one of its ranks, in
-threads beside the reading: the bytes come from the disk once, and the second reader finds them in the page cache.
+On loading, every file that the ranks of a node read is hashed once on that node, by one of its ranks, in threads
+parallel to the reading: the bytes come from the disk once, and the second reader finds them in the page cache.
 """
 
 import os
@@ -12,64 +12,72 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_cm3leon.checkpoint.format import CheckpointFolder, content_damage, damaged, offer_previous, read_manifest
+from megatron_cm3leon.checkpoint.format import (
+    CheckpointFolder,
+    damage_error,
+    find_content_damage,
+    read_manifest,
+    suggest_previous,
+)
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.distributed.launch import gather_objects
 from megatron_cm3leon.model.builder import Placement
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
 Gather = Callable[[object], list]
-"""Gives every rank the list of what each rank put in, in the order of the ranks."""
+"""All-gather of objects: returns on every rank the list of the values of all ranks, in the order of the ranks."""
 
 
-def gather_alone(value: object) -> list:
-    """The gathering of a single process."""
+def gather_single(value: object) -> list:
+    """All-gather of a single process."""
     return [value]
 
 
 @contextmanager
-def verified(reader: CheckpointFolder, files: Iterable[str], gather: Gather = gather_alone) -> Iterator[None]:
-    """Hash `files`, those that the body reads, beside it; every rank enters and leaves at the same place.
+def verify_while_reading(
+    reader: CheckpointFolder, files: Iterable[str], gather: Gather = gather_single
+) -> Iterator[None]:
+    """Hash `files`, those that the body reads, in threads while the body runs; collective on entry and on exit.
 
-    At the end ValueError on every rank when a file is damaged or the body failed on any rank: all of them stop
-    together instead of waiting for one that is gone. Damage goes before other errors, which it may have caused.
+    On exit every rank raises ValueError when a file is damaged or the body failed on any rank, so that all ranks stop
+    together. Damage is reported before other errors, because it may have caused them.
     """
-    files = set(files)
-    share, peers = _share(reader, files, gather)
-    reader.checked |= files
+    required = set(files)
+    share, peers = _divide_files(reader, required, gather)
+    reader.checked |= required
     failure: Exception | None = None
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // peers)) as pool:
-        checks = pool.map(reader.damage, share)
+        checks = pool.map(reader.find_damage, share)
         try:
             yield
         except Exception as error:
             failure = error
-        found = [what for what in checks if what]
-    failures = gather((found[0] if found else "", str(failure) if failure else ""))
-    for what, _ in failures:
-        if what:
-            raise damaged(reader.folder, what) from failure
+        problems = [problem for problem in checks if problem]
+    outcomes = gather((problems[0] if problems else "", str(failure) if failure else ""))
+    for problem, _ in outcomes:
+        if problem:
+            raise damage_error(reader.folder, problem) from failure
     if failure:
         raise failure
-    for _, message in failures:
+    for _, message in outcomes:
         if message:
             raise ValueError(message)
 
 
-def _share(reader: CheckpointFolder, files: set[str], gather: Gather) -> tuple[list[str], int]:
-    """Which files this rank hashes, of those that the ranks of its node read; and how many ranks those are."""
-    node, own = platform.node(), uuid.uuid4().hex
-    peers = [(rank, needed) for host, rank, needed in gather((node, own, sorted(files))) if host == node]
+def _divide_files(reader: CheckpointFolder, files: set[str], gather: Gather) -> tuple[list[str], int]:
+    """(files that this rank hashes, number of ranks on its node), of the files that the ranks of its node read."""
+    node, identity = platform.node(), uuid.uuid4().hex
+    peers = [(rank, needed) for host, rank, needed in gather((node, identity, sorted(files))) if host == node]
     union = sorted(set().union(*(needed for _, needed in peers)))
     union.sort(key=lambda name: -reader.manifest["files"][name]["bytes"])
-    place = [rank for rank, _ in peers].index(own)
-    return union[place :: len(peers)], len(peers)
+    index = [rank for rank, _ in peers].index(identity)
+    return union[index :: len(peers)], len(peers)
 
 
 def find_damage(folder: Path, report: Callable[[int], None] = lambda size: None, threads: int = 0) -> list[str]:
-    """Everything that is wrong with a checkpoint, one sentence each; `report` is told the bytes read, in any thread.
+    """Every problem of a checkpoint, one sentence each; `report` is called with the bytes read, from any thread.
 
-    `threads` files are read at once; 0 takes every core.
+    `threads` files are read at once; 0 uses every core.
     """
     try:
         manifest = read_manifest(folder)
@@ -77,26 +85,28 @@ def find_damage(folder: Path, report: Callable[[int], None] = lambda size: None,
         return [str(error)]
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         files = manifest["files"].items()
-        found = [what for what in pool.map(lambda file: content_damage(folder, *file, report), files) if what]
-    if not found:
+        checks = pool.map(lambda file: find_content_damage(folder, file[0], file[1], report), files)
+        problems = [problem for problem in checks if problem]
+    if not problems:
         try:
-            found = [what] if (what := CheckpointFolder(folder).missing_numbers()) else []
+            missing = CheckpointFolder(folder).find_missing_numbers()
         except ValueError as error:
             return [str(error)]
-    sentences = [f"checkpoint {folder} is damaged: {what}." for what in found]
-    return [*sentences[:-1], sentences[-1] + offer_previous(folder)] if sentences else []
+        problems = [missing] if missing else []
+    sentences = [f"checkpoint {folder} is damaged: {problem}." for problem in problems]
+    return [*sentences[:-1], sentences[-1] + suggest_previous(folder)] if sentences else []
 
 
 @contextmanager
-def open_verified(folder: Path, vocabulary: Vocabulary, places: list[Placement]) -> Iterator[CheckpointReader]:
-    """A checkpoint's reader while its files are compared with their SHA-256; collective.
+def open_verified(folder: Path, vocabulary: Vocabulary, placements: list[Placement]) -> Iterator[CheckpointReader]:
+    """Open a checkpoint and verify the files of `placements` while the body reads them; collective.
 
-    Raises ValueError on every rank for another vocabulary, for a parameter of `places` that is missing or of another
-    shape, and at the end for a damaged file.
+    Raises ValueError on every rank for another vocabulary, for a parameter of `placements` that is missing or has
+    another shape, and on exit for a damaged file.
     """
     reader = CheckpointReader(folder)
     check_same_vocabulary(vocabulary, reader.vocabulary, f"checkpoint {folder}")
-    files = reader.files_of([(place.name, place.offset, place.local_shape) for place in places])
-    with verified(reader, files, gather_objects):
-        reader.check_parameters({place.name: place.shape for place in places})
+    files = reader.list_files([(each.name, each.offset, each.local_shape) for each in placements])
+    with verify_while_reading(reader, files, gather_objects):
+        reader.check_parameters({each.name: each.shape for each in placements})
         yield reader

@@ -1,13 +1,13 @@
-"""CheckpointWriter: a checkpoint is copied and written while training goes on, which waits for the copy alone.
+"""CheckpointWriter: writes checkpoints in a thread; training waits only for the copy to the CPU.
 
-save()           waits for the save before it and starts a thread
-thread           every rank: copies its pieces to the CPU, writes its rank file and hashes it, then its record
-                 rank 0: waits on the file system until every rank's record is there, then finishes the folder
-wait_for_copy()  before the optimizer's next step: forward and backward passes leave weights and moments alone
-poll()           tells whether this rank's thread is done, and raises what went wrong in it
+save()           waits for the previous save and starts a thread
+thread           every rank: copies its pieces to the CPU, writes and hashes its rank file, then writes the record
+                 rank 0: waits on the file system for the records of all ranks, then finishes the folder
+wait_for_copy()  before the next optimizer step, because forward and backward passes do not change weights and moments
+poll()           returns whether the thread of this rank is done, and raises its error
 
-Threads use no collective: those of the training step are under way at the same time. Any engine that can name its
-pieces (folder.Piece) can use it; it knows nothing of megatron-core or DeepSpeed.
+Threads use no collectives, because those of the training step run at the same time. The writer works for any engine
+that provides its pieces (format.Piece), and does not depend on megatron-core or DeepSpeed.
 """
 
 import copy
@@ -22,7 +22,7 @@ from threading import Event, Thread
 import torch
 
 from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.checkpoint.format import Piece, list_checkpoints, rank_file, unfinished
+from megatron_cm3leon.checkpoint.format import Piece, list_checkpoints, rank_file, temporary_folder
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
@@ -30,23 +30,24 @@ from megatron_cm3leon.tokenizers.vocab import Vocabulary
 Pieces = Iterable[tuple[Piece, torch.Tensor]]
 
 SECONDS_WITHOUT_GROWTH = 1800
-"""Rank 0 gives up when no rank's file has grown for so long."""
+"""Rank 0 stops waiting when no rank's file has grown for this time."""
 LONGEST_PAUSE_SECONDS = 1.0
-"""Between two looks at the folder, which a shared file system pays for."""
+"""Longest time between two listings of the folder, which load a shared file system."""
 
 
 class CheckpointWriter:
-    """Writes this rank's part of one checkpoint after another. At most one save is under way."""
+    """Writes this rank's part of each checkpoint. At most one save is in progress."""
 
     def __init__(self, rank: int, world_size: int, barrier: Callable[[], None], *, asynchronous: bool = True) -> None:
-        """`barrier` returns once every rank called it; with `asynchronous` False, save() returns when all is written.
+        """`barrier` returns once all ranks have called it.
 
-        A synchronous save needs no second copy of the weights and moments in CPU memory.
+        With `asynchronous` False, save() returns when the checkpoint is written; such a save needs no second copy of
+        the weights and moments in CPU memory.
         """
         self.rank, self.world_size, self.barrier, self.asynchronous = rank, world_size, barrier, asynchronous
         self._buffer = _Buffer()
         self.reserved = not asynchronous
-        """Whether memory was made ready, or none is needed."""
+        """Whether memory was allocated, or none is needed."""
         self._thread: Thread | None = None
         self._copied = Event()
         self._copied.set()
@@ -61,19 +62,21 @@ class CheckpointWriter:
         state: TrainState,
         versions: dict[str, str],
     ) -> None:
-        """Start writing the checkpoint `folder`; every rank calls it.
+        """Start writing the checkpoint `folder`; collective.
 
-        The tensors must not change before wait_for_copy() has returned; state and config may at once. `pieces` are
-        (place, flat tensor) of what this rank writes: all ranks together every number once. Raises what went wrong in
-        the save before, and ValueError when the temporary folder cannot be made.
+        The tensors must not change before wait_for_copy() has returned; `state` and `config` may change at once.
+        `pieces` are (position, flat tensor) of what this rank writes: all ranks together write every number once.
+        Raises the error of the previous save, and ValueError when the temporary folder cannot be created.
         """
         folder = Path(folder)
         self.wait()
         if self.rank == 0:
-            with _explained(folder):
-                sharded.begin(folder)
+            with _explain_os_errors(folder):
+                sharded.begin_checkpoint(folder)
         self.barrier()
-        finish = partial(sharded.finish, folder, copy.deepcopy(config), vocabulary, copy.deepcopy(state), versions)
+        finish = partial(
+            sharded.finish_checkpoint, folder, copy.deepcopy(config), vocabulary, copy.deepcopy(state), versions
+        )
         if not self.asynchronous:
             self._write(folder, pieces, finish)
             self.barrier()
@@ -84,27 +87,27 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait_for_copy(self) -> None:
-        """Return once the tensors of the save under way may change."""
+        """Return once the tensors of the save in progress may change."""
         self._copied.wait()
 
     def reserve(self, count: int, device: torch.device) -> None:
-        """Prepare memory for `count` numbers from `device` beside training, so that the first save finds it ready.
+        """Allocate memory for `count` numbers from `device` in a thread, so that the first save need not wait for it.
 
-        Does so once. Page-locking slows down the steps beside it: call this soon before that save.
+        Later calls have no effect. Page-locking slows down training steps: call this shortly before the save.
         """
         if not self.reserved:
             self.reserved = True
             self._buffer.reserve(count, device)
 
     def poll(self) -> bool:
-        """Whether no save is under way on this rank (rank 0: the checkpoint is whole); raises what went wrong in it."""
+        """Whether no save is in progress on this rank (rank 0: the checkpoint is complete); raises its error."""
         if self._thread is not None and self._thread.is_alive():
             return False
         self.wait()
         return True
 
     def wait(self) -> None:
-        """Return once the save is done; raises what went wrong in it, once."""
+        """Return once the save is done; raises its error, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -113,7 +116,7 @@ class CheckpointWriter:
             raise error
 
     def close(self) -> None:
-        """wait(), and give the memory back."""
+        """Wait for the save in progress, whose error it raises, and free the memory."""
         try:
             self.wait()
         finally:
@@ -124,60 +127,60 @@ class CheckpointWriter:
             pieces = copy_pieces()
             self._copied.set()
             self._write(folder, pieces, finish)
-        except BaseException as error:  # whatever it is, the training loop has to hear of it
+        except BaseException as error:  # wait() and poll() raise it in the training loop
             self._error = error
         finally:
             self._copied.set()
 
     def _write(self, folder: Path, pieces: Pieces, finish: Callable[[], None]) -> None:
-        with _explained(folder):
+        with _explain_os_errors(folder):
             try:
-                sharded.write_rank(folder, self.rank, pieces)
+                sharded.write_rank_file(folder, self.rank, pieces)
             except BaseException as error:
-                self._give_up(folder, error)
+                self._report_failure(folder, error)
                 raise
             if self.rank == 0:
                 self._wait_for_records(folder)
                 finish()
 
-    def _give_up(self, folder: Path, error: BaseException) -> None:
-        """Make room, and tell rank 0 not to wait, as far as the disk still can."""
-        path = unfinished(folder) / rank_file(self.rank)
+    def _report_failure(self, folder: Path, error: BaseException) -> None:
+        """Delete the rank file and report the error to rank 0 in a file, as far as the disk permits."""
+        path = temporary_folder(folder) / rank_file(self.rank)
         with suppress(OSError):
             path.unlink()
         with suppress(OSError):
             path.with_suffix(".failed").write_text(str(error))
 
     def _wait_for_records(self, folder: Path) -> None:
-        """Return when every rank's record is there; ValueError when one failed or nothing grows any more."""
+        """Return when the records of all ranks exist; ValueError when a rank failed or no file grows any more."""
         pause, size, since = 0.002, -1, time.monotonic()
-        wanted = {rank_file(rank).replace(".safetensors", ".json"): rank for rank in range(self.world_size)}
+        records = {rank_file(rank).replace(".safetensors", ".json"): rank for rank in range(self.world_size)}
         while True:
-            with os.scandir(unfinished(folder)) as entries:
+            with os.scandir(temporary_folder(folder)) as entries:
                 found = {entry.name: entry for entry in entries}
-            missing = [rank for name, rank in wanted.items() if name not in found]
+            missing = [rank for name, rank in records.items() if name not in found]
             if not missing:
                 return
             for name, entry in found.items():
                 if name.endswith(".failed"):
                     raise ValueError(
-                        f"checkpoint {folder} was not written: {name.removesuffix('.failed')} met "
+                        f"checkpoint {folder} was not written: {name.removesuffix('.failed')} failed with "
                         f"{Path(entry.path).read_text()}"
                     )
-            grown = sum(_size(entry) for entry in found.values())
-            if grown != size:
-                size, since = grown, time.monotonic()
+            new_size = sum(_get_size(entry) for entry in found.values())
+            if new_size != size:
+                size, since = new_size, time.monotonic()
             elif time.monotonic() - since > SECONDS_WITHOUT_GROWTH:
                 raise ValueError(
-                    f"checkpoint {folder} was not written: nothing of rank {missing[0]} ({len(missing)} ranks in "
-                    f"all) has come for {SECONDS_WITHOUT_GROWTH} s; see whether those ranks are alive and reach "
-                    f"the same file system."
+                    f"checkpoint {folder} was not written: rank {missing[0]} ({len(missing)} ranks in total) wrote "
+                    f"nothing for {SECONDS_WITHOUT_GROWTH} s; check that these ranks are running and see the same file "
+                    f"system."
                 )
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
-def _size(entry: os.DirEntry) -> int:
+def _get_size(entry: os.DirEntry) -> int:
     try:
         return entry.stat().st_size
     except FileNotFoundError:  # renamed since the listing
@@ -185,22 +188,22 @@ def _size(entry: os.DirEntry) -> int:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """An error of the file system becomes a sentence with the path, the cause and the remedy."""
+def _explain_os_errors(folder: Path) -> Iterator[None]:
+    """Turn an OSError of the body into a ValueError with the path, the cause and the remedy."""
     try:
         yield
     except OSError as error:
-        path = error.filename or unfinished(folder)
-        before = list_checkpoints(folder.parent.parent)
-        resume = f"the run resumes from {before[-1]}" if before else "the run has no checkpoint yet"
+        path = error.filename or temporary_folder(folder)
+        previous = list_checkpoints(folder.parent.parent)
+        resume = f"the run resumes from {previous[-1]}" if previous else "the run has no checkpoint yet"
         raise ValueError(
-            f"checkpoint {folder} was not written: {path}: {error.strerror or error}; make room or mend the path, or "
-            f"choose another with output=..., and start the same command again ({resume})."
+            f"checkpoint {folder} was not written: {path}: {error.strerror or error}; free disk space or fix the path, "
+            f"or choose another with output=..., and start the same command again ({resume})."
         ) from error
 
 
 class _Buffer:
-    """CPU memory for one rank's numbers, fp32, kept between saves; page-locked when they come from a GPU."""
+    """CPU memory for the fp32 numbers of one rank, kept between saves; page-locked when they come from a GPU."""
 
     def __init__(self) -> None:
         self._numbers = torch.empty(0)
@@ -208,31 +211,30 @@ class _Buffer:
         self._preparation: Thread | None = None
 
     def reserve(self, count: int, device: torch.device) -> None:
-        """Start making room: new memory costs more than the copy (its pages are cleared, and locked)."""
+        """Start allocating in a thread: new memory, whose pages are cleared and locked, costs more than the copy."""
 
         def prepare() -> None:
-            with suppress(MemoryError, RuntimeError):  # the save itself will tell
+            with suppress(MemoryError, RuntimeError):  # the save itself allocates again and reports the error
                 if device.type == "cuda":
-                    torch.cuda.set_device(device)  # a thread begins on device 0
-                self._make(count, device.type == "cuda")
+                    torch.cuda.set_device(device)  # a thread starts on device 0
+                self._allocate(count, device.type == "cuda")
                 self._numbers.zero_()
 
         self._preparation = Thread(target=prepare, name="checkpoint memory", daemon=True)
         self._preparation.start()
 
     def copies(self, pieces: list[tuple[Piece, torch.Tensor]]) -> Callable[[], Pieces]:
-        """A function that gives the same pieces with copies of their tensors; the copies before them are overwritten.
+        """Return a function that copies the pieces' tensors; the copies of the previous save are overwritten.
 
-        Another thread may call it: on a GPU the tensors are copied as they are now, beside the kernels that follow.
+        Another thread may call it: on a GPU the tensors are copied as they are now, in parallel to later kernels.
         """
         device = next((tensor.device for _, tensor in pieces if tensor.is_cuda), None)
-        now = torch.cuda.current_stream(device).record_event() if device else None
+        if device is None:
+            return partial(self._copy, pieces, locked=False)
+        now = torch.cuda.current_stream(device).record_event()
 
         def copy_pieces() -> Pieces:
-            self._join()
-            if device is None:
-                return self._copy(pieces, locked=False)
-            torch.cuda.set_device(device)  # a thread begins on device 0
+            torch.cuda.set_device(device)  # a thread starts on device 0
             stream = torch.cuda.Stream(device)
             stream.wait_event(now)
             with torch.cuda.stream(stream):
@@ -243,7 +245,8 @@ class _Buffer:
         return copy_pieces
 
     def _copy(self, pieces: list[tuple[Piece, torch.Tensor]], locked: bool) -> Pieces:
-        self._make(sum(tensor.numel() for _, tensor in pieces), locked)
+        self._join()
+        self._allocate(sum(tensor.numel() for _, tensor in pieces), locked)
         copied, end = [], 0
         for piece, tensor in pieces:
             target = self._numbers[end : end + tensor.numel()]
@@ -257,18 +260,20 @@ class _Buffer:
             self._preparation.join()
             self._preparation = None
 
-    def _make(self, count: int, locked: bool) -> None:
+    def _allocate(self, count: int, locked: bool) -> None:
+        """Allocate memory for `count` numbers unless the buffer is large enough."""
         if count <= self._numbers.numel() and locked == self._locked:
             return
         self._free()
         self._numbers = torch.empty(count)
         if locked and count:
-            # torch's own page-locked memory comes in powers of two: up to twice of what is needed.
+            # torch rounds its page-locked memory up to a power of two: up to twice as much as needed.
             size = count * self._numbers.element_size()  # flag 1: for every device of this process
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._numbers.data_ptr(), size, 1))
             self._locked = True
 
     def release(self) -> None:
+        """Free the memory; no copy may be in progress."""
         self._join()
         self._free()
 

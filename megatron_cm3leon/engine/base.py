@@ -1,8 +1,10 @@
-"""What the training loop knows of an engine, and nothing else."""
+"""Engine: the interface between the training loop and the engines, and the metrics of a step."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.data.stream.loader import MicroBatch
@@ -13,62 +15,71 @@ DROPOUT_SEEDING = 2
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """Of one global batch; the same numbers on every rank. Losses are nats a token, weighted means."""
+    """Metrics of one global batch, the same on every rank. Losses are weighted means in nats per token."""
 
     loss: float
     loss_text: float
-    """Over the text targets; NaN where the batch has none."""
+    """Loss of the text targets; NaN when the batch has none."""
     loss_image: float
-    """Over the image targets; NaN where the batch has none."""
+    """Loss of the image targets; NaN when the batch has none."""
     grad_norm: float
-    """Of the whole model, before clipping; 0 for an evaluation."""
+    """L2 norm of the gradient of the whole model before clipping; 0 for an evaluation."""
     tokens: int
     """Targets with a weight above 0."""
     tokens_trimmed: int
-    """Tokens that CM3 masking's added tokens pushed out of their blocks."""
+    """Tokens cut off at the end of the sequences because of the tokens that CM3 masking added."""
     stepped: bool
-    """False when the loss or the gradient was not finite and no rank stepped."""
+    """False when the loss or the gradient was not finite and no rank took an optimizer step."""
 
 
 class Engine(Protocol):
-    """Trains one model on this rank's share of every batch."""
+    """Trains one model on this rank's part of every batch. The training loop uses nothing else of an engine."""
 
+    device: torch.device
+    """Device of the model and the optimizer."""
     data_rank: int
-    """Which share of every batch is this rank's."""
+    """Data-parallel rank: which part of every batch this rank reads."""
     data_size: int
-    """Into how many shares a batch is cut."""
+    """Data-parallel ranks, among which a batch is divided."""
     dropout_seeding: int
-    """Version of the seeding of dropout masks: DROPOUT_SEEDING, or the loaded run's."""
+    """Version of the seeding of dropout masks: DROPOUT_SEEDING, or that of the loaded run."""
 
     def train_step(self, micro_batches: list[MicroBatch], step: int, learning_rate: float) -> StepMetrics:
-        """Forward, backward and optimizer step number `step` (from 0) on this rank's part of a global batch."""
+        """Run forward, backward and optimizer step number `step` (from 0) on this rank's part of a global batch.
 
-    def own_seconds(self) -> float:
-        """Of the last train_step: seconds in which this rank worked before it waited for other data-parallel ranks.
+        Collective. When the loss or the gradient is not finite, no rank steps, and weights and moments do not change.
+        """
 
-        megatron: forward and backward passes, until gradients are waited for. deepspeed: the forward passes, because
-        its backward passes wait for gradients. What a rank waits for within a replica (tensor, context and pipeline
-        parallel), or for weights under zero=3, is not told from its work.
+    def compute_seconds(self) -> float:
+        """Return the seconds that this rank computed in the last train_step before it waited for data-parallel ranks.
+
+        megatron: forward and backward passes, until the wait for gradients. deepspeed: forward passes only, because
+        its backward passes wait for gradients. Waits within a replica (tensor, context and pipeline parallel), and
+        for weights with zero=3, are included.
         """
 
     def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:
-        """Losses of a global batch, without dropout and without a step."""
+        """Compute the losses of a global batch without dropout and without a step; collective."""
 
     def save(self, folder: Path, state: TrainState) -> None:
-        """Start writing a checkpoint, after the one before is written; later changes are not written.
+        """Start an asynchronous save of a snapshot of the current state; collective.
 
-        It appears under `folder` when every rank's part is on the disk. With checkpoint.asynchronous off that is
-        before this returns. Raises what went wrong in the save before.
+        Blocks until the previous save has finished and raises its error. `folder` appears when the parts of all ranks
+        are on disk: with checkpoint.asynchronous=false before this returns.
         """
 
     def poll(self) -> bool:
-        """Whether no save is under way; ValueError, with the path, when one went wrong. Not collective."""
+        """Return whether no save is in progress on this rank; not collective.
+
+        Raises ValueError, with the path and the remedy, when the save failed.
+        """
 
     def load(self, folder: Path) -> TrainState:
-        """Read weights and optimizer state of any layout of this engine, and compare checksums; collective.
+        """Replace weights and optimizer state by those of a checkpoint, of any layout and engine; collective.
 
-        Also into an engine that has trained: nothing of it remains.
+        Verifies the checksums. Raises ValueError on every rank for a damaged checkpoint and for one of another model
+        or vocabulary.
         """
 
     def close(self) -> None:
-        """Wait for the save under way, which may raise as poll() does, and end the process groups."""
+        """Wait for the save in progress, whose error it raises, and destroy the process groups."""

@@ -1,13 +1,12 @@
-"""megatron-core 0.16.1 on CPU and gloo: the substitutes it needs, in one place.
+"""Substitutes that let megatron-core 0.16.1 run on CPU and gloo.
 
-megatron-core names CUDA in some fifty places (`torch.cuda.current_device()`, `device="cuda"`,
-`tensor.type() == "torch.cuda.FloatTensor"`) although nothing it does for a GPT model needs a GPU.
-`install()` gives the loaded `megatron.*` modules a stand-in for the name `torch` that answers those
-calls for the CPU. The real `torch` stays as it is for everybody else, except that `Tensor.cuda()` and
-`Tensor.type()` look whether their caller is megatron-core.
+megatron-core calls CUDA in about fifty places (`torch.cuda.current_device()`, `device="cuda"`,
+`tensor.type() == "torch.cuda.FloatTensor"`), although a GPT model needs no GPU. `install()` replaces the name `torch`
+in the loaded `megatron.*` modules by a substitute that handles these calls on the CPU. `torch` itself does not change,
+except that `Tensor.cuda()` and `Tensor.type()` check whether their caller is megatron-core.
 
-The random-number helpers matter most: on a CPU build `torch.cuda.manual_seed` is queued and never
-runs, so that megatron-core's RNG tracker would silently do nothing. Here they drive the CPU generator.
+The random-number functions matter most: in a CPU build `torch.cuda.manual_seed` is queued and never executed, so that
+megatron-core's RNG tracker would have no effect. Here these functions use the CPU generator.
 """
 
 import contextlib
@@ -19,11 +18,11 @@ import os
 import platform
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-# Modules that megatron-core imports lazily: loaded here so that they get the stand-in too.
+# Modules that megatron-core imports lazily: loaded here so that they get the substitute, too.
 _LAZY_MODULES = (
     "megatron.core.distributed",
     "megatron.core.models.gpt",
@@ -37,7 +36,7 @@ _LAZY_MODULES = (
     "megatron.core.transformer.multi_token_prediction",
 )
 
-# Functions of torch that take `device`.
+# Functions of torch with an argument `device`.
 _FACTORIES = [
     "arange",
     "empty",
@@ -61,7 +60,7 @@ _installed = False
 
 
 class _CpuEvent:
-    """An event of the default stream: on a CPU everything before it has happened."""
+    """An event of the default stream; on a CPU all work before it is done."""
 
     def __init__(self, *args, **kwargs) -> None:
         pass
@@ -80,7 +79,7 @@ class _CpuEvent:
 
 
 class _CpuStream(_CpuEvent):
-    """The only stream there is: what is issued on it is done at once, in order."""
+    """The only stream; work on it is done immediately, in order."""
 
     def wait_stream(self, stream) -> None:
         pass
@@ -100,25 +99,36 @@ def _get_rng_state(device=None, clone=False, graph_safe=False) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _build_cuda_module() -> types.ModuleType:
-    """The stand-in for `torch.cuda`; every other name is torch.cuda's own."""
-    module = types.ModuleType("torch.cuda")
-    module.__getattr__ = functools.partial(getattr, torch.cuda)
-    module.is_available = lambda: False
-    module.current_device = lambda: _CPU
-    module.synchronize = lambda *args: None
-    module.empty_cache = lambda: None
-    module.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
-    module.get_rng_state = _get_rng_state
-    module.set_rng_state = _set_rng_state
-    module.Event, module.Stream = _CpuEvent, _CpuStream
-    module.current_stream = module.default_stream = lambda *args: _CpuStream()
-    module.stream = lambda stream: contextlib.nullcontext()
+def _build_module(original: types.ModuleType, substitutes: dict[str, object]) -> types.ModuleType:
+    """A module with the names of `original`, some of them replaced."""
+    module = types.ModuleType(original.__name__)
+    vars(module).update(substitutes, __getattr__=functools.partial(getattr, original))
     return module
 
 
-def _on_cpu(factory):
-    """`factory` with `device="cuda"` read as the CPU."""
+def _build_cuda_module() -> types.ModuleType:
+    """The substitute for `torch.cuda`; all other names are those of torch.cuda."""
+    return _build_module(
+        torch.cuda,
+        {
+            "is_available": lambda: False,
+            "current_device": lambda: _CPU,
+            "synchronize": lambda *args: None,
+            "empty_cache": lambda: None,
+            "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+            "get_rng_state": _get_rng_state,
+            "set_rng_state": _set_rng_state,
+            "Event": _CpuEvent,
+            "Stream": _CpuStream,
+            "current_stream": lambda *args: _CpuStream(),
+            "default_stream": lambda *args: _CpuStream(),
+            "stream": lambda stream: contextlib.nullcontext(),
+        },
+    )
+
+
+def _move_to_cpu(factory: Callable) -> Callable:
+    """Return `factory` with `device="cuda"` replaced by the CPU."""
 
     @functools.wraps(factory)
     def call(*args, **kwargs):
@@ -130,48 +140,46 @@ def _on_cpu(factory):
 
 
 def _build_torch_module() -> types.ModuleType:
-    """The stand-in for `torch` inside megatron-core."""
-    module = types.ModuleType("torch")
-    module.__getattr__ = functools.partial(getattr, torch)
-    module.cuda = _build_cuda_module()
-    for name in _FACTORIES:
-        setattr(module, name, _on_cpu(getattr(torch, name)))
-    return module
+    """The substitute for `torch` in megatron-core."""
+    factories = {name: _move_to_cpu(getattr(torch, name)) for name in _FACTORIES}
+    return _build_module(torch, {"cuda": _build_cuda_module(), **factories})
 
 
-def _called_by_megatron() -> bool:
+def _is_called_by_megatron() -> bool:
+    """Whether the caller of the calling function is megatron-core."""
     return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
 
 
 def _patch_tensor_methods() -> None:
-    """`Tensor.type()` and `Tensor.cuda()` as megatron-core expects them, for megatron-core alone."""
+    """Replace `Tensor.type()` and `Tensor.cuda()` by functions that behave differently for megatron-core only."""
     original_type, original_cuda = torch.Tensor.type, torch.Tensor.cuda
 
     @functools.wraps(original_type)
     def tensor_type(self, *args, **kwargs):
         name = original_type(self, *args, **kwargs)
-        if isinstance(name, str) and _called_by_megatron():
+        if isinstance(name, str) and _is_called_by_megatron():
             return name.replace("torch.", "torch.cuda.", 1)
         return name
 
     @functools.wraps(original_cuda)
     def tensor_cuda(self, *args, **kwargs):
-        return self if _called_by_megatron() else original_cuda(self, *args, **kwargs)
+        return self if _is_called_by_megatron() else original_cuda(self, *args, **kwargs)
 
-    torch.Tensor.type, torch.Tensor.cuda = tensor_type, tensor_cuda
+    torch.Tensor.type, torch.Tensor.cuda = tensor_type, tensor_cuda  # type: ignore[method-assign]  # meant: a patch
 
 
 class _NoRngWarning(logging.Filter):
-    """Drops the tracker's warning: here the CPU generator changes because it is the one being tracked."""
+    """Drops a warning of the RNG tracker: the CPU generator changes because it is the tracked one here."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
 @contextlib.contextmanager
-def _nothing_compiled() -> Iterator[None]:
-    """megatron-core decorates with torch.compile, which loads the compiler: seconds of start-up, for no fusion."""
-    original, torch.compile = torch.compile, lambda function=None, **options: function
+def _disable_compile() -> Iterator[None]:
+    """Ignore torch.compile: megatron-core's decorators would load the compiler, seconds of start-up without a gain."""
+    original = torch.compile
+    torch.compile = lambda function=None, **options: function  # type: ignore[assignment]  # restored below
     try:
         yield
     finally:
@@ -179,10 +187,10 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc re-use a step's memory in the next one: by default large tensors go back to the system each time.
+    """Let glibc reuse the memory of a step in the next one; by default large tensors are returned to the system.
 
-    A step of 2,048 tokens then has 2 page faults instead of 40,000, which is 6 % of its time, and the process is 7 %
-    larger. Settings of the environment (MALLOC_...) are left alone.
+    A step of 2,048 tokens then has 2 page faults instead of 40,000, which saves 6 % of its time; the process is 7 %
+    larger. Does nothing when the environment has settings of malloc (MALLOC_...).
     """
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         libc = ctypes.CDLL(None)
@@ -191,19 +199,19 @@ def _keep_freed_memory() -> None:
 
 
 def install() -> None:
-    """Make the loaded megatron-core run on CPU tensors. Calling it again does nothing."""
+    """Make megatron-core run on CPU tensors in this process. Further calls have no effect."""
     global _installed
     if _installed:
         return
     _installed = True
     _keep_freed_memory()
-    with _nothing_compiled():
+    with _disable_compile():
         for name in _LAZY_MODULES:
             importlib.import_module(name)
-    stand_in = _build_torch_module()
+    substitute = _build_torch_module()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and module is not None and getattr(module, "torch", None) is torch:
-            module.torch = stand_in
+            vars(module)["torch"] = substitute
     _patch_tensor_methods()
     from megatron.core.tensor_parallel import random
 

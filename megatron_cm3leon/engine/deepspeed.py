@@ -1,52 +1,48 @@
-"""DeepSpeedEngine: the training step on DeepSpeed's ZeRO, with the same megatron-core modules and checkpoints.
+"""DeepSpeedEngine: training step on DeepSpeed's ZeRO, with the same megatron-core modules and checkpoints.
 
-DeepSpeed averages gradients over data-parallel ranks; the loss here is already divided by the weights of the global
-batch, so it is multiplied by the number of ranks before the backward pass. Adam's state lies in flat fp32 tensors of
-DeepSpeed's, one a parameter group and rank: `_locate` finds a parameter in them, for every ZeRO stage.
+DeepSpeed averages gradients over data-parallel ranks. The loss here is already divided by the weights of the global
+batch, so it is multiplied by the number of ranks before the backward pass. Adam's state is in flat fp32 tensors of
+DeepSpeed, one per parameter group and rank: `_locate_state` finds a parameter in them, for every ZeRO stage.
 """
 
 import logging
 import math
 import os
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
-import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, Piece
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.checkpoint.verify import open_verified
-from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.data.stream.loader import MicroBatch
-from megatron_cm3leon.engine.base import DROPOUT_SEEDING, StepMetrics
+from megatron_cm3leon.engine.base import StepMetrics
+from megatron_cm3leon.engine.checkpointing import MOMENTS, CheckpointedEngine, StateRange, is_first_copy
 from megatron_cm3leon.engine.compile import compile_layers
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
-from megatron_cm3leon.engine.groups import destroy_groups
 from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import clip_gradients, squared_norm
-from megatron_cm3leon.engine.step import loss_scale, seed_dropout, sum_losses, to_metrics
-from megatron_cm3leon.engine.timer import WorkClock
-from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
+from megatron_cm3leon.engine.step import build_metrics, compute_loss_scale, seed_dropout, sum_losses
+from megatron_cm3leon.model.builder import CM3LeonModel, Placement, build_stage, locate_parameters
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 
-def import_deepspeed(device: torch.device):
-    """The package, working on `device`, its messages going to the logging module."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for the variable even where nothing was launched
+def import_deepspeed(device: torch.device) -> ModuleType:
+    """Import the package for `device`; its messages go to the logging module."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads the variable even for a process without a launcher
     if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read while it is imported
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read on import
     import deepspeed
 
     if device.type == "cpu":
-        # Which of its C++ parts can be compiled: none. Else it compiles shared-memory collectives for half a minute
-        # and leaves their buffers in /dev/shm; gloo's serve.
+        # Declare that no C++ extension can be compiled. Otherwise DeepSpeed compiles shared-memory collectives for half
+        # a minute and leaves their buffers in /dev/shm; gloo's collectives are used instead.
         deepspeed.ops.__compatible_ops__ = {}
     logger = logging.getLogger("DeepSpeed")
     logger.handlers.clear()
@@ -55,7 +51,7 @@ def import_deepspeed(device: torch.device):
 
 
 class ModelParallelUnit:
-    """megatron-core's groups under the names that DeepSpeed asks for; model parallel is tensor parallel here."""
+    """megatron-core's groups under the names that DeepSpeed calls; model parallel is tensor parallel here."""
 
     get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
@@ -69,21 +65,21 @@ class ModelParallelUnit:
 
 
 class ClippingAdamW(torch.optim.AdamW):
-    """AdamW of ZeRO stage 0, with what DeepSpeed leaves out there: the global norm, clipping by it, refusing to step.
+    """AdamW for ZeRO stage 0 with what DeepSpeed lacks there: global norm, clipping, no step for a non-finite norm.
 
-    DeepSpeed reads `overflow` and `_global_grad_norm` of the optimizer that it is given.
+    DeepSpeed reads `overflow` and `_global_grad_norm` of its optimizer.
     """
 
     def __init__(self, groups: list[dict], clip: float, tensor_group: dist.ProcessGroup, **options) -> None:
         super().__init__(groups, **options)
         self.clip, self.tensor_group = clip, tensor_group
         self.overflow, self._global_grad_norm = False, 0.0
-        # By position, because DeepSpeed replaces bf16 parameters by fp32 copies that carry no mark.
-        self._counted = [_is_first_copy(each) for group in self.param_groups for each in group["params"]]
+        # By position, because DeepSpeed replaces bf16 parameters by fp32 copies without megatron-core's attributes.
+        self._counted = [is_first_copy(each) for group in self.param_groups for each in group["params"]]
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """Step unless the norm of all gradients is not finite."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # DeepSpeed passes no closure
+        """Take a step if the norm of all gradients is finite."""
         gradients = [each.grad for group in self.param_groups for each in group["params"]]
         counted = [each for each, counts in zip(gradients, self._counted, strict=True) if counts]
         square = squared_norm(counted, gradients[0].device)
@@ -96,25 +92,24 @@ class ClippingAdamW(torch.optim.AdamW):
         super().step()
 
 
-class DeepSpeedEngine:
-    """The whole depth of one model replica; see engine/base.py for the methods."""
+class DeepSpeedEngine(CheckpointedEngine):
+    """All layers of one model replica, without pipeline parallelism; see engine/base.py for the methods."""
 
     def __init__(self, config: Config, vocabulary: Vocabulary, device: torch.device) -> None:
-        """Build model and optimizer on `device`; engine.parallel.initialize_groups comes first."""
-        self.config, self.vocabulary, self.device = config, vocabulary, device
-        self.dropout_seeding = DROPOUT_SEEDING
-        self.clock = WorkClock(device)
-        self.data_group = parallel_state.get_data_parallel_group()
-        self.data_rank, self.data_size = self.data_group.rank(), self.data_group.size()
+        """Build model and optimizer on `device`; call engine.groups.initialize_groups first.
+
+        Raises ValueError for settings in deepspeed.json that contradict the configuration.
+        """
+        super().__init__(config, vocabulary, device)
         settings = build_settings(config, self.data_size)
         deepspeed = import_deepspeed(device)
-        self.version = deepspeed.__version__
+        self.versions["deepspeed"] = deepspeed.__version__
         [model] = build_stage(config, vocabulary)
-        self.placements = list(place_parameters(model))  # now: stage 3 takes the parameters' shapes
+        self.placements = list(locate_parameters(model))  # before stage 3 replaces the parameters by empty tensors
         self.compiled = compile_layers([model], config, device)
         self._sum_shared_gradients(model)
         if config.parallel.zero == 3 and config.model.tied_embeddings:
-            # The head reads the word embedding outside the module that owns it.
+            # The head reads the word embedding, which is a parameter of another module.
             deepspeed.zero.register_external_parameter(model.output_layer, model.embedding.word_embeddings.weight)
         self.adam = self._build_adam(deepspeed)
         self.kernels = describe_kernels(config, device, type(self.adam), self.compiled, False)
@@ -124,12 +119,9 @@ class DeepSpeedEngine:
         )
         # At stage 0 in bf16 DeepSpeed takes a step on zeros, which would count in Adam's bias correction.
         self.adam.state.clear()
-        self.writer = CheckpointWriter(
-            dist.get_rank(), dist.get_world_size(), dist.barrier, asynchronous=config.checkpoint.asynchronous
-        )
 
-    def _sum_shared_gradients(self, model) -> None:
-        """The norms of queries and keys see one rank's heads: their gradients are summed over tensor-parallel ranks."""
+    def _sum_shared_gradients(self, model: CM3LeonModel) -> None:
+        """Sum gradients of query and key norms over tensor-parallel ranks, each of which has those of its heads."""
         group = parallel_state.get_tensor_model_parallel_group()
         if group.size() == 1:
             return
@@ -144,26 +136,26 @@ class DeepSpeedEngine:
             if "q_layernorm" in name or "k_layernorm" in name:
                 parameter.register_hook(sum_over_ranks)
 
-    def _build_adam(self, deepspeed) -> torch.optim.Optimizer:
-        """AdamW over this rank's parameters; the learning rate comes with every step."""
-        options, decayed, plain = self.config.optimizer, [], []
-        for parameter, place in self.placements:
-            (plain if len(place.shape) == 1 else decayed).append(parameter)
-        groups = [{"params": decayed, "weight_decay": options.weight_decay}]
-        if plain:
-            groups.append({"params": plain, "weight_decay": 0.0})
-        common = {"lr": 0.0, "betas": (options.beta1, options.beta2), "eps": options.epsilon}
+    def _build_adam(self, deepspeed: ModuleType) -> torch.optim.Optimizer:
+        """Build AdamW over this rank's parameters; train_step sets the learning rate."""
+        options = self.config.optimizer
+        matrices = [parameter for parameter, placement in self.placements if len(placement.shape) > 1]
+        vectors = [parameter for parameter, placement in self.placements if len(placement.shape) == 1]
+        groups: list[dict] = [{"params": matrices, "weight_decay": options.weight_decay}]
+        if vectors:
+            groups.append({"params": vectors, "weight_decay": 0.0})
+        betas, epsilon = (options.beta1, options.beta2), options.epsilon
         if self.config.parallel.zero == 0:
             tensor_group = parallel_state.get_tensor_model_parallel_group()
-            return ClippingAdamW(groups, options.clip, tensor_group, fused=True, **common)
+            return ClippingAdamW(groups, options.clip, tensor_group, lr=0.0, betas=betas, eps=epsilon, fused=True)
         if self.config.deepspeed.offload_optimizer and self.device.type == "cuda":
-            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
-        return torch.optim.AdamW(groups, fused=True, **common)
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=epsilon, adamw_mode=True)
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
 
     # ------------------------------------------------------------------ steps
 
     def train_step(self, micro_batches: list[MicroBatch], step: int, learning_rate: float) -> StepMetrics:
-        """One optimizer step; see Engine.train_step."""
+        """Take one optimizer step; see Engine.train_step."""
         self.engine.train()
         if self.config.model.dropout:
             seed_dropout(self.config.seed, step, self.dropout_seeding)
@@ -171,145 +163,121 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate
         sums = self._run(micro_batches, training=True)
         stepped = self.engine.was_step_applied()
-        source = self.adam if self.config.parallel.zero == 0 else self.engine
+        source = self.adam if isinstance(self.adam, ClippingAdamW) else self.engine
         norm = float(source._global_grad_norm) if stepped else math.inf
-        return to_metrics(sums.tolist(), norm, stepped)
-
-    def own_seconds(self) -> float:
-        """Time of this rank's forward passes; see Engine.own_seconds."""
-        return self.clock.seconds()
+        return build_metrics(sums.tolist(), norm, stepped)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:
-        """Losses of a global batch; see Engine.eval_step."""
+        """Compute the losses of a global batch; see Engine.eval_step."""
         self.engine.eval()
-        return to_metrics(self._run(micro_batches, training=False).tolist(), 0.0, False)
+        return build_metrics(self._run(micro_batches, training=False).tolist(), 0.0, False)
 
     def _run(self, micro_batches: list[MicroBatch], training: bool) -> torch.Tensor:
-        """Forward (and backward and step) over the micro-batches; the global sums that `to_metrics` reads, fp64."""
-        scale = loss_scale(micro_batches, self.device, self.data_group) * self.data_size
+        """Run forward (and backward and step) over the micro-batches; returns the `build_metrics` sums, fp64 [8]."""
+        scale = compute_loss_scale(micro_batches, self.device, self.data_group) * self.data_size
         total = torch.zeros(8, dtype=torch.float64, device=self.device)
-        self.clock.reset()
+        self.timer.reset()
         for batch in micro_batches:
             tensors = (batch.tokens, batch.labels, batch.loss_weights, batch.position_ids)
             tokens, labels, weights, positions = (each.to(self.device, non_blocking=True) for each in tensors)
             samples = None
             if batch.samples is not None:
                 samples = torch.stack([batch.samples.to(self.device, non_blocking=True), positions])
-            self.clock.start()
+            self.timer.start()
             losses = self.engine(tokens, positions, samples, labels=labels)
-            self.clock.stop()
+            self.timer.stop()
             weighted = losses.float() * weights
             if training:
                 loss = weighted.sum() * scale
-                # A non-finite loss makes this factor, and with it every gradient, NaN: DeepSpeed then skips the step
-                # on every rank.
+                # A non-finite loss makes this factor and every gradient NaN: DeepSpeed skips the step on all ranks.
                 factor = 1 + 0 * loss.detach()
                 self.engine.backward(loss * factor, scale_wrt_gas=False)
                 self.writer.wait_for_copy()
-                self.engine.step()  # counts the micro-batch; the last one's steps
+                self.engine.step()  # counts micro-batches; updates the weights after the last one
             total += sum_losses(weighted.detach(), labels, weights, batch.trimmed, self.vocabulary)
         dist.all_reduce(total, group=self.data_group)
         return total
 
     # ------------------------------------------------------------- checkpoints
 
-    def save(self, folder: Path, state: TrainState) -> None:
-        """Write a checkpoint of weights and Adam's moments; collective. See Engine.save."""
-        versions = {"torch": torch.__version__, "megatron-core": megatron.core.__version__, "deepspeed": self.version}
-        self.writer.save(folder, self._owned_pieces(), self.config, self.vocabulary, state, versions)
-
-    def poll(self) -> bool:
-        """Whether no save is under way; see Engine.poll."""
-        return self.writer.poll()
-
-    def _owned_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """What this rank writes, so that all ranks together write every number once."""
-        for number, (parameter, place) in enumerate(self.placements):
-            if not _is_first_copy(parameter):
-                continue
-            if self.config.parallel.zero == 0 and number % self.data_size != self.data_rank:
-                continue  # data-parallel ranks hold the same: each writes some
-            main, offset, start, stop = self._locate(parameter, place)
-            part = (place.kept_rows, *place.local_shape[1:])
-            kept = min(stop, math.prod(part))
-            if start >= kept:
-                continue
-            tensors = {"weight": main.detach()} | self._moments(main)
-            for kind, tensor in tensors.items():
-                piece = Piece(place.name, kind, place.shape, place.offset, part, start, kept)
-                yield piece, tensor.view(-1)[offset : offset + kept - start]
-
     def load(self, folder: Path) -> TrainState:
-        """Read a checkpoint of any layout and engine; ValueError when it is of another model or vocabulary."""
-        with open_verified(folder, self.vocabulary, [place for _, place in self.placements]) as reader:
-            for parameter, place in self.placements:
-                self._load_parameter(reader, parameter, place, reader.state.step)
+        """Read a checkpoint of any layout and engine; see Engine.load."""
+        state = super().load(folder)
         self._refresh_parameters()
-        self.dropout_seeding = reader.state.dropout_seeding
-        return reader.state
+        return state
+
+    def close(self) -> None:
+        """Wait for the save in progress and end DeepSpeed and the process groups; see Engine.close."""
+        self.writer.close()  # before DeepSpeed frees the tensors
+        self.engine.destroy()
+        super().close()
+
+    def _writes(self, number: int, parameter: torch.nn.Parameter) -> bool:
+        if not is_first_copy(parameter):
+            return False
+        # At stage 0 data-parallel ranks hold the same: each writes a part of it.
+        return self.config.parallel.zero > 0 or number % self.data_size == self.data_rank
 
     @torch.no_grad()
-    def _load_parameter(self, reader: CheckpointReader, parameter, place: Placement, updates: int) -> None:
-        main, offset, start, stop = self._locate(parameter, place)
+    def _load_parameter(
+        self, reader: CheckpointReader, parameter: torch.nn.Parameter, placement: Placement, updates: int
+    ) -> None:
+        main, offset, start, stop = self._locate_state(parameter, placement)
         if start == stop:
             return
         targets = {"weight": main}
-        if reader.has(place.name, "exp_avg"):
-            targets |= self._moments(main) or self._new_moments(main)
-            self._count_updates(main, updates)
+        if reader.has(placement.name, "exp_avg"):
+            targets |= self._get_moments(main) or self._create_moments(main)
+            self._set_updates(main, updates)
         else:  # saved before the first step
             self.adam.state.pop(main, None)
         for kind, target in targets.items():
-            whole = reader.read_part(place.name, kind, place.offset, place.local_shape)
-            target.view(-1)[offset : offset + stop - start].copy_(whole.view(-1)[start:stop])
+            local = reader.read_part(placement.name, kind, placement.offset, placement.local_shape)
+            target.view(-1)[offset : offset + stop - start].copy_(local.view(-1)[start:stop])
 
-    def _locate(self, parameter, place: Placement) -> tuple[torch.Tensor, int, int, int]:
-        """(fp32 tensor of the optimizer, offset in it, start, stop): this rank holds [start, stop) of the parameter."""
-        numel = math.prod(place.local_shape)
+    def _locate_state(self, parameter: torch.nn.Parameter, placement: Placement) -> StateRange:
+        numel = math.prod(placement.local_shape)
         stage = self.config.parallel.zero
         if stage == 3:
             group, offset, count = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = min(self.data_rank * count, numel)
-            return self.zero.fp32_partitioned_groups_flat[group], offset, start, min(start + count, numel)
+            flat = self.zero.fp32_partitioned_groups_flat[group]
+            return StateRange(flat, offset, start, min(start + count, numel))
         if stage:
-            mapping = parameter._hp_mapping
+            # Set by DeepSpeed: position of the parameter in the flat fp32 tensors.
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:
-                return torch.empty(0), 0, 0, 0  # other ranks' own
-            held, flat = mapping.lp_fragment_address, self.adam.param_groups[mapping.param_group_index]["params"][0]
-            return flat, mapping.hp_fragment_address.start, held.start, held.start + held.numel
-        return self._copies.get(parameter, parameter), 0, 0, numel
+                return StateRange(torch.empty(0), 0, 0, 0)  # other ranks hold the state
+            local, flat = mapping.lp_fragment_address, self.adam.param_groups[mapping.param_group_index]["params"][0]
+            return StateRange(flat, mapping.hp_fragment_address.start, local.start, local.start + local.numel)
+        return StateRange(self._main_copies.get(parameter, parameter), 0, 0, numel)
 
     @cached_property
-    def _copies(self) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """Stage 0 in bf16: parameter -> the fp32 copy that the optimizer updates."""
+    def _main_copies(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Stage 0 in bf16: parameter -> fp32 copy that the optimizer updates; otherwise empty."""
         if self.zero is self.adam:
             return {}
         groups = zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True)
-        return {mine: copy for pair in groups for mine, copy in zip(*pair, strict=True)}
+        return {parameter: copy for pair in groups for parameter, copy in zip(*pair, strict=True)}
 
-    def _moments(self, main: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Adam's moments of a tensor of the optimizer; empty before the first step."""
-        state = self.adam.state.get(main, {})
-        return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
-
-    def _new_moments(self, main: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Moments of zeros, put where Adam expects them."""
-        self.adam.state[main] = {kind: torch.zeros_like(main) for kind in ("exp_avg", "exp_avg_sq")}
+    def _create_moments(self, main: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Create moments of zeros in Adam's state and return them."""
+        self.adam.state[main] = {kind: torch.zeros_like(main) for kind in MOMENTS}
         return dict(self.adam.state[main])
 
-    def _count_updates(self, main: torch.Tensor, updates: int) -> None:
-        """Let Adam's bias correction go on from `updates` steps."""
+    def _set_updates(self, main: torch.Tensor, updates: int) -> None:
+        """Set the number of steps in Adam's bias correction."""
         is_torch = isinstance(self.adam, torch.optim.AdamW)
         steps = torch.tensor(float(updates), device=main.device) if is_torch else updates
         self.adam.state[main]["step"] = steps
 
     @torch.no_grad()
     def _refresh_parameters(self) -> None:
-        """Bring the weights of the forward pass in line with the optimizer's fp32 ones."""
+        """Copy the optimizer's fp32 weights to the weights of the forward pass."""
         stage = self.config.parallel.zero
         if stage == 0:
-            for parameter, copy in self._copies.items():
+            for parameter, copy in self._main_copies.items():
                 parameter.copy_(copy)
         elif stage < 3:
             self.zero.update_lp_params()
@@ -319,15 +287,3 @@ class DeepSpeedEngine:
                 self.zero._reassign_or_swap_out_partitioned_parameters(group)
             if self.zero.persistent_parameters:
                 self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
-
-    def close(self) -> None:
-        """Wait for the save under way and end the process groups; see Engine.close."""
-        self.writer.close()
-        self.engine.destroy()
-        destroy_groups()
-
-
-def _is_first_copy(parameter: torch.nn.Parameter) -> bool:
-    """Whether this tensor-parallel rank counts and writes the parameter: a partition, or the first of the copies."""
-    is_partition = getattr(parameter, "tensor_model_parallel", False)
-    return is_partition or parallel_state.get_tensor_model_parallel_rank() == 0

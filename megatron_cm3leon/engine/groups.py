@@ -1,8 +1,7 @@
-"""Process groups: where this rank stands in the layout, and on which device it works."""
+"""Process groups of a layout: torch's default group and megatron-core's tensor, pipeline, context, data groups."""
 
 import warnings
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -10,22 +9,22 @@ import torch.distributed as dist
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.distributed.launch import TIMEOUT, Rank, rendezvous
 
-if TYPE_CHECKING:
-    pass
 
-
-# megatron-core announces each optional package it does without; none is required here.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-# It also calls collectives by names that torch 2.13 renames.
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+def ignore_library_warnings() -> None:
+    """Hide warnings that a user of this package cannot act on; commands that train call it first."""
+    # megatron-core warns about each optional package that is not installed; none is required here.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    # It calls collectives by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 def initialize_groups(
-    config: Config, rank: Rank, device: torch.device, store: dist.Store | None = None, longest: timedelta = TIMEOUT
+    config: Config, rank: Rank, device: torch.device, store: dist.Store | None = None, timeout: timedelta = TIMEOUT
 ) -> None:
     """Create torch's default group and megatron-core's groups for the layout of `config`.
 
-    `store`: where the ranks met, if they have. A collective may take 30 minutes, or `longest` if that is longer.
+    `store`: that of an earlier rendezvous; None performs the rendezvous. A collective fails after `timeout`, but not
+    before 30 minutes. On a CPU, megatron-core gets its substitutes (cpu_backend.py).
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -41,7 +40,7 @@ def initialize_groups(
             rank=rank.rank,
             world_size=rank.world_size,
             store=store or rendezvous(rank),
-            timeout=max(TIMEOUT, longest),
+            timeout=max(TIMEOUT, timeout),
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
@@ -54,7 +53,7 @@ def initialize_groups(
 
 
 def destroy_groups() -> None:
-    """End every process group: without it gloo sometimes aborts at interpreter exit."""
+    """Destroy all process groups: otherwise gloo sometimes aborts at interpreter exit."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

@@ -1,4 +1,4 @@
-"""Which kernels a run uses, for its log: libraries and devices choose many of them by themselves."""
+"""Description of the kernels of a run, for its log: libraries and devices select many of them automatically."""
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -10,7 +10,7 @@ from megatron_cm3leon.model.sample_attention import uses_flex
 def describe_kernels(
     config: Config, device: torch.device, adam: type[torch.optim.Optimizer], compiled: bool, accumulates: bool
 ) -> dict[str, str]:
-    """Kind of work -> who does it. `accumulates`: weight gradients are added to fp32 inside their product."""
+    """Kind of work -> kernel. `accumulates`: the matrix products add weight gradients to fp32 buffers."""
     in_fp32 = device.type == "cuda" or config.train.precision == "fp32"
     gradients = "product, then addition"
     if accumulates:
@@ -26,7 +26,7 @@ def describe_kernels(
 
 
 def choose_attention(config: Config, device: torch.device) -> str:
-    """The kernel that torch takes for causal attention at the run's shape, or the form of attention per sample."""
+    """Kernel that torch selects for causal attention with the run's shape, or the form of attention per sample."""
     model = config.model
     if config.data.attention == "sample":
         flex = uses_flex(config.train.sample_attention, device, model.dropout)
@@ -43,6 +43,6 @@ def choose_attention(config: Config, device: torch.device) -> str:
 
 
 def choose_cross_entropy(config: Config, device: torch.device) -> str:
-    """Who computes the loss from logits, and of how many tokens at once."""
-    kernel = "one kernel each way" if device.type == "cuda" else "torch"
+    """Kernel of the loss, and the number of tokens whose logits exist at once."""
+    kernel = "one kernel per pass" if device.type == "cuda" else "torch"
     return f"{kernel}, {config.train.head_chunk} tokens at a time" if config.train.head_chunk else kernel

@@ -1,4 +1,4 @@
-"""MegatronEngine: the training step on megatron-core's schedules, data parallelism and optimizers."""
+"""MegatronEngine: training step on megatron-core's pipeline schedules, data parallelism and optimizers."""
 
 import logging
 import math
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -15,7 +14,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -23,64 +22,56 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_cm3leon.checkpoint.format import KINDS
 from megatron_cm3leon.checkpoint.retention import saves_soon
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, Piece
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.checkpoint.verify import open_verified
-from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.data.stream.loader import MicroBatch
-from megatron_cm3leon.engine.base import DROPOUT_SEEDING, StepMetrics
+from megatron_cm3leon.engine.base import StepMetrics
+from megatron_cm3leon.engine.checkpointing import MOMENTS, CheckpointedEngine, StateRange, is_first_copy
 from megatron_cm3leon.engine.compile import compile_layers, gather_before_layers
-from megatron_cm3leon.engine.groups import destroy_groups
 from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import choose_adamw, clip_gradients, global_squared_norm, load_moments
-from megatron_cm3leon.engine.step import loss_scale, seed_dropout, sum_losses, to_metrics
-from megatron_cm3leon.engine.timer import WorkClock
-from megatron_cm3leon.model.attention import context_places
-from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
+from megatron_cm3leon.engine.step import build_metrics, compute_loss_scale, seed_dropout, sum_losses
+from megatron_cm3leon.model.attention import context_positions
+from megatron_cm3leon.model.builder import CM3LeonModel, Placement, build_stage, locate_parameters
 from megatron_cm3leon.model.linear import mark_accumulated
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 
-class MegatronEngine:
+class MegatronEngine(CheckpointedEngine):
     """One pipeline stage of one model replica; see engine/base.py for the methods.
 
-    The loss is the weighted sum over the global batch divided by the sum of weights over the global
-    batch, which is known before the forward pass: micro-batch size and layout do not change it.
+    The loss is the weighted sum over the global batch divided by the sum of weights over the global batch. The sum of
+    weights is known before the forward pass, so the loss does not depend on micro-batch size and layout.
     """
 
     def __init__(self, config: Config, vocabulary: Vocabulary, device: torch.device) -> None:
-        """Build model and optimizer on `device`; engine.parallel.initialize_groups comes first."""
-        self.config, self.vocabulary, self.device = config, vocabulary, device
-        self.dropout_seeding = DROPOUT_SEEDING
-        self.clock = WorkClock(device)
+        """Build model and optimizer on `device`; call engine.groups.initialize_groups first."""
+        super().__init__(config, vocabulary, device)
         chunks = [chunk.to(device) for chunk in build_stage(config, vocabulary)]
-        self.placements = [pair for chunk in chunks for pair in place_parameters(chunk)]
+        self.placements = [pair for chunk in chunks for pair in locate_parameters(chunk)]
         self.model = [self._distribute(chunk, number) for number, chunk in enumerate(chunks)]
         self.accumulated = [weight for chunk in chunks for weight in mark_accumulated(chunk)]
         self.compiled = compile_layers(chunks, config, device)
         if self.compiled:
             gather_before_layers(self.model)
         self.optimizer = self._build_optimizer()
-        self.kernels = describe_kernels(config, device, type(self.optimizer.optimizer), self.compiled, True)
+        self.adam = self.optimizer.optimizer
+        self.kernels = describe_kernels(config, device, type(self.adam), self.compiled, True)
         logger.info("kernels: %s", "; ".join(f"{work}: {kernel}" for work, kernel in self.kernels.items()))
         self._schedule_communication(chunks)
         self.forward_backward = get_forward_backward_func()
-        self.data_group = parallel_state.get_data_parallel_group()
-        self.data_rank, self.data_size = self.data_group.rank(), self.data_group.size()
         self.token_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.context_group = parallel_state.get_context_parallel_group()
         rank, size, length = self.context_group.rank(), self.context_group.size(), config.data.seq_length
-        self.places = context_places(length, rank, size).to(device) if size > 1 else None
-        self.stage_group = parallel_state.get_pipeline_model_parallel_group()
-        self.writer = CheckpointWriter(
-            dist.get_rank(), dist.get_world_size(), dist.barrier, asynchronous=config.checkpoint.asynchronous
-        )
+        self.positions = context_positions(length, rank, size).to(device) if size > 1 else None
+        """Positions of this context-parallel rank's tokens in the sequence; None when it has all."""
+        self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
 
-    def _distribute(self, chunk, number: int) -> DistributedDataParallel:
-        """One chunk under megatron-core's gradient buffers."""
+    def _distribute(self, chunk: CM3LeonModel, number: int) -> DistributedDataParallel:
+        """Wrap one chunk in megatron-core's data parallelism."""
         transformer, parallel = chunk.config, self.config.parallel
         return DistributedDataParallel(
             config=transformer,
@@ -91,22 +82,22 @@ class MegatronEngine:
                 overlap_param_gather=self._overlaps and parallel.zero == 1,
             ),
             module=Float16Module(transformer, chunk) if transformer.bf16 else chunk,
-            disable_bucketing=number > 0,  # later chunks' gradients come last in the schedule
+            disable_bucketing=number > 0,  # the gradients of later chunks come last in the schedule
         )
 
     @property
     def _overlaps(self) -> bool:
         return self.config.parallel.overlap and parallel_state.get_data_parallel_world_size(True) > 1
 
-    def _schedule_communication(self, chunks: list) -> None:
-        """Tell megatron-core's schedules when gradients are reduced."""
+    def _schedule_communication(self, chunks: list[CM3LeonModel]) -> None:
+        """Set the callbacks by which megatron-core's schedules reduce gradients."""
 
         def one_or_all(functions: list):
             return functions[0] if len(functions) == 1 else functions
 
         def finalize(model, num_tokens=None, **groups):
-            self.clock.stop()  # from here on gradients are waited for
-            # The loss is already divided by the global sum of weights: nothing is left to scale.
+            self.timer.stop()  # from here on this rank waits for gradients
+            # No scaling by tokens: the loss is already divided by the global sum of weights.
             finalize_model_grads(model, None, **groups)
 
         for chunk in chunks:
@@ -115,8 +106,8 @@ class MegatronEngine:
             if self._overlaps and len(self.model) > 1:
                 chunk.config.grad_sync_func = one_or_all([model.start_grad_sync for model in self.model])
 
-    def _build_optimizer(self):
-        """megatron-core's optimizer around one AdamW over this rank's parameters."""
+    def _build_optimizer(self) -> MegatronOptimizer:
+        """Build megatron-core's optimizer around one AdamW over this rank's parameters."""
         options = self.config.optimizer
         bf16 = self.config.train.precision == "bf16"
         choose_adamw(self.config.train.kernels)
@@ -137,32 +128,33 @@ class MegatronEngine:
             self.model,
             use_gloo_process_groups=False,
         )
-        parts = getattr(chain, "chained_optimizers", [chain])
-        assert len(parts) == 1, "a dense model has one optimizer"
-        for group in parts[0].param_groups:
-            # megatron-core leaves this to its own schedule, which does not run here: vectors would be decayed too.
+        optimizers = getattr(chain, "chained_optimizers", [chain])
+        assert len(optimizers) == 1, "a dense model has one optimizer"
+        for group in optimizers[0].param_groups:
+            # megatron-core applies wd_mult in its own scheduler, which is not used here; without it vectors decay, too.
             group["weight_decay"] = options.weight_decay * group["wd_mult"]
-        return parts[0]
+        return optimizers[0]
 
     # ------------------------------------------------------------------ steps
 
     def train_step(self, micro_batches: list[MicroBatch], step: int, learning_rate: float) -> StepMetrics:
-        """One optimizer step; see Engine.train_step."""
+        """Take one optimizer step; see Engine.train_step."""
         if saves_soon(step, self.config):
             self._reserve_memory()
         for model in self.model:
             model.train()
             model.zero_grad_buffer()
         for weight in self.accumulated:
-            weight.grad_added_to_main_grad = True  # by the products (model/linear.py)
+            # megatron-core's attribute: the matrix products add to main_grad (model/linear.py)
+            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         self.optimizer.zero_grad()
         if self.config.model.dropout:
             seed_dropout(self.config.seed, step, self.dropout_seeding)
         sums = self._run(micro_batches, forward_only=False)
         self.optimizer.prepare_grads()
-        norm = global_squared_norm(self.optimizer, self.device).sqrt()
-        *sums, norm = torch.cat([sums, norm[None]]).tolist()  # the step's one wait for the device
-        stepped = all(math.isfinite(value) for value in (norm, *sums[:3]))
+        squared_norm = global_squared_norm(self.optimizer, self.device)
+        *totals, norm = torch.cat([sums, squared_norm.sqrt()[None]]).tolist()  # the only wait for the device in a step
+        stepped = all(math.isfinite(value) for value in (norm, *totals[:3]))
         if stepped:
             self.writer.wait_for_copy()
             for group in self.optimizer.param_groups:
@@ -170,29 +162,25 @@ class MegatronEngine:
             gradients = [parameter.grad for parameter in self.optimizer.get_parameters() if parameter.grad is not None]
             clip_gradients(gradients, norm, self.config.optimizer.clip)
             self.optimizer.step_with_ready_grads()
-        return to_metrics(sums, norm, stepped)
-
-    def own_seconds(self) -> float:
-        """Time of this rank's forward and backward passes; see Engine.own_seconds."""
-        return self.clock.seconds()
+        return build_metrics(totals, norm, stepped)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:
-        """Losses of a global batch; see Engine.eval_step."""
+        """Compute the losses of a global batch; see Engine.eval_step."""
         for model in self.model:
             model.eval()
-        return to_metrics(self._run(micro_batches, forward_only=True).tolist(), 0.0, False)
+        return build_metrics(self._run(micro_batches, forward_only=True).tolist(), 0.0, False)
 
     def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> torch.Tensor:
-        """Forward (and backward) over the micro-batches; the global sums that `to_metrics` reads, fp64."""
-        scale = loss_scale(micro_batches, self.device, self.data_group)
+        """Run forward (and backward) over the micro-batches; returns the global sums for `build_metrics`, fp64 [8]."""
+        scale = compute_loss_scale(micro_batches, self.device, self.data_group)
         if not forward_only:
-            self.clock.reset()
-            self.clock.start()
+            self.timer.reset()
+            self.timer.start()
 
         def forward_step(batches: Iterator[MicroBatch], model):
             batch = next(batches)
-            tokens, labels, weights, positions, samples = self._local_part(batch)
+            tokens, labels, weights, positions, samples = self._move_local_part(batch)
             output = model(tokens, positions, samples, labels=labels)
 
             def loss_function(losses):
@@ -217,14 +205,15 @@ class MegatronEngine:
         total = torch.zeros(8, dtype=torch.float64, device=self.device)
         for part in sums:  # empty on every stage but the last
             total += part
-        dist.all_reduce(total, group=self.stage_group)
+        dist.all_reduce(total, group=self.pipeline_group)
         dist.all_reduce(total, group=self.token_group)
         return total
 
-    def _local_part(self, batch: MicroBatch) -> tuple:
-        """Tokens, labels, weights and positions that this context-parallel rank holds; samples of all, or None.
+    def _move_local_part(self, batch: MicroBatch) -> tuple:
+        """Move a batch to the device: tokens, labels, weights, positions of this context-parallel rank, and samples.
 
-        Nothing is made of a batch before it is on the device: page-locked, it gets there without a wait.
+        Samples, of the whole sequence, are None without attention per sample. The batch is moved before anything is
+        computed from it: page-locked memory is copied without a wait.
         """
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -232,98 +221,67 @@ class MegatronEngine:
 
         tensors = [move(each) for each in (batch.tokens, batch.labels, batch.loss_weights, batch.position_ids)]
         samples = None if batch.samples is None else torch.stack([move(batch.samples), tensors[3]])
-        if self.places is not None:
-            tensors = [tensor[:, self.places] for tensor in tensors]
+        if self.positions is not None:
+            tensors = [tensor[:, self.positions] for tensor in tensors]
         return *tensors, samples
 
     # ------------------------------------------------------------- checkpoints
 
     def save(self, folder: Path, state: TrainState) -> None:
-        """Write a checkpoint of weights and Adam's moments; collective. See Engine.save."""
+        """Write a checkpoint of weights and Adam's moments; see Engine.save."""
         self._reserve_memory()
-        versions = {"torch": torch.__version__, "megatron-core": megatron.core.__version__}
-        self.writer.save(folder, self._owned_pieces(), self.config, self.vocabulary, state, versions)
-
-    def poll(self) -> bool:
-        """Whether no save is under way; see Engine.poll."""
-        return self.writer.poll()
+        super().save(folder, state)
 
     def _reserve_memory(self) -> None:
-        """Make room for a save's copy of weights and moments, beside training, unless there is."""
+        """Start allocating memory for a save's copy of weights and moments, once."""
         if not self.writer.reserved:
-            weights = sum(piece.stop - piece.start for piece, _ in self._owned_pieces() if piece.kind == "weight")
+            weights = sum(piece.stop - piece.start for piece, _ in self._list_pieces() if piece.kind == "weight")
             self.writer.reserve(len(KINDS) * weights, self.device)
 
-    def _owned_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """What this rank writes, so that all ranks together write every number once."""
-        for number, (parameter, place) in enumerate(self.placements):
-            if getattr(parameter, "shared", False):
-                continue  # the tied copy on the last stage
-            is_partition = getattr(parameter, "tensor_model_parallel", False)
-            if not is_partition and parallel_state.get_tensor_model_parallel_rank() != 0:
-                continue
-            main, start, stop = self._main_parameters[parameter]
-            replicated = not isinstance(self.optimizer, DistributedOptimizer)
-            if replicated and number % self.token_group.size() != self.token_group.rank():
-                continue  # data- and context-parallel ranks hold the same: each writes some
-            part = (place.kept_rows, *place.local_shape[1:])
-            kept = min(stop, math.prod(part))
-            if start >= kept:
-                continue
-            tensors = {"weight": main.detach().reshape(-1)} | self._moments(main)
-            for kind, tensor in tensors.items():
-                piece = Piece(place.name, kind, place.shape, place.offset, part, start, kept)
-                yield piece, tensor.reshape(-1)[: kept - start]
+    def _writes(self, number: int, parameter: torch.nn.Parameter) -> bool:
+        if getattr(parameter, "shared", False) or not is_first_copy(parameter):  # shared: the tied copy, last stage
+            return False
+        # Without a distributed optimizer, data- and context-parallel ranks hold the same: each writes a part of it.
+        is_distributed = isinstance(self.optimizer, DistributedOptimizer)
+        return is_distributed or number % self.token_group.size() == self.token_group.rank()
 
-    def load(self, folder: Path) -> TrainState:
-        """Read a checkpoint of any layout; ValueError when it is of another model or vocabulary."""
-        with open_verified(folder, self.vocabulary, [place for _, place in self.placements]) as reader:
-            for parameter, place in self.placements:
-                self._load_parameter(reader, parameter, place, reader.state.step)
-        self.dropout_seeding = reader.state.dropout_seeding
-        return reader.state
+    def _locate_state(self, parameter: torch.nn.Parameter, placement: Placement) -> StateRange:
+        main, start, stop = self._main_parameters[parameter]
+        return StateRange(main, 0, start, stop)
 
     @torch.no_grad()
-    def _load_parameter(self, reader: CheckpointReader, parameter, place: Placement, updates: int) -> None:
-        weight = reader.read_part(place.name, "weight", place.offset, place.local_shape)
+    def _load_parameter(
+        self, reader: CheckpointReader, parameter: torch.nn.Parameter, placement: Placement, updates: int
+    ) -> None:
+        weight = reader.read_part(placement.name, "weight", placement.offset, placement.local_shape)
         parameter.copy_(weight.view(parameter.shape))
         main, start, stop = self._main_parameters[parameter]
         if start == stop:
             return
         main.copy_(weight.view(-1)[start:stop].view(main.shape))
-        adam = self.optimizer.optimizer
-        if not reader.has(place.name, "exp_avg"):  # saved before the first step
-            adam.state.pop(main, None)
+        if not reader.has(placement.name, "exp_avg"):  # saved before the first step
+            self.adam.state.pop(main, None)
             return
         moments = {}
-        for kind in ("exp_avg", "exp_avg_sq"):
-            whole = reader.read_part(place.name, kind, place.offset, place.local_shape)
-            part = whole.view(-1)[start:stop].view(main.shape)
-            # A slice would keep the whole tensor in memory.
-            moments[kind] = part.to(main.device) if part.numel() == whole.numel() else part.to(main.device, copy=True)
-        load_moments(adam, main, moments, updates)
-
-    def _moments(self, main: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Adam's moments of a main parameter; empty before the first step."""
-        state = self.optimizer.optimizer.state.get(main, {})
-        return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
+        for kind in MOMENTS:
+            local = reader.read_part(placement.name, kind, placement.offset, placement.local_shape)
+            part = local.view(-1)[start:stop].view(main.shape)
+            # Copied, because a slice would keep the memory of the local tensor.
+            moments[kind] = part.to(main.device) if part.numel() == local.numel() else part.to(main.device, copy=True)
+        load_moments(self.adam, main, moments, updates)
 
     @cached_property
     def _main_parameters(self) -> dict[torch.nn.Parameter, tuple[torch.Tensor, int, int]]:
-        """Model parameter -> the fp32 tensor that the optimizer updates, and the flat range that it is."""
-        mains = {parameter: (torch.empty(0), 0, 0) for parameter, _ in self.placements}  # other ranks' own
+        """Parameter -> (fp32 tensor that the optimizer updates, start, stop): its range of the flattened parameter."""
+        mains = {parameter: (torch.empty(0), 0, 0) for parameter, _ in self.placements}  # updated by other ranks
         for parameter, main in _pair_main_parameters(self.optimizer):
-            mains[parameter] = (main, *_range_of(self.optimizer, parameter))
+            mains[parameter] = (main, *_find_range(self.optimizer, parameter))
         return mains
 
-    def close(self) -> None:
-        """Wait for the save under way and end the process groups; see Engine.close."""
-        self.writer.close()
-        destroy_groups()
 
-
-def _pair_main_parameters(optimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """(model parameter, the fp32 tensor that the optimizer updates) of megatron-core's optimizers."""
+def _pair_main_parameters(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Yield (model parameter, fp32 tensor that the optimizer updates) of one of megatron-core's optimizers."""
+    groups: tuple[tuple[list, list], ...]
     if isinstance(optimizer, DistributedOptimizer):
         groups = (
             (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
@@ -342,9 +300,9 @@ def _pair_main_parameters(optimizer) -> Iterator[tuple[torch.nn.Parameter, torch
             yield from zip(model_group, main_group, strict=True)
 
 
-def _range_of(optimizer, parameter: torch.nn.Parameter) -> tuple[int, int]:
-    """Flat range of `parameter` whose optimizer state this rank holds."""
+def _find_range(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> tuple[int, int]:
+    """Range (start, stop) of the flattened `parameter` whose optimizer state this rank holds."""
     if isinstance(optimizer, DistributedOptimizer):
-        found = optimizer._get_model_param_range_map(parameter)["param"]
-        return found.start, found.end
+        positions = optimizer._get_model_param_range_map(parameter)["param"]
+        return positions.start, positions.end
     return 0, parameter.numel()

@@ -1,4 +1,4 @@
-"""What both engines do with a global batch beside forward and backward: weights, sums of losses, dropout's seeds."""
+"""Parts of a step that both engines share: loss weights of the global batch, sums of losses, seeds of dropout."""
 
 import math
 
@@ -13,8 +13,11 @@ from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 
-def loss_scale(micro_batches: list[MicroBatch], device: torch.device, group: dist.ProcessGroup) -> torch.Tensor:
-    """1 / sum of weights over the global batch, whose parts the ranks of `group` hold; fp32, not waited for."""
+def compute_loss_scale(micro_batches: list[MicroBatch], device: torch.device, group: dist.ProcessGroup) -> torch.Tensor:
+    """1 / sum of weights over the global batch, whose parts the ranks of `group` hold; fp32 scalar on `device`.
+
+    Collective; does not wait for the device.
+    """
     weight = torch.zeros((), dtype=torch.float64)
     for micro_batch in micro_batches:
         weight += micro_batch.loss_weights.double().sum()
@@ -23,10 +26,13 @@ def loss_scale(micro_batches: list[MicroBatch], device: torch.device, group: dis
     return (1.0 / weight.clamp_min(1e-30)).float()
 
 
-def sum_losses(weighted, labels, weights, trimmed: float, vocabulary: Vocabulary) -> torch.Tensor:
-    """Of one micro-batch, fp64 [8]: loss, text loss, image loss, the three weights, targets that count, trimmed tokens.
+def sum_losses(
+    weighted: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, trimmed: float, vocabulary: Vocabulary
+) -> torch.Tensor:
+    """Sums over one micro-batch, fp64 [8]: loss, text loss, image loss, their weights, targets, trimmed tokens.
 
-    weighted: weight x loss of each token; labels, weights: the same shape; trimmed: this rank's share of the tokens.
+    weighted: weight x loss of each token; labels, weights: same shape; trimmed: this rank's share of trimmed tokens. A
+    target counts when its weight is above 0.
     """
     text, image = vocabulary.is_text(labels), vocabulary.is_image(labels)
     return torch.stack(
@@ -38,13 +44,13 @@ def sum_losses(weighted, labels, weights, trimmed: float, vocabulary: Vocabulary
             (weights * text).sum(dtype=torch.float64),
             (weights * image).sum(dtype=torch.float64),
             (weights > 0).sum().double(),
-            torch.full((), trimmed, dtype=torch.float64, device=weights.device),  # a copy would wait for the device
+            torch.full((), trimmed, dtype=torch.float64, device=weights.device),  # torch.tensor() would wait for it
         ]
     )
 
 
-def to_metrics(sums: list[float], norm: float, stepped: bool) -> StepMetrics:
-    """Metrics of a global batch from the sums of `sum_losses` over its micro-batches and ranks."""
+def build_metrics(sums: list[float], norm: float, stepped: bool) -> StepMetrics:
+    """Metrics of a global batch from `sum_losses`, summed over its micro-batches and ranks."""
     loss, text, image, weight, text_weight, image_weight, tokens, trimmed = sums
 
     def mean(total: float, weights: float) -> float:
@@ -62,13 +68,13 @@ def to_metrics(sums: list[float], norm: float, stepped: bool) -> StepMetrics:
 
 
 def seed_dropout(seed: int, step: int, version: int) -> None:
-    """Seed this rank's generators for the dropout masks of one step; nothing has to be saved or restored.
+    """Seed this rank's generators for the dropout masks of one step, so that no generator state has to be saved.
 
     Masks are a function of the run's seed, the step and the rank's coordinates. The default generator draws the masks
-    of activations that tensor-parallel ranks hold in common: data, pipeline and context rank are in its seed. The
+    of activations that are replicated on tensor-parallel ranks; its seed contains data, pipeline and context rank. The
     masks of partitioned activations (heads; slices of the sequence with parallel.sequence) come from megatron-core's
     model-parallel generator, to whose seed megatron-core adds the tensor rank. The interleaved chunks of a pipeline
-    rank draw one after the other.
+    rank draw from the same generators one after the other.
 
     version: TrainState.dropout_seeding. In version 1 pipeline and context ranks draw the same masks.
     """
@@ -78,6 +84,6 @@ def seed_dropout(seed: int, step: int, version: int) -> None:
     else:
         pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
         context_rank = parallel_state.get_context_parallel_rank()
-        # 62 bits: megatron-core adds to it, and torch takes 64.
+        # 62 bits, because megatron-core adds to the seed and torch accepts 64 bits.
         key = derive_key(seed, "dropout", step, data_rank, pipeline_rank, context_rank) >> 2
     model_parallel_cuda_manual_seed(key, force_reset_rng=True)

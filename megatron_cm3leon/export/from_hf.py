@@ -45,15 +45,17 @@ def import_export(
         config.output = str(output.absolute())  # the run is found from any folder
         save_config(config, run / "config.yaml")
         folder = step_folder(run, state.step)
-        sharded.begin(folder)
+        sharded.begin_checkpoint(folder)
         with meter(len(parts), "importing", "tensors") as progress:
             for number, group in enumerate(_group(parts)):
                 pieces = []
                 for part in group:
                     pieces.append(_whole_piece(part, _checked_read(export, part)))
                     progress.advance()
-                sharded.write_rank(folder, number, pieces)
-        sharded.finish(folder, config, vocabulary, state, {"imported from": str(model), "torch": torch.__version__})
+                sharded.write_rank_file(folder, number, pieces)
+        sharded.finish_checkpoint(
+            folder, config, vocabulary, state, {"imported from": str(model), "torch": torch.__version__}
+        )
         reader = sharded.CheckpointReader(folder)
         shards = check_shards or find_shards(config, vocabulary)
         comparison = compare_logits(reader.read, config, export, shards)

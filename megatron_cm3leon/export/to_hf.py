@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints
+from megatron_cm3leon.checkpoint.format import list_checkpoints
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.common.atomic_directory import written_whole
 from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.config.loading import Config

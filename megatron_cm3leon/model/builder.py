@@ -1,7 +1,7 @@
-"""Config -> this rank's stage of the megatron-core GPT model, with its initial weights.
+"""Build this rank's pipeline stage of the megatron-core GPT model from a configuration, with its initial weights.
 
-Initial weights: every number of a parameter is a function of (seed, its global name), drawn on the CPU in fp32; a rank
-draws its own part alone (initialization.py), and every layout starts from the same values.
+Every number of a parameter is a function of (seed, canonical name, position), drawn on the CPU in fp32. A rank draws
+only its part (initialization.py), and every layout starts from the same values.
 """
 
 import re
@@ -24,22 +24,22 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.config.validation import VOCABULARY_ROW_MULTIPLE
-from megatron_cm3leon.model.attention import context_places
+from megatron_cm3leon.model.attention import context_positions
 from megatron_cm3leon.model.fp8 import require_fp8
 from megatron_cm3leon.model.head import Head
 from megatron_cm3leon.model.layers import build_block_spec
 from megatron_cm3leon.model.linear import multiply_in_fp8
 from megatron_cm3leon.model.loss import cross_entropy
-from megatron_cm3leon.model.rotary import rotary_angles
-from megatron_cm3leon.model.sample_attention import LayerInputs, build_sample_blocks, uses_flex
-from megatron_cm3leon.model.weights import OUTPUT_HEAD, WORD_EMBEDDINGS, initial_weight, layer_name
+from megatron_cm3leon.model.rotary import compute_rotary_angles
+from megatron_cm3leon.model.sample_attention import LayerInputs, build_sample_mask, uses_flex
+from megatron_cm3leon.model.weights import OUTPUT_HEAD, WORD_EMBEDDINGS, draw_initial_weight, layer_name
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
 
 
 class CM3LeonModel(GPTModel):
-    """megatron-core's GPTModel with this project's loss; `forward(..., labels=)` gives [batch, seq] losses."""
+    """megatron-core's GPTModel with this project's loss; `forward(..., labels=)` returns losses [batch, seq]."""
 
     def __init__(
         self,
@@ -51,36 +51,36 @@ class CM3LeonModel(GPTModel):
         sample_attention: str,
         **options,
     ) -> None:
-        """`head_chunk` 0: the logits of all tokens at once; `rope_base` 0: no rotary positions."""
+        """`head_chunk` 0 computes the logits of all tokens at once; `rope_base` 0 means no rotary positions."""
         super().__init__(**options)
         self.true_vocabulary_size, self.z_loss, self.rope_base = true_vocabulary_size, z_loss, rope_base
         self.head_chunk, self.sample_attention = head_chunk, sample_attention
         if self.post_process:
-            self.output_layer.__class__ = Head  # megatron-core builds the head without a spec
+            self.output_layer.__class__ = Head  # megatron-core has no spec for the head
 
     def forward(self, input_ids, position_ids, attention_mask=None, **options) -> torch.Tensor:
-        """GPTModel's, with what is the same for all layers in `attention_bias` (sample_attention.LayerInputs)."""
-        angles = blocks = None
+        """GPTModel's forward pass; the inputs that all layers share are in `attention_bias` (LayerInputs)."""
+        angles = block_mask = None
         if self.rope_base:
-            rows = position_ids[:1] if attention_mask is None else position_ids  # every row 0, 1, 2 ...
-            angles = rotary_angles(rows, self.config.kv_channels, self.rope_base)
+            rows = position_ids[:1] if attention_mask is None else position_ids  # without samples all rows are equal
+            angles = compute_rotary_angles(rows, self.config.kv_channels, self.rope_base)
         if attention_mask is not None:
-            blocks = self._build_blocks(attention_mask[0])
-        if angles is not None or blocks is not None:
-            options["extra_block_kwargs"] = {"attention_bias": LayerInputs(angles, blocks)}
+            block_mask = self._build_block_mask(attention_mask[0])
+        if angles is not None or block_mask is not None:
+            options["extra_block_kwargs"] = {"attention_bias": LayerInputs(angles, block_mask)}
         return super().forward(input_ids, position_ids, attention_mask, **options)
 
-    def _build_blocks(self, samples_BS: torch.Tensor) -> BlockMask | None:
-        """FlexAttention's tiles for this rank's tokens, where it computes the attention per sample."""
+    def _build_block_mask(self, samples_BS: torch.Tensor) -> BlockMask | None:
+        """FlexAttention's mask for this rank's tokens, or None where it does not compute the attention per sample."""
         if not uses_flex(self.sample_attention, samples_BS.device, self.config.attention_dropout):
             return None
-        group, places = self.pg_collection.cp, None
+        group, positions = self.pg_collection.cp, None
         if group.size() > 1:
-            places = context_places(samples_BS.shape[1], group.rank(), group.size()).to(samples_BS.device)
-        return build_sample_blocks(samples_BS, places)
+            positions = context_positions(samples_BS.shape[1], group.rank(), group.size()).to(samples_BS.device)
+        return build_sample_mask(samples_BS, positions)
 
     def _postprocess(self, hidden_states, *, labels=None, **options) -> torch.Tensor:
-        """GPTModel's head and loss, or both in chunks."""
+        """Head and loss: those of GPTModel, or both in chunks of tokens (head.py)."""
         if not (self.post_process and self.head_chunk and labels is not None):
             return super()._postprocess(hidden_states, labels=labels, **options)
         losses_SB, _ = self.output_layer(
@@ -101,13 +101,13 @@ class CM3LeonModel(GPTModel):
         return losses_SB.transpose(0, 1)
 
 
-def padded_rows(vocabulary_size: int) -> int:
-    """Rows of the model's vocabulary: `vocabulary_size` rounded up, the same under every layout."""
+def padded_vocabulary_size(vocabulary_size: int) -> int:
+    """`vocabulary_size` rounded up to the rows of the embedding, the same under every layout."""
     return -(-vocabulary_size // VOCABULARY_ROW_MULTIPLE) * VOCABULARY_ROW_MULTIPLE
 
 
 def build_transformer_config(config: Config) -> TransformerConfig:
-    """megatron-core's view of `config`."""
+    """megatron-core's TransformerConfig for `config`."""
     model, parallel = config.model, config.parallel
     bf16 = config.train.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -130,7 +130,7 @@ def build_transformer_config(config: Config) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=parallel.interleave if parallel.interleave > 1 else None,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         context_parallel_size=parallel.context,
-        # Over gloo the interleaved schedule's batched messages are silently mismatched, plain 1F1B needs them batched.
+        # Over gloo, batched messages of the interleaved schedule are mismatched without an error; 1F1B needs batches.
         overlap_p2p_comm=parallel.interleave > 1,
         batch_p2p_comm=parallel.interleave == 1,
         recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
@@ -140,20 +140,23 @@ def build_transformer_config(config: Config) -> TransformerConfig:
         params_dtype=dtype,
         bf16=bf16,
         use_cpu_initialization=True,
-        perform_initialization=False,  # initialize_weights() does it, the same way under every layout
+        perform_initialization=False,  # by initialize_weights(), with the same values under every layout
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        # Over gloo a send may still read what would be freed here (seen as NaN under the interleaved schedule).
+        # Over gloo a send may still read tensors that this would free: NaN with the interleaved schedule.
         deallocate_pipeline_outputs=torch.distributed.get_backend() == "nccl",
         calculate_per_token_loss=True,  # gradients are summed over ranks; the engine divides the loss
     )
 
 
 def build_stage(config: Config, vocabulary: Vocabulary) -> list[CM3LeonModel]:
-    """This rank's pipeline stage, on the CPU, with its initial weights: one model, or its interleaved chunks."""
+    """Build this rank's pipeline stage on the CPU with its initial weights: one model, or its interleaved chunks.
+
+    Needs megatron-core's process groups. Raises ValueError where the device cannot compute in fp8 (train.fp8).
+    """
     return [_build_chunk(config, vocabulary, number) for number in range(config.parallel.interleave)]
 
 
@@ -164,7 +167,7 @@ def _build_chunk(config: Config, vocabulary: Vocabulary, number: int) -> CM3Leon
     model = CM3LeonModel(
         config=transformer,
         transformer_layer_spec=build_block_spec(transformer, config.model, layers),
-        vocab_size=padded_rows(vocabulary.size),
+        vocab_size=padded_vocabulary_size(vocabulary.size),
         true_vocabulary_size=vocabulary.size,
         z_loss=config.train.z_loss,
         head_chunk=config.train.head_chunk,
@@ -175,7 +178,7 @@ def _build_chunk(config: Config, vocabulary: Vocabulary, number: int) -> CM3Leon
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         parallel_output=True,
         share_embeddings_and_output_weights=config.model.tied_embeddings,
-        # RoPE is applied by our own attention, which knows positions inside samples.
+        # CoreAttention applies RoPE, because positions may restart in every sample.
         position_embedding_type="none" if config.model.family == "llama" else "learned_absolute",
         vp_stage=stage,
     )
@@ -189,9 +192,9 @@ def _build_chunk(config: Config, vocabulary: Vocabulary, number: int) -> CM3Leon
 
 
 def _mark_partitions(model: CM3LeonModel) -> None:
-    """Tell megatron-core which parameters are partitions: its own initialisation, not used here, would.
+    """Mark tensor-parallel partitions, as megatron-core's own initialization does, which is not used here.
 
-    Without the mark the gradient norm counts the first tensor-parallel rank's partition alone.
+    Without the mark the gradient norm would count the partition of the first tensor-parallel rank only.
     """
     for module in model.modules():
         if isinstance(module, (VocabParallelEmbedding, ColumnParallelLinear)):
@@ -200,33 +203,33 @@ def _mark_partitions(model: CM3LeonModel) -> None:
             dim = 1
         else:
             continue
-        if module.weight is not None:  # the tied head of a whole model has none
+        if module.weight is not None:  # a tied head on the stage of the embedding has none
             set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a local parameter lies in the whole model."""
+    """Position of a local parameter in the whole model."""
 
     name: str
     """Canonical name, independent of the layout."""
     shape: tuple[int, ...]
-    """Shape of the whole tensor, true vocabulary rows."""
+    """Shape of the whole tensor, without vocabulary padding."""
     offset: tuple[int, ...]
-    """Position of the local tensor's first element in the whole one."""
+    """Index of the local tensor's first element in the whole tensor."""
     local_shape: tuple[int, ...]
-    """Shape of the local tensor, padded vocabulary rows included; it may split the parameter's first dimension."""
+    """Shape of the local tensor with vocabulary padding; it may split the parameter's first dimension."""
 
     @property
     def kept_rows(self) -> int:
-        """Leading rows of the local tensor that are no vocabulary padding."""
+        """Leading rows of the local tensor that are not vocabulary padding."""
         return min(max(self.shape[0] - self.offset[0], 0), self.local_shape[0])
 
 
-def place_parameters(model: CM3LeonModel) -> Iterator[tuple[torch.nn.Parameter, Placement]]:
-    """Each parameter of this stage with its place in the whole model; tied copies have the same name.
+def locate_parameters(model: CM3LeonModel) -> Iterator[tuple[torch.nn.Parameter, Placement]]:
+    """Yield each parameter of this stage with its position in the whole model; tied copies have the same name.
 
-    A gated feed-forward layer's first matrix is [2, ffn_hidden_size, hidden_size] here: gate, then up. Each
+    The first matrix of a gated feed-forward layer is [2, ffn_hidden_size, hidden_size] here: gate, then up. Each
     tensor-parallel rank holds a part of both.
     """
     rank, size = model.pg_collection.tp.rank(), model.pg_collection.tp.size()
@@ -248,6 +251,7 @@ def place_parameters(model: CM3LeonModel) -> Iterator[tuple[torch.nn.Parameter, 
 
 
 def _canonical_name(local_name: str, first_layer: int, tied: bool) -> str:
+    """Canonical name (weights.py) of a parameter of a stage that begins with layer `first_layer`."""
     if local_name == OUTPUT_HEAD and tied:  # the copy on the last stage
         return WORD_EMBEDDINGS
     found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.weight", local_name)
@@ -257,9 +261,9 @@ def _canonical_name(local_name: str, first_layer: int, tied: bool) -> str:
 @torch.no_grad()
 def initialize_weights(model: CM3LeonModel, config: Config) -> None:
     """Fill the stage's parameters with their initial values (CM3Leon section 2.3)."""
-    for parameter, place in place_parameters(model):
-        part = (place.kept_rows, *place.local_shape[1:])
-        parameter.zero_()  # padded vocabulary rows stay 0
+    for parameter, placement in locate_parameters(model):
+        part = (placement.kept_rows, *placement.local_shape[1:])
+        parameter.zero_()  # vocabulary padding stays 0
         if part[0]:
-            weight = initial_weight(place.name, place.shape, config, place.offset, part)
-            parameter.view(place.local_shape)[: part[0]].copy_(weight)
+            weight = draw_initial_weight(placement.name, placement.shape, config, placement.offset, part)
+            parameter.view(placement.local_shape)[: part[0]].copy_(weight)

@@ -1,10 +1,10 @@
 """Initial weights: every number is a function of (seed, parameter name, position), the same on every machine.
 
-Parameters are drawn in blocks of 2^20 consecutive numbers of the flattened parameter. A block's generator is PCG64
-with a key of 128 bits from (seed, name, block): any part of a parameter can be drawn without the rest, and by several
-threads. The halves of its 64-bit integers become numbers in (-1, 1), and these a truncated normal by the inverse error
-function. Integers and the operations of IEEE 754 are the same everywhere, and so is torch's `erfinv`: torch 2.11 and
-2.13 and each value of ATEN_CPU_CAPABILITY give the same bits. (`trunc_normal_` and `uniform_(a, b)` do not.)
+Parameters are drawn in blocks of 2^20 consecutive numbers of the flattened parameter. The generator of a block is PCG64
+with a key of 128 bits from (seed, name, block), so that any part of a parameter can be drawn without the rest, and by
+several threads. The halves of its 64-bit integers become numbers in (-1, 1), and these a truncated normal by the
+inverse error function. Integers and IEEE 754 operations give the same bits everywhere, and so does torch's `erfinv`:
+with torch 2.11 and 2.13 and with each value of ATEN_CPU_CAPABILITY. (`trunc_normal_` and `uniform_(a, b)` do not.)
 """
 
 import hashlib
@@ -16,19 +16,19 @@ import numpy as np
 import torch
 
 VERSION = "pcg64-erfinv-1"
-"""Names how weights are drawn; a run records it. Other numbers for the same (seed, name) need another version."""
+"""Name of this method, which a run records; a change of the numbers for a (seed, name) requires another version."""
 BLOCK = 1 << 20
-"""Numbers with one generator."""
+"""Numbers drawn by one generator."""
 CUT = 3.0
-"""Standard deviations at which the normal is cut."""
+"""Standard deviations at which the normal is truncated."""
 _CHUNK = 1 << 15
-"""Numbers transformed at once: they stay in the cache, and torch uses no further threads."""
+"""Numbers transformed at once: few enough for the cache, and for torch to use one thread."""
 
 
 def draw_truncated_normal(seed: int, name: str, start: int, stop: int, std: float) -> torch.Tensor:
-    """Numbers [stop - start] of the flattened parameter `name`, from position `start` on; fp32, on the CPU.
+    """Draw the numbers [start, stop) of the flattened parameter `name`; fp32 [stop - start], on the CPU.
 
-    A normal distribution of standard deviation `std`, cut at CUT of them. Uses torch.get_num_threads() threads.
+    Normal distribution with standard deviation `std`, truncated at CUT x std. Uses torch.get_num_threads() threads.
     """
     numbers = torch.empty(stop - start)
     blocks = range(start // BLOCK, -(-stop // BLOCK))
@@ -49,10 +49,10 @@ def _generator(seed: int, name: str, block: int) -> np.random.Generator:
 
 
 def _fill_block(out: torch.Tensor, generator: np.random.Generator, skipped: int, std: float) -> None:
-    """Fill `out` [n] with the numbers of a block from the position `skipped` on."""
+    """Fill `out` [n] with the numbers of a block from position `skipped` on."""
     for begin in range(0, skipped + len(out), _CHUNK):
         end = min(begin + _CHUNK, skipped + len(out))
-        words = generator.integers(0, 1 << 64, (end - begin + 1) // 2, dtype=np.uint64)  # two numbers in each
+        words = generator.integers(0, 1 << 64, (end - begin + 1) // 2, dtype=np.uint64)  # two numbers per word
         if end <= skipped:
             continue
         bits = torch.from_numpy(words.view(np.int32))[max(0, skipped - begin) : end - begin]
@@ -63,7 +63,7 @@ def _fill_block(out: torch.Tensor, generator: np.random.Generator, skipped: int,
 
 
 def list_runs(shape: tuple[int, ...], offset: tuple[int, ...], part: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(start, length) of the runs of consecutive numbers that a part of a tensor is, in the flattened tensor."""
+    """Yield (start, length) of the runs of consecutive numbers, in the flattened tensor, that make up a part of it."""
     if not shape or part[1:] == shape[1:]:
         row = math.prod(shape[1:])
         yield (offset[0] * row if shape else 0), (part[0] * row if shape else 1)

@@ -1,4 +1,4 @@
-"""Layer specs: which modules megatron-core builds the transformer of each family from.
+"""Layer specs: the modules from which megatron-core builds the transformer of each family.
 
 Layout legend: S sequence, B batch, H width of the residual stream.
 """
@@ -22,7 +22,7 @@ _LINEAR_LAYERS = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 
 
 class LayerNormWithoutParameters(torch.nn.Module):
-    """LayerNorm with neither weight nor bias (CM3Leon section 2.3)."""
+    """LayerNorm without weight and bias (CM3Leon section 2.3)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Each tensor-parallel rank then has the gradient of its part of the sequence: megatron-core sums them.
-        self.weight.sequence_parallel = config.sequence_parallel
+        # With sequence parallelism each rank has the gradient of its part of the sequence; megatron-core sums them.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron-core's name
         self.eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) x up of [..., 2 F]; keeps its input alone for the backward pass."""
+    """silu(gate) x up of [..., 2 F]; saves only its input for the backward pass."""
 
     @staticmethod
     def forward(ctx, both):
@@ -67,15 +67,15 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(both: torch.Tensor) -> torch.Tensor:
-    """silu(gate) x up of gate and up, concatenated in the last dimension."""
+    """silu(gate) x up [..., F] of gate and up, which are concatenated in the last dimension."""
     if torch.compiler.is_compiling():
         gate, up = both.chunk(2, dim=-1)
-        return F.silu(gate) * up  # one kernel each way, which keeps no more
+        return F.silu(gate) * up  # compiled to one kernel per pass, which saves only the input, too
     return _SwiGLU.apply(both)
 
 
 class RecomputedAttention(SelfAttention):
-    """megatron-core's attention, whose selective recomputation the compiler can trace."""
+    """megatron-core's attention, with selective recomputation that the compiler can trace."""
 
     def _checkpointed_attention_forward(
         self, query, key, value, attention_mask, attention_bias=None, **options
@@ -91,7 +91,7 @@ class RecomputedAttention(SelfAttention):
 
 
 class GatedMLP(MLP):
-    """megatron-core's MLP with SwiGLU (arXiv 2002.05202), which there keeps two more tensors."""
+    """megatron-core's MLP with SwiGLU (arXiv 2002.05202); megatron-core's own form saves two more tensors."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config, _LINEAR_LAYERS)
@@ -102,7 +102,7 @@ class GatedMLP(MLP):
 
 
 def build_block_spec(config: TransformerConfig, model: ModelConfig, layers: int) -> TransformerBlockSubmodules:
-    """Submodules of one stage of `layers` layers."""
+    """Submodules of a stage (or chunk) of `layers` layers."""
     llama = model.family == "llama"
     norm = RMSNorm if llama else LayerNormWithoutParameters
     attention = ModuleSpec(
@@ -123,7 +123,7 @@ def build_block_spec(config: TransformerConfig, model: ModelConfig, layers: int)
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            # megatron-core warns about every spec of a class that it does not know.
+            # Not a ModuleSpec for GatedMLP: megatron-core warns about every spec of a class that it does not know.
             mlp=GatedMLP if llama else ModuleSpec(module=MLP, submodules=_LINEAR_LAYERS),
             mlp_bda=get_bias_dropout_add,
         ),

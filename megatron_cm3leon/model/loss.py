@@ -1,19 +1,18 @@
 """Cross-entropy over a vocabulary that is partitioned over tensor-parallel ranks and padded in rows.
 
-The padded rows take no part: their logits count as -inf. Everything is computed in fp32, whatever the
-precision of the logits. (megatron-core's fused native form rounds its gradient to bf16.)
+Logits of padded rows count as -inf. Everything is computed in fp32, whatever the dtype of the logits. (megatron-core's
+fused native form rounds its gradient to bf16.)
 
-With a z-loss the value stays the cross-entropy, so that runs compare; the gradient is that of cross-entropy + z_loss x
-(log Z)^2, Z the denominator of the softmax (Chameleon section 2.3).
+With a z-loss the value is still the cross-entropy, so that runs can be compared; the gradient is that of
+cross-entropy + z_loss x (log Z)^2, where Z is the denominator of the softmax (Chameleon section 2.3).
 
-The forward pass keeps the logits and two numbers per token, the highest logit and the sum of exponentials; the
-backward pass computes the softmax again and writes the gradient over the logits, or over a copy of them. Bytes of
-memory traffic per bf16 logit, z-loss included: 2 read in the forward pass, 2 read and 2 written in the backward pass.
-Alive are the 2 bytes of the logit itself. On CUDA each pass is one kernel (loss_kernels.py), on a CPU torch's operators
-on so few tokens at a time that what lies between them stays in the cache. Both passes are custom ops, so that whoever
-records operators counts one kernel each.
+The forward pass saves the logits and two numbers per token, the highest logit and the sum of exponentials. The backward
+pass computes the softmax again and writes the gradient over the logits, or over a copy of them. Memory traffic per bf16
+logit, with z-loss: 2 bytes read in the forward pass, 2 read and 2 written in the backward pass; memory: the 2 bytes of
+the logit. On CUDA each pass is one kernel (loss_kernels.py). On a CPU they are torch operators on chunks of tokens that
+are small enough for the cache. Both passes are custom ops, so that an operator trace counts one kernel each.
 
-Layout legend: T tokens, P rows of the vocabulary that this rank holds (columns of its logits).
+Layout legend: T tokens, P rows of the vocabulary on this rank (columns of its logits).
 """
 
 from collections.abc import Iterator
@@ -23,26 +22,26 @@ import torch
 import torch.distributed as dist
 
 CHUNK_ELEMENTS = 1 << 17
-"""fp32 numbers that a CPU thread works on at a time: 512 KiB, which its cache holds from one pass to the next."""
+"""fp32 numbers per CPU thread and chunk: 512 KiB, which stay in the cache between operators."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """The rows of the vocabulary that this rank's logits stand for."""
+    """Rows of the vocabulary to which this rank's logits belong."""
 
     start: int
     """Vocabulary id of the first row."""
     columns: int
-    """Rows of the true vocabulary, which come first; a rank whose rows are all padding has none."""
+    """Rows without padding, which come first; 0 on a rank whose rows are all padding."""
 
     @classmethod
     def of_rank(cls, rows: int, vocabulary_size: int, group: dist.ProcessGroup) -> "Partition":
-        """Of this rank; the ranks of `group` hold consecutive ranges of `rows` rows."""
+        """Partition of this rank; the ranks of `group` hold consecutive ranges of `rows` rows."""
         start = group.rank() * rows
         return cls(start, min(max(vocabulary_size - start, 0), rows))
 
     def find_columns(self, targets: torch.Tensor) -> torch.Tensor:
-        """Column of each target in this rank's logits, -1 where another rank has it."""
+        """Column of each target in this rank's logits; -1 for targets of other ranks."""
         local = targets - self.start
         return torch.where((local >= 0) & (local < self.columns), local, -1)
 
@@ -55,11 +54,11 @@ def cross_entropy(
     z_loss: float = 0.0,
     overwrite: bool = False,
 ) -> torch.Tensor:
-    """Loss of every token in nats, fp32.
+    """Loss of every token in nats, fp32 [...].
 
-    logits: [..., rows of this rank's partition]; targets: [...] ids below `vocabulary_size`, the true size;
+    logits: [..., rows of this rank's partition]; targets: [...] ids below `vocabulary_size`, the size without padding;
     group: the tensor-parallel ranks, which hold consecutive row ranges of equal length; overwrite: the backward pass
-    writes the gradient over the logits, which nobody else may need (a second backward pass raises RuntimeError).
+    writes the gradient over the logits, which must not be used elsewhere (a second backward pass raises RuntimeError).
     """
     flat = logits.reshape(-1, logits.shape[-1])
     partition = Partition.of_rank(flat.shape[1], vocabulary_size, group)
@@ -69,7 +68,7 @@ def cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """loss [T] of logits [T, P] for target columns [T], -1 where another rank has the target."""
+    """Losses [T] of logits [T, P] for target columns [T], which are -1 for targets of other ranks."""
 
     @staticmethod
     def forward(ctx, logits_TP, targets, columns, group, z_loss, overwrite):
@@ -88,7 +87,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def combine_ranks(measured: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """What `measure_logits` found [3, T] for this rank's partition -> the same for the whole vocabulary."""
+    """Combine the results of `measure_logits` [3, T] of all partitions; returns those of the whole vocabulary."""
     if group.size() > 1:
         highest = measured[0].clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
@@ -99,20 +98,20 @@ def combine_ranks(measured: torch.Tensor, group: dist.ProcessGroup) -> torch.Ten
 
 
 def softmax_factors(gradient, highest, sums, z_loss: float) -> torch.Tensor:
-    """By which exp(logit - highest) is multiplied in a logit's gradient, for losses with `gradient`; all [T]."""
+    """Factors of exp(logit - highest) in the gradient of a logit, where `gradient` is that of the loss; all [T]."""
     return gradient * (1 + 2 * z_loss * (sums.log() + highest)) / sums
 
 
 def measure_logits(logits_TP: torch.Tensor, targets: torch.Tensor, columns: int) -> torch.Tensor:
-    """Of each row's first `columns` logits: the highest, the sum of exp(logit - highest), the target's; fp32 [3, T].
+    """Highest of each row's first `columns` logits, sum of exp(logit - highest), target's logit; fp32 [3, T].
 
-    Without columns they are -inf and 0; so is the target's logit where `targets` is -1.
+    With `columns` 0 they are -inf, 0 and 0; the target's logit is 0 where `targets` is -1.
     """
     return _measure(logits_TP, targets, columns)
 
 
 def write_gradient(logits_TP, targets, columns: int, highest, factors, gradient) -> None:
-    """Replace each logit by exp(logit - highest) x factor, less `gradient` at the target; by 0 from `columns` on.
+    """Replace each logit by exp(logit - highest) x factor, minus `gradient` at the target; by 0 from `columns` on.
 
     highest, factors, gradient: fp32 [T].
     """
@@ -156,7 +155,7 @@ def _(logits, targets, columns, highest, factors, gradient):
 
 
 def measure_in_chunks(logits_TP: torch.Tensor, targets: torch.Tensor, columns: int) -> torch.Tensor:
-    """measure_logits() by torch's operators, some tokens at a time."""
+    """measure_logits() with torch operators on chunks of tokens."""
     measured = torch.zeros(3, len(logits_TP), device=logits_TP.device)
     highest, sums, chosen = measured
     if not columns:
@@ -171,7 +170,7 @@ def measure_in_chunks(logits_TP: torch.Tensor, targets: torch.Tensor, columns: i
 
 
 def write_in_chunks(logits_TP, targets, columns: int, highest, factors, gradient) -> None:
-    """write_gradient() by torch's operators, some tokens at a time."""
+    """write_gradient() with torch operators on chunks of tokens."""
     logits_TP[:, columns:] = 0
     if not columns:
         return
@@ -186,7 +185,7 @@ def write_in_chunks(logits_TP, targets, columns: int, highest, factors, gradient
 
 
 def _chunks(tokens: int, columns: int) -> Iterator[slice]:
-    """Ranges of tokens with at most CHUNK_ELEMENTS logits for each thread, at least one token each."""
+    """Ranges of tokens with at most CHUNK_ELEMENTS logits per thread, and at least one token."""
     step = max(1, CHUNK_ELEMENTS * torch.get_num_threads() // columns)
     for start in range(0, tokens, step):
         yield slice(start, min(start + step, tokens))

@@ -1,7 +1,7 @@
-"""The two passes of the cross-entropy over the logits on CUDA, in Triton; loss.py says what they compute.
+"""Triton kernels for the two passes of the cross-entropy over the logits on CUDA; loss.py defines what they compute.
 
-`measure_logits` reads each logit once; `write_gradient` reads it once and writes its gradient in its place. Both also
-run in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1), as tests do.
+`measure_logits` reads each logit once; `write_gradient` reads it once and overwrites it with its gradient. Both also
+run in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1), which tests use.
 
 Layout legend: T tokens, P columns of the logits.
 """
@@ -13,22 +13,22 @@ import triton
 import triton.language as tl
 
 BLOCK = 4096
-"""Logits of a row that a program holds at once: 32 per thread."""
+"""Logits of a row per iteration of a program: 32 per thread."""
 WARPS = 4
 
 
 @triton.jit
 def _measure(logits, stride, targets, measured, tokens, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """One row per program: the maximum and the sum of exponentials that belongs to it, block by block."""
+    """One row per program: running maximum and sum of exponentials relative to it, in blocks of BLOCK logits."""
     token = tl.program_id(0)
     row = logits + token.to(tl.int64) * stride
     highest = float("-inf")
     total = 0.0
     for start in range(0, COLUMNS, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        scores = tl.load(row + places, mask=places < COLUMNS, other=float("-inf")).to(tl.float32)
+        columns = start + tl.arange(0, BLOCK)
+        scores = tl.load(row + columns, mask=columns < COLUMNS, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(highest, tl.max(scores, axis=0))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # as long as every logit is -inf
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # 0 while all logits are -inf
         total = total * tl.exp(highest - shift) + tl.sum(tl.exp(scores - shift), axis=0)
         highest = higher
     target = tl.load(targets + token)
@@ -44,13 +44,13 @@ def _write(
 ):
     """One block of a row per program."""
     token = tl.program_id(0) // blocks
-    places = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     row = logits + token.to(tl.int64) * stride
-    scores = tl.load(row + places, mask=places < COLUMNS, other=0.0).to(tl.float32)
+    scores = tl.load(row + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)
     values = tl.exp(scores - tl.load(highest + token)) * tl.load(factors + token)
-    values = tl.where(places == tl.load(targets + token), values - tl.load(gradient + token), values)
-    values = tl.where(places < COLUMNS, values, 0.0)
-    tl.store(row + places, values.to(logits.dtype.element_ty), mask=places < width)
+    values = tl.where(columns == tl.load(targets + token), values - tl.load(gradient + token), values)
+    values = tl.where(columns < COLUMNS, values, 0.0)
+    tl.store(row + columns, values.to(logits.dtype.element_ty), mask=columns < width)
 
 
 def measure_logits(logits_TP: torch.Tensor, targets: torch.Tensor, columns: int) -> torch.Tensor:
@@ -102,5 +102,5 @@ def _stride(logits_TP: torch.Tensor) -> int:
 
 
 def _on_device_of(tensor: torch.Tensor):
-    """The tensor's GPU as the current one: Triton launches there."""
+    """Context in which the tensor's GPU is the current device, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,7 +1,9 @@
-"""The model of both families in plain torch, straight from its canonical weights: the yardstick of a conversion.
+"""Reference model of both families in plain torch, computed from canonical weights; a conversion is checked against it.
 
-Layout of a tensor is in its name: B batch, S sequence, H hidden, N heads, G heads of keys and values, D head width.
-It knows nothing of megatron-core and of transformers, so that a mistake in either shows up as a difference.
+It does not use megatron-core or transformers, so that an error in either shows as a difference.
+
+Layout legend: B batch, S sequence, H width of the residual stream, N heads, G heads of keys and values, X rows of
+linear_qkv per head of keys, D width of a head.
 """
 
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from torch.nn import functional
 
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.config.schema import ModelConfig
+from megatron_cm3leon.model.rotary import compute_rotary_angles, rotate_pairs
 from megatron_cm3leon.model.weights import FINAL_NORM, OUTPUT_HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS, layer_name
 
 Read = Callable[[str], Tensor]
@@ -20,9 +23,9 @@ Read = Callable[[str], Tensor]
 
 @torch.no_grad()
 def reference_logits(read: Read, config: Config, ids_BS: Tensor, advance: Callable[[], None] = lambda: None) -> Tensor:
-    """Logits [B, S, vocabulary] of the trained model; `read` is asked for one weight at a time.
+    """Logits [B, S, vocabulary] of the trained model, computed in the dtype of the weights.
 
-    `advance` is called after each layer. The arithmetic is that of the weights' dtype.
+    `read` returns one weight at a time; `advance` is called after each layer, for a progress bar.
     """
     model = config.model
     words = read(WORD_EMBEDDINGS)
@@ -35,11 +38,11 @@ def reference_logits(read: Read, config: Config, ids_BS: Tensor, advance: Callab
         state_BSH = state_BSH + _attend(state_BSH, read, model, layer)
         state_BSH = state_BSH + _feed_forward(state_BSH, read, model, layer)
         advance()
-    state_BSH = _normalise(state_BSH, read, model, FINAL_NORM)
+    state_BSH = _normalize(state_BSH, read, model, FINAL_NORM)
     return state_BSH @ (words if model.tied_embeddings else read(OUTPUT_HEAD)).T
 
 
-def _normalise(state: Tensor, read: Read, model: ModelConfig, name: str) -> Tensor:
+def _normalize(state: Tensor, read: Read, model: ModelConfig, name: str) -> Tensor:
     """LayerNorm without parameters, or RMSNorm with the weight `name`."""
     if model.family == "cm3leon":
         return functional.layer_norm(state, state.shape[-1:], eps=model.norm_epsilon)
@@ -48,17 +51,17 @@ def _normalise(state: Tensor, read: Read, model: ModelConfig, name: str) -> Tens
 
 
 def _attend(state_BSH: Tensor, read: Read, model: ModelConfig, layer: int) -> Tensor:
-    """Causal attention; rows of linear_qkv are grouped per head of keys: its queries, k, v."""
+    """Causal attention; rows of linear_qkv are grouped per head of keys: its queries, key, value."""
     batch, length, hidden = state_BSH.shape
     heads, groups, width = model.heads, model.kv_heads, hidden // model.heads
-    inner = _normalise(state_BSH, read, model, layer_name(layer, "input_layernorm"))
+    inner = _normalize(state_BSH, read, model, layer_name(layer, "input_layernorm"))
     qkv = inner @ read(layer_name(layer, "self_attention.linear_qkv")).T
     qkv_BSGXD = qkv.view(batch, length, groups, heads // groups + 2, width)
     query, key, value = qkv_BSGXD.split([heads // groups, 1, 1], dim=3)
     if model.qk_norm:
-        query = _normalise(query, read, model, layer_name(layer, "self_attention.q_layernorm"))
-        key = _normalise(key, read, model, layer_name(layer, "self_attention.k_layernorm"))
-    # [B, G, queries of a group, S, D]; the one key and value of a group is used by all its queries.
+        query = _normalize(query, read, model, layer_name(layer, "self_attention.q_layernorm"))
+        key = _normalize(key, read, model, layer_name(layer, "self_attention.k_layernorm"))
+    # [B, G, queries of a group, S, D]; the key and value of a group are broadcast to its queries.
     query, key, value = (part.permute(0, 2, 3, 1, 4) for part in (query, key, value))
     if model.family == "llama":
         query, key = _rotate(query, model.rope_base), _rotate(key, model.rope_base)
@@ -70,22 +73,21 @@ def _attend(state_BSH: Tensor, read: Read, model: ModelConfig, layer: int) -> Te
 
 
 def _rotate(state: Tensor, base: float) -> Tensor:
-    """Rotary positions of [..., S, D]: dimension d turns with d + D/2 (RoFormer, arXiv 2104.09864)."""
+    """Rotary positions of states [..., S, D]."""
     length, width = state.shape[-2:]
-    # The angles are fp32 in training and in stock classes, whatever the precision of the rest.
-    rates = base ** (torch.arange(0, width, 2, dtype=torch.float32) / -width)
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * rates
-    cosine, sine = angles.cos().to(state), angles.sin().to(state)
-    left, right = state.chunk(2, dim=-1)
-    return torch.cat([left * cosine - right * sine, right * cosine + left * sine], dim=-1)
+    # The angles are computed in fp32, as in training and in stock classes, whatever the dtype of the states.
+    cosine, sine = compute_rotary_angles(torch.arange(length)[None], width, base)[:, 0].to(state)
+    return rotate_pairs(state, cosine, sine)
 
 
 def _feed_forward(state_BSH: Tensor, read: Read, model: ModelConfig, layer: int) -> Tensor:
-    inner = _normalise(state_BSH, read, model, layer_name(layer, "pre_mlp_layernorm"))
+    """SwiGLU, or one hidden layer with ReLU or GELU."""
+    inner = _normalize(state_BSH, read, model, layer_name(layer, "pre_mlp_layernorm"))
     first = read(layer_name(layer, "mlp.linear_fc1"))
     if model.activation == "swiglu":
         gate, up = first
         inner = functional.silu(inner @ gate.T) * (inner @ up.T)
     else:
-        inner = {"relu": functional.relu, "gelu": functional.gelu}[model.activation](inner @ first.T)
+        activate = functional.relu if model.activation == "relu" else functional.gelu
+        inner = activate(inner @ first.T)
     return inner @ read(layer_name(layer, "mlp.linear_fc2")).T

@@ -1,4 +1,4 @@
-"""Rotary positions (RoFormer, arXiv 2104.09864): angles once per forward pass, queries and keys turned in each layer.
+"""Rotary positions (RoFormer, arXiv 2104.09864): angles once per forward pass, queries and keys rotated in each layer.
 
 Layout legend: B batch, S sequence of this rank, N heads, D width of a head.
 """
@@ -6,36 +6,39 @@ Layout legend: B batch, S sequence of this rank, N heads, D width of a head.
 import torch
 
 
-def rotary_angles(positions_BS: torch.Tensor, width: int, base: float) -> torch.Tensor:
-    """Cosine and sine of the angles of `width` / 2 pairs, fp32 [2, B, S, width / 2]."""
+def compute_rotary_angles(positions_BS: torch.Tensor, width: int, base: float) -> torch.Tensor:
+    """Cosine and sine of the angles of `width` / 2 pairs of dimensions, fp32 [2, B, S, width / 2]."""
     rates = base ** (torch.arange(0, width, 2, device=positions_BS.device, dtype=torch.float32) / -width)
     angles = positions_BS[..., None].float() * rates
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def _turn(states_BNSD: torch.Tensor, cosine_B1SD: torch.Tensor, sine_B1SD: torch.Tensor) -> torch.Tensor:
-    left, right = states_BNSD.chunk(2, dim=-1)
-    turned = [left * cosine_B1SD - right * sine_B1SD, right * cosine_B1SD + left * sine_B1SD]
-    return torch.cat(turned, dim=-1).to(states_BNSD.dtype)
+def rotate_pairs(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotate dimensions d and d + D / 2 of states [..., S, D] by angles [..., S, D / 2]; result in their dtype."""
+    left, right = states.chunk(2, dim=-1)
+    return torch.cat([left * cosine - right * sine, right * cosine + left * sine], dim=-1).to(states.dtype)
 
 
 class _Rotation(torch.autograd.Function):
-    """The gradient turns back by the same angles: as few passes as forward, nothing kept but the angles."""
+    """The gradient is rotated by the negative angles: as many passes as forward; only the angles are saved."""
 
     @staticmethod
     def forward(ctx, states, cosine, sine):
         ctx.save_for_backward(cosine, sine)
-        return _turn(states, cosine, sine)
+        return rotate_pairs(states, cosine, sine)
 
     @staticmethod
     def backward(ctx, gradient):
         cosine, sine = ctx.saved_tensors
-        return _turn(gradient, cosine, -sine), None, None
+        return rotate_pairs(gradient, cosine, -sine), None, None
 
 
 def rotate(states_BNSD: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turn dimension d with d + D / 2, as LLaMA's Hugging Face form pairs them; in fp32, the result in their type."""
+    """Rotate queries or keys by `angles` of compute_rotary_angles, in fp32; result in the dtype of the states.
+
+    Dimension d is paired with d + D / 2, as in the LLaMA classes of Hugging Face.
+    """
     cosine, sine = angles[:, :, None]
     if torch.compiler.is_compiling():
-        return _turn(states_BNSD, cosine, sine)  # one kernel with what is around it, both ways
+        return rotate_pairs(states_BNSD, cosine, sine)  # the compiler fuses it with its neighbors, both ways
     return _Rotation.apply(states_BNSD, cosine, sine)

@@ -1,4 +1,4 @@
-"""The whole model's parameters: canonical names, shapes, initial values; the same under every layout and engine.
+"""Parameters of the whole model: canonical names, shapes, initial values; the same under every layout and engine.
 
 embedding.word_embeddings.weight                   [vocabulary, H]
 embedding.position_embeddings.weight               [seq_length, H]                        cm3leon
@@ -30,15 +30,15 @@ def layer_name(layer: int, part: str) -> str:
 
 
 def canonical_shapes(config: Config, vocabulary_size: int) -> dict[str, tuple[int, ...]]:
-    """Every parameter and its shape, without vocabulary padding; `config` is validated."""
+    """Name -> shape of every parameter, without vocabulary padding; `config` must be validated."""
     model = config.model
     hidden, ffn, llama = model.hidden_size, model.ffn_hidden_size, model.family == "llama"
     head = hidden // model.heads
-    shapes = {WORD_EMBEDDINGS: (vocabulary_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {WORD_EMBEDDINGS: (vocabulary_size, hidden)}
     if not llama:
         shapes[POSITION_EMBEDDINGS] = (config.data.seq_length, hidden)
     for layer in range(model.layers):
-        parts = {
+        parts: dict[str, tuple[int, ...]] = {
             "self_attention.linear_qkv": ((model.heads + 2 * model.kv_heads) * head, hidden),
             "self_attention.linear_proj": (hidden, hidden),
             "mlp.linear_fc1": (2, ffn, hidden) if llama else (ffn, hidden),
@@ -57,23 +57,24 @@ def canonical_shapes(config: Config, vocabulary_size: int) -> dict[str, tuple[in
 
 
 def count_parameters(config: Config, vocabulary_size: int) -> int:
-    """Parameters of the whole model, tied weights counted once, without vocabulary padding."""
+    """Number of parameters of the whole model; tied weights count once, vocabulary padding does not."""
     return sum(math.prod(shape) for shape in canonical_shapes(config, vocabulary_size).values())
 
 
-def initial_weight(
+def draw_initial_weight(
     name: str,
     shape: tuple[int, ...],
     config: Config,
     offset: tuple[int, ...] | None = None,
     part: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
-    """Initial value of the parameter `name` of shape `shape`: fp32, on the CPU, a function of (config.seed, name).
+    """Draw the initial value of the parameter `name` of shape `shape`: fp32, on the CPU, from (config.seed, name).
 
-    `offset` and `part` (a shape) name a part of it, which is drawn without the rest; by default all of it.
+    `offset` and `part` (a shape) select a part, which is drawn without the rest; the default is the whole parameter.
 
-    A normal of standard deviation model.init_std (positions: position_init_std) cut at 3 of them. The matrices that
-    write into the residual stream start at 0: the paper's "output layers" (CM3Leon section 2.3). Norms start at 1.
+    A normal distribution with standard deviation model.init_std (positions: position_init_std), truncated at 3
+    standard deviations. The matrices that write to the residual stream start at 0: the "output layers" of CM3Leon
+    section 2.3. Norm weights start at 1.
     """
     offset, part = offset or (0,) * len(shape), shape if part is None else part
     if len(shape) == 1:

@@ -8,7 +8,7 @@ batch size of that time.
 import copy
 from pathlib import Path
 
-from megatron_cm3leon.checkpoint.format import CheckpointFolder, list_checkpoints, step_of
+from megatron_cm3leon.checkpoint.format import CheckpointFolder, list_checkpoints, parse_step
 from megatron_cm3leon.config.loading import SOURCE_FIELDS, Config, changed_fields, is_fixed
 from megatron_cm3leon.monitoring.history import METRICS, read_lines
 
@@ -37,7 +37,7 @@ def find_sequences(run: str | Path, config: Config, batch: int) -> tuple[range, 
 def _find_config(run: str | Path, config: Config, line: dict) -> Config:
     """`config` with the stream and the batch size that the run had at a line of metrics.jsonl."""
     checkpoint = next(reversed(list_checkpoints(run)), None)
-    if checkpoint is None or line["step"] > step_of(checkpoint):
+    if checkpoint is None or line["step"] > parse_step(checkpoint):
         return config
     opened, then = CheckpointFolder(checkpoint), copy.deepcopy(config)
     for name, (now, _) in changed_fields(opened.config, config).items():

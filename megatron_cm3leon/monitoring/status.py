@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
 
-from megatron_cm3leon.checkpoint.format import MANIFEST, list_checkpoints, step_of
+from megatron_cm3leon.checkpoint.format import MANIFEST, list_checkpoints, parse_step
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.monitoring.goodput import Process, TimeBreakdown, read_time_breakdown
 
@@ -79,7 +79,7 @@ def read_status(run: str | Path, now: float | None = None) -> Status:
         tokens_per_second=statistics.median(line["tokens_per_second"] for line in recent) if recent else None,
         seconds_left=max(0, steps - step) * step_seconds if steps is not None and step_seconds else None,
         checkpoint=checkpoint.name if checkpoint else None,
-        checkpoint_step=step_of(checkpoint) if checkpoint else None,
+        checkpoint_step=parse_step(checkpoint) if checkpoint else None,
         checkpoint_age_seconds=now - _saved_at(checkpoint) if checkpoint else None,
         restarts=len(times.processes) - 1,
         skipped={reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},

@@ -36,8 +36,8 @@ from megatron_cm3leon.config.loading import Config, changed_fields, load_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.shards.reader import MANIFEST, load_manifest, sha256_file
 from megatron_cm3leon.distributed.launch import Rank, choose_device, rendezvous
-from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
-from megatron_cm3leon.model.memory import checkpoint_bytes, show_ranks
+from megatron_cm3leon.engine.groups import destroy_groups, ignore_library_warnings, initialize_groups
+from megatron_cm3leon.model.memory import estimate_checkpoint_bytes, format_ranks
 
 logger = logging.getLogger("megatron_cm3leon.runtime.preflight")  # by name: this module also runs as __main__
 
@@ -216,7 +216,7 @@ def _checkpoint_bytes(config: Config) -> int:
     """Bytes of one checkpoint; 0 if the shards, whose vocabulary it depends on, cannot be read (reported elsewhere)."""
     folder = config.data.sources[0].shards if config.data.sources else config.data.shards
     try:
-        return checkpoint_bytes(config, load_manifest(Path(folder))["vocabulary"]["size"])
+        return estimate_checkpoint_bytes(config, load_manifest(Path(folder))["vocabulary"]["size"])
     except (ValueError, OSError):
         return 0
 
@@ -303,7 +303,7 @@ def _find_differences(found: list[dict[str, Any]], hosts: list[str]) -> Iterator
 
 def name_ranks(ranks: list[int], hosts: list[str] | None = None) -> str:
     """Ranks and their hosts in words: `ranks 0-3 (a, b)`."""
-    named = f"rank{'s' if len(ranks) > 1 else ''} {show_ranks(ranks)}"
+    named = f"rank{'s' if len(ranks) > 1 else ''} {format_ranks(ranks)}"
     if hosts is None:
         return named
     unique = list(dict.fromkeys(hosts[rank] for rank in ranks))
@@ -366,6 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", type=user_path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that override the YAML file")
     options = parser.parse_args(arguments)
+    ignore_library_warnings()
     try:
         rank = Rank.from_environment()
         show_messages(logging.INFO if rank.rank == 0 else logging.WARNING)

@@ -21,7 +21,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 
-from megatron_cm3leon.checkpoint.format import list_checkpoints, step_of
+from megatron_cm3leon.checkpoint.format import list_checkpoints, parse_step
 from megatron_cm3leon.monitoring.events import read_events, record
 from megatron_cm3leon.runtime.exit_status import STOPPED, USER_ERROR
 
@@ -102,7 +102,7 @@ def main() -> int:
     of_this_start = [event for event in events if event["time"] >= options.since]
     decision = decide(options.status, options.signal, of_this_start, job)
     found = list_checkpoints(options.run)
-    newest = step_of(found[-1]) if found else None
+    newest = parse_step(found[-1]) if found else None
     step = -1 if newest is None else newest
     final = limit_restarts(decision, count_idle_restarts(events, job.get("JobId"), step), options.max_restarts)
     if decision.requeue:

@@ -122,7 +122,7 @@ class TrainingLoop:
         state.cursor = self.loader.cursor
         seconds = time.perf_counter() - started
         extra = {} if metrics.stepped else {"skipped": NON_FINITE}
-        extra |= self.stragglers.add(waited, self.engine.own_seconds())
+        extra |= self.stragglers.add(waited, self.engine.compute_seconds())
         if self.validation and state.step % config.validation.interval == 0:
             self.watch.progress(f"validation at step {state.step}")
             extra |= self.validation.run(self.engine)

@@ -4,8 +4,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_cm3leon.checkpoint.format import step_folder, total_bytes
-from megatron_cm3leon.checkpoint.retention import is_due, remove_old
+from megatron_cm3leon.checkpoint.format import count_bytes, step_folder
+from megatron_cm3leon.checkpoint.retention import is_due, remove_old_checkpoints
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.schema import Config
 from megatron_cm3leon.engine.base import Engine
@@ -71,6 +71,6 @@ class RunSaver:
         if self.first:
             folder = step_folder(Path(self.config.output), self.saved)
             seconds = time.monotonic() - self.started
-            values = {"checkpoint": folder.name, "seconds": round(seconds, 3), "bytes": total_bytes(folder)}
+            values = {"checkpoint": folder.name, "seconds": round(seconds, 3), "bytes": count_bytes(folder)}
             events.record(self.config.output, self.attempt, "saved", step=self.saved, **values)
-            remove_old(self.config.output, self.config.checkpoint)
+            remove_old_checkpoints(self.config.output, self.config.checkpoint)

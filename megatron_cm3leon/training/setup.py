@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.checkpoint.format import list_checkpoints, list_unfinished
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, changed_fields, is_fixed
 from megatron_cm3leon.data.stream.identity import compare_sources, describe_sources, identify
@@ -30,12 +31,12 @@ _LENGTHS = ("data.seq_length", "retrieval.")
 
 def latest_checkpoint(run: Path) -> Path | None:
     """Folder of the newest checkpoint, or None for a new run. Damage is detected when it is opened."""
-    found = sharded.list_checkpoints(run)
+    found = list_checkpoints(run)
     return found[-1] if found else None
 
 
 def check_changes(
-    reader: sharded.CheckpointReader, config: Config, stream: Stream, state: TrainState, allowed: list[str]
+    reader: CheckpointReader, config: Config, stream: Stream, state: TrainState, allowed: list[str]
 ) -> bool:
     """Refuse to resume with another vocabulary, model or stream unless each change is in `allowed`; record the changes.
 
@@ -69,7 +70,7 @@ def check_changes(
     return not any(name.startswith(("seed", "data.", "retrieval.", "cm3.")) for name in changes)
 
 
-def _check_shapes(reader: sharded.CheckpointReader, config: Config, changes: dict[str, tuple]) -> None:
+def _check_shapes(reader: CheckpointReader, config: Config, changes: dict[str, tuple]) -> None:
     """Refuse a change after which the parameters have other shapes: --allow-change could not load the checkpoint."""
     size, before = reader.vocabulary.size, canonical_shapes(reader.config, reader.vocabulary.size)
     if canonical_shapes(config, size) == before:
@@ -87,9 +88,7 @@ def _check_shapes(reader: sharded.CheckpointReader, config: Config, changes: dic
             )
 
 
-def _compare_sources(
-    reader: sharded.CheckpointReader, config: Config, stream: Stream, state: TrainState
-) -> tuple[str, str]:
+def _compare_sources(reader: CheckpointReader, config: Config, stream: Stream, state: TrainState) -> tuple[str, str]:
     """How the data of the stream differ from the checkpoint's, and the field that names them; ("", "") if equal."""
     old, present = reader.config, describe_sources(stream.samples, reader.config)
     if state.stream_parts:
@@ -170,7 +169,7 @@ def open_run(
     if folder is None:
         engine = build_engine(config, stream.vocabulary, device)
         return engine, _record_stream(TrainState(dropout_seeding=engine.dropout_seeding), stream), None
-    reader = sharded.CheckpointReader(folder)
+    reader = CheckpointReader(folder)
     state = reader.state
     if check_changes(reader, config, stream, state, allowed):
         stream.resume(state.cursor)
@@ -178,7 +177,7 @@ def open_run(
     engine = build_engine(config, stream.vocabulary, device)
     engine.load(folder)
     logger.info("resumed from %s at step %d", folder, state.step)
-    for left in sharded.list_unfinished(Path(config.output)):
+    for left in list_unfinished(Path(config.output)):
         logger.info("%s is incomplete, because the run ended before it was written; it is not used", left)
     return engine, _record_stream(state, stream), folder
 

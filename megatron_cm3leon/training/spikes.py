@@ -76,14 +76,14 @@ class SpikeGuard:
                 f"the batch (train.skip_batches={spike})."
             )
         restored = engine.load(folder)
-        before = [each for each in state.left_out if each["reason"] == "spike" and each["step"] == restored.step]
+        before = [each for each in state.skipped_ranges if each["reason"] == "spike" and each["step"] == restored.step]
         if len(before) >= self.config.train.max_rollbacks:
             raise ValueError(
                 f"{what}, and the run rolled back to {folder} {len(before)} times without reaching a new checkpoint "
                 f"(train.max_rollbacks); {look}, or roll back further: rename that folder and start again."
             )
         batches = range(restored.batch, state.batch)
-        restored.attempt, restored.changes, restored.left_out = state.attempt, state.changes, state.left_out
+        restored.attempt, restored.changes, restored.skipped_ranges = state.attempt, state.changes, state.skipped_ranges
         restored.stream, restored.stream_parts = state.stream, state.stream_parts
         skip_batches(restored, batches, self.config.train.global_batch_size, "spike", loss)
         logger.info("%s; rolled back to %s, batches %d to %d are skipped", what, folder, batches[0], batches[-1])
@@ -96,6 +96,6 @@ def skip_batches(state: TrainState, batches: range, size: int, reason: str, loss
     `reason`: spike, or asked (by train.skip_batches).
     """
     entry = {"step": state.step, "first": batches[0], "last": batches[-1], "reason": reason}
-    state.left_out = [*state.left_out, entry | ({} if loss is None else {"loss": loss})]
+    state.skipped_ranges = [*state.skipped_ranges, entry | ({} if loss is None else {"loss": loss})]
     state.batch = batches.stop
     state.sequence += len(batches) * size

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.preprocess import check_same_ids, run_megatron
 from megatron_cm3leon.data.preprocess.run import PreprocessOptions, preprocess
 from megatron_cm3leon.data.sources import open_source
-from tests.checkpoint.made import CAPTIONS, write_tokenizers
+from tests.checkpoint.builders import CAPTIONS, write_tokenizers
 
 
 def test_ids_are_compared_by_document(tmp_path):

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: any part of any tensor from any pieces, complete or absent, damage is named."""
+"""Sharded checkpoints: any part of any tensor is read from any pieces; a folder is complete or absent; damage."""
 
 import json
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.checkpoint.format import list_checkpoints, step_folder
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.config.loading import Config
-from tests.checkpoint.made import WHOLE, write_checkpoint
+from tests.checkpoint.builders import WHOLE, write_checkpoint
 from tests.data.corpora import make_vocabulary
 
 
-def test_whole_tensors_and_parts_come_back(tmp_path):
+def test_whole_tensors_and_parts_are_read(tmp_path):
     folder = write_checkpoint(tmp_path)
     reader = CheckpointReader(folder)
     assert reader.names == ["w"] and reader.shape("w") == (6, 4)
@@ -20,14 +21,14 @@ def test_whole_tensors_and_parts_come_back(tmp_path):
     assert torch.equal(reader.read_part("w", "weight", (2, 1), (3, 2)), WHOLE[2:5, 1:3])
 
 
-def test_rows_beyond_the_true_ones_are_zero(tmp_path):
+def test_rows_beyond_the_edge_are_zero(tmp_path):
     folder = write_checkpoint(tmp_path)
     part = CheckpointReader(folder).read_part("w", "weight", (4, 0), (4, 4))
     assert torch.equal(part[:2], WHOLE[4:]) and not part[2:].any()
     assert not CheckpointReader(folder).read_part("w", "weight", (8, 0), (4, 4)).any()
 
 
-def test_state_config_and_vocabulary_travel_along(tmp_path):
+def test_state_config_and_vocabulary_are_stored(tmp_path):
     reader = CheckpointReader(write_checkpoint(tmp_path))
     assert reader.state.step == 3
     assert reader.vocabulary == make_vocabulary()
@@ -36,12 +37,12 @@ def test_state_config_and_vocabulary_travel_along(tmp_path):
 
 
 def test_a_checkpoint_is_complete_or_absent(tmp_path):
-    folder = sharded.step_folder(tmp_path, 5)
-    sharded.begin(folder)
-    assert sharded.list_checkpoints(tmp_path) == []
+    folder = step_folder(tmp_path, 5)
+    sharded.begin_checkpoint(folder)
+    assert list_checkpoints(tmp_path) == []
     assert not (tmp_path / "latest").exists()
     write_checkpoint(tmp_path, step=5)
-    assert sharded.list_checkpoints(tmp_path) == [folder]
+    assert list_checkpoints(tmp_path) == [folder]
     assert (tmp_path / "latest").read_text() == "step-00000005\n"
 
 
@@ -63,20 +64,20 @@ def test_damage_is_named(tmp_path):
 
 def test_missing_numbers_are_counted(tmp_path):
     folder = write_checkpoint(tmp_path, ranks=1)
-    with pytest.raises(ValueError, match="misses 12 numbers of weight w"):
+    with pytest.raises(ValueError, match="12 numbers of weight w are missing"):
         CheckpointReader(folder).read("w")
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is no complete checkpoint"):
+def test_a_folder_that_is_not_a_checkpoint_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
         CheckpointReader(tmp_path)
     folder = write_checkpoint(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(ValueError, match="format 99 is not the one this version reads"):
+    with pytest.raises(ValueError, match="format 99 is not supported; this version reads format 1"):
         CheckpointReader(folder)
 
 
-def test_another_models_parameter_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"has no weight of decoder.x; it was made by another model"):
+def test_a_missing_parameter_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"has no weight of decoder.x; it was written by another model"):
         CheckpointReader(write_checkpoint(tmp_path)).read("decoder.x")

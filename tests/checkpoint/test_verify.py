@@ -1,20 +1,20 @@
-"""Checksums while loading: every file once a node, damage told on every rank with the checkpoint before it."""
+"""Checksums during loading: every file once per node; damage is reported on every rank with the previous checkpoint."""
 
 import threading
 
 import pytest
 import torch
 
-from megatron_cm3leon.checkpoint import format as checkpoint_folder
+from megatron_cm3leon.checkpoint import format as checkpoint_format
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
-from megatron_cm3leon.checkpoint.verify import find_damage, verified
-from tests.checkpoint.made import WHOLE, flip_byte, run_ranks, write_checkpoint
+from megatron_cm3leon.checkpoint.verify import find_damage, verify_while_reading
+from tests.checkpoint.builders import WHOLE, flip_byte, run_ranks, write_checkpoint
 
 PARTS = [[("w", (0, 0), (6, 2))], [("w", (0, 2), (6, 2))]]  # each rank reads both files
 
 
 class World:
-    """Two ranks in threads, on one node, that gather."""
+    """All-gather of two ranks, which are threads on one node."""
 
     def __init__(self):
         self.barrier, self.values = threading.Barrier(2), [None, None]
@@ -35,10 +35,10 @@ def load(folder, fail_on=None):
 
     def load_one(rank):
         reader = CheckpointReader(folder)
-        with verified(reader, reader.files_of(PARTS[rank]), world.gather(rank)):
+        with verify_while_reading(reader, reader.list_files(PARTS[rank]), world.gather(rank)):
             part = reader.read_part(PARTS[rank][0][0], "weight", *PARTS[rank][0][1:])
             if rank == fail_on:
-                raise ValueError("of another shape")
+                raise ValueError("wrong shape")
         return part
 
     return run_ranks(2, load_one)
@@ -46,8 +46,8 @@ def load(folder, fail_on=None):
 
 def test_every_file_is_hashed_once_by_the_ranks_of_a_node(tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path)
-    hashed, hash_file = [], checkpoint_folder.hash_file
-    monkeypatch.setattr(checkpoint_folder, "hash_file", lambda path, *more: hashed.append(path.name) or hash_file(path))
+    hashed, hash_file = [], checkpoint_format.hash_file
+    monkeypatch.setattr(checkpoint_format, "hash_file", lambda path, *more: hashed.append(path.name) or hash_file(path))
     parts = load(folder)
     assert torch.equal(torch.cat(parts, 1), WHOLE)
     assert sorted(hashed) == ["rank-00000.safetensors", "rank-00001.safetensors"]
@@ -57,42 +57,44 @@ def test_only_files_that_are_read_are_hashed(tmp_path):
     folder = write_checkpoint(tmp_path)
     flip_byte(folder / "rank-00001.safetensors")
     reader = CheckpointReader(folder)
-    assert reader.files_of([("w", (0, 0), (3, 4))]) == {"rank-00000.safetensors"}
+    assert reader.list_files([("w", (0, 0), (3, 4))]) == {"rank-00000.safetensors"}
     assert torch.equal(reader.read_part("w", "weight", (0, 0), (3, 4)), WHOLE[:3])
     with pytest.raises(ValueError, match=r"rank-00001\.safetensors does not match its SHA-256"):
         reader.read("w")
 
 
-def test_damage_is_told_on_every_rank_before_any_other_error(tmp_path):
-    before = write_checkpoint(tmp_path, 2)
+def test_damage_is_reported_on_every_rank_before_other_errors(tmp_path):
+    previous = write_checkpoint(tmp_path, 2)
     folder = write_checkpoint(tmp_path, 5)
     flip_byte(folder / "rank-00000.safetensors")
     for errors in (load(folder), load(folder, fail_on=0)):
         for error in errors:
             assert "rank-00000.safetensors does not match its SHA-256" in str(error)
-            assert f"The checkpoint before it is {before}:" in str(error)
+            assert f"The previous checkpoint is {previous}:" in str(error)
             assert f"mv {folder} {folder}.damaged" in str(error)
 
 
-def test_an_error_of_one_rank_stops_all(tmp_path):
-    assert [str(error) for error in load(write_checkpoint(tmp_path), fail_on=1)] == ["of another shape"] * 2
+def test_an_error_on_one_rank_stops_all_ranks(tmp_path):
+    assert [str(error) for error in load(write_checkpoint(tmp_path), fail_on=1)] == ["wrong shape"] * 2
 
 
-def test_a_half_written_checkpoint_offers_the_last_whole_one(tmp_path):
-    whole, half, newest = (write_checkpoint(tmp_path, step) for step in (1, 2, 3))
-    (half / "rank-00001.safetensors").unlink()
+def test_an_incomplete_checkpoint_names_the_last_complete_one(tmp_path):
+    complete, partial, newest = (write_checkpoint(tmp_path, step) for step in (1, 2, 3))
+    (partial / "rank-00001.safetensors").unlink()
     (newest / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=f"no manifest.json.*The checkpoint before it is {whole}:"):
+    with pytest.raises(ValueError, match=f"no manifest.json.*The previous checkpoint is {complete}:"):
         CheckpointReader(newest)
-    with pytest.raises(ValueError, match=r"rank-00001.safetensors is missing.*The checkpoint before it"):
-        CheckpointReader(half)
-    (whole / "state.json").unlink()
-    with pytest.raises(ValueError, match=r"There is no whole checkpoint before it: to begin the run anew, rename"):
+    with pytest.raises(ValueError, match=r"rank-00001.safetensors is missing.*The previous checkpoint"):
+        CheckpointReader(partial)
+    (complete / "state.json").unlink()
+    with pytest.raises(
+        ValueError, match="no complete checkpoint before it: to start the run from the beginning, rename"
+    ):
         CheckpointReader(newest)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "vocab.json", "state.json"])
-def test_small_files_are_compared_too(tmp_path, name):
+def test_small_files_are_verified(tmp_path, name):
     folder = write_checkpoint(tmp_path)
     flip_byte(folder / name, 10)
     reader = CheckpointReader(folder)
@@ -105,15 +107,15 @@ def test_every_flipped_byte_is_found(tmp_path):
     assert find_damage(folder) == []
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
-        for place in {0, 9, len(content) // 2, len(content) - 2}:
-            flip_byte(path, place)
+        for index in {0, 9, len(content) // 2, len(content) - 2}:
+            flip_byte(path, index)
             found = find_damage(folder)
-            assert found and path.name in found[0], (path.name, place)
+            assert found and path.name in found[0], (path.name, index)
             path.write_bytes(content)
     assert find_damage(folder) == []
 
 
-def test_all_damaged_files_are_told(tmp_path):
+def test_all_damaged_files_are_reported(tmp_path):
     folder = write_checkpoint(tmp_path)
     flip_byte(folder / "rank-00000.safetensors")
     (folder / "state.json").unlink()
@@ -121,6 +123,6 @@ def test_all_damaged_files_are_told(tmp_path):
     assert len(found) == 2 and "rank-00000" in found[0] and "state.json is missing" in found[1]
 
 
-def test_numbers_that_no_rank_wrote_are_missed(tmp_path):
+def test_numbers_that_no_rank_wrote_are_reported(tmp_path):
     [sentence] = find_damage(write_checkpoint(tmp_path, ranks=1))
     assert "weight of w has 12 numbers" in sentence

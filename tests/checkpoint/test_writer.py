@@ -1,4 +1,4 @@
-"""Writing while training goes on: the same bytes, what was there at save(), and errors that come back."""
+"""Asynchronous writing: the same bytes as synchronous writing, the values at the time of save(), and errors."""
 
 import errno
 import shutil
@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from megatron_cm3leon.checkpoint import sharded, writer
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints, step_folder, unfinished
+from megatron_cm3leon.checkpoint.format import list_checkpoints, step_folder, temporary_folder
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config.loading import Config
-from tests.checkpoint.made import WHOLE, make_pieces, run_ranks, write_checkpoint
+from tests.checkpoint.builders import WHOLE, make_pieces, run_ranks, write_checkpoint
 from tests.data.corpora import make_vocabulary
 
 
@@ -23,20 +24,20 @@ def save(checkpoint_writer, run, step=3, pieces=None, **changed):
     checkpoint_writer.save(step_folder(run, step), iter(pieces), versions={"torch": "x"}, **values)
 
 
-def alone(**options):
+def build_writer(**options):
     return CheckpointWriter(0, 1, lambda: None, **options)
 
 
 @pytest.fixture
 def held(monkeypatch):
-    """Files are written only once this event is set."""
-    event, write = threading.Event(), sharded.write_rank
+    """Event before which no file is written."""
+    event, write = threading.Event(), sharded.write_rank_file
 
     def wait_and_write(*arguments):
         assert event.wait(30)
         write(*arguments)
 
-    monkeypatch.setattr(sharded, "write_rank", wait_and_write)
+    monkeypatch.setattr(sharded, "write_rank_file", wait_and_write)
     yield event
     event.set()
 
@@ -60,11 +61,11 @@ def test_asynchronous_and_synchronous_checkpoints_are_the_same_bytes(tmp_path):
     assert len(contents[0]) == 3 + 4
 
 
-def test_what_training_changes_after_save_is_not_written(tmp_path, held):
+def test_changes_after_save_are_not_written(tmp_path, held):
     weights, state, config = WHOLE.clone(), TrainState(step=3, skipped=[1]), Config()
-    checkpoint_writer = alone()
-    place = make_pieces(0)[0][0]
-    save(checkpoint_writer, tmp_path, pieces=[(place, weights[:3].view(-1))], state=state, config=config)
+    checkpoint_writer = build_writer()
+    position = make_pieces(0)[0][0]
+    save(checkpoint_writer, tmp_path, pieces=[(position, weights[:3].view(-1))], state=state, config=config)
     checkpoint_writer.wait_for_copy()
     weights.fill_(-1)
     state.step, config.seed = 4, 5
@@ -76,7 +77,7 @@ def test_what_training_changes_after_save_is_not_written(tmp_path, held):
     assert reader.state == TrainState(step=3, skipped=[1]) and reader.config.seed == Config().seed
 
 
-def test_the_tensors_may_change_once_they_are_copied_and_not_before(tmp_path, held, monkeypatch):
+def test_tensors_may_change_only_after_they_are_copied(tmp_path, held, monkeypatch):
     weights, copying, copy_pieces = WHOLE.clone(), threading.Event(), writer._Buffer._copy
 
     def copy_late(*arguments, **options):
@@ -84,9 +85,9 @@ def test_the_tensors_may_change_once_they_are_copied_and_not_before(tmp_path, he
         return copy_pieces(*arguments, **options)
 
     monkeypatch.setattr(writer._Buffer, "_copy", copy_late)
-    checkpoint_writer = alone()
-    place = make_pieces(0)[0][0]
-    save(checkpoint_writer, tmp_path, pieces=[(place, weights[:3].view(-1))])
+    checkpoint_writer = build_writer()
+    position = make_pieces(0)[0][0]
+    save(checkpoint_writer, tmp_path, pieces=[(position, weights[:3].view(-1))])
     optimizer = threading.Thread(target=lambda: (checkpoint_writer.wait_for_copy(), weights.fill_(-1)))
     optimizer.start()
     optimizer.join(0.2)
@@ -99,8 +100,8 @@ def test_the_tensors_may_change_once_they_are_copied_and_not_before(tmp_path, he
     assert torch.equal(CheckpointReader(step_folder(tmp_path, 3)).read_part("w", "weight", (0, 0), (3, 4)), WHOLE[:3])
 
 
-def test_save_returns_at_once_and_the_checkpoint_appears_when_whole(tmp_path, held):
-    checkpoint_writer = alone()
+def test_save_returns_at_once_and_the_checkpoint_appears_when_complete(tmp_path, held):
+    checkpoint_writer = build_writer()
     assert checkpoint_writer.poll()
     save(checkpoint_writer, tmp_path)
     assert not checkpoint_writer.poll() and list_checkpoints(tmp_path) == []
@@ -110,17 +111,17 @@ def test_save_returns_at_once_and_the_checkpoint_appears_when_whole(tmp_path, he
 
 
 def test_a_synchronous_save_is_on_disk_when_it_returns(tmp_path):
-    save(alone(asynchronous=False), tmp_path)
+    save(build_writer(asynchronous=False), tmp_path)
     assert list_checkpoints(tmp_path) == [step_folder(tmp_path, 3)]
 
 
-def test_a_save_waits_for_the_one_before(tmp_path, held):
-    checkpoint_writer = alone()
+def test_a_save_waits_for_the_previous_one(tmp_path, held):
+    checkpoint_writer = build_writer()
     save(checkpoint_writer, tmp_path, 1)
     second = threading.Thread(target=save, args=(checkpoint_writer, tmp_path, 2))
     second.start()
     time.sleep(0.05)
-    assert second.is_alive() and not unfinished(step_folder(tmp_path, 2)).exists()
+    assert second.is_alive() and not temporary_folder(step_folder(tmp_path, 2)).exists()
     held.set()
     second.join(30)
     assert step_folder(tmp_path, 1) in list_checkpoints(tmp_path)
@@ -128,40 +129,40 @@ def test_a_save_waits_for_the_one_before(tmp_path, held):
     assert len(list_checkpoints(tmp_path)) == 2
 
 
-def test_memory_is_used_again_and_grows_once_there_are_moments(tmp_path):
-    checkpoint_writer, places = alone(), []
+def test_memory_is_reused_and_grows_with_the_moments(tmp_path):
+    checkpoint_writer, buffers = build_writer(), []
     for step, kinds in ((0, ("weight",)), (1, ("weight", "exp_avg")), (2, ("weight", "exp_avg"))):
         save(checkpoint_writer, tmp_path, step, make_pieces(0, kinds=kinds))
         checkpoint_writer.wait()
-        places.append((checkpoint_writer._buffer._numbers.data_ptr(), checkpoint_writer._buffer._numbers.numel()))
-    assert places[1] == places[2] and [count for _, count in places] == [12, 24, 24]
+        buffers.append((checkpoint_writer._buffer._numbers.data_ptr(), checkpoint_writer._buffer._numbers.numel()))
+    assert buffers[1] == buffers[2] and [count for _, count in buffers] == [12, 24, 24]
 
 
 def full_disk(monkeypatch, name="rank-00000"):
-    """The disk is full once the header of a file whose name holds `name` is written."""
-    write = sharded._write_all
+    """Simulate a disk that is full after the header of a file whose name contains `name`."""
+    write = sharded._write_fully
 
     def fail(file, block):
         if name in str(file.name) and file.tell():
             raise OSError(errno.ENOSPC, "No space left on device", file.name)
         write(file, block)
 
-    monkeypatch.setattr(sharded, "_write_all", fail)
+    monkeypatch.setattr(sharded, "_write_fully", fail)
 
 
 def test_a_full_disk_is_raised_by_poll_with_path_and_remedy(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, 1)
-    checkpoint_writer = alone()
+    checkpoint_writer = build_writer()
     with monkeypatch.context() as patch:
         full_disk(patch)
         save(checkpoint_writer, tmp_path)
-        sentence = r"rank-00000.safetensors: No space left on device; make room .* resumes from .*step-00000001\)"
+        sentence = r"rank-00000.safetensors: No space left on device; free disk space .* resumes from .*step-00000001\)"
         with pytest.raises(ValueError, match=sentence):
             while not checkpoint_writer.poll():
                 time.sleep(0.01)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001"]
-    assert not list(unfinished(step_folder(tmp_path, 3)).glob("*.safetensors"))  # room was made
-    assert checkpoint_writer.poll()  # told once
+    assert not list(temporary_folder(step_folder(tmp_path, 3)).glob("*.safetensors"))  # disk space was freed
+    assert checkpoint_writer.poll()  # raised once
     save(checkpoint_writer, tmp_path)
     checkpoint_writer.close()
     assert (tmp_path / "latest").read_text() == "step-00000003\n"
@@ -170,10 +171,10 @@ def test_a_full_disk_is_raised_by_poll_with_path_and_remedy(tmp_path, monkeypatc
 def test_a_full_disk_of_a_synchronous_save_is_raised_by_save(tmp_path, monkeypatch):
     full_disk(monkeypatch)
     with pytest.raises(ValueError, match=r"No space left on device.*the run has no checkpoint yet"):
-        save(alone(asynchronous=False), tmp_path)
+        save(build_writer(asynchronous=False), tmp_path)
 
 
-def test_the_first_rank_hears_of_another_ranks_disk(tmp_path, monkeypatch):
+def test_the_first_rank_reports_a_full_disk_of_another_rank(tmp_path, monkeypatch):
     full_disk(monkeypatch, "rank-00001")
     barrier = threading.Barrier(2)
 
@@ -183,15 +184,15 @@ def test_the_first_rank_hears_of_another_ranks_disk(tmp_path, monkeypatch):
         checkpoint_writer.close()
 
     first, second = run_ranks(2, save_one)
-    assert "was not written: rank-00001 met" in str(first) and "No space left on device" in str(first)
+    assert "was not written: rank-00001 failed with" in str(first) and "No space left on device" in str(first)
     assert "rank-00001.safetensors: No space left on device" in str(second)
     assert list_checkpoints(tmp_path) == []
 
 
-def test_a_path_that_is_no_folder_is_named(tmp_path, held):
-    checkpoint_writer = alone()
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, held):
+    checkpoint_writer = build_writer()
     save(checkpoint_writer, tmp_path)
-    temporary = unfinished(step_folder(tmp_path, 3))
+    temporary = temporary_folder(step_folder(tmp_path, 3))
     shutil.rmtree(temporary)
     temporary.write_text("in the way")
     held.set()
@@ -203,23 +204,23 @@ def test_a_path_that_is_no_folder_is_named(tmp_path, held):
         save(checkpoint_writer, tmp_path, 4)
 
 
-def test_the_first_rank_gives_up_on_ranks_that_write_nothing(tmp_path, monkeypatch):
+def test_the_first_rank_stops_waiting_for_ranks_that_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "SECONDS_WITHOUT_GROWTH", 0.1)
     checkpoint_writer = CheckpointWriter(0, 3, lambda: None)
     save(checkpoint_writer, tmp_path)
-    with pytest.raises(ValueError, match=r"nothing of rank 1 \(2 ranks in all\) has come"):
+    with pytest.raises(ValueError, match=r"rank 1 \(2 ranks in total\) wrote nothing for"):
         checkpoint_writer.wait()
 
 
-@pytest.mark.parametrize("stage", ["save_config", "seal", "_sync"])
-def test_stopped_while_finishing_the_one_before_stays_the_newest(tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize("stage", ["save_config", "add_checksum", "_sync"])
+def test_when_stopped_while_finishing_the_previous_checkpoint_stays_the_newest(tmp_path, monkeypatch, stage):
     write_checkpoint(tmp_path, 1)
 
     def stop(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sharded, stage, stop)
-    checkpoint_writer = alone()
+    checkpoint_writer = build_writer()
     save(checkpoint_writer, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         checkpoint_writer.wait()
@@ -228,7 +229,7 @@ def test_stopped_while_finishing_the_one_before_stays_the_newest(tmp_path, monke
 
 
 def test_reserved_memory_is_used_by_every_save(tmp_path):
-    checkpoint_writer = alone()
+    checkpoint_writer = build_writer()
     checkpoint_writer.reserve(24, torch.device("cpu"))
     for step, kinds in ((0, ("weight",)), (1, ("weight", "exp_avg"))):
         save(checkpoint_writer, tmp_path, step, make_pieces(0, kinds=kinds))

@@ -1,4 +1,4 @@
-"""Starting worlds of ranks from tests."""
+"""Start groups of ranks from tests."""
 
 import json
 import os
@@ -10,13 +10,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def child_environment(**variables: str) -> dict[str, str]:
-    """Variables of a process that a test starts, which finds the project and what this one finds by PYTHONPATH."""
+    """Environment of a child process: PYTHONPATH with the project, one thread, and `variables`."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **variables}
 
 
 def torchrun(ranks: int, *arguments: str, timeout: float = 300, check: bool = True) -> subprocess.CompletedProcess:
-    """Run `torchrun --nproc-per-node RANKS ARGUMENTS` on free ports; the output is text."""
+    """Run `torchrun --nproc-per-node RANKS ARGUMENTS` on free ports; with `check`, AssertionError when it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += map(str, arguments)
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=child_environment(), cwd=ROOT)
@@ -26,7 +26,7 @@ def torchrun(ranks: int, *arguments: str, timeout: float = 300, check: bool = Tr
 
 
 def run_cases(folder: Path, ranks: int, cases: list[dict]) -> dict[str, list[dict]]:
-    """Run `cases` (see worker.py) in one world of `ranks`; case name -> its steps."""
+    """Run `cases` (see worker.py) with `ranks` ranks in one launch; returns case name -> steps."""
     path = folder / f"cases-{ranks}-{cases[0]['name']}.json"
     path.write_text(json.dumps(cases))
     worker = ROOT / "tests" / "distributed" / "worker.py"

@@ -1,4 +1,4 @@
-"""Rows of the table of layouts: what each runs, under how many ranks, and which of them resume each other's runs."""
+"""Rows of the table of layouts: settings and ranks of each, and which rows resume which runs."""
 
 from dataclasses import dataclass, replace
 
@@ -8,7 +8,7 @@ CONFIG = """
 model: {layers: 4, hidden_size: 64, heads: 4, init_std: 0.02}
 data: {seq_length: 48, packing: stream, workers: 0}
 train: {steps: 20, global_batch_size: 8, micro_batch_size: 2, precision: fp32}
-optimizer: {learning_rate: 6e-4, epsilon: 1e-6}  # at 1e-8 Adam takes whole steps along gradients of rounding alone
+optimizer: {learning_rate: 6e-4, epsilon: 1e-6}  # with 1e-8 Adam amplifies gradients that are only rounding
 schedule: {warmup_steps: 20}
 checkpoint: {interval: 10}
 """
@@ -18,28 +18,28 @@ BF16 = ("train.precision=bf16",)
 DEEPSPEED = ("train.engine=deepspeed",)
 COMPILE = ("train.compile=true",)
 SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")
-# Stage 3 would keep weights as small as these whole, and buckets as large as its default are never full.
+# With its defaults, stage 3 does not partition weights as small as these, and its buckets are never full.
 SMALL = (f"deepspeed.json={ROOT / 'tests' / 'distributed' / 'deepspeed.json'}",)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One row: overrides of CONFIG, against `reference`, the row of one process that it must equal."""
+    """One row: overrides of CONFIG, compared with `reference`, the row of one process that it must equal."""
 
     name: str
     ranks: int
     overrides: tuple[str, ...] = ()
     reference: str = "one process"
     covering: bool = True
-    """Whether the default suite runs it; all rows run under the marker `slow`."""
+    """Whether the default suite runs it."""
     loss_tolerance: float = 1e-6
-    """Largest relative difference of any of the losses."""
+    """Largest allowed relative difference of a loss."""
     norm_tolerance: float = 1e-5
-    """Largest relative difference of any of the gradient norms."""
+    """Largest allowed relative difference of a gradient norm."""
 
     @property
     def folder(self) -> str:
-        """Name of its run folder."""
+        """Name of the run folder."""
         return self.name.replace(" ", "_").replace(",", "")
 
 
@@ -48,7 +48,7 @@ def _row(name: str, ranks: int, text: str, covering: bool = True, **more) -> Lay
 
 
 def _variants() -> list[Layout]:
-    """Rows of other models, masks and precisions, each against its own row of one process."""
+    """Rows of other models, masks and precisions, each compared with its own row of one process."""
     layouts = [("tensor=2 sequence=true", 2), ("context=2", 2), ("tensor=2 pipeline=2 sequence=true", 4)]
     layouts += [("tensor=2 context=2 zero=1", 4), ("pipeline=2 interleave=2", 2), ("zero=1 recompute=full", 2)]
     kinds = [  # label, overrides, rows of the default suite, tolerances
@@ -69,7 +69,7 @@ def _variants() -> list[Layout]:
 
 
 def _deepspeed() -> list[Layout]:
-    """Rows of the DeepSpeed engine, against the megatron engine in one process; in bf16 against its own."""
+    """Rows of the DeepSpeed engine, compared with the megatron engine in one process; in bf16 with DeepSpeed."""
     layouts = [  # in the default suite, label, ranks, overrides
         (False, "zero=0", 1, ("parallel.zero=0",)),
         (False, "zero=1", 1, ("parallel.zero=1",)),
@@ -105,8 +105,8 @@ def _deepspeed() -> list[Layout]:
         (False, "by sample", SAMPLES, "data 2 zero=3", 2, ("parallel.zero=3", *SMALL)),
         (False, "llama by sample", LLAMA + SAMPLES, "tensor=2 zero=2", 2, ("parallel.tensor=2", "parallel.zero=2")),
     ]
-    own = "deepspeed bf16, one process"
-    precise = [
+    reference = "deepspeed bf16, one process"
+    bf16_rows = [
         ("data 2 zero=0", 2, ("parallel.zero=0",)),
         ("data 2 zero=1", 2, ("parallel.zero=1",)),
         ("data 2 zero=2", 2, ("parallel.zero=2", *SMALL)),
@@ -118,15 +118,15 @@ def _deepspeed() -> list[Layout]:
     rows = [Layout(f"deepspeed, {name}", *row, covering=covering) for covering, name, *row in layouts]
     for covering, label, extra, name, ranks, more in variants:
         rows.append(Layout(f"deepspeed {label}, {name}", ranks, extra + more, f"{label}, one process", covering))
-    rows.append(Layout(own, 1, (*BF16, "parallel.zero=1"), own, False))
-    for name, ranks, more in precise:  # one Adam step too many at stage 0 is 2e-3 in loss, 6e-2 in norm
+    rows.append(Layout(reference, 1, (*BF16, "parallel.zero=1"), reference, False))
+    for name, ranks, more in bf16_rows:  # one extra Adam step at stage 0 changes the loss by 2e-3, the norm by 6e-2
         covering = name == "data 2 zero=0"
-        rows.append(Layout(f"deepspeed bf16, {name}", ranks, BF16 + more, own, covering, 5e-4, 1e-2))
+        rows.append(Layout(f"deepspeed bf16, {name}", ranks, BF16 + more, reference, covering, 5e-4, 1e-2))
     return [replace(row, overrides=DEEPSPEED + row.overrides) for row in rows]
 
 
 def _compiled() -> list[Layout]:
-    """Rows with compiled layers, against the uncompiled model in one process."""
+    """Rows with compiled layers, compared with the uncompiled model in one process."""
     layouts = [  # in the default suite, label of the model, ranks, layout
         (False, "", 1, ""),
         (False, "", 1, "recompute=selective"),
@@ -163,7 +163,7 @@ def _compiled() -> list[Layout]:
 
 
 def _flex() -> list[Layout]:
-    """Rows whose attention per sample is FlexAttention's, against the masked form in one process."""
+    """Rows with attention per sample by FlexAttention, compared with the masked form in one process."""
     layouts = [  # in the default suite, label of the model, ranks, overrides
         (True, "llama by sample", 2, (*SEQUENCE, "parallel.recompute=selective", "train.head_chunk=20")),
         (False, "by sample", 1, ("parallel.recompute=selective",)),
@@ -181,7 +181,7 @@ def _flex() -> list[Layout]:
 
 
 def _fp8() -> list[Layout]:
-    """Rows whose layers multiply in fp8: two against bf16, the others against fp8 in one process."""
+    """Rows with fp8 products: two compared with bf16, the others with fp8 in one process."""
     layouts = [
         (1, COMPILE),
         (2, ("parallel.tensor=2", *COMPILE)),
@@ -189,17 +189,17 @@ def _fp8() -> list[Layout]:
         (2, ("parallel.zero=1",)),
         (2, (*DEEPSPEED, "parallel.zero=2", *SMALL)),
     ]
-    extra, own, bf16 = (*BF16, "train.fp8=true"), "fp8, one process", "bf16, one process"
-    rows = [Layout(own, 1, extra, bf16, False, 1e-3, 5e-2)]
+    extra, fp8, bf16 = (*BF16, "train.fp8=true"), "fp8, one process", "bf16, one process"
+    rows = [Layout(fp8, 1, extra, bf16, False, 1e-3, 5e-2)]
     rows.append(Layout("fp8, tensor=2 sequence=true", 2, extra + SEQUENCE, bf16, True, 1e-3, 5e-2))
     for ranks, overrides in layouts:
         names = " ".join(each.split(".", 1)[1] for each in overrides if not each.startswith("deepspeed."))
-        rows.append(Layout(f"fp8, {names}", ranks, extra + overrides, own, False, 5e-4, 2e-2))
+        rows.append(Layout(f"fp8, {names}", ranks, extra + overrides, fp8, False, 5e-4, 2e-2))
     return rows
 
 
 def _head_in_chunks() -> list[Layout]:
-    """Rows that compute head and loss of 20 tokens at a time, which divides no number of tokens here."""
+    """Rows that compute head and loss in chunks of 20 tokens, with a remainder in every row."""
     layouts = [  # in the default suite, label of the model, ranks, overrides
         (False, "", 1, ()),
         (False, "", 2, ("parallel.pipeline=2",)),
@@ -222,16 +222,16 @@ def _head_in_chunks() -> list[Layout]:
 
 DROPOUT = 0.1
 MASKED = (f"model.dropout={DROPOUT}", "model.hidden_size=128", "data.seq_length=96", "train.stop_after=12")
-"""Dropout, and sizes at which every rank draws a million entries of each mask in the recorded steps (masks.py)."""
+"""Dropout, and sizes with which every rank draws a million entries per kind of mask in the recorded steps."""
 
 
 def _dropout() -> list[Layout]:
-    """Rows with dropout. Several ranks draw other masks than one process: these rows are compared by their masks."""
-    alone, one = (f"model.dropout={DROPOUT}",), "dropout, one process"
-    rows = [Layout(one, 1, alone, one, False)]
-    for kind in ("selective", "full"):  # the same numbers are dropped when a layer is computed again
-        recompute = (*alone, f"parallel.recompute={kind}")
-        rows.append(Layout(f"dropout, recompute={kind}", 1, recompute, one, False, 0.0, 0.0))
+    """Rows with dropout. The masks of several ranks differ from those of one process, so these rows compare masks."""
+    dropout, reference = (f"model.dropout={DROPOUT}",), "dropout, one process"
+    rows = [Layout(reference, 1, dropout, reference, False)]
+    for kind in ("selective", "full"):  # recomputation must draw the same masks
+        recompute = (*dropout, f"parallel.recompute={kind}")
+        rows.append(Layout(f"dropout, recompute={kind}", 1, recompute, reference, False, 0.0, 0.0))
     layouts = [  # in the default suite, ranks, layout
         (False, 2, "zero=1"),  # data parallel
         (False, 2, "tensor=2"),
@@ -308,7 +308,7 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 @dataclass(frozen=True)
 class Resume:
-    """A run that goes on from step 10 of another row, under the layout of a second."""
+    """A run that resumes from step 10 of the row `source` under the layout of the row `target`."""
 
     source: str
     target: str
@@ -320,7 +320,7 @@ class Resume:
 
 
 MASKS = [layout for layout in LAYOUTS if layout.overrides[: len(MASKED)] == MASKED]
-"""Rows that are compared by the masks of their ranks."""
+"""Rows in which the dropout masks of the ranks are compared."""
 
 RESUMES = [
     Resume("one process", "one process", True),

@@ -1,7 +1,7 @@
 """Dropout masks of real training steps, recorded on every rank and compared between ranks.
 
-Ranks that hold the same activations must drop the same entries, all others independent ones: of two independent masks
-of probability p, (1 - p)^2 + p^2 of the entries are equal.
+Ranks with the same activations must drop the same entries, all others independent ones. In two independent masks of
+probability p, a fraction (1 - p)^2 + p^2 of the entries is equal.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ENTRIES = 1_000_000
-"""Entries of each mask stream that are compared."""
+"""Entries compared per mask stream."""
 STEPS = 8
-"""Steps that are recorded."""
+"""Recorded steps."""
 HIDDEN, ATTENTION = "hidden", "attention"
-"""Masks of embeddings and residual branches [S, B, H], and of attention weights [B, N, S, S]."""
+"""Kinds of masks: of embeddings and residual branches [S, B, H], and of attention weights [B, N, S, S]."""
 
 
 class MaskRecorder(TorchDispatchMode):
-    """Records every mask that is drawn while it is active, by kind and by chunk of an interleaved pipeline."""
+    """Records every mask drawn while it is active, by kind and by chunk of an interleaved pipeline."""
 
     def __init__(self, models: list[torch.nn.Module]) -> None:
         super().__init__()
@@ -51,39 +51,39 @@ class MaskRecorder(TorchDispatchMode):
                     masks.append(mask)
 
     def save(self, path: Path, coordinates: dict[str, int]) -> None:
-        """Write the streams as bits, one array each, and what identifies them."""
+        """Write the streams, one array each, with coordinates and digests."""
         streams = {kind: np.concatenate(masks)[:ENTRIES] for kind, masks in self.order.items()}
         for (kind, chunk), masks in self.masks.items():
             streams[f"{kind} {chunk}"] = np.concatenate(masks)[:ENTRIES]
-        about = json.dumps({"coordinates": coordinates, "digests": self.digests})
-        np.savez(path, about=about, **streams)
+        metadata = json.dumps({"coordinates": coordinates, "digests": self.digests})
+        np.savez(path, about=metadata, **streams)
 
 
 @dataclass(frozen=True)
 class RankMasks:
-    """What one rank drew."""
+    """Masks drawn by one rank."""
 
     coordinates: dict[str, int]
     """data, pipeline, context and tensor rank."""
     digests: dict[str, dict[str, list[str]]]
-    """forward or backward -> kind -> digest of every mask, in order."""
+    """forward or backward -> kind -> digests of all masks, in order."""
     streams: dict[str, np.ndarray]
-    """kind, or kind and chunk -> the first entries of all masks of the forward passes, true where kept."""
+    """kind, or kind and chunk -> first entries of all masks of the forward passes, True for kept entries."""
 
 
 def load_masks(folder: Path, name: str, ranks: int) -> list[RankMasks]:
-    """The masks of every rank of one row."""
+    """Load the masks of all ranks of a row."""
     found = []
     for rank in range(ranks):
         with np.load(folder / f"{name}-{rank}.npz") as file:
-            about = json.loads(str(file["about"]))
+            metadata = json.loads(str(file["about"]))
             streams = {key: file[key] for key in file.files if key != "about"}
-        found.append(RankMasks(about["coordinates"], about["digests"], streams))
+        found.append(RankMasks(metadata["coordinates"], metadata["digests"], streams))
     return found
 
 
 def deviation(left: np.ndarray, right: np.ndarray, probability: float) -> float:
-    """Standard deviations between the share of equal entries and that of independent masks."""
+    """Difference between the share of equal entries and that of independent masks, in standard deviations."""
     assert len(left) == len(right) == ENTRIES, (len(left), len(right))
     chance = probability**2 + (1 - probability) ** 2
     return (float((left == right).mean()) - chance) / math.sqrt(chance * (1 - chance) / ENTRIES)
@@ -91,20 +91,20 @@ def deviation(left: np.ndarray, right: np.ndarray, probability: float) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All ranks of one row against each other."""
+    """Result of comparing all ranks of a row with each other."""
 
     same: int
-    """Pairs of mask streams that must be the same, and are."""
+    """Pairs of mask streams that must be identical, and are."""
     different: int
     """Pairs that must be independent."""
     worst: float
-    """Largest deviation of those from chance, in standard deviations."""
+    """Largest deviation of independent pairs from chance, in standard deviations."""
     replayed: int
-    """Masks that recomputation drew again, on all ranks."""
+    """Masks drawn again by recomputation, on all ranks."""
 
 
 def compare_masks(ranks: list[RankMasks], probability: float, sequence_parallel: bool) -> Comparison:
-    """Compare every two streams that could be confused; AssertionError for two that must be the same and differ."""
+    """Compare all pairs of streams of a row; AssertionError for two that must be identical and differ."""
     same, deviations = 0, []
     for left, right in itertools.combinations(ranks, 2):
         others = [key for key in left.coordinates if key != "tensor"]
@@ -124,7 +124,7 @@ def compare_masks(ranks: list[RankMasks], probability: float, sequence_parallel:
 
 
 def count_replayed(rank: RankMasks) -> int:
-    """Masks that backward passes drew again; AssertionError for one that no forward pass drew, or drew twice."""
+    """Count masks drawn again by backward passes; AssertionError for one that no forward pass drew, or drew twice."""
     count = 0
     for kind, digests in rank.digests["forward"].items():
         drawn, again = Counter(digests), Counter(rank.digests["backward"].get(kind, []))

@@ -1,4 +1,4 @@
-"""This rank's peak resident memory over two steps, beside the plan: `torchrun measure_memory.py OVERRIDES`."""
+"""Compare the estimated memory of a rank with the peak of two steps: `torchrun measure_memory.py OVERRIDES`."""
 
 import sys
 import threading
@@ -13,7 +13,7 @@ from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.stream.loader import MicroBatch
 from megatron_cm3leon.distributed.launch import Rank, set_threads
 from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
-from megatron_cm3leon.model.memory import estimate_memory, place_rank
+from megatron_cm3leon.model.memory import estimate_memory, locate_rank
 from tests.data.corpora import make_vocabulary
 
 
@@ -22,7 +22,7 @@ def resident_bytes() -> int:
 
 
 class PeakWatch(threading.Thread):
-    """Looks every two milliseconds."""
+    """Samples the resident memory every 2 ms."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -35,7 +35,7 @@ class PeakWatch(threading.Thread):
 
 
 def load_libraries() -> None:
-    """Kernels and torch's optimizers bring code and tables of their own on their first use."""
+    """Use kernels and torch's optimizer once, because the first use loads code and tables."""
     layer = torch.nn.Linear(512, 512)
     layer(torch.randn(64, 512)).sum().backward()
     torch.optim.AdamW(layer.parameters(), fused=True).step()
@@ -54,7 +54,7 @@ def make_batches(config, vocabulary, count: int) -> list[MicroBatch]:
 
 
 def main() -> None:
-    # A save's copy of the weights, made ready while training begins, is not of the plan.
+    # The plan does not include the copy of the weights for a save, which is allocated when training starts.
     overrides = [*sys.argv[1:], "checkpoint.asynchronous=false"]
     config, rank = load_config(None, overrides), Rank.from_environment()
     validate_config(config, rank.world_size)
@@ -64,14 +64,14 @@ def main() -> None:
 
     from megatron_cm3leon.engine.megatron import MegatronEngine
 
-    place = place_rank(config, rank.world_size, rank.rank)
-    assert place.tensor == parallel_state.get_tensor_model_parallel_rank()
-    assert place.context == parallel_state.get_context_parallel_rank()
-    assert place.data == parallel_state.get_data_parallel_rank()
-    assert place.pipeline == parallel_state.get_pipeline_model_parallel_rank()
+    coordinates = locate_rank(config, rank.world_size, rank.rank)
+    assert coordinates.tensor == parallel_state.get_tensor_model_parallel_rank()
+    assert coordinates.context == parallel_state.get_context_parallel_rank()
+    assert coordinates.data == parallel_state.get_data_parallel_rank()
+    assert coordinates.pipeline == parallel_state.get_pipeline_model_parallel_rank()
     vocabulary = make_vocabulary(text=3000, image=1000, height=4, width=4)
-    blocks = config.train.micro_batch_size * config.data_parallel_size(rank.world_size)
-    batches = make_batches(config, vocabulary, config.train.global_batch_size // blocks)
+    sequences = config.train.micro_batch_size * config.data_parallel_size(rank.world_size)
+    batches = make_batches(config, vocabulary, config.train.global_batch_size // sequences)
     load_libraries()
     before = resident_bytes()
     engine = MegatronEngine(config, vocabulary, torch.device("cpu"))
@@ -81,9 +81,9 @@ def main() -> None:
         engine.train_step(batches, step, 1e-4)
     watch.stopped = True
     watch.join()
-    planned = estimate_memory(config, vocabulary.size, rank.world_size, place.pipeline)
-    held = sum(parameter.numel() for parameter, _ in engine.placements)
-    assert held == planned.parameters, (held, planned.parameters)
+    planned = estimate_memory(config, vocabulary.size, rank.world_size, coordinates.pipeline)
+    local = sum(parameter.numel() for parameter, _ in engine.placements)
+    assert local == planned.parameters, (local, planned.parameters)
     print(f"rank {rank.rank}: planned/measured {planned.total / (watch.peak - before):.3f}")
     destroy_groups()
 

@@ -1,9 +1,10 @@
-"""Every layout is the same run: initial weights, 20 losses, and a checkpoint that any layout resumes."""
+"""Every layout is the same run: initial weights, 20 losses, and checkpoints that any layout resumes."""
 
 import pytest
 import torch
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, step_folder
+from megatron_cm3leon.checkpoint.format import step_folder
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from tests.distributed.layout_rows import BY_NAME, LAYOUTS, MASKS, RESUMES, Layout, Resume
 from tests.distributed.layouts import read_masks, relative, run_layouts
 
@@ -12,13 +13,13 @@ SLOW = {
     "data 2, zero=1, not overlapped",
     "deepspeed, data 2 zero=3 offload",
 }
-"""Rows that run under the marker `slow`, beside the covering ones: at most 40 together, in which every field of the
-table has each of its values. `python -m tests.distributed.layouts --write docs/layouts.md` runs and checks all rows."""
+"""Rows that run with the marker `slow`, in addition to the covering ones: at most 40 in total, with every value of
+every field in the table. `python -m tests.distributed.layouts --write docs/layouts.md` runs and checks all rows."""
 TESTED = [row for row in LAYOUTS if row.covering or row.name in SLOW]
 
 
 def _marked(rows: list[Layout | Resume]) -> list:
-    """Parameters of the rows that are tests: a run is resumed where its source is one."""
+    """Test parameters of the rows; a resumed run is tested when its source is."""
     names = {row.name for row in TESTED}
     return [
         pytest.param(row, id=row.name, marks=() if row.covering else pytest.mark.slow)
@@ -29,12 +30,12 @@ def _marked(rows: list[Layout | Resume]) -> list:
 
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
-    """Steps of every layout and resumed run that this session's tests ask for, and the folder they lie in."""
+    """(folder, steps of every layout and resumed run that the tests of this session need)."""
     folder = tmp_path_factory.mktemp("layouts")
-    asked = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    wanted = {row for params in asked for row in params.values() if isinstance(row, Layout | Resume)}
-    resumes = [row for row in RESUMES if row in wanted]
-    names = {row.name for row in wanted if isinstance(row, Layout)} | {row.source for row in resumes}
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    required = {row for params in parameters for row in params.values() if isinstance(row, Layout | Resume)}
+    resumes = [row for row in RESUMES if row in required]
+    names = {row.name for row in required if isinstance(row, Layout)} | {row.source for row in resumes}
     names |= {BY_NAME[name].reference for name in names} | {"one process"}
     return folder, run_layouts(folder, [row for row in LAYOUTS if row.name in names], resumes)
 
@@ -65,12 +66,12 @@ def test_resumes_under_any_layout(runs, resume):
     _, steps = runs
     assert [step["step"] for step in steps[resume.name]] == [step["step"] for step in steps[resume.source][10:]]
     if resume.source == resume.target:
-        assert steps[resume.name] == steps[resume.source][10:]  # bit for bit
+        assert steps[resume.name] == steps[resume.source][10:]  # bit-identical
     assert relative(steps[resume.name], steps[resume.source], "loss") <= 1e-6
 
 
 @pytest.mark.parametrize("layout", _marked(MASKS))
-def test_dropout_masks_are_the_same_where_activations_are_and_independent_elsewhere(runs, layout):
+def test_dropout_masks_are_identical_for_equal_activations_and_independent_elsewhere(runs, layout):
     folder, _ = runs
     found = read_masks(folder, layout)
     assert found.different and found.worst <= 4, found
@@ -79,16 +80,20 @@ def test_dropout_masks_are_the_same_where_activations_are_and_independent_elsewh
     assert (found.replayed > 0) == any(override.startswith("parallel.recompute") for override in layout.overrides)
 
 
-def test_the_tested_rows_are_few_and_have_every_value():
-    """What only the command ran would break unseen."""
+def test_few_rows_cover_every_value():
+    """A value that no test covers could break without notice."""
     assert {row.name for row in TESTED} >= SLOW
     assert len({row.name for row in TESTED} | {row.reference for row in TESTED}) <= 40
     tested = {override for row in TESTED for override in row.overrides}
     fields = {override.partition("=")[0] for row in LAYOUTS for override in row.overrides}
     assert fields == {override.partition("=")[0] for override in tested}
-    counted = ("parallel.tensor", "parallel.pipeline", "train.micro_batch_size")  # 4 ranks beside 2, 4 and 8 beside 1
-    left = {override for row in LAYOUTS for override in row.overrides} - tested
-    assert all(override.startswith(counted) for override in left), left
+    counted = (
+        "parallel.tensor",
+        "parallel.pipeline",
+        "train.micro_batch_size",
+    )  # values 4 and 8 are covered by 1 and 2
+    uncovered = {override for row in LAYOUTS for override in row.overrides} - tested
+    assert all(override.startswith(counted) for override in uncovered), uncovered
 
 
 def test_the_loss_falls(runs):

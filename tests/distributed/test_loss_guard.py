@@ -1,6 +1,6 @@
-"""A loss that is not finite on one rank: no rank steps, and the run goes on as if the batch had not been.
+"""A non-finite loss on one rank: no rank steps, and the run continues as without the batch.
 
-And what follows a spike: a checkpoint is loaded into the engine that trained on, and the same steps follow.
+Rollback after a spike: a checkpoint is loaded into an engine that has trained further, and the same steps follow.
 """
 
 import pytest
@@ -33,15 +33,15 @@ COVERING = ("megatron", "deepspeed zero=2 bf16", "deepspeed zero=3")
 
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
-    """Steps of each engine that this session asks for, with and without a spoiled batch."""
+    """Steps of each engine that the tests of this session need, with and without a corrupted batch."""
     folder = tmp_path_factory.mktemp("loss_guard")
     write_shards(folder / "shards", learnable_pairs(), make_vocabulary())
     config = folder / "config.yaml"
     config.write_text(CONFIG)
-    asked = {item.callspec.params.get("engine") for item in request.session.items if hasattr(item, "callspec")}
+    requested = {item.callspec.params.get("engine") for item in request.session.items if hasattr(item, "callspec")}
     cases = []
-    for name in [name for name in ENGINES if name in asked]:
-        for kind, more in (("clean", {}), ("spoiled", {"spoil": 2}), ("back", {"go_back": [3, 1]})):
+    for name in [name for name in ENGINES if name in requested]:
+        for kind, more in (("clean", {}), ("corrupted", {"corrupt": 2}), ("rolled back", {"roll_back": [3, 1]})):
             paths = [f"data.shards={folder / 'shards'}", f"output={folder / name / kind}", "train.steps=4"]
             overrides = [*ENGINES[name], *paths, "schedule.warmup_steps=0", "checkpoint.interval=1"]
             cases.append({"name": f"{name} {kind}", "config": str(config), "overrides": overrides, **more})
@@ -51,13 +51,13 @@ def runs(request, tmp_path_factory):
 @pytest.mark.parametrize(
     "engine", [pytest.param(name, marks=() if name in COVERING else pytest.mark.slow) for name in ENGINES]
 )
-def test_no_rank_steps_on_a_batch_that_is_not_finite_on_one(runs, engine):
+def test_no_rank_steps_when_the_loss_of_one_is_not_finite(runs, engine):
     assert len(runs[f"{engine} clean"]) == 4
-    assert runs[f"{engine} spoiled"] == runs[f"{engine} clean"]
+    assert runs[f"{engine} corrupted"] == runs[f"{engine} clean"]
 
 
 @pytest.mark.parametrize(
     "engine", [pytest.param(name, marks=() if name in COVERING else pytest.mark.slow) for name in ENGINES]
 )
-def test_an_engine_that_went_back_repeats_its_steps(runs, engine):
-    assert runs[f"{engine} back"] == runs[f"{engine} clean"]
+def test_an_engine_that_rolled_back_repeats_its_steps(runs, engine):
+    assert runs[f"{engine} rolled back"] == runs[f"{engine} clean"]

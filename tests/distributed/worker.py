@@ -1,13 +1,13 @@
-"""Runs several layouts in one launched world: `torchrun worker.py CASES.json`.
+"""Runs several layouts in one launch: `torchrun worker.py CASES.json`.
 
-Each case is {"name", "config" (YAML), "overrides"}; the first rank writes NAME.json with the losses and
-gradient norms of every step into the folder of CASES.json. Start-up is what costs, so one world serves
-every case of its size: megatron-core's groups are made and destroyed once a case.
+Each case is {"name", "config" (YAML), "overrides"}; rank 0 writes NAME.json with the losses and gradient norms of all
+steps to the folder of CASES.json. Starting processes takes most of the time, so one launch runs all cases with the same
+number of ranks; megatron-core's groups are created and destroyed once per case.
 
-With "save_start" the initial weights are saved too. With "spoil" (a step) that step is first tried on a batch whose
-weights are infinite on the last data-parallel rank alone: no rank may step, and the run goes on as if nothing had been.
+With "save_start" the initial weights are also saved. With "corrupt" (a step) that step first gets a batch whose loss
+weights are infinite on the last data-parallel rank only: no rank may step, and the run continues as without it.
 With "masks" the dropout masks of each rank are written to NAME-RANK.npz (masks.py).
-With "go_back" ([from, to]) the checkpoint of step `to` is loaded once, at step `from`, and its steps are taken again.
+With "roll_back" ([from, to]) the checkpoint of step `to` is loaded once, at step `from`, and training continues there.
 """
 
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.checkpoint.format import step_folder
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.stream.loader import Loader, MicroBatch
@@ -36,24 +36,24 @@ from tests.distributed import masks
 from tests.flex_on_cpu import flex_on_cpu
 
 
-def spoil(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-    """The same, with infinite weights in the first micro-batch: its loss and its gradients are NaN."""
+def corrupt(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    """Copy with infinite loss weights in the first micro-batch, so that its loss and its gradients are NaN."""
     first, *others = micro_batches
     return [replace(first, loss_weights=torch.full_like(first.loss_weights, torch.inf)), *others]
 
 
-def go_back(step: int, config: Config, stream: Stream, engine: Engine, record: list[dict], loader: Loader) -> tuple:
-    """State, record and loader as they were at `step`, whose checkpoint is loaded into the engine that went on."""
+def roll_back(step: int, config: Config, stream: Stream, engine: Engine, record: list[dict], loader: Loader) -> tuple:
+    """Load the checkpoint of `step` into the engine; returns state, record and loader of that step."""
     while not engine.poll():
         time.sleep(0.01)
     dist.barrier()
-    state = engine.load(sharded.step_folder(Path(config.output), step))
+    state = engine.load(step_folder(Path(config.output), step))
     loader.close()
     return state, record[:step], build_loader(config, stream, engine, state)
 
 
 def save_masks(recorder: masks.MaskRecorder, path: Path) -> None:
-    """Write what this rank drew, with its coordinates."""
+    """Write the masks of this rank, with its coordinates."""
     from megatron.core import parallel_state
 
     coordinates = {
@@ -74,16 +74,16 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
     stream = build_stream(config)
     engine, state, _ = open_run(config, stream, device, [])
     if case.get("save_start"):
-        engine.save(sharded.step_folder(Path(config.output), 0), state)
+        engine.save(step_folder(Path(config.output), 0), state)
     loader = build_loader(config, stream, engine, state)
     record, recorder = [], nullcontext()
     if case.get("masks"):
         recorder = masks.MaskRecorder(getattr(engine, "model", None) or [engine.engine])
     while state.step < (config.train.stop_after or config.train.steps):
         batch, micro_batches = next(loader)
-        if state.step == case.get("spoil"):
-            spoiled = spoil(micro_batches) if engine.data_rank == engine.data_size - 1 else micro_batches
-            metrics = engine.train_step(spoiled, state.step, learning_rate(config, state.step))
+        if state.step == case.get("corrupt"):
+            corrupted = corrupt(micro_batches) if engine.data_rank == engine.data_size - 1 else micro_batches
+            metrics = engine.train_step(corrupted, state.step, learning_rate(config, state.step))
             assert not metrics.stepped and not math.isfinite(metrics.loss), (case["name"], metrics)
         with recorder if state.step < masks.STEPS else nullcontext():
             metrics = engine.train_step(micro_batches, state.step, learning_rate(config, state.step))
@@ -92,9 +92,9 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
         advance(state, metrics, config)
         record.append({"step": state.step, "loss": metrics.loss, "grad_norm": metrics.grad_norm})
         if state.step % config.checkpoint.interval == 0:
-            engine.save(sharded.step_folder(Path(config.output), state.step), state)
-        if state.step == case.get("go_back", [None])[0]:
-            state, record, loader = go_back(case.pop("go_back")[1], config, stream, engine, record, loader)
+            engine.save(step_folder(Path(config.output), state.step), state)
+        if state.step == case.get("roll_back", [None])[0]:
+            state, record, loader = roll_back(case.pop("roll_back")[1], config, stream, engine, record, loader)
     loader.close()
     while not engine.poll():
         time.sleep(0.01)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_cm3leon.checkpoint.sharded import list_checkpoints
+from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.evaluation.assemble import collect_report
 from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
 from megatron_cm3leon.generation.retrieved import DocumentSource

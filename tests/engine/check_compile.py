@@ -1,7 +1,7 @@
-"""Compiled layers: graphs and breaks that dynamo counts, and losses; `torchrun check_compile.py CASE ...`.
+"""Compiled layers: graphs and graph breaks counted by dynamo, and losses; `torchrun check_compile.py CASE ...`.
 
-Traced and differentiated as in a run, but executed without the code generator, which costs seconds and divides nothing.
-Prints a JSON object: case -> graphs, breaks, losses.
+Traced and differentiated as in a run, but executed without the code generator, which takes seconds and does not affect
+graphs. Prints "results " and a JSON object: case -> graphs, breaks, losses.
 """
 
 import functools
@@ -22,7 +22,7 @@ from tests.distributed.measure_memory import make_batches
 SIZE = ["model.layers=3", "model.hidden_size=32", "model.heads=4", "data.seq_length=16", "train.precision=fp32"]
 SIZE += ["train.global_batch_size=4", "train.micro_batch_size=1"]
 LLAMA = ["model.family=llama", "model.kv_heads=2", "model.qk_norm=true"]
-CASES = {  # overrides; ranks are those that were launched
+CASES = {  # name -> overrides
     "llama": LLAMA,
     "recompute=selective": ["parallel.recompute=selective"],
     "recompute=full": ["parallel.recompute=full"],
@@ -32,7 +32,7 @@ CASES = {  # overrides; ranks are those that were launched
 
 
 def run(overrides: list[str], rank: Rank, buckets: int) -> dict:
-    """Two steps; with `buckets` gradients and weights are exchanged in parts of so many numbers."""
+    """Train 3 steps; `buckets`: numbers per bucket in which gradients and weights are exchanged, 0 for the default."""
     from megatron.core import parallel_state
 
     from megatron_cm3leon.engine import megatron
@@ -45,7 +45,7 @@ def run(overrides: list[str], rank: Rank, buckets: int) -> dict:
         megatron.DistributedDataParallelConfig = functools.partial(settings, bucket_size=buckets)
     engine = megatron.MegatronEngine(config, make_vocabulary(), torch.device("cpu"))
     megatron.DistributedDataParallelConfig = settings
-    torch._dynamo.utils.counters.clear()  # the trial's
+    torch._dynamo.utils.counters.clear()  # without the graphs of try_compiler
     torch.manual_seed(rank.rank)
     batches = make_batches(config, make_vocabulary(), 4 // rank.world_size)
     losses = [engine.train_step(batches, step, 1e-2).loss for step in range(3)]
@@ -59,13 +59,13 @@ def main() -> None:
     rank = Rank.from_environment()
     set_threads(1, rank)
     engine_compile.BACKEND = "aot_eager"
-    seen = {}
+    results = {}
     for case in sys.argv[1:]:
         for compiled in ("false", "true"):
             overrides = [*CASES[case], f"train.compile={compiled}"]
-            seen[f"{case} {compiled}"] = run(overrides, rank, buckets=3000 if case == "zero=1" else 0)
+            results[f"{case} {compiled}"] = run(overrides, rank, buckets=3000 if case == "zero=1" else 0)
     if rank.rank == 0:
-        print("seen " + json.dumps(seen))
+        print("results " + json.dumps(results))
     torch.distributed.destroy_process_group()
 
 

@@ -1,6 +1,6 @@
-"""One training step of the megatron engine on one rank, looked at from below: `torchrun check_step.py`.
+"""Measure single training steps of the megatron engine on one rank: `torchrun check_step.py`.
 
-Prints a JSON object of what was seen; test_step.py says what it must be.
+Prints "results " and a JSON object, which test_step.py checks.
 """
 
 import json
@@ -24,7 +24,7 @@ VOCABULARY = make_vocabulary()
 
 
 class CountReads(TorchDispatchMode):
-    """Counts values that are read from a tensor: on a GPU each waits for the device."""
+    """Counts the values that are read from tensors; on a GPU each of them waits for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class CountReads(TorchDispatchMode):
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
-    """AdamW under the conventions of apex's and TransformerEngine's FusedAdam: `step` is the group's, not a state's."""
+    """AdamW as FusedAdam of apex and TransformerEngine: `step` belongs to the group, not to a parameter."""
 
     def __init__(self, params, adam_w_mode=True, **options) -> None:
         assert adam_w_mode
@@ -59,7 +59,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
 
 def build(*overrides: str):
-    """(engine, batches) of a small model."""
+    """Build (engine, batches) of a small model."""
     from megatron_cm3leon.engine.megatron import MegatronEngine
 
     config = load_config(None, [*SIZE, *overrides])
@@ -81,18 +81,18 @@ def count_reads(layers: int) -> int:
 
 
 def watch_reservation() -> dict[str, bool]:
-    """Whether memory for a save was asked for: when built, far from the first save, near it."""
+    """Whether memory for a save is reserved: after building, long before the first save, shortly before it."""
     engine, batches = build("model.layers=1")
-    found = {"built": engine.writer.reserved}
+    reserved = {"built": engine.writer.reserved}
     for name, step in (("far", 0), ("near", 30)):
         train(engine, batches, range(step, step + 1))
-        found[name] = engine.writer.reserved
+        reserved[name] = engine.writer.reserved
     engine.writer.close()
-    return found
+    return reserved
 
 
 def resume_with(saving: type, resuming: type, folder) -> list[float]:
-    """Losses of 3 steps with one class of AdamW and, from its checkpoint, 3 more with another."""
+    """Losses of 3 steps with one class of AdamW and of 3 more steps with another class, from the checkpoint."""
     from megatron_cm3leon.checkpoint.state import TrainState
 
     losses = []
@@ -109,7 +109,7 @@ def resume_with(saving: type, resuming: type, folder) -> list[float]:
 
 
 def resume_with_dropout(version: int, folder) -> dict:
-    """Seed of step 7, losses of steps 0 to 3 and, from the checkpoint at 2, of steps 2 and 3 again."""
+    """Seed of step 7, losses of steps 0 to 3, and losses of steps 2 and 3 resumed from the checkpoint of step 2."""
     from megatron_cm3leon.checkpoint.state import TrainState
     from megatron_cm3leon.engine.step import seed_dropout
 
@@ -117,7 +117,9 @@ def resume_with_dropout(version: int, folder) -> dict:
     engine, batches = build(*options)
     newest, engine.dropout_seeding = engine.dropout_seeding, version
     losses = train(engine, batches, range(2))
-    state = TrainState(step=2) if version == 1 else TrainState(step=2, dropout_seeding=version)  # 1 was not recorded
+    state = (
+        TrainState(step=2) if version == 1 else TrainState(step=2, dropout_seeding=version)
+    )  # version 1 was not recorded
     engine.save(folder / "step-00000002", state)
     losses += train(engine, batches, range(2, 4))
     again, _ = build(*options)
@@ -134,25 +136,25 @@ def main() -> None:
     rank = Rank.from_environment()
     set_threads(1, rank)
     initialize_groups(Config(), rank, torch.device("cpu"))
-    torchs, installed = optimizer.FusedAdamW, GroupStepAdamW
-    seen = {"reads": [count_reads(layers) for layers in (1, 3)], "reserved": watch_reservation(), "losses": {}}
+    torch_class, installed = optimizer.FusedAdamW, GroupStepAdamW
+    results = {"reads": [count_reads(layers) for layers in (1, 3)], "reserved": watch_reservation(), "losses": {}}
     for name, pair in {
-        "torch": (torchs, torchs),
-        "installed to torch": (installed, torchs),
-        "torch to installed": (torchs, installed),
+        "torch": (torch_class, torch_class),
+        "installed to torch": (installed, torch_class),
+        "torch to installed": (torch_class, installed),
     }.items():
         with tempfile.TemporaryDirectory() as folder:
-            seen["losses"][name] = resume_with(*pair, Path(folder) / "checkpoints")
+            results["losses"][name] = resume_with(*pair, Path(folder) / "checkpoints")
     optimizer._INSTALLED = None
     for version in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            seen[f"dropout {version}"] = resume_with_dropout(version, Path(folder) / "checkpoints")
+            results[f"dropout {version}"] = resume_with_dropout(version, Path(folder) / "checkpoints")
     optimizer._INSTALLED = GroupStepAdamW
-    seen["classes"] = SimpleNamespace(
+    results["classes"] = SimpleNamespace(
         auto=type(build("model.layers=1")[0].optimizer.optimizer).__name__,
         torch=type(build("model.layers=1", "train.kernels=torch")[0].optimizer.optimizer).__name__,
     ).__dict__
-    print("seen " + json.dumps(seen))
+    print("results " + json.dumps(results))
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""The CPU substitutes: megatron-core's RNG tracker really tracks, and torch stays as it is for others."""
+"""CPU substitutes: megatron-core's RNG tracker works, and torch does not change for other callers."""
 
 import subprocess
 import sys
@@ -20,29 +20,29 @@ with tracker.fork("b"):
 with tracker.fork("a"):
     second = torch.rand(3)
 expected = torch.rand(6, generator=torch.Generator().manual_seed(1))
-assert torch.equal(torch.cat([first, second]), expected), "a fork goes on where the last one ended"
+assert torch.equal(torch.cat([first, second]), expected), "a fork continues where the last one ended"
 assert not torch.equal(first, other)
 torch.manual_seed(5)
 before = torch.rand(2)
 torch.manual_seed(5)
 with tracker.fork("b"):
     torch.rand(1)
-assert torch.equal(torch.rand(2), before), "a fork leaves the default generator alone"
+assert torch.equal(torch.rand(2), before), "a fork does not change the default generator"
 
 assert clip_grads.torch.zeros(1, device="cuda").device.type == "cpu"
-assert torch.zeros(1).type() == "torch.FloatTensor", "other callers see the tensor's real type"
+assert torch.zeros(1).type() == "torch.FloatTensor", "other callers get the real type of a tensor"
 try:
     torch.zeros(1).cuda()
 except (AssertionError, RuntimeError):
     pass
 else:
-    raise AssertionError("other callers' cuda() still asks for a GPU")
-print("fine")
+    raise AssertionError("cuda() must fail without a GPU for other callers")
+print("passed")
 """
 
 
-def test_substitutes_serve_megatron_core_alone():
+def test_substitutes_affect_megatron_core_only():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "fine\n"
+    assert done.stdout == "passed\n"
     assert "CPU RNG state changed" not in done.stderr

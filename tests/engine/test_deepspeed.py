@@ -1,4 +1,4 @@
-"""DeepSpeed's settings: what follows from the configuration, what a user's JSON may add, and what is refused."""
+"""DeepSpeed's settings: derived values, keys that a user's JSON may add, and keys that are rejected."""
 
 import json
 from importlib import util
@@ -36,7 +36,7 @@ def test_settings_follow_from_the_configuration():
     assert "offload_param" not in found["zero_optimization"]
 
 
-def test_a_users_json_is_merged_in(tmp_path):
+def test_a_users_json_is_merged(tmp_path):
     extra = {
         "zero_optimization": {"stage": 3, "stage3_max_live_parameters": 5, "offload_param": {"pin_memory": True}},
         "train_batch_size": "auto",
@@ -56,56 +56,56 @@ def test_a_users_json_is_merged_in(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
-        ({"train_batch_size": 64}, "train_batch_size (64) contradicts train.global_batch_size, which makes it 32;"),
+        ({"train_batch_size": 64}, "train_batch_size (64) contradicts train.global_batch_size, which requires 32;"),
         (
             {"train_micro_batch_size_per_gpu": 1},
-            "train_micro_batch_size_per_gpu (1) contradicts train.micro_batch_size, which makes it 2;",
+            "train_micro_batch_size_per_gpu (1) contradicts train.micro_batch_size, which requires 2;",
         ),
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps (1) contradicts train.global_batch_size"),
-        ({"gradient_clipping": 2.0}, "gradient_clipping (2.0) contradicts optimizer.clip, which makes it 1.0;"),
-        ({"bf16": {"enabled": False}}, "bf16.enabled (False) contradicts train.precision, which makes it True;"),
-        ({"fp16": {"enabled": True}}, "fp16.enabled (True) contradicts train.precision, which makes it False;"),
+        ({"gradient_clipping": 2.0}, "gradient_clipping (2.0) contradicts optimizer.clip, which requires 1.0;"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled (False) contradicts train.precision, which requires True;"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled (True) contradicts train.precision, which requires False;"),
         (
             {"zero_optimization": {"stage": 3}},
-            "zero_optimization.stage (3) contradicts parallel.zero, which makes it 1",
+            "zero_optimization.stage (3) contradicts parallel.zero, which requires 1",
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
-            "zero_optimization.offload_optimizer.device ('nvme') contradicts deepspeed.offload_optimizer, which makes "
-            "it 'none'; remove it there or change deepspeed.offload_optimizer.",
+            "zero_optimization.offload_optimizer.device ('nvme') contradicts deepspeed.offload_optimizer, which "
+            "requires 'none'; remove it from the file or change deepspeed.offload_optimizer.",
         ),
         (
             {"optimizer": {"type": "Lamb"}},
-            "optimizer.type ('Lamb') contradicts section optimizer, which makes it 'AdamW'",
+            "optimizer.type ('Lamb') contradicts section optimizer, which requires 'AdamW'",
         ),
         (
             {"optimizer": {"params": {"lr": 1}}},
-            "optimizer.params.lr (1) contradicts section optimizer, which makes it 0.0006",
+            "optimizer.params.lr (1) contradicts section optimizer, which requires 0.0006",
         ),
         (
             {"optimizer": {"params": {"amsgrad": True}}},
-            "optimizer.params.amsgrad (True) contradicts section optimizer, which makes it False",
+            "optimizer.params.amsgrad (True) contradicts section optimizer, which requires False",
         ),
         (
             {"optimizer": {"params": {"max_coeff": 10}}},
-            "optimizer.params.max_coeff (10) is no field of section optimizer",
+            "optimizer.params.max_coeff (10) is not a field of section optimizer",
         ),
-        ({"scheduler": {"type": "WarmupLR"}}, "is decided by section schedule; remove it there."),
+        ({"scheduler": {"type": "WarmupLR"}}, "is set by section schedule; remove it from the file."),
         (
             {"zero_optimization": {"overlap_comm": False}},
-            "zero_optimization.overlap_comm (False) contradicts parallel.overlap, which makes it True; remove it",
+            "zero_optimization.overlap_comm (False) contradicts parallel.overlap, which requires True; remove it",
         ),
-        ({"zero_optimization": {"round_robin_gradients": True}}, "contradicts parallel.zero, which makes it False"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size (2) contradicts parallel.tensor, which makes it 1"),
-        ({"tensor_parallel": {"tp": {"tp_size": 1}}}, "is decided by parallel.tensor; remove it there."),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "contradicts parallel.zero, which requires False"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size (2) contradicts parallel.tensor, which requires 1"),
+        ({"tensor_parallel": {"tp": {"tp_size": 1}}}, "is set by parallel.tensor; remove it from the file."),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode (False) contradicts section"),
         ({"zero_optimization": True}, "zero_optimization (True) must be an object of settings; correct it."),
         ({"bf16": True}, "bf16 (True) must be an object of settings; correct it."),
         ("{", "is not valid JSON"),
-        ("[1]", "must hold an object of settings, not [1]."),
+        ("[1]", "must contain an object of settings, not [1]."),
     ],
 )
-def test_what_contradicts_is_refused_by_name(tmp_path, extra, sentence):
+def test_a_contradiction_is_rejected_by_name(tmp_path, extra, sentence):
     with pytest.raises(ValueError) as error:
         settings(["parallel.zero=1"], extra=extra, folder=tmp_path)
     assert sentence in str(error.value)
@@ -139,12 +139,12 @@ def test_what_contradicts_is_refused_by_name(tmp_path, extra, sentence):
         (["parallel.zero=2"], 2, {"zero_optimization": None, "bf16": {}, "gradient_clipping": 1, "fp16": None}),
     ],
 )
-def test_what_has_the_same_effect_changes_nothing(tmp_path, overrides, data_size, extra):
+def test_keys_with_the_same_effect_are_accepted(tmp_path, overrides, data_size, extra):
     assert settings(overrides, data_size, extra, tmp_path) == settings(overrides, data_size)
 
 
 def test_a_missing_json_is_named():
-    with pytest.raises(ValueError, match=r"deepspeed\.json \(absent\.json\) is no file"):
+    with pytest.raises(ValueError, match=r"deepspeed\.json \(absent\.json\) does not exist"):
         settings(["deepspeed.json=absent.json"])
 
 
@@ -168,7 +168,7 @@ def test_a_missing_json_is_named():
         ),
     ],
 )
-def test_combinations_that_no_engine_has_are_refused(overrides, sentence):
+def test_combinations_that_no_engine_supports_are_rejected(overrides, sentence):
     with pytest.raises(ValueError) as error:
         validate_config(load_config(None, overrides))
     assert sentence in str(error.value)

@@ -1,4 +1,4 @@
-"""The training step: what it reads from the device, AdamW's class and state, norm and clipping, memory for a save."""
+"""Training step: values read from the device, class and state of AdamW, norm and clipping, memory for a save."""
 
 import json
 import subprocess
@@ -21,39 +21,39 @@ from tests.distributed.launch import torchrun
 
 
 @pytest.fixture(scope="module")
-def seen():
-    """What check_step.py saw."""
+def results():
+    """Results of check_step.py."""
     done = torchrun(1, "tests/engine/check_step.py")
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("seen "))[5:])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("results "))[8:])
 
 
-def test_a_step_reads_nothing_from_the_device_but_its_sums(seen):
-    """Those are read as one list, without an operator."""
-    assert seen["reads"] == [0, 0]
+def test_a_step_reads_only_its_sums_from_the_device(results):
+    """The sums are read as one list, without an operator."""
+    assert results["reads"] == [0, 0]
 
 
-def test_memory_for_a_save_is_made_ready_soon_before_it(seen):
-    assert seen["reserved"] == {"built": False, "far": False, "near": True}
+def test_memory_for_a_save_is_reserved_shortly_before_it(results):
+    assert results["reserved"] == {"built": False, "far": False, "near": True}
 
 
-def test_adamw_is_the_installed_librarys_or_torchs(seen):
-    assert seen["classes"] == {"auto": "GroupStepAdamW", "torch": "FusedAdamW"}
+def test_adamw_comes_from_an_installed_library_or_torch(results):
+    assert results["classes"] == {"auto": "GroupStepAdamW", "torch": "FusedAdamW"}
 
 
 @pytest.mark.parametrize("pair", ["installed to torch", "torch to installed"])
-def test_either_adamw_resumes_the_others_checkpoint(seen, pair):
-    assert seen["losses"][pair] == pytest.approx(seen["losses"]["torch"], rel=1e-6)
+def test_either_adamw_resumes_the_others_checkpoint(results, pair):
+    assert results["losses"][pair] == pytest.approx(results["losses"]["torch"], rel=1e-6)
 
 
-def test_a_resumed_run_keeps_its_seeding_of_dropout(seen):
-    """Seeds of (seed 1234, step 7) on the first rank: another number is another version."""
-    older, newer = seen["dropout 1"], seen["dropout 2"]
+def test_a_resumed_run_keeps_its_seeding_of_dropout(results):
+    """A change of the seeds of (seed 1234, step 7) on rank 0 requires another version."""
+    older, newer = results["dropout 1"], results["dropout 2"]
     assert older["resumed"] == older["losses"][2:] and newer["resumed"] == newer["losses"][2:]
     assert older["losses"] != newer["losses"] and newer["newest"] == 2
     assert (older["seed"], newer["seed"]) == (338633693, 3920288169382061327)
 
 
-def test_an_older_seeding_of_dropout_is_logged_and_a_newer_one_refused(caplog):
+def test_an_older_seeding_of_dropout_is_logged_and_a_newer_one_rejected(caplog):
     caplog.set_level("INFO")
     folder, config, without = Path("run/step-00000002"), load_config(None, ["model.dropout=0.1"]), load_config()
     check_dropout_seeding(folder, config, TrainState(dropout_seeding=DROPOUT_SEEDING))
@@ -65,8 +65,8 @@ def test_an_older_seeding_of_dropout_is_logged_and_a_newer_one_refused(caplog):
         check_dropout_seeding(folder, config, TrainState(dropout_seeding=3))
 
 
-def test_without_the_cpus_substitutes_adamw_is_torchs_fused_one():
-    """As on a GPU, where megatron-core alone would build torch's AdamW with its defaults."""
+def test_without_the_cpu_substitutes_adamw_is_the_fused_one_of_torch():
+    """As on a GPU, where megatron-core would build torch's AdamW with the defaults of torch."""
     script = """
 from megatron.core import optimizer as core
 from megatron_cm3leon.engine.optimizer import FusedAdamW, choose_adamw
@@ -79,8 +79,8 @@ assert core.Adam([torch.zeros(2, requires_grad=True)], lr=1.0, adam_w_mode=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_adams_count_lies_on_the_device_of_its_weights():
-    """`meta` stands for a device that is not the CPU."""
+def test_the_step_count_of_adam_is_on_the_device_of_the_weights():
+    """`meta` represents a device other than the CPU."""
     from megatron_cm3leon.engine.optimizer import load_moments
 
     main = torch.zeros(3, device="meta", requires_grad=True)
@@ -102,7 +102,9 @@ def test_norm_and_clipping_equal_torchs():
     assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs, 0.5)), rel=1e-6)
     clip_gradients(ours, norm, 0.0)
     clip_gradients(ours, norm, 2 * norm)
-    assert float(squared_norm(ours, torch.device("cpu")).sqrt()) == norm, "neither 0 nor a larger norm changes them"
+    assert float(squared_norm(ours, torch.device("cpu")).sqrt()) == norm, (
+        "a limit of 0, or one above the norm, must not change gradients"
+    )
     clip_gradients(ours, norm, 0.5)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other.grad, rtol=1e-6, atol=0)
@@ -110,7 +112,7 @@ def test_norm_and_clipping_equal_torchs():
 
 
 class Recorded(TorchDispatchMode):
-    """Names of the operators that run."""
+    """Records the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +130,7 @@ def test_sums_of_losses_copy_nothing_to_the_device():
     with Recorded() as recorded:
         sums = sum_losses(weights * 3, labels, weights, 2.5, make_vocabulary())
     assert sums[0] == 4.5 and sums[-1] == 2.5
-    assert "aten.lift_fresh.default" not in recorded.names, "a tensor made of a number on the host"
+    assert "aten.lift_fresh.default" not in recorded.names, "a tensor was built from a number on the host"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_sums_of_losses_copy_nothing_to_the_device():
         (0, ("checkpoint.interval=20",), True),
     ],
 )
-def test_a_save_is_near_by_interval_or_end(step, overrides, soon):
+def test_a_save_is_expected_by_interval_or_end(step, overrides, soon):
     config = load_config(None, ["train.steps=5000", *overrides])
     assert saves_soon(step, config) is soon
 

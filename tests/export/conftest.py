@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_cm3leon.checkpoint.sharded import read_weights
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.export import export_checkpoint
-from tests.checkpoint.made import family_config, write_random_checkpoint, write_tokenizers
+from tests.checkpoint.builders import family_config, write_random_checkpoint, write_tokenizers
 from tests.data.corpora import make_pairs, write_shards
 
 LLAMA = ["model.family=llama", "model.kv_heads=2", "model.ffn_hidden_size=48", "model.rope_base=500.0"]
@@ -54,5 +54,5 @@ def family(request, tokenizer, vocabulary, shards):
         export=path / "export",
         account=account,
         config=config,
-        reader=read_weights(checkpoint),
+        reader=CheckpointReader(checkpoint),
     )

@@ -8,7 +8,7 @@ import torch
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.config.loading import save_config
 from megatron_cm3leon.export import export_checkpoint, import_export
-from tests.checkpoint.made import family_config
+from tests.checkpoint.builders import family_config
 from tests.distributed.launch import run_cases
 
 SETTINGS = ["train.global_batch_size=4", "train.precision=fp32", "train.device=cpu", "train.steps=5", "data.workers=0"]

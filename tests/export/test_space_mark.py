@@ -12,7 +12,7 @@ from megatron_cm3leon.data.sources import open_source
 from megatron_cm3leon.export import export_checkpoint
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.tokenizers.text import TextTokenizer
-from tests.checkpoint.made import family_config, write_random_checkpoint
+from tests.checkpoint.builders import family_config, write_random_checkpoint
 
 TEXTS = [
     "\u2581",

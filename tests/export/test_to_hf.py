@@ -10,12 +10,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from megatron_cm3leon.checkpoint.sharded import read_weights
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.export import export_checkpoint
 from megatron_cm3leon.export import layouts as families
 from megatron_cm3leon.model.reference import reference_logits
 from megatron_cm3leon.model.weights import canonical_shapes
-from tests.checkpoint.made import family_config, flip_byte, write_random_checkpoint, write_tokenizers
+from tests.checkpoint.builders import family_config, flip_byte, write_random_checkpoint, write_tokenizers
 
 
 def load_stock(folder):
@@ -89,7 +89,7 @@ def test_small_shards_and_reduced_precision(tmp_path, tokenizer, vocabulary, dty
     model = load_stock(tmp_path / "out")
     assert model.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     assert index["metadata"]["total_size"] == 2 * sum(p.numel() for p in model.parameters())
-    reader, ids = read_weights(checkpoint), random_ids(vocabulary)
+    reader, ids = CheckpointReader(checkpoint), random_ids(vocabulary)
     rounded = reference_logits(lambda name: reader.read(name).to(model.dtype).float(), reader.config, ids)
     assert (model.float()(ids).logits - rounded).abs().max() < 1e-5 * rounded.abs().max()
 

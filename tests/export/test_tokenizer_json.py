@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_cm3leon.export.tokenizer_json import PROBES, compare_ids, read_lines, write_tokenizer
 from megatron_cm3leon.tokenizers.text import TextTokenizer, train_text
-from tests.checkpoint.made import CAPTIONS
+from tests.checkpoint.builders import CAPTIONS
 from tests.data.corpora import make_vocabulary
 
 

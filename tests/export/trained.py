@@ -24,12 +24,12 @@ def open_trained_model(checkpoint: str | Path) -> Iterator[Callable[[torch.Tenso
     config.parallel, config.train.precision = ParallelConfig(), "fp32"
     initialize_groups(config, Rank(0, 1, 0, 1), torch.device("cpu"))
     try:
-        from megatron_cm3leon.model.builder import build_stage, place_parameters
+        from megatron_cm3leon.model.builder import build_stage, locate_parameters
 
         [stage] = build_stage(config, reader.vocabulary)
         stage.eval()
         with torch.no_grad():
-            for parameter, place in place_parameters(stage):
+            for parameter, place in locate_parameters(stage):
                 part = reader.read_part(place.name, "weight", place.offset, place.local_shape)
                 parameter.copy_(part.view(parameter.shape))
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.checkpoint.format import Piece
+from megatron_cm3leon.checkpoint.format import Piece, step_folder
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, save_config
 from megatron_cm3leon.data.preprocess.filters import Filters
@@ -28,7 +28,7 @@ from megatron_cm3leon.tokenizers.image_training import ImageTrainingOptions
 from megatron_cm3leon.tokenizers.text import TextTokenizer
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-from tests.checkpoint.made import family_config, write_random_checkpoint, write_tokenizers
+from tests.checkpoint.builders import family_config, write_random_checkpoint, write_tokenizers
 from tests.data.corpora import write_pictures, write_shards
 from tests.data.runs import run as preprocess
 from tests.golden.streams import VOCABULARY, hash_numbers
@@ -70,7 +70,7 @@ def make_state() -> TrainState:
         sequence=440,
         tokens=123456,
         skipped=[3],
-        left_out=[{"step": 8, "first": 8, "last": 9, "reason": "spike", "loss": 9.5}],
+        skipped_ranges=[{"step": 8, "first": 8, "last": 9, "reason": "spike", "loss": 9.5}],
         recent_losses=[2.5, 2.25],
         cursor={"start": 4, "span": 1, "group": 0},
         stream="0123456789abcdef",
@@ -82,15 +82,15 @@ def make_state() -> TrainState:
 
 def describe_checkpoint(folder: Path) -> dict:
     """One file of numbers byte for byte, and what else a checkpoint holds."""
-    whole, step = torch.arange(24.0), sharded.step_folder(folder, 11)
-    sharded.begin(step)
+    whole, step = torch.arange(24.0), step_folder(folder, 11)
+    sharded.begin_checkpoint(step)
     pieces = [
         (Piece("decoder.x.weight", kind, (6, 4), (2, 0), (4, 4), start, stop), whole[start:stop])
         for kind in ("weight", "exp_avg", "exp_avg_sq")
         for start, stop in ((0, 5), (5, 16))
     ]
-    sharded.write_rank(step, 0, pieces)
-    sharded.finish(step, Config(), VOCABULARY, make_state(), {"torch": "x"})
+    sharded.write_rank_file(step, 0, pieces)
+    sharded.finish_checkpoint(step, Config(), VOCABULARY, make_state(), {"torch": "x"})
     content, manifest = (step / "rank-00000.safetensors").read_bytes(), read_json(step / "manifest.json")
     return {
         "header": content[8 : 8 + int.from_bytes(content[:8], "little")].decode(),

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints
+from megatron_cm3leon.checkpoint.format import list_checkpoints
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.data.stream.identity import describe_sources, identify

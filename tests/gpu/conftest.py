@@ -1,7 +1,7 @@
-"""What the tests of a GPU share: the device, and decoders of both families on it and on the CPU.
+"""Fixtures of the GPU tests: the device, and decoders of both families on it and on the CPU.
 
-pytest -m gpu                                 on a machine with a CUDA device; elsewhere they skip
-CM3LEON_GPU_TESTS=cpu pytest -m gpu           the CPU in the GPU's place: shows that they run
+pytest -m gpu                                 on a machine with a CUDA device; skipped elsewhere
+CM3LEON_GPU_TESTS=cpu pytest -m gpu           on the CPU instead of a GPU: checks the tests themselves
 """
 
 import os
@@ -24,15 +24,17 @@ def device() -> torch.device:
     """The device under test."""
     name = os.environ.get(VARIABLE, "")
     if name not in ("", "cpu", "cuda"):
-        raise ValueError(f"{VARIABLE} ({name}) must be cpu or cuda; unset, it means cuda where there is one.")
+        raise ValueError(
+            f"{VARIABLE} ({name}) must be cpu or cuda; if it is unset, a CUDA device is used where one exists."
+        )
     if not name and not torch.cuda.is_available():
-        pytest.skip(f"no CUDA device here; {VARIABLE}=cpu puts the CPU in its place")
+        pytest.skip(f"no CUDA device; {VARIABLE}=cpu uses the CPU instead")
     return torch.device(name or "cuda")
 
 
 @pytest.fixture(scope="session", params=["cm3leon", "llama", "llama with QK-norm"])
 def exported(request, tmp_path_factory):
-    """An exported folder of each form that the decoder reads."""
+    """An exported folder of each model type that the decoder reads."""
     folder = tmp_path_factory.mktemp("exported")
     if request.param == "cm3leon":
         save_random_opt(folder, VOCABULARY, layers=3, heads=4)
@@ -42,7 +44,7 @@ def exported(request, tmp_path_factory):
 
 
 def load_decoder(folder, kind: str, device: torch.device) -> Decoder:
-    """A decoder on the device under test; with the CPU in its place, steps are recorded and replayed all the same."""
+    """A decoder on the device under test; on the CPU, steps are recorded and replayed as on a GPU."""
     decoder = Decoder.load(folder, kind, device)
     if device.type == "cpu":
         decoder.graphs = StepGraphs(decoder, Recorder())
@@ -51,5 +53,5 @@ def load_decoder(folder, kind: str, device: torch.device) -> Decoder:
 
 @pytest.fixture(scope="session")
 def decoders(exported, device):
-    """In fp32: on the CPU, and on the device."""
+    """(decoder on the CPU, decoder on the device), both in fp32."""
     return Decoder.load(exported), load_decoder(exported, "fp32", device)

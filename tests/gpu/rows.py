@@ -1,7 +1,7 @@
-"""Runs rows of training in a process of their own, one after the other; a row that ends it does not end the others.
+"""Runs rows of training one after the other in a worker process; when a row ends it, the next row gets a new one.
 
-As a program, a worker: cases as JSON lines on standard input (see tests/distributed/worker.py), one word on standard
-output after each that has written its steps.
+Run as a program it is the worker: it reads cases as JSON lines from standard input (see tests/distributed/worker.py)
+and writes one word to standard output after each case whose steps it has written.
 """
 
 import json
@@ -16,12 +16,12 @@ from pathlib import Path
 from tests.distributed.launch import ROOT, child_environment
 
 ROW_SECONDS = 150
-"""For one row, the imports of a new process included."""
+"""Time limit of one row, with the imports of a new process."""
 DONE = "DONE"
 
 
 class RowRunner:
-    """Rows in the order of `submit`, beside this process; `close` ends the worker."""
+    """Runs rows in the order of `submit`, in parallel to this process; `close` ends the worker."""
 
     def __init__(self, folder: Path, **variables: str) -> None:
         self.folder, self.variables = folder, variables
@@ -30,7 +30,7 @@ class RowRunner:
         self.thread = ThreadPoolExecutor(1)
 
     def submit(self, case: dict, after: Future | None = None) -> Future:
-        """The steps of `case`, once they are there; `after`: a row of another runner whose files it needs."""
+        """Future of the steps of `case`; `after`: a row of another runner whose files it needs."""
         return self.thread.submit(self._run, case, after)
 
     def _run(self, case: dict, after: Future | None) -> list[dict]:
@@ -51,15 +51,15 @@ class RowRunner:
         return json.loads((self.folder / f"{case['name']}.json").read_text())
 
     def _wait(self) -> bool:
-        """Whether the worker said that the row is done."""
-        deadline, said = time.monotonic() + ROW_SECONDS, ""
+        """Whether the worker reported the row as done."""
+        deadline, output = time.monotonic() + ROW_SECONDS, ""
         while (left := deadline - time.monotonic()) > 0:
             if not select.select([self.worker.stdout], [], [], left)[0]:
                 return False
             part = os.read(self.worker.stdout.fileno(), 1 << 16).decode(errors="replace")
-            said += part
-            if not part or DONE in said:
-                return DONE in said
+            output += part
+            if not part or DONE in output:
+                return DONE in output
         return False
 
     def _end(self) -> None:

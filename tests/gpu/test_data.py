@@ -1,4 +1,4 @@
-"""Image codes, preprocessing, embeddings and nearest neighbors on a GPU: what the CPU gives."""
+"""Image codes, preprocessing, embeddings and nearest neighbors on a GPU equal those of the CPU."""
 
 import json
 
@@ -34,8 +34,8 @@ def tokenizer(tmp_path_factory):
     return folder
 
 
-def test_image_codes_are_the_cpus(tokenizer, device):
-    expected, found = (ImageTokenizer.load(tokenizer / "image", str(place)) for place in ("cpu", device))
+def test_image_codes_equal_those_of_the_cpu(tokenizer, device):
+    expected, found = (ImageTokenizer.load(tokenizer / "image", str(each)) for each in ("cpu", device))
     pixels = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     codes = expected.encode(pixels)
     assert len(codes.unique()) > 8
@@ -52,11 +52,11 @@ def test_codes_do_not_depend_on_the_batch(tokenizer, device):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_preprocessing_writes_the_cpus_shards(tokenizer, device, tmp_path, workers):
-    """Also with workers, each of which opens the device for itself."""
+def test_preprocessing_writes_the_same_shards_as_on_the_cpu(tokenizer, device, tmp_path, workers):
+    """Also with worker processes, each of which opens the device."""
     pairs = write_pictures(tmp_path / "raw", 6)
-    for name, place, count in (("expected", "cpu", 0), ("found", str(device), workers)):
-        options = PreprocessOptions(tokenizer=tokenizer, output=tmp_path / name, device=place, workers=count)
+    for name, options_device, count in (("expected", "cpu", 0), ("found", str(device), workers)):
+        options = PreprocessOptions(tokenizer=tokenizer, output=tmp_path / name, device=options_device, workers=count)
         preprocess(open_source(pairs, 3), options)
     expected, found = open_shards(tmp_path / "expected"), open_shards(tmp_path / "found")
     assert found.documents == expected.documents == 6
@@ -67,7 +67,7 @@ def test_preprocessing_writes_the_cpus_shards(tokenizer, device, tmp_path, worke
     assert options["device"] == device.type
 
 
-def test_clip_vectors_are_the_cpus(device):
+def test_clip_vectors_equal_those_of_the_cpu(device):
     torch.manual_seed(0)
     model = build_tiny_clip(100, 32, 8, 64, 2).eval()
     pixels = torch.rand(4, 3, 32, 32)
@@ -78,16 +78,16 @@ def test_clip_vectors_are_the_cpus(device):
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat"])
-def test_neighbors_on_a_gpu_are_the_cpus(device, factory):
-    faiss = pytest.importorskip("faiss", reason="FAISS is not installed here")
+def test_neighbors_equal_those_of_the_cpu(device, factory):
+    faiss = pytest.importorskip("faiss", reason="FAISS is not installed")
     if not faiss.get_num_gpus():
-        pytest.skip("this FAISS sees no GPU: faiss-gpu is not installed, or there is no CUDA device")
+        pytest.skip("FAISS finds no GPU: faiss-gpu is not installed, or there is no CUDA device")
     from megatron_cm3leon.retrieval.index import build_index, place_for_search, search_index
 
     vectors = np.random.default_rng(0).normal(size=(2000, 32)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = build_index(vectors, factory, "nprobe=16" if factory != "Flat" else "")  # every list: exact
+    index = build_index(vectors, factory, "nprobe=16" if factory != "Flat" else "")  # searches every list: exact
     expected = search_index(build_index(vectors, "Flat"), vectors[:50], 5)
     scores, numbers = search_index(place_for_search(index), vectors[:50], 5)
-    assert (numbers == expected[1]).mean() > 0.99  # equal scores may change places
+    assert (numbers == expected[1]).mean() > 0.99  # the order of equal scores may differ
     np.testing.assert_allclose(scores, expected[0], rtol=1e-4)

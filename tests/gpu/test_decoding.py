@@ -1,4 +1,4 @@
-"""Decoding on a GPU, through the step that is captured there: in fp32 the CPU's tokens, whatever the batches are."""
+"""Decoding on a GPU with captured steps: in fp32 the same tokens as on the CPU, independent of the batches."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ EMPTY = [[VOCABULARY.eos, VOCABULARY.sentinel(0), VOCABULARY.break_id]] * len(PR
 SEEDS = [0, 1, 2, 3]
 GUIDED = Sampling(guidance=2.0, temperature=0.7)
 SHARE = (step_graph, "CACHE_SHARE")
-"""Of a GPU's free memory, that a batch may take."""
+"""Share of a GPU's free memory that a batch may use."""
 SEGMENTS = {
     "image": picture_segment(VOCABULARY),
     "part of an image": picture_segment(VOCABULARY, 5),
@@ -35,14 +35,14 @@ def decode(decoder, segment, sampling=GUIDED, **options):
 
 @pytest.mark.parametrize("name", SEGMENTS)
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_tokens_of_fp32_are_the_cpus(decoders, name, guidance):
+def test_fp32_tokens_equal_those_of_the_cpu(decoders, name, guidance):
     sampling = Sampling(guidance=guidance, temperature=0.7)
     expected, found = (decode(decoder, SEGMENTS[name], sampling) for decoder in decoders)
     assert (found == expected).all()
     assert len({tuple(row) for row in expected}) > 1 or SEGMENTS[name].length == 1
 
 
-def test_greedy_tokens_are_those_of_whole_forward_passes(decoders):
+def test_greedy_tokens_equal_those_of_full_forward_passes(decoders):
     _, decoder = decoders
     segment = SEGMENTS["image"]
     ids = batch.decode_segments(decoder, PROMPTS, segment, Sampling(temperature=0.0), SEEDS)
@@ -52,10 +52,10 @@ def test_greedy_tokens_are_those_of_whole_forward_passes(decoders):
         assert (segment.allowed[logits.argmax(-1).cpu()]).tolist() == row
 
 
-def test_several_batches_in_a_call_give_the_same(decoders, monkeypatch):
+def test_several_batches_in_a_call_give_the_same_tokens(decoders, monkeypatch):
     _, decoder = decoders
     together = decode(decoder, SEGMENTS["image"])
-    monkeypatch.setattr(batch, "CPU_CACHE_BYTES", 1)  # less than one prompt takes: a batch for each
+    monkeypatch.setattr(batch, "CPU_CACHE_BYTES", 1)  # less than one prompt needs: one batch per prompt
     monkeypatch.setattr(*SHARE, 1e-9)
     options = {"unconditional": EMPTY}
     parts = [part for part, _ in batch.decode_batches(decoder, PROMPTS, SEGMENTS["image"], GUIDED, SEEDS, **options)]
@@ -63,7 +63,7 @@ def test_several_batches_in_a_call_give_the_same(decoders, monkeypatch):
     assert (decode(decoder, SEGMENTS["image"]) == together).all()
 
 
-def test_forced_tokens_stand(decoders):
+def test_forced_tokens_are_kept(decoders):
     segment = SEGMENTS["image"]
     forced = np.full((len(PROMPTS), segment.length), -1)
     forced[:, [0, 3, 4]] = VOCABULARY.image_start + np.arange(12).reshape(4, 3)
@@ -72,7 +72,7 @@ def test_forced_tokens_stand(decoders):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
-def test_smaller_types_are_close_and_repeatable(exported, decoders, device, kind):
+def test_smaller_dtypes_are_close_and_repeatable(exported, decoders, device, kind):
     reference, small = decoders[0], load_decoder(exported, kind, device)
     ids = torch.tensor([PROMPTS[2]])
     expected, found = reference.all_logits(ids), small.all_logits(ids.to(device)).cpu()
@@ -82,8 +82,8 @@ def test_smaller_types_are_close_and_repeatable(exported, decoders, device, kind
     assert np.isin(first, SEGMENTS["image"].allowed.numpy()).all()
 
 
-def test_documents_are_continued_as_on_the_cpu(decoders):
-    """Segments of one token among longer ones, prompts of many lengths, one call after the other."""
+def test_documents_are_completed_as_on_the_cpu(decoders):
+    """Segments of one token and longer ones, prompts of many lengths, several calls."""
     documents = [["a red"], [], ["x on", "white"]]
     hot, made = {"text": Sampling(temperature=2.0), "image": Sampling(temperature=2.0)}, []
     for decoder in decoders:
@@ -95,11 +95,11 @@ def test_documents_are_continued_as_on_the_cpu(decoders):
     assert {type(part) for part in made[0]} == {list, str}
 
 
-def test_memory_returns_after_a_call(decoders):
-    """The second call of a process may not find less room than the first."""
+def test_memory_is_freed_after_a_call(decoders):
+    """Memory allocated after a call must not grow."""
     _, decoder = decoders
     if decoder.device.type == "cpu":
-        pytest.skip("the allocator of a CPU counts nothing")
+        pytest.skip("torch does not count the memory of a CPU")
     decode(decoder, SEGMENTS["image"])
     before = torch.cuda.memory_allocated(decoder.device)
     for _ in range(3):

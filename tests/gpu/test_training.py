@@ -1,9 +1,10 @@
-"""Training on a GPU: the losses of the CPU, checkpoints that either resumes, and saves beside the next steps."""
+"""Training on a GPU: same losses as on the CPU, checkpoints that either device resumes, asynchronous saves."""
 
 import pytest
 import torch
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, step_folder
+from megatron_cm3leon.checkpoint.format import step_folder
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.runtime.preflight import find_device_fault
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.layout_rows import BF16, CONFIG, DEEPSPEED, LLAMA, SAMPLES, SMALL
@@ -25,17 +26,17 @@ ROWS = {  # name -> overrides
 }
 UNCOMPILED = ("train.compile=false",)
 COMPILED = {"compiled": "cm3leon", "llama by sample, compiled": "llama by sample"}
-"""Name -> the row whose losses on the CPU, not compiled, it must have."""
-SYNCHRONOUS = "saved while training waits"
+"""Name -> row whose losses on the CPU, not compiled, it must equal."""
+SYNCHRONOUS = "saved synchronously"
 BROKEN = "broken"
 RESUMED = ("cm3leon", "bf16", "deepspeed zero=2")
 WAYS = [("cpu", "device"), ("device", "cpu"), ("device", "device")]
 
 
 def tolerance(row: str, device: torch.device) -> float:
-    """Largest relative difference of a loss from the CPU's.
+    """Largest relative difference between losses of the device and of the CPU.
 
-    CUDA computes attention in fp32 from three TF32 products each, which round at 1e-6 to 1e-5 of a score.
+    CUDA computes fp32 attention with three TF32 products per product, which round at 1e-6 to 1e-5 of a score.
     """
     if "bf16" in row:
         return 5e-3
@@ -43,7 +44,7 @@ def tolerance(row: str, device: torch.device) -> float:
 
 
 class Runs:
-    """Rows on the CPU and on the device, each side in a process of its own, all under way from the start."""
+    """Rows on the CPU and on the device, each side in one process; all rows are submitted at the start."""
 
     def __init__(self, folder, device: torch.device) -> None:
         self.folder, self.device = folder, device
@@ -71,7 +72,7 @@ class Runs:
         self.futures[name] = self.runners[side].submit(case, after)
 
     def _submit_resumed(self, row: str, source: str, target: str) -> None:
-        """The run of `source` up to step 10, gone on with by `target`."""
+        """Resume the run of `source` from step 10 on `target`."""
         name, saved = f"{row} from {source} to {target}", self.checkpoint(f"{row} on {source}")
         link = self.folder / name / "checkpoints" / saved.name
         link.parent.mkdir(parents=True)
@@ -82,7 +83,7 @@ class Runs:
         return step_folder(self.folder / name, 10)
 
     def steps(self, name: str) -> list[dict]:
-        """Of one run, once it is done; AssertionError where it failed."""
+        """Wait for a run and return its steps; AssertionError when it failed."""
         return self.futures[name].result()
 
     def close(self) -> None:
@@ -108,7 +109,7 @@ def test_compiled_layers_give_the_same_losses(runs, device, row):
     assert relative(found, expected, "loss") <= tolerance(row, device)
 
 
-def test_a_row_that_fails_names_its_cause_and_leaves_the_others(runs):
+def test_a_failing_row_reports_its_cause_and_does_not_affect_others(runs):
     with pytest.raises(AssertionError, match=r"(?s)broken on device ended its process:.*model\.heads \(3\)"):
         runs.steps(f"{BROKEN} on device")
     assert len(runs.steps("cm3leon on device")) == 20
@@ -123,8 +124,8 @@ def test_either_device_resumes_the_others_checkpoint(runs, device, row, source, 
     assert relative(resumed, runs.steps(f"{row} on {source}"), "loss") <= largest
 
 
-def test_a_save_beside_the_next_steps_holds_the_step_it_was_of(runs):
-    """A step changes weights by some 3e-4: a copy that the optimizer overtook would be of another one."""
+def test_an_asynchronous_save_contains_the_weights_of_its_step(runs):
+    """A step changes weights by about 3e-4, so a copy made after the next step would differ."""
     runs.steps("cm3leon on device"), runs.steps(f"{SYNCHRONOUS} on device")
     expected = CheckpointReader(runs.checkpoint(f"{SYNCHRONOUS} on device"))
     found = CheckpointReader(runs.checkpoint("cm3leon on device"))
@@ -133,5 +134,5 @@ def test_a_save_beside_the_next_steps_holds_the_step_it_was_of(runs):
         torch.testing.assert_close(found.read(name), expected.read(name), rtol=0, atol=2e-5)
 
 
-def test_the_device_computes_right_products(device):
+def test_the_device_computes_correct_products(device):
     assert find_device_fault(device) == ""

@@ -1,4 +1,4 @@
-"""The training step's own kernels on a GPU: cross-entropy, attention per sample, fp8 products."""
+"""Kernels of the training step on a GPU: cross-entropy, attention per sample, fp8 products."""
 
 from contextlib import nullcontext
 
@@ -9,15 +9,15 @@ import torch.nn.functional as F
 
 from megatron_cm3leon.model.fp8 import BACKWARD, FORWARD, multiply, quantize
 from megatron_cm3leon.model.loss import cross_entropy
-from megatron_cm3leon.model.sample_attention import attend_samples, build_sample_blocks
+from megatron_cm3leon.model.sample_attention import attend_samples, build_sample_mask
 from tests.flex_on_cpu import flex_on_cpu
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """A group of this process alone, for which nothing is communicated."""
+def single_rank():
+    """Process group of a single rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
@@ -25,12 +25,12 @@ def alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("columns", "rows"), [(9000, 9088), (4096, 4096), (150, 256)])
-def test_cross_entropy_equals_torchs(alone, device, dtype, columns, rows):
+def test_cross_entropy_equals_that_of_torch(single_rank, device, dtype, columns, rows):
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(40, rows, generator=generator) * 3).to(device, dtype).requires_grad_()
     targets = torch.randint(0, columns, (40,), generator=generator).to(device)
     weights = torch.rand(40, generator=generator).to(device)
-    found = cross_entropy(logits, targets, columns, alone, 0.01)
+    found = cross_entropy(logits, targets, columns, single_rank, 0.01)
     (gradient,) = torch.autograd.grad(found, logits, weights)
     exact = logits.detach().double().requires_grad_()
     expected = F.cross_entropy(exact[:, :columns], targets, reduction="none")
@@ -41,14 +41,14 @@ def test_cross_entropy_equals_torchs(alone, device, dtype, columns, rows):
     torch.testing.assert_close(gradient.double(), expected_gradient, **tolerance)
 
 
-def test_cross_entropy_takes_no_memory_beside_the_logits(alone, device):
+def test_cross_entropy_needs_no_memory_except_the_logits(single_rank, device):
     if device.type == "cpu":
-        pytest.skip("a CPU has no count of allocated memory")
+        pytest.skip("torch does not count the memory of a CPU")
     logits = torch.randn(4096, 65_536, device=device, dtype=torch.bfloat16, requires_grad=True) * 1
     targets = torch.randint(0, 65_536, (4096,), device=device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    losses = cross_entropy(logits, targets, 65_536, alone, 0.01, overwrite=True)
+    losses = cross_entropy(logits, targets, 65_536, single_rank, 0.01, overwrite=True)
     torch.autograd.grad(losses.sum(), logits)
     assert torch.cuda.max_memory_allocated() - before < 0.01 * logits.nbytes
 
@@ -68,7 +68,7 @@ def test_attention_per_sample_equals_the_masked_form(device, dtype, width, heads
     allowed = (samples[:, :, None] == samples[:, None]).tril()[:, None]
     expected = F.scaled_dot_product_attention(*states, attn_mask=allowed, enable_gqa=True)
     with flex_on_cpu() if device.type == "cpu" else nullcontext():
-        found = attend_samples(*states, build_sample_blocks(samples), None)
+        found = attend_samples(*states, build_sample_mask(samples), None)
         gradients = torch.autograd.grad(found, states, weights)
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5 if device.type == "cpu" else 1e-4  # three TF32 products
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -79,7 +79,7 @@ def test_attention_per_sample_equals_the_masked_form(device, dtype, width, heads
 @pytest.mark.parametrize(
     ("left", "dtype"), [(FORWARD, torch.bfloat16), (BACKWARD, torch.bfloat16), (BACKWARD, torch.float32)]
 )
-def test_fp8_products_are_the_cpus(device, left, dtype):
+def test_fp8_products_equal_those_of_the_cpu(device, left, dtype):
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         pytest.skip("this GPU has no fp8")
     generator = torch.Generator().manual_seed(0)

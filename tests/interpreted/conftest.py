@@ -1,13 +1,12 @@
-"""Tests in Triton's interpreter, which replaces Triton as it is imported: they need a process of their own.
+"""Tests in Triton's interpreter, which replaces Triton when it is imported: they need a separate process.
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreted
 
-tests/generation/test_triton.py runs them so. Three things of Triton 3.6's interpreter are changed here. It patches
-triton.language again at every call of a function inside a kernel, a millisecond each: once is enough in this process.
-Its `dot` multiplies bf16 numbers as the integers of their bits, and integers become such bits where they are cast to
-bf16.
+tests/generation/test_triton.py runs them in this way. Three properties of Triton 3.6's interpreter are changed here. It
+patches triton.language at every call of a function in a kernel, 1 ms each: once per process is enough. Its `dot`
+multiplies bf16 numbers as the integers of their bits, and a cast of integers to bf16 keeps the bits.
 
-On a GPU they run compiled, marked `gpu`:  python -m pytest tests/interpreted -m gpu
+On a GPU they run compiled, with the marker `gpu`:  python -m pytest tests/interpreted -m gpu
 """
 
 import inspect
@@ -69,7 +68,7 @@ if INTERPRETED:
 
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch):
-    """The interpreter's time is programs, not bytes; and a fixed seed."""
+    """Large tiles, because the interpreter's time depends on the number of programs; and a fixed seed."""
     from megatron_cm3leon.generation import products
 
     def choose(rows, units, width, itemsize):

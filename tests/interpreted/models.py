@@ -1,4 +1,4 @@
-"""Small decoders with random weights, as a GPU would hold them."""
+"""Small decoders with random weights, in the form used on a GPU."""
 
 import os
 

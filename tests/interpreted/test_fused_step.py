@@ -1,4 +1,4 @@
-"""FusedStep: the decoder's own step, in the interpreter, or on a GPU also as a CUDA graph."""
+"""FusedStep equals the step of the decoder: in the interpreter, or on a GPU, there also as a CUDA graph."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def relative_error(found, expected):
 
 @torch.inference_mode()
 def compare_steps(decoder, prompts, steps, tile=None):
-    """The largest relative error of the states of `steps` steps and of the cache after them, and of the logits."""
+    """Largest relative error of the states of `steps` steps, of the cache after them, and of the logits."""
     (_, expected_cache), (_, cache) = (decoder.start(prompts, steps + 1) for _ in range(2))
     fused, errors = FusedStep(decoder, tile), []
     for turn in range(steps):
@@ -36,7 +36,7 @@ def compare_steps(decoder, prompts, steps, tile=None):
 
 
 @pytest.mark.parametrize(("family", "rows", "layers"), [("opt", 1, 2), ("opt", 4, 1), ("llama", 2, 1), ("qwen3", 3, 1)])
-def test_it_is_the_decoder_s_step(family, rows, layers):
+def test_equals_the_step_of_the_decoder(family, rows, layers):
     assert compare_steps(build_decoder(family, layers=layers), PROMPTS[:rows], 2) < CLOSE
 
 
@@ -50,25 +50,25 @@ def test_it_is_the_decoder_s_step(family, rows, layers):
     ],
     ids=str,
 )
-def test_widths_that_are_no_powers_of_two(shape):
+def test_widths_that_are_not_powers_of_two(shape):
     assert compare_steps(build_decoder(**shape), PROMPTS[:2], 1) < CLOSE
 
 
 @pytest.mark.parametrize(("family", "quantized"), [("opt", "int8"), ("qwen3", "fp8")])
-def test_smaller_types(family, quantized):
-    """The same 8-bit weights give the same step in fp32; bf16 states differ by their rounding."""
+def test_smaller_dtypes(family, quantized):
+    """With the same 8-bit weights the fp32 steps are equal; bf16 states differ by rounding."""
     assert compare_steps(build_decoder(family, quantized=quantized), PROMPTS[:2], 1) < CLOSE
     assert compare_steps(build_decoder(family, dtype=torch.bfloat16, quantized=quantized), PROMPTS[:2], 1) < 0.02
 
 
 def test_lengths_at_the_ends_of_chunks_and_of_the_cache():
-    """The new position opens a chunk, closes one, is the first and the last of the cache."""
+    """The new position is the first or the last of a chunk, or of the cache."""
     decoder = build_decoder("opt", hidden=16, heads=1)
     prompts = [[1], [1] * (CHUNK - 2), [2] * CHUNK, [3] * (2 * CHUNK - 3)]
     assert compare_steps(decoder, prompts, 3) < CLOSE
 
 
-def test_what_lies_beyond_a_length_is_not_read():
+def test_positions_beyond_a_length_are_not_read():
     decoder = build_decoder("opt", hidden=16, heads=1)
     with torch.inference_mode():
         _, cache = decoder.start([[1, 2, 3], [1] * 100], 3)
@@ -87,8 +87,8 @@ def test_small_tiles():
 
 
 @torch.inference_mode()
-def test_tokens_of_a_whole_step():
-    """As step.py calls it, with guidance and noise around it."""
+def test_tokens_of_a_step_with_sampling():
+    """As step.py calls it, with guidance and noise."""
     decoder, sampling, made = build_decoder("llama", hidden=32, inner=32), Sampling(guidance=3.0), []
     segment = Segment(torch.arange(8, 40), 3)
     shape = StepShape.of(segment, sampling, 2, 16, segment.length, forced=False, margins=False)
@@ -103,7 +103,7 @@ def test_tokens_of_a_whole_step():
     assert torch.equal(*made) and len(made[0].unique()) > 2
 
 
-def test_more_rows_are_refused():
+def test_too_many_sequences_are_rejected():
     decoder = build_decoder("opt", hidden=16, heads=1)
     _, cache = decoder.start([[1]] * 5, 2)
     with pytest.raises(ValueError, match=r"at most 4 sequences, not 5; use Decoder\.advance"):
@@ -112,7 +112,7 @@ def test_more_rows_are_refused():
 
 @pytest.mark.slow
 def test_width_4096(monkeypatch):
-    """One layer of 7b's width, both streams of guidance; the interpreter reads 20 million weights per second."""
+    """One layer with the width of 7b and guidance; the interpreter reads 20 million weights per second."""
     if DEVICE == "cpu":  # NumPy sums long rows fast
         monkeypatch.setattr(products, "lane_width", lambda width, itemsize: min(width & -width, 1024))
     decoder = build_decoder("opt", hidden=4096, heads=32, inner=4096, deviation=0.02)

@@ -1,4 +1,4 @@
-"""compile_steps: it launches what a real step launches."""
+"""compile_steps launches the same kernels as a real step."""
 
 import threading
 
@@ -18,7 +18,7 @@ KERNELS = {
 
 
 class Recorder:
-    """A kernel that notes for each launch what Triton compiles it for: types, constants, multiples of 16 and ones."""
+    """Wraps a kernel and records the properties by which Triton compiles: types, constants, multiples of 16, ones."""
 
     def __init__(self, kernel, name, launches):
         self.kernel, self.name, self.launches = kernel, name, launches
@@ -40,7 +40,7 @@ class Recorder:
 
 @pytest.mark.parametrize(("family", "dtype"), [("opt", "fp32"), ("qwen3", "int8"), ("llama", "bf16")])
 @torch.inference_mode()
-def test_a_step_launches_nothing_else(family, dtype, monkeypatch):
+def test_a_step_launches_no_other_kernels(family, dtype, monkeypatch):
     launches = set()
     for module, names in KERNELS.items():
         for name in names:
@@ -68,7 +68,7 @@ def test_a_step_launches_nothing_else(family, dtype, monkeypatch):
     assert len(launches) >= 8 and launches <= compiled
 
 
-def test_the_caller_gets_what_the_thread_raised(monkeypatch):
+def test_the_caller_gets_the_error_of_the_thread(monkeypatch):
     threads = []
 
     def fail():

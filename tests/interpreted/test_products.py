@@ -1,4 +1,4 @@
-"""Triton's products against torch's, and that no wide copy of an 8-bit matrix is made (S11 of the GPU path)."""
+"""Matrix products in Triton equal those of torch, and no 16- or 32-bit copy of an 8-bit matrix is made."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.interpreted.models import DEVICE, build_decoder
 
 
 class LargestResult(TorchDispatchMode):
-    """Elements of the largest tensor of a floating type that an operator makes."""
+    """Records the elements of the largest floating-point tensor that an operator returns."""
 
     largest = 0
 
@@ -69,7 +69,7 @@ def test_norms_and_epilogues(width):
     assert torch.allclose(run(out=before.clone(), epilogue=kernels.ADD), before + x @ weight.T, **close)
 
 
-def test_prompts_run_through_the_kernels(monkeypatch):
+def test_prompts_use_the_kernels(monkeypatch):
     decoder, ids = build_decoder("llama", quantized="int8"), torch.randint(40, (1, 9), device=DEVICE)
     made = decoder.all_logits(ids)
     monkeypatch.setattr(linear, "uses_triton", lambda device: False)

@@ -1,4 +1,4 @@
-"""One rank: token losses of the built stage against a forward written out in plain torch, and against stock Qwen3."""
+"""Token losses of a built stage on one rank, compared with a forward pass in plain torch and with stock Qwen3."""
 
 import torch
 import torch.nn.functional as F
@@ -77,16 +77,16 @@ def check_family(rank: Rank, overrides: list[str], expected_losses) -> None:
     initialize_groups(config, rank, choose_device("cpu", rank))
     from megatron.core import parallel_state
 
-    from megatron_cm3leon.model.builder import build_stage, place_parameters
+    from megatron_cm3leon.model.builder import build_stage, locate_parameters
     from megatron_cm3leon.model.weights import canonical_shapes
 
     vocabulary = make_vocabulary()
     [stage] = build_stage(config, vocabulary)
     torch.manual_seed(0)
     weights, shapes = {}, {}
-    for parameter, place in place_parameters(stage):
-        torch.nn.init.normal_(parameter, std=0.2)  # padded rows too: they must not matter
-        weights[place.name], shapes[place.name] = parameter.detach(), place.shape
+    for parameter, placement in locate_parameters(stage):
+        torch.nn.init.normal_(parameter, std=0.2)  # also padded rows, which must have no effect
+        weights[placement.name], shapes[placement.name] = parameter.detach(), placement.shape
     assert shapes == canonical_shapes(config, vocabulary.size)
     tokens, labels = torch.randint(0, vocabulary.size, (2, 3, LENGTH))
     positions = torch.arange(LENGTH).expand(3, -1)
@@ -98,16 +98,16 @@ def check_family(rank: Rank, overrides: list[str], expected_losses) -> None:
 
 
 def check_samples(stage, vocabulary: int) -> None:
-    """Two samples whose tokens alternate in one sequence have the losses that each has alone."""
+    """Two samples with alternating tokens in one sequence must have the same losses as each sample alone."""
     tokens, labels = torch.randint(0, vocabulary, (2, 1, LENGTH))
     samples = (torch.arange(LENGTH) * 2 // 3 % 2)[None]
     positions = torch.where(samples == 0, (samples == 0).cumsum(1), (samples == 1).cumsum(1)) - 1
     together = stage(tokens, positions, torch.stack([samples, positions]), labels=labels)
     for sample in (0, 1):
-        places = (samples[0] == sample).nonzero()[:, 0]
-        alone = torch.arange(len(places))[None]
-        expected = stage(tokens[:, places], alone, None, labels=labels[:, places])
-        torch.testing.assert_close(together[:, places], expected, rtol=1e-5, atol=1e-5)
+        columns = (samples[0] == sample).nonzero()[:, 0]
+        alone = torch.arange(len(columns))[None]
+        expected = stage(tokens[:, columns], alone, None, labels=labels[:, columns])
+        torch.testing.assert_close(together[:, columns], expected, rtol=1e-5, atol=1e-5)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The loss's CUDA kernels in Triton's interpreter (TRITON_INTERPRET=1) give what the CPU's functions give."""
+"""The CUDA kernels of the loss, in Triton's interpreter (TRITON_INTERPRET=1), give the results of the CPU functions."""
 
 import torch
 
@@ -24,7 +24,7 @@ def check_both_passes(dtype: torch.dtype, columns: int) -> None:
     assert not mine[:, columns:].any()
 
 
-def check_row_that_begins_with_minus_infinity() -> None:
+def check_row_that_starts_with_minus_infinity() -> None:
     logits = torch.randn(1, WIDTH)
     logits[:, :100] = -torch.inf
     highest, sums, _ = loss_kernels.measure_logits(logits, torch.tensor([120]), WIDTH)
@@ -36,7 +36,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for columns in (150, WIDTH, 0):
             check_both_passes(dtype, columns)
-    check_row_that_begins_with_minus_infinity()
+    check_row_that_starts_with_minus_infinity()
     print("kernels agree")
 
 

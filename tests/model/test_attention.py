@@ -1,4 +1,4 @@
-"""Attention written out for short bf16 sequences on a CPU equals torch's."""
+"""Attention for short bf16 sequences and narrow heads on a CPU equals that of torch."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ import torch.nn.functional as F
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_attention_written_out_equals_torchs(dtype, tolerance):
-    from megatron_cm3leon.model.attention import attend_written_out
+def test_unfused_attention_equals_that_of_torch(dtype, tolerance):
+    from megatron_cm3leon.model.attention import attend_unfused
 
     generator = torch.Generator().manual_seed(0)
     ours = [torch.randn(2, 3, 20, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
     theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
     weights = torch.randn(2, 3, 20, 16, generator=generator).to(dtype)
-    found = attend_written_out(*ours)
+    found = attend_unfused(*ours)
     expected = F.scaled_dot_product_attention(*theirs, is_causal=True)
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
@@ -22,9 +22,9 @@ def test_attention_written_out_equals_torchs(dtype, tolerance):
         torch.testing.assert_close(mine.grad, other.grad, rtol=tolerance, atol=tolerance)
 
 
-def test_narrow_bf16_heads_take_their_gradient_in_fp32():
-    """Closer to fp32's than torch's own bf16 gradient, whose kernel is slower."""
-    from megatron_cm3leon.model.attention import _NarrowAttention
+def test_the_gradient_of_narrow_bf16_heads_is_computed_in_fp32():
+    """It is closer to the fp32 gradient than the bf16 gradient of torch, whose kernel is also slower."""
+    from megatron_cm3leon.model.attention import _AttentionWithFp32Gradient
 
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(2, 3, 40, 16, generator=generator) for _ in range(3)]
@@ -33,7 +33,7 @@ def test_narrow_bf16_heads_take_their_gradient_in_fp32():
     for name, dtype in (("exact", torch.float32), ("ours", torch.bfloat16), ("torch", torch.bfloat16)):
         inputs = [state.bfloat16().to(dtype).requires_grad_() for state in states]
         if name == "ours":
-            output = _NarrowAttention.apply(*inputs, None)
+            output = _AttentionWithFp32Gradient.apply(*inputs, None)
         else:
             output = F.scaled_dot_product_attention(*inputs, is_causal=True)
         (output.float() * weights.bfloat16().float()).sum().backward()
@@ -45,13 +45,13 @@ def test_narrow_bf16_heads_take_their_gradient_in_fp32():
 
 
 def test_dropout_drops_weights_and_keeps_their_mean():
-    from megatron_cm3leon.model.attention import attend_written_out
+    from megatron_cm3leon.model.attention import attend_unfused
 
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 1, 12, 16, generator=generator) for _ in range(2))
-    value = torch.eye(12)[None, None]  # the result is the weights themselves
-    whole = attend_written_out(query, key, value)
+    value = torch.eye(12)[None, None]  # the result is the attention weights
+    without_dropout = attend_unfused(query, key, value)
     torch.manual_seed(0)
-    draws = torch.stack([attend_written_out(query, key, value, dropout=0.25) for _ in range(4000)])
+    draws = torch.stack([attend_unfused(query, key, value, dropout=0.25) for _ in range(4000)])
     assert (draws[..., 11, :] == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
-    torch.testing.assert_close(draws.mean(0), whole, rtol=0, atol=0.03)
+    torch.testing.assert_close(draws.mean(0), without_dropout, rtol=0, atol=0.03)

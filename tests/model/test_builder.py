@@ -1,4 +1,4 @@
-"""The model: parameter counts of the paper's presets, initial weights, logits of an independent forward."""
+"""Parameter counts of the paper's presets, initial weights, losses of an independent forward pass."""
 
 import pytest
 import torch
@@ -20,24 +20,24 @@ def test_presets_have_the_papers_parameter_counts(preset, parameters):
 
 
 def test_initial_weights_follow_the_paper():
-    from megatron_cm3leon.model.weights import initial_weight
+    from megatron_cm3leon.model.weights import draw_initial_weight
 
     config = load_config(None, ["preset=350m"])
     validate_config(config)
-    words = initial_weight("embedding.word_embeddings.weight", (4096, 256), config)
+    words = draw_initial_weight("embedding.word_embeddings.weight", (4096, 256), config)
     assert abs(words.std() / 0.006 - 0.9866) < 0.01  # a normal cut at 3 has 0.9866 of its deviation
     assert words.abs().max() <= 0.018 * (1 + 1e-5)
-    positions = initial_weight("embedding.position_embeddings.weight", (4096, 256), config)
+    positions = draw_initial_weight("embedding.position_embeddings.weight", (4096, 256), config)
     assert abs(positions.std() / 0.0002 - 0.9866) < 0.01
     for name in ("self_attention.linear_proj", "mlp.linear_fc2"):
-        assert not initial_weight(f"decoder.layers.3.{name}.weight", (8, 8), config).any()
-    again = initial_weight("embedding.word_embeddings.weight", (4096, 256), config)
+        assert not draw_initial_weight(f"decoder.layers.3.{name}.weight", (8, 8), config).any()
+    again = draw_initial_weight("embedding.word_embeddings.weight", (4096, 256), config)
     assert torch.equal(words, again)
     config.seed = 1
-    assert not torch.equal(words, initial_weight("embedding.word_embeddings.weight", (4096, 256), config))
+    assert not torch.equal(words, draw_initial_weight("embedding.word_embeddings.weight", (4096, 256), config))
 
 
 def test_padding_changes_no_loss(tmp_path):
-    """164 true rows in 256: the loss is that of a softmax over the true ones."""
+    """With a vocabulary of 164 padded to 256 rows, the softmax covers the 164 rows only."""
     done = torchrun(1, "tests/model/check_forward.py")
     assert "forward agrees" in done.stdout

@@ -1,4 +1,4 @@
-"""Head and loss in chunks: the losses and gradients of all logits at once, in the memory of a chunk's."""
+"""Head and loss in chunks: losses and gradients as with all logits at once, memory of one chunk of logits."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ TOKENS, WIDTH, ROWS, TRUE, Z_LOSS = 96, 16, 512, 450, 0.01
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """A group of this process alone."""
+def single_rank():
+    """Process group of a single rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
@@ -36,11 +36,11 @@ def in_chunks(hidden, weight, main_grad, targets, group, chunk: int):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("chunk", [7, 96, 1000])
-def test_equals_all_logits_at_once(alone, dtype, tolerance, chunk):
+def test_equals_all_logits_at_once(single_rank, dtype, tolerance, chunk):
     hidden, weight, targets, weights = example(dtype)
     logits = hidden.view(TOKENS, WIDTH) @ weight.t()
-    expected = cross_entropy(logits, targets, TRUE, alone, Z_LOSS)
-    found = in_chunks(hidden, weight, None, targets, alone, chunk)
+    expected = cross_entropy(logits, targets, TRUE, single_rank, Z_LOSS)
+    found = in_chunks(hidden, weight, None, targets, single_rank, chunk)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(
         torch.autograd.grad(found, (hidden, weight), weights),
@@ -50,20 +50,20 @@ def test_equals_all_logits_at_once(alone, dtype, tolerance, chunk):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_weight_gradients_add_to_the_main_gradient(alone):
+def test_weight_gradients_are_added_to_the_main_gradient(single_rank):
     hidden, weight, targets, weights = example(torch.bfloat16)
-    (expected,) = torch.autograd.grad(in_chunks(hidden, weight, None, targets, alone, 7), weight, weights)
+    (expected,) = torch.autograd.grad(in_chunks(hidden, weight, None, targets, single_rank, 7), weight, weights)
     main_grad = torch.ones(ROWS, WIDTH)
-    in_chunks(hidden, weight, main_grad, targets, alone, 7).backward(weights)
+    in_chunks(hidden, weight, main_grad, targets, single_rank, 7).backward(weights)
     torch.testing.assert_close(main_grad - 1, expected.float(), rtol=8e-3, atol=8e-3)
 
 
-def test_memory_is_that_of_a_chunk(alone):
+def test_memory_is_that_of_a_chunk(single_rank):
     hidden, weight, targets, weights = example(torch.float32)
     peaks = []
     for chunk in (TOKENS, 8):
         with MemoryRecorder() as recorder:
-            in_chunks(hidden, weight, None, targets, alone, chunk).backward(weights)
+            in_chunks(hidden, weight, None, targets, single_rank, chunk).backward(weights)
         peaks.append(recorder.peak)
     assert peaks[0] > TOKENS * ROWS * 4
     assert peaks[1] < 8 * ROWS * 4 + 3 * weight.nbytes + 2 * hidden.nbytes
@@ -80,7 +80,7 @@ def test_the_plan_counts_the_logits_of_a_chunk():
     assert plans[0] - plans[1] == (tokens - 1000) * 65_536 * 2
 
 
-def test_a_negative_chunk_is_refused():
+def test_a_negative_chunk_is_rejected():
     config = load_config(None, ["train.head_chunk=-1"])
     with pytest.raises(ValueError, match=r"train.head_chunk \(-1\) must be at least 0"):
         validate_config(config, 1)

@@ -1,4 +1,4 @@
-"""Initial weights: the same bits on every machine, any part without the rest, a normal cut at three deviations."""
+"""Initial weights: same bits on every machine, any part without the rest, truncated normal distribution."""
 
 import hashlib
 import math
@@ -27,7 +27,7 @@ def draw(start: int, stop: int, seed: int = 7, name: str = "w") -> torch.Tensor:
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_the_same_bits_with_every_instruction_set(capability):
-    """trunc_normal_, drawn before, gave others with `default` than with `avx2`, and others under torch 2.11."""
+    """trunc_normal_, used earlier, gave different bits with `default` and `avx2`, and with torch 2.11."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-c", PRINT_SHA256], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == SHA256, done.stderr
@@ -45,17 +45,17 @@ def test_seed_name_and_block_each_give_other_numbers():
         assert not (first == other).any()
 
 
-def test_the_distribution_is_a_normal_cut_at_three_deviations():
+def test_the_distribution_is_a_normal_truncated_at_three_deviations():
     numbers = draw(0, 1_000_000).double()
     assert numbers.abs().max() <= 3 * (1 + 1e-5) and numbers.abs().max() > 2.99
-    cut = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 2.5], dtype=torch.float64)
+    points = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 2.5], dtype=torch.float64)
     inside = math.erf(3 / math.sqrt(2))
-    expected = (torch.special.ndtr(cut) - 0.5) / inside + 0.5
-    found = (numbers[:, None] <= cut).double().mean(0)
+    expected = (torch.special.ndtr(points) - 0.5) / inside + 0.5
+    found = (numbers[:, None] <= points).double().mean(0)
     assert (found - expected).abs().max() < 4 * 0.5 / 1000  # four standard errors
 
 
-def test_runs_of_a_part_are_its_numbers():
+def test_runs_of_a_part_cover_its_numbers():
     whole = torch.arange(2 * 3 * 4 * 5)
     shape, offset, part = (2, 3, 4, 5), (0, 1, 0, 0), (2, 2, 4, 5)
     runs = [whole[start : start + length] for start, length in list_runs(shape, offset, part)]
@@ -65,7 +65,7 @@ def test_runs_of_a_part_are_its_numbers():
     assert torch.equal(torch.cat(columns), whole.view(24, 5)[2:5, 1:3].reshape(-1))
 
 
-def test_the_version_names_these_numbers():
-    """Other numbers for the same seed need another version: runs record it."""
+def test_the_version_belongs_to_these_numbers():
+    """Runs record the version, so a change of the numbers requires a new one."""
     assert initialization.VERSION == "pcg64-erfinv-1"
     assert hashlib.sha256(draw(0, 4).numpy().tobytes()).hexdigest()[:16] == "f207d1346cb90cff"

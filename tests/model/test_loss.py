@@ -1,4 +1,4 @@
-"""Cross-entropy over partitions and padding equals torch's over the true vocabulary; the z-loss is in its gradient."""
+"""Cross-entropy over partitions and padding equals that of torch without padding; the gradient includes the z-loss."""
 
 import importlib.util
 import os
@@ -65,20 +65,20 @@ def test_losses_and_gradients_equal_torchs(tmp_path, size):
         torch.testing.assert_close(torch.tensor(losses), expected_losses, rtol=1e-6, atol=1e-6)
     gradient = torch.cat([torch.tensor(part) for _, _, part in results], dim=1)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
-    assert not gradient[:, TRUE:].any()  # padded rows learn nothing
+    assert not gradient[:, TRUE:].any()  # padded rows get no gradient
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """A group of this process alone."""
+def single_rank():
+    """Process group of a single rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
 
 
-def test_a_bf16_logit_moves_6_bytes_and_3_are_alive(alone, monkeypatch):
-    """44 and 14 by F.cross_entropy, 84 and 22 with its z-loss beside it. The CPU's chunks of 256 KiB are in a cache."""
-    monkeypatch.setattr(loss, "_measure", loss.measure_in_chunks)  # custom ops hide what they do from a recorder
+def test_traffic_and_memory_per_bf16_logit(single_rank, monkeypatch):
+    """6 bytes moved, 3 in memory; 44 and 14 with F.cross_entropy, 84 and 22 with z-loss. 256 KiB are cached."""
+    monkeypatch.setattr(loss, "_measure", loss.measure_in_chunks)  # a recorder does not see into custom ops
     monkeypatch.setattr(loss, "_write", loss.write_in_chunks)
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", (1 << 16) // torch.get_num_threads())
     hidden = torch.randn(64, 8192, dtype=torch.bfloat16, requires_grad=True)
@@ -86,19 +86,19 @@ def test_a_bf16_logit_moves_6_bytes_and_3_are_alive(alone, monkeypatch):
     with MemoryRecorder(cached=1 << 18) as recorder:
         logits = hidden * 1
         made = recorder.read + recorder.written
-        losses = cross_entropy(logits, targets, 8000, alone, Z_LOSS, overwrite=True)
+        losses = cross_entropy(logits, targets, 8000, single_rank, Z_LOSS, overwrite=True)
         torch.autograd.grad(losses, logits, weights)
     per_logit = 1 / hidden.numel()
     assert (recorder.read + recorder.written - made) * per_logit < 6.1
     assert recorder.peak * per_logit < 3.1
 
 
-def test_precision_is_that_of_fp32(alone):
-    """Of a wide vocabulary with large logits, against fp64."""
+def test_precision_is_that_of_fp32(single_rank):
+    """Compared with fp64, for a large vocabulary and large logits."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 20_000, generator=generator).mul_(10).requires_grad_()
     targets, weights = torch.randint(0, 20_000, (8,), generator=generator), torch.rand(8, generator=generator)
-    losses = cross_entropy(logits, targets, 20_000, alone)
+    losses = cross_entropy(logits, targets, 20_000, single_rank)
     (gradient,) = torch.autograd.grad(losses, logits, weights)
     exact = logits.detach().double().requires_grad_()
     expected = F.cross_entropy(exact, targets, reduction="none")
@@ -107,16 +107,16 @@ def test_precision_is_that_of_fp32(alone):
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-9)
 
 
-def test_overwritten_logits_are_refused_a_second_time(alone):
+def test_a_second_backward_pass_over_overwritten_logits_fails(single_rank):
     logits = torch.randn(4, 8, requires_grad=True) * 1
-    losses = cross_entropy(logits, torch.arange(4), 8, alone, overwrite=True)
+    losses = cross_entropy(logits, torch.arange(4), 8, single_rank, overwrite=True)
     losses.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         losses.sum().backward()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed")
-def test_cuda_kernels_equal_the_cpus_functions():
+def test_cuda_kernels_equal_the_cpu_functions():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when triton is imported
     command = [sys.executable, "-m", "tests.model.check_loss_kernels"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)

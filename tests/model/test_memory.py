@@ -1,4 +1,4 @@
-"""The dry run: groups are megatron-core's, parameters exact, bytes near what a run really takes."""
+"""Dry run: groups equal those of megatron-core, parameter counts are exact, bytes are close to measured ones."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import validate_config
-from megatron_cm3leon.model.memory import count_stage_parameters, describe, estimate_memory, list_groups
+from megatron_cm3leon.model.memory import count_stage_parameters, describe_memory, estimate_memory, list_groups
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.train import main
 from tests.distributed.launch import torchrun
@@ -25,7 +25,7 @@ SIZE = """model.layers=4 model.hidden_size=512 model.heads=8 data.seq_length=512
     ],
 )
 def test_planned_bytes_are_within_a_tenth_of_the_peak(ranks, layout, monkeypatch):
-    # Big blocks go back to the system at once, so that resident memory is what tensors take.
+    # Large allocations are returned to the system at once, so that resident memory is that of the tensors.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     done = torchrun(ranks, "tests/distributed/measure_memory.py", *SIZE.split(), *layout.split())
@@ -39,17 +39,17 @@ def load(text: str, ranks: int):
     return config
 
 
-def test_stages_hold_the_whole_model():
-    """Of one tensor-parallel rank with rows that need no padding: the stages' sum is the model."""
+def test_stages_sum_to_the_model():
+    """Without tensor parallelism and vocabulary padding, the parameters of all stages sum to those of the model."""
     for text in (
         "preset=350m",
         "preset=350m model.family=llama",
         "preset=7b parallel.pipeline=4 parallel.interleave=2",
     ):
         config = load(text, 8)
-        held = sum(count_stage_parameters(config, 65_536, stage) for stage in range(config.parallel.pipeline))
+        total = sum(count_stage_parameters(config, 65_536, stage) for stage in range(config.parallel.pipeline))
         tied_copy = config.model.tied_embeddings and config.parallel.pipeline > 1
-        assert held == count_parameters(config, 65_536) + tied_copy * 65_536 * config.model.hidden_size
+        assert total == count_parameters(config, 65_536) + tied_copy * 65_536 * config.model.hidden_size
 
 
 def test_each_stage_of_zero_partitions_more():
@@ -72,8 +72,8 @@ def test_groups_differ_in_one_coordinate():
         assert sorted(rank for group in kind for rank in group) == list(range(16))
 
 
-def test_the_text_names_what_matters():
-    text = describe(load("preset=7b parallel.tensor=4 parallel.pipeline=4 parallel.zero=1", 64), 65_536, 64)
+def test_the_description_has_sizes_and_groups():
+    text = describe_memory(load("preset=7b parallel.tensor=4 parallel.pipeline=4 parallel.zero=1", 64), 65_536, 64)
     assert "6,727,663,616 parameters" in text and "64 ranks = tensor 4 x context 1 x data 4 x pipeline 4" in text
     assert len(re.findall(r"GiB\n", text)) == 4 and "512 micro-batches of 1" in text
 

@@ -1,4 +1,4 @@
-"""Attention per sample by FlexAttention: its tiles, and the masked form's outputs and gradients."""
+"""Attention per sample by FlexAttention: its tiles; outputs and gradients equal to those of the masked form."""
 
 import pytest
 import torch
@@ -7,64 +7,64 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import validate_config
-from megatron_cm3leon.model.attention import context_places
-from megatron_cm3leon.model.sample_attention import TILE, attend_samples, build_sample_blocks, uses_flex
+from megatron_cm3leon.model.attention import context_positions
+from megatron_cm3leon.model.sample_attention import TILE, attend_samples, build_sample_mask, uses_flex
 from tests.flex_on_cpu import BACKEND, flex_on_cpu
 from tests.recording import MemoryRecorder
 
 
 def packed_samples(length: int) -> torch.Tensor:
-    """Two sequences of three samples; in one, pieces of all stand at its end (CM3 masking moves spans) with padding."""
+    """Two sequences of three samples; one ends with spans of all samples (moved by CM3 masking) and padding."""
     samples = (torch.arange(length) * 3 // length).expand(2, -1).clone()
     samples[1, length - length // 8 :] = torch.randint(0, 3, (length // 8,), generator=torch.Generator().manual_seed(0))
     samples[1, -9:] = -1
     return samples
 
 
-def allowed_pairs(samples: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """bool [B, L, S]."""
-    same = samples[:, places, None] == samples[:, None]
-    return same & (places[:, None] >= torch.arange(samples.shape[1]))
+def allowed_pairs(samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Pairs of query and key that may attend, bool [B, L, S]."""
+    same = samples[:, positions, None] == samples[:, None]
+    return same & (positions[:, None] >= torch.arange(samples.shape[1]))
 
 
-def places_of(length: int, ranks: int) -> list[torch.Tensor | None]:
-    return [None] if ranks == 1 else [context_places(length, rank, ranks) for rank in range(ranks)]
+def list_positions(length: int, ranks: int) -> list[torch.Tensor | None]:
+    return [None] if ranks == 1 else [context_positions(length, rank, ranks) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(("length", "ranks"), [(1300, 1), (1024, 2), (640, 2), (48, 1)])
-def test_tiles_hold_all_allowed_pairs_and_full_ones_no_others(length, ranks):
+def test_tiles_contain_all_allowed_pairs_and_full_tiles_no_others(length, ranks):
     samples, number_full = packed_samples(length), 0
-    for places in places_of(length, ranks):
-        blocks = build_sample_blocks(samples, places)
-        allowed = allowed_pairs(samples, torch.arange(length) if places is None else places)
+    for positions in list_positions(length, ranks):
+        mask = build_sample_mask(samples, positions)
+        allowed = allowed_pairs(samples, torch.arange(length) if positions is None else positions)
         rows, columns = allowed.shape[1:]
 
         def pairs_in(tiles, rows=rows, columns=columns):
             wide = tiles.to_dense()[:, 0].repeat_interleave(TILE, 1).repeat_interleave(TILE, 2)
             return wide[:, :rows, :columns].bool()
 
-        exact = create_block_mask(blocks.mask_mod, 2, None, rows, columns, device="cpu")
-        assert torch.equal(pairs_in(blocks), pairs_in(exact))
-        assert not (allowed & ~pairs_in(blocks)).any()
-        full = BlockMask.from_kv_blocks(blocks.full_kv_num_blocks, blocks.full_kv_indices, BLOCK_SIZE=TILE)
+        exact = create_block_mask(mask.mask_mod, 2, None, rows, columns, device="cpu")
+        assert torch.equal(pairs_in(mask), pairs_in(exact))
+        assert not (allowed & ~pairs_in(mask)).any()
+        full = BlockMask.from_kv_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, BLOCK_SIZE=TILE)
         assert not (pairs_in(full) & ~allowed).any()
-        number_full += int(blocks.full_kv_num_blocks.sum())
-    assert (number_full > 0) == (length > 1000)  # a shorter sequence has no sample of several tiles
+        number_full += int(mask.full_kv_num_blocks.sum())
+    assert (number_full > 0) == (length > 1000)  # in a shorter sequence no sample covers a tile
 
 
 @pytest.mark.parametrize(("width", "heads", "groups"), [(64, 4, 2), (96, 2, 2), (128, 2, 1)])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_equals_the_masked_form(width, heads, groups, ranks):
     samples, generator = packed_samples(300), torch.Generator().manual_seed(0)
-    for places in places_of(300, ranks):
+    for positions in list_positions(300, ranks):
         length = 300 // ranks
         shapes = [(2, heads, length, width), (2, groups, 300, width), (2, groups, 300, width)]
         states = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
         weights = torch.randn(shapes[0], generator=generator)
-        allowed = allowed_pairs(samples, torch.arange(300) if places is None else places)
+        allowed = allowed_pairs(samples, torch.arange(300) if positions is None else positions)
         expected = F.scaled_dot_product_attention(*states, attn_mask=allowed[:, None], enable_gqa=True)
         with flex_on_cpu():
-            found = attend_samples(*states, build_sample_blocks(samples, places), None)
+            found = attend_samples(*states, build_sample_mask(samples, positions), None)
             gradients = torch.autograd.grad(found, states, weights)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         for mine, theirs in zip(gradients, torch.autograd.grad(expected, states, weights), strict=True):
@@ -75,26 +75,28 @@ def test_a_compiled_layer_is_one_graph_for_all_micro_batches():
     torch._dynamo.utils.counters.clear()
     layer = torch.nn.Linear(32, 3 * 32)
 
-    def forward(hidden, blocks):
+    def forward(hidden, mask):
         query, key, value = layer(hidden).view(2, 160, 2, 3, 16).permute(3, 0, 2, 1, 4)
-        return attend_samples(query, key, value, blocks, None)
+        return attend_samples(query, key, value, mask, None)
 
     with flex_on_cpu():
         compiled = torch.compile(forward, backend=BACKEND, dynamic=False, fullgraph=True)
         for number in range(3):
             hidden = torch.randn(2, 160, 32, requires_grad=True)
-            blocks = build_sample_blocks(packed_samples(160).roll(50 * number, 1))
-            found, expected = compiled(hidden, blocks), forward(hidden, blocks)
+            mask = build_sample_mask(packed_samples(160).roll(50 * number, 1))
+            found, expected = compiled(hidden, mask), forward(hidden, mask)
             torch.testing.assert_close(found, expected)
             mine, theirs = (torch.autograd.grad(each.square().sum(), hidden)[0] for each in (found, expected))
             torch.testing.assert_close(mine, theirs)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # FlexAttention alone, uncompiled, is the other
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    )  # the other one is FlexAttention, called outside the compiled function
 
 
-def test_no_mask_of_the_whole_square_is_made():
+def test_no_mask_of_all_pairs_is_allocated():
     samples = packed_samples(4096)[:1]
     with MemoryRecorder() as recorder:
-        build_sample_blocks(samples)
+        build_sample_mask(samples)
     assert recorder.peak < 4096 * 4096 / 8
 
 
@@ -104,8 +106,8 @@ def test_auto_is_flex_on_a_gpu_without_dropout():
     assert not uses_flex("auto", cpu, 0.0) and not uses_flex("auto", cuda, 0.1) and not uses_flex("masked", cuda, 0.0)
 
 
-def test_flex_is_refused_where_it_cannot_be():
-    with pytest.raises(ValueError, match=r"train.sample_attention \(flex\) needs a GPU: .* use .*=auto"):
+def test_flex_is_rejected_where_it_cannot_run():
+    with pytest.raises(ValueError, match=r"train.sample_attention \(flex\) requires a GPU: .* use .*=auto"):
         uses_flex("flex", torch.device("cpu"), 0.0)
     flex = "train.sample_attention=flex"
     for override, message in (

@@ -5,11 +5,12 @@ import json
 import pytest
 
 from megatron_cm3leon.checkpoint import sharded
+from megatron_cm3leon.checkpoint.format import step_folder
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import load_config, save_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.monitoring.positions import find_sequences
-from tests.checkpoint.made import make_pieces
+from tests.checkpoint.builders import make_pieces
 from tests.data.corpora import make_vocabulary
 
 
@@ -27,11 +28,11 @@ def write_run(run, config, lines, checkpoint=None, changes=(), saved=None):
     rows = [{"attempt": 1, **dict(zip(keys, line, strict=False))} for line in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if checkpoint:
-        folder = sharded.step_folder(run, checkpoint)
-        sharded.begin(folder)
-        sharded.write_rank(folder, 0, make_pieces(0))
+        folder = step_folder(run, checkpoint)
+        sharded.begin_checkpoint(folder)
+        sharded.write_rank_file(folder, 0, make_pieces(0))
         state = TrainState(step=checkpoint, batch=checkpoint, changes=list(changes))
-        sharded.finish(folder, saved or config, make_vocabulary(), state, {})
+        sharded.finish_checkpoint(folder, saved or config, make_vocabulary(), state, {})
 
 
 def find(run, config, *batches):

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_cm3leon.checkpoint.format import KINDS
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
-from megatron_cm3leon.checkpoint.verify import verified
+from megatron_cm3leon.checkpoint.verify import verify_while_reading
 from megatron_cm3leon.config.loading import Config, changed_fields, load_config, save_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.neighbors import (
@@ -28,7 +28,7 @@ from megatron_cm3leon.data.neighbors import (
 )
 from megatron_cm3leon.data.shards.reader import open_shards, seal, write_json
 from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
-from tests.checkpoint.made import write_checkpoint
+from tests.checkpoint.builders import write_checkpoint
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.tokenizers.test_folder import write_image, write_text
 
@@ -79,7 +79,7 @@ def read_tokenizers(folder: Path) -> object:
 
 def read_checkpoint(folder: Path) -> object:
     reader = CheckpointReader(folder / "run" / "checkpoints" / "step-00000003")
-    with verified(reader, reader.rank_files):
+    with verify_while_reading(reader, reader.rank_files):
         tensors = {kind: reader.read("w", kind).numpy().tobytes() for kind in KINDS}
     return tensors, reader.config, reader.vocabulary, reader.state
 

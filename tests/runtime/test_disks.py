@@ -10,15 +10,16 @@ import sys
 import pytest
 import torch
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints, step_folder
+from megatron_cm3leon.checkpoint.format import list_checkpoints, step_folder
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.checkpoint.verify import verified
+from megatron_cm3leon.checkpoint.verify import verify_while_reading
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.stream.loader import Loader
 from megatron_cm3leon.data.stream.stream import build_stream
-from tests.checkpoint.made import make_pieces, write_checkpoint
+from tests.checkpoint.builders import make_pieces, write_checkpoint
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import ROOT
 
@@ -64,7 +65,7 @@ def test_a_quota_that_ends_within_a_file_is_reported(tmp_path):
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        with pytest.raises(ValueError, match=r"step-00000002 was not written: .*: File too large; make room"):
+        with pytest.raises(ValueError, match=r"step-00000002 was not written: .*: File too large; free disk space"):
             save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -94,7 +95,7 @@ def test_a_read_only_checkpoint_folder_is_reported(tmp_path):
     (tmp_path / "checkpoints").chmod(0o755)
     assert done.returncode == 0, done.stderr
     assert "step-00000002 was not written: " in done.stdout
-    assert ": Permission denied; make room or mend the path, or choose another with output=" in done.stdout
+    assert ": Permission denied; free disk space or fix the path, or choose another with output=" in done.stdout
     assert "the run resumes from" in done.stdout
 
 
@@ -105,9 +106,9 @@ def test_a_checkpoint_deleted_between_list_and_load_is_reported(tmp_path):
     reader = CheckpointReader(listed)
     shutil.rmtree(deleted)
     names_the_file = pytest.raises(ValueError, match=r"step-00000002 is damaged: rank-0000\d.safetensors is missing")
-    with names_the_file, verified(reader, ["rank-00000.safetensors"]):
+    with names_the_file, verify_while_reading(reader, ["rank-00000.safetensors"]):
         reader.read("w")
-    with pytest.raises(ValueError, match=r"step-00000002 is no complete checkpoint"):
+    with pytest.raises(ValueError, match=r"step-00000002 is not a complete checkpoint"):
         CheckpointReader(listed)
 
 

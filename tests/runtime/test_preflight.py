@@ -14,7 +14,7 @@ from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.distributed.launch import Rank
 from megatron_cm3leon.runtime import preflight
 from megatron_cm3leon.runtime.preflight import check_disk, compare_facts, compare_ranks, find_device_fault
-from tests.checkpoint.made import run_ranks, write_checkpoint
+from tests.checkpoint.builders import run_ranks, write_checkpoint
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import torchrun
 from tests.distributed.layout_rows import CONFIG

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_cm3leon.checkpoint.sharded import list_checkpoints
+from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.monitoring.events import read_events
 from tests.slurm.jobs import losses, make_corpus, submit_run
 

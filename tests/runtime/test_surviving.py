@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_cm3leon.checkpoint.sharded import list_checkpoints
+from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.monitoring.history import read_lines
 from megatron_cm3leon.runtime.signals import REPEAT_SECONDS
 from tests.runtime.conftest import losses

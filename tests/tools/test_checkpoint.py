@@ -1,4 +1,4 @@
-"""tools/checkpoint.py from the command line: what it prints, and its exit statuses."""
+"""tools/checkpoint.py on the command line: output and exit statuses."""
 
 import subprocess
 import sys
@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 
-from megatron_cm3leon.checkpoint.sharded import unfinished
+from megatron_cm3leon.checkpoint.format import temporary_folder
 from megatron_cm3leon.config.loading import load_config, save_config
 from megatron_cm3leon.config.validation import validate_config
-from tests.checkpoint.made import flip_byte, write_checkpoint
+from tests.checkpoint.builders import flip_byte, write_checkpoint
 from tests.tools.call import TOOLS, call_tool
 
 call = partial(call_tool, "checkpoint")
@@ -17,14 +17,14 @@ call = partial(call_tool, "checkpoint")
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder with steps 0, 2, 3, 5 and 6, and 7 unfinished."""
+    """A run folder with complete checkpoints of steps 0, 2, 3, 5 and 6 and an incomplete one of step 7."""
     run = tmp_path / "run"
     overrides = ["checkpoint.keep_last=1", "checkpoint.interval=3", "checkpoint.keep_every=3", "parallel.tensor=2"]
     config = load_config(None, [*overrides, "checkpoint.log_spaced=true"])
     validate_config(config)
     for step in (0, 2, 3, 5, 6):
         write_checkpoint(run, step, kinds=("weight", "exp_avg", "exp_avg_sq"), config=config)
-    unfinished(run / "checkpoints/step-00000007").mkdir()
+    temporary_folder(run / "checkpoints/step-00000007").mkdir()
     save_config(config, run / "config.yaml")
     return run
 
@@ -41,9 +41,9 @@ def test_list(run):
     assert rows[0].split()[-2:] == ["yes", "log_spaced"]
     assert "NO: no manifest.json" in rows[2]
     assert "NO: state.json has 1 bytes" in rows[3] and "keep_every 3" in rows[3]
-    assert "nothing: goes after the next save" in rows[5] and " 5,000 " in rows[5]
+    assert "nothing: deleted after the next save" in rows[5] and " 5,000 " in rows[5]
     assert "yes" in rows[6] and "keep_every 3" in rows[6]
-    assert "NO: being written, or left" in rows[7]
+    assert "NO: being written, or interrupted" in rows[7]
 
 
 def test_verify_finds_one_flipped_byte(run):
@@ -54,7 +54,7 @@ def test_verify_finds_one_flipped_byte(run):
         done = call("verify", path)
         assert done.returncode == 1
         assert "rank-00001.safetensors does not match its SHA-256" in done.stderr
-        assert f"The checkpoint before it is {run / 'checkpoints/step-00000005'}" in done.stderr
+        assert f"The previous checkpoint is {run / 'checkpoints/step-00000005'}" in done.stderr
     assert call("verify", run / "checkpoints/step-00000005", "--threads", 1).returncode == 0
     (run / "checkpoints/step-00000005/manifest.json").unlink()
     done = call("verify", run / "checkpoints/step-00000005")
@@ -79,7 +79,7 @@ def test_inspect(run):
     assert tensor.split() == ["w", "6", "x", "4", "weight", "exp_avg", "exp_avg_sq", "3", "0-1"]
 
 
-def test_what_is_no_checkpoint_is_a_usage_error(run, tmp_path):
+def test_a_path_that_is_not_a_checkpoint_is_a_usage_error(run, tmp_path):
     for arguments in (("list", tmp_path), ("verify", tmp_path / "none"), ("verify", tmp_path), ("inspect", run)):
         done = call(*arguments)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

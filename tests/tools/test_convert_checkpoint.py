@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_cm3leon.checkpoint.sharded import read_weights
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.data.stream.stream import build_stream
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.model.reference import reference_logits
@@ -17,7 +17,7 @@ from megatron_cm3leon.monitoring.history import read_metrics
 from megatron_cm3leon.tokenizers.folder import Tokenizers
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-from tests.checkpoint.made import CAPTIONS, family_config, write_random_checkpoint, write_tokenizers
+from tests.checkpoint.builders import CAPTIONS, family_config, write_random_checkpoint, write_tokenizers
 from tests.data.corpora import make_pairs, write_shards
 from tests.distributed.launch import ROOT
 from tests.export.trained import open_trained_model
@@ -56,7 +56,7 @@ def test_export_from_the_command_line(world, exported):
     assert f"same ids as text.model on {len(CAPTIONS)} lines" in exported
     assert f"wrote {world / 'exported'}: " in exported and "step-00000003" in exported
     assert len(list((world / "exported").glob("model-*-of-*.safetensors"))) > 2
-    reader = read_weights(world / "run/checkpoints/step-00000003")
+    reader = CheckpointReader(world / "run/checkpoints/step-00000003")
     ids = torch.randint(reader.vocabulary.size, (2, 12), generator=torch.Generator().manual_seed(1))
     expected = reference_logits(reader.read, reader.config, ids)
     assert (Decoder.load(world / "exported").all_logits(ids) - expected).abs().max() < 1e-5
@@ -92,7 +92,7 @@ def test_the_reference_is_the_model_that_trains(world, tmp_path):
         config = family_config(*overrides)
         folder = write_random_checkpoint(tmp_path / str(number), config, vocabulary)
         ids = torch.randint(vocabulary.size, (2, 20), generator=torch.Generator().manual_seed(1))
-        reader = read_weights(folder)
+        reader = CheckpointReader(folder)
         with open_trained_model(folder) as trained:
             for dtype, limit in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
                 expected = trained(ids, dtype)[..., : vocabulary.size]

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from megatron_cm3leon.monitoring.status import read_status, show_number, show_seconds
-from tests.checkpoint.made import write_checkpoint
+from tests.checkpoint.builders import write_checkpoint
 from tests.monitoring.test_goodput import EVENTS, LINES, event, skip, step, write
 from tests.tools.call import call_tool
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from megatron_cm3leon.checkpoint.retention import is_due, remove_old
-from megatron_cm3leon.checkpoint.sharded import list_checkpoints, unfinished
+from megatron_cm3leon.checkpoint.format import list_checkpoints, temporary_folder
+from megatron_cm3leon.checkpoint.retention import is_due, remove_old_checkpoints
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.config.schema import CheckpointConfig
 from megatron_cm3leon.config.validation import validate_config
-from tests.checkpoint.made import write_checkpoint
+from tests.checkpoint.builders import write_checkpoint
 
 
 def kept(run):
@@ -34,20 +34,20 @@ def test_due_steps():
 def test_kept_checkpoints(tmp_path, options, expected):
     for step in (0, 1, 2, 3, 4, 6, 8, 9):
         write_checkpoint(tmp_path, step)
-    remove_old(tmp_path, CheckpointConfig(**options))
+    remove_old_checkpoints(tmp_path, CheckpointConfig(**options))
     assert kept(tmp_path) == expected
 
 
 def test_only_the_runs_own_folders_are_deleted(tmp_path):
     folders = [write_checkpoint(tmp_path / "run", step) for step in (1, 2, 3)]
     checkpoints = folders[0].parent
-    unfinished(checkpoints / "step-00000002").mkdir()
+    temporary_folder(checkpoints / "step-00000002").mkdir()
     others = [checkpoints / name for name in ("step-00000002.damaged", "step-2", "best", "step-00000001-copy.tmp")]
     for other in others:
         other.mkdir()
     elsewhere = write_checkpoint(tmp_path / "elsewhere", 0)
     (checkpoints / "step-00000000").symlink_to(elsewhere)
-    remove_old(tmp_path / "run", CheckpointConfig(keep_last=1))
+    remove_old_checkpoints(tmp_path / "run", CheckpointConfig(keep_last=1))
     left = {path.name for path in checkpoints.iterdir()}
     assert left == {"step-00000003", "step-00000000"} | {other.name for other in others}
     assert (elsewhere / "manifest.json").is_file()

@@ -18,7 +18,7 @@ from megatron_cm3leon.data.stream.identity import describe_sources, identify
 from megatron_cm3leon.data.stream.samples import DataSource
 from megatron_cm3leon.data.stream.stream import Stream
 from megatron_cm3leon.training.setup import check_changes
-from tests.checkpoint.made import write_random_checkpoint
+from tests.checkpoint.builders import write_random_checkpoint
 from tests.data.corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
 
 VOCABULARY = make_vocabulary()

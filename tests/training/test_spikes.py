@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, list_checkpoints
+from megatron_cm3leon.checkpoint.format import list_checkpoints
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import parse_batches, validate_config
@@ -21,7 +22,7 @@ from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.monitoring.history import read_history, read_metrics
 from megatron_cm3leon.training.loop import advance
 from megatron_cm3leon.training.spikes import SpikeGuard, spike_threshold
-from tests.checkpoint.made import write_checkpoint
+from tests.checkpoint.builders import write_checkpoint
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.launch import ROOT
 from tests.tools.call import call_tool
@@ -90,7 +91,7 @@ def test_the_run_equals_one_that_was_told_to_leave_the_batches_out(folder):
 def test_what_was_left_out_is_on_record(folder):
     garbage, run = garbage_batch(folder), folder / "guarded"
     first, state = garbage // 4 * 4, CheckpointReader(list_checkpoints(run)[-1]).state
-    [entry] = state.left_out
+    [entry] = state.skipped_ranges
     assert entry.pop("loss") > 1
     assert entry == {"step": first, "first": first, "last": garbage, "reason": "spike"}
     assert (state.step, state.batch) == (26, 26 + garbage + 1 - first) and len(state.recent_losses) == 5

@@ -10,14 +10,14 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_cm3leon.checkpoint.sharded import list_checkpoints
+from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.monitoring.history import read_metrics
 from megatron_cm3leon.monitoring.metrics import flops_per_token
 from megatron_cm3leon.training.lr_schedule import follow_rule, learning_rate
-from tests.checkpoint.made import flip_byte
+from tests.checkpoint.builders import flip_byte
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import ROOT, torchrun
 
@@ -100,7 +100,7 @@ import errno, os, sys, time
 from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.train import main
 
-write, action = sharded._write_all, sys.argv.pop(1)
+write, action = sharded._write_fully, sys.argv.pop(1)
 
 def stop(file, block):
     half = len(block) // 2
@@ -111,7 +111,7 @@ def stop(file, block):
         time.sleep(600)
     write(file, block)
 
-sharded._write_all = stop
+sharded._write_fully = stop
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -149,7 +149,7 @@ def test_a_damaged_newest_checkpoint_is_refused_and_the_one_before_offered(folde
     refused = train(folder, "damaged")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert f"checkpoint {newest} is damaged: rank-00000.safetensors does not match its SHA-256" in refused.stderr
-    assert f"The checkpoint before it is {before}:" in refused.stderr
+    assert f"The previous checkpoint is {before}:" in refused.stderr
     remedy = refused.stderr.split("(mv ")[1].split(")")[0].split()
     subprocess.run(["mv", *remedy], check=True)
     done = train(folder, "damaged")
@@ -163,7 +163,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence(folder):
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     path = folder / "full/checkpoints/step-00000008.tmp/rank-00000.safetensors"
-    assert f"{path}: No space left on device; make room" in done.stderr
+    assert f"{path}: No space left on device; free disk space" in done.stderr
     assert "resumes from " + str(list_checkpoints(folder / "full")[-1]) in done.stderr
     assert [path.name for path in list_checkpoints(folder / "full")] == ["step-00000004"]
 

@@ -1,11 +1,11 @@
-"""Small checkpoints for tests: one 6x4 tensor in row halves, or a tiny model; and its tokenizer folder."""
+"""Builders of small checkpoints for tests: one 6 x 4 tensor in two row halves, or a tiny model with its tokenizers."""
 
 import threading
 
 import torch
 
 from megatron_cm3leon.checkpoint import sharded
-from megatron_cm3leon.checkpoint.format import Piece
+from megatron_cm3leon.checkpoint.format import Piece, step_folder
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.config.validation import validate_config
@@ -22,36 +22,36 @@ WHOLE = torch.arange(24.0).view(6, 4)
 
 
 def make_pieces(rank, whole=WHOLE, kinds=("weight",)):
-    """Rank 0's half whole, rank 1's in two flat runs, as views of `whole`; nothing for further ranks."""
+    """Pieces of one rank, views of `whole`: rank 0 has one half in one piece, rank 1 the other half in two."""
     pieces = []
     for kind in kinds:
-        place = {"name": "w", "kind": kind, "shape": (6, 4), "part": (3, 4), "offset": (3 * rank, 0)}
+        position = {"name": "w", "kind": kind, "shape": (6, 4), "part": (3, 4), "offset": (3 * rank, 0)}
         half = whole[3 * rank : 3 * rank + 3].reshape(-1)
         for start, stop in ((0, 12),) if rank == 0 else ((0, 5), (5, 12)) if rank == 1 else ():
-            pieces.append((Piece(**place, start=start, stop=stop), half[start:stop]))
+            pieces.append((Piece(**position, start=start, stop=stop), half[start:stop]))
     return pieces
 
 
 def write_checkpoint(run, step=3, ranks=2, kinds=("weight",), config=None):
-    """Write it whole; returns its folder."""
-    folder = sharded.step_folder(run, step)
-    sharded.begin(folder)
+    """Write a complete checkpoint; returns its folder."""
+    folder = step_folder(run, step)
+    sharded.begin_checkpoint(folder)
     for rank in range(ranks):
-        sharded.write_rank(folder, rank, make_pieces(rank, kinds=kinds))
+        sharded.write_rank_file(folder, rank, make_pieces(rank, kinds=kinds))
     state = TrainState(step=step, batch=step, tokens=1000 * step)
-    sharded.finish(folder, config or Config(), make_vocabulary(), state, {"torch": "x"})
+    sharded.finish_checkpoint(folder, config or Config(), make_vocabulary(), state, {"torch": "x"})
     return folder
 
 
-def flip_byte(path, place=-1):
+def flip_byte(path, index=-1):
     """Change one bit of one byte of a file."""
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[index] ^= 1
     path.write_bytes(content)
 
 
 def run_ranks(count, function):
-    """Call function(rank) in a thread for each rank; returns what each returned or raised."""
+    """Call function(rank) in one thread per rank; returns the result or the exception of each."""
     results = [None] * count
 
     def call(rank):
@@ -70,16 +70,16 @@ def run_ranks(count, function):
 
 
 CAPTIONS = [
-    f"a {size} {colour} circle,  in the {place} ({number})\n"
+    f"a {size} {color} circle,  in the {position} ({number})\n"
     for size in ("small", "large")
-    for colour in ("red", "green", "bluish-green")
-    for place in ("centre", "top left corner", "bottom")
+    for color in ("red", "green", "bluish-green")
+    for position in ("centre", "top left corner", "bottom")
     for number in (1, 22, 2023)
 ]
 
 
 def write_tokenizers(folder, text_size=330) -> Vocabulary:
-    """A tokenizer folder: trained text pieces, an image tokenizer with random weights; returns its vocabulary."""
+    """Write a tokenizer folder: trained text pieces, an image tokenizer with random weights; returns its vocabulary."""
     folder.mkdir(parents=True)
     train_text(CAPTIONS, text_size).save(folder / "text.model")
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def write_tokenizers(folder, text_size=330) -> Vocabulary:
 
 
 def family_config(*overrides):
-    """A tiny validated model; `overrides` such as model.family=llama."""
+    """Validated configuration of a tiny model; `overrides` such as model.family=llama."""
     sizes = ["model.layers=2", "model.hidden_size=32", "model.heads=4", "data.seq_length=20"]
     config = load_config(None, [*sizes, *overrides])
     validate_config(config)
@@ -97,12 +97,12 @@ def family_config(*overrides):
 
 
 def write_random_checkpoint(run, config, vocabulary, step=3, change=lambda name, weight: weight, stream=None):
-    """Random weights of a model, its tensors in turn in two ranks' files; `change` may replace or drop (None) one.
+    """Write random weights of a model, tensors alternately in the files of two ranks; returns the folder.
 
-    `stream`: the one that the run is said to have trained on.
+    `change` may replace a weight or omit it (None); `stream`: the stream that the state names.
     """
-    folder = sharded.step_folder(run, step)
-    sharded.begin(folder)
+    folder = step_folder(run, step)
+    sharded.begin_checkpoint(folder)
     generator, pieces = torch.Generator().manual_seed(0), ([], [])
     for number, (name, shape) in enumerate(canonical_shapes(config, vocabulary.size).items()):
         weight = torch.randn(shape, generator=generator) * 0.2 + (1 if len(shape) == 1 else 0)
@@ -112,9 +112,9 @@ def write_random_checkpoint(run, config, vocabulary, step=3, change=lambda name,
             piece = Piece(name, "weight", whole, (0,) * len(whole), whole, 0, weight.numel())
             pieces[number % 2].append((piece, weight.reshape(-1)))
     for rank in (0, 1):
-        sharded.write_rank(folder, rank, pieces[rank])
+        sharded.write_rank_file(folder, rank, pieces[rank])
     state = TrainState(step=step, batch=step, sequence=step * config.train.global_batch_size, tokens=1000 * step)
     if stream:
         state.stream, state.stream_parts = stream.identity, describe_sources(stream.samples, config)
-    sharded.finish(folder, config, vocabulary, state, {"torch": "x"})
+    sharded.finish_checkpoint(folder, config, vocabulary, state, {"torch": "x"})
     return folder
