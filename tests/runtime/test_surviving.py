@@ -38,7 +38,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_with_a_checkpoint(folder,
     assert stopped["step"] == found["step"] >= 6
     assert list_checkpoints(world.run)[-1].name == f"step-{stopped['step']:08d}"
     assert world.events("saved")[-1]["step"] == stopped["step"] and world.events("saved")[-1]["bytes"] > 300_000
-    assert f"stopped at step {stopped['step']} as a signal asked for" in world.output()
+    assert f"stopped at step {stopped['step']} after a signal" in world.output()
     finish(folder, "signal", straight)
     resumed = world.events("resume")[0]
     assert (resumed["step"], resumed["checkpoint"]) == (stopped["step"], f"step-{stopped['step']:08d}")
