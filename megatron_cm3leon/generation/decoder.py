@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_cm3leon.export.reader import POSITION_OFFSET, Shape, WeightFiles, read_shape
+from megatron_cm3leon.export.layouts import DTYPES, POSITION_OFFSET, Shape, model_prefix
+from megatron_cm3leon.export.reader import WeightFiles, read_shape
 from megatron_cm3leon.generation.cache import Cache
-from megatron_cm3leon.generation.matrices import QUANTIZED, Matrix, build_matrix
+from megatron_cm3leon.generation.matrices import Matrix
+from megatron_cm3leon.generation.matrix_kinds import QUANTIZED, build_matrix
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = (*DTYPES, *QUANTIZED)
 """Types the matrices may have. All else is bf16 on a GPU; on a CPU bf16 with int4, whose kernel takes no other type as
 fast, and fp32 with int8 and fp8."""
@@ -51,14 +52,16 @@ class Decoder:
     def __init__(self, weights: dict[str, Tensor] | WeightFiles, shape: Shape, quantized: str | None = None) -> None:
         """`weights` by the stock class's names, checked; they are taken out, and quantized, one by one."""
         self.shape, self.quantized, self.context = shape, quantized, shape.context
-        prefix = "model.decoder." if shape.learned_positions else "model."
+        prefix = model_prefix(shape)
         self.words = weights.pop(f"{prefix}embed_tokens.weight")
         self.head_rows = self.words if shape.tied else weights.pop("lm_head.weight")
-        self.norm = weights.pop(f"{prefix}norm.weight", None)
-        self.positions = self.angles = None
+        self.norm: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.angles: tuple[Tensor, Tensor] | None = None
         if shape.learned_positions:
             self.positions = weights.pop(f"{prefix}embed_positions.weight")[POSITION_OFFSET:]
         else:
+            self.norm = weights.pop(f"{prefix}norm.weight")
             self.angles = _rotary_angles(shape, self.words.device)
         self.layers = [_take_layer(weights, f"{prefix}layers.{n}.", shape, quantized) for n in range(shape.layers)]
         self._heads: dict[bytes, Matrix] = {}

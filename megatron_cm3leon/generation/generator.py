@@ -12,7 +12,6 @@ sequence's result depends on its own prompt and seed, not on what else is in the
 rounding decides (near_ties.py): in fp32 they are rare, in bf16 a batch of another size may turn one.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -23,7 +22,7 @@ import torch
 from PIL import Image
 
 from megatron_cm3leon.distributed.device import resolve_device
-from megatron_cm3leon.export.reader import read_shape
+from megatron_cm3leon.export.reader import read_shape, read_training_facts
 from megatron_cm3leon.generation import prompts
 from megatron_cm3leon.generation.batch import decode_batches, decode_segments
 from megatron_cm3leon.generation.decoder import Decoder
@@ -62,7 +61,7 @@ class Generator:
         torch_device = torch.device(device)
         with compiling_beside(partial(compile_steps, shape, dtype, torch_device, **sizes), torch_device):
             decoder = Decoder.load(folder, dtype, device)
-        return cls(decoder, tokenizers, read_training(folder))
+        return cls(decoder, tokenizers, read_training_facts(folder))
 
     @property
     def training_documents(self) -> int:
@@ -386,20 +385,6 @@ def _rank(made: Iterator[MadePicture], candidates: int, keep: int, encoder) -> I
         scores = encoder.encode_pictures([one.picture for one in group]) @ encoder.encode_texts([group[0].caption])[0]
         for place in np.argsort(-scores, kind="stable")[:keep]:
             yield replace(group[place], score=float(scores[place]))
-
-
-def read_training(folder: Path) -> dict:
-    """How the exported model was trained, for the forms of prompts that it knows; ValueError where that is not told."""
-    account = folder / "cm3leon.json"
-    try:
-        training = json.loads(account.read_text())["training"]
-    except FileNotFoundError:
-        fault = "is missing"
-    except (ValueError, KeyError, TypeError) as error:
-        fault = f"cannot be read ({type(error).__name__}: {error})"
-    else:
-        return training
-    raise ValueError(f"{account} {fault}: it tells how the model was trained; export the checkpoint again.")
 
 
 def _per_item(retrieved: list | None, items: list, name: str) -> list:

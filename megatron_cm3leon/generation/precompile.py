@@ -13,8 +13,8 @@ from importlib.util import find_spec
 
 import torch
 
-from megatron_cm3leon.export.reader import Shape, expected_weights
-from megatron_cm3leon.generation.decoder import DTYPES, Decoder
+from megatron_cm3leon.export.layouts import DTYPES, Shape, stock_weights
+from megatron_cm3leon.generation.decoder import Decoder
 
 
 @torch.inference_mode()
@@ -31,7 +31,7 @@ def compile_steps(
 
     small = replace(shape, layers=1, vocabulary=head_rows)
     beside = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    weights = {name: torch.zeros(size, dtype=beside, device=device) for name, size in expected_weights(small).items()}
+    weights = {name: torch.zeros(size, dtype=beside, device=device) for name, size in stock_weights(small).items()}
     decoder = Decoder(weights, small, None if dtype in DTYPES else dtype)
     fused, zero = FusedStep(decoder), torch.zeros(1, dtype=torch.long, device=device)
     for count in streams:

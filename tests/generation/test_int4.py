@@ -16,7 +16,7 @@ from megatron_cm3leon.generation.int4 import (
     quantize_groups,
     unpack_levels,
 )
-from megatron_cm3leon.generation.matrices import build_matrix
+from megatron_cm3leon.generation.matrix_kinds import build_matrix
 from tests.models import save_random_opt
 
 

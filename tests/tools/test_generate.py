@@ -172,7 +172,7 @@ def test_a_text_that_begins_with_an_at_sign(world):
     [
         (
             ["image", "a", "--model", "{world}", "--output", "{world}/new"],
-            "is no exported model: it has no config.json",
+            "is not an exported model: it has no config.json",
         ),
         (["image", "a", "--model", "{model}", "--temperature", "-1", "--output", "{world}/new"], "temperature (-1.0)"),
         (["image", "long " * 200, "--model", "{model}", "--output", "{world}/new"], "the model's context has 128"),
