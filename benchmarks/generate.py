@@ -33,7 +33,7 @@ from megatron_cm3leon.evaluation.loss import measure_loss
 from megatron_cm3leon.export.layouts import Shape, stock_weights
 from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.decoder import DTYPES, KINDS, Decoder
-from megatron_cm3leon.generation.grammar import picture_segment
+from megatron_cm3leon.generation.grammar import image_segment
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
@@ -146,7 +146,7 @@ def draw_pictures(
     decode_segments(
         decoder,
         make_prompts(batch, vocabulary),
-        picture_segment(vocabulary, tokens),
+        image_segment(vocabulary, tokens),
         Sampling(guidance=guidance),
         list(range(batch)),
         unconditional=make_unconditional(batch, vocabulary),

@@ -60,6 +60,8 @@ class PackedMatrix(Matrix):
 class ScaledMatrix(Matrix):
     """int8 or fp8 levels with a scale per output row, multiplied in the type of x (weight-only)."""
 
+    scale: Tensor
+
     def __init__(self, levels: Tensor, scale: Tensor) -> None:
         self.weight, self.scale = levels, scale
 
