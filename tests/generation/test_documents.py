@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_cm3leon.generation import documents
 from megatron_cm3leon.generation.documents import CompletionOptions
+from megatron_cm3leon.generation.grammar import opening_segment
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.generation.types import GeneratedImage
 
@@ -99,6 +101,20 @@ def test_a_full_context_ends_the_document(generator):
     long = ["a " * 60]
     parts = generator.complete([long], hot(segments=9, longest=9))[0]
     assert len(ids_of(generator, long, parts)) <= generator.decoder.context
+
+
+def test_each_part_is_opened_once(generator, monkeypatch):
+    """With room for one image and one token more: after the opening token the image no longer counts as fitting."""
+    opened = []
+
+    def record(vocabulary, images):
+        opened.append(images)
+        return opening_segment(vocabulary, images)
+
+    monkeypatch.setattr(documents, "opening_segment", record)
+    retrieved = [1] * (generator.decoder.context - 14)
+    generator.complete([[]], hot(segments=1), retrieved=[[retrieved]])
+    assert opened == [True]
 
 
 def test_errors(generator):
