@@ -158,7 +158,7 @@ class _Evaluation:
     def reconstruct(self) -> None:
         """The image tokenizer alone: PSNR, and how well the checker reads its pictures."""
         self.reconstructions = self.generator.codec.decode_images(self.pairs.codes)
-        size = self.generator.image.image_size
+        size = self.generator.codec.image.image_size
         self.originals = [
             from_pixels(to_pixels(load_picture(file), size)) if file is not None and file.is_file() else None
             for file in self.pairs.files

@@ -159,9 +159,7 @@ class InfillTask:
         if self.caption is not None:
             raise ValueError("--caption is for an image with --box; --text is the caption itself: give one of them.")
         if self.sampling.needs_unconditional:
-            raise ValueError(
-                "--guidance and --contrast-k are for an image with --caption; do not give them with --text."
-            )
+            raise ValueError("--guidance and --contrast-k are for an image with --caption; --text takes neither.")
 
     def run(self, generator: Generator, retrieved: Retrieved, results: Results) -> None:
         if self.text is not None:

@@ -106,9 +106,15 @@ def test_infilling(world):
     make("generate", "infill", *model, "--text", "a <mask> picture", "--output", world / "text")
     filled = read_results(world / "text")["made"][0]["filled"]
     assert filled.startswith("a") and filled.endswith(" picture")
-    box = ["--picture", world / "0.png", "--box", 1, 0, 3, 4]
-    make("generate", "infill", *model, *box, "--caption", "a red picture", "--output", world / "box")
-    made = read_results(world / "box")["made"][0]
+    box = ["--image", world / "0.png", "--box", 1, 0, 3, 4]
+    done = make("generate", "infill", *model, *box, "--caption", "a red picture", "--output", world / "box")
+    assert f"wrote 2 images, contact_sheet.png and generated.json to {world / 'box'}" in done.stdout
+    results = read_results(world / "box")
+    made = results["made"][0]
+    assert made["picture"] == "001.png" and results["options"]["picture"] == str(world / "0.png")
+    old = ["--picture", *box[1:]]  # the old name of --image
+    make("generate", "infill", *model, *old, "--caption", "a red picture", "--output", world / "old name")
+    assert read_results(world / "old name")["made"] == results["made"]
     before = Tokenizers.load(world / "exported")
     codes = before.image.encode(to_pixels(load_picture(world / "0.png"), 16)[None])[0].tolist()
     assert made["codes"][:4] == codes[:4] and made["codes"][12:] == codes[12:]
