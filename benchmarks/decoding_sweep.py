@@ -22,6 +22,7 @@ from megatron_cm3leon.evaluation.heldout import read_heldout
 from megatron_cm3leon.evaluation.judge import judge_pictures, load_checker, share_right
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
+from megatron_cm3leon.generation.sampling import Sampling, default_guidance
 
 TEMPERATURE = 0.7
 SWEEPS = {
@@ -55,12 +56,12 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], float]:
     jobs = [(name, setting, arm) for name, settings in SWEEPS.items() for setting in settings for arm in arms]
     rows = []
     for name, setting, arm in track(jobs, label="drawing", unit="settings"):
-        made = generator.images(
-            pairs.captions, arms[arm], **{"temperature": TEMPERATURE, "seed": options.seed, **setting}
-        )
-        shares = share_right(judge_pictures(checker, [one.picture for one in made], wanted))
+        guidance = default_guidance(setting.get("contrast_k", 0))
+        fields = {"temperature": TEMPERATURE, "guidance": guidance, "seed": options.seed, **setting}
+        made = generator.images(pairs.captions, Sampling(**fields), retrieved=arms[arm])
+        shares = share_right(judge_pictures(checker, [one.image for one in made], wanted))
         rows.append({"sweep": name, "value": setting[name], "documents": arm, **shares})
-    true = judge_pictures(checker, generator.decode_pictures(pairs.codes), wanted)
+    true = judge_pictures(checker, generator.codec.decode_images(pairs.codes), wanted)
     return rows, share_right(true)["all"]
 
 

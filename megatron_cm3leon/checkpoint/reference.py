@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader, read_weights
+from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.model.reference import reference_logits
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
@@ -37,4 +37,4 @@ def load_reference_model(checkpoint: str | Path) -> ReferenceModel:
 
     Raises ValueError when it is not a complete checkpoint.
     """
-    return ReferenceModel(read_weights(checkpoint))
+    return ReferenceModel(CheckpointReader(checkpoint))

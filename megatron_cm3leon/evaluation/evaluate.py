@@ -33,7 +33,7 @@ from megatron_cm3leon.evaluation.judge import judge_captions, judge_pictures, lo
 from megatron_cm3leon.evaluation.loss import measure_loss
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
-from megatron_cm3leon.generation.sampling import SAMPLERS
+from megatron_cm3leon.generation.sampling import SAMPLERS, Sampling
 from megatron_cm3leon.tokenizers.images import from_pixels, load_picture, to_pixels
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
@@ -157,8 +157,8 @@ class _Evaluation:
 
     def reconstruct(self) -> None:
         """The image tokenizer alone: PSNR, and how well the checker reads its pictures."""
-        self.reconstructions = self.generator.decode_pictures(self.pairs.codes)
-        size = self.generator.image.image_size
+        self.reconstructions = self.generator.codec.decode_images(self.pairs.codes)
+        size = self.generator.codec.image.image_size
         self.originals = [
             from_pixels(to_pixels(load_picture(file), size)) if file is not None and file.is_file() else None
             for file in self.pairs.files
@@ -196,7 +196,7 @@ class _Evaluation:
         self.sweep_by_text = self._read_documents(
             self.source.find(self.count, texts=self.sweep_pairs.captions), self.sweep_pairs
         )
-        self.by_picture = self._read_documents(self.source.find(self.count, pictures=self.seen), self.pairs)
+        self.by_picture = self._read_documents(self.source.find(self.count, images=self.seen), self.pairs)
         encoder = self.source.retriever.encoder
         shown = [self._describe_retrieved(number, numbers[number], encoder) for number in range(min(3, self.shown))]
         self.result["retrieval"] = shown
@@ -229,20 +229,18 @@ class _Evaluation:
     def _document_picture(self, ids: np.ndarray) -> Image.Image:
         ids = ids.astype(np.int64)
         codes = ids[self.vocabulary.is_image(ids)][: self.vocabulary.image_tokens] - self.vocabulary.image_start
-        return self.generator.decode_pictures(codes[None])[0]
+        return self.generator.codec.decode_images(codes[None])[0]
 
     def _images(self, pairs: Heldout, documents, guidance: float) -> list:
         options = self.options
-        made = self.generator.images(
-            pairs.captions,
-            documents,
+        sampling = Sampling(
             guidance=guidance,
             temperature=options.temperature,
             top_p=options.top_p,
             sampler=options.sampler,
             seed=options.seed,
         )
-        return [one.picture for one in made]
+        return [one.image for one in self.generator.images(pairs.captions, sampling, retrieved=documents)]
 
     def generate(self) -> None:
         """Choose guidance and retrieval on the sweep's captions; then draw all reported ones, so and unguided."""
@@ -313,7 +311,7 @@ class _Evaluation:
 
     def caption(self) -> None:
         """Captions of the held-out pictures, as their codes stand in the shards."""
-        texts = self.generator.captions(list(self.pairs.codes), self.by_picture)
+        texts = self.generator.captions(list(self.pairs.codes), retrieved=self.by_picture)
         if self.checker:
             judged = judge_captions(self.checker, texts, self._wanted(self.pairs))
             right = [all(entry[2] for entry in one.values()) for one in judged]
@@ -339,21 +337,14 @@ class _Evaluation:
         count = min(4, self.shown)
         codes, captions = self.pairs.codes[:count], self.pairs.captions[:count]
         documents = None if self.by_text is None else self.by_text[:count]
-        made = self.generator.infill_pictures(
-            list(codes),
-            box,
-            captions,
-            documents,
-            temperature=self.options.temperature,
-            sampler=self.options.sampler,
-            seed=self.options.seed,
-        )
+        sampling = Sampling(temperature=self.options.temperature, sampler=self.options.sampler, seed=self.options.seed)
+        made = self.generator.infill_images(list(codes), box, sampling, captions=captions, retrieved=documents)
         self.result["infilling"] = [
             {
                 "caption": captions[number],
                 "before": self._save(self.reconstructions[number], f"reconstruction-{number}"),
                 "masked": self._save(cover_box(self.reconstructions[number], box, (height, width)), f"masked-{number}"),
-                "after": self._save(made[number].picture, f"infilled-{number}"),
+                "after": self._save(made[number].image, f"infilled-{number}"),
                 "kept_codes": int((made[number].codes == codes[number])[: box[0] * width].sum()),
                 "other_codes": box[0] * width,
             }

@@ -32,7 +32,7 @@ from tests.checkpoint.builders import family_config, write_random_checkpoint, wr
 from tests.data.corpora import write_pictures, write_shards
 from tests.data.runs import run as preprocess
 from tests.golden.streams import VOCABULARY, hash_numbers
-from tools.generate import options_of, parse_arguments
+from tools.generate import parse_arguments, recorded_options
 
 
 def read_json(path: Path):
@@ -157,9 +157,9 @@ def describe_generated(folder: Path) -> dict:
     options = {}
     for command, arguments in commands.items():
         with patch.object(sys, "argv", ["generate.py", command, *arguments, "--model", "m"]):
-            options[command] = options_of(parse_arguments())
+            options[command] = recorded_options(parse_arguments())
     with written_results(folder / "image", options["image"]) as results:
-        results.made.append({"text": "a"})
+        results.entries.append({"text": "a"})
     return {"generated.json": dict.fromkeys(read_json(folder / "image/generated.json")), "options": options}
 
 
