@@ -47,7 +47,7 @@ def import_image_tokenizer(weights: str | Path, image_size: int) -> tuple[ImageT
     ValueError for a file of another kind, for weights missing, unexpected, of another shape or not finite.
     """
     path = Path(weights)
-    found = _strip_prefix(CheckpointReader(path), path)
+    found = _strip_prefix(read_weights(path), path)
     if any(name.startswith("encoder.conv_blocks.") for name in found):
         layout, found = "LlamaGen", _rename_llamagen(found)
     elif any(name.startswith("encoder.down.") for name in found):
@@ -98,7 +98,7 @@ def write_image_tokenizer(
     return vocabulary
 
 
-def CheckpointReader(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file or of a torch checkpoint, which may keep them under one of _CONTAINERS."""
     if not path.is_file():
         raise ValueError(f"--weights {path} does not exist; give a .ckpt, .pt, .pth or .safetensors file.")

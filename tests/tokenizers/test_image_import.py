@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
 from megatron_cm3leon.tokenizers.image_import import (
-    CheckpointReader,
     import_image_tokenizer,
     read_config,
+    read_weights,
     write_image_tokenizer,
 )
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -227,9 +227,9 @@ def test_a_trainers_own_objects_are_left_out(tmp_path):
         torch.save(saved, tmp_path / "new.ckpt")
     finally:
         del sys.modules["pytorch_lightning"], sys.modules["pytorch_lightning.callbacks"]
-    assert CheckpointReader(tmp_path / "new.ckpt")["a"].tolist() == [0, 1, 2]
+    assert read_weights(tmp_path / "new.ckpt")["a"].tolist() == [0, 1, 2]
     torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
-    assert CheckpointReader(tmp_path / "old.ckpt")["a"].tolist() == [1, 1]
+    assert read_weights(tmp_path / "old.ckpt")["a"].tolist() == [1, 1]
 
 
 class Harmful:
@@ -243,7 +243,7 @@ class Harmful:
 def test_no_pickle_is_run(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(1)}, "x": Harmful(tmp_path / "made")}, tmp_path / "harmful.ckpt")
     with pytest.raises(ValueError, match=r"it holds posix.mkdir, which is no weight and is not run"):
-        CheckpointReader(tmp_path / "harmful.ckpt")
+        read_weights(tmp_path / "harmful.ckpt")
     assert not (tmp_path / "made").exists()
 
 
@@ -259,7 +259,7 @@ def test_files_that_are_no_weights(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        CheckpointReader(tmp_path / name)
+        read_weights(tmp_path / name)
     torch.save([torch.ones(1)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds no named weights"):
-        CheckpointReader(tmp_path / "list.pt")
+        read_weights(tmp_path / "list.pt")
