@@ -10,7 +10,7 @@ from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, changed_fields, is_fixed
 from megatron_cm3leon.data.stream.identity import compare_sources, describe_sources, identify
-from megatron_cm3leon.data.stream.mixture import whole_weights
+from megatron_cm3leon.data.stream.mixture import compute_integer_weights
 from megatron_cm3leon.data.stream.stream import Stream
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, Engine
 from megatron_cm3leon.model.weights import canonical_shapes
@@ -97,7 +97,7 @@ def _compare_sources(
         return "", ""  # it covers an index that is not open any more
     if identify(present, old, version=1) == state.stream:
         return "", ""
-    weighted = present | {"weights": whole_weights([source.weight for source in old.data.sources] or [1.0])}
+    weighted = present | {"weights": compute_integer_weights([source.weight for source in old.data.sources] or [1.0])}
     if identify(weighted, old, version=1) == state.stream:
         return compare_sources(weighted, present, config, reader.folder)
     field = "data.sources" if config.data.sources else "data.shards"

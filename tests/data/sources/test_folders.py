@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_cm3leon.data.sources import BadInput, Fields, RawPair, open_source, read_picture
-from megatron_cm3leon.data.sources.files import is_url, join_listed, list_folder, make_absolute
+from megatron_cm3leon.data.sources import BadInput, Fields, RawPair, open_source, read_image_bytes
+from megatron_cm3leon.data.sources.files import is_url, join_path, list_folder, make_absolute
 from tests.data.runs import read_all
 from tests.data.sources.test_sources import picture, write_tar
 
@@ -33,8 +33,8 @@ def pairs_of(source) -> dict[str, str]:
     """Captions by the image's name; fails if an input is not a pair."""
     entries = read_all(source)
     assert all(isinstance(entry, RawPair) for entry in entries), entries
-    assert all(read_picture(entry.pictures[0]) == IMAGE for entry in entries)
-    return {entry.image: entry.caption for entry in entries}
+    assert all(read_image_bytes(entry.images[0]) == IMAGE for entry in entries)
+    return {entry.image_name: entry.caption for entry in entries}
 
 
 def reasons_of(source) -> dict[str, str]:
@@ -65,7 +65,10 @@ def test_linked_folders_are_followed_once_and_loops_end(tmp_path, caplog):
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
     write_files(tmp_path, **{"0.png": True, "0.txt": "a", "1.txt": "b"})
     (tmp_path / "1.png").symlink_to("/nowhere/1.png")
-    assert [entry.image for entry in read_all(open_source(tmp_path, 4))] == ["0.png", "1.png"]  # 1.png: missing image
+    assert [entry.image_name for entry in read_all(open_source(tmp_path, 4))] == [
+        "0.png",
+        "1.png",
+    ]  # 1.png: missing image
     (tmp_path / "disk").symlink_to("/nowhere/images")
     with pytest.raises(ValueError, match=r"disk is a link to /nowhere/images, which does not exist; mount or restore"):
         open_source(tmp_path, 4)
@@ -88,7 +91,7 @@ def test_names_in_another_unicode_form_belong_together(tmp_path, images, texts):
     expected = [f"caption {number}" for number in range(4)]
     source = open_source(tmp_path / "in", 10)
     assert sorted(pairs_of(source).values()) == expected
-    assert [json.loads(entry.extra) for entry in read_all(source) if "caf" in entry.image] == [{"id": 5}]
+    assert [json.loads(entry.extra) for entry in read_all(source) if "caf" in entry.image_name] == [{"id": 5}]
     assert sorted(pairs_of(open_source(tmp_path / "list.jsonl", 10)).values()) == expected
 
 
@@ -141,9 +144,9 @@ def test_what_a_url_is():
         assert is_url(url), url
     for name in ("/in/std::vec.png", "std::vec.png", "zip::a.png", "C:\\x.png", "a:b"):
         assert not is_url(name), name
-    assert join_listed("simplecache::s3://b/in", "0.png") == "simplecache::s3://b/in/0.png"
-    assert join_listed("zip://::/x.zip", "0.png") == "zip://0.png::/x.zip"
-    assert join_listed("zip://in::x.zip", "0.png") == "zip://in/0.png::x.zip"
+    assert join_path("simplecache::s3://b/in", "0.png") == "simplecache::s3://b/in/0.png"
+    assert join_path("zip://::/x.zip", "0.png") == "zip://0.png::/x.zip"
+    assert join_path("zip://in::x.zip", "0.png") == "zip://in/0.png::x.zip"
     assert make_absolute("file:///data/x") == "/data/x"
 
 

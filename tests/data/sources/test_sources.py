@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.data.sources import BadInput, Fields, Filtered, RawPair, RawText, open_source, read_picture
+from megatron_cm3leon.data.sources import BadInput, Fields, Filtered, RawPair, RawText, open_source, read_image_bytes
 from tests.data.runs import read_all
 
 
@@ -24,7 +24,7 @@ def picture(grey=0, kind="PNG") -> bytes:
 
 def contents(source):
     """(caption, bytes) of every pair."""
-    return [(pair.caption, read_picture(pair.pictures[0])) for pair in read_all(source)]
+    return [(pair.caption, read_image_bytes(pair.images[0])) for pair in read_all(source)]
 
 
 CAPTIONS = ['plain "quoted", commas', "two\nlines", "ünï 🎈", " padded ", "<break>", "7"]
@@ -82,7 +82,7 @@ def test_several_files_are_one_input_with_keys_of_its_own(forms):
         assert source.folder == str(forms) and pairs[6].source.startswith(f"b/{name}")
         assert contents(source)[6:] == contents(source)[:6]
         if not name.endswith("tar"):
-            assert pairs[6].image == "b/pictures/0.png"
+            assert pairs[6].image_name == "b/pictures/0.png"
         assert open_source(files[:1], 4).identity != source.identity != open_source(files[::-1], 4).identity
     with pytest.raises(ValueError, match=r"files of several formats \(pairs\.jsonl: jsonl, pairs\.tar: tar\)"):
         open_source([forms / "pairs.jsonl", forms / "pairs.tar"], 4)
@@ -165,7 +165,7 @@ def test_texts_and_interleaved_documents(tmp_path):
     )
     document, text, *bad = read_all(open_source(tmp_path / "mixed.jsonl", 10))
     assert document.texts == ["one", "two"] and document.kind == "interleaved" and document.extra == '{"id": 5}'
-    assert [segment.path for segment in document.pictures] == [str(tmp_path / f"{n}.png") for n in range(2)]
+    assert [segment.path for segment in document.images] == [str(tmp_path / f"{n}.png") for n in range(2)]
     assert text.segments == ["alone"] and text.kind == "text" and text.extra == '{"id": 6}'
     assert [entry.reason for entry in bad] == [
         'field "segments" is empty, not a list of texts and pictures',
@@ -196,7 +196,7 @@ def test_a_caption_whose_picture_is_missing_is_no_text(tmp_path):
 def test_columns_of_other_names(tmp_path):
     (tmp_path / "odd.csv").write_text("URL,TEXT\n0.png,hello\n")
     (pair,) = read_all(open_source(tmp_path / "odd.csv", 10, fields=Fields("URL", "TEXT")))
-    assert isinstance(pair, RawPair) and (pair.caption, pair.image) == ("hello", "0.png")
+    assert isinstance(pair, RawPair) and (pair.caption, pair.image_name) == ("hello", "0.png")
     with pytest.raises(ValueError, match=r"header has 2 columns, 'URL', 'TEXT'.*given by --image-field and"):
         open_source(tmp_path / "odd.csv", 10)
 
