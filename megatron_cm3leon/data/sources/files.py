@@ -100,7 +100,7 @@ def read_image_bytes(image: RawImage) -> bytes:
 def _find_other_form(path: str) -> str:
     """The file whose path differs from `path` only in its Unicode form; "" if there is none."""
     folder, slash, name = path.rpartition("/")
-    forms: tuple[Literal["NFC"], Literal["NFD"]] = ("NFC", "NFD")
+    forms: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
     same_folder = (folder + slash + normalize(form, name) for form in forms)
     spelled = (normalize(one, folder) + slash + normalize(other, name) for one, other in product(forms, forms))
     return next((found for found in (*same_folder, *spelled) if measure_file(found) >= 0), "")

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_cm3leon.data.stream.layout import Layout
 from megatron_cm3leon.data.stream.order import derive_key, permute
-from megatron_cm3leon.data.stream.packing import lay_out_samples
+from megatron_cm3leon.data.stream.packing import Packing, lay_out_samples
 from megatron_cm3leon.data.stream.samples import Samples
 from megatron_cm3leon.data.stream.seek import Anchor, PrefixSums
 
@@ -141,13 +141,14 @@ def pack_window(lengths: np.ndarray, room: int) -> list[list[int]]:
     return min(ordered, fitted, pack_closing(items, room), key=len)
 
 
-class DocumentsPacking:
+class DocumentsPacking(Packing):
     """Complete samples, several per sequence."""
 
     cut = "tail"
+    prefix_sums: PrefixSums
 
     def __init__(self, samples: Samples, length: int) -> None:
-        self.samples, self.length = samples, length
+        super().__init__(samples, length)
         self.prefix_sums = PrefixSums(samples.span, self._measure, groups_per_call=_WINDOWS_PER_CALL)
         self._windows: OrderedDict[int, tuple[Anchor, list[list[int]]]] = OrderedDict()
 

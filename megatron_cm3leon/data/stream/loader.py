@@ -123,7 +123,12 @@ class _Slot:
 
     def __init__(self, rows: int, length: int, dtype: np.dtype, by_sample: bool) -> None:
         size = rows * length
-        kinds = [np.dtype(np.int64), np.dtype(np.float32), *[np.dtype(np.int32)] * (2 * by_sample), dtype]
+        kinds: list[np.dtype] = [
+            np.dtype(np.int64),
+            np.dtype(np.float32),
+            *[np.dtype(np.int32)] * (2 * by_sample),
+            dtype,
+        ]
         counts = [rows, *[size] * (len(kinds) - 1)]
         parts = [count * kind.itemsize for count, kind in zip(counts, kinds, strict=True)]
         memory = mmap.mmap(-1, sum(parts))  # anonymous, shared with forked children

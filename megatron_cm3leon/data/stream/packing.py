@@ -13,6 +13,7 @@ documents            Complete samples, best fit within windows of samples (best_
 All packings are random access: `lay_out(numbers, growth)` computes the requested sequences alone.
 """
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -25,14 +26,35 @@ from megatron_cm3leon.data.stream.seek import Anchor, PrefixSums
 _GROUPS_KEPT = 8
 
 
-class QueryPacking:
-    """One query document per sequence, at its end."""
+class Packing(ABC):
+    """How samples fill sequences of `length` tokens."""
 
-    cut = "head"
-    prefix_sums = None
+    cut: str
+    """Side that masking cuts to make room: "head" or "tail" (cm3.cut_source)."""
+    prefix_sums: PrefixSums | None = None
+    """Finds the samples of a sequence; None if sequence n is sample n."""
 
     def __init__(self, samples: Samples, length: int) -> None:
         self.samples, self.length = samples, length
+
+    @property
+    @abstractmethod
+    def max_growth(self) -> int:
+        """Maximum tokens that masking may add to a sequence; negative if `length` is too short for the data."""
+
+    @abstractmethod
+    def lay_out(self, numbers: np.ndarray, growth: np.ndarray) -> Layout:
+        """Layout of sequences `numbers` (int64); `growth`: how many tokens masking may add to each (int64)."""
+
+    def anchor(self, number: int) -> Anchor | None:
+        """Position of sequence `number` for a cursor; None if it needs none."""
+        return None
+
+
+class QueryPacking(Packing):
+    """One query document per sequence, at its end."""
+
+    cut = "head"
 
     @property
     def max_growth(self) -> int:
@@ -133,13 +155,14 @@ def _build_group(chosen: SampleDocuments, lengths: np.ndarray, anchor: Anchor) -
     )
 
 
-class StreamPacking:
+class StreamPacking(Packing):
     """Samples concatenated over all epochs and cut every `length` tokens."""
 
     cut = "tail"
+    prefix_sums: PrefixSums
 
     def __init__(self, samples: Samples, length: int) -> None:
-        self.samples, self.length = samples, length
+        super().__init__(samples, length)
         span_tokens = None
         if samples.repeats:
             span_tokens = int(samples.corpus.lengths.sum(dtype=np.int64)) + 2 * samples.span

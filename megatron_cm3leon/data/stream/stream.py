@@ -8,6 +8,7 @@ Batch b is sequences [b * G, (b + 1) * G), G = train.global_batch_size, in a run
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from megatron_cm3leon.data.stream.best_fit import DocumentsPacking
 from megatron_cm3leon.data.stream.cm3 import TOKENS_PER_SPAN, MaskDraws, SpanSampler, mask_sequence
 from megatron_cm3leon.data.stream.identity import describe_sources, identify
 from megatron_cm3leon.data.stream.layout import Layout, write_layout
-from megatron_cm3leon.data.stream.packing import QueryPacking, StreamPacking, WholeImagesPacking
+from megatron_cm3leon.data.stream.packing import Packing, QueryPacking, StreamPacking, WholeImagesPacking
 from megatron_cm3leon.data.stream.samples import DataSource, NeighborTable, Samples
 
-PACKINGS = {
+PACKINGS: dict[str, Callable[[Samples, int], Packing]] = {
     "query": QueryPacking,
     "stream": StreamPacking,
     "stream_whole_images": WholeImagesPacking,
@@ -241,9 +242,8 @@ class Stream:
 
     def cursor(self, number: int) -> dict:
         """Position of sequence `number`, for a checkpoint: with it, `resume` takes the same time at any step."""
-        if not self.packing.prefix_sums:
-            return {}
-        return self.packing.anchor(number).to_dict()
+        anchor = self.packing.anchor(number)
+        return anchor.to_dict() if anchor else {}
 
     def resume(self, cursor: dict) -> None:
         """Restore the position from a cursor of this stream (of the same identity)."""

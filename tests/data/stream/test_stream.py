@@ -205,8 +205,8 @@ def test_retrieved_documents_are_drawn_from_the_table_row(corpus):
     assert ((fixed >= 0).sum(1) == np.minimum((table >= 0).sum(1), 3)).all()
 
 
-def test_an_index_with_too_few_neighbours_is_refused(corpus):
-    with pytest.raises(ValueError, match=r"retrieval.documents \(7\) exceeds the 5 neighbours"):
+def test_an_index_with_too_few_neighbors_is_refused(corpus):
+    with pytest.raises(ValueError, match=r"retrieval.documents \(7\) exceeds the 5 neighbors"):
         make_stream(corpus, retrieval__documents=7)
 
 
