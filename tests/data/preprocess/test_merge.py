@@ -86,8 +86,8 @@ def test_tasks_work_side_by_side_and_a_whole_run_waits_for_them(tmp_path):
         merge(tmp_path / "raw")
     for settings, message in (
         ({"tasks": 2, "task": 2}, r"--task-id \(2\) must be 0 to 1, below --num-tasks \(2\)"),
-        ({"stage": "hash"}, "--stage hash belongs to --deduplicate, which is not given"),
-        ({"tasks": 2, "overwrite": True}, "--overwrite with several tasks would remove what other tasks write"),
+        ({"stage": "hash"}, "--stage hash requires --deduplicate, which is not given"),
+        ({"tasks": 2, "overwrite": True}, "--overwrite with several tasks would remove files of the other tasks"),
     ):
         with pytest.raises(ValueError, match=message):
             run(pairs, tmp_path / "out", **settings)

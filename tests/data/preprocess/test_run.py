@@ -238,7 +238,7 @@ def test_a_complete_folder_is_left_alone_and_other_options_are_refused(tmp_path)
         run(pairs, tmp_path / "out", part_size=5)
     text = pairs.read_text()
     pairs.write_text(text.replace("picture 3", "picture X"))
-    with pytest.raises(ValueError, match=r"the input has changed, or is another: input_sha256: .*--overwrite"):
+    with pytest.raises(ValueError, match=r"the input has changed, or is a different one: input_sha256: .*--overwrite"):
         run(pairs, tmp_path / "out")
     pairs.write_text(text)
     assert files_of(tmp_path / "out") == before

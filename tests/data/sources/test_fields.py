@@ -31,7 +31,7 @@ def test_file_name_is_the_image_where_it_ends_as_one(tmp_path, caplog):
     assert [(type(pair), pair.image_name, pair.caption) for pair in pairs] == [
         (RawPair, f"{n}.jpg", f"caption {n}") for n in range(2)
     ]
-    assert "rows.jsonl: field file_name is the image; --image-field gives another." in caplog.text
+    assert "rows.jsonl: field file_name is the image; --image-field chooses another." in caplog.text
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert [pair.image_name for pair in read_all(open_source(tmp_path / "rows.parquet", 10))] == ["0.jpg", "1.jpg"]
     (tmp_path / "rows.csv").write_text("file_name,text\n0.JPG,a\n")
@@ -170,8 +170,8 @@ ROW = '{"image": "0.png", "caption": "a"}'
         (f"\ufeff [{ROW}]\n\n", "is one JSON array"),
         (f"[\n{ROW},\n{ROW}\n]", "is one JSON array"),
         ('[\n  {\n    "image": "0.png"\n  }\n]', "is one JSON array"),
-        ('{\n  "image": "0.png",\n  "caption": "a"\n}\n{\n  "image"', "objects of several lines; one object per line"),
-        ('{"image": "0.png",\n "caption": "a"}\n', "holds JSON objects of several lines"),
+        ('{\n  "image": "0.png",\n  "caption": "a"\n}\n{\n  "image"', "objects over several lines; one object"),
+        ('{"image": "0.png",\n "caption": "a"}\n', "holds JSON objects over several lines"),
         (f'{{"info": {{}}, "images": [{ROW}]}}', r"is one JSON object for the whole file \(its fields: info, images\)"),
         (f'{{\n"info": {{}},\n"annotations": [{ROW}]\n}}', "is one JSON object for the whole file"),
         ('{"image": {"0": "0.png"}, "caption": {"0": "a"}}', "is one JSON object for the whole file"),

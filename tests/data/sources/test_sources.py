@@ -315,7 +315,7 @@ def test_only_a_line_feed_ends_a_record(tmp_path):
         ("image,caption\n0.png,x\n".encode("utf-16"), r"x\.csv is UTF-16, not UTF-8; convert it: iconv -f UTF-16"),
         (b"image,caption,caption\n0.png,x,y\n", r"x\.csv has the column 'caption' twice"),
         (b"\nimage,caption\n0.png,x\n", r"x\.csv begins with a blank line, not with a header"),
-        (b"image,caption\r0.png,x\r", r"carriage return stands outside quotes without a line feed behind it"),
+        (b"image,caption\r0.png,x\r", r"carriage return outside quotes without a line feed after it"),
     ],
 )
 def test_a_table_that_cannot_be_read_as_such_is_refused(tmp_path, content, message):
@@ -333,7 +333,7 @@ def test_what_there_is_to_read_is_checked_first(tmp_path):
         open_source(tmp_path / "a.jsonl.GZ", 4)
     with pytest.raises(ValueError, match=r"holds no \.csv or \.tsv file, which --format csv reads"):
         open_source(tmp_path, 4, "csv")
-    with pytest.raises(ValueError, match="give one folder, or files; these are 2 of which one is a folder"):
+    with pytest.raises(ValueError, match="must be one folder, or files; of its 2 values, one is a folder"):
         open_source([tmp_path, tmp_path / "a.tar"], 4)
     with pytest.raises(ValueError, match=r"--part-size \(0\) must be at least 1"):
         open_source(tmp_path, 0)

@@ -60,7 +60,7 @@ def test_spaces_stay_where_the_header_has_none(tmp_path):
     [
         ("a red square\t0.jpg\nb\t1.jpg\n", r"header has 2 columns, 'a red square', '0\.jpg', and none of them is"),
         ("image:caption\n0.jpg:a\n", r"is one column, 'image:caption', and none.*by comma, semicolon, tab or \|"),
-        ("Image,Caption\n0.jpg,a\n", r"'Image', 'Caption', and none.*other names are given by --image-field"),
+        ("Image,Caption\n0.jpg,a\n", r"'Image', 'Caption', and none.*with other names, give --image-field"),
     ],
 )  # fmt: skip
 def test_a_header_without_a_known_column_is_refused(tmp_path, content, message):

@@ -1,4 +1,4 @@
-"""Tars as users have them: members of other programs, members that are apart, dots in names, links."""
+"""Tars as users have them: members of other programs, members of a key that are not adjacent, dots in names, links."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def test_members_in_any_order_are_the_pairs_of_a_sorted_tar(tmp_path, seed, capl
     random.Random(seed).shuffle(members)
     with caplog.at_level(logging.INFO):
         entries = read_all(open_source(write_tar(tmp_path / "x.tar", members), 10))
-    assert "x.tar: members of a key are apart, which takes longer; tar --sort=name keeps them together" in caplog.text
+    assert "x.tar: members of a key are not adjacent, which takes longer to read; tar --sort=name" in caplog.text
     assert len({entry.key for entry in entries}) == 12
 
     def show(entries):
