@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from megatron_cm3leon.data.shards.reader import Corpus
-from megatron_cm3leon.data.sources import Picture, read_picture
-from megatron_cm3leon.data.sources.files import join, open_file
+from megatron_cm3leon.data.sources import RawImage, read_image_bytes
+from megatron_cm3leon.data.sources.files import open_file, resolve_name
 from megatron_cm3leon.data.sources.tar_members import Member, TarReader
 from megatron_cm3leon.retrieval.contents import Content, ReadPictures
 from megatron_cm3leon.tokenizers.images import load_picture
@@ -43,7 +43,7 @@ class SourcePictures:
         return [self._read(name, sha256) for name, sha256 in zip(content.image, content.sha256, strict=True)]
 
     def _read(self, name: str, checksum: str) -> Image.Image:
-        place = join(self.input, name)
+        place = resolve_name(self.input, name)
         try:
             content = self._read_bytes(place)
         except (OSError, tarfile.TarError) as error:
@@ -61,7 +61,7 @@ class SourcePictures:
         inside = _INSIDE_TAR.search(place)
         archive, member = (place[: inside.end() - 1], place[inside.end() :]) if inside else ("", "")
         if not inside or os.path.isdir(archive):
-            return read_picture(Picture(place, place))
+            return read_image_bytes(RawImage(place, place))
         with self._lock:
             members = self._tars.get(archive) or self._list_members(archive)
         if member not in members:

@@ -102,7 +102,7 @@ def _read_pairs(inputs: RawInputs, options: ClipOptions) -> tuple[list[str], lis
     total = min(inputs.source.count or options.max_pairs, options.max_pairs)
     for pair in track(inputs.pairs(), total=total, label="read", unit="pairs"):
         try:
-            picture, _ = read_image(pair.pictures[0])
+            picture, _ = read_image(pair.images[0])
         except ValueError as error:
             inputs.reasons.add(str(error))
             continue

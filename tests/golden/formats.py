@@ -29,7 +29,7 @@ from megatron_cm3leon.tokenizers.text import TextTokenizer
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 from tests.checkpoint.builders import family_config, write_random_checkpoint, write_tokenizers
-from tests.data.corpora import write_pictures, write_shards
+from tests.data.corpora import write_images, write_shards
 from tests.data.runs import run as preprocess
 from tests.golden.streams import VOCABULARY, hash_numbers
 from tools.generate import parse_arguments, recorded_options
@@ -41,7 +41,7 @@ def read_json(path: Path):
 
 def describe_shards(folder: Path) -> dict:
     """A folder as preprocessing writes it. Parquet's bytes depend on the library's version: its rows are compared."""
-    source = write_pictures(folder / "raw", 5)
+    source = write_images(folder / "raw", 5)
     manifest = preprocess(source, folder / "shards", part_size=3, deduplicate=("caption",))
     corpus = open_shards(folder / "shards")
     rows = corpus.metadata().to_pylist()

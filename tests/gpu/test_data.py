@@ -14,7 +14,7 @@ from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-from tests.data.corpora import write_pictures
+from tests.data.corpora import write_images
 
 pytestmark = pytest.mark.gpu
 CONFIG = VQGANConfig(
@@ -54,7 +54,7 @@ def test_codes_do_not_depend_on_the_batch(tokenizer, device):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_preprocessing_writes_the_same_shards_as_on_the_cpu(tokenizer, device, tmp_path, workers):
     """Also with worker processes, each of which opens the device."""
-    pairs = write_pictures(tmp_path / "raw", 6)
+    pairs = write_images(tmp_path / "raw", 6)
     for name, options_device, count in (("expected", "cpu", 0), ("found", str(device), workers)):
         options = PreprocessOptions(tokenizer=tokenizer, output=tmp_path / name, device=options_device, workers=count)
         preprocess(open_source(pairs, 3), options)

@@ -195,7 +195,7 @@ def test_damaged_index_folders(index, shards, tmp_path):
     with pytest.raises(ValueError, match="has format 9; this version reads format 1"):
         load_neighbors(copy, corpus)
     (copy / "index.json").write_text("{")
-    with pytest.raises(ValueError, match="is no description of an index"):
+    with pytest.raises(ValueError, match="is not a valid description of an index"):
         load_neighbors(copy, corpus)
 
 

@@ -66,7 +66,7 @@ def test_no_image_that_can_be_read_leaves_nothing_behind(shapes, text_model, tmp
     assert done.returncode == 2
     assert (
         "list.jsonl: no pair that can be read in its 180 inputs: 180 x missing picture (the first: train/000000.png). "
-        "Paths of images are relative to the file that names them."
+        "Paths of images are relative to the file that lists them."
     ) in done.stderr
     assert not (tmp_path / "clip").exists()
 

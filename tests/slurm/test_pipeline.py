@@ -14,7 +14,7 @@ from megatron_cm3leon.tokenizers.folder import write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-from tests.data.corpora import write_pictures
+from tests.data.corpora import write_images
 from tests.tools.call import call_tool
 
 pipeline = partial(call_tool, "submit", "pipeline")
@@ -24,8 +24,8 @@ pipeline = partial(call_tool, "submit", "pipeline")
 def raw(tmp_path_factory):
     """Pairs, held-out pairs, an untrained tokenizer and encoder, and the YAML of a run."""
     folder = tmp_path_factory.mktemp("pipeline")
-    write_pictures(folder / "train", 40)
-    write_pictures(folder / "heldout", 12)
+    write_images(folder / "train", 40)
+    write_images(folder / "heldout", 12)
     (folder / "tok").mkdir()
     (folder / "clip").mkdir()
     text = train_text([f"picture {number}" for number in range(50)], 280)
