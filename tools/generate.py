@@ -27,7 +27,7 @@ from megatron_cm3leon.generation.results import check_output, written_results
 from megatron_cm3leon.generation.retrieved import DocumentSource
 from megatron_cm3leon.generation.sampling import SAMPLERS, Sampling, default_guidance
 from megatron_cm3leon.generation.types import MadePicture
-from megatron_cm3leon.tokenizers.images import load_picture
+from megatron_cm3leon.tokenizers.images import load_image
 
 MASK = "<mask>"
 
@@ -143,8 +143,7 @@ def find_documents(arguments: argparse.Namespace, generator: Generator, count: i
         raise ValueError("give either --document or --retrieve.")
     if arguments.document:
         given = [
-            generator.encode_document([caption, load_picture(expand_path(path))])
-            for caption, path in arguments.document
+            generator.encode_document([caption, load_image(expand_path(path))]) for caption, path in arguments.document
         ]
         return None, [given] * count
     if not arguments.retrieve and (arguments.documents is not None or arguments.encoder is not None):
@@ -225,7 +224,7 @@ def write_texts(arguments: argparse.Namespace, entries: list[dict], numbers: lis
 def make_captions(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         check_output(arguments.output)
-    pictures = [load_picture(path) for path in arguments.pictures]
+    pictures = [load_image(path) for path in arguments.pictures]
     generator = load_generator(arguments)
     numbers, documents = find_documents(arguments, generator, len(pictures), pictures=pictures)
     options = sampling_options(arguments)
@@ -239,7 +238,7 @@ def make_captions(arguments: argparse.Namespace) -> None:
 def make_answers(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         check_output(arguments.output)
-    pictures, questions = [load_picture(arguments.picture)] * len(arguments.questions), arguments.questions
+    pictures, questions = [load_image(arguments.picture)] * len(arguments.questions), arguments.questions
     generator = load_generator(arguments)
     numbers, documents = find_documents(arguments, generator, len(pictures), pictures=pictures)
     options = sampling_options(arguments)
@@ -264,7 +263,7 @@ def make_infill(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "--guidance and --contrast-k strengthen a picture's --caption; --text has none: leave them out."
         )
-    picture = load_picture(arguments.picture) if arguments.picture else None
+    picture = load_image(arguments.picture) if arguments.picture else None
     generator = load_generator(arguments)
     query = {"pictures": [picture]} if picture is not None else {"texts": [arguments.text.replace(MASK, " ")]}
     numbers, documents = find_documents(arguments, generator, 1, **query)
@@ -293,7 +292,7 @@ def read_part(part: str) -> str | Image.Image:
     if not part.startswith("@") or part.startswith("@@"):
         return part.removeprefix("@")
     try:
-        return load_picture(expand_path(part[1:]))
+        return load_image(expand_path(part[1:]))
     except ValueError as error:
         raise ValueError(
             f"{part!r} begins with @ and so names an image file. {str(error).rstrip('.')}. "

@@ -34,7 +34,7 @@ from megatron_cm3leon.evaluation.loss import measure_loss
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
 from megatron_cm3leon.generation.sampling import SAMPLERS
-from megatron_cm3leon.tokenizers.images import from_pixels, load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import from_pixels, load_image, to_pixels
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
 PROMPT_TOKENS = 8
@@ -160,7 +160,7 @@ class _Evaluation:
         self.reconstructions = self.generator.decode_pictures(self.pairs.codes)
         size = self.generator.image.image_size
         self.originals = [
-            from_pixels(to_pixels(load_picture(file), size)) if file is not None and file.is_file() else None
+            from_pixels(to_pixels(load_image(file), size)) if file is not None and file.is_file() else None
             for file in self.pairs.files
         ]
         # What a reader sees of a held-out pair: its picture or, where that is no longer there, its tokens'.

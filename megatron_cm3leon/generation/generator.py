@@ -383,7 +383,7 @@ class Generator:
 def _rank(made: Iterator[MadePicture], candidates: int, keep: int, encoder) -> Iterator[MadePicture]:
     """The best `keep` of every `candidates` pictures of one caption, with their scores, the best first."""
     for group in zip(*[made] * candidates, strict=True):
-        scores = encoder.encode_pictures([one.picture for one in group]) @ encoder.encode_texts([group[0].caption])[0]
+        scores = encoder.encode_images([one.picture for one in group]) @ encoder.encode_texts([group[0].caption])[0]
         for place in np.argsort(-scores, kind="stable")[:keep]:
             yield replace(group[place], score=float(scores[place]))
 

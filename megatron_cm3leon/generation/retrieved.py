@@ -20,7 +20,7 @@ class DocumentSource:
     """An index and its memory bank, as generation uses them."""
 
     def __init__(self, retriever) -> None:
-        """`retriever` has .search(texts=, pictures=, k=) -> numbers [n, k] and .bank."""
+        """`retriever` has .search(texts=, images=, k=) -> numbers [n, k] and .bank."""
         self.retriever, self.bank = retriever, retriever.bank
 
     @classmethod
@@ -40,7 +40,7 @@ class DocumentSource:
         """Numbers in the bank of at most `count` documents for each query, the most similar last."""
         if count < 1:
             raise ValueError(f"documents ({count}) must be at least 1 to retrieve any.")
-        table = self.retriever.search(texts=texts, pictures=pictures, k=count)
+        table = self.retriever.search(texts=texts, images=pictures, k=count)
         return [[int(number) for number in row[::-1] if number >= 0] for row in table]
 
     def read(self, numbers: list[list[int]]) -> list[list[np.ndarray]]:

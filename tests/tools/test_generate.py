@@ -10,7 +10,7 @@ from PIL import Image
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.tokenizers.folder import Tokenizers
-from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import load_image, to_pixels
 from tests.models import save_random_opt
 from tests.tools.call import call_tool
 
@@ -109,7 +109,7 @@ def test_infilling(world):
     make("generate", "infill", *model, *box, "--caption", "a red picture", "--output", world / "box")
     made = read_account(world / "box")["made"][0]
     before = Tokenizers.load(world / "exported")
-    codes = before.image.encode(to_pixels(load_picture(world / "0.png"), 16)[None])[0].tolist()
+    codes = before.image.encode(to_pixels(load_image(world / "0.png"), 16)[None])[0].tolist()
     assert made["codes"][:4] == codes[:4] and made["codes"][12:] == codes[12:]
 
 

@@ -18,7 +18,7 @@ from megatron_cm3leon.data.sources import (
     read_picture,
     shorten,
 )  # fmt: skip
-from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import load_image, to_pixels
 from megatron_cm3leon.tokenizers.text_cache import TextEncoder
 
 NO_TOKEN = "empty caption: it encodes to no token"
@@ -41,11 +41,11 @@ def read_image(picture: Picture) -> tuple[Image.Image, bytes]:
     """An image as RGB, and the bytes of its file; ValueError says why there is none."""
     try:
         content = read_picture(picture)
-        return load_picture(content), content
+        return load_image(content), content
     except FileNotFoundError as error:
         remedy = ": its path has backslashes, where this system has /" if "\\" in picture.name else ""
         raise ValueError(f"missing picture: {shorten(picture.name, 240)}{remedy}") from error
-    except (ValueError, OSError) as error:  # load_picture turns whatever a decoder raises into ValueError
+    except (ValueError, OSError) as error:  # load_image turns whatever a decoder raises into ValueError
         reason = f"{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(f"unreadable picture: {shorten(picture.name, 240)}: {reason}") from error
 
