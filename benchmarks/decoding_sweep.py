@@ -17,9 +17,9 @@ from pathlib import Path
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool
 from megatron_cm3leon.common.progress import track
 from megatron_cm3leon.data.shards.reader import open_shards
-from megatron_cm3leon.evaluation.evaluate import PROMPT_TOKENS
 from megatron_cm3leon.evaluation.heldout import read_heldout
-from megatron_cm3leon.evaluation.judge import judge_pictures, load_checker, share_right
+from megatron_cm3leon.evaluation.judge import compute_accuracy, judge_images, load_checker
+from megatron_cm3leon.evaluation.retrieval import PROMPT_TOKENS
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
 
@@ -58,10 +58,10 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], float]:
         made = generator.images(
             pairs.captions, arms[arm], **{"temperature": TEMPERATURE, "seed": options.seed, **setting}
         )
-        shares = share_right(judge_pictures(checker, [one.picture for one in made], wanted))
+        shares = compute_accuracy(judge_images(checker, [one.picture for one in made], wanted))
         rows.append({"sweep": name, "value": setting[name], "documents": arm, **shares})
-    true = judge_pictures(checker, generator.decode_pictures(pairs.codes), wanted)
-    return rows, share_right(true)["all"]
+    true = judge_images(checker, generator.decode_pictures(pairs.codes), wanted)
+    return rows, compute_accuracy(true)["all"]
 
 
 def print_table(rows: list[dict], ceiling: float, captions: int) -> None:

@@ -61,7 +61,7 @@ def test_the_filters_of_the_neighbor_table_take_one_thread_and_give_the_same_bit
 
 def test_a_checker_takes_one_thread(two_threads):
     checker = SimpleNamespace(classify=lambda picture: {"threads": count_threads()})
-    assert judge.judge_pictures(checker, [None], [{"threads": {1}}]) == [{"threads": [{1}, {1}, True]}]
+    assert judge.judge_images(checker, [None], [{"threads": {1}}]) == [{"threads": [{1}, {1}, True]}]
 
 
 @pytest.fixture

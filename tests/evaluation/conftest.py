@@ -18,8 +18,8 @@ from tests.models import make_tokenizers, save_random_opt
 WORDS = ["dark", "light", "picture", "a"]
 VOCABULARY = make_vocabulary(text=len(WORDS), image=8, height=2, width=2, sentinels=2, specials=6)
 CHECKER = """
-def classify(picture):
-    return {"tone": "light" if sum(picture.convert("L").tobytes()) > 4 * 128 else "dark"}
+def classify(image):
+    return {"tone": "light" if sum(image.convert("L").tobytes()) > 4 * 128 else "dark"}
 
 def parse_caption(text):
     found = [word for word in text.split() if word in ("dark", "light")]
