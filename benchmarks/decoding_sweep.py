@@ -42,7 +42,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], float]:
     """One row a setting, and the checker's accuracy on what the image tokenizer makes of the true pictures."""
     checker, generator = load_checker(options.checker), Generator.load(options.model)
     pairs = read_heldout(open_shards(options.shards), options.captions, options.seed, checker)
-    wanted = [checker.parse_caption(caption) for caption in pairs.captions]
+    wanted = parse_captions(checker, pairs.captions)
     arms = {"none": None}
     if options.index:
         source = DocumentSource.load(options.index, generator.vocabulary)
