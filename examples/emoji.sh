@@ -25,11 +25,11 @@ clear_output
 
 image_steps=2000 clip_steps=600 train_steps=3500 FIRST_LEG_STEPS=40 validate_every=500
 PAIRS=(python examples/emoji/generate.py)
-EVALUATE=(--pictures 64 --sweep-pictures 64 --guidance 1 1.5 2 --temperature 0.7 --examples 12)
+EVALUATE=(--images 64 --sweep-images 64 --guidance 1 1.5 2 --temperature 0.7 --examples 12)
 if [ "$SIZE" = small ]; then
     image_steps=30 clip_steps=20 train_steps=12 FIRST_LEG_STEPS=6 validate_every=6
     PAIRS+=(--limit 200)
-    EVALUATE=(--pictures 4 --sweep-pictures 2 --guidance 1 2 --examples 4)
+    EVALUATE=(--images 4 --sweep-images 2 --guidance 1 2 --examples 4)
 fi
 TITLE="Emoji: captions to images and back"
 CONFIG=examples/emoji/train.yaml

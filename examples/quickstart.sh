@@ -29,7 +29,7 @@ case $SIZE in
     long) train_steps=10000 ;;
     small)
         pairs=400 image_steps=30 clip_steps=10 train_steps=12 FIRST_LEG_STEPS=6 validate_every=6
-        EVALUATE+=(--pictures 8 --sweep-pictures 4 --guidance 1 2 --examples 4)
+        EVALUATE+=(--images 8 --sweep-images 4 --guidance 1 2 --examples 4)
         ;;
 esac
 TITLE="Colored shapes: captions to images and back"

@@ -16,7 +16,7 @@ class ImageTextEncoder(Protocol):
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """[n, width]."""
 
-    def encode_pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+    def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """[n, width]."""
 
 
@@ -52,7 +52,7 @@ class Candidates:
             yield from images
             return
         for group in zip(*[images] * self.count, strict=True):
-            image_vectors = self.encoder.encode_pictures([one.image for one in group])
+            image_vectors = self.encoder.encode_images([one.image for one in group])
             scores = image_vectors @ self.encoder.encode_texts([group[0].caption or ""])[0]
             for number in np.argsort(-scores, kind="stable")[: self.kept]:
                 yield replace(group[number], score=float(scores[number]))

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_cm3leon.generation.codec import Codec
-from megatron_cm3leon.tokenizers.images import load_picture
+from megatron_cm3leon.tokenizers.images import load_image
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class DocumentSource:
         """Numbers in the bank of at most `count` documents for each query, the most similar last."""
         if count < 1:
             raise ValueError(f"documents ({count}) must be at least 1 to retrieve any.")
-        table = self.retriever.search(texts=texts, pictures=images, k=count)
+        table = self.retriever.search(texts=texts, images=images, k=count)
         return [[int(number) for number in row[::-1] if number >= 0] for row in table]
 
     def read(self, numbers: list[list[int]]) -> list[list[np.ndarray]]:
@@ -103,7 +103,7 @@ class Retrieved:
 def retrieve_documents(options: RetrievalOptions, codec: Codec, default_count: int, queries: Queries) -> Retrieved:
     """Documents in front of each prompt; `default_count` of them unless the options say how many."""
     if options.given:
-        given = [codec.encode_document([caption, load_picture(path)]) for caption, path in options.given]
+        given = [codec.encode_document([caption, load_image(path)]) for caption, path in options.given]
         return Retrieved([given] * len(queries))
     if not options.index:
         return Retrieved()

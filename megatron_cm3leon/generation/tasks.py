@@ -20,7 +20,7 @@ from megatron_cm3leon.generation.ranking import Candidates
 from megatron_cm3leon.generation.results import Results
 from megatron_cm3leon.generation.retrieved import Queries, Retrieved
 from megatron_cm3leon.generation.sampling import Sampling
-from megatron_cm3leon.tokenizers.images import load_picture
+from megatron_cm3leon.tokenizers.images import load_image
 
 MASK = "<mask>"
 """The span to fill in a text."""
@@ -91,7 +91,7 @@ class CaptionTask:
     """Text pieces of a caption, at most."""
 
     def load(self) -> Queries:
-        self._loaded = [load_picture(path) for path in self.images]
+        self._loaded = [load_image(path) for path in self.images]
         return Queries(images=self._loaded)
 
     def run(self, generator: Generator, retrieved: Retrieved, results: Results) -> None:
@@ -113,7 +113,7 @@ class AnswerTask:
     """Text pieces of an answer, at most."""
 
     def load(self) -> Queries:
-        self._loaded = [load_picture(self.image)] * len(self.questions)
+        self._loaded = [load_image(self.image)] * len(self.questions)
         return Queries(images=self._loaded)
 
     def run(self, generator: Generator, retrieved: Retrieved, results: Results) -> None:
@@ -142,7 +142,7 @@ class InfillTask:
 
     def load(self) -> Queries:
         self._check()
-        self._loaded = [load_picture(self.image)] if self.image else None
+        self._loaded = [load_image(self.image)] if self.image else None
         if self._loaded is not None:
             return Queries(images=self._loaded)
         return Queries(texts=[(self.text or "").replace(MASK, " ")])
@@ -213,7 +213,7 @@ def read_part(part: str) -> str | Image.Image:
     if not part.startswith("@") or part.startswith("@@"):
         return part.removeprefix("@")
     try:
-        return load_picture(expand_path(part[1:]))
+        return load_image(expand_path(part[1:]))
     except ValueError as error:
         raise ValueError(
             f"{part!r} begins with @ and so names an image file. {str(error).rstrip('.')}. "

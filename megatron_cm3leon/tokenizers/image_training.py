@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_cm3leon.common.progress import Meter, meter
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
-from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import load_image, to_pixels
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig, find_nearest
 
 KMEANS_VECTORS_PER_CODE = 64
@@ -93,7 +93,7 @@ class Pictures:
     """Pictures of one size as uint8 in memory, or read anew for each batch where they would not fit."""
 
     def __init__(
-        self, paths: Sequence, size: int, memory_gigabytes: float = 4.0, load: Callable[[Any], Image] = load_picture
+        self, paths: Sequence, size: int, memory_gigabytes: float = 4.0, load: Callable[[Any], Image] = load_image
     ) -> None:
         """`load` gives the image of an item of `paths` as RGB; ValueError says why it cannot be read."""
         self.paths, self.size, self.load = paths, size, load
@@ -293,7 +293,7 @@ def train_and_measure(
     heldout_paths: Sequence | None = None,
     heldout_share: float = 0.05,
     device: str = "cpu",
-    load: Callable[[Any], Image] = load_picture,
+    load: Callable[[Any], Image] = load_image,
 ) -> tuple[ImageTokenizer, dict]:
     """Train on a share of the images, measure on the rest (or on `heldout_paths`); returns also the account.
 

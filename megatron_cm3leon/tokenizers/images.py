@@ -1,6 +1,6 @@
 """Pictures in and out: any picture file to RGB, RGB to the image tokenizer's pixels and back.
 
-`load_picture` reads what the web holds (palette, grey, 16-bit, CMYK, alpha, rotated by EXIF) as the
+`load_image` reads what the web holds (palette, grey, 16-bit, CMYK, alpha, rotated by EXIF) as the
 RGB a viewer would show, alpha over white, and raises ValueError with the reason for what is no picture.
 Pixels are float32 [3, H, W] in [-1, 1].
 
@@ -41,7 +41,7 @@ MAX_PIXELS = 89_478_485
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of the same pictures
 
 
-def load_picture(source: str | Path | bytes) -> Image.Image:
+def load_image(source: str | Path | bytes) -> Image.Image:
     """Read an image file, or its bytes, as RGB; ValueError names why it cannot be read."""
     name = "" if isinstance(source, bytes) else f"{source}: "
     try:

@@ -91,8 +91,8 @@ def test_candidates_are_ranked(generator):
     """By an encoder that likes dark pictures."""
 
     class Dark:
-        def encode_pictures(self, pictures):
-            return np.array([[255.0 - np.asarray(picture).mean()] for picture in pictures])
+        def encode_images(self, images):
+            return np.array([[255.0 - np.asarray(picture).mean()] for picture in images])
 
         def encode_texts(self, texts):
             return np.ones((len(texts), 1))

@@ -16,7 +16,7 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, save_config
 from megatron_cm3leon.data.preprocess.filters import Filters
 from megatron_cm3leon.data.shards.reader import open_shards
-from megatron_cm3leon.evaluation.evaluate import EvaluationOptions
+from megatron_cm3leon.evaluation.options import EvaluationOptions
 from megatron_cm3leon.export import export_checkpoint
 from megatron_cm3leon.generation.results import written_results
 from megatron_cm3leon.monitoring.status import read_status, to_json

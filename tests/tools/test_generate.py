@@ -11,7 +11,7 @@ from megatron_cm3leon.generation.documents import CompletionOptions
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.tokenizers.folder import Tokenizers
-from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import load_image, to_pixels
 from tests.models import save_random_opt
 from tests.tools.call import call_tool
 
@@ -116,7 +116,7 @@ def test_infilling(world):
     make("generate", "infill", *model, *old, "--caption", "a red picture", "--output", world / "old name")
     assert read_results(world / "old name")["made"] == results["made"]
     before = Tokenizers.load(world / "exported")
-    codes = before.image.encode(to_pixels(load_picture(world / "0.png"), 16)[None])[0].tolist()
+    codes = before.image.encode(to_pixels(load_image(world / "0.png"), 16)[None])[0].tolist()
     assert made["codes"][:4] == codes[:4] and made["codes"][12:] == codes[12:]
 
 

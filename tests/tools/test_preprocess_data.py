@@ -11,7 +11,7 @@ import torch
 from megatron_cm3leon.data.shards.reader import open_shards, split_segments
 from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
-from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import load_image, to_pixels
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 from tests.data.corpora import write_images
@@ -66,7 +66,7 @@ def test_pairs_become_the_tokens_of_both_tokenizers(raw):
     text, image = split_segments(corpus.read(20), corpus.vocabulary)
     assert tokenizers.text.decode(text.tolist()) == TRICKY
     assert corpus.vocabulary.is_text(text).all() and corpus.vocabulary.is_image(image).all()
-    pixels = to_pixels(load_picture(raw / "raw/3.png"), 16)
+    pixels = to_pixels(load_image(raw / "raw/3.png"), 16)
     codes = tokenizers.image.encode(pixels[None])[0] + corpus.vocabulary.image_start
     assert image.tolist() == codes.tolist()
     again = preprocess(*arguments)

@@ -18,7 +18,7 @@ from megatron_cm3leon.data.sources import (
     read_image_bytes,
     shorten,
 )  # fmt: skip
-from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import load_image, to_pixels
 from megatron_cm3leon.tokenizers.text_cache import TextEncoder
 
 NO_TOKEN = "empty caption: it encodes to no token"
@@ -41,11 +41,11 @@ def read_image(image: RawImage) -> tuple[Image.Image, bytes]:
     """An image as RGB, and the bytes of its file; ValueError gives the reason why it cannot be read."""
     try:
         content = read_image_bytes(image)
-        return load_picture(content), content
+        return load_image(content), content
     except FileNotFoundError as error:
         remedy = ": its path has backslashes, where this system has /" if "\\" in image.name else ""
         raise ValueError(f"missing picture: {shorten(image.name, 240)}{remedy}") from error
-    except (ValueError, OSError) as error:  # load_picture converts every error of a decoder to ValueError
+    except (ValueError, OSError) as error:  # load_image converts every error of a decoder to ValueError
         reason = f"{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(f"unreadable picture: {shorten(image.name, 240)}: {reason}") from error
 
