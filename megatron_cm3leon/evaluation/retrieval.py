@@ -47,7 +47,7 @@ def retrieve_documents(subject: Subject, images: list[Image.Image]) -> tuple[Par
         source=source,
         by_caption=_read_documents(source, numbers, pairs, context),
         sweep_by_caption=_read_documents(source, sweep_numbers, subject.sweep_pairs, context),
-        by_image=_read_documents(source, source.find(subject.documents, pictures=images), pairs, context),
+        by_image=_read_documents(source, source.find(subject.documents, images=images), pairs, context),
     )
     shown = subject.examples[:_SHOWN_QUERIES]
     examples = [_describe_query(subject, source, number, numbers[number], images[number]) for number in shown]
