@@ -103,7 +103,7 @@ def test_a_shard_changed_after_the_manifest_is_found(tmp_path):
     content = bytearray(tar.read_bytes())
     content[int(corpus._indexes[1]["offset"][2]) + 1] ^= 1
     tar.write_bytes(content)
-    assert find_damaged_files(corpus) == ["shard-000001-000.tar: its sha256 is not the manifest's in documents 6"]
+    assert find_damaged_files(corpus) == ["shard-000001-000.tar: its sha256 differs from the manifest in documents 6"]
     with pytest.raises(ValueError, match=r"document 6 \(row 2 of .*shard-000001-000\.tar\) is damaged"):
         open_shards(tmp_path / "out").read(6)
 
@@ -157,7 +157,7 @@ def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path):
 
     def kill_a_writer():
         """SIGKILL to the worker whose temporary folder appears second."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             done = list((tmp_path / "out/.work").glob("part-*.json"))
             found = [path for path in (tmp_path / "out/.work").glob("part-*.tmp") if list(path.glob("*.tar"))]

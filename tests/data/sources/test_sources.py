@@ -197,7 +197,7 @@ def test_columns_of_other_names(tmp_path):
     (tmp_path / "odd.csv").write_text("URL,TEXT\n0.png,hello\n")
     (pair,) = read_all(open_source(tmp_path / "odd.csv", 10, fields=Fields("URL", "TEXT")))
     assert isinstance(pair, RawPair) and (pair.caption, pair.image_name) == ("hello", "0.png")
-    with pytest.raises(ValueError, match=r"header has 2 columns, 'URL', 'TEXT'.*given by --image-field and"):
+    with pytest.raises(ValueError, match=r"header has 2 columns, 'URL', 'TEXT'.*give --image-field and"):
         open_source(tmp_path / "odd.csv", 10)
 
 
