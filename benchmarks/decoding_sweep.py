@@ -18,7 +18,7 @@ from megatron_cm3leon.common.cli import HelpFormatter, run_tool
 from megatron_cm3leon.common.progress import track
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.evaluation.heldout import read_heldout
-from megatron_cm3leon.evaluation.judge import compute_accuracy, judge_images, load_checker
+from megatron_cm3leon.evaluation.judge import compute_accuracy, judge_images, load_checker, parse_captions
 from megatron_cm3leon.evaluation.retrieval import PROMPT_TOKENS
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
