@@ -205,7 +205,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution (`size` pixels), each followed by attention if the config has it; then a change of resolution."""
+    """Residual blocks of one resolution (`size` pixels), each with attention if the config says so; then a resampling."""
 
     downsample: Downsample
     """In the encoder, on all levels but the lowest."""

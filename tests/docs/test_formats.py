@@ -16,7 +16,7 @@ from megatron_cm3leon.evaluation.assemble import collect_report
 from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
 from megatron_cm3leon.generation.retrieved import DocumentSource
 from megatron_cm3leon.monitoring import events
-from tests.data.corpora import write_pictures
+from tests.data.corpora import write_images
 from tests.data.runs import run as preprocess
 from tests.distributed.launch import ROOT, child_environment
 from tests.evaluation.conftest import world as evaluation_world  # noqa: F401 - a fixture
@@ -69,7 +69,7 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     for name in ("exports", "checkpoint", "generated"):
         getattr(formats, f"describe_{name}")(folder)
-    source = write_pictures(folder / "raw", 5)
+    source = write_images(folder / "raw", 5)
     with source.open("a") as file:
         file.write('{"image": "none.png", "caption": "a"}\n')
     preprocess(source, folder / "pairs", part_size=3, deduplicate=("caption",), max_bad_fraction=1.0)
