@@ -205,7 +205,10 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution (`size` pixels), each followed by attention if the config has it; then a change of resolution."""
+    """Residual blocks of one resolution (`size` pixels), each with attention after it if the config has it there.
+
+    The last part changes the resolution, except at the end of the encoder and of the decoder.
+    """
 
     downsample: Downsample
     """In the encoder, on all levels but the lowest."""
