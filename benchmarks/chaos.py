@@ -29,8 +29,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # so that it also runs as a script
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it also runs as a script
 
 from benchmarks.failure_simulation import replay
 from megatron_cm3leon.checkpoint.format import list_checkpoints
@@ -40,6 +39,7 @@ from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.monitoring.goodput import read_time_breakdown
 from megatron_cm3leon.monitoring.history import read_lines, read_metrics
 
+ROOT = Path(__file__).parents[1]
 MOMENTS = ("start-up", "load", "save", "step")
 LONGEST_END = 30.0
 """Seconds from a rank's death to the end of the last process of its attempt."""
