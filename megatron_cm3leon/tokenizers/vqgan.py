@@ -205,10 +205,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution (`size` pixels), each with attention after it if the config has it there.
-
-    The last part changes the resolution, except at the end of the encoder and of the decoder.
-    """
+    """Residual blocks of one resolution (`size` pixels), each with attention if configured, then a resampling."""
 
     downsample: Downsample
     """In the encoder, on all levels but the lowest."""
