@@ -23,11 +23,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from megatron_cm3leon.common.atomic_io import write_json
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool
 from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.data.neighbors import Neighbors, checksum_rows
-from megatron_cm3leon.data.shards.reader import MANIFEST, Corpus, build_manifest, open_shards, write_json
+from megatron_cm3leon.data.shards.reader import MANIFEST, Corpus, build_manifest, open_shards
 from megatron_cm3leon.data.shards.writer import ShardWriter
 from megatron_cm3leon.data.stream.loader import Loader
 from megatron_cm3leon.data.stream.stream import Stream

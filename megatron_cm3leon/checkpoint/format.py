@@ -19,6 +19,7 @@ from math import prod
 from pathlib import Path
 
 from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.common.atomic_io import add_checksum
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
@@ -130,12 +131,6 @@ def hash_file(path: Path, report: Callable[[int], None] = lambda size: None) -> 
             digest.update(buffer[:size])
             report(size)
     return digest.hexdigest()
-
-
-def add_checksum(manifest: dict) -> dict:
-    """Return the manifest with the SHA-256 of its own content as `sha256`."""
-    content = json.dumps({name: manifest[name] for name in sorted(manifest) if name != "sha256"}, sort_keys=True)
-    return manifest | {"sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def read_manifest(folder: Path) -> dict:

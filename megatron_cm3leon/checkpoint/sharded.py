@@ -27,13 +27,13 @@ from megatron_cm3leon.checkpoint.format import (
     CheckpointFolder,
     Piece,
     StoredPiece,
-    add_checksum,
     damage_error,
     hash_file,
     rank_file,
     temporary_folder,
 )
 from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.common.atomic_io import add_checksum
 from megatron_cm3leon.config.loading import Config, save_config
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 

@@ -1,4 +1,4 @@
-"""What every command-line tool shares: errors as one sentence, and exit statuses."""
+"""What all command-line tools share: errors as one sentence, exit statuses, help texts."""
 
 import argparse
 import logging
@@ -11,7 +11,7 @@ from megatron_cm3leon.common.paths import expand_path
 
 
 def user_path(text: str) -> str:
-    """Type of options that are paths: expands ~ and $VARIABLE, which a shell leaves in `--output=~/x`."""
+    """argparse type of options that are paths: expands ~ and $VARIABLE, which a shell does not in `--output=~/x`."""
     try:
         return expand_path(text)
     except ValueError as error:
@@ -28,7 +28,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def show_messages(level: int = logging.INFO) -> None:
-    """Print this project's messages from `level` on, and only warnings of the libraries beneath."""
+    """Print messages of this project from `level` on, and only warnings of other libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("megatron_cm3leon").setLevel(level)
 
@@ -40,7 +40,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     try:
         status = main() or 0
-    except BrokenPipeError:  # who reads the output, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Records of a run: files of one JSON object a line (metrics.jsonl, events.jsonl), read and gone on with."""
+"""JSON Lines files of a run (metrics.jsonl, events.jsonl): reading, and repairing the end before appending."""
 
 import json
 import os
@@ -6,24 +6,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST_LINE = 1 << 16
-"""Bytes; more than any line has."""
+"""Bytes; longer than any line."""
 
 
 def parse_lines(path: Path) -> Iterator[dict]:
-    """The objects of a file with one a line; ValueError naming the line that is none."""
+    """The JSON objects of a file, one per line; a truncated last line is skipped.
+
+    Raises ValueError, with the number of the line, for a complete line that is not valid JSON.
+    """
     for number, text in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
-        # What follows the last line end is the half line that a killed run can leave.
+        # What follows the last line end is a truncated line, which a killed run can leave.
         try:
             line = json.loads(text)
         except ValueError as error:
             raise ValueError(
-                f"{path} is damaged: line {number} is no JSON ({error}); delete that line to read the others."
+                f"{path} is damaged: line {number} is not valid JSON ({error}); delete that line to read the others."
             ) from error
         yield line
 
 
-def drop_half_line(file: int) -> None:
-    """Take away what a full disk or a kill left behind the last line end: the next line would be lost with it.
+def drop_truncated_line(file: int) -> None:
+    """Remove a truncated last line, which a full disk or a kill can leave: the next line would be appended to it.
 
     file: descriptor of a file that is open for reading and writing.
     """

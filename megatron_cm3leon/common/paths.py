@@ -7,9 +7,9 @@ _VARIABLE = re.compile(r"\$(\w+|\{(\w+)\})")
 
 
 def expand_path(text: str) -> str:
-    """`text` with ~, ~user, $NAME and ${NAME} expanded. What exists under the name as written, and a URL, stays.
+    """`text` with ~, ~user, $NAME and ${NAME} expanded. A URL, and a path that exists as written, stay unchanged.
 
-    ValueError, without the field's name, for a variable that is not set and a user who does not exist.
+    Raises ValueError, without the name of the field, for a variable that is not set and a user who does not exist.
     """
     if "://" in text or not (text.startswith("~") or "$" in text) or os.path.lexists(text):
         return text

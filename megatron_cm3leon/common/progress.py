@@ -13,7 +13,7 @@ PLAIN_INTERVAL_SECONDS = 5.0
 
 
 class Meter:
-    """Counts finished units; `advance(n, note)` after each piece of work."""
+    """Counts finished units: call `advance(n, note)` after each part of the work."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Meter:
         self.task = bar.add_task(label, total=total, rate="") if bar else None
 
     def advance(self, units: int = 1, note: str = "") -> None:
-        """Report `units` more finished; `note` is shown behind the rate, such as a loss."""
+        """Report `units` more finished; `note`, such as a loss, is shown after the rate."""
         self.done += units
         self.note = note
         now = time.monotonic()
@@ -40,7 +40,7 @@ class Meter:
             self.print_line(now)
 
     def count(self, parts: int) -> Callable[[int], None]:
-        """A function to call, from any thread, with finished parts of units; `parts` make one unit."""
+        """A function that counts finished parts of units and may be called from any thread; `parts` make one unit."""
         lock, left = Lock(), 0
 
         def add(finished: int) -> None:
@@ -71,9 +71,9 @@ class Meter:
 
 @contextmanager
 def meter(total: int | None, label: str, unit: str, quiet: bool = False) -> Iterator[Meter]:
-    """Show progress inside the `with`; a last plain line is always printed where there is no terminal.
+    """Show progress inside the `with`; without a terminal, a last plain line is always printed.
 
-    `quiet` shows nothing: for all ranks but the first.
+    `quiet` shows nothing: for all ranks except the first.
     """
     if quiet:
         yield Meter(None, label, unit, None, interval=float("inf"))
@@ -95,7 +95,7 @@ def meter(total: int | None, label: str, unit: str, quiet: bool = False) -> Iter
 
 
 def track(items: Iterable, *, label: str, unit: str, total: int | None = None) -> Iterator:
-    """Yield `items` while showing how many are done."""
+    """Yield `items` and show how many are done."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with meter(total, label, unit) as progress:

@@ -16,7 +16,8 @@ from tokenize import TokenError
 
 import numpy as np
 
-from megatron_cm3leon.data.shards.reader import MANIFEST, Corpus, check_seal, hash_content, open_shards, sha256_file
+from megatron_cm3leon.common.atomic_io import sha256_file
+from megatron_cm3leon.data.shards.reader import MANIFEST, Corpus, check_seal, hash_content, open_shards
 
 FORMAT = 1
 INDEX_FILE = "index.json"

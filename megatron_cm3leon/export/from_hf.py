@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.format import Piece, step_folder
 from megatron_cm3leon.checkpoint.state import TrainState
-from megatron_cm3leon.common.atomic_directory import written_whole
+from megatron_cm3leon.common.atomic_io import atomic_directory
 from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.config.loading import Config, save_config
 from megatron_cm3leon.config.validation import validate_config
@@ -43,7 +43,7 @@ def import_export(
     parts = list_parts(config, vocabulary.size)
     export.check(config, parts)
     check_output(output)
-    with written_whole(output) as run:
+    with atomic_directory(output) as run:
         config.output = str(output.absolute())  # the run is found from any folder
         save_config(config, run / "config.yaml")
         folder = step_folder(run, state.step)

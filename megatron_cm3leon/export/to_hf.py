@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
-from megatron_cm3leon.common.atomic_directory import written_whole
+from megatron_cm3leon.common.atomic_io import atomic_directory
 from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.data.shards.reader import open_shards
@@ -75,7 +75,7 @@ def export_checkpoint(
     def read(name: str) -> Tensor:
         return reader.read(name).to(DTYPES[dtype])
 
-    with written_whole(output) as folder:
+    with atomic_directory(output) as folder:
         write_json(folder / "config.json", config_fields(config, vocabulary, DTYPES[dtype]))
         write_json(folder / "generation_config.json", special_ids(vocabulary))
         _copy_tokenizers(Path(tokenizer), folder)

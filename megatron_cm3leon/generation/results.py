@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from megatron_cm3leon.common.atomic_directory import written_whole
+from megatron_cm3leon.common.atomic_io import atomic_directory
 from megatron_cm3leon.common.contact_sheet import draw_contact_sheet
 from megatron_cm3leon.generation.types import GeneratedImage
 
@@ -65,7 +65,7 @@ def written_results(output: str | Path | None, options: dict) -> Iterator[Result
     if output is None:
         yield Results(None)
         return
-    with written_whole(Path(output)) as folder:
+    with atomic_directory(Path(output)) as folder:
         results = Results(folder)
         yield results
         if results.shown:

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_cm3leon.common.jsonl import drop_half_line, parse_lines
+from megatron_cm3leon.common.jsonl import drop_truncated_line, parse_lines
 
 NAME = "events.jsonl"
 
@@ -71,7 +71,7 @@ def _locked(run: str | Path) -> Iterator[int]:
 
 def _append(file: int, attempt: int, event: str, values: dict[str, object]) -> None:
     line = json.dumps({"time": time.time(), "attempt": attempt, "event": event, **values}) + "\n"
-    drop_half_line(file)
+    drop_truncated_line(file)
     os.write(file, line.encode())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_cm3leon.common.jsonl import drop_half_line
+from megatron_cm3leon.common.jsonl import drop_truncated_line
 from megatron_cm3leon.common.progress import Meter
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.model.weights import POSITION_EMBEDDINGS, WORD_EMBEDDINGS, canonical_shapes
@@ -38,7 +38,7 @@ class MetricsLogger:
     ) -> None:
         """`step`: last step of the loaded checkpoint; TensorBoard drops later steps that an earlier attempt logged."""
         self.file = open(run / METRICS, "a+", buffering=1)  # noqa: SIM115 - closed by close()
-        drop_half_line(self.file.fileno())
+        drop_truncated_line(self.file.fileno())
         self.run = run
         self.board = self._open_board(step)
         self.progress = progress

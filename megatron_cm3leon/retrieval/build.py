@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cm3leon.common.atomic_io import add_checksum, write_json
 from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.data.neighbors import (
     CHECKSUMS,
@@ -29,7 +30,7 @@ from megatron_cm3leon.data.neighbors import (
     manifest_sha256,
     open_bank,
 )
-from megatron_cm3leon.data.shards.reader import Corpus, open_shards, seal, write_json
+from megatron_cm3leon.data.shards.reader import Corpus, open_shards
 from megatron_cm3leon.distributed.device import resolve_device
 from megatron_cm3leon.retrieval.contents import ContentReader
 from megatron_cm3leon.retrieval.embeddings import DOCUMENTS, QUERIES, EmbeddingJob, encode_corpus, open_embeddings
@@ -111,7 +112,7 @@ def build_index_folder(
     description = _describe(output, inputs, neighbors, faiss_description, options)
     if not jobs.same_documents:
         description["pictures_in_bank"] = count_shared_images(queries, bank_arrays)
-    write_json(output / INDEX_FILE, seal(description))
+    write_json(output / INDEX_FILE, add_checksum(description))
     return description
 
 

@@ -26,8 +26,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
+from megatron_cm3leon.common.atomic_io import sha256_file
 from megatron_cm3leon.common.threads import one_thread_if_small
-from megatron_cm3leon.data.shards.reader import sha256_file
 from megatron_cm3leon.tokenizers.images import to_pixels
 from megatron_cm3leon.tokenizers.text import TextTokenizer
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cm3leon.data.shards.reader import write_json
+from megatron_cm3leon.common.atomic_io import write_json
 
 
 class PartitionedArrays:

@@ -30,11 +30,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_cm3leon.checkpoint.format import list_checkpoints
+from megatron_cm3leon.common.atomic_io import sha256_file
 from megatron_cm3leon.common.cli import show_messages, user_path
 from megatron_cm3leon.common.version import __version__
 from megatron_cm3leon.config.loading import Config, changed_fields, load_config
 from megatron_cm3leon.config.validation import validate_config
-from megatron_cm3leon.data.shards.reader import MANIFEST, load_manifest, sha256_file
+from megatron_cm3leon.data.shards.reader import MANIFEST, load_manifest
 from megatron_cm3leon.distributed.launch import Rank, choose_device, rendezvous
 from megatron_cm3leon.engine.groups import destroy_groups, ignore_library_warnings, initialize_groups
 from megatron_cm3leon.model.memory import estimate_checkpoint_bytes, format_ranks

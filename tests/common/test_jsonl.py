@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from megatron_cm3leon.common.jsonl import drop_half_line, parse_lines
+from megatron_cm3leon.common.jsonl import drop_truncated_line, parse_lines
 
 
 @pytest.mark.parametrize("whole", ["", '{"a": 1}\n', '{"a": 1}\n{"a": 2}\n', '{"a": "' + "x" * 70_000 + '"}\n'])
@@ -13,7 +13,7 @@ def test_a_half_line_is_cut_off_and_no_more(tmp_path, whole):
     for rest in ("", '{"a'):
         path.write_text(whole + rest)
         file = os.open(path, os.O_RDWR)
-        drop_half_line(file)
+        drop_truncated_line(file)
         os.close(file)
         assert path.read_text() == whole
 
@@ -21,5 +21,5 @@ def test_a_half_line_is_cut_off_and_no_more(tmp_path, whole):
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"a": 1}\n{"a": \n{"half')
-    with pytest.raises(ValueError, match=r"lines.jsonl is damaged: line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"lines.jsonl is damaged: line 2 is not valid JSON"):
         list(parse_lines(path))

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest, open_shards, write_json
+from megatron_cm3leon.common.atomic_io import write_json
+from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest, open_shards
 from megatron_cm3leon.data.shards.writer import ShardWriter
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.data.shards.reader import build_manifest, open_shards, write_json
+from megatron_cm3leon.common.atomic_io import write_json
+from megatron_cm3leon.data.shards.reader import build_manifest, open_shards
 from megatron_cm3leon.data.shards.writer import ShardWriter
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.generator import Generator

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from examples.shapes import generate
-from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest, write_json
+from megatron_cm3leon.common.atomic_io import write_json
+from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest
 from megatron_cm3leon.data.shards.writer import ShardWriter
 from megatron_cm3leon.retrieval.encoder import TEXT_MODEL, build_tiny_clip, save_clip
 from megatron_cm3leon.tokenizers.text import TextTokenizer, train_text

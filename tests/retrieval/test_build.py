@@ -10,8 +10,9 @@ from PIL import Image
 
 faiss = pytest.importorskip("faiss")
 
+from megatron_cm3leon.common.atomic_io import add_checksum
 from megatron_cm3leon.data.neighbors import CHECKSUMS, load_description, load_neighbors
-from megatron_cm3leon.data.shards.reader import open_shards, seal
+from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.retrieval import embeddings
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import Encoder, combine
@@ -161,10 +162,10 @@ def test_an_edited_manifest_is_refused(index, shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
     load_neighbors(index, open_shards(copy))  # a copy is the same shards
     manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(seal(manifest | {"command": "another path's spelling"})))
+    (copy / "manifest.json").write_text(json.dumps(add_checksum(manifest | {"command": "another path's spelling"})))
     load_neighbors(index, open_shards(copy))  # whoever made them
     next(iter(manifest["shards"][0]["files"].values()))["sha256"] = "0" * 64
-    (copy / "manifest.json").write_text(json.dumps(seal(manifest)))
+    (copy / "manifest.json").write_text(json.dumps(add_checksum(manifest)))
     with pytest.raises(ValueError, match=r"built from other shards.*copy"):
         load_neighbors(index, open_shards(copy))
     with pytest.raises(ValueError, match=r"built from other bank.*copy"):

@@ -11,8 +11,9 @@ from PIL import Image
 
 pytest.importorskip("faiss")
 
+from megatron_cm3leon.common.atomic_io import write_json
 from megatron_cm3leon.data.neighbors import load_neighbors
-from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest, open_shards, write_json
+from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest, open_shards
 from megatron_cm3leon.data.shards.writer import ShardWriter
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.contents import MAX_IMAGES, ContentReader, compute_identities, read_ahead

@@ -15,6 +15,7 @@ import pytest
 from megatron_cm3leon.checkpoint.format import KINDS
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.verify import verify_while_reading
+from megatron_cm3leon.common.atomic_io import add_checksum, write_json
 from megatron_cm3leon.config.loading import Config, changed_fields, load_config, save_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.neighbors import (
@@ -26,7 +27,7 @@ from megatron_cm3leon.data.neighbors import (
     load_neighbors,
     manifest_sha256,
 )
-from megatron_cm3leon.data.shards.reader import open_shards, seal, write_json
+from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
 from tests.checkpoint.builders import write_checkpoint
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
@@ -46,7 +47,7 @@ def write_all(folder: Path) -> None:
     entries |= {"bank": entries["shards"], "bank_relative": "../shards", "neighbors": 4, "format": FORMAT}
     hashes = dict.fromkeys(("shards_manifest_sha256", "bank_manifest_sha256"), manifest_sha256(corpus))
     description = entries | hashes | {"vocabulary_hash": corpus.vocabulary.hash, "command": "build_index.py"}
-    write_json(folder / "index" / INDEX_FILE, seal(description))
+    write_json(folder / "index" / INDEX_FILE, add_checksum(description))
     (folder / "tokenizer").mkdir()
     write_text(folder / "tokenizer")
     write_image(folder / "tokenizer")

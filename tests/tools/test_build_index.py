@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from examples.shapes import generate
-from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest, write_json
+from megatron_cm3leon.common.atomic_io import write_json
+from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest
 from megatron_cm3leon.data.shards.writer import ShardWriter
 from megatron_cm3leon.retrieval.encoder import build_tiny_clip, save_clip
 from megatron_cm3leon.tokenizers.text import train_text

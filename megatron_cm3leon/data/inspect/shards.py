@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_cm3leon.common.atomic_io import sha256_file
 from megatron_cm3leon.common.progress import track
-from megatron_cm3leon.data.shards.reader import Corpus, sha256_file, shard_files, split_segments
+from megatron_cm3leon.data.shards.reader import Corpus, shard_files, split_segments
 from megatron_cm3leon.tokenizers.images import from_pixels
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 

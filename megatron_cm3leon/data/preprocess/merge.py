@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_cm3leon.common.atomic_io import write_json
 from megatron_cm3leon.data.preprocess.counts import QUARANTINE, InputCounts, check_bad_share, write_quarantine
 from megatron_cm3leon.data.preprocess.dedupe import Duplicates, checksum
 from megatron_cm3leon.data.preprocess.worker import WORK, count_record, record_path
-from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest, open_shards, shard_files, write_json
+from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest, open_shards, shard_files
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_cm3leon.common.atomic_io import write_json
 from megatron_cm3leon.common.progress import Meter, meter
 from megatron_cm3leon.data.preprocess.counts import QUARANTINE, InputCounts, check_bad_share, write_quarantine
 from megatron_cm3leon.data.preprocess.dedupe import BY, find_duplicates, hashes_path
@@ -36,7 +37,7 @@ from megatron_cm3leon.data.preprocess.worker import (
     record_path,
     run_in_worker,
 )  # fmt: skip
-from megatron_cm3leon.data.shards.reader import MANIFEST, open_shards, write_json
+from megatron_cm3leon.data.shards.reader import MANIFEST, open_shards
 from megatron_cm3leon.data.sources import Source
 
 logger = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_cm3leon.common.atomic_io import write_json
 from megatron_cm3leon.common.progress import Meter
 from megatron_cm3leon.data.preprocess.dedupe import (
     UNUSABLE,
@@ -35,7 +36,7 @@ from megatron_cm3leon.data.preprocess.dedupe import (
 )  # fmt: skip
 from megatron_cm3leon.data.preprocess.document_reader import DocumentReader, Loaded
 from megatron_cm3leon.data.preprocess.encoder import LoadTokenizers, PartEncoder, WorkerSettings
-from megatron_cm3leon.data.shards.reader import shard_files, write_json
+from megatron_cm3leon.data.shards.reader import shard_files
 from megatron_cm3leon.data.sources import BadInput, Entry
 
 WORK = ".work"

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_cm3leon.common.atomic_io import add_checksum, sha256_file
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 FORMAT = 1
@@ -47,28 +48,9 @@ def split_segments(ids: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
     return [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
-def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def shard_files(folder: Path, name: str) -> list[Path]:
     """The three files of a shard."""
     return [folder / f"{name}{ending}" for ending in (".tar", ".idx.npy", ".parquet")]
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file atomically: it is complete or absent, and on the disk when this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def build_manifest(vocabulary: Vocabulary, shards: list[dict], **others) -> dict:
@@ -82,18 +64,12 @@ def build_manifest(vocabulary: Vocabulary, shards: list[dict], **others) -> dict
         "shards": shards,
         **others,
     }
-    return seal(manifest)
-
-
-def seal(content: dict) -> dict:
-    """The content of a JSON file with the SHA-256 of its other fields under "sha256"."""
-    rest = json.dumps({name: content[name] for name in content if name != "sha256"}, sort_keys=True)
-    return content | {"sha256": hashlib.sha256(rest.encode()).hexdigest()}
+    return add_checksum(manifest)
 
 
 def check_seal(path: Path, content: dict) -> None:
     """ValueError if a file's content does not match its "sha256"; older files have none."""
-    if "sha256" in content and seal(content) != content:
+    if "sha256" in content and add_checksum(content) != content:
         raise ValueError(f"{path} is damaged: it does not match its SHA-256. Restore it, or create the folder again.")
 
 

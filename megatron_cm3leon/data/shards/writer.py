@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_cm3leon.data.shards.reader import INDEX_DTYPE, METADATA_SCHEMA, sha256_file, shard_files
+from megatron_cm3leon.common.atomic_io import sha256_file
+from megatron_cm3leon.data.shards.reader import INDEX_DTYPE, METADATA_SCHEMA, shard_files
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 _REPEATING = ["caption", "image", "picture_sha256", "extra", "kind"]

@@ -11,7 +11,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from megatron_cm3leon.data.shards.reader import open_shards, seal, split_segments
+from megatron_cm3leon.common.atomic_io import add_checksum
+from megatron_cm3leon.data.shards.reader import open_shards, split_segments
 from megatron_cm3leon.data.shards.writer import pack_members
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
@@ -112,7 +113,7 @@ def test_a_damaged_document_is_named(folder):
 def change_manifest(folder, change):
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
+    (folder / "manifest.json").write_text(json.dumps(add_checksum(manifest)))
 
 
 def test_files_that_do_not_match_the_manifest_are_refused(folder, tmp_path):
