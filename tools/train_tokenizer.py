@@ -50,6 +50,11 @@ def add_text_flags(command: argparse.ArgumentParser) -> None:
 
 
 def add_image_flags(command: argparse.ArgumentParser) -> None:
+    add_network_flags(command)
+    add_training_flags(command)
+
+
+def add_network_flags(command: argparse.ArgumentParser) -> None:
     network = command.add_argument_group("network")
     add = network.add_argument
     add("--image-size", type=int, default=256, help="height and width of an image, pixels")
@@ -86,6 +91,9 @@ def add_image_flags(command: argparse.ArgumentParser) -> None:
         default=1,
         help="1: with norm=pixel a code is a function of its own patch alone, easy to predict; 3: taming",
     )
+
+
+def add_training_flags(command: argparse.ArgumentParser) -> None:
     defaults = ImageTrainingOptions()
     training = command.add_argument_group("training")
     add = training.add_argument
