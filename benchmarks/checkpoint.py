@@ -31,6 +31,7 @@ from megatron_cm3leon.checkpoint.verify import verify_while_reading
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.common.cli import run_tool
 from megatron_cm3leon.config.loading import Config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.distributed.launch import Rank, gather_objects, set_threads
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
@@ -87,7 +88,7 @@ class Contenders:
         )  # fmt: skip
         self.writers[True].reserve(sum(tensor.numel() for tensor in tensors.values()), torch.device("cpu"))
         self.config = Config()
-        self.config.validate()
+        validate_config(self.config)
         self.matrix, self.product = torch.randn(1024, 1024), torch.empty(1024, 1024)
         self.products = 20
         self.compute()

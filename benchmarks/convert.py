@@ -25,6 +25,7 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool
 from megatron_cm3leon.common.progress import track
 from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.model.weights import canonical_shapes
 from megatron_cm3leon.tokenizers.folder import write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
@@ -95,7 +96,7 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="convert-", dir=arguments.scratch))
     try:
         config = load_config(None, [f"preset={arguments.preset}", f"model.family={arguments.family}"])
-        config.validate()
+        validate_config(config)
         vocabulary = write_tokenizers(scratch / "tok")
         checkpoint = write_checkpoint(scratch / "run", config, vocabulary)
         size = sum(path.stat().st_size for path in checkpoint.iterdir())

@@ -131,6 +131,7 @@ def at_depth(rows: list[dict], layers: int, gpu: Gpu, end: int) -> dict[str, flo
 
 def build_config(row: dict, layers: int):
     from megatron_cm3leon.config.loading import load_config
+    from megatron_cm3leon.config.validation import validate_config
 
     count = row["micro_batch"] * MICRO_BATCHES[row["preset"]]
     values = [
@@ -139,7 +140,7 @@ def build_config(row: dict, layers: int):
         f"model.layers={layers}", *row["compared"],
     ]  # fmt: skip
     known = load_config(None, values)
-    known.validate(1)
+    validate_config(known, 1)
     return known
 
 

@@ -52,6 +52,7 @@ def record(name: str, options: argparse.Namespace) -> dict:
     from train_step import make_batches, make_vocabulary
 
     from megatron_cm3leon.config.loading import load_config
+    from megatron_cm3leon.config.validation import validate_config
     from megatron_cm3leon.distributed.launch import Rank
     from megatron_cm3leon.engine.groups import initialize_groups
 
@@ -63,7 +64,7 @@ def record(name: str, options: argparse.Namespace) -> dict:
     ]  # fmt: skip
     layers = options.layers or layers
     config = load_config(None, [*values, *([f"model.layers={layers}"] if layers else []), *options.set])
-    config.validate(1)
+    validate_config(config, 1)
     initialize_groups(config, Rank(0, 1, 0, 1), torch.device("cpu"))
     from megatron_cm3leon.engine.megatron import MegatronEngine
     from megatron_cm3leon.model import builder

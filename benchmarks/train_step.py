@@ -23,6 +23,7 @@ from peers import Step, hugging_face_step, plain_step
 
 from megatron_cm3leon.common.cli import run_tool
 from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.stream.loader import MicroBatch
 from megatron_cm3leon.distributed.launch import Rank, choose_device, set_threads
 from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
@@ -45,7 +46,7 @@ def make_config(options: argparse.Namespace) -> Config:
         "train.compile": {"auto": "null"}.get(options.compile, options.compile),
     }
     config = load_config(None, [f"{name}={value}" for name, value in values.items()])
-    config.validate(1)
+    validate_config(config, 1)
     return config
 
 

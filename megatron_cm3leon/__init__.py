@@ -1,9 +1,3 @@
 """megatron_cm3leon: train CM3Leon, a decoder-only transformer over text and image tokens."""
 
 __version__ = "0.1.0"
-
-import os
-
-# A rank that ends makes torch's C++ warn in every other rank, with a stack of forty lines; the cause is told once
-# instead (runtime/watchdog.py). torch reads the variable when it is loaded, and errors are still shown.
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

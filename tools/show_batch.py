@@ -14,6 +14,7 @@ import torch
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.common.contact_sheet import draw_contact_sheet
 from megatron_cm3leon.config.loading import SOURCE_FIELDS, Config, changed_fields, is_fixed, load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.inspect.packing import describe_waste
 from megatron_cm3leon.data.inspect.sequences import BlockPrinter, find_pictures
 from megatron_cm3leon.data.stream.stream import Stream, build_stream
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = Path(args.config)
     run = path if path.is_dir() else path.parent
     config = load_config(run / "config.yaml" if path.is_dir() else path, args.overrides)
-    config.validate()
+    validate_config(config)
     changes = {}
     if args.step is not None or all((run / name).is_file() for name in ("config.yaml", METRICS)):
         changes = find_changes(load_config(run / "config.yaml", expand=False), config)
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def find_changes(own: Config, config: Config) -> dict[str, tuple]:
     """Field -> (value of the run, value now), of what determines which documents a step of the run saw."""
-    own.validate()
+    validate_config(own)
     return {
         name: values
         for name, values in changed_fields(own, config).items()

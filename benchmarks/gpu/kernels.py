@@ -255,11 +255,12 @@ def cross_entropy(device, tiny: bool) -> Iterator[dict]:
     from timing import time_call
 
     from megatron_cm3leon.config.loading import load_config
+    from megatron_cm3leon.config.validation import validate_config
     from megatron_cm3leon.distributed.launch import Rank
     from megatron_cm3leon.engine.groups import initialize_groups
 
     config = load_config(None, ["preset=350m"])
-    config.validate(1)
+    validate_config(config, 1)
     initialize_groups(config, Rank.from_environment(), device)
     from megatron.core import parallel_state
 

@@ -101,6 +101,7 @@ def make_rows(device: str) -> list[dict]:
 def build_config(row: dict):
     """The configuration of a row, validated; ValueError for an override that this tree does not know."""
     from megatron_cm3leon.config.loading import load_config
+    from megatron_cm3leon.config.validation import validate_config
 
     values = [
         f"preset={row['model']}",
@@ -115,7 +116,7 @@ def build_config(row: dict):
         values += [*TINY, *(["model.kv_heads=2"] if row["family"] == "llama" else [])]
     values += [f"model.layers={row['layers']}"] if row.get("layers") else []
     config = load_config(None, [*values, *row["overrides"]])
-    config.validate(1)
+    validate_config(config, 1)
     return config
 
 

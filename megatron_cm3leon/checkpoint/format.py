@@ -20,6 +20,7 @@ from pathlib import Path
 
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 FORMAT = 1
@@ -262,7 +263,7 @@ class CheckpointFolder:
     def config(self) -> Config:
         """Configuration of the run that wrote the checkpoint, validated."""
         config = load_config(self.check("config.yaml"), expand=False)
-        config.validate()
+        validate_config(config)
         return config
 
     @cached_property

@@ -1,7 +1,7 @@
 """The one configuration tree: presets, YAML, `section.key=value`, saving and comparing.
 
-Precedence, lowest first: the defaults of config_fields.py, the preset, the YAML file, the command line.
-`load_config` returns a tree of plain dataclasses; `Config.validate` fills derived values and refuses what cannot run.
+Precedence, lowest first: the defaults of schema.py, the preset, the YAML file, the command line. `load_config` returns
+a tree of plain dataclasses; `validate_config` fills derived values and refuses what cannot run.
 """
 
 import difflib
@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from megatron_cm3leon.common.paths import expand_path
-from megatron_cm3leon.config.schema import Config
+from megatron_cm3leon.config.schema import Config, SourceConfig
+from megatron_cm3leon.config.setting import list_settings
 
 # Family cm3leon: layers, width, peak rate, batch and warm-up are CM3Leon's table 3. Heads, the activation, Adam's
 # betas, epsilon, weight decay, clipping and the linear decay to 0.1 are OPT's: the paper does not print them.
@@ -71,20 +72,17 @@ PRESETS: dict[str, dict[str, dict]] = {
     },
 }
 
-# What a resumed run may change only with `--allow-change`: the model and the stream.
-FIXED_FIELDS = ("seed", "model.", "data.", "retrieval.", "cm3.", "train.global_batch_size")
-# But for these: the stream's identity (data/stream/identity.py) covers the content of folders, wherever they are.
-SOURCE_FIELDS = ("data.shards", "data.sources", "retrieval.index")
-FREE_FIELDS = (*SOURCE_FIELDS, "data.workers", "data.prefetch")
+_SETTINGS = dict(list_settings(Config))
 
-PATHS = ("output", "data.shards", "retrieval.index", "validation.shards", "validation.index", "deepspeed.json")
-"""Fields that are paths, beside those of data.sources: ~ and $VARIABLE are expanded in them."""
+SOURCE_FIELDS = tuple(name for name, setting in _SETTINGS.items() if setting.resume == "content")
+"""Fields that name folders of data."""
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None, *, expand: bool = True) -> Config:
-    """Read a YAML file and `section.key=value` overrides into a Config; call validate() on it next.
+    """Read a YAML file and `section.key=value` overrides into a Config; call validate_config on it next.
 
-    expand: ~ and $VARIABLE in paths; not for what an earlier run wrote, perhaps where other variables were set.
+    expand: expand ~ and $VARIABLE in paths; False for a file that an earlier run wrote, perhaps on a machine with other
+    variables.
 
     Raises ValueError for a missing file, a field that does not exist (with the nearest name), a value of another type
     and a path whose variable is not set.
@@ -100,11 +98,11 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             raise ValueError(f"{path} is not valid YAML: {error}") from error
     for text in overrides or []:
         if "=" not in text:
-            raise ValueError(f"{text!r} is no override; write section.key=value, such as parallel.tensor=2.")
+            raise ValueError(f"{text!r} is not a valid override; write section.key=value, such as parallel.tensor=2.")
         name, _, value = text.partition("=")
         if " #" in value and value.lstrip()[:1] not in ("'", '"'):
             raise ValueError(
-                f"{name} ({value}): YAML takes what follows ' #' for a comment; write {name}='\"{value}\"'."
+                f"{name} ({value}): YAML reads what follows ' #' as a comment; write {name}='\"{value}\"'."
             )
     layers.append(OmegaConf.from_dotlist(list(overrides or [])))
     for layer in layers:
@@ -129,9 +127,10 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 
 def expand_config(config: Config) -> Config:
     """The same object, ~ and $VARIABLE expanded in its paths; ValueError with the field."""
-    expand_fields(config, PATHS)
+    expand_fields(config, (name for name, setting in _SETTINGS.items() if setting.path))
+    names = [name for name, setting in list_settings(SourceConfig) if setting.path]
     for number, source in enumerate(config.data.sources):
-        expand_fields(source, ("shards", "index"), f"data.sources[{number}].")
+        expand_fields(source, names, f"data.sources[{number}].")
     return config
 
 
@@ -149,10 +148,10 @@ def expand_fields(tree: object, names: Iterable[str], prefix: str = "") -> None:
 
 
 def load_fields(path: str | Path, schema: type, overrides: list[str], example: str):
-    """A YAML file of the fields of a dataclass, with `section.key=value` in their place, as an object of it.
+    """Read a YAML file and `section.key=value` overrides into an object of the dataclass `schema`.
 
-    Raises ValueError, with the file, for what is no YAML, a field that does not exist and a value of another type;
-    `example` shows lists and mappings as they are meant.
+    Raises ValueError, with the file, for invalid YAML, a field that does not exist and a value of another type;
+    `example` shows the user the expected lists and mappings.
     """
     try:
         layers = [OmegaConf.load(path), OmegaConf.from_dotlist(overrides)]
@@ -165,17 +164,17 @@ def load_fields(path: str | Path, schema: type, overrides: list[str], example: s
         raise ValueError(f"{path}: {_explain(error)}") from error
     except TypeError as error:
         raise ValueError(
-            f"{path}: a list stands where names and values belong, or the other way round; {example}."
+            f"{path}: a list was found where a mapping is required, or a mapping instead of a list; {example}."
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _explain(error: OmegaConfBaseException) -> str:
-    """Its field and first line: what follows speaks of the library's own types."""
+    """Field and first line of the error; its other lines are about types of the library."""
     text = f"{getattr(error, 'full_key', None) or 'configuration'}: {str(error.msg or error).partition(chr(10))[0]}"
     if isinstance(error, InterpolationKeyError):
-        text += "; ${name} stands for a field of the configuration: write $NAME for a variable of the environment"
+        text += "; ${name} means a field of the configuration: write $NAME for an environment variable"
     return text
 
 
@@ -210,7 +209,8 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple]:
 
 def is_fixed(name: str) -> bool:
     """Whether a resumed run may change the field `name` (section.key) only with --allow-change."""
-    return name.startswith(FIXED_FIELDS) and name not in FREE_FIELDS
+    setting = _SETTINGS.get(name)
+    return setting is not None and setting.resume == "fixed"
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:

@@ -1,41 +1,44 @@
-"""Every field of the configuration with its default: one dataclass a section. config.py loads and checks them."""
+"""Every field of the configuration: default, bounds, resume policy and description; one dataclass per section.
+
+loading.py reads them from YAML and the command line, validation.py checks them and fills derived values.
+"""
 
 from dataclasses import dataclass, field
 
-from megatron_cm3leon.config.validation import check_config, fill_family
+from megatron_cm3leon.config.setting import Setting, setting
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
     """Shape of the decoder-only transformer (CM3Leon section 2.3, table 3)."""
 
-    family: str = "cm3leon"
+    family: str = setting("cm3leon", choices=("cm3leon", "llama"), resume="fixed")
     """cm3leon: pre-LayerNorm without parameters, no bias, learned positions. llama: RMSNorm, RoPE, SwiGLU."""
-    layers: int = 24
+    layers: int = setting(24, minimum=1, resume="fixed")
     """Transformer layers."""
-    hidden_size: int = 1024
+    hidden_size: int = setting(1024, minimum=1, resume="fixed")
     """Width of the residual stream."""
-    heads: int = 16
+    heads: int = setting(16, minimum=1, resume="fixed")
     """Attention heads; must divide hidden_size."""
-    kv_heads: int = 0
-    """Heads of keys and values (llama: grouped-query attention); 0 means as many as `heads`."""
-    ffn_hidden_size: int = 0
-    """Width of the feed-forward layer; 0 means 4 x hidden_size, or 8/3 x hidden_size in whole 256s (llama)."""
-    activation: str = ""
-    """cm3leon: relu (OPT's) or gelu (the exact, erf form); llama: swiglu. Empty means the family's first."""
-    qk_norm: bool = False
-    """RMSNorm of queries and keys, one scale a head dimension (llama; Chameleon's QK-norm in Qwen3's form)."""
-    rope_base: float = 10000.0
-    """Base of the rotary wavelengths (llama)."""
-    norm_epsilon: float = 1e-5
+    kv_heads: int = setting(0, minimum=0, resume="fixed")
+    """Heads of keys and values (llama: grouped-query attention); 0: as many as `heads`."""
+    ffn_hidden_size: int = setting(0, resume="fixed")
+    """Width of the feed-forward layer; 0: 4 x hidden_size, or for llama 8/3 x hidden_size, rounded up to 256s."""
+    activation: str = setting("", resume="fixed")
+    """cm3leon: relu (OPT's) or gelu (the exact, erf form); llama: swiglu. Empty: the first of the family."""
+    qk_norm: bool = setting(False, resume="fixed")
+    """RMSNorm of queries and keys, one scale per head dimension (llama; Chameleon's QK-norm in Qwen3's form)."""
+    rope_base: float = setting(10000.0, minimum=1, resume="fixed")
+    """Base of the wavelengths of RoPE (llama)."""
+    norm_epsilon: float = setting(1e-5, minimum=0, resume="fixed")
     """Added to the variance in every norm."""
-    tied_embeddings: bool | None = None
-    """Whether the head is the word embedding; unset means the family's: cm3leon yes, llama no."""
-    init_std: float = 0.006
-    """Standard deviation of the initial weights, a normal cut at 3 of them."""
-    position_init_std: float = 0.0002
+    tied_embeddings: bool | None = setting(None, resume="fixed")
+    """Whether the output layer uses the weights of the word embedding; unset: cm3leon yes, llama no."""
+    init_std: float = setting(0.006, minimum=0, resume="fixed")
+    """Standard deviation of the initial weights: a normal distribution, truncated at 3 standard deviations."""
+    position_init_std: float = setting(0.0002, minimum=0, resume="fixed")
     """Standard deviation of the initial position embeddings."""
-    dropout: float = 0.0
+    dropout: float = setting(0.0, minimum=0, maximum=0.99, resume="fixed")
     """Dropout probability of embeddings, attention and residual branches (CM3Leon: none)."""
 
 
@@ -43,244 +46,254 @@ class ModelConfig:
 class SourceConfig:
     """One source of a mixture."""
 
-    shards: str = ""
+    shards: str = setting("", path=True)
     """Folder of shards that tools/preprocess_data.py wrote."""
-    weight: float = 1.0
-    """Share of the samples, relative to the other sources' (0.7, 0.2, 0.1 are 7, 2, 1)."""
-    index: str = ""
-    """Index folder that tools/build_index.py wrote for these shards; empty: no retrieved documents in this source."""
+    weight: float = setting(1.0)
+    """Share of the samples relative to the other sources: 0.7, 0.2, 0.1 give the same mixture as 7, 2, 1."""
+    index: str = setting("", path=True)
+    """Index folder that tools/build_index.py wrote for these shards; empty: this source has no retrieved documents."""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """What is read, and how it becomes blocks of seq_length + 1 tokens."""
+    """The shards, and how their documents become sequences of seq_length + 1 tokens."""
 
-    shards: str = ""
+    shards: str = setting("", resume="content", path=True)
     """Folder of shards that tools/preprocess_data.py wrote."""
-    sources: list[SourceConfig] = field(default_factory=list)
-    """Several sources with weights, in place of `shards` and retrieval.index."""
-    seq_length: int = 4096
-    """Tokens the model sees at once; also the number of learned positions (cm3leon), which a resumed run keeps."""
-    packing: str = "query"
-    """query: every query its own block, whole, at the end; stream: samples concatenated and cut;
-    stream_whole_images: no block begins inside a picture; documents: whole samples, best fit."""
-    attention: str = "causal"
-    """causal: a token sees all before it in its block; sample: only those of its own sample (packed sequences)."""
-    image_first_probability: float = 0.5
-    """Probability, per document and epoch, that the picture of a pair comes before its text."""
-    text_loss_weight: float = 1.0
+    sources: list[SourceConfig] = field(default_factory=list, metadata={"setting": Setting(resume="content")})
+    """Several sources with weights, instead of `shards` and retrieval.index."""
+    seq_length: int = setting(4096, minimum=8, resume="fixed")
+    """Tokens per sequence; also the number of learned positions (cm3leon), which a resumed run cannot change."""
+    packing: str = setting("query", choices=("query", "stream", "stream_whole_images", "documents"), resume="fixed")
+    """query: one sequence per query document, which is never cut and comes last. stream: samples are concatenated and
+    cut into sequences. stream_whole_images: as stream, but no sequence begins inside an image. documents: whole
+    samples, packed by best fit."""
+    attention: str = setting("causal", choices=("causal", "sample"), resume="fixed")
+    """causal: a token attends to all earlier tokens of its sequence; sample: only to those of the same sample."""
+    image_first_probability: float = setting(0.5, minimum=0, maximum=1, resume="fixed")
+    """Probability, per document and epoch, that the image of a pair comes before its text."""
+    text_loss_weight: float = setting(1.0, minimum=0, resume="fixed")
     """Factor of the loss weight of text tokens."""
-    image_loss_weight: float = 1.0
+    image_loss_weight: float = setting(1.0, minimum=0, resume="fixed")
     """Factor of the loss weight of image tokens."""
-    workers: int = 1
-    """Loader processes a rank; 0 loads in the training process."""
-    prefetch: int = 4
-    """Batches a loader process prepares ahead."""
+    workers: int = setting(1, minimum=0)
+    """Loader processes per rank; 0: batches are loaded in the training process."""
+    prefetch: int = setting(4, minimum=1)
+    """Batches that each loader process prepares in advance."""
 
 
 @dataclass(kw_only=True)
 class RetrievalConfig:
-    """Retrieved documents in front of the query document (CM3Leon section 2.1)."""
+    """Retrieved documents before the query document (CM3Leon section 2.1)."""
 
-    index: str = ""
-    """Index folder that tools/build_index.py wrote; empty trains without retrieval."""
-    documents: int = 3
-    """Retrieved documents in front of a query document."""
-    choice: str = "fixed"
-    """fixed: always `documents` of them (CM3Leon); uniform: 0 to `documents`, equally likely (RA-CM3)."""
-    loss_weight: float = 1.0
+    index: str = setting("", resume="content", path=True)
+    """Index folder that tools/build_index.py wrote; empty: training without retrieval."""
+    documents: int = setting(3, minimum=0, resume="fixed")
+    """Retrieved documents before each query document."""
+    choice: str = setting("fixed", choices=("fixed", "uniform"), resume="fixed")
+    """Number of retrieved documents. fixed: always `documents` (CM3Leon); uniform: 0 to `documents`, equally likely
+    (RA-CM3)."""
+    loss_weight: float = setting(1.0, minimum=0, resume="fixed")
     """Weight of the loss on retrieved documents (RA-CM3's alpha, 0.1 there; CM3Leon: 1)."""
 
 
 @dataclass(kw_only=True)
 class CM3Config:
-    """Causal masking: spans move to the end of the block (CM3Leon section 2.2)."""
+    """Causal masking: spans move to the end of the sequence (CM3Leon section 2.2)."""
 
-    probability: float = 1.0
-    """Probability that a block is masked at all; 0 is plain autoregressive training."""
-    mean_spans: float = 1.0
+    probability: float = setting(1.0, minimum=0, maximum=1, resume="fixed")
+    """Probability that a sequence is masked; 0: plain autoregressive training."""
+    mean_spans: float = setting(1.0, minimum=0, resume="fixed")
     """Mean of the Poisson distribution of the number of spans."""
-    min_spans: int = 0
-    """Smallest number of spans in a masked block (CM3Leon: 0; CM3 and InCoder: 1)."""
-    max_spans: int = 511
-    """Largest number of spans in a block (CM3Leon: 511; CM3: 16; InCoder: 256)."""
-    sentinel_loss_weight: float = 1.0
+    min_spans: int = setting(0, minimum=0, resume="fixed")
+    """Smallest number of spans in a masked sequence (CM3Leon: 0; CM3 and InCoder: 1)."""
+    max_spans: int = setting(511, minimum=0, resume="fixed")
+    """Largest number of spans in a sequence (CM3Leon: 511; CM3: 16; InCoder: 256)."""
+    sentinel_loss_weight: float = setting(1.0, minimum=0, resume="fixed")
     """Factor of the loss weight of sentinels (CM3Leon: 1; CM3: 0)."""
-    rotation_probability: float = 0.0
-    """Probability that a masked block moves one whole segment instead of drawing spans."""
+    rotation_probability: float = setting(0.0, minimum=0, maximum=1, resume="fixed")
+    """Probability that one complete segment of a masked sequence is moved, instead of random spans."""
 
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """Layout over the ranks; data parallel is what is left of them."""
+    """Layout over the ranks; data-parallel size = ranks / (tensor x pipeline x context)."""
 
-    tensor: int = 1
-    """Ranks over which each layer's matrices are partitioned; must divide model.heads and model.kv_heads."""
-    pipeline: int = 1
-    """Stages over which the layers are spread; must divide model.layers."""
-    interleave: int = 1
-    """Chunks of layers of each stage (interleaved schedule, less idle time); needs pipeline of 2 or more."""
-    sequence: bool = False
-    """Norms and dropout work on slices of the sequence over the tensor-parallel ranks."""
-    context: int = 1
-    """Ranks over which each sequence is spread, attention included; twice it must divide data.seq_length."""
-    zero: int = 0
-    """What is partitioned over data-parallel ranks: 1 optimizer state; with train.engine=deepspeed also 2 gradients,
-    3 weights too."""
-    overlap: bool = True
-    """Gradients are reduced (and with zero parameters gathered) while the next layers compute."""
-    recompute: str = "none"
-    """none; selective: attention is computed again in the backward pass; full: whole layers are."""
+    tensor: int = setting(1, minimum=1)
+    """Tensor-parallel ranks, over which the matrices of each layer are partitioned; must divide model.heads and
+    model.kv_heads."""
+    pipeline: int = setting(1, minimum=1)
+    """Pipeline stages; must divide model.layers."""
+    interleave: int = setting(1, minimum=1)
+    """Chunks of layers per pipeline stage (interleaved schedule: less idle time); more than 1 needs pipeline of at
+    least 2."""
+    sequence: bool = setting(False)
+    """Sequence parallelism: each tensor-parallel rank computes norms and dropout for a part of the sequence."""
+    context: int = setting(1, minimum=1)
+    """Context-parallel ranks, over which each sequence is divided, in attention too; 2 x context must divide
+    data.seq_length."""
+    zero: int = setting(0, choices=(0, 1, 2, 3))
+    """ZeRO stage, what is partitioned over data-parallel ranks: 1 optimizer state; with train.engine=deepspeed also 2
+    (and gradients) and 3 (and weights)."""
+    overlap: bool = setting(True)
+    """Whether gradients are reduced (with zero also parameters gathered) while other layers compute."""
+    recompute: str = setting("none", choices=("none", "selective", "full"))
+    """Activations that are recomputed in the backward pass: none; selective: those of attention; full: all."""
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
     """Length, batch and precision of a run."""
 
-    engine: str = "megatron"
-    """megatron: every layout. deepspeed: ZeRO 0-3 and CPU offload, with data and tensor parallel."""
-    steps: int = 1000
+    engine: str = setting("megatron", choices=("megatron", "deepspeed"))
+    """megatron: every layout. deepspeed: ZeRO 0-3 and CPU offload, with data and tensor parallelism."""
+    steps: int = setting(1000, minimum=1)
     """Optimizer steps."""
-    global_batch_size: int = 32
-    """Sequences in one step, over all ranks. A resumed run may change it (--allow-change) and goes on with the next
+    global_batch_size: int = setting(32, minimum=1, resume="fixed")
+    """Sequences per step, over all ranks. A resumed run that changes it (--allow-change) continues with the next
     sequence; train.steps and the schedule count steps."""
-    micro_batch_size: int = 1
-    """Blocks in one forward pass of one rank."""
-    precision: str = "bf16"
-    """bf16 (with fp32 main weights and gradients) or fp32."""
-    compile: bool | None = None
-    """Transformer layers through torch.compile, one graph for all; unset means on a GPU (needs a compiler there)."""
-    kernels: str = "auto"
-    """auto: AdamW of TransformerEngine or apex where one is installed; torch: torch's fused AdamW."""
-    device: str = "auto"
-    """auto, cpu or cuda; auto takes CUDA where there is a device for every local rank."""
-    threads: int = 0
-    """CPU threads a rank; 0 divides the cores among the ranks of this node."""
-    stop_after: int = 0
-    """Stop, with a checkpoint, once this step is reached; 0 goes on to `steps`."""
-    max_skipped: int = 10
-    """Batches in a row whose loss or gradient may be non-finite (and are skipped) before the run stops."""
-    spike_width: float = 0.0
-    """A loss so many robust standard deviations above the median of the last ones takes the run back to its last
-    checkpoint and leaves the batches in between out (loss_guard.py; 20 is far outside of noise); 0 never goes back."""
-    spike_window: int = 100
-    """Steps whose losses give that median and deviation; until there are so many, nothing is a spike."""
-    max_rollbacks: int = 3
-    """Times the run may go back to the same checkpoint; the next spike ends it."""
-    skip_batches: str = ""
-    """Batches to skip, by their numbers in metrics.jsonl, such as 120-320,900."""
-    z_loss: float = 0.0
-    """Weight of the squared log of the softmax's denominator, added to each token's loss (Chameleon: 1e-5)."""
-    fp8: bool = False
-    """Products of the transformer layers in 8-bit floating point, weights and all else as `precision` has them; on a
-    GPU of Ada's generation or later, emulated on a CPU."""
-    sample_attention: str = "auto"
-    """Attention under data.attention=sample. flex: FlexAttention, no mask in memory, on a GPU without dropout; masked:
-    a mask of seq_length x seq_length in each layer; auto: flex where it can be."""
-    head_chunk: int = 0
-    """Tokens of a micro-batch whose logits exist at once; less memory, the head's product is computed twice. 0: all."""
+    micro_batch_size: int = setting(1, minimum=1)
+    """Sequences per forward pass of one rank."""
+    precision: str = setting("bf16", choices=("bf16", "fp32"))
+    """bf16 (with weights of the optimizer and gradients in fp32) or fp32."""
+    compile: bool | None = setting(None)
+    """Compile the transformer layers by torch.compile, one graph for all; unset: on a GPU only (a C compiler must be
+    installed)."""
+    kernels: str = setting("auto", choices=("auto", "torch"))
+    """auto: AdamW of TransformerEngine or apex where one is installed; torch: the fused AdamW of torch."""
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"))
+    """auto, cpu or cuda; auto: CUDA where there is a device for each rank of the node."""
+    threads: int = setting(0, minimum=0)
+    """CPU threads per rank; 0: the cores of the node divided by its ranks."""
+    stop_after: int = setting(0, minimum=0)
+    """Save a checkpoint and stop after this step; 0: after `steps`."""
+    max_skipped: int = setting(10, minimum=0)
+    """Batches with a non-finite loss or gradient are skipped; the run stops after more than this many in a row."""
+    spike_width: float = setting(0.0, minimum=0)
+    """Roll back to the last checkpoint and skip the batches since it when the loss exceeds the median of the last steps
+    by this many robust standard deviations (training/spikes.py; 20 is far outside of noise); 0: never."""
+    spike_window: int = setting(100, minimum=3)
+    """Number of last steps for that median and deviation; no spike is detected before there are so many."""
+    max_rollbacks: int = setting(3, minimum=0)
+    """Rollbacks to the same checkpoint; the next spike after them stops the run."""
+    skip_batches: str = setting("")
+    """Numbers of the batches to skip, as in metrics.jsonl, such as 120-320,900."""
+    z_loss: float = setting(0.0, minimum=0)
+    """Weight of the z-loss, the squared logarithm of the softmax denominator, added to the loss of each token
+    (Chameleon: 1e-5)."""
+    fp8: bool = setting(False)
+    """Matrix products of the transformer layers in 8-bit floating point; everything else as in `precision`. Needs a GPU
+    of compute capability 8.9 or later; emulated on a CPU."""
+    sample_attention: str = setting("auto", choices=("auto", "flex", "masked"))
+    """Attention with data.attention=sample. flex: FlexAttention without a mask in memory, on a GPU and without dropout;
+    masked: a mask of seq_length x seq_length per layer; auto: flex where it is possible."""
+    head_chunk: int = setting(0, minimum=0)
+    """Tokens of a micro-batch whose logits are in memory at the same time: less memory, but the product of the output
+    layer is computed twice. 0: all."""
 
 
 @dataclass(kw_only=True)
 class DeepSpeedConfig:
-    """What train.engine=deepspeed does beside parallel.zero."""
+    """Options of train.engine=deepspeed other than parallel.zero."""
 
-    offload_optimizer: bool = False
-    """Optimizer state and fp32 weights live in CPU memory and are updated there; needs parallel.zero of 1 or more."""
-    offload_parameters: bool = False
-    """Weights live in CPU memory and come to the device layer by layer; needs parallel.zero=3."""
-    json: str = ""
-    """A DeepSpeed JSON with further settings; a key that contradicts this configuration is refused."""
+    offload_optimizer: bool = setting(False)
+    """Keep optimizer state and fp32 weights in CPU memory and update them there; needs parallel.zero of 1 or more."""
+    offload_parameters: bool = setting(False)
+    """Keep weights in CPU memory and copy them to the device layer by layer; needs parallel.zero=3."""
+    json: str = setting("", path=True)
+    """DeepSpeed JSON file with further settings; a key that contradicts this configuration is refused."""
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """AdamW with decoupled weight decay."""
 
-    learning_rate: float = 6e-4
+    learning_rate: float = setting(6e-4, minimum=0)
     """Peak learning rate."""
-    rule: str = "none"
-    """none; mm1: learning_rate and weight_decay follow from the number of parameters (MM1 section 3.3)."""
-    beta1: float = 0.9
-    """Decay of the mean of gradients."""
-    beta2: float = 0.95
-    """Decay of the mean of squared gradients."""
-    epsilon: float = 1e-8
-    """Added to the denominator."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; vectors are not decayed."""
-    clip: float = 1.0
-    """Largest global gradient norm; 0 does not clip."""
+    rule: str = setting("none", choices=("none", "mm1"))
+    """none; mm1: compute learning_rate and weight_decay from the number of parameters (MM1 section 3.3)."""
+    beta1: float = setting(0.9, minimum=0, maximum=1)
+    """Decay rate of the mean of gradients."""
+    beta2: float = setting(0.95, minimum=0, maximum=1)
+    """Decay rate of the mean of squared gradients."""
+    epsilon: float = setting(1e-8, minimum=0)
+    """Added to the denominator of the update."""
+    weight_decay: float = setting(0.1, minimum=0)
+    """Decoupled weight decay of matrices; vectors have none."""
+    clip: float = setting(1.0, minimum=0)
+    """Largest global gradient norm; 0: no clipping."""
 
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
     """Learning rate over the steps."""
 
-    name: str = "linear"
+    name: str = setting("linear", choices=("linear", "cosine", "exponential", "constant", "wsd"))
     """After the warm-up: linear, cosine, exponential (Chameleon), constant, or wsd (constant, then linear decay)."""
-    warmup_steps: int = 1500
+    warmup_steps: int = setting(1500, minimum=0)
     """Steps of linear warm-up from 0."""
-    floor: float = 0.1
-    """Final learning rate as a share of the peak; exponential needs more than 0."""
-    decay_steps: int = 0
-    """Steps of the final decay of wsd; 0 means a tenth of train.steps."""
+    floor: float = setting(0.1, minimum=0, maximum=1)
+    """Final learning rate as a share of the peak; exponential requires more than 0."""
+    decay_steps: int = setting(0, minimum=0)
+    """Steps of the final decay of wsd; 0: a tenth of train.steps."""
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """When the run is saved, and what is kept."""
+    """When checkpoints are saved, and which are kept."""
 
-    interval: int = 1000
+    interval: int = setting(1000, minimum=1)
     """Steps between checkpoints; the last step is always saved."""
-    asynchronous: bool = True
-    """Training waits only for a copy in CPU memory, which is written meanwhile; false: until all is written."""
-    keep_last: int = 3
-    """Newest complete checkpoints that are kept; 0 keeps all."""
-    keep_every: int = 0
-    """Checkpoints of steps divisible by this are kept for ever; 0 is none."""
-    log_spaced: bool = False
-    """Also saves at steps 0 (before the first), 1, 2, 4 ... 512, and keeps those for ever (Pythia)."""
+    asynchronous: bool = setting(True)
+    """true: training continues once the state is copied to CPU memory, and the copy is written in the background;
+    false: training waits until the checkpoint is written."""
+    keep_last: int = setting(3, minimum=0)
+    """Number of newest complete checkpoints that are kept; 0: all."""
+    keep_every: int = setting(0, minimum=0)
+    """Checkpoints of steps divisible by this are never deleted; 0: none."""
+    log_spaced: bool = setting(False)
+    """Also save at steps 0 (before the first), 1, 2, 4 ... 512, and never delete those (Pythia)."""
 
 
 @dataclass(kw_only=True)
 class ValidationConfig:
     """Loss on held-out documents while training."""
 
-    shards: str = ""
-    """Folder of held-out shards; empty validates nothing."""
-    index: str = ""
-    """Index folder of the held-out shards, whose bank is the training set."""
-    interval: int = 0
-    """Steps between validations; 0 never validates."""
-    batches: int = 4
-    """Global batches in one validation, the same ones each time."""
+    shards: str = setting("", path=True)
+    """Folder of held-out shards; empty: no validation."""
+    index: str = setting("", path=True)
+    """Index folder of the held-out shards; its retrieved documents come from the training set."""
+    interval: int = setting(0, minimum=0)
+    """Steps between validations; 0: never."""
+    batches: int = setting(4, minimum=1)
+    """Global batches per validation, the same ones each time."""
 
 
 @dataclass(kw_only=True)
 class ClusterConfig:
-    """What watches over a run on many machines (cluster/)."""
+    """Monitoring of a run on many machines (runtime/), and its restarts (slurm/)."""
 
-    preflight: bool = True
-    """Before the first step: devices, all-reduce, disk, clocks, and versions, configuration and data alike on all
-    ranks (runtime/preflight.py)."""
-    straggler_interval: int = 100
-    """Steps between reports of the slowest rank; 0 never reports."""
-    watchdog_seconds: float = 900.0
-    """Seconds without a step, validation or save after which the run ends, with the stacks of every rank; 0: never."""
-    max_restarts: int = 3
-    """Restarts in a row that brought no new checkpoint before a job is no longer requeued (tools/submit.py)."""
+    preflight: bool = setting(True)
+    """Before the first step, check devices, all-reduce, disk and clocks, and that versions, configuration and data are
+    the same on all ranks (runtime/preflight.py)."""
+    straggler_interval: int = setting(100, minimum=0)
+    """Steps between reports of the slowest rank; 0: never."""
+    watchdog_seconds: float = setting(900.0, minimum=0)
+    """Seconds without a step, validation or save after which the run stops and the stack of every rank is printed; 0:
+    never."""
+    max_restarts: int = setting(3, minimum=0)
+    """Stop requeueing a job after this many consecutive restarts without a new checkpoint (tools/submit.py)."""
 
 
 @dataclass(kw_only=True)
 class Config:
-    """One run."""
+    """Configuration of one run."""
 
-    preset: str = ""
-    """350m, 760m or 7b of model.family: sizes with their optimizer settings; empty for none."""
-    output: str = "runs/train"
+    preset: str = setting("")
+    """350m, 760m or 7b: sizes and optimizer settings of model.family; empty: none."""
+    output: str = setting("runs/train", path=True)
     """Run folder."""
-    seed: int = 1234
+    seed: int = setting(1234, resume="fixed")
     """Seed of the initial weights, the stream and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -295,15 +308,7 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
-    def validate(self, world_size: int | None = None) -> None:
-        """Fill derived values and refuse what cannot run; `world_size` in ranks, where it is known.
-
-        Raises ValueError with the field, its value, the requirement and the remedy.
-        """
-        fill_family(self.model)
-        check_config(self, world_size)
-
     def data_parallel_size(self, world_size: int) -> int:
-        """Ranks that hold the same partition of the model and other data."""
+        """Data-parallel ranks of `world_size` ranks."""
         parallel = self.parallel
         return world_size // (parallel.tensor * parallel.pipeline * parallel.context)

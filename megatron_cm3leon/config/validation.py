@@ -1,95 +1,19 @@
-"""What a configuration must satisfy: choices, ranges, and layouts that can run."""
+"""What a configuration must satisfy: bounds and choices of its fields, and layouts that can run."""
 
+import functools
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from megatron_cm3leon.config.schema import Config, ModelConfig
+from megatron_cm3leon.config.schema import Config, ModelConfig
+from megatron_cm3leon.config.setting import list_settings
 
 VOCABULARY_ROW_MULTIPLE = 128
 """The model pads its vocabulary rows to a multiple of this, under every layout."""
 
-_CHOICES = {
-    "model.family": ("cm3leon", "llama"),
-    "data.attention": ("causal", "sample"),
-    "data.packing": ("query", "stream", "stream_whole_images", "documents"),
-    "retrieval.choice": ("fixed", "uniform"),
-    "train.engine": ("megatron", "deepspeed"),
-    "train.precision": ("bf16", "fp32"),
-    "train.kernels": ("auto", "torch"),
-    "train.sample_attention": ("auto", "flex", "masked"),
-    "train.device": ("auto", "cpu", "cuda"),
-    "schedule.name": ("linear", "cosine", "exponential", "constant", "wsd"),
-    "optimizer.rule": ("none", "mm1"),
-    "parallel.recompute": ("none", "selective", "full"),
-    "parallel.zero": (0, 1, 2, 3),
-}
-
-# field -> (lowest, highest); None is no bound.
-_RANGES = {
-    "model.layers": (1, None),
-    "model.hidden_size": (1, None),
-    "model.heads": (1, None),
-    "model.kv_heads": (1, None),
-    "model.rope_base": (1, None),
-    "model.norm_epsilon": (0, None),
-    "model.init_std": (0, None),
-    "model.position_init_std": (0, None),
-    "model.dropout": (0, 0.99),
-    "data.seq_length": (8, None),
-    "data.image_first_probability": (0, 1),
-    "data.text_loss_weight": (0, None),
-    "data.image_loss_weight": (0, None),
-    "data.workers": (0, None),
-    "data.prefetch": (1, None),
-    "retrieval.documents": (0, None),
-    "retrieval.loss_weight": (0, None),
-    "cm3.probability": (0, 1),
-    "cm3.mean_spans": (0, None),
-    "cm3.min_spans": (0, None),
-    "cm3.max_spans": (0, None),
-    "cm3.sentinel_loss_weight": (0, None),
-    "cm3.rotation_probability": (0, 1),
-    "parallel.tensor": (1, None),
-    "parallel.pipeline": (1, None),
-    "parallel.interleave": (1, None),
-    "parallel.context": (1, None),
-    "train.steps": (1, None),
-    "train.global_batch_size": (1, None),
-    "train.micro_batch_size": (1, None),
-    "train.threads": (0, None),
-    "train.stop_after": (0, None),
-    "train.max_skipped": (0, None),
-    "train.spike_width": (0, None),
-    "train.spike_window": (3, None),
-    "train.max_rollbacks": (0, None),
-    "train.z_loss": (0, None),
-    "train.head_chunk": (0, None),
-    "optimizer.learning_rate": (0, None),
-    "optimizer.beta1": (0, 1),
-    "optimizer.beta2": (0, 1),
-    "optimizer.epsilon": (0, None),
-    "optimizer.weight_decay": (0, None),
-    "optimizer.clip": (0, None),
-    "schedule.warmup_steps": (0, None),
-    "schedule.floor": (0, 1),
-    "schedule.decay_steps": (0, None),
-    "checkpoint.interval": (1, None),
-    "checkpoint.keep_last": (0, None),
-    "checkpoint.keep_every": (0, None),
-    "validation.interval": (0, None),
-    "validation.batches": (1, None),
-    "cluster.watchdog_seconds": (0, None),
-    "cluster.straggler_interval": (0, None),
-    "cluster.max_restarts": (0, None),
-}
-
-
 FAMILY_ACTIVATIONS = {"cm3leon": ("relu", "gelu"), "llama": ("swiglu",)}
 
 
-def fill_family(model: "ModelConfig") -> None:
-    """Replace what is left to the family by its values."""
+def fill_family(model: ModelConfig) -> None:
+    """Replace unset fields by the values of the family."""
     llama = model.family == "llama"
     if not model.ffn_hidden_size:
         model.ffn_hidden_size = -(-8 * model.hidden_size // (3 * 256)) * 256 if llama else 4 * model.hidden_size
@@ -99,10 +23,14 @@ def fill_family(model: "ModelConfig") -> None:
         model.tied_embeddings = not llama
 
 
-def check_config(config: "Config", world_size: int | None) -> None:
-    """Raise ValueError for the first field that breaks a rule; layouts against `world_size` where it is known."""
-    _check_choices(config)
-    _check_ranges(config)
+def validate_config(config: Config, world_size: int | None = None) -> None:
+    """Fill the values that follow from others, then check every rule; `world_size` in ranks, where it is known.
+
+    Raises ValueError for the first field that breaks a rule, with its value, the requirement and the remedy.
+    """
+    fill_family(config.model)
+    for name, setting in list_settings(Config):
+        setting.check(name, _get_field(config, name))
     _check_sources(config)
     _check_masking(config)
     _check_family(config)
@@ -117,28 +45,9 @@ def check_config(config: "Config", world_size: int | None) -> None:
         _check_ranks(config, world_size)
 
 
-def _get_field(config: "Config", path: str):
+def _get_field(config: Config, path: str) -> object:
     """Value of a dotted field name, such as `model.layers`."""
-    value = config
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _check_choices(config: "Config") -> None:
-    for path, choices in _CHOICES.items():
-        value = _get_field(config, path)
-        if value not in choices:
-            raise ValueError(f"{path} ({value!r}) must be one of: {', '.join(map(str, choices))}.")
-
-
-def _check_ranges(config: "Config") -> None:
-    for path, (lowest, highest) in _RANGES.items():
-        value = _get_field(config, path)
-        too_low = not value >= lowest  # also refuses NaN
-        if too_low or (highest is not None and value > highest):
-            bound = f"at least {lowest}" if highest is None else f"between {lowest} and {highest}"
-            raise ValueError(f"{path} ({value}) must be {bound}.")
+    return functools.reduce(getattr, path.split("."), config)
 
 
 def parse_batches(text: str) -> list[range]:
@@ -158,12 +67,14 @@ def parse_batches(text: str) -> list[range]:
     return merged
 
 
-def _check_sources(config: "Config") -> None:
+def _check_sources(config: Config) -> None:
     if not config.data.sources:
         return
     for path in ("data.shards", "retrieval.index"):
         if value := _get_field(config, path):
-            raise ValueError(f"{path} ({value}) must be empty with data.sources, which name their own; leave one out.")
+            raise ValueError(
+                f"{path} ({value}) must be empty with data.sources, which have their own; set only one of them."
+            )
     for number, source in enumerate(config.data.sources):
         if not source.shards:
             raise ValueError(
@@ -171,18 +82,18 @@ def _check_sources(config: "Config") -> None:
             )
         if not 0 < source.weight < float("inf"):
             raise ValueError(
-                f"data.sources[{number}].weight ({source.weight}) must be above 0 and finite; leave out a source "
-                f"without a share."
+                f"data.sources[{number}].weight ({source.weight}) must be above 0 and finite; remove a source that "
+                f"has no share."
             )
 
 
-def _check_masking(config: "Config") -> None:
+def _check_masking(config: Config) -> None:
     least, most = config.cm3.min_spans, config.cm3.max_spans
     if least > most:
         raise ValueError(f"cm3.min_spans ({least}) must be at most cm3.max_spans ({most}); change one of them.")
 
 
-def _check_family(config: "Config") -> None:
+def _check_family(config: Config) -> None:
     model = config.model
     activations = FAMILY_ACTIVATIONS[model.family]
     if model.activation not in activations:
@@ -199,8 +110,8 @@ def _check_family(config: "Config") -> None:
         ):
             if value != wanted:
                 raise ValueError(
-                    f"model.{name} ({value}) must be {wanted} in family cm3leon, which is exported as OPT; leave it "
-                    f"out or use model.family=llama."
+                    f"model.{name} ({value}) must be {wanted} in family cm3leon, which is exported as OPT; remove it "
+                    f"or use model.family=llama."
                 )
     if model.hidden_size % model.heads:
         raise ValueError(
@@ -218,27 +129,27 @@ def _check_family(config: "Config") -> None:
         )
     if config.schedule.name == "exponential" and not config.schedule.floor:
         raise ValueError(
-            "schedule.floor (0) must be above 0 with schedule.name=exponential, which never reaches 0; 0.01 decays to "
-            "a hundredth of the peak."
+            "schedule.floor (0) must be above 0 with schedule.name=exponential, which never reaches 0; use for example "
+            "0.01, a hundredth of the peak."
         )
 
 
-def _check_attention(config: "Config") -> None:
+def _check_attention(config: Config) -> None:
     if config.train.sample_attention != "flex":
         return
     reasons = []
     if config.model.dropout:
-        reasons.append(f"model.dropout ({config.model.dropout}) to be 0, because FlexAttention drops no weights")
+        reasons.append(f"model.dropout ({config.model.dropout}) to be 0, because FlexAttention has no dropout")
     if config.train.device == "cpu":
         reasons.append("a GPU (train.device is cpu), because FlexAttention has no backward pass on a CPU")
     if reasons:
         raise ValueError(
             f"train.sample_attention (flex) needs {' and '.join(reasons)}; use train.sample_attention=auto, which "
-            f"takes the masked form there."
+            f"uses the masked form there."
         )
 
 
-def _check_fp8(config: "Config") -> None:
+def _check_fp8(config: Config) -> None:
     """fp8's kernels need sizes divisible by 16 (model/fp8.py)."""
     if not config.train.fp8:
         return
@@ -268,7 +179,7 @@ def _check_fp8(config: "Config") -> None:
             )
 
 
-def _check_layout(config: "Config") -> None:
+def _check_layout(config: Config) -> None:
     model, parallel, data = config.model, config.parallel, config.data
     tensor, pipeline = parallel.tensor, parallel.pipeline
     for name, value in (
@@ -292,8 +203,8 @@ def _check_layout(config: "Config") -> None:
         )
     if parallel.interleave > 1 and pipeline == 1:
         raise ValueError(
-            f"parallel.interleave ({parallel.interleave}) needs parallel.pipeline of at least 2; it is 1: leave "
-            f"parallel.interleave at 1."
+            f"parallel.interleave ({parallel.interleave}) needs parallel.pipeline of at least 2; it is 1: use "
+            f"parallel.interleave=1."
         )
     if model.layers % (pipeline * parallel.interleave):
         raise ValueError(
@@ -308,22 +219,22 @@ def _check_layout(config: "Config") -> None:
     if parallel.context > 1 and data.seq_length % (2 * parallel.context):
         raise ValueError(
             f"data.seq_length ({data.seq_length}) must be divisible by 2 x parallel.context ({parallel.context}): each "
-            f"rank takes one chunk of either half."
+            f"rank holds one chunk of each half."
         )
 
 
-def _check_engine(config: "Config") -> None:
+def _check_engine(config: Config) -> None:
     parallel, offload = config.parallel, config.deepspeed
     if config.train.engine == "megatron":
         if parallel.zero > 1:
             raise ValueError(
-                f"parallel.zero ({parallel.zero}) must be 0 or 1 with train.engine=megatron, which partitions the "
-                f"optimizer state alone; use parallel.zero=1 or train.engine=deepspeed."
+                f"parallel.zero ({parallel.zero}) must be 0 or 1 with train.engine=megatron, which partitions only "
+                f"the optimizer state; use parallel.zero=1 or train.engine=deepspeed."
             )
         for name in ("offload_optimizer", "offload_parameters", "json"):
             if value := getattr(offload, name):
                 raise ValueError(
-                    f"deepspeed.{name} ({value}) needs train.engine=deepspeed; leave it out or choose that engine."
+                    f"deepspeed.{name} ({value}) needs train.engine=deepspeed; remove it or use that engine."
                 )
         return
     for name, wanted in (("pipeline", 1), ("interleave", 1), ("context", 1), ("sequence", False)):
@@ -336,7 +247,7 @@ def _check_engine(config: "Config") -> None:
     if config.train.compile and parallel.zero == 3:
         raise ValueError(
             "train.compile (True) needs parallel.zero of 0, 1 or 2 with train.engine=deepspeed, which gathers weights "
-            "inside the layers at 3; use parallel.zero=2 or train.compile=false."
+            "inside the layers; use parallel.zero=2 or train.compile=false."
         )
     if offload.offload_optimizer and not parallel.zero:
         raise ValueError(
@@ -349,8 +260,8 @@ def _check_engine(config: "Config") -> None:
         )
 
 
-def _check_installed(config: "Config") -> None:
-    """Where a run is about to start: a checkpoint of either engine is read without its packages."""
+def _check_installed(config: Config) -> None:
+    """Only before a run starts: reading a checkpoint of either engine needs none of its packages."""
     if config.train.engine == "deepspeed" and find_spec("deepspeed") is None:
         raise ValueError(
             "train.engine (deepspeed) needs the package deepspeed, which is not installed; run `pip install -e "
@@ -358,16 +269,16 @@ def _check_installed(config: "Config") -> None:
         )
 
 
-def _check_checkpoints(config: "Config") -> None:
+def _check_checkpoints(config: Config) -> None:
     options = config.checkpoint
     if options.keep_every % options.interval:
         raise ValueError(
             f"checkpoint.keep_every ({options.keep_every}) must be a multiple of checkpoint.interval "
-            f"({options.interval}): only what is saved can be kept; change one of them."
+            f"({options.interval}): only saved steps can be kept; change one of them."
         )
 
 
-def _check_ranks(config: "Config", world_size: int) -> None:
+def _check_ranks(config: Config, world_size: int) -> None:
     parallel, train = config.parallel, config.train
     ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % ranks:
@@ -377,16 +288,16 @@ def _check_ranks(config: "Config", world_size: int) -> None:
             f"{sizes} = {ranks} must divide the number of ranks ({world_size}); start "
             f"{ranks * max(1, world_size // ranks)} ranks (torchrun --nproc-per-node) or change the layout."
         )
-    blocks = train.micro_batch_size * (world_size // ranks)
-    if train.global_batch_size % blocks:
+    sequences = train.micro_batch_size * (world_size // ranks)
+    if train.global_batch_size % sequences:
         raise ValueError(
             f"train.global_batch_size ({train.global_batch_size}) must be divisible by train.micro_batch_size "
-            f"({train.micro_batch_size}) x data-parallel ranks ({world_size // ranks}) = {blocks}."
+            f"({train.micro_batch_size}) x data-parallel ranks ({world_size // ranks}) = {sequences}."
         )
-    if parallel.interleave > 1 and train.global_batch_size // blocks % parallel.pipeline:
+    if parallel.interleave > 1 and train.global_batch_size // sequences % parallel.pipeline:
         raise ValueError(
-            f"train.global_batch_size ({train.global_batch_size}) gives {train.global_batch_size // blocks} "
-            f"micro-batches a rank; parallel.interleave needs a multiple of parallel.pipeline ({parallel.pipeline}): "
+            f"train.global_batch_size ({train.global_batch_size}) gives {train.global_batch_size // sequences} "
+            f"micro-batches per rank; parallel.interleave needs a multiple of parallel.pipeline ({parallel.pipeline}): "
             f"change train.global_batch_size or train.micro_batch_size."
         )
 

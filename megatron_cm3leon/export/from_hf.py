@@ -17,6 +17,7 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.common.atomic_directory import written_whole
 from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.config.loading import Config, save_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.export.check import Comparison, compare_logits, find_shards, require_passed
 from megatron_cm3leon.export.folder import ACCOUNT, ExportFolder, check_output
 from megatron_cm3leon.export.layouts import Part, list_parts
@@ -71,7 +72,7 @@ def _read_account(export: ExportFolder) -> tuple[Config, TrainState]:
             f"{export.folder / ACCOUNT} does not hold the run's configuration and state ({error}); export the "
             f"checkpoint again."
         ) from error
-    config.validate()
+    validate_config(config)
     return config, state
 
 

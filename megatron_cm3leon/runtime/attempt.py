@@ -2,7 +2,7 @@
 
     Attempt(...), begin()   store, watchdog, signals; lock of the run folder, number of the attempt, process groups
     watch.progress()        and stop_asked(), from the training loop
-    end() or fail()         the events stop, failure; the exit status
+    finish() or fail()      the events stop, failure; the exit status
 
 Exit status: 0 done · 2 the user must mend something · 75 stopped on request, the same command goes on · 1 a failure,
 after which a restart may help. The first cause is told once, by the rank that met it; see runtime/watchdog.py.
@@ -14,10 +14,11 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,9 @@ from megatron_cm3leon.runtime.preflight import check_all_reduce, compare_ranks
 from megatron_cm3leon.runtime.signals import StopRequested, StopSignals
 from megatron_cm3leon.runtime.watchdog import LINGER_SECONDS, SILENCE_SECONDS, Watchdog
 
+StopReason = Literal["finished", "stop_after", "signal"]
+"""Why training stopped: train.steps, train.stop_after, or a signal."""
+
 SIGNAL_SECONDS = 1.5
 """A launcher signals the ranks that are left when one has died: its death, if it was that, is known after this."""
 
@@ -45,6 +49,7 @@ class Attempt:
         self.config, self.rank, self.device, self.signals = config, rank, device, signals
         self.run, self.first = Path(config.output), rank.rank == 0
         self.number = 0
+        self.exit_status, self.stop_event = DONE, {}
         self.lock = RunLock(self.run)
         self.store = meet(rank)
         agent = uses_launchers_store()
@@ -104,13 +109,17 @@ class Attempt:
             self.record("signal", step=step, signal=found[0], rank=found[1])
         return found is not None
 
-    def end(self, reason: str, step: int) -> int:
-        """Record the stop after `step`, and part from the other ranks; the exit status."""
+    def finish(self, reason: StopReason, step: int) -> None:
+        """Training stopped after `step`; `reason` decides the exit status."""
+        self.stop_event = {"step": step, "reason": reason}
+        self.exit_status = STOPPED if reason == "signal" else DONE
+
+    def leave(self) -> None:
+        """Record the stop, leave the other ranks and release the run folder."""
         if self.first:
-            self.record("stop", step=step, reason=reason)
+            self.record("stop", **self.stop_event)
         self.watch.close()
         self.lock.release()
-        return STOPPED if reason == "signal" else DONE
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process after an error; of all ranks the first one to fail prints and records why."""
@@ -165,31 +174,33 @@ class Attempt:
             print(f"{self.run}: the {cause.kind} was not recorded: {trouble}", file=sys.stderr, flush=True)
 
 
-def run_attempt(config: Config, rank: Rank, device: torch.device, body: Callable[[Attempt], tuple[str, int]]) -> int:
-    """Run `body` on this rank; the exit status. It returns why it stopped (finished, stop_after, signal) and the step.
+@contextmanager
+def start_attempt(config: Config, rank: Rank, device: torch.device) -> Iterator[Attempt]:
+    """Meet the other ranks and create the process groups; after the body leave them in order.
 
-    After an error it does not return: the process ends.
+    The body ends with Attempt.finish. An error or a second signal inside it ends this process with the exit status of
+    runtime/exit_status.py, once the first cause is reported; one before the ranks have met raises SystemExit.
     """
     signals, attempt = StopSignals(), None
     signals.install()
     try:
         attempt = Attempt(config, rank, device, signals)
         attempt.begin()
-        reason, step = body(attempt)
+        yield attempt
         signals.ignore()
         destroy_groups()
-        return attempt.end(reason, step)
+        attempt.leave()
     except (Exception, StopRequested) as error:
         signals.ignore()
         if attempt is not None:
             attempt.fail(error)
         if isinstance(error, StopRequested):
             print(f"stopped by {error.name} before the ranks had met", file=sys.stderr, flush=True)
-            return STOPPED
+            raise SystemExit(STOPPED) from error
         if not isinstance(error, ValueError | OSError):
             raise
         print(f"error (rank {rank.rank}): {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
+        raise SystemExit(USER_ERROR) from error
 
 
 def is_lost_connection(error: BaseException) -> bool:

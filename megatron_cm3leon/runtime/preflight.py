@@ -32,6 +32,7 @@ import megatron_cm3leon
 from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.common.cli import show_messages, user_path
 from megatron_cm3leon.config.loading import Config, changed_fields, load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.shards.reader import MANIFEST, load_manifest, sha256_file
 from megatron_cm3leon.distributed.launch import Rank, choose_device, meet
 from megatron_cm3leon.engine.groups import destroy_groups, ignore_library_warnings, initialize_groups
@@ -338,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         rank = Rank.from_environment()
         show_messages(logging.INFO if rank.rank == 0 else logging.WARNING)
         config = load_config(options.config, options.overrides)
-        config.validate(rank.world_size)
+        validate_config(config, rank.world_size)
         device = choose_device(config.train.device, rank)
         store = meet(rank)
         compare_ranks(config, rank, device, store)

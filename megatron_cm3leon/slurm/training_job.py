@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_cm3leon.config.loading import Config, load_config, save_config
 from megatron_cm3leon.config.schema import SourceConfig
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.slurm.commands import parse_time, submit
 from megatron_cm3leon.slurm.script import Job, write_training_script
@@ -58,7 +59,7 @@ def prepare_training(job: TrainingJob, data_exists: bool = True) -> Prepared:
     """
     ranks = count_ranks(job)
     config = load_config(job.config, job.overrides)
-    config.validate(job.nodes * ranks)
+    validate_config(config, job.nodes * ranks)
     if data_exists and not job.site.container.image:
         check_data(config)
     if job.site.cpus_per_rank and not config.train.threads:

@@ -6,9 +6,9 @@ from megatron_cm3leon.config.loading import Config
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Rate of optimizer step `step`, counted from 0: linear warm-up from 0, then down to the floor.
+    """Learning rate of optimizer step `step`, counted from 0: linear warm-up from 0, then decay to the floor.
 
-    The last step of the warm-up, number schedule.warmup_steps - 1, has the peak rate.
+    Step schedule.warmup_steps - 1, the last one of the warm-up, has the peak rate.
     """
     schedule, peak = config.schedule, config.optimizer.learning_rate
     if step < schedule.warmup_steps:
@@ -31,10 +31,10 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def follow_rule(config: Config, parameters: int) -> None:
-    """Set the peak rate and the weight decay by optimizer.rule, for a model of so many parameters.
+    """Set the peak learning rate and the weight decay by optimizer.rule, for a model of `parameters` parameters.
 
-    mm1: rate exp(-0.4214 ln N - 0.5535), decay a tenth of it (MM1, arXiv 2403.09611 section 3.3). The law was fitted on
-    pre-trained language models of 9M to 1.2B parameters without embeddings; CM3Leon's own rates are higher.
+    mm1: rate exp(-0.4214 ln N - 0.5535), decay a tenth of it (MM1, arXiv 2403.09611 section 3.3). The law was fitted to
+    language models of 9M to 1.2B parameters without embeddings; the rates of CM3Leon are higher.
     """
     if config.optimizer.rule == "mm1":
         config.optimizer.learning_rate = math.exp(-0.4214 * math.log(parameters) - 0.5535)

@@ -1,83 +1,76 @@
-"""When a run saves, and which of its checkpoints it keeps."""
+"""Saving of a run in progress: when it is due, in the background, with old checkpoints deleted afterwards."""
 
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from megatron_cm3leon.checkpoint.format import (
-    count_bytes,
-    step_folder,
-)
+from megatron_cm3leon.checkpoint.format import count_bytes, step_folder
 from megatron_cm3leon.checkpoint.retention import is_due, remove_old_checkpoints
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.schema import Config
+from megatron_cm3leon.engine.base import Engine
 from megatron_cm3leon.monitoring import events
 
-if TYPE_CHECKING:
-    from megatron_cm3leon.engine.base import Engine
-
 PAUSE_SECONDS = 0.01
-"""Between two looks at the save that a new one waits for."""
+"""Between two polls of the save that a new one waits for."""
 
 
 class RunSaver:
-    """Saves a run when it is due; what is old goes once a newer checkpoint is whole."""
+    """Saves a run when it is due, and deletes old checkpoints once a newer one is complete."""
 
-    def __init__(self, engine: "Engine", config: Config, first: bool, saved: int | None) -> None:
-        """`first`: this rank deletes; `saved`: the step that is on disk already, or None."""
+    def __init__(self, engine: Engine, config: Config, first: bool, saved: int | None) -> None:
+        """`first`: this rank deletes old checkpoints; `saved`: the step that is already on disk, or None."""
         self.engine, self.config, self.first, self.saved = engine, config, first, saved
-        self.under_way = False
-        self.begun, self.attempt = 0.0, 0
+        self.in_progress = False
+        self.started, self.attempt = 0.0, 0
 
     def save_if_due(self, state: TrainState) -> None:
-        """Start a save when the schedule asks for one; collective."""
+        """Start a save when one is due (checkpoint.interval and log_spaced); collective."""
         if is_due(state.step, self.config.checkpoint):
             self.save(state)
 
     def save(self, state: TrainState) -> None:
-        """Start a save unless this step has one; collective."""
+        """Start a save unless this step is saved already; collective."""
         if state.step != self.saved:
-            self.wait()  # engine.save() would wait as well, and its folder would go unrecorded
-            self.begun, self.attempt = time.monotonic(), state.attempt
+            self.wait()  # engine.save() would wait too, but then the event of that checkpoint would not be recorded
+            self.started, self.attempt = time.monotonic(), state.attempt
             self.engine.save(step_folder(Path(self.config.output), state.step), state)
-            self.saved, self.under_way = state.step, True
-            self.poll()  # a synchronous save is done
+            self.saved, self.in_progress = state.step, True
+            self.poll()  # a synchronous save is complete now
 
     def __enter__(self) -> "RunSaver":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """After an error that every rank met, the save under way still gets onto the disk."""
+        """After an error that all ranks have in common, a save in progress is still completed."""
         if isinstance(error, ValueError):
-            with suppress(ValueError):  # the first error is the one to tell
+            with suppress(ValueError):  # the first error is the one that is reported
                 self.engine.close()
 
     def poll(self) -> None:
-        """Raise what went wrong in the save under way; once it is whole, delete what is old."""
-        if self.under_way and self.engine.poll():
-            self._tidy()
+        """Raise the error of the save in progress, if it failed; once it is complete, delete old checkpoints."""
+        if self.in_progress and self.engine.poll():
+            self._complete()
 
     def wait(self) -> None:
-        """Return once this rank's part of the save under way is on disk (rank 0: the checkpoint is whole)."""
-        while self.under_way:
+        """Wait until this rank's part of the save in progress is on disk (rank 0: until the checkpoint is complete)."""
+        while self.in_progress:
             self.poll()
-            time.sleep(PAUSE_SECONDS if self.under_way else 0)
+            time.sleep(PAUSE_SECONDS if self.in_progress else 0)
 
-    def finish(self, state: TrainState) -> Path:
-        """Save the last step, wait until it is on disk and end the engine; returns the checkpoint's folder."""
+    def finish(self, state: TrainState) -> None:
+        """Save the last step, wait until it is on disk and close the engine."""
         self.save(state)
         self.engine.close()
-        if self.under_way:
-            self._tidy()
-        return step_folder(Path(self.config.output), state.step)
+        if self.in_progress:
+            self._complete()
 
-    def _tidy(self) -> None:
-        """Record what is whole now, and delete what it makes superfluous."""
-        self.under_way = False
+    def _complete(self) -> None:
+        """Record the complete checkpoint, and delete those that are no longer kept."""
+        self.in_progress = False
         if self.first:
             folder = step_folder(Path(self.config.output), self.saved)
-            seconds = time.monotonic() - self.begun
+            seconds = time.monotonic() - self.started
             values = {"checkpoint": folder.name, "seconds": round(seconds, 3), "bytes": count_bytes(folder)}
             events.record(self.config.output, self.attempt, "saved", step=self.saved, **values)
             remove_old_checkpoints(self.config.output, self.config.checkpoint)

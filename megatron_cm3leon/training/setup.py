@@ -1,4 +1,4 @@
-"""Where a run begins: a new model, or the last complete checkpoint and what may have changed since."""
+"""Set-up of a run: a new model, or the last complete checkpoint and what may have changed since; the loader."""
 
 import copy
 import logging
@@ -11,6 +11,7 @@ from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, changed_fields, is_fixed
 from megatron_cm3leon.data.stream.identity import compare_sources, describe_sources, identify
+from megatron_cm3leon.data.stream.loader import Loader
 from megatron_cm3leon.data.stream.mixture import whole_weights
 from megatron_cm3leon.data.stream.stream import Stream
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, Engine
@@ -19,17 +20,17 @@ from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
 logger = logging.getLogger(__name__)
 
-_IN_PLACE = (
+_SAME_SEQUENCES = (
     "cm3.", "data.attention", "data.image_first_probability", "data.text_loss_weight", "data.image_loss_weight",
     "retrieval.loss_weight",
 )  # fmt: skip
-"""Fields of the stream that leave every sample in its sequence."""
+"""Fields of the stream that keep every sample in its sequence."""
 _LENGTHS = ("data.seq_length", "retrieval.")
-"""Fields that move samples to other sequences, but under packing=query, where sequence n is sample n."""
+"""Fields that move samples to other sequences, except under packing=query, where sequence n is sample n."""
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """Folder of the newest checkpoint, or None at the start of a run. A damaged one is refused when it is opened."""
+    """Folder of the newest checkpoint, or None for a new run. Damage is detected when it is opened."""
     found = list_checkpoints(run)
     return found[-1] if found else None
 
@@ -37,9 +38,10 @@ def latest_checkpoint(run: Path) -> Path | None:
 def check_changes(
     reader: CheckpointReader, config: Config, stream: Stream, state: TrainState, allowed: list[str]
 ) -> bool:
-    """Refuse to resume with another vocabulary, model or stream unless each change was allowed; record those.
+    """Refuse to resume with another vocabulary, model or stream unless each change is in `allowed`; record the changes.
 
-    Returns whether the sequences of the stream are those of the checkpoint's run.
+    Returns whether the stream has the same sequences as the run of the checkpoint. Raises ValueError, with the field,
+    both values and the remedy, for a change that is not allowed or that no option could allow.
     """
     check_same_vocabulary(stream.vocabulary, reader.vocabulary, f"checkpoint {reader.folder}")
     found = changed_fields(reader.config, config)
@@ -52,13 +54,13 @@ def check_changes(
         if name not in allowed:
             raise ValueError(
                 f"{name} ({after}) was {before} in {reader.folder}; resume with the old value, start a new run folder "
-                f"(output=...), or confirm with --allow-change {name}."
+                f"(output=...), or confirm the change with --allow-change {name}."
             )
     difference, field = _compare_sources(reader, config, stream, state)
     if difference and not {field, "data.shards"} & set(allowed):
         raise ValueError(
-            f"{difference}; give the same data, start a new run folder (output=...), or confirm with --allow-change "
-            f"{field}."
+            f"{difference}; use the same data, start a new run folder (output=...), or confirm the change with "
+            f"--allow-change {field}."
         )
     if difference:
         changes[field] = state.stream, stream.identity
@@ -69,7 +71,7 @@ def check_changes(
 
 
 def _check_shapes(reader: CheckpointReader, config: Config, changes: dict[str, tuple]) -> None:
-    """Refuse a change that gives parameters other shapes: no --allow-change could load the checkpoint."""
+    """Refuse a change after which the parameters have other shapes: --allow-change could not load the checkpoint."""
     size, before = reader.vocabulary.size, canonical_shapes(reader.config, reader.vocabulary.size)
     if canonical_shapes(config, size) == before:
         return
@@ -77,7 +79,7 @@ def _check_shapes(reader: CheckpointReader, config: Config, changes: dict[str, t
         alone, (section, _, field) = copy.deepcopy(reader.config), name.rpartition(".")
         setattr(getattr(alone, section) if section else alone, field, new)
         if canonical_shapes(alone, size) != before:
-            reason = "which gives the model's parameters other shapes"
+            reason = "which changes the shapes of the parameters"
             if name == "data.seq_length":
                 reason = f"which has {old} learned positions (model.family=cm3leon), one for each token of a sequence"
             raise ValueError(
@@ -87,13 +89,13 @@ def _check_shapes(reader: CheckpointReader, config: Config, changes: dict[str, t
 
 
 def _compare_sources(reader: CheckpointReader, config: Config, stream: Stream, state: TrainState) -> tuple[str, str]:
-    """How the data behind the stream differ from the checkpoint's, and the field that names them; ("", "") if not."""
+    """How the data of the stream differ from the checkpoint's, and the field that names them; ("", "") if equal."""
     old, present = reader.config, describe_sources(stream.samples, reader.config)
     if state.stream_parts:
         return compare_sources(state.stream_parts, present, config, reader.folder)
-    # An identity of version 1, which is a hash alone.
+    # Version 1 of the identity, which is only a hash.
     if old.retrieval.documents and not config.retrieval.documents:
-        return "", ""  # it covers an index that is not open any more
+        return "", ""  # the identity covers an index that is no longer open
     if identify(present, old, version=1) == state.stream:
         return "", ""
     weighted = present | {"weights": whole_weights([source.weight for source in old.data.sources] or [1.0])}
@@ -104,17 +106,17 @@ def _compare_sources(reader: CheckpointReader, config: Config, stream: Stream, s
 
 
 def _log_position(old: Config, config: Config, changes: dict[str, tuple], state: TrainState) -> None:
-    """Say where in the stream a run goes on whose batches or sequences have changed."""
+    """Log where in the stream a run continues whose batches or sequences have changed."""
     moving = [
         name
         for name in changes
-        if not name.startswith(("model.", "train.", *_IN_PLACE))
+        if not name.startswith(("model.", "train.", *_SAME_SEQUENCES))
         and not (name.startswith(_LENGTHS) and old.data.packing == config.data.packing == "query")
     ]
     if moving:
         logger.info(
-            "training continues at sequence %d, which is another place of the data since %s changed: some samples are "
-            "trained on again, or not in this epoch",
+            "training continues at sequence %d, which is another position in the data because %s changed: some samples "
+            "are repeated or skipped in this epoch",
             state.sequence, " and ".join(moving),
         )  # fmt: skip
     elif "train.global_batch_size" in changes:
@@ -126,17 +128,17 @@ def _log_position(old: Config, config: Config, changes: dict[str, tuple], state:
 
 
 def check_dropout_seeding(folder: Path, config: Config, state: TrainState) -> None:
-    """Log that an older run keeps the seeding of dropout that it began with; ValueError for a newer one than ours."""
+    """Log that an older run keeps the dropout seeding it started with; ValueError for an unknown version."""
     if not config.model.dropout:
         return
     if state.dropout_seeding > DROPOUT_SEEDING:
         raise ValueError(
             f"dropout_seeding ({state.dropout_seeding}) in {folder / 'state.json'} must be at most {DROPOUT_SEEDING}, "
-            f"the newest that this version of the program knows; resume with the version that began the run."
+            f"the newest version that this program knows; resume with the program version that started the run."
         )
     if state.dropout_seeding < DROPOUT_SEEDING:
         logger.info(
-            "dropout masks keep the seeding that this run began with (version %d: pipeline and context-parallel ranks "
+            "dropout masks keep the seeding of the start of this run (version %d: pipeline and context-parallel ranks "
             "draw the same masks); a new run folder (output=...) has version %d",
             state.dropout_seeding,
             DROPOUT_SEEDING,
@@ -144,7 +146,7 @@ def check_dropout_seeding(folder: Path, config: Config, state: TrainState) -> No
 
 
 def engine_class(config: Config) -> type[Engine]:
-    """The class of `train.engine`; the other one's packages are not imported."""
+    """The class that `train.engine` names; the packages of the other engine are not imported."""
     if config.train.engine == "deepspeed":
         from megatron_cm3leon.engine.deepspeed import DeepSpeedEngine
 
@@ -157,9 +159,10 @@ def engine_class(config: Config) -> type[Engine]:
 def open_run(
     config: Config, stream: Stream, device: torch.device, allowed: list[str]
 ) -> tuple[Engine, TrainState, Path | None]:
-    """Engine and state to go on from, the last checkpoint's (its folder comes third) or new.
+    """Build the engine and load the last checkpoint: engine, state, and the checkpoint's folder (None for a new run).
 
-    Changed fields are told before weights are read.
+    `allowed`: fields of the model or the stream that may differ from the checkpoint's. Changes are checked before
+    weights are read; raises ValueError as check_changes does.
     """
     build_engine = engine_class(config)
     folder = latest_checkpoint(Path(config.output))
@@ -175,11 +178,27 @@ def open_run(
     engine.load(folder)
     logger.info("resumed from %s at step %d", folder, state.step)
     for left in list_unfinished(Path(config.output)):
-        logger.info("%s was not finished when the run ended; it is not used", left)
+        logger.info("%s is incomplete, because the run ended before it was written; it is not used", left)
     return engine, _record_stream(state, stream), folder
 
 
 def _record_stream(state: TrainState, stream: Stream) -> TrainState:
-    """The state, of the identity of `stream`."""
+    """The state, with the identity of `stream` recorded in it."""
     state.stream, state.stream_parts = stream.identity, describe_sources(stream.samples, stream.config)
     return state
+
+
+def build_loader(config: Config, stream: Stream, engine: Engine, state: TrainState) -> Loader:
+    """The loader of this rank's part of each batch, from the position of `state` on."""
+    return Loader(
+        stream,
+        rank=engine.data_rank,
+        size=engine.data_size,
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        start_batch=state.batch,
+        start_sequence=state.sequence,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin_memory=engine.device.type == "cuda",
+    )

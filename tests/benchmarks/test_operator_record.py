@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.model.weights import canonical_shapes
 from megatron_cm3leon.monitoring.metrics import flops_per_token
 
@@ -32,7 +33,7 @@ def test_a_step_at_real_width_counts_what_the_model_computes(tmp_path, family):
 
     values = ["preset=350m", f"model.family={family}", f"data.seq_length={SEQUENCE}", f"model.layers={LAYERS}"]
     config = load_config(None, [*values, "train.precision=bf16", "train.global_batch_size=2"])
-    config.validate(1)
+    validate_config(config, 1)
     tokens = BLOCKS * SEQUENCE
     attention = 6 * LAYERS * SEQUENCE * config.model.hidden_size
     classes = row["classes"]

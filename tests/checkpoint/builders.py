@@ -8,6 +8,7 @@ from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.format import Piece, step_folder
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.stream.identity import describe_sources
 from megatron_cm3leon.model.weights import canonical_shapes
 from megatron_cm3leon.tokenizers.folder import write_vocabulary
@@ -91,7 +92,7 @@ def family_config(*overrides):
     """Validated configuration of a tiny model; `overrides` such as model.family=llama."""
     sizes = ["model.layers=2", "model.hidden_size=32", "model.heads=4", "data.seq_length=20"]
     config = load_config(None, [*sizes, *overrides])
-    config.validate()
+    validate_config(config)
     return config
 
 

@@ -9,13 +9,15 @@ import pytest
 
 from megatron_cm3leon.common.cli import user_path
 from megatron_cm3leon.common.paths import expand_path
-from megatron_cm3leon.config.loading import PATHS, load_config
+from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.schema import Config
-from megatron_cm3leon.config.validation import _CHOICES
+from megatron_cm3leon.config.setting import list_settings
 from megatron_cm3leon.slurm.pipeline import load_pipeline
 from megatron_cm3leon.slurm.site import load_site
 from tests.distributed.launch import ROOT
 
+SETTINGS = dict(list_settings(Config))
+PATHS = [name for name, setting in SETTINGS.items() if setting.path]
 OTHER_TEXT = {"preset", "model.activation", "train.skip_batches"}
 """Text fields that are neither paths nor choices."""
 NO_PATHS = (
@@ -76,7 +78,7 @@ def text_fields(section=Config, prefix=""):
 
 def test_every_text_field_is_a_path_a_choice_or_known_as_text():
     """A new path must be expanded too."""
-    assert {name for name in text_fields() if name not in _CHOICES} == set(PATHS) | OTHER_TEXT
+    assert {name for name in text_fields() if not SETTINGS[name].choices} == set(PATHS) | OTHER_TEXT
 
 
 @pytest.mark.parametrize("field", PATHS)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.stream.loader import MicroBatch
 from megatron_cm3leon.distributed.launch import Rank, set_threads
 from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
@@ -56,7 +57,7 @@ def main() -> None:
     # The plan does not include the copy of the weights for a save, which is allocated when training starts.
     overrides = [*sys.argv[1:], "checkpoint.asynchronous=false"]
     config, rank = load_config(None, overrides), Rank.from_environment()
-    config.validate(rank.world_size)
+    validate_config(config, rank.world_size)
     set_threads(1, rank)
     initialize_groups(config, rank, torch.device("cpu"))
     from megatron.core import parallel_state

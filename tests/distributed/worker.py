@@ -23,14 +23,15 @@ import torch.distributed as dist
 
 from megatron_cm3leon.checkpoint.format import step_folder
 from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.stream.loader import Loader, MicroBatch
 from megatron_cm3leon.data.stream.stream import Stream, build_stream
 from megatron_cm3leon.distributed.launch import Rank, choose_device, set_threads
 from megatron_cm3leon.engine.base import Engine
 from megatron_cm3leon.engine.groups import initialize_groups
-from megatron_cm3leon.training.loop import advance, build_loader
+from megatron_cm3leon.training.loop import advance
 from megatron_cm3leon.training.lr_schedule import learning_rate
-from megatron_cm3leon.training.setup import open_run
+from megatron_cm3leon.training.setup import build_loader, open_run
 from tests.distributed import masks
 from tests.flex_on_cpu import flex_on_cpu
 
@@ -65,10 +66,8 @@ def save_masks(recorder: masks.MaskRecorder, path: Path) -> None:
 
 
 def run_case(case: dict, rank: Rank, folder: Path) -> None:
-    from megatron.core import parallel_state
-
     config = load_config(case["config"], case["overrides"])
-    config.validate(rank.world_size)
+    validate_config(config, rank.world_size)
     device = choose_device(config.train.device, rank)
     initialize_groups(config, rank, device)
 
@@ -104,7 +103,17 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
     if rank.rank == 0:
         (folder / f"{case['name']}.json").write_text(json.dumps(record))
     dist.barrier()
+    destroy_layout()
+
+
+def destroy_layout() -> None:
+    """End the groups of one case: each has threads of its own, and those of 60 cases are 4,000."""
+    from megatron.core import parallel_state
+
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
+    for group in groups:
+        dist.destroy_process_group(group)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.distributed.launch import Rank, set_threads
 from megatron_cm3leon.engine import compile as engine_compile
 from megatron_cm3leon.engine.groups import initialize_groups
@@ -37,7 +38,7 @@ def run(overrides: list[str], rank: Rank, buckets: int) -> dict:
     from megatron_cm3leon.engine import megatron
 
     config = load_config(None, [*SIZE, *overrides])
-    config.validate(rank.world_size)
+    validate_config(config, rank.world_size)
     initialize_groups(config, rank, torch.device("cpu"))
     settings = megatron.DistributedDataParallelConfig
     if buckets:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.distributed.launch import Rank, set_threads
 from megatron_cm3leon.engine import optimizer
 from megatron_cm3leon.engine.groups import initialize_groups
@@ -62,7 +63,7 @@ def build(*overrides: str):
     from megatron_cm3leon.engine.megatron import MegatronEngine
 
     config = load_config(None, [*SIZE, *overrides])
-    config.validate(1)
+    validate_config(config, 1)
     torch.manual_seed(0)
     return MegatronEngine(config, VOCABULARY, torch.device("cpu")), make_batches(config, VOCABULARY, 2)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from tests.distributed.launch import torchrun
 
 
@@ -75,7 +76,7 @@ def test_by_default_layers_are_compiled_on_a_gpu(overrides, device, expected):
     from megatron_cm3leon.engine.compile import wants_compile
 
     config = load_config(None, overrides)
-    config.validate()
+    validate_config(config)
     assert wants_compile(config, torch.device(device)) is expected
 
 
@@ -83,4 +84,4 @@ def test_compilation_with_zero_3_is_rejected():
     with pytest.raises(
         ValueError, match=r"train\.compile \(True\) needs parallel\.zero of 0, 1 or 2 .* parallel\.zero=2"
     ):
-        load_config(None, ["train.compile=true", "train.engine=deepspeed", "parallel.zero=3"]).validate()
+        validate_config(load_config(None, ["train.compile=true", "train.engine=deepspeed", "parallel.zero=3"]))

@@ -5,8 +5,9 @@ from importlib import util
 
 import pytest
 
-from megatron_cm3leon.config import validation as config_rules
+from megatron_cm3leon.config import validation
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
 
 BASE = ["train.engine=deepspeed", "train.global_batch_size=32", "train.micro_batch_size=2"]
@@ -19,7 +20,7 @@ def settings(overrides=(), data_size=2, extra=None, folder=None):
         path.write_text(extra if isinstance(extra, str) else json.dumps(extra))
         overrides.append(f"deepspeed.json={path}")
     config = load_config(None, overrides)
-    config.validate()
+    validate_config(config)
     return build_settings(config, data_size)
 
 
@@ -169,14 +170,14 @@ def test_a_missing_json_is_named():
 )
 def test_combinations_that_no_engine_supports_are_rejected(overrides, sentence):
     with pytest.raises(ValueError) as error:
-        load_config(None, overrides).validate()
+        validate_config(load_config(None, overrides))
     assert sentence in str(error.value)
 
 
 def test_a_missing_package_is_named_when_a_run_starts(monkeypatch):
-    monkeypatch.setattr(config_rules, "find_spec", lambda name: None)
+    monkeypatch.setattr(validation, "find_spec", lambda name: None)
     config = load_config(None, BASE)
-    config.validate()  # reading a checkpoint needs no package
+    validate_config(config)  # reading a checkpoint needs no package
     with pytest.raises(ValueError, match=r"pip install -e \.\[deepspeed\]"):
-        config.validate(2)
+        validate_config(config, 2)
     assert util.find_spec("deepspeed"), "the test environment has it"

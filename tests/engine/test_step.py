@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_cm3leon.checkpoint.retention import STEPS_AHEAD, saves_soon
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING
 from megatron_cm3leon.training.setup import check_dropout_seeding
 from tests.data.corpora import make_vocabulary
@@ -152,7 +153,7 @@ def test_kernels_are_described():
     from megatron_cm3leon.engine.kernels import describe_kernels
 
     config = load_config(None, ["model.layers=1", "model.hidden_size=64", "model.heads=2", "data.seq_length=32"])
-    config.validate()
+    validate_config(config)
     found = describe_kernels(config, torch.device("cpu"), torch.optim.AdamW, compiled=True, accumulates=True)
     assert found["attention"].startswith("torch, ") and found["AdamW"] == "torch, fused"
     assert found["layers"] == "compiled, one graph"

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.distributed.launch import Rank, choose_device
 from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
 from tests.data.corpora import make_vocabulary
@@ -72,7 +73,7 @@ def stock_losses(weights: dict, tokens: torch.Tensor, labels: torch.Tensor, voca
 def check_family(rank: Rank, overrides: list[str], expected_losses) -> None:
     overrides = [f"model.layers={LAYERS}", f"model.hidden_size={WIDTH}", f"model.heads={HEADS}", *overrides]
     config = load_config(None, [*overrides, f"data.seq_length={LENGTH}", "train.precision=fp32"])
-    config.validate(1)
+    validate_config(config, 1)
     initialize_groups(config, rank, choose_device("cpu", rank))
     from megatron.core import parallel_state
 

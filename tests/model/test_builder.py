@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from tests.distributed.launch import torchrun
 
 
@@ -14,7 +15,7 @@ def test_presets_have_the_papers_parameter_counts(preset, parameters):
     from megatron_cm3leon.model.weights import count_parameters
 
     config = load_config(None, [f"preset={preset}"])
-    config.validate()
+    validate_config(config)
     assert count_parameters(config, 65_536) == parameters
 
 
@@ -22,7 +23,7 @@ def test_initial_weights_follow_the_paper():
     from megatron_cm3leon.model.weights import draw_initial_weight
 
     config = load_config(None, ["preset=350m"])
-    config.validate()
+    validate_config(config)
     words = draw_initial_weight("embedding.word_embeddings.weight", (4096, 256), config)
     assert abs(words.std() / 0.006 - 0.9866) < 0.01  # standard deviation of a normal truncated at 3
     assert words.abs().max() <= 0.018 * (1 + 1e-5)

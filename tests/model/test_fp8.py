@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.model.fp8 import BACKWARD, FORWARD, multiply, quantize, require_fp8
 from megatron_cm3leon.model.linear import ALONE, _Linear
 
@@ -83,7 +84,7 @@ def test_output_and_gradients_are_near_the_exact_ones(accumulates):
 )
 def test_refused_where_it_cannot_be(overrides, message):
     with pytest.raises(ValueError, match=message):
-        load_config(None, ["train.fp8=true", *overrides]).validate(1)
+        validate_config(load_config(None, ["train.fp8=true", *overrides]), 1)
 
 
 def test_refused_on_a_gpu_without_it():

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.model.head import _ChunkedLosses
 from megatron_cm3leon.model.loss import cross_entropy
 from megatron_cm3leon.model.memory import estimate_memory
@@ -72,7 +73,7 @@ def test_the_plan_counts_the_logits_of_a_chunk():
     plans = []
     for chunk in (0, 1000, 1 << 20):
         config = load_config(None, ["preset=350m", "train.micro_batch_size=4", f"train.head_chunk={chunk}"])
-        config.validate(1)
+        validate_config(config, 1)
         plans.append(estimate_memory(config, 65_536, 1, 0).activations)
     tokens = 4 * 4096
     assert plans[0] == plans[2]
@@ -82,4 +83,4 @@ def test_the_plan_counts_the_logits_of_a_chunk():
 def test_a_negative_chunk_is_rejected():
     config = load_config(None, ["train.head_chunk=-1"])
     with pytest.raises(ValueError, match=r"train.head_chunk \(-1\) must be at least 0"):
-        config.validate(1)
+        validate_config(config, 1)

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.model.memory import count_stage_parameters, describe_memory, estimate_memory, list_groups
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.train import main
@@ -34,7 +35,7 @@ def test_planned_bytes_are_within_a_tenth_of_the_peak(ranks, layout, monkeypatch
 
 def load(text: str, ranks: int):
     config = load_config(None, text.split())
-    config.validate(ranks)
+    validate_config(config, ranks)
     return config
 
 

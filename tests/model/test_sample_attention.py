@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.model.attention import context_positions
 from megatron_cm3leon.model.sample_attention import TILE, attend_samples, build_sample_mask, uses_flex
 from tests.flex_on_cpu import BACKEND, flex_on_cpu
@@ -114,4 +115,4 @@ def test_flex_is_rejected_where_it_cannot_run():
         ("train.device=cpu", r"\(flex\) needs a GPU \(train.device is cpu\), because .*; use .*=auto"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_config(None, [flex, override]).validate(1)
+            validate_config(load_config(None, [flex, override]), 1)

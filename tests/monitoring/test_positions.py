@@ -8,6 +8,7 @@ from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.format import step_folder
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import load_config, save_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.monitoring.positions import find_sequences
 from tests.checkpoint.builders import make_pieces
 from tests.data.corpora import make_vocabulary
@@ -15,7 +16,7 @@ from tests.data.corpora import make_vocabulary
 
 def make_config(size, *more):
     config = load_config(None, [f"train.global_batch_size={size}", *more])
-    config.validate()
+    validate_config(config)
     return config
 
 

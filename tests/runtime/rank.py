@@ -19,9 +19,9 @@ import torch
 from megatron_cm3leon import train
 from megatron_cm3leon.data.stream.loader import Loader
 from megatron_cm3leon.runtime.attempt import Attempt
-from megatron_cm3leon.training import loop as training
-from megatron_cm3leon.training import setup as resume
+from megatron_cm3leon.training import setup
 from megatron_cm3leon.training.saving import RunSaver
+from megatron_cm3leon.training.validation import Validation
 
 
 def happen(what: str) -> None:
@@ -71,16 +71,16 @@ def main() -> int:
 
     Attempt.start_steps = start_watching
     before(Loader, "__next__", "loader")
-    before(training.Validation, "run", "validation")
+    before(Validation, "run", "validation")
     before(RunSaver, "save", "save")
-    find = resume.engine_class
+    find = setup.engine_class
 
     def engine_class(config):
         kind = find(config)
         before(kind, "train_step", "step")
         return kind
 
-    resume.engine_class = engine_class
+    setup.engine_class = engine_class
     return train.main(sys.argv[2:])
 
 

@@ -16,6 +16,7 @@ from megatron_cm3leon.checkpoint.format import KINDS
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.verify import verify_while_reading
 from megatron_cm3leon.config.loading import Config, changed_fields, load_config, save_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.neighbors import (
     CHECKED_ROWS,
     CHECKSUMS,
@@ -51,7 +52,7 @@ def write_all(folder: Path) -> None:
     write_image(folder / "tokenizer")
     write_vocabulary(folder / "tokenizer", specials=20, sentinels=8)
     config = Config()
-    config.validate()
+    validate_config(config)
     write_checkpoint(folder / "run", kinds=KINDS, config=config)
     save_config(config, folder / "run" / "config.yaml")
 
@@ -86,7 +87,7 @@ def read_checkpoint(folder: Path) -> object:
 def read_config(folder: Path) -> object:
     """What train.py tells of a configuration that is not the checkpoint's counts as told."""
     config = load_config(folder / "run" / "config.yaml")
-    config.validate()
+    validate_config(config)
     changes = changed_fields(CheckpointReader(folder / "run" / "checkpoints" / "step-00000003").config, config)
     if changes:
         raise ValueError(f"config.yaml: {', '.join(changes)} changed since the checkpoint")

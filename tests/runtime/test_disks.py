@@ -16,6 +16,7 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.checkpoint.verify import verify_while_reading
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config.loading import Config, load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.stream.loader import Loader
 from megatron_cm3leon.data.stream.stream import build_stream
 from tests.checkpoint.builders import make_pieces, write_checkpoint
@@ -117,7 +118,7 @@ def test_shards_that_go_away_in_the_middle_of_a_run_are_told_with_the_batch(tmp_
     write_shards(shards, make_pairs(400, make_vocabulary()), make_vocabulary(), shard_documents=2)
     options = ["data.seq_length=32", "train.global_batch_size=2", "data.packing=stream", f"data.shards={shards}"]
     config = load_config(None, [*options, f"output={tmp_path / 'none'}"])
-    config.validate()
+    validate_config(config)
     loader = Loader(build_stream(config), workers=workers, prefetch=1)
     next(loader)
     shards.rename(tmp_path / "unmounted")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.distributed.launch import Rank
 from megatron_cm3leon.runtime import preflight
 from megatron_cm3leon.runtime.preflight import check_disk, compare_ranks, find_device_fault, judge
@@ -34,7 +35,7 @@ def load(folder, *overrides):
     config = load_config(
         folder / "config.yaml", [f"data.shards={folder / 'shards'}", f"output={folder / 'run'}", *overrides]
     )
-    config.validate()
+    validate_config(config)
     return config
 
 

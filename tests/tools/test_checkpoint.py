@@ -8,6 +8,7 @@ import pytest
 
 from megatron_cm3leon.checkpoint.format import temporary_folder
 from megatron_cm3leon.config.loading import load_config, save_config
+from megatron_cm3leon.config.validation import validate_config
 from tests.checkpoint.builders import flip_byte, write_checkpoint
 from tests.tools.call import TOOLS, call_tool
 
@@ -20,7 +21,7 @@ def run(tmp_path):
     run = tmp_path / "run"
     overrides = ["checkpoint.keep_last=1", "checkpoint.interval=3", "checkpoint.keep_every=3", "parallel.tensor=2"]
     config = load_config(None, [*overrides, "checkpoint.log_spaced=true"])
-    config.validate()
+    validate_config(config)
     for step in (0, 2, 3, 5, 6):
         write_checkpoint(run, step, kinds=("weight", "exp_avg", "exp_avg_sq"), config=config)
     temporary_folder(run / "checkpoints/step-00000007").mkdir()

@@ -6,6 +6,7 @@ from megatron_cm3leon.checkpoint.format import list_checkpoints, temporary_folde
 from megatron_cm3leon.checkpoint.retention import is_due, remove_old_checkpoints
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.config.schema import CheckpointConfig
+from megatron_cm3leon.config.validation import validate_config
 from tests.checkpoint.builders import write_checkpoint
 
 
@@ -55,5 +56,5 @@ def test_only_the_runs_own_folders_are_deleted(tmp_path):
 def test_what_is_never_saved_cannot_be_kept():
     config = load_config(None, ["checkpoint.keep_every=1500"])
     with pytest.raises(ValueError, match=r"keep_every \(1500\) must be a multiple of checkpoint.interval \(1000\)"):
-        config.validate()
+        validate_config(config)
     assert Config().checkpoint.asynchronous

@@ -9,8 +9,11 @@ import pytest
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
+from megatron_cm3leon.config import loading
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.schema import CM3Config, DataConfig, RetrievalConfig
+from megatron_cm3leon.config.setting import Setting
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.stream.identity import describe_sources, identify
 from megatron_cm3leon.data.stream.samples import DataSource
 from megatron_cm3leon.data.stream.stream import Stream
@@ -30,7 +33,7 @@ def corpora(tmp_path_factory):
 
 def make_config(*overrides):
     config = load_config(None, [*SMALL, *overrides])
-    config.validate()
+    validate_config(config)
     return config
 
 
@@ -55,7 +58,12 @@ def resume(stream, state, old, *allowed):
 
 @pytest.mark.parametrize("section", ["data", "cm3", "retrieval"])
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_new_field_at_its_default_changes_no_identity_and_another_value_is_refused_by_name(corpora, section, version):
+def test_a_new_field_at_its_default_changes_no_identity_and_another_value_is_refused_by_name(
+    corpora, section, version, monkeypatch
+):
+    name = f"{section}.brand_new"
+    monkeypatch.setitem(loading._SETTINGS, name, Setting(resume="fixed"))
+
     @dataclass(kw_only=True)
     class Extended({"data": DataConfig, "cm3": CM3Config, "retrieval": RetrievalConfig}[section]):
         brand_new: list[int] = field(default_factory=lambda: [1])
@@ -70,7 +78,6 @@ def test_a_new_field_at_its_default_changes_no_identity_and_another_value_is_ref
     assert resume(stream, state, old) and state.changes == []
     getattr(config, section).brand_new = [2]
     assert stream.identity != make_stream(plain, corpora[0]).identity
-    name = f"{section}.brand_new"
     with pytest.raises(ValueError, match=rf"{name} \(\[2\]\) was \[1\] in .*--allow-change {name}"):
         resume(stream, state, old)
     assert not resume(stream, state, old, name)
@@ -152,7 +159,7 @@ def test_a_change_that_moves_samples_is_told(corpora, packing, field, moved, cap
     name = field.partition("=")[0]
     caplog.set_level(logging.INFO)
     assert not resume(make_stream(config, corpora[0]), record(make_stream(old, corpora[0])), old, name)
-    assert (f"another place of the data since {name} changed" in caplog.text) == moved
+    assert (f"another position in the data because {name} changed" in caplog.text) == moved
 
 
 def test_positions_of_a_checkpoint_are_named_and_no_way_is_offered_that_cannot_work(corpora, tmp_path):
@@ -181,9 +188,7 @@ def test_positions_of_a_checkpoint_are_named_and_no_way_is_offered_that_cannot_w
             "model.hidden_size=16",
             f"model.family={'llama' if family == 'cm3leon' else 'cm3leon'}",
         ):
-            with pytest.raises(
-                ValueError, match=r"gives the model's parameters other shapes; resume with model"
-            ) as error:
+            with pytest.raises(ValueError, match=r"changes the shapes of the parameters; resume with model") as error:
                 change(override)
             assert "--allow-change" not in str(error.value) and override.partition("=")[0] in str(error.value)
         with pytest.raises(ValueError, match=r"--allow-change model.dropout"):

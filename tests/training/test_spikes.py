@@ -15,13 +15,13 @@ from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import load_config
-from megatron_cm3leon.config.validation import parse_batches
+from megatron_cm3leon.config.validation import parse_batches, validate_config
 from megatron_cm3leon.data.stream.stream import build_stream
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.monitoring.history import read_history, read_metrics
 from megatron_cm3leon.training.loop import advance
-from megatron_cm3leon.training.spikes import LossGuard, spike_threshold
+from megatron_cm3leon.training.spikes import SpikeGuard, spike_threshold
 from tests.checkpoint.builders import write_checkpoint
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.launch import ROOT
@@ -71,7 +71,7 @@ def steps(run):
 
 def garbage_batch(folder):
     config = load_config(folder / "guarded" / "config.yaml")
-    config.validate()
+    validate_config(config)
     stream = build_stream(config)
     return next(b for b in range(30) if any(GARBAGE in block.documents for block in stream.batch(b)))
 
@@ -134,13 +134,13 @@ def test_a_spike_before_any_checkpoint_ends_the_run_with_a_sentence(folder):
 
 def test_a_spike_is_far_above_the_median_of_a_full_window():
     assert spike_threshold([1.0, 2.0, 3.0, 4.0, 100.0], 2) == pytest.approx(3 + 2 * 1.4826)
-    guard = LossGuard(load_config(None, ["train.spike_width=10", "train.spike_window=4"]))
+    guard = SpikeGuard(load_config(None, ["train.spike_width=10", "train.spike_window=4"]))
     state = TrainState()
-    assert not any(guard.sees_spike(state, loss) for loss in (1.0, 900.0, 1.1, 0.9))
-    assert not guard.sees_spike(state, 1.2) and state.recent_losses == [900.0, 1.1, 0.9, 1.2]
-    assert not guard.sees_spike(state, float("nan")) and not guard.sees_spike(state, 1.0)
-    assert guard.sees_spike(state, 8.0) and state.recent_losses == [1.1, 0.9, 1.2, 1.0]
-    assert not LossGuard(load_config()).sees_spike(state, 8.0)
+    assert not any(guard.detects_spike(state, loss) for loss in (1.0, 900.0, 1.1, 0.9))
+    assert not guard.detects_spike(state, 1.2) and state.recent_losses == [900.0, 1.1, 0.9, 1.2]
+    assert not guard.detects_spike(state, float("nan")) and not guard.detects_spike(state, 1.0)
+    assert guard.detects_spike(state, 8.0) and state.recent_losses == [1.1, 0.9, 1.2, 1.0]
+    assert not SpikeGuard(load_config()).detects_spike(state, 8.0)
     assert json.loads(json.dumps(state.recent_losses)) == state.recent_losses
 
 
@@ -156,7 +156,7 @@ def test_a_rollback_after_another_batch_size_keeps_the_position(tmp_path, monkey
         config = load_config(None, ["train.global_batch_size=16", f"output={tmp_path}"])
         engine = SimpleNamespace(load=lambda folder: CheckpointReader(folder).state)
         state = TrainState(step=5, batch=5, sequence=56, stream="x", stream_parts={"version": 2}, attempt=2)
-        back, batches = LossGuard(config).roll_back(engine, state, 99.0)
+        back, batches = SpikeGuard(config).roll_back(engine, state, 99.0)
         assert (back.step, back.batch, back.sequence, batches) == (3, 5, 56, range(3, 5)), folder
         assert (back.stream, back.stream_parts, back.attempt) == ("x", {"version": 2}, 2)
 

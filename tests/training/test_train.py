@@ -12,6 +12,7 @@ import pytest
 
 from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.monitoring.history import read_metrics
 from megatron_cm3leon.monitoring.metrics import flops_per_token
@@ -269,7 +270,7 @@ def test_mm1s_rule_sets_rate_and_decay():
 
 def test_flops_count_each_matrix_three_times_twice():
     config = load_config(None, ["model.layers=1", "model.hidden_size=8", "model.heads=1", "data.seq_length=10"])
-    config.validate()
+    validate_config(config)
     assert flops_per_token(config, 100) == 6 * (4 * 64 + 8 * 64 + 800) + 6 * 10 * 8
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cm3leon.config.loading import FREE_FIELDS, Config
+from megatron_cm3leon.config.loading import Config, is_fixed
 from megatron_cm3leon.config.schema import SourceConfig
 from megatron_cm3leon.data.stream.samples import Samples, SourceSamples
 
@@ -111,5 +111,5 @@ def _describe_section(config: Config, name: str) -> dict:
     return {
         field: value
         for field, value in asdict(section).items()
-        if f"{name}.{field}" not in FREE_FIELDS and (field in _ALWAYS[name] or value != defaults[field])
+        if is_fixed(f"{name}.{field}") and (field in _ALWAYS[name] or value != defaults[field])
     }

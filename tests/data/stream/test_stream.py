@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_cm3leon.config.loading import Config, load_config, save_config
+from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.stream.samples import turn_document
 from megatron_cm3leon.data.stream.stream import Stream, build_stream, number_samples, positions_in_samples
 from tests.data.corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
@@ -296,7 +297,7 @@ def test_sources_of_a_config_are_opened_with_their_weights(corpus, tmp_path):
         f"  - {{shards: {other.folder}, weight: 0.1}}\n"
     )
     config = load_config(path)
-    config.validate()
+    validate_config(config)
     stream = build_stream(config)
     assert [source.corpus.folder.name for source in stream.sources] == ["shards", "texts"]
     assert stream.samples.mixture.weights == [9, 1]
