@@ -30,8 +30,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.failure_simulation import replay
+from megatron_cm3leon.checkpoint.damage import find_damage
 from megatron_cm3leon.checkpoint.format import list_checkpoints
-from megatron_cm3leon.checkpoint.verify import find_damage
 from megatron_cm3leon.common.cli import run_tool
 from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.monitoring.goodput import read_account

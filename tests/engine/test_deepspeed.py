@@ -102,7 +102,7 @@ def test_a_users_json_is_merged(tmp_path):
         ({"zero_optimization": True}, "zero_optimization (True) must be an object of settings; correct it."),
         ({"bf16": True}, "bf16 (True) must be an object of settings; correct it."),
         ("{", "is not valid JSON"),
-        ("[1]", "must contain an object of settings, not [1]."),
+        ("[1]", "must contain an object of settings, not [1]; correct the file."),
     ],
 )
 def test_a_contradiction_is_rejected_by_name(tmp_path, extra, sentence):
