@@ -6,7 +6,25 @@ from setuptools import find_packages, setup
 
 DEEPSPEED = "deepspeed==0.19.8"  # engine/deepspeed.py finds fp32 weights where this version keeps them
 RETRIEVAL = ["faiss-cpu"]
-TEST = ["import-linter", "pytest", "pytest-timeout", "ruff", "webdataset"]
+TEST = ["import-linter", "mypy", "pytest", "pytest-timeout", "ruff", "webdataset"]
+DOCS = ["mkdocs", "mkdocstrings[python]"]
+
+# Script cm3leon-NAME -> file of tools/, which is installed as the package megatron_cm3leon_tools.
+TOOLS = {
+    "build-index": "build_index",
+    "checkpoint": "checkpoint",
+    "convert": "convert_checkpoint",
+    "evaluate": "evaluate",
+    "generate": "generate",
+    "inspect-shards": "inspect_shards",
+    "preprocess": "preprocess_data",
+    "report": "report",
+    "show-batch": "show_batch",
+    "status": "status",
+    "submit": "submit",
+    "train-clip": "train_clip",
+    "train-tokenizer": "train_tokenizer",
+}
 
 setup(
     name="megatron_cm3leon",
@@ -16,7 +34,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["megatron_cm3leon", "megatron_cm3leon.*"]),
+    packages=[*find_packages(include=["megatron_cm3leon", "megatron_cm3leon.*"]), "megatron_cm3leon_tools"],
+    package_dir={"megatron_cm3leon_tools": "tools"},
+    package_data={"megatron_cm3leon": ["py.typed"]},
+    entry_points={
+        "console_scripts": [
+            "cm3leon-train = megatron_cm3leon.train:main",
+            *(f"cm3leon-{name} = megatron_cm3leon_tools:run_{tool}" for name, tool in TOOLS.items()),
+        ]
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core==0.16.1",  # engine/cpu_backend.py substitutes names of this version
@@ -44,7 +70,8 @@ setup(
         "gpu": ["faiss-gpu", "transformer-engine[pytorch]", "flash-attn"],
         "deepspeed": [DEEPSPEED],
         "test": TEST,
+        "docs": DOCS,
         # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
-        "dev": [DEEPSPEED, *RETRIEVAL, *TEST, "triton"],
+        "dev": [DEEPSPEED, *RETRIEVAL, *TEST, *DOCS, "triton"],
     },
 )

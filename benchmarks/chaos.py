@@ -34,7 +34,7 @@ from megatron_cm3leon.checkpoint.damage import find_damage
 from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.common.cli import run_tool
 from megatron_cm3leon.monitoring.events import read_events
-from megatron_cm3leon.monitoring.goodput import read_account
+from megatron_cm3leon.monitoring.goodput import read_time_breakdown
 from megatron_cm3leon.monitoring.history import read_lines, read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ class Result:
     step_seconds: float = 0.0
     """From the kill to the first step that a restart finished."""
     goodput: float = 0.0
-    account_goodput: float = 0.0
+    breakdown_goodput: float = 0.0
     """By the run folder alone."""
     simulated_goodput: float = 0.0
     faults: list[str] = field(default_factory=list)
@@ -236,9 +236,9 @@ def run_once(
     after = [line["time"] for line in _all_lines(run) if line["time"] > died + result.end_seconds]
     result.step_seconds = after[0] - died if after else 0.0
     result.goodput = sum(line["step_seconds"] for line in read_metrics(run.run)) / wall
-    account = read_account(run.run)
-    result.account_goodput = account.goodput
-    result.simulated_goodput = account.seconds["kept"] / replay(account, options.steps, interval(options)).wall
+    times = read_time_breakdown(run.run)
+    result.breakdown_goodput = times.goodput
+    result.simulated_goodput = times.seconds["kept"] / replay(times, options.steps, interval(options)).wall
     check(run, result, straight, options.steps)
     if not result.faults and not options.keep:
         shutil.rmtree(run.run)

@@ -17,11 +17,12 @@ from pathlib import Path
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool
 from megatron_cm3leon.common.progress import track
 from megatron_cm3leon.data.shards.reader import open_shards
-from megatron_cm3leon.evaluation.evaluate import PROMPT_TOKENS
 from megatron_cm3leon.evaluation.heldout import read_heldout
-from megatron_cm3leon.evaluation.judge import judge_pictures, load_checker, share_right
+from megatron_cm3leon.evaluation.judge import compute_accuracy, judge_images, load_checker, parse_captions
+from megatron_cm3leon.evaluation.retrieval import PROMPT_TOKENS
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
+from megatron_cm3leon.generation.sampling import Sampling, default_guidance
 
 TEMPERATURE = 0.7
 SWEEPS = {
@@ -42,7 +43,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], float]:
     """One row a setting, and the checker's accuracy on what the image tokenizer makes of the true pictures."""
     checker, generator = load_checker(options.checker), Generator.load(options.model)
     pairs = read_heldout(open_shards(options.shards), options.captions, options.seed, checker)
-    wanted = [checker.parse_caption(caption) for caption in pairs.captions]
+    wanted = parse_captions(checker, pairs.captions)
     arms = {"none": None}
     if options.index:
         source = DocumentSource.load(options.index, generator.vocabulary)
@@ -55,13 +56,13 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], float]:
     jobs = [(name, setting, arm) for name, settings in SWEEPS.items() for setting in settings for arm in arms]
     rows = []
     for name, setting, arm in track(jobs, label="drawing", unit="settings"):
-        made = generator.images(
-            pairs.captions, arms[arm], **{"temperature": TEMPERATURE, "seed": options.seed, **setting}
-        )
-        shares = share_right(judge_pictures(checker, [one.picture for one in made], wanted))
+        guidance = default_guidance(setting.get("contrast_k", 0))
+        fields = {"temperature": TEMPERATURE, "guidance": guidance, "seed": options.seed, **setting}
+        made = generator.images(pairs.captions, Sampling(**fields), retrieved=arms[arm])
+        shares = compute_accuracy(judge_images(checker, [one.image for one in made], wanted))
         rows.append({"sweep": name, "value": setting[name], "documents": arm, **shares})
-    true = judge_pictures(checker, generator.decode_pictures(pairs.codes), wanted)
-    return rows, share_right(true)["all"]
+    true = judge_images(checker, generator.codec.decode_images(pairs.codes), wanted)
+    return rows, compute_accuracy(true)["all"]
 
 
 def print_table(rows: list[dict], ceiling: float, captions: int) -> None:

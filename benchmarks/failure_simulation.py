@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
-from megatron_cm3leon.monitoring.goodput import Account
+from megatron_cm3leon.monitoring.goodput import TimeBreakdown
 
 SECONDS_A_DAY = 86400.0
 
@@ -141,13 +141,13 @@ def best_interval(between: float, steps: int, costs: Costs, seeds: int) -> tuple
     )
 
 
-def replay(account: Account, steps: int, interval: int) -> Outcome:
+def replay(times: TimeBreakdown, steps: int, interval: int) -> Outcome:
     """Simulate a finished run with its own failures, restarts and mean costs, to compare with its measured goodput.
 
     Every process but the last is taken to have ended in a failure with its last record. What the first step of a
     process takes longer than the others counts as its start; what lies between steps counts as stalls of saves.
     """
-    processes = account.processes
+    processes = times.processes
     later = [line["step_seconds"] for process in processes for line in process.trained[1:]]
     step_seconds, waits, previous = fmean(later), [], processes[0].start
     for process in processes:
@@ -155,7 +155,7 @@ def replay(account: Account, steps: int, interval: int) -> Outcome:
         waits.append(process.start - previous + process.start_up + first - step_seconds)
         previous = process.end
     events = [event for process in processes for event in process.events if event["event"] == "saved"]
-    stall = account.seconds["between"] / max(1, len(later) / interval)
+    stall = times.seconds["between"] / max(1, len(later) / interval)
     costs = Costs(
         step_seconds=step_seconds,
         save_seconds=stall,

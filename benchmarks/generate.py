@@ -30,10 +30,10 @@ import torch
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.evaluation.loss import measure_loss
-from megatron_cm3leon.export.reader import Shape, expected_weights
+from megatron_cm3leon.export.layouts import Shape, stock_weights
 from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.decoder import DTYPES, KINDS, Decoder
-from megatron_cm3leon.generation.grammar import picture_segment
+from megatron_cm3leon.generation.grammar import image_segment
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
@@ -80,7 +80,7 @@ def make_weights(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[
     """The same random weights each time, in `dtype`."""
     generator = torch.Generator(device).manual_seed(0)
     weights = {}
-    for name, size in expected_weights(shape).items():
+    for name, size in stock_weights(shape).items():
         weight = torch.randn(size, generator=generator, device=device) * 0.02
         weights[name] = (1 + weight if len(size) == 1 else weight).to(dtype)
     return weights
@@ -146,7 +146,7 @@ def draw_pictures(
     decode_segments(
         decoder,
         make_prompts(batch, vocabulary),
-        picture_segment(vocabulary, tokens),
+        image_segment(vocabulary, tokens),
         Sampling(guidance=guidance),
         list(range(batch)),
         unconditional=make_unconditional(batch, vocabulary),

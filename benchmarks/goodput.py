@@ -26,7 +26,7 @@ from benchmarks.failure_simulation import (
 )
 from megatron_cm3leon.common.cli import run_tool
 from megatron_cm3leon.config.loading import load_config
-from megatron_cm3leon.monitoring.goodput import read_account
+from megatron_cm3leon.monitoring.goodput import read_time_breakdown
 from megatron_cm3leon.monitoring.status import show_seconds
 
 
@@ -50,15 +50,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def compare(run: str) -> None:
-    account, config = read_account(run), load_config(f"{run}/config.yaml")
-    found = replay(account, config.train.steps, config.checkpoint.interval)
-    ratio = found.goodput / account.goodput
-    print(f"{run}: {len(account.processes) - 1} failures, wall time {show_seconds(account.wall)}")
-    print(f"measured goodput {account.goodput:.4f}, simulated {found.goodput:.4f}, ratio {ratio:.3f}")
+    times, config = read_time_breakdown(run), load_config(f"{run}/config.yaml")
+    found = replay(times, config.train.steps, config.checkpoint.interval)
+    ratio = found.goodput / times.goodput
+    print(f"{run}: {len(times.processes) - 1} failures, wall time {show_seconds(times.wall)}")
+    print(f"measured goodput {times.goodput:.4f}, simulated {found.goodput:.4f}, ratio {ratio:.3f}")
     print(
-        f"seconds: kept {account.seconds['kept']:.1f}, simulated {found.kept:.1f}; lost {account.seconds['lost']:.1f}, "
-        f"simulated {found.lost:.1f}; start-up and down {account.seconds['start-up'] + account.seconds['down']:.1f}, "
-        f"simulated {found.starting:.1f}; between steps {account.seconds['between']:.1f}, simulated {found.saving:.1f}"
+        f"seconds: kept {times.seconds['kept']:.1f}, simulated {found.kept:.1f}; lost {times.seconds['lost']:.1f}, "
+        f"simulated {found.lost:.1f}; start-up and down {times.seconds['start-up'] + times.seconds['down']:.1f}, "
+        f"simulated {found.starting:.1f}; between steps {times.seconds['between']:.1f}, simulated {found.saving:.1f}"
     )
 
 

@@ -181,10 +181,10 @@ def predict_training(rows: list[dict], name: str, gpu: Gpu) -> dict:
 def predict_generation(family: str, size: str, weights: str, prompts: int, gpu: Gpu) -> dict:
     from generate import make_shape, make_vocabulary
 
-    from megatron_cm3leon.export.reader import expected_weights
+    from megatron_cm3leon.export.layouts import stock_weights
 
     shape = make_shape(size, family, make_vocabulary(size, TOKENS), TOKENS + PROMPT)
-    sizes = [one for name, one in expected_weights(shape).items() if "layers." in name and len(one) == 2]
+    sizes = [one for name, one in stock_weights(shape).items() if "layers." in name and len(one) == 2]
     sizes.append((IMAGE_IDS, shape.hidden))
     numbers, rows = sum(map(math.prod, sizes)), sum(one[0] for one in sizes)
     read = 2 * numbers if weights == "bf16" else numbers + 4 * rows

@@ -133,7 +133,7 @@ def measure_table(index, vectors: np.ndarray, chosen: np.ndarray) -> float:
     find_neighbors(
         lambda part, count: search_index(index, part, count),
         Bank(vectors=vectors, identities=identities),
-        Queries(vectors=queries, identities=identities[chosen], own=chosen, views=(queries, queries)),
+        Queries(vectors=queries, identities=identities[chosen], bank_numbers=chosen, views=(queries, queries)),
         8,
     )
     return (time.process_time() - started) / len(chosen)

@@ -43,7 +43,8 @@ import torch
 from PIL import Image
 
 from megatron_cm3leon.common.cli import run_tool
-from megatron_cm3leon.data.preprocess import worker as parts
+from megatron_cm3leon.data.preprocess.encoder import WorkerSettings
+from megatron_cm3leon.data.preprocess.worker import WORK, SharedCounters, Worker
 from megatron_cm3leon.data.sources import open_source
 from megatron_cm3leon.tokenizers.folder import write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
@@ -183,13 +184,12 @@ class QuietMeter:
         pass
 
 
-def begin_worker(source, folder: Path, output: Path, batch_size: int = 32) -> None:
-    """Make this process a worker of tools/preprocess_data.py."""
-    context = multiprocessing.get_context("spawn")
-    shared = parts.Shared(context.Value("q", 0), context.Value("b", 0), context.Value("i", 0))
+def start_worker(source, folder: Path, output: Path, batch_size: int = 32) -> Worker:
+    """A worker of tools/preprocess_data.py in this process."""
+    shared = SharedCounters.create(multiprocessing.get_context("spawn"))
     shutil.rmtree(output, ignore_errors=True)
-    (output / parts.WORK).mkdir(parents=True)
-    parts.begin_work(parts.Task(source, output, batch_size, tokenizer=folder), shared, QuietMeter())
+    (output / WORK).mkdir(parents=True)
+    return Worker(WorkerSettings(source, output, batch_size, tokenizer=folder), shared, QuietMeter())
 
 
 def run_ours(halves: list[Path], folder: Path, output: Path) -> list[float]:
@@ -200,14 +200,14 @@ def run_ours(halves: list[Path], folder: Path, output: Path) -> list[float]:
         source = open_source(half, 100_000)
         scanned = time.process_time() - started
         if number == 0:
-            begin_worker(source, folder, output)
+            worker = start_worker(source, folder, output)
         else:
-            parts._worker["task"].source = source
+            worker.settings.source = source
             shutil.rmtree(output)
-            (output / parts.WORK).mkdir(parents=True)
+            (output / WORK).mkdir(parents=True)
         started = time.process_time()
         for part in range(source.parts):
-            parts.work_on_part(part)
+            worker.encode_part(part)
         seconds.append(scanned + time.process_time() - started)
     return seconds
 
@@ -290,8 +290,8 @@ def time_pictures(work: Path, count: int, size: int, batch_size: int, channels: 
     folder = write_tokenizer(work, config)
     pairs = write_pictures(work / "pictures", count)
     source = open_source(pairs, 10_000)
-    begin_worker(source, folder, work / "ours", batch_size)
-    tokenizer, forward = parts._worker["tokenizers"].image, []
+    worker = start_worker(source, folder, work / "ours", batch_size)
+    tokenizer, forward = worker.tokenizers.image, []
     encode = tokenizer.encode
 
     def timed(pixels):
@@ -303,7 +303,7 @@ def time_pictures(work: Path, count: int, size: int, batch_size: int, channels: 
     encode(torch.zeros(batch_size, 3, size, size))
     tokenizer.encode = timed
     started = time.perf_counter()
-    parts.work_on_part(0)
+    worker.encode_part(0)
     whole = time.perf_counter() - started
     print("\n| pairs | size | s a pair | forward's share |\n|---|---|---|---|")
     print(f"| {count} | {size} | {whole / count:.3f} | {sum(forward) / whole:.1%} |")

@@ -1,15 +1,15 @@
-# What the scripts of this project share: the environment, and stages with their times. Sourced by bash.
+# Shared by the scripts of this project: the environment, and stages with their times. Sourced by bash.
 #
-#   PYTHON  interpreter that makes the virtual environment (default: python3)
-#   VENV    the virtual environment, made and filled when it is not there yet (default: .venv)
+#   PYTHON  interpreter that creates the virtual environment (default: python3)
+#   VENV    the virtual environment; created and filled if it does not exist (default: .venv)
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-$ROOT/.venv}
-STAGES=""  # a file that gets one "name<TAB>seconds" line a stage; empty for none
+STAGES=""  # file that receives one line "name<TAB>seconds" per stage; empty: none
 
-# stage NAME COMMAND...: run a command, say how long it took, stop with its cause when it fails.
+# stage NAME COMMAND...: run a command and print its time; if it fails, print the command and its status, and exit.
 stage() {
     local name=$1 start=$EPOCHREALTIME status=0
     shift
@@ -36,18 +36,18 @@ install_package() {
     fingerprint >"$VENV/.installed-for"
 }
 
-# Identity of what the environment was made from: a change of these installs again.
+# What the environment was created from: the package is installed again when this changes.
 fingerprint() {
     echo "$ROOT"
     cat "$ROOT/setup.py" "$ROOT/constraints.txt"
 }
 
-# Make the virtual environment, or re-use it, and put it in front.
+# Create the virtual environment, or reuse it, and put it first in PATH.
 prepare_environment() {
     if [ ! -f "$VENV/.installed-for" ] || [ "$(fingerprint)" != "$(cat "$VENV/.installed-for")" ]; then
         stage "install into $VENV" install_package
     else
-        printf '=== re-using the environment %s\n' "$VENV"
+        printf '=== reusing the environment %s\n' "$VENV"
     fi
     export PATH="$VENV/bin:$PATH" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 }
@@ -56,6 +56,6 @@ prepare_environment() {
 as_ranks() {
     local ranks=$1
     shift
-    # One OpenMP thread a rank until train.threads sets them; torchrun would warn about the same default.
+    # One OpenMP thread per rank until train.threads sets the number; torchrun has the same default, with a warning.
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} torchrun --standalone --nproc-per-node "$ranks" "$@"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same path on the real set: every Noto colour emoji with its CLDR name and keywords.
+# The same path on a real set of images: every Noto color emoji with its CLDR name and keywords.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$ROOT/examples/pipeline.sh"
 
@@ -7,12 +7,12 @@ usage() {
     cat <<'TXT'
 usage: bash examples/emoji.sh [--out DIR] [--small]
 
-Renders every Noto colour emoji, then runs what examples/quickstart.sh runs, without a checker:
-held-out emoji are shown beside what the model draws for their captions. It needs the Debian packages
+Renders every Noto color emoji, then runs what examples/quickstart.sh runs, without a checker:
+held-out emoji are shown beside the images generated for their captions. It needs the Debian packages
 fonts-noto-color-emoji, unicode-data and unicode-cldr-core: tests/examples/install_emoji.sh installs them.
 
-  --out DIR   where everything goes (default: runs/emoji); a second run starts again
-  --small     a few steps of everything, to see that it runs; the pictures mean nothing
+  --out DIR   output folder (default: runs/emoji); a second run starts from the beginning
+  --small     a few steps of everything, to see that it runs; the images mean nothing
   PYTHON, VENV (environment)   interpreter and virtual environment (default: python3, .venv)
 TXT
 }
@@ -25,13 +25,13 @@ clear_output
 
 image_steps=2000 clip_steps=600 train_steps=3500 FIRST_LEG_STEPS=40 validate_every=500
 PAIRS=(python examples/emoji/generate.py)
-EVALUATE=(--pictures 64 --sweep-pictures 64 --guidance 1 1.5 2 --temperature 0.7 --examples 12)
+EVALUATE=(--images 64 --sweep-images 64 --guidance 1 1.5 2 --temperature 0.7 --examples 12)
 if [ "$SIZE" = small ]; then
     image_steps=30 clip_steps=20 train_steps=12 FIRST_LEG_STEPS=6 validate_every=6
     PAIRS+=(--limit 200)
-    EVALUATE=(--pictures 4 --sweep-pictures 2 --guidance 1 2 --examples 4)
+    EVALUATE=(--images 4 --sweep-images 2 --guidance 1 2 --examples 4)
 fi
-TITLE="Emoji: captions to pictures and back"
+TITLE="Emoji: captions to images and back"
 CONFIG=examples/emoji/train.yaml
 CAPTION="red heart"
 SPECIALS=(--specials 64 --sentinels 32)

@@ -1,11 +1,11 @@
-# The whole path from pairs to a report, station by station, on any corpus of pairs. Sourced by bash.
+# The whole path from pairs to a report, stage by stage, on any corpus of pairs. Sourced by bash.
 #
 # Before `run_pipeline` the caller sets
-#   OUT      folder of everything that is made; CONFIG  the training YAML
-#   PAIRS    command that writes $OUT/pairs/{train,heldout}.jsonl and their pictures
+#   OUT      folder of all results; CONFIG  the training YAML
+#   PAIRS    command that writes $OUT/pairs/{train,heldout}.jsonl and their images
 #   TEXT IMAGE CLIP TRAIN EVALUATE   arrays: further options of the tools
-#   SPECIALS                         options that size the special tokens, the same for both tokenizers
-#   CAPTION                          a caption to draw, not necessarily in the corpus
+#   SPECIALS                         options with the number of special tokens, the same for both tokenizers
+#   CAPTION                          a caption to generate images for, not necessarily in the corpus
 #   FIRST_LEG_STEPS                  steps of the first leg;  TITLE  title of the report
 
 run_pipeline() {
@@ -52,7 +52,7 @@ make_indexes() {
         --encoder "$OUT/clip" --output "$OUT/index/heldout"
 }
 
-# The three directions once from the command line: a picture, its caption, and a part of it made anew.
+# Each direction once from the command line: an image, its caption, and a part of the image generated again.
 generate_examples() {
     python tools/generate.py image --model "$1" "$CAPTION" --candidates 4 --output "$OUT/generated"
     python tools/generate.py image --model "$1" "$CAPTION" --candidates 4 --retrieve "$OUT/index/train" \
@@ -81,10 +81,10 @@ parse_options() {
     OUT=$(cd "$OUT" && pwd)
 }
 
-# Start again cleanly: remove what an earlier run of this script made, and nothing else.
+# Start from the beginning: remove what an earlier run of this script wrote, and nothing else.
 clear_output() {
     if [ -n "$(ls -A "$OUT")" ] && [ ! -f "$OUT/stages.tsv" ]; then
-        echo "error: $OUT is not empty and was not made by this script; give another --out." >&2
+        echo "error: $OUT is not empty and was not written by this script; give another --out." >&2
         exit 2
     fi
     find "$OUT" -mindepth 1 -delete

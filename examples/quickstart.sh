@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pairs in, pictures out: the whole path on coloured shapes, on two CPU cores.
+# From pairs to generated images: the whole path on colored shapes, on two CPU cores.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$ROOT/examples/pipeline.sh"
 
@@ -7,13 +7,13 @@ usage() {
     cat <<'TXT'
 usage: bash examples/quickstart.sh [--out DIR] [--long | --small]
 
-Makes coloured shapes with captions, trains both tokenizers, a retrieval encoder and a model in two legs
-(tensor 2 x pipeline 2, then data parallel 2 with ZeRO-1), converts it, draws held-out captions, and
-writes DIR/report.html and DIR/report.json.
+Creates colored shapes with captions, trains both tokenizers, a retrieval encoder and a model in two legs
+(tensor 2 x pipeline 2, then data parallel 2 with ZeRO-1), converts it, generates images for held-out
+captions, and writes DIR/report.html and DIR/report.json.
 
-  --out DIR   where everything goes (default: runs/quickstart); a second run starts again
+  --out DIR   output folder (default: runs/quickstart); a second run starts from the beginning
   --long      more steps: half an hour instead of a quarter
-  --small     a few steps of everything, to see that it runs; the pictures mean nothing
+  --small     a few steps of everything, to see that it runs; the images mean nothing
   PYTHON, VENV (environment)   interpreter and virtual environment (default: python3, .venv)
 TXT
 }
@@ -29,10 +29,10 @@ case $SIZE in
     long) train_steps=10000 ;;
     small)
         pairs=400 image_steps=30 clip_steps=10 train_steps=12 FIRST_LEG_STEPS=6 validate_every=6
-        EVALUATE+=(--pictures 8 --sweep-pictures 4 --guidance 1 2 --examples 4)
+        EVALUATE+=(--images 8 --sweep-images 4 --guidance 1 2 --examples 4)
         ;;
 esac
-TITLE="Coloured shapes: captions to pictures and back"
+TITLE="Colored shapes: captions to images and back"
 CONFIG=examples/quickstart/train.yaml
 CAPTION="a large red circle in the centre on a white background"
 PAIRS=(python examples/shapes/generate.py --pairs "$pairs" --size 32)

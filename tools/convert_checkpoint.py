@@ -1,14 +1,14 @@
-"""Convert a training checkpoint for inference and back, and image tokenizers that others trained.
+"""Convert a training checkpoint for inference and back, and third-party image tokenizers.
 
     python tools/convert_checkpoint.py export --checkpoint runs/x/checkpoints/step-00001000 \\
         --tokenizer tok/ --output exported/
     python tools/convert_checkpoint.py import --model exported/ --output runs/y
     python tools/convert_checkpoint.py image --weights vqgan.ckpt --image-size 256 --output tok/
 
-`export` writes a folder that stock transformers classes and tools/generate.py load. `import` makes a run folder of it,
-from which any layout and either engine goes on training. Both end by comparing logits, and leave nothing where those
-differ. `image` takes VQGANs of the taming layout (taming, Chameleon, gumbel) and LlamaGen's into a tokenizer folder.
-docs/conversion.md says more.
+`export` writes a folder that stock transformers classes and tools/generate.py load. `import` converts it to a run
+folder, from which training continues under any layout and either engine. Both end by comparing logits, and write
+nothing if they differ. `image` converts VQGANs of the taming layout (taming, Chameleon, gumbel) and LlamaGen's to a
+tokenizer folder. docs/conversion.md has the details.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def parse_size(text: str) -> int:
     """Bytes of `5GB`, `500MB`, `2GiB` or a plain number."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?i?B)?", text, re.IGNORECASE)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 500MB or 2GiB.")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid size; write 5GB, 500MB or 2GiB.")
     return int(float(found[1]) * _UNITS[(found[2] or "B").upper()])
 
 
@@ -48,14 +48,14 @@ def parse_arguments() -> argparse.Namespace:
         help="folder to write; must be new or empty, or an export with --overwrite",
     )
     add("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="type of the weights in the files")
-    add("--shard-size", type=parse_size, default="5GB", help="most bytes of a file of weights, such as 500MB or 2GiB")
+    add("--shard-size", type=parse_size, default="5GB", help="largest size of a file of weights, such as 500MB or 2GiB")
     add(
         "--check-corpus",
         type=user_path,
         metavar="FILE",
-        help="text whose every line must have the same ids in tokenizer.json",
+        help="text file; tokenizer.json must give the ids of text.model for every line",
     )
-    add("--overwrite", action="store_true", help="replace an earlier export, once the new one is whole and checked")
+    add("--overwrite", action="store_true", help="replace an earlier export, once the new one is complete and checked")
     _add_check_shards(export)
 
     back = commands.add_parser("import", help="exported folder -> run folder with a checkpoint", **formatted)
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     back.add_argument("--output", type=user_path, required=True, help="run folder to write; must be new or empty")
     _add_check_shards(back)
 
-    image = commands.add_parser("image", help="VQGAN that others trained -> tokenizer folder", **formatted)
+    image = commands.add_parser("image", help="third-party VQGAN -> tokenizer folder", **formatted)
     add = image.add_argument
     add(
         "--weights",
@@ -71,14 +71,14 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         help=".ckpt, .pt, .pth or .safetensors of the taming layout or LlamaGen's",
     )
-    add("--image-size", type=int, required=True, help="height and width of a picture, pixels (taming: resolution)")
+    add("--image-size", type=int, required=True, help="height and width of an image in pixels (taming: resolution)")
     add(
         "--output",
         type=user_path,
         required=True,
         help="tokenizer folder to write image/ to; vocab.json follows with text.model",
     )
-    add("--specials", type=int, default=1024, help="special tokens in all, in the joint vocabulary")
+    add("--specials", type=int, default=1024, help="special tokens of the joint vocabulary, sentinels included")
     add("--sentinels", type=int, default=512, help="sentinel tokens among the specials")
     return parser.parse_args()
 
@@ -95,7 +95,7 @@ def _add_check_shards(parser: argparse.ArgumentParser) -> None:
 def export_tool(arguments: argparse.Namespace) -> None:
     from megatron_cm3leon.export import export_checkpoint
 
-    account = export_checkpoint(
+    metadata = export_checkpoint(
         arguments.checkpoint,
         arguments.tokenizer,
         arguments.output,
@@ -105,11 +105,11 @@ def export_tool(arguments: argparse.Namespace) -> None:
         check_corpus=arguments.check_corpus,
         overwrite=arguments.overwrite,
     )
-    print(f"{account['class']} against the trained model: {account['check']}")
-    print(f"tokenizer.json: {account['tokenizer_json']}")
+    print(f"{metadata['class']} against the trained model: {metadata['check']}")
+    print(f"tokenizer.json: {metadata['tokenizer_json']}")
     print(
-        f"wrote {arguments.output}: {account['parameters']:,} parameters of {account['checkpoint']} in "
-        f"{account['dtype']}, with the tokenizers"
+        f"wrote {arguments.output}: {metadata['parameters']:,} parameters of {metadata['checkpoint']} in "
+        f"{metadata['dtype']}, with the tokenizers"
     )
 
 
@@ -118,7 +118,7 @@ def import_tool(arguments: argparse.Namespace) -> None:
 
     folder, comparison = import_export(arguments.model, arguments.output, check_shards=arguments.check_shards)
     print(f"the checkpoint against the export: {comparison.describe()}")
-    print(f"wrote {folder}; go on with: torchrun ... -m megatron_cm3leon.train {arguments.output}/config.yaml")
+    print(f"wrote {folder}; continue with: torchrun ... -m megatron_cm3leon.train {arguments.output}/config.yaml")
 
 
 def image_tool(arguments: argparse.Namespace) -> None:
@@ -130,7 +130,7 @@ def image_tool(arguments: argparse.Namespace) -> None:
     height, width = tokenizer.grid
     skipped = f"; weights skipped because only training uses them: {account['left_out']}" if account["left_out"] else ""
     print(
-        f"wrote {arguments.output}/image: {account['layout']} layout, {height} x {width} tokens a picture of "
+        f"wrote {arguments.output}/image: {account['layout']} layout, {height} x {width} tokens per image of "
         f"{arguments.image_size} pixels, {tokenizer.codebook_size:,} codes{skipped}"
     )
     if vocabulary is None:

@@ -5,9 +5,11 @@
 """
 
 import argparse
+from dataclasses import fields
 
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
-from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
+from megatron_cm3leon.evaluation.evaluate import evaluate_model
+from megatron_cm3leon.evaluation.options import EvaluationOptions
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.sampling import SAMPLERS
 
@@ -18,28 +20,29 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=user_path, required=True, help="folder that tools/convert_checkpoint.py export wrote")
     add("--shards", type=user_path, required=True, help="shards of held-out pairs")
-    add("--output", type=user_path, required=True, help="folder for evaluation.json and pictures/")
-    add("--index", type=user_path, help="index whose memory bank documents are retrieved from; none without it")
-    add("--checker", type=user_path, help="Python file with classify(picture) and parse_caption(text); it is run")
-    add("--pictures", type=int, default=defaults.pictures, help="held-out pairs that are reported on")
-    add("--sweep-pictures", type=int, default=defaults.sweep_pictures, help="other pairs, to choose the guidance on")
-    add("--guidance", type=float, nargs="+", default=defaults.guidance, help="guidance weights to try; 1 is none")
-    add("--temperature", type=float, default=defaults.temperature, help="of generated pictures; 0 is greedy")
-    add("--top-p", type=float, default=defaults.top_p, help="draw among the tokens that make up this probability")
-    add("--sampler", choices=SAMPLERS, default=defaults.sampler, help="how noise becomes a token of a picture")
-    add("--documents", type=int, help="retrieved documents of a prompt (default: as in training)")
+    add("--output", type=user_path, required=True, help="folder to write evaluation.json and pictures/ to")
+    add("--index", type=user_path, help="index to retrieve documents from; without it nothing is retrieved")
+    add("--checker", type=user_path, help="Python file with classify(image) and parse_caption(text); it is executed")
+    add("--images", type=int, default=defaults.images, help="held-out pairs that are reported")
+    add("--sweep-images", type=int, default=defaults.sweep_images, help="other pairs, to choose the guidance on")
+    add("--guidance", type=float, nargs="+", default=defaults.guidance, help="guidance weights to compare; 1: none")
+    add("--temperature", type=float, default=defaults.temperature, help="of generated images; 0 is greedy")
+    add("--top-p", type=float, default=defaults.top_p, help="sample from the tokens that make up this probability")
+    add("--sampler", choices=SAMPLERS, default=defaults.sampler, help="how random numbers select an image token")
+    add("--documents", type=int, help="retrieved documents per prompt (default: as in training)")
     add("--examples", type=int, default=defaults.examples, help="examples of each kind to keep")
-    add("--seed", type=int, default=defaults.seed, help="of the choice of pairs and of the pictures")
+    add("--seed", type=int, default=defaults.seed, help="of the choice of pairs and of the images")
     add("--encoder", type=user_path, help="CLIP folder, if it was moved since the index recorded its path")
     add("--dtype", choices=KINDS, default="fp32", help="type of the model's matrices")
-    add("--device", default="auto", help="cpu, cuda, or auto: CUDA where there is a device")
+    add("--device", default="auto", help="cpu, cuda, or auto: CUDA if there is a device")
+    for former, name in (("--pictures", "images"), ("--sweep-pictures", "sweep_images")):
+        add(former, dest=name, type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    names = EvaluationOptions.__dataclass_fields__
-    options = EvaluationOptions(**{name: getattr(arguments, name) for name in names})
+    options = EvaluationOptions(**{field.name: getattr(arguments, field.name) for field in fields(EvaluationOptions)})
     result = evaluate_model(
         arguments.model,
         arguments.shards,

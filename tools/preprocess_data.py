@@ -1,12 +1,12 @@
-"""Tokenise a corpus of pictures and texts into WebDataset shards.
+"""Tokenize a corpus of images and texts into WebDataset shards.
 
-Input is a JSONL file ({"image": "relative/path.png", "caption": "text", ...}, {"text": "..."} or {"segments":
-[{"text": "..."}, {"image": "..."}]} a line), CSV or Parquet with these columns, img2dataset's tars, a folder of
-pictures with .txt captions beside them, or plain text; local paths or URLs. Unusable inputs are listed in
-quarantine.jsonl and counted. The same command again finishes a run that was interrupted.
+Input is JSON Lines ({"image": "relative/path.png", "caption": "text", ...}, {"text": "..."} or {"segments":
+[{"text": "..."}, {"image": "..."}]} per line), CSV or Parquet with these columns, tars of img2dataset, a folder of
+images with .txt captions next to them, or plain text; local paths or URLs. Unusable inputs are counted and listed in
+quarantine.jsonl. The same command again finishes an interrupted run.
 
-On several nodes run the same command as a job array (SLURM_ARRAY_TASK_ID and _COUNT are read, or give --task-id and
---num-tasks), then `preprocess_data.py merge --output shards/`.
+On several nodes, run the same command as a job array (SLURM_ARRAY_TASK_ID and _COUNT are read, or give --task-id and
+--num-tasks), then run `preprocess_data.py merge --output shards/`.
 """
 
 import argparse
@@ -25,43 +25,49 @@ from megatron_cm3leon.distributed.device import resolve_device
 from megatron_cm3leon.slurm.array import find_task
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    first, _, rest = __doc__.partition("\n\n")
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    first, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=HelpFormatter)
     parser.add_argument(
         "--input",
         type=user_path,
         required=True,
         nargs="+",
-        help="files of one format, or one folder; paths, URLs, patterns",
+        help="files of one format, or one folder; paths, URLs or patterns",
     )
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="of the input; auto goes by names' endings")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="auto", help="format of the input; auto: by file extension"
+    )
     parser.add_argument(
         "--tokenizer", type=user_path, required=True, help="tokenizer folder that tools/train_tokenizer.py wrote"
     )
     parser.add_argument("--output", type=user_path, required=True, help="folder of the shards")
-    parser.add_argument("--image-field", default="", help='field or column of the picture (else "image", "jpg" ...)')
-    parser.add_argument("--caption-field", default="", help='field or column of the caption (else "caption", "txt")')
-    parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument("--task-id", type=int, help="which of the tasks this is, from 0 (default: by the job array)")
-    parser.add_argument("--num-tasks", type=int, help="tasks that share the input (default: as the job array has)")
-    parser.add_argument("--part-size", type=int, default=10_000, help="inputs a part; a part is the unit of resuming")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures encoded at once")
-    parser.add_argument("--device", default="auto", help="where pictures are encoded: auto, cpu, cuda, cuda:1 ...")
-    parser.add_argument("--fit", choices=FITS, default="crop", help="how a picture becomes square")
-    parser.add_argument("--min-side", type=int, default=0, help="leave out pictures with a shorter side, pixels")
-    parser.add_argument("--max-aspect", type=float, default=0.0, help="leave out longer pictures, side / side; 0: none")
-    parser.add_argument("--clean-captions", action="store_true", help="drop HTML and repeated white space")
-    parser.add_argument("--deduplicate", nargs="+", choices=BY, default=[], help="leave out exact duplicates by these")
-    parser.add_argument("--stage", choices=STAGES, default="all", help="with --deduplicate over several tasks")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.01, help="largest share of unusable inputs, 0 to 1")
-    parser.add_argument("--overwrite", action="store_true", help="replace shards made with other options")
+    parser.add_argument("--image-field", default="", help='field or column of the image (default: "image", "jpg" ...)')
+    parser.add_argument("--caption-field", default="", help='field or column of the text (default: "caption", "txt")')
+    parser.add_argument("--workers", type=int, default=1, help="worker processes")
+    parser.add_argument("--task-id", type=int, help="index of this task, from 0 (default: from the job array)")
+    parser.add_argument("--num-tasks", type=int, help="tasks that share the input (default: from the job array)")
+    parser.add_argument("--part-size", type=int, default=10_000, help="inputs per part; a part is the unit of resuming")
+    parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once")
+    parser.add_argument("--device", default="auto", help="device that encodes the images: auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--fit", choices=FITS, default="crop", help="how an image is made square")
+    parser.add_argument("--min-side", type=int, default=0, help="skip images whose shorter side is below this, pixels")
+    parser.add_argument("--max-aspect", type=float, default=0.0, help="skip images above this side ratio; 0: no limit")
+    parser.add_argument("--clean-captions", action="store_true", help="remove HTML and repeated white space")
+    parser.add_argument("--deduplicate", nargs="+", choices=BY, default=[], help="skip exact duplicates by these")
+    parser.add_argument(
+        "--stage", choices=STAGES, default="all", help="with --deduplicate and several tasks: hash, then encode"
+    )
+    parser.add_argument("--max-bad-fraction", type=float, default=0.01, help="maximum share of unusable inputs, 0 to 1")
+    parser.add_argument("--overwrite", action="store_true", help="replace shards written with other options")
     return parser.parse_args(arguments)
 
 
 def merge_tasks(arguments: list[str]) -> int:
+    """The command `merge`."""
     parser = argparse.ArgumentParser(
-        prog="preprocess_data.py merge", description="Join what the tasks of a job array wrote: write the manifest."
+        prog="preprocess_data.py merge",
+        description="Write the manifest of what the tasks of a job array wrote.",
     )
     parser.add_argument("--output", type=user_path, required=True, help="folder of the shards")
     output = parser.parse_args(arguments).output
@@ -101,25 +107,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(result: dict, output: str) -> int:
-    """Print what was written and what was not."""
+    """Print how many inputs were written and how many were not, with the reasons; returns the exit status."""
     if not result:
-        print(f"{output}: this task's hashes are done; when those of all tasks are, go on with --stage encode.")
+        print(f"{output}: this task's hashes are done; when all tasks are done, continue with --stage encode.")
         return 0
-    accounts = result["accounts"]
+    counts = result["accounts"]
     if result.get("already_complete"):
         print(f"{output} already holds these shards; nothing to do.")
     elif "shards" in result:
         print(f"{output}: {len(result['shards'])} shards.")
     else:
-        print(f"{output}: this task's parts are done; when those of all tasks are, run preprocess_data.py merge.")
+        print(f"{output}: this task's parts are done; when all tasks are done, run preprocess_data.py merge.")
     tokens = f" of {result['tokens']} tokens" if "tokens" in result else ""
-    print(f"{accounts['written']} documents{tokens} from {accounts['read']} inputs.")
-    left_out = accounts.get("duplicates", 0) + accounts.get("filtered", 0)
-    if left_out:
-        print(f"{accounts['duplicates']} duplicates and {accounts['filtered']} filtered inputs were left out.")
-    if accounts["quarantined"]:
-        print(f"{accounts['quarantined']} unusable inputs are listed in {Path(output) / QUARANTINE}:")
-    for reason, count in accounts["reasons"].items():
+    print(f"{counts['written']} documents{tokens} from {counts['read']} inputs.")
+    if counts.get("duplicates", 0) + counts.get("filtered", 0):
+        print(f"{counts['duplicates']} duplicates and {counts['filtered']} filtered inputs were skipped.")
+    if counts["quarantined"]:
+        print(f"{counts['quarantined']} unusable inputs are listed in {Path(output) / QUARANTINE}:")
+    for reason, count in counts["reasons"].items():
         print(f"  {count} x {reason}")
     return 0
 

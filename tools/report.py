@@ -11,17 +11,14 @@ from megatron_cm3leon.evaluation.assemble import collect_report, write_report
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    parser.add_argument("--evaluation", type=user_path, required=True, help="folder that tools/evaluate.py wrote")
-    parser.add_argument(
-        "--model", type=user_path, required=True, help="folder that tools/convert_checkpoint.py export wrote"
-    )
-    parser.add_argument("--run", type=user_path, help="run folder of the training, for the loss curves")
-    parser.add_argument(
-        "--stages", type=user_path, help="times of the stages: lines of name, tab, seconds; or a JSON object"
-    )
-    parser.add_argument("--title", default="Captions to pictures and back", help="title of the page")
-    parser.add_argument("--subtitle", default="", help="line beneath the title")
-    parser.add_argument("--output", type=user_path, required=True, help="folder for report.html and report.json")
+    add = parser.add_argument
+    add("--evaluation", type=user_path, required=True, help="folder that tools/evaluate.py wrote")
+    add("--model", type=user_path, required=True, help="folder that tools/convert_checkpoint.py export wrote")
+    add("--run", type=user_path, help="run folder of the training, for the loss curves")
+    add("--stages", type=user_path, help="times of the stages: lines of name, tab, seconds; or a JSON object")
+    add("--title", default="From captions to images and back", help="title of the page")
+    add("--subtitle", default="", help="line below the title")
+    add("--output", type=user_path, required=True, help="folder to write report.html and report.json to")
     return parser.parse_args()
 
 

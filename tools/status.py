@@ -1,12 +1,13 @@
-"""Show what runs are doing, from their run folders alone.
+"""Show the status of runs, from their run folders alone.
 
     python tools/status.py runs/x
     python tools/status.py runs/*
     python tools/status.py runs/x --watch
     python tools/status.py runs/x --json
 
-One run is described, several make a table. Goodput is the share of wall time in training steps that were kept;
-megatron_cm3leon/monitoring/goodput.py says what the rest is. Which checkpoint.interval is best: benchmarks/goodput.py.
+One run is shown in detail, several as a table. Goodput is the share of wall time in training steps that were kept;
+megatron_cm3leon/monitoring/goodput.py describes the other parts. benchmarks/goodput.py finds the best
+checkpoint.interval.
 """
 
 import argparse
@@ -21,24 +22,25 @@ from megatron_cm3leon.monitoring.status import Status, describe, describe_table,
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="run folder, such as runs/x")
-    parser.add_argument("--watch", action="store_true", help="show it again and again until Ctrl-C")
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks of --watch (default: 5)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a run and line; times in seconds")
+    parser.add_argument("--watch", action="store_true", help="repeat until Ctrl-C")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between two updates of --watch (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per run and line; times in seconds")
     arguments = parser.parse_args()
     if arguments.every <= 0:
         parser.error(f"--every ({arguments.every:g}) must be above 0.")
     return arguments
 
 
-def look(runs: list[str]) -> tuple[list[Status], list[ValueError]]:
-    """The runs, and what is wrong with those of `runs/*` that are none or are damaged."""
-    statuses, faults = [], []
+def read_statuses(runs: list[str]) -> tuple[list[Status], list[ValueError]]:
+    """The status of each run, and an error for each folder that is not a run folder or is damaged."""
+    statuses: list[Status] = []
+    errors: list[ValueError] = []
     for run in runs:
         try:
             statuses.append(read_status(run))
         except ValueError as error:
-            faults.append(error)
-    return statuses, faults
+            errors.append(error)
+    return statuses, errors
 
 
 def show(statuses: list[Status], as_json: bool) -> str:
@@ -50,17 +52,17 @@ def show(statuses: list[Status], as_json: bool) -> str:
 def main() -> int:
     arguments = parse_arguments()
     while True:
-        statuses, faults = look(arguments.runs)
+        statuses, errors = read_statuses(arguments.runs)
         if not statuses:
-            raise faults[0]
+            raise errors[0]
         text = show(statuses, arguments.json)
         if arguments.watch and not arguments.json and sys.stdout.isatty():
             text = "\033[H\033[2J" + text  # clear the screen
         print(text, flush=True)
-        for fault in faults:
-            print(f"error: {fault}", file=sys.stderr)
+        for error in errors:
+            print(f"error: {error}", file=sys.stderr)
         if not arguments.watch:
-            return 2 if faults else 0
+            return 2 if errors else 0
         time.sleep(arguments.every)
 
 

@@ -11,27 +11,28 @@ from megatron_cm3leon.data.preprocess.raw_inputs import RawInputs, add_input_opt
 from megatron_cm3leon.retrieval.train_encoder import ClipOptions, train_clip
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a small CLIP contrastively on image-text pairs; writes a CLIPModel folder.",
         formatter_class=HelpFormatter,
     )
     add_input_options(parser)
-    parser.add_argument(
-        "--text-model", type=user_path, required=True, help="SentencePiece model (text.model of a tokenizer folder)"
-    )
-    parser.add_argument("--output", type=user_path, required=True, help="CLIP folder to write")
+    add = parser.add_argument
+    add("--text-model", type=user_path, required=True, help="SentencePiece model (text.model of a tokenizer folder)")
+    add("--output", type=user_path, required=True, help="CLIP folder to write")
     for field in fields(ClipOptions):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=field.type, default=field.default, help=HELP[field.name]
-        )
-    options = parser.parse_args()
-    chosen = ClipOptions(**{field.name: getattr(options, field.name) for field in fields(ClipOptions)})
-    inputs = RawInputs.open(options, "pairs")
-    figures = train_clip(inputs, options.text_model, options.output, chosen)
+        add(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default, help=HELP[field.name])
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    options = ClipOptions(**{field.name: getattr(arguments, field.name) for field in fields(ClipOptions)})
+    inputs = RawInputs.open(arguments, "pairs")
+    figures = train_clip(inputs, arguments.text_model, arguments.output, options)
     print(
-        f"wrote {options.output}: trained on {figures['pairs']} pairs, loss {figures['loss']:.3f}; of "
-        f"{figures['heldout_pairs']} held-out captions {figures['recall_at_1']:.1%} find their own picture first, "
+        f"wrote {arguments.output}: trained on {figures['pairs']} pairs, loss {figures['loss']:.3f}; of "
+        f"{figures['heldout_pairs']} held-out captions {figures['recall_at_1']:.1%} find their own image first, "
         f"{figures['recall_at_10']:.1%} among ten"
     )
     if figures["skipped"]:
@@ -40,16 +41,16 @@ def main() -> None:
 
 HELP = {
     "steps": "optimizer steps",
-    "batch_size": "pairs in a step",
-    "image_size": "side of the pictures the encoder sees, in pixels",
-    "patch_size": "side of a patch, in pixels",
+    "batch_size": "pairs per step",
+    "image_size": "height and width of the images that the encoder sees, pixels",
+    "patch_size": "height and width of a patch, pixels",
     "width": "width of the encoders and of the vectors",
     "layers": "layers of each encoder",
     "learning_rate": "peak learning rate",
     "max_scale": "largest scale of the cosines in the loss",
-    "heldout": "share of the pairs measured with instead of trained on",
-    "max_pairs": "pairs read at most",
-    "threads": "CPU threads; a model this small is slower on many",
+    "heldout": "share of the pairs that is held out from training and measured with",
+    "max_pairs": "most pairs that are read",
+    "threads": "CPU threads; a small model is slower with many threads",
     "seed": "seed of weights, batches and held-out pairs",
 }
 

@@ -1,11 +1,11 @@
-"""Train the two halves of a tokenizer folder, in either order; the second one writes vocab.json.
+"""Train the text or the image tokenizer of a folder, in either order; the second run writes vocab.json.
 
     python tools/train_tokenizer.py text  --input pairs.jsonl --vocab-size 56320 --output tok/
     python tools/train_tokenizer.py image --input pairs.jsonl --image-size 32 --downsample 4 \\
         --codebook-size 128 --output tok/
 
-Input is whatever tools/preprocess_data.py reads: JSONL, CSV, Parquet, img2dataset's tars, folders, plain text; one
-folder or several files. The image half needs no captions, the text half no images.
+The input has any format that tools/preprocess_data.py reads: JSONL, CSV, Parquet, img2dataset's tars, folders, plain
+text; one folder or several files. The image tokenizer needs no captions, the text tokenizer no images.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--output", type=user_path, required=True, help="tokenizer folder to write to")
         add_flags(command)
         command.add_argument(
-            "--specials", type=int, default=1024, help="special tokens in all, in the joint vocabulary"
+            "--specials", type=int, default=1024, help="special tokens of the joint vocabulary, sentinels included"
         )
         command.add_argument("--sentinels", type=int, default=512, help="sentinel tokens among the specials")
     return parser.parse_args()
@@ -45,15 +45,20 @@ def add_text_flags(command: argparse.ArgumentParser) -> None:
         "--coverage",
         type=float,
         default=0.9995,
-        help="share of the characters in the text that get a piece; rarer ones are spelled in bytes",
+        help="share of the characters in the text that get a piece; rarer ones are encoded as bytes",
     )
 
 
 def add_image_flags(command: argparse.ArgumentParser) -> None:
     network = command.add_argument_group("network")
     add = network.add_argument
-    add("--image-size", type=int, default=256, help="height and width of a picture, pixels")
-    add("--downsample", type=int, default=8, help="pixels of the side of one image token; a power of 2")
+    add("--image-size", type=int, default=256, help="height and width of an image, pixels")
+    add(
+        "--downsample",
+        type=int,
+        default=8,
+        help="height and width of the patch of one image token, pixels; a power of 2",
+    )
     add("--codebook-size", type=int, default=8192, help="codes, K")
     add("--embed-dim", type=int, default=16, help="width of a code")
     add("--base-channels", type=int, default=32, help="channels at full resolution")
@@ -61,7 +66,7 @@ def add_image_flags(command: argparse.ArgumentParser) -> None:
         "--channel-multiplier",
         type=int,
         nargs="+",
-        help="channels of each level as multiples of the base, log2(downsample) + 1 numbers (default: all 1)",
+        help="channels per level as multiples of the base channels, log2(downsample) + 1 numbers (default: all 1)",
         default=argparse.SUPPRESS,
     )
     add(
@@ -70,16 +75,16 @@ def add_image_flags(command: argparse.ArgumentParser) -> None:
         help="channels between encoder and codebook (default: the base channels)",
         default=argparse.SUPPRESS,
     )
-    add("--num-res-blocks", type=int, default=0, help="residual blocks of a level; decoder levels have one more")
+    add("--num-res-blocks", type=int, default=0, help="residual blocks per level; decoder levels have one more")
     add("--attn-resolutions", type=int, nargs="*", default=[], help="resolutions with attention, pixels")
     add("--mid-attention", action="store_true", help="attention at the lowest resolution")
-    add("--norm", choices=("pixel", "group"), default="pixel", help="over one pixel, or (taming) the whole picture")
+    add("--norm", choices=("pixel", "group"), default="pixel", help="over one pixel, or (taming) the whole image")
     add(
         "--encoder-kernel",
         type=int,
         choices=(1, 3),
         default=1,
-        help="1: a code is a function of its own patch alone (with norm=pixel), easy to predict; 3: taming",
+        help="1: with norm=pixel a code is a function of its own patch alone, easy to predict; 3: taming",
     )
     defaults = ImageTrainingOptions()
     training = command.add_argument_group("training")
@@ -89,9 +94,9 @@ def add_image_flags(command: argparse.ArgumentParser) -> None:
         "--warmup-steps",
         type=int,
         default=argparse.SUPPRESS,
-        help="steps of them before the codebook (default: a third)",
+        help="first steps, without the codebook (default: a third)",
     )
-    add("--batch-size", type=int, default=defaults.batch_size, help="pictures a step")
+    add("--batch-size", type=int, default=defaults.batch_size, help="images per step")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="peak learning rate")
     add("--loss", choices=("l1", "l2"), default=defaults.loss, help="reconstruction error per pixel")
     add("--commitment", type=float, default=defaults.commitment, help="weight of the commitment term")
@@ -101,14 +106,14 @@ def add_image_flags(command: argparse.ArgumentParser) -> None:
         default=defaults.codebook,
         help="codes follow latents as moving averages, or by gradient",
     )
-    add("--ema-decay", type=float, default=defaults.ema_decay, help="share of the moving average kept a step")
+    add("--ema-decay", type=float, default=defaults.ema_decay, help="share of the moving average that is kept per step")
     add(
         "--revive-below",
         type=float,
         default=defaults.revive_below,
-        help="a code restarts below this share of an even use of all codes",
+        help="a code restarts below this share of a uniform use of all codes",
     )
-    add("--precision", choices=("bf16", "fp32"), default=defaults.precision, help="of the training arithmetic")
+    add("--precision", choices=("bf16", "fp32"), default=defaults.precision, help="precision of the training")
     add("--seed", type=int, default=defaults.seed, help="seed of weights, batches and codebook")
     add(
         "--heldout",
@@ -131,7 +136,7 @@ def main() -> None:
     vocabulary = write_vocabulary(output, specials=arguments.specials, sentinels=arguments.sentinels)
     if vocabulary is None:
         other = "image" if arguments.command == "text" else "text"
-        print(f"{VOCABULARY} follows when the {other} tokenizer is in {output} too")
+        print(f"{VOCABULARY} is written when the {other} tokenizer is in {output}, too")
     else:
         print(
             f"wrote {output / VOCABULARY}: {vocabulary.size:,} ids = {vocabulary.text_size:,} text + "
@@ -153,7 +158,7 @@ def train_image_tool(arguments: argparse.Namespace, output: Path) -> None:
     inputs, heldout, load = RawInputs.open(arguments, "images"), None, ImageLoader()
     if arguments.heldout:
         heldout = RawInputs.open(argparse.Namespace(**{**vars(arguments), "input": arguments.heldout}), "images")
-    tokenizer, account = train_and_measure(
+    tokenizer, description = train_and_measure(
         inputs.images(),
         config,
         options,
@@ -163,11 +168,11 @@ def train_image_tool(arguments: argparse.Namespace, output: Path) -> None:
         load=load,
     )
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(output / IMAGE_FOLDER, training=account)
-    measured, (height, width) = account["heldout"], tokenizer.grid
+    tokenizer.save(output / IMAGE_FOLDER, training=description)
+    measured, (height, width) = description["heldout"], tokenizer.grid
     print(
-        f"wrote {output / IMAGE_FOLDER}: {height} x {width} tokens a picture, {config.codebook_size:,} codes; "
-        f"{measured['pictures']} held-out pictures: PSNR {measured['psnr_db']:.2f} dB, "
+        f"wrote {output / IMAGE_FOLDER}: {height} x {width} tokens per image, {config.codebook_size:,} codes; "
+        f"{measured['pictures']} held-out images: PSNR {measured['psnr_db']:.2f} dB, "
         f"{measured['codes_used']:.0%} of the codes used, perplexity {measured['codebook_perplexity']:.1f}"
     )
     load.add_to(inputs.reasons)
@@ -188,7 +193,7 @@ def build_config(arguments: argparse.Namespace) -> VQGANConfig:
     if len(multiplier) != levels:
         raise ValueError(
             f"--channel-multiplier has {len(multiplier)} numbers; --downsample {arguments.downsample} has "
-            f"{int(levels)} levels and needs as many."
+            f"{int(levels)} levels; give {int(levels)} numbers."
         )
     return VQGANConfig(
         image_size=arguments.image_size,

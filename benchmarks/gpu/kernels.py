@@ -59,7 +59,7 @@ def decoding_matrices(device, tiny: bool) -> Iterator[dict]:
     from timing import relative_error, time_graph
 
     from megatron_cm3leon.generation.decoder import DTYPES
-    from megatron_cm3leon.generation.matrices import build_matrix
+    from megatron_cm3leon.generation.matrix_kinds import build_matrix
 
     hidden, layers = (64, 1) if tiny else (4096, 8)
     shapes = [(3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden)]

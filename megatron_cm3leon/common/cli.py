@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from megatron_cm3leon.common.paths import expand_path
@@ -35,6 +36,8 @@ def show_messages(level: int = logging.INFO) -> None:
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a tool's `main` and exit: 0 done, 2 for a user's error, 130 after Ctrl-C, 141 for a closed pipe."""
     show_messages()
+    # Pillow warns of large images, which this project refuses with a reason.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     try:
         status = main() or 0
     except BrokenPipeError:  # who reads the output, such as head, has seen enough

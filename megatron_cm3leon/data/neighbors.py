@@ -1,10 +1,10 @@
-"""The table of an index folder: what each document may retrieve from the memory bank, and its reader.
+"""The neighbor table of an index folder: the documents of the memory bank that each document may retrieve.
 
-    neighbors.npy   int64 [documents, M], document numbers of the bank, best first; -1 where the bank holds too few
+    neighbors.npy         int64 [documents, M], document numbers of the bank, best first; -1 if the bank holds too few
     neighbors.crc32.npy   uint32, checksums of the table
-    scores.npy      float32 [documents, M], inner products with the whole query document, -inf beside -1
+    scores.npy            float32 [documents, M], inner products with the complete query document, -inf next to -1
 
-candidates.py says which they are. Reading a table needs neither FAISS nor an encoder.
+retrieval/filters.py decides which documents are eligible. Reading a table needs neither FAISS nor an encoder.
 """
 
 import json
@@ -22,16 +22,17 @@ FORMAT = 1
 INDEX_FILE = "index.json"
 CHECKSUMS = "neighbors.crc32.npy"
 CHECKED_ROWS = 256
-"""Rows under one checksum: few enough that a row can be checked when it is asked for."""
+"""Rows per checksum: few enough to check a row when it is read."""
 
 
 @dataclass(kw_only=True)
 class Neighbors:
-    """The table of an index folder, the memory bank that its numbers mean, and the checksums of its rows."""
+    """The table of an index folder, its memory bank, and the checksums of its rows."""
 
     table: np.ndarray
     """int64 [documents, M], memory-mapped; -1: none."""
     bank: Corpus
+    """Documents that the numbers of the table refer to."""
     path: Path
     checksums: np.ndarray | None = None
     """CRC-32 of every CHECKED_ROWS rows, uint32; None in an older index."""
@@ -40,7 +41,7 @@ class Neighbors:
         self._checked = np.zeros(-(-len(self.table) // CHECKED_ROWS), bool)
 
     def check(self, rows: np.ndarray) -> None:
-        """Compare the checksums behind some rows, each once a process; ValueError where the table is damaged."""
+        """Verify the checksums of some rows (int64), each once per process; ValueError if the table is damaged."""
         if self.checksums is None:
             return
         pieces = np.unique(rows // CHECKED_ROWS)
@@ -61,21 +62,20 @@ def checksum_rows(table: np.ndarray) -> np.ndarray:
 
 
 def _checksum(table: np.ndarray, piece: int) -> int:
-    return zlib.crc32(np.ascontiguousarray(table[piece * CHECKED_ROWS : (piece + 1) * CHECKED_ROWS]))
+    return zlib.crc32(np.ascontiguousarray(table[piece * CHECKED_ROWS : (piece + 1) * CHECKED_ROWS]).data)
 
 
 def manifest_sha256(corpus: Corpus) -> str:
-    """What an index remembers of a shard folder: its content's hash; of an older one, the manifest's own."""
+    """Hash by which an index identifies a shard folder: of its content or, for older shards, of its manifest file."""
     if "content_sha256" in corpus.manifest:
         return hash_content(corpus.vocabulary.hash, corpus.shards)
     return sha256_file(corpus.folder / MANIFEST)
 
 
 def load_neighbors(folder: str | Path, corpus: Corpus, bank_corpus: Corpus | None = None) -> Neighbors:
-    """Open the table that tools/build_index.py made for `corpus`; its bank is found where it was, or given.
+    """Open the table that tools/build_index.py wrote for `corpus`; `bank_corpus` replaces the recorded memory bank.
 
-    Raises ValueError naming what differs when the index belongs to other shards, another bank or another
-    vocabulary.
+    Raises ValueError with the difference if the index belongs to other shards, another bank or another vocabulary.
     """
     folder = Path(folder)
     description = load_description(folder)
@@ -104,12 +104,12 @@ def load_neighbors(folder: str | Path, corpus: Corpus, bank_corpus: Corpus | Non
 def _map(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, SyntaxError, TokenError) as error:  # as numpy reports a header it cannot parse
-        raise ValueError(f"{path} is unreadable ({error}); build it again: tools/build_index.py.") from error
+    except (ValueError, OSError, SyntaxError, TokenError) as error:  # raised by numpy for a damaged header
+        raise ValueError(f"{path} is unreadable ({error}); build the index again with tools/build_index.py.") from error
 
 
 def load_description(folder: str | Path) -> dict:
-    """Content of index.json, which is written last; ValueError when the folder holds no whole index."""
+    """Content of index.json, which is written last; ValueError if the folder holds no complete index."""
     path = Path(folder) / INDEX_FILE
     if not path.is_file():
         inside = sorted(str(found.parent) for found in Path(folder).glob(f"*/{INDEX_FILE}"))
@@ -117,13 +117,13 @@ def load_description(folder: str | Path) -> dict:
             raise ValueError(f"no index at {folder}, but at {' and '.join(inside)}; give one of these.")
         raise ValueError(
             f"no index at {folder}: it has no {INDEX_FILE}, which is written last. Run tools/build_index.py with "
-            f"--output {folder} (again: it goes on where it stopped)."
+            f"--output {folder} (again, if it was interrupted)."
         )
     try:
         description = json.loads(path.read_text())
         found = description["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no description of an index ({type(error).__name__}: {error}).") from error
+        raise ValueError(f"{path} is not a valid description of an index ({type(error).__name__}: {error}).") from error
     check_seal(path, description)
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}; this version reads format {FORMAT}. Build the index again.")
@@ -131,19 +131,19 @@ def load_description(folder: str | Path) -> dict:
 
 
 def open_bank(folder: Path, description: dict) -> Corpus:
-    """Open the memory bank where the index recorded it: its absolute place, else relative to the index."""
-    places = [Path(description["bank"]), Path(os.path.normpath(folder / description["bank_relative"]))]
-    for place in places:
-        if (place / MANIFEST).is_file():
-            return open_shards(place)
+    """Open the memory bank at its recorded absolute path, or at its recorded path relative to the index."""
+    paths = [Path(description["bank"]), Path(os.path.normpath(folder / description["bank_relative"]))]
+    for path in paths:
+        if (path / MANIFEST).is_file():
+            return open_shards(path)
     raise ValueError(
-        f"the memory bank of the index at {folder} is neither at {places[0]} nor at {places[1]}; put the shards "
-        f"back there, or build the index again with --bank where they are."
+        f"the memory bank of the index at {folder} is neither at {paths[0]} nor at {paths[1]}; restore the "
+        f"shards there, or build the index again with --bank FOLDER."
     )
 
 
 def check_corpus(folder: Path, description: dict, corpus: Corpus, role: str) -> None:
-    """Refuse a corpus that is not the `role` ("shards" or "bank") the index was built from."""
+    """ValueError if a corpus is not the `role` ("shards" or "bank") that the index was built from."""
     if corpus.vocabulary.hash != description["vocabulary_hash"]:
         raise ValueError(
             f"the index at {folder} was built with vocabulary {description['vocabulary_hash']}, but the {role} at "

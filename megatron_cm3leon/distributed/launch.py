@@ -1,25 +1,25 @@
-"""This process as a rank: its place among the others, its device and threads, and where the ranks meet."""
+"""This process as a rank: rank and world size, device, CPU threads, and the rendezvous with the other ranks."""
 
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_cm3leon.distributed.mpi import join_mpi
-from megatron_cm3leon.distributed.srun import join_step
+from megatron_cm3leon.distributed.mpi import set_mpi_variables
+from megatron_cm3leon.distributed.srun import set_srun_variables
 
 TIMEOUT = timedelta(minutes=30)
-
-
-MEETING = timedelta(minutes=15)
+"""For operations on the store and for collectives."""
+RENDEZVOUS_TIMEOUT = timedelta(minutes=15)
 """Ranks start at different times: imports from a busy file system take minutes."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """This process, before any process group exists; torchrun and srun set the environment."""
+    """Rank and world size of this process, from the environment; no process group is needed."""
 
     rank: int
     world_size: int
@@ -28,79 +28,82 @@ class Rank:
 
     @classmethod
     def from_environment(cls) -> "Rank":
-        """This rank as torchrun's, an MPI launcher's or, in an srun step, SLURM's variables say.
+        """Read the variables of torchrun, of an MPI launcher or, in an srun step, of SLURM.
 
-        ValueError as join_mpi() and join_step(), and for a WORLD_SIZE without RANK.
+        ValueError as set_mpi_variables() and set_srun_variables(), and for a WORLD_SIZE without RANK.
         """
-        join_mpi()
-        join_step()
+        set_mpi_variables()
+        set_srun_variables()
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         if world_size > 1 and "RANK" not in os.environ:
             raise ValueError(
-                f"WORLD_SIZE ({world_size}) is set and RANK is not, so every process would be rank 0; start the ranks "
-                f"with torchrun or srun, which set both, or unset WORLD_SIZE for a run of one rank."
+                f"WORLD_SIZE ({world_size}) is set but RANK is not, so every process would be rank 0; start the ranks "
+                f"with torchrun or srun, which set both, or unset WORLD_SIZE for a run with one rank."
             )
         return cls(
             rank=int(os.environ.get("RANK", 0)),
             world_size=world_size,
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            # LOCAL_SIZE is what DeepSpeed's launcher calls it.
+            # DeepSpeed's launcher names it LOCAL_SIZE.
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size),
         )
 
 
 def choose_device(name: str, rank: Rank) -> torch.device:
-    """`train.device` of this rank: auto is CUDA where every local rank can have a device of its own."""
+    """The device of this rank for `train.device` (auto, cuda, cpu); auto is CUDA if each local rank has its own device.
+
+    ValueError for cuda with fewer devices than local ranks.
+    """
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and devices < rank.local_world_size):
         return torch.device("cpu")
     if devices < rank.local_world_size:
         raise ValueError(
-            f"train.device (cuda) needs a CUDA device for each of the {rank.local_world_size} ranks of this node, "
-            f"which has {devices}; start fewer ranks or use train.device=cpu."
+            f"train.device (cuda) requires a CUDA device for each of the {rank.local_world_size} ranks of this "
+            f"node, which has {devices}; start fewer ranks or use train.device=cpu."
         )
     return torch.device("cuda", rank.local_rank)
 
 
 def set_threads(threads: int, rank: Rank) -> None:
-    """Give this rank `threads` CPU threads; 0 takes its share of the cores of this node."""
+    """Set the number of CPU threads per rank; 0 divides the cores of this node by its ranks."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads or max(1, cores // rank.local_world_size))
 
 
-def uses_launchers_store() -> bool:
-    """Whether torchrun hosts the store; else rank 0 does."""
+def uses_launcher_store() -> bool:
+    """Whether torchrun hosts the store of the rendezvous; otherwise rank 0 does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def meet(rank: Rank) -> dist.Store:
-    """The store that the ranks share, without waiting for all of them; a run of one rank needs no address and no port.
+def rendezvous(rank: Rank) -> dist.Store:
+    """Connect to the store that all ranks share, without waiting for them. One rank alone needs no address or port.
 
-    ValueError when no address is set or nobody answers there.
+    ValueError when MASTER_ADDR or MASTER_PORT is not set, or no store answers there within RENDEZVOUS_TIMEOUT.
     """
     if rank.world_size == 1:
         return dist.HashStore()
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not host or not port:
         raise ValueError(
-            f"MASTER_ADDR ({host}) and MASTER_PORT ({port}) must name the first rank's host and a free port there; "
+            f"MASTER_ADDR ({host}) and MASTER_PORT ({port}) must be the host of rank 0 and a free port on it; "
             f"start the ranks with torchrun or srun, which set them, or set both."
         )
-    serves = rank.rank == 0 and not uses_launchers_store()
+    hosts_store = rank.rank == 0 and not uses_launcher_store()
     try:
-        store = dist.TCPStore(host, int(port), rank.world_size, serves, MEETING, wait_for_workers=False)
+        store = dist.TCPStore(host, int(port), rank.world_size, hosts_store, RENDEZVOUS_TIMEOUT, wait_for_workers=False)
     except dist.DistError as error:
-        what = "could not be opened" if serves else f"did not answer within {MEETING.seconds} s"
+        what = "could not be opened" if hosts_store else f"did not respond within {RENDEZVOUS_TIMEOUT.seconds} s"
         raise ValueError(
-            f"MASTER_ADDR ({host}) and MASTER_PORT ({port}) {what} ({str(error).splitlines()[0]}); see that rank 0 "
-            f"runs on that host, that the port is free there, and that nodes may connect to it."
+            f"MASTER_ADDR ({host}) and MASTER_PORT ({port}) {what} ({str(error).splitlines()[0]}); make sure that "
+            f"rank 0 runs on that host, that the port is free there, and that the other nodes can connect to it."
         ) from error
     store.set_timeout(TIMEOUT)
     return store
 
 
-def gather_objects(value: object) -> list:
-    """What every rank put in, in the order of the ranks; collective."""
-    values = [None] * dist.get_world_size()
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, in the order of the ranks; collective. They must be picklable."""
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -1,7 +1,7 @@
-"""Ranks that an MPI launcher started (mpirun, mpiexec, jsrun): the variables that torch reads, from those that it sets.
+"""Ranks started by an MPI launcher (mpirun, mpiexec, jsrun): sets the variables that torch reads from those of MPI.
 
-MPI launchers name no address where ranks can meet. With MASTER_ADDR and MASTER_PORT the ranks are read; without them
-each process would take itself for a run of one rank, so they are refused at once.
+MPI launchers provide no address for the rendezvous. With MASTER_ADDR and MASTER_PORT set, the ranks are read; without
+them each process would be a run with one rank, so such a start is an error.
 """
 
 import os
@@ -16,8 +16,8 @@ REMEDY = (
 
 
 @dataclass(frozen=True)
-class Variables:
-    """What the processes of one launcher have in their environment."""
+class LauncherVariables:
+    """Names of the environment variables that one launcher sets."""
 
     rank: str
     size: str
@@ -25,22 +25,23 @@ class Variables:
     local_size: str
 
 
+_NAMES = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
 MPI = (
-    Variables(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),  # and jsrun
-    Variables(*(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
-    Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
+    LauncherVariables(*(f"OMPI_COMM_WORLD_{name}" for name in _NAMES)),  # Open MPI and jsrun
+    LauncherVariables(*(f"MV2_COMM_WORLD_{name}" for name in _NAMES)),
+    LauncherVariables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
 )
-"""Launchers whose processes srun never imitates: they count inside a SLURM step too, in which mpirun starts helpers."""
-PMI = (Variables("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),)
-"""Cray's mpiexec, and srun, whose own variables are read instead (slurm_step.py)."""
+"""Variables that srun never sets: they are valid inside a SLURM step too, where mpirun starts its daemons."""
+PMI = (LauncherVariables("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),)
+"""Set by Cray's mpiexec, and by srun, whose own variables are read instead (srun.py)."""
 
 
-def join_mpi(environment: MutableMapping[str, str] = os.environ) -> None:
+def set_mpi_variables(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the MPI launcher that started this process.
 
-    Does nothing where RANK is set, and under no MPI launcher. ValueError for one of several ranks without MASTER_ADDR
-    and MASTER_PORT, or whose launcher does not say which ranks there are on which node; RANK is set then too, so that
-    one rank reports.
+    Does nothing where RANK is set, and under another launcher. ValueError with several ranks and no MASTER_ADDR or
+    MASTER_PORT, or when the launcher does not set which ranks are on which node; RANK is set then too, so that only
+    rank 0 prints the error.
     """
     if "RANK" in environment:
         return
@@ -54,15 +55,15 @@ def join_mpi(environment: MutableMapping[str, str] = os.environ) -> None:
         if "PMIX_RANK" in environment and not in_slurm:
             _refuse("PMIX_RANK", environment)
         return
-    size = environment.get(found.size)
+    size = environment.get(found.size, "")
     if size != "1" and not complete:
         _refuse(found.rank, environment)
     environment["RANK"] = environment[found.rank]
     if size != "1" and not (environment.get("MASTER_ADDR") and environment.get("MASTER_PORT")):
         raise ValueError(
-            f"{found.size} ({size}) says that mpirun or mpiexec started this process as one of {size} ranks, but not "
-            f"where they meet; {REMEDY}, or pass MASTER_ADDR (the first rank's host) and MASTER_PORT (a free port "
-            f"there) to every rank."
+            f"{found.size} ({size}) says that mpirun or mpiexec started this process as one of {size} ranks, but the "
+            f"address for their rendezvous is not set; {REMEDY}, or pass MASTER_ADDR (the host of rank 0) and "
+            f"MASTER_PORT (a free port on it) to every rank."
         )
     environment["WORLD_SIZE"] = size
     environment["LOCAL_RANK"] = environment.get(found.local_rank, "0")
@@ -70,10 +71,10 @@ def join_mpi(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _refuse(name: str, environment: MutableMapping[str, str]) -> NoReturn:
-    """ValueError for a rank whose launcher sets less than is needed."""
+    """ValueError for a launcher that does not set all required variables."""
     environment["RANK"] = environment[name]
     raise ValueError(
         f"{name} ({environment[name]}) says that mpirun or another MPI launcher started this process, but not which "
-        f"ranks there are on which node; {REMEDY}, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR "
+        f"ranks are on which node; {REMEDY}, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR "
         f"and MASTER_PORT."
     )

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cm3leon.config.loading import Config
-from megatron_cm3leon.distributed.launch import TIMEOUT, Rank, meet
+from megatron_cm3leon.distributed.launch import TIMEOUT, Rank, rendezvous
 
 
 def ignore_library_warnings() -> None:
@@ -39,7 +39,7 @@ def initialize_groups(
             backend="nccl" if device.type == "cuda" else "gloo",
             rank=rank.rank,
             world_size=rank.world_size,
-            store=store or meet(rank),
+            store=store or rendezvous(rank),
             timeout=max(TIMEOUT, timeout),
         )
     parallel_state.initialize_model_parallel(

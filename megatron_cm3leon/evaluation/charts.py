@@ -1,18 +1,20 @@
-"""Charts as inline SVG whose ink follows the page: dark text on light pages, light on dark ones."""
+"""Charts as inline SVG in the colors of the page: dark text on light pages, light text on dark pages."""
 
 import io
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
 INK, GRID = "#010203", "#040506"
-"""Stand-ins that become the page's own colours, var(--ink) and var(--line)."""
-COLOURS = {"loss": "#6b7280", "loss_text": "#c2630a", "loss_image": "#2f6fd0"}
+"""Placeholders that are replaced by the page's own colors, var(--ink) and var(--line)."""
+COLORS = {"loss": "#6b7280", "loss_text": "#c2630a", "loss_image": "#2f6fd0"}
 NAMES = {"loss": "all tokens", "loss_text": "text", "loss_image": "image"}
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "megatron_cm3leon",
     "font.family": "sans-serif",
@@ -28,37 +30,30 @@ _STYLE = {
 
 
 def draw_loss_curves(records: list[dict], width: float = 6.2, height: float = 3.4) -> str:
-    """Loss of text, image and all tokens by step; each attempt (leg) of the run is marked where it begins.
+    """Loss of text, image and all tokens by step, as SVG of `width` x `height` inches.
 
-    `records` are the lines of metrics.jsonl in the order they were written.
+    `records` are the lines of metrics.jsonl in the order they were written. The start of each later attempt is marked.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(figsize=(width, height))
-        legs = split_legs(records)
-        for key, colour in COLOURS.items():
-            for leg in legs:
-                steps, values = zip(*((one["step"], one.get(key)) for one in leg), strict=True)
-                known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
-                if not known:
-                    continue
-                steps, values = zip(*known, strict=True)
-                axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.9)
-                axes.plot(steps, smooth(values), color=colour, linewidth=1.8, label=NAMES[key])
-            held_out = [(one["step"], one[f"validation_{key}"]) for one in records if one.get(f"validation_{key}")]
-            if held_out:
-                axes.plot(*zip(*held_out, strict=True), "o", color=colour, markersize=4.5)
-        for leg in legs[1:]:
-            axes.axvline(leg[0]["step"] - 0.5, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]  # its annotation lists every key of matplotlib
+        figure = Figure(figsize=(width, height))
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        attempts = split_attempts(records)
+        for key in COLORS:
+            _draw_curve(axes, key, attempts)
+        for number, attempt in enumerate(attempts[1:], 2):
+            start = attempt[0]["step"] - 0.5
+            axes.axvline(start, color=INK, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(
-                f"leg {legs.index(leg) + 1} begins",
-                (leg[0]["step"] - 0.5, 1),
+                f"attempt {number} begins",
+                (start, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(5, -3),
                 textcoords="offset points",
                 va="top",
             )
         axes.set_xlabel("step")
-        axes.set_ylabel("loss a token (nats)")
+        axes.set_ylabel("loss per token (nats)")
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_xlim(left=0)
@@ -68,16 +63,35 @@ def draw_loss_curves(records: list[dict], width: float = 6.2, height: float = 3.
         return _to_svg(figure)
 
 
-def split_legs(records: list[dict]) -> list[list[dict]]:
-    """Lines of one attempt after the other, in the order the attempts were made."""
-    legs: dict = {}
-    for one in records:
-        legs.setdefault(one.get("attempt", 1), []).append(one)
-    return list(legs.values())
+def _draw_curve(axes: Axes, key: str, attempts: list[list[dict]]) -> None:
+    """Single steps thin, their moving average thick, held-out losses as points."""
+    color = COLORS[key]
+    for attempt in attempts:
+        known = [(record["step"], record[key]) for record in attempt if record.get(key) is not None]
+        if known:
+            steps, values = zip(*known, strict=True)
+            axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.9)
+            axes.plot(steps, smooth(values), color=color, linewidth=1.8, label=NAMES[key])
+    held_out = [
+        (record["step"], record[f"validation_{key}"])
+        for attempt in attempts
+        for record in attempt
+        if record.get(f"validation_{key}")
+    ]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o", color=color, markersize=4.5)
 
 
-def smooth(values, share: float = 0.9) -> list[float]:
-    """Exponential moving average without the pull of its start."""
+def split_attempts(records: list[dict]) -> list[list[dict]]:
+    """Lines of one attempt after the other, in the order of the attempts."""
+    attempts: dict[int, list[dict]] = {}
+    for record in records:
+        attempts.setdefault(record.get("attempt", 1), []).append(record)
+    return list(attempts.values())
+
+
+def smooth(values: Sequence[float], share: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for the bias of its start."""
     mean, weight, smoothed = 0.0, 0.0, []
     for value in values:
         mean, weight = share * mean + (1 - share) * value, share * weight + 1 - share
@@ -85,12 +99,11 @@ def smooth(values, share: float = 0.9) -> list[float]:
     return smoothed
 
 
-def _to_svg(figure) -> str:
-    """Inline SVG in the page's colours and font, as wide as its place, ids apart from other charts'."""
+def _to_svg(figure: Figure) -> str:
+    """Inline SVG in the page's colors and font, as wide as its container, with ids that differ between charts."""
     buffer = io.StringIO()
     figure.tight_layout()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    pyplot.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -1,16 +1,16 @@
-"""The report: one HTML page with everything in it, from a plain structure and a folder of pictures.
+"""The report: one self-contained HTML page, from a plain structure and a folder of images.
 
-    build_report(content, pictures)        content: what assemble.py collects; any part may be missing
+    build_report(content, images)        content: collected by assemble.py; any part may be missing
 
-The page loads nothing: pictures are data URIs, charts are inline SVG, the style is in its head. It is printed in full
-and follows the reader's choice of light or dark.
+The page loads nothing: images are data URIs, charts are inline SVG, the style is in its head. It can be printed and
+follows the reader's choice of light or dark.
 """
 
 import base64
 from html import escape
 from pathlib import Path
 
-from megatron_cm3leon.evaluation.charts import draw_loss_curves, split_legs
+from megatron_cm3leon.evaluation.charts import draw_loss_curves, split_attempts
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --card: #f6f7f9; --ink: #1b1f24; --soft: #59626d; --line: #d9dee4;
@@ -54,9 +54,9 @@ th { font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; pa
 """
 
 
-def build_report(content: dict, pictures: str | Path) -> str:
-    """HTML of the report; `pictures` is the folder that the picture paths in `content` are relative to."""
-    page = _Page(content, Path(pictures))
+def build_report(content: dict, images: str | Path) -> str:
+    """HTML of the report; `images` is the folder that the image paths in `content` are relative to."""
+    page = _Page(content, Path(images))
     parts = [
         page.numbers(),
         page.examples(),
@@ -79,22 +79,25 @@ def build_report(content: dict, pictures: str | Path) -> str:
 
 
 def percent(share: float | None) -> str:
+    """A share as a percentage without decimals; a dash if it was not measured."""
     return "–" if share is None else f"{100 * share:.0f} %"
 
 
 def _name_setting(row: dict) -> str:
-    """A row of the sweep in words."""
+    """Description of a row of the sweep."""
     return f"guidance {row['guidance']:g}, {'with' if row['retrieval'] else 'without'} retrieved documents"
 
 
 class _Page:
-    def __init__(self, content: dict, pictures: Path) -> None:
-        self.content, self.pictures = content, pictures
+    """HTML of the sections of the report; a section without content is an empty string."""
+
+    def __init__(self, content: dict, images: Path) -> None:
+        self.content, self.images = content, images
         self.figures = content.get("figures", {})
 
-    def picture(self, path: str, alt: str, label: str = "") -> str:
-        """A figure with its picture inside the page."""
-        data = base64.b64encode((self.pictures / path).read_bytes()).decode()
+    def image(self, path: str, alt: str, label: str = "") -> str:
+        """A figure whose image is a data URI."""
+        data = base64.b64encode((self.images / path).read_bytes()).decode()
         caption = f"<figcaption>{label}</figcaption>" if label else ""
         return f'<figure><img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}">{caption}</figure>'
 
@@ -109,34 +112,35 @@ class _Page:
         records = self.content.get("curves")
         if not records:
             return ""
-        legs = split_legs(records)
-        said = [f"{len(legs)} legs" if len(legs) > 1 else "one leg"]
+        attempts = len(split_attempts(records))
         first, last = records[0], records[-1]
-        said.append(f"steps {first['step']} to {last['step']}")
+        summary = (
+            f"{f'{attempts} attempts' if attempts > 1 else 'One attempt'}, steps {first['step']} to {last['step']}"
+        )
         alt = f"Loss by step: from {first['loss']:.2f} to {last['loss']:.2f} over all tokens."
         chart = draw_loss_curves(records).replace("<svg", f'<svg role="img" aria-label="{escape(alt, quote=True)}"', 1)
-        note = "Thin lines are single steps, thick ones their moving average"
+        note = "Thin lines are single steps, thick lines their moving average"
         if any(key.startswith("validation_") for one in records for key in one):
             note += "; points are held-out documents"
-        return f'<section><h2>Training</h2><p>{", ".join(said)}. {note}.</p><div class="chart">{chart}</div></section>'
+        return f'<section><h2>Training</h2><p>{summary}. {note}.</p><div class="chart">{chart}</div></section>'
 
     def accuracy(self) -> str:
         rows = self.content.get("accuracy") or []
         sweep = self.content.get("sweep") or []
         if not rows:
             return self._clip_sweep(sweep)
-        names = sorted(rows[0]["shares"], key=lambda name: name != "all")  # the sum of it first
-        text = self._share_table("Pictures", names, [(one["name"], one["shares"]) for one in rows])
+        names = sorted(rows[0]["shares"], key=lambda name: name != "all")  # the total first
+        text = self._share_table("Images", names, [(one["name"], one["shares"]) for one in rows])
         if sweep:
             lines = [(_name_setting(one), one["accuracy"]) for one in sweep]
             text += '<p class="gap">Guidance and retrieval were chosen on other held-out captions:</p>'
             text += self._share_table("Sweep", names, lines)
-        about = escape(self.content.get("accuracy_note", "Share of pictures that show what their caption says."))
-        return f"<section><h2>Does the picture show its caption?</h2><p>{about}</p>{text}</section>"
+        about = escape(self.content.get("accuracy_note", "Share of images that show what their caption says."))
+        return f"<section><h2>Does the image show its caption?</h2><p>{about}</p>{text}</section>"
 
     @staticmethod
     def _clip_sweep(sweep: list) -> str:
-        """Without a checker: the CLIP scores by which guidance and retrieval were chosen."""
+        """The CLIP scores by which guidance and retrieval were chosen without a checker."""
         if not sweep:
             return ""
         lines = "".join(
@@ -144,7 +148,7 @@ class _Page:
             for one in sweep
         )
         return (
-            "<section><h2>Choice of guidance and retrieval</h2><p>By the mean CLIP score of pictures drawn for other "
+            "<section><h2>Choice of guidance and retrieval</h2><p>By the mean CLIP score of images generated for other "
             'held-out captions.</p><div class="scroll"><table><tr><th scope="col">setting</th>'
             f'<th class="n" scope="col">CLIP score</th></tr>{lines}</table></div></section>'
         )
@@ -169,30 +173,30 @@ class _Page:
         for one in examples:
             caption = one["caption"]
             row = [
-                self.picture(one["original"], f"Held-out picture of: {caption}", "held-out"),
-                self.picture(one["plain"], f"Generated without guidance: {caption}", "guidance 1"),
+                self.image(one["original"], f"Held-out image of: {caption}", "held-out"),
+                self.image(one["plain"], f"Generated without guidance: {caption}", "guidance 1"),
             ]
             if guidance != 1:
                 alt = f"Generated with guidance {guidance:g}: {caption}"
-                row.append(self.picture(one["guided"], alt, f"guidance {guidance:g}"))
+                row.append(self.image(one["guided"], alt, f"guidance {guidance:g}"))
             cards.append(
                 f'<div class="card"><p>{escape(caption)}</p><div class="row">{"".join(row)}</div>'
                 f"{self._verdicts(one, guidance)}</div>"
             )
         return (
-            "<section><h2>Held-out captions</h2><p>Drawn at random, not chosen. The model has never seen the "
-            f'held-out picture.</p><div class="cards">{"".join(cards)}</div></section>'
+            "<section><h2>Held-out captions</h2><p>A random sample. The model was not trained on the "
+            f'held-out images.</p><div class="cards">{"".join(cards)}</div></section>'
         )
 
     @staticmethod
     def _verdicts(one: dict, guidance: float) -> str:
-        """Right or wrong, attribute by attribute, of both pictures."""
+        """Whether each attribute is correct, in both images."""
         if "plain_judged" not in one:
             return ""
         shown = ["plain_judged"] + (["guided_judged"] if guidance != 1 else [])
 
-        def verdict(wanted, found, right) -> str:
-            if right:
+        def verdict(expected: object, found: object, correct: bool) -> str:
+            if correct:
                 return '<td class="good">✓</td>'
             return f'<td class="bad">✗ {escape(str(found))}</td>'
 
@@ -205,8 +209,8 @@ class _Page:
         heads = "".join(
             f'<th scope="col">{label}</th>' for label in ["guidance 1", f"guidance {guidance:g}"][: len(shown)]
         )
-        # The pictures above are the columns' headings; the words are for those who do not see them.
-        return f'<table><thead><tr><th scope="col">wanted</th>{heads}</tr></thead><tbody>{lines}</tbody></table>'
+        # The images above are the headings of the columns; these words are for screen readers.
+        return f'<table><thead><tr><th scope="col">expected</th>{heads}</tr></thead><tbody>{lines}</tbody></table>'
 
     def captions(self) -> str:
         captions = self.content.get("captions")
@@ -216,12 +220,10 @@ class _Page:
         for one in captions:
             mark = '<span class="good">✓</span>' if one["right"] else '<span class="bad">✗</span>'
             label = f"{mark} {escape(one['made']) or '<i>no text</i>'}"
-            cards.append(
-                f'<div class="card">{self.picture(one["picture"], "Picture of: " + one["caption"], label)}</div>'
-            )
+            cards.append(f'<div class="card">{self.image(one["picture"], "Image of: " + one["caption"], label)}</div>')
         share = percent(self.figures.get("caption_accuracy"))
         return (
-            f"<section><h2>Captions of held-out pictures</h2><p>{share} of them are right.</p>"
+            f"<section><h2>Captions of held-out images</h2><p>{share} of them are correct.</p>"
             f'<div class="cards" style="grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr))">'
             f"{''.join(cards)}</div></section>"
         )
@@ -234,16 +236,16 @@ class _Page:
         for one in infilling:
             caption = one["caption"]
             row = [
-                self.picture(one["before"], f"Before: {caption}", "before"),
-                self.picture(one["masked"], "The part that is made anew, checkered", "masked"),
-                self.picture(one["after"], f"Infilled: {caption}", "infilled"),
+                self.image(one["before"], f"Before: {caption}", "before"),
+                self.image(one["masked"], "The part that is generated anew, checkered", "masked"),
+                self.image(one["after"], f"Infilled: {caption}", "infilled"),
             ]
             cards.append(f'<div class="card"><p>{escape(caption)}</p><div class="row">{"".join(row)}</div></div>')
         kept = sum(one["kept_codes"] for one in infilling)
         others = sum(one["other_codes"] for one in infilling)
         return (
-            "<section><h2>Infilling</h2><p>The masked part is made anew from the caption and what is left of the "
-            f"picture; {kept} of the {others} other image tokens stayed as they were.</p>"
+            "<section><h2>Infilling</h2><p>The masked part is generated anew from the caption and the rest of the "
+            f"image; {kept} of the {others} other image tokens are unchanged.</p>"
             f'<div class="cards">{"".join(cards)}</div></section>'
         )
 
@@ -253,17 +255,19 @@ class _Page:
             return ""
         cards = []
         for one in queries:
-            row = [self.picture(one["picture"], f"Query: {one['caption']}", "query")]
-            for neighbour in one["neighbours"]:
-                label = f"{neighbour['score']:.2f} · {escape(neighbour['caption'] or '')}"
-                row.append(self.picture(neighbour["picture"], f"Retrieved: {neighbour['caption']}", label))
+            row = [self.image(one["picture"], f"Query: {one['caption']}", "query")]
+            for neighbor in one["neighbours"]:
+                label = f"{neighbor['score']:.2f} · {escape(neighbor['caption'] or '')}"
+                row.append(self.image(neighbor["picture"], f"Retrieved: {neighbor['caption']}", label))
             cards.append(
                 f'<div class="card"><p>{escape(one["caption"])}</p><div class="row">{"".join(row)}</div></div>'
             )
-        note = "Documents of the memory bank that a caption retrieves, with their scores; above 0.9 none is taken."
+        note = "Documents of the memory bank that a caption retrieves, with their scores; those above 0.9 are not used."
         with_, without = self.figures.get("loss_with_retrieval"), self.figures.get("loss_without_retrieval")
         if with_ is not None and without is not None:
-            note += f" Loss on held-out documents: {with_:.3f} behind retrieved ones, {without:.3f} without."
+            note += (
+                f" Loss on held-out documents: {with_:.3f} with retrieved documents in context, {without:.3f} without."
+            )
         return f'<section><h2>Retrieval</h2><p>{note}</p><div class="cards">{"".join(cards)}</div></section>'
 
     def reconstructions(self) -> str:
@@ -272,15 +276,15 @@ class _Page:
             return ""
         cards = []
         for one in rows:
-            pair = self.picture(one["original"], f"Original: {one['caption']}", "original")
-            label = f"rebuilt, {one['psnr_db']:.1f} dB"
-            pair += self.picture(one["reconstruction"], f"Reconstruction: {one['caption']}", label)
+            pair = self.image(one["original"], f"Original: {one['caption']}", "original")
+            label = f"reconstructed, {one['psnr_db']:.1f} dB"
+            pair += self.image(one["reconstruction"], f"Reconstruction: {one['caption']}", label)
             cards.append(f'<div class="card"><div class="row">{pair}</div></div>')
         psnr = self.figures.get("image_psnr_db")
         return (
-            "<section><h2>The image tokenizer</h2><p>What its tokens keep of held-out pictures"
-            f"{f': {psnr:.1f} dB PSNR on average' if psnr is not None else ''}. Generated pictures are drawn with "
-            "the same tokens.</p>"
+            "<section><h2>The image tokenizer</h2><p>Held-out images and their reconstructions from the image tokens"
+            f"{f': {psnr:.1f} dB PSNR on average' if psnr is not None else ''}. Generated images consist of the same "
+            "tokens.</p>"
             f'<div class="cards" style="grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr))">'
             f"{''.join(cards)}</div></section>"
         )

@@ -1,8 +1,8 @@
-"""The check that ends every conversion: logits of the checkpoint's weights against the stock class on the export's.
+"""The check at the end of every conversion: logits of the checkpoint's weights against the stock class on the export.
 
-One side is reference.py on canonical weights, the other the transformers class itself, built without weights: each
-layer gets its own from the export's files when its turn comes and loses them behind it. So a 7b model is compared in
-the memory of one of its layers and its vocabulary.
+One side is model/reference.py on canonical weights, the other the transformers class itself, built without weights:
+each layer loads its weights from the export's files just before it runs and drops them afterwards. So comparing a 7b
+model takes the memory of one layer and the vocabulary.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,19 @@ from megatron_cm3leon.model.reference import Read, reference_logits
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
 LARGEST_RELATIVE_DIFFERENCE = 1e-5
-"""Of the largest |logit|, in fp32 arithmetic: two correct evaluations differ by 1e-6."""
+"""Relative to the largest |logit|, in fp32: two correct evaluations differ by about 1e-6."""
 CHECKED_POSITIONS = 512
-"""Length of the sequences compared; a shorter context is compared whole."""
+"""Length of the compared sequences, or the model's context if that is shorter."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a check found."""
+    """Result of a check."""
 
     max_abs_difference: float
     max_abs_logit: float
     sequences: dict[str, int]
-    """Kind (random, real) -> how many were compared."""
+    """Kind (random, real) -> number of compared sequences."""
     positions: int
 
     @property
@@ -44,18 +44,18 @@ class Comparison:
         return self.relative <= LARGEST_RELATIVE_DIFFERENCE  # also false for NaN
 
     def describe(self) -> str:
-        counted = " and ".join(f"{count} {kind}" for kind, count in self.sequences.items())
+        counts = " and ".join(f"{count} {kind}" for kind, count in self.sequences.items())
         return (
             f"max |logit difference| {self.max_abs_difference:.3g}, {self.relative:.3g} of the largest |logit| "
-            f"{self.max_abs_logit:.3g} (at most {LARGEST_RELATIVE_DIFFERENCE:g}; {counted} sequences of "
+            f"{self.max_abs_logit:.3g} (at most {LARGEST_RELATIVE_DIFFERENCE:g}; {counts} sequences of "
             f"{self.positions} tokens, fp32)"
         )
 
 
 def compare_logits(read: Read, config: Config, export: ExportFolder, shards: str | Path | None) -> Comparison:
-    """Compare the model of the canonical weights `read` with the stock class on `export`; see `passed`.
+    """Compare the model of the canonical weights that `read` returns with the stock class on `export`.
 
-    `shards` is a folder of real documents of the same vocabulary, or None for random sequences alone.
+    `shards` is a folder of documents of the same vocabulary; with None only a random sequence is compared.
     """
     length = min(config.data.seq_length, CHECKED_POSITIONS)
     ids, sequences = make_sequences(export.vocabulary, length, shards)
@@ -68,7 +68,7 @@ def compare_logits(read: Read, config: Config, export: ExportFolder, shards: str
 
 
 def require_passed(comparison: Comparison, output: str | Path) -> None:
-    """ValueError for models that are not the same function."""
+    """ValueError if the logits differ."""
     if not comparison.passed:
         raise ValueError(
             f"the exported model's logits differ from the trained model's: {comparison.describe()}; nothing was "
@@ -77,13 +77,14 @@ def require_passed(comparison: Comparison, output: str | Path) -> None:
 
 
 def make_sequences(vocabulary: Vocabulary, length: int, shards: str | Path | None) -> tuple[Tensor, dict[str, int]]:
-    """Ids [sequences, length], and how many are of each kind: one random, one of documents joined by </s>."""
+    """Ids [sequences, length] and the number of each kind: one random, one of documents joined by </s>."""
     generator = torch.Generator().manual_seed(0)
     rows, kinds = [torch.randint(vocabulary.size, (length,), generator=generator)], {"random": 1}
     if shards is not None:
         corpus = open_shards(shards)
         check_same_vocabulary(vocabulary, corpus.vocabulary, f"shard folder {shards}")
-        ids, number = [], 0
+        ids: list[int] = []
+        number = 0
         while len(ids) < length:
             ids += [vocabulary.eos, *corpus.read(number % corpus.documents).tolist()]
             number += 1
@@ -93,7 +94,7 @@ def make_sequences(vocabulary: Vocabulary, length: int, shards: str | Path | Non
 
 
 def find_shards(config: Config, vocabulary: Vocabulary) -> str | None:
-    """The run's own shards, where they still are and still of its vocabulary."""
+    """The run's own shards, if they still exist and have its vocabulary."""
     for folder in [config.data.shards, *(source.shards for source in config.data.sources)]:
         if folder and (Path(folder) / "manifest.json").is_file() and open_shards(folder).vocabulary == vocabulary:
             return folder
@@ -107,7 +108,7 @@ def stock_logits(export: ExportFolder, ids: Tensor, advance: Callable[[], None] 
 
     config = transformers.AutoConfig.from_pretrained(export.folder, local_files_only=True)
     with torch.device("meta"):
-        # Eager attention would round its softmax in a way of its own.
+        # Eager attention rounds the softmax differently.
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     _fill_buffers(model, config)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -120,16 +121,16 @@ def stock_logits(export: ExportFolder, ids: Tensor, advance: Callable[[], None] 
     if tied:
         model.lm_head.weight = model.get_input_embeddings().weight
     for number, layer in enumerate(layers):
-        own = f"{prefix}.{number}."
+        start = f"{prefix}.{number}."
         layer.register_forward_pre_hook(
-            lambda module, inputs, own=own: _load(module, own, [n for n in names if n.startswith(own)], export)
+            lambda module, inputs, start=start: _load(module, start, [n for n in names if n.startswith(start)], export)
         )
         layer.register_forward_hook(lambda module, inputs, output: _unload(module, advance))
     return model.eval()(ids, use_cache=False).logits
 
 
 def _fill_buffers(model: nn.Module, config) -> None:
-    """Tensors that are no weights (the rates of rotary positions) are computed, not loaded."""
+    """Compute the tensors that are not weights, such as the frequencies of rotary positions."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             parent, _, child = name.rpartition(".")

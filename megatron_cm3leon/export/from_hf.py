@@ -1,7 +1,7 @@
-"""Import: an export becomes a run folder with one checkpoint, from which any layout and either engine goes on.
+"""Import: an export becomes a run folder with one checkpoint; training continues under any layout and engine.
 
-The checkpoint holds weights alone and the state of the run that was exported: the next step reads the batch that
-would have come next, at that step's learning rate, with Adam's moments at zero.
+The checkpoint holds the weights and the state of the exported run: the next step reads the batch that would have come
+next, at that step's learning rate. Adam's moments are zero.
 """
 
 from pathlib import Path
@@ -19,24 +19,26 @@ from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.config.loading import Config, save_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.export.check import Comparison, compare_logits, find_shards, require_passed
-from megatron_cm3leon.export.folder import ACCOUNT, ExportFolder, check_output
-from megatron_cm3leon.export.layouts import Part, list_parts
+from megatron_cm3leon.export.folder import ExportFolder, check_output
+from megatron_cm3leon.export.parts import Part, list_parts
+from megatron_cm3leon.export.reader import METADATA_FILE
 from megatron_cm3leon.tokenizers.folder import Tokenizers
 
 FILE_NUMBERS = 1 << 28
-"""Numbers of one file of the checkpoint (1 GiB) before the next one begins: so much is in memory at a time."""
+"""fp32 values per file of the checkpoint (1 GiB), which is what is in memory at a time."""
 
 
 def import_export(
     model: str | Path, output: str | Path, *, check_shards: str | Path | None = None
 ) -> tuple[Path, Comparison]:
-    """Write the run folder `output` from the export `model`; returns its checkpoint and how the logits compare.
+    """Write the run folder `output` from the export `model`; return its checkpoint and the comparison of logits.
 
-    ValueError for a folder that is not an export, whose tensors are not those of its configuration, are not finite, or
-    give other logits in the checkpoint; nothing is under `output` then.
+    `check_shards` is a folder of shards for the check; by default the run's own, where they still exist. ValueError for
+    a folder that is not an export, whose tensors do not match its configuration, are not finite, or give other logits
+    in the checkpoint; nothing is written to `output` then.
     """
     export, output = ExportFolder(model), Path(output)
-    config, state = _read_account(export)
+    config, state = _read_run(export)
     vocabulary = Tokenizers.load(export.folder).vocabulary
     parts = list_parts(config, vocabulary.size)
     export.check(config, parts)
@@ -50,7 +52,7 @@ def import_export(
             for number, group in enumerate(_group(parts)):
                 pieces = []
                 for part in group:
-                    pieces.append(_whole_piece(part, _checked_read(export, part)))
+                    pieces.append(_build_piece(part, _checked_read(export, part)))
                     progress.advance()
                 sharded.write_rank_file(folder, number, pieces)
         sharded.finish_checkpoint(
@@ -63,13 +65,15 @@ def import_export(
     return step_folder(output, state.step), comparison
 
 
-def _read_account(export: ExportFolder) -> tuple[Config, TrainState]:
+def _read_run(export: ExportFolder) -> tuple[Config, TrainState]:
+    """Configuration and state of the exported run."""
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), export.account["config"]))
-        state = TrainState.from_dict(export.account["state"], config.train.global_batch_size)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), export.metadata["config"]))
+        assert isinstance(config, Config)  # because the merged configuration is structured
+        state = TrainState.from_dict(export.metadata["state"], config.train.global_batch_size)
     except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{export.folder / ACCOUNT} does not hold the run's configuration and state ({error}); export the "
+            f"{export.folder / METADATA_FILE} does not hold the run's configuration and state ({error}); export the "
             f"checkpoint again."
         ) from error
     validate_config(config)
@@ -77,7 +81,8 @@ def _read_account(export: ExportFolder) -> tuple[Config, TrainState]:
 
 
 def _group(parts: list[Part]) -> list[list[Part]]:
-    groups, filled = [[]], 0
+    groups: list[list[Part]] = [[]]
+    filled = 0
     for part in parts:
         count = torch.Size(part.shape).numel()
         if groups[-1] and filled + count > FILE_NUMBERS:
@@ -97,6 +102,6 @@ def _checked_read(export: ExportFolder, part: Part) -> Tensor:
     return weight
 
 
-def _whole_piece(part: Part, weight: Tensor) -> tuple[Piece, Tensor]:
+def _build_piece(part: Part, weight: Tensor) -> tuple[Piece, Tensor]:
     offset = (0,) * len(part.shape)
     return Piece(part.name, "weight", part.shape, offset, part.shape, 0, weight.numel()), weight.reshape(-1)

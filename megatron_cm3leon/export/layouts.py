@@ -1,191 +1,247 @@
-"""Each model family in Hugging Face's form: the stock class, its config.json, and the names of its weights.
+"""The model families as stock transformers classes have them: config.json, and the names and shapes of all weights.
+
+    model.family cm3leon                OPTForCausalLM      family "opt"
+    model.family llama                  LlamaForCausalLM    family "llama"
+    model.family llama, qk_norm: true   Qwen3ForCausalLM    family "qwen3"
 
 The paper's layers (pre-LayerNorm without parameters, no bias, learned positions, tied embeddings) are exactly OPT's
 with `enable_bias=False, layer_norm_elementwise_affine=False`; family llama is LLaMA's, with RMSNorm of queries and
-keys Qwen3's. What changes is the arrangement:
+keys Qwen3's.
 
-    linear_qkv, rows grouped per head of keys: queries, k, v    q_proj, k_proj, v_proj
-    linear_fc1 [2, F, H]: gate, up (llama)                      gate_proj, up_proj
-    position_embeddings [S, H] (cm3leon)                        embed_positions [S + 2, H], two zero rows in front
-    vocabulary rows                                             the true ones, without the model's padding
+Export, import and generation use these tables, in both directions: a run's configuration becomes a `Shape` and its
+config.json (`shape_of`, `config_fields`), a config.json becomes a `Shape` (`parse_shape`). `outer_weights` and
+`layer_weights` map canonical names of weights (model/weights.py) to those of the stock class.
+
+Shapes: V vocabulary, H hidden, N heads, G heads of keys and values, D width of a head, F feed-forward, S positions.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from megatron_cm3leon.config.loading import Config
-from megatron_cm3leon.model.weights import (
-    FINAL_NORM,
-    OUTPUT_HEAD,
-    POSITION_EMBEDDINGS,
-    WORD_EMBEDDINGS,
-    canonical_shapes,
-    layer_name,
-)
+from megatron_cm3leon.model.weights import FINAL_NORM, OUTPUT_HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of the weights in the files, by the name that --dtype has for them."""
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+INDEX = "model.safetensors.index.json"
+REMEDY = "give a folder that tools/convert_checkpoint.py export wrote."
 POSITION_OFFSET = 2
 """OPT's learned positions begin at row 2; the rows before it are never read."""
+LAYER_NORM_EPSILON = 1e-5
+"""OPT's, which its config.json does not contain."""
+STOCK_CLASSES = {"opt": "OPTForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+REQUIRED_FIELDS: dict[str, dict[str, bool | str]] = {
+    "opt": {"enable_bias": False, "layer_norm_elementwise_affine": False, "do_layer_norm_before": True},
+    "llama": {"hidden_act": "silu", "attention_bias": False},
+    "qwen3": {"hidden_act": "silu", "attention_bias": False},
+}
+"""Fields of config.json that have one value in every export of a family; with another the model is a different one."""
+
+_SHARED_KEYS = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "context": "max_position_embeddings",
+    "vocabulary": "vocab_size",
+    "tied": "tie_word_embeddings",
+}
+_LLAMA_KEYS = _SHARED_KEYS | {
+    "kv_heads": "num_key_value_heads",
+    "width": "head_dim",
+    "inner": "intermediate_size",
+    "epsilon": "rms_norm_eps",
+    "rope_base": "rope_theta",
+}
+_KEYS = {
+    "opt": _SHARED_KEYS | {"inner": "ffn_dim", "activation": "activation_function"},
+    "llama": _LLAMA_KEYS,
+    "qwen3": _LLAMA_KEYS,
+}
+"""Field of `Shape` -> field of config.json."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """One weight of a checkpoint and what it is in an export: `join` undoes `split`."""
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The part of config.json that decides the model's function."""
 
-    name: str
-    """Canonical name."""
-    shape: tuple[int, ...]
-    targets: dict[str, tuple[int, ...]]
-    """Names and shapes in the export, in the order of `split`."""
-    split: Callable[[Tensor], tuple[Tensor, ...]] = lambda weight: (weight,)
-    join: Callable[..., Tensor] = lambda weight: weight
+    family: str
+    """"opt", "llama" or "qwen3"."""
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    """Heads of keys and values; each is shared by `heads` / `kv_heads` heads of queries."""
+    width: int
+    """Width of a head."""
+    inner: int
+    """Width of the feed-forward layer."""
+    context: int
+    """Positions."""
+    vocabulary: int
+    """Rows of the embedding."""
+    tied: bool
+    """Whether the output head is the embedding."""
+    activation: str = "silu"
+    epsilon: float = LAYER_NORM_EPSILON
+    rope_base: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "heads", "kv_heads", "width", "inner", "context", "vocabulary"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} {value!r} is not a positive whole number")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads are not a multiple of {self.kv_heads} heads of keys")
+
+    @property
+    def learned_positions(self) -> bool:
+        return self.family == "opt"
+
+
+def stock_family(config: Config) -> str:
+    """The key of `STOCK_CLASSES` for a run's configuration."""
+    if config.model.family == "cm3leon":
+        return "opt"
+    return "qwen3" if config.model.qk_norm else "llama"
 
 
 def stock_class(config: Config) -> str:
     """Name of the transformers class that computes the family's function."""
-    if config.model.family == "cm3leon":
-        return "OPTForCausalLM"
-    return "Qwen3ForCausalLM" if config.model.qk_norm else "LlamaForCausalLM"
+    return STOCK_CLASSES[stock_family(config)]
 
 
-def split_qkv(weight: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value matrices from rows grouped per head of keys, [(N + 2 G) D, H]."""
-    rows, hidden = weight.shape
-    grouped = weight.view(kv_heads, heads // kv_heads + 2, rows // (heads + 2 * kv_heads), hidden)
-    parts = grouped.split([heads // kv_heads, 1, 1], dim=1)
-    return tuple(part.reshape(-1, hidden) for part in parts)
-
-
-def join_qkv(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """The rows of `split_qkv` back in their groups."""
-    width, hidden = query.shape[0] // heads, query.shape[1]
-    grouped = [part.view(kv_heads, -1, width, hidden) for part in (query, key, value)]
-    return torch.cat(grouped, dim=1).reshape(-1, hidden)
-
-
-def list_parts(config: Config, vocabulary_size: int) -> list[Part]:
-    """Every weight of the model, in the order of the export's files; `config` is validated."""
-    shapes = canonical_shapes(config, vocabulary_size)
-    build = _opt_part if config.model.family == "cm3leon" else _llama_part
-    first, middle, last = [], [], []
-    for name, shape in shapes.items():
-        where = middle if name.startswith("decoder.layers.") else last if name in (FINAL_NORM, OUTPUT_HEAD) else first
-        where.append(build(name, shape, config))
-    return first + middle + last
-
-
-def _opt_part(name: str, shape: tuple[int, ...], config: Config) -> Part:
-    if name == POSITION_EMBEDDINGS:
-        return Part(
-            name,
-            shape,
-            {"model.decoder.embed_positions.weight": (shape[0] + POSITION_OFFSET, shape[1])},
-            lambda weight: (torch.cat([weight.new_zeros(POSITION_OFFSET, shape[1]), weight]),),
-            lambda weight: weight[POSITION_OFFSET:],
-        )
-    if name == WORD_EMBEDDINGS:
-        return Part(name, shape, {"model.decoder.embed_tokens.weight": shape})
-    layer, part = _layer_and_part(name)
-    prefix = f"model.decoder.layers.{layer}."
-    if part == "self_attention.linear_qkv":
-        return _qkv_part(name, shape, config, prefix)
-    renamed = {"self_attention.linear_proj": "self_attn.out_proj", "mlp.linear_fc1": "fc1", "mlp.linear_fc2": "fc2"}
-    return Part(name, shape, {f"{prefix}{renamed[part]}.weight": shape})
-
-
-_LLAMA_OUTSIDE = {
-    WORD_EMBEDDINGS: "model.embed_tokens.weight",
-    FINAL_NORM: "model.norm.weight",
-    OUTPUT_HEAD: "lm_head.weight",
-}
-_LLAMA_INSIDE = {
-    "self_attention.linear_proj": "self_attn.o_proj",
-    "self_attention.q_layernorm": "self_attn.q_norm",
-    "self_attention.k_layernorm": "self_attn.k_norm",
-    "mlp.linear_fc2": "mlp.down_proj",
-    "input_layernorm": "input_layernorm",
-    "pre_mlp_layernorm": "post_attention_layernorm",
-}
-
-
-def _llama_part(name: str, shape: tuple[int, ...], config: Config) -> Part:
-    if name in _LLAMA_OUTSIDE:
-        return Part(name, shape, {_LLAMA_OUTSIDE[name]: shape})
-    layer, part = _layer_and_part(name)
-    prefix = f"model.layers.{layer}."
-    if part == "self_attention.linear_qkv":
-        return _qkv_part(name, shape, config, prefix)
-    if part == "mlp.linear_fc1":
-        targets = {f"{prefix}mlp.{side}_proj.weight": shape[1:] for side in ("gate", "up")}
-        return Part(name, shape, targets, lambda weight: weight.unbind(0), lambda *sides: torch.stack(sides))
-    return Part(name, shape, {f"{prefix}{_LLAMA_INSIDE[part]}.weight": shape})
-
-
-def _qkv_part(name: str, shape: tuple[int, ...], config: Config, prefix: str) -> Part:
-    heads, kv_heads = config.model.heads, config.model.kv_heads
-    width = config.model.hidden_size // heads
-    rows = {"q": heads * width, "k": kv_heads * width, "v": kv_heads * width}
-    return Part(
-        name,
-        shape,
-        {f"{prefix}self_attn.{side}_proj.weight": (count, shape[1]) for side, count in rows.items()},
-        lambda weight: split_qkv(weight, heads, kv_heads),
-        lambda query, key, value: join_qkv(query, key, value, heads, kv_heads),
+def shape_of(config: Config, vocabulary_size: int) -> Shape:
+    """Shape of the model of a validated configuration."""
+    model, family = config.model, stock_family(config)
+    opt = family == "opt"
+    return Shape(
+        family=family,
+        layers=model.layers,
+        hidden=model.hidden_size,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        width=model.hidden_size // model.heads,
+        inner=model.ffn_hidden_size,
+        context=config.data.seq_length,
+        vocabulary=vocabulary_size,
+        tied=bool(model.tied_embeddings),  # never None after validation
+        activation=model.activation if opt else "silu",
+        epsilon=LAYER_NORM_EPSILON if opt else model.norm_epsilon,
+        rope_base=0.0 if opt else model.rope_base,
     )
-
-
-def _layer_and_part(name: str) -> tuple[int, str]:
-    layer, part = name.removeprefix("decoder.layers.").removesuffix(".weight").split(".", 1)
-    assert name == layer_name(int(layer), part), f"{name} is no layer's weight"
-    return int(layer), part
 
 
 def config_fields(config: Config, vocabulary: Vocabulary, dtype: torch.dtype) -> dict:
     """config.json in plain fields, which any version of the class reads."""
-    model = config.model
-    shared = {
-        "architectures": [stock_class(config)],
-        "vocab_size": vocabulary.size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "max_position_embeddings": config.data.seq_length,
+    shape = shape_of(config, vocabulary.size)
+    fields = {
+        "architectures": [STOCK_CLASSES[shape.family]],
+        "model_type": shape.family,
+        **{key: getattr(shape, name) for name, key in _KEYS[shape.family].items()},
+        **REQUIRED_FIELDS[shape.family],
         "attention_dropout": 0.0,
-        "tie_word_embeddings": model.tied_embeddings,
         "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
         **special_ids(vocabulary),
     }
-    if model.family == "cm3leon":
-        return shared | {
-            "model_type": "opt",
-            "word_embed_proj_dim": model.hidden_size,
-            "ffn_dim": model.ffn_hidden_size,
-            "activation_function": model.activation,
-            "do_layer_norm_before": True,
-            "enable_bias": False,
-            "layer_norm_elementwise_affine": False,
-            "dropout": 0.0,
-            "layerdrop": 0.0,
-            "init_std": model.init_std,
-        }
-    shared |= {
-        "model_type": "qwen3" if model.qk_norm else "llama",
-        "intermediate_size": model.ffn_hidden_size,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.hidden_size // model.heads,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm_epsilon,
-        "rope_theta": model.rope_base,
-        "attention_bias": False,
-        "initializer_range": model.init_std,
-    }
-    return shared | ({"use_sliding_window": False} if model.qk_norm else {"mlp_bias": False})
+    if shape.family == "opt":
+        other = {"word_embed_proj_dim": shape.hidden, "dropout": 0.0, "layerdrop": 0.0}
+        return fields | other | {"init_std": config.model.init_std}
+    bias = {"use_sliding_window": False} if shape.family == "qwen3" else {"mlp_bias": False}
+    return fields | bias | {"initializer_range": config.model.init_std}
 
 
 def special_ids(vocabulary: Vocabulary) -> dict[str, int]:
-    """The ids that config.json and generation_config.json name."""
+    """The special ids in config.json and generation_config.json."""
     return {"bos_token_id": vocabulary.eos, "eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.pad}
+
+
+def parse_shape(fields: dict) -> Shape:
+    """Shape of a config.json whose model_type is a family; KeyError, TypeError or ValueError for a wrong field.
+
+    Fields that versions of transformers omit at their defaults may be missing.
+    """
+    family = fields["model_type"]
+    values = {name: fields[key] for name, key in _KEYS[family].items() if fields.get(key) is not None}
+    values.setdefault("tied", family == "opt")
+    values.setdefault("kv_heads", fields["num_attention_heads"])
+    values.setdefault("width", fields["hidden_size"] // fields["num_attention_heads"])
+    if family == "opt":
+        if values.get("activation") not in ("relu", "gelu"):
+            raise ValueError(f"activation_function {values.get('activation')!r} is neither relu nor gelu")
+    else:
+        values["rope_base"] = _parse_rope_base(fields)
+    missing = [key for name, key in _KEYS[family].items() if name not in values]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing")
+    return Shape(family=family, **values)
+
+
+def _parse_rope_base(fields: dict) -> float:
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}  # the former is of transformers 5
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type {rope['rope_type']!r} is not supported")
+    return float(rope.get("rope_theta") or fields["rope_theta"])
+
+
+# Weights
+
+Targets = dict[str, tuple[int, ...]]
+"""Names and shapes of the stock class's weights that hold one canonical weight."""
+
+
+def outer_weights(shape: Shape) -> dict[str, Targets]:
+    """Canonical name -> stock weights, outside the layers."""
+    embedding = (shape.vocabulary, shape.hidden)
+    prefix = model_prefix(shape)
+    weights: dict[str, Targets] = {WORD_EMBEDDINGS: {f"{prefix}embed_tokens.weight": embedding}}
+    if shape.learned_positions:
+        rows = shape.context + POSITION_OFFSET
+        weights[POSITION_EMBEDDINGS] = {f"{prefix}embed_positions.weight": (rows, shape.hidden)}
+    else:
+        weights[FINAL_NORM] = {f"{prefix}norm.weight": (shape.hidden,)}
+    if not shape.tied:
+        weights[OUTPUT_HEAD] = {"lm_head.weight": embedding}
+    return weights
+
+
+def layer_weights(shape: Shape, layer: int) -> dict[str, Targets]:
+    """Canonical part of a layer, such as `mlp.linear_fc1` -> stock weights."""
+    hidden, inner, width = shape.hidden, shape.inner, shape.width
+    rows = {"q": shape.heads * width, "k": shape.kv_heads * width, "v": shape.kv_heads * width}
+    parts: dict[str, Targets] = {
+        "self_attention.linear_qkv": {f"self_attn.{side}_proj": (count, hidden) for side, count in rows.items()}
+    }
+    if shape.family == "opt":
+        parts |= {
+            "self_attention.linear_proj": {"self_attn.out_proj": (hidden, rows["q"])},
+            "mlp.linear_fc1": {"fc1": (inner, hidden)},
+            "mlp.linear_fc2": {"fc2": (hidden, inner)},
+        }
+    else:
+        parts |= {
+            "self_attention.linear_proj": {"self_attn.o_proj": (hidden, rows["q"])},
+            "mlp.linear_fc1": {f"mlp.{side}_proj": (inner, hidden) for side in ("gate", "up")},
+            "mlp.linear_fc2": {"mlp.down_proj": (hidden, inner)},
+            "input_layernorm": {"input_layernorm": (hidden,)},
+            "pre_mlp_layernorm": {"post_attention_layernorm": (hidden,)},
+        }
+    if shape.family == "qwen3":
+        parts["self_attention.q_layernorm"] = {"self_attn.q_norm": (width,)}
+        parts["self_attention.k_layernorm"] = {"self_attn.k_norm": (width,)}
+    prefix = f"{model_prefix(shape)}layers.{layer}."
+    return {part: {f"{prefix}{name}.weight": size for name, size in targets.items()} for part, targets in parts.items()}
+
+
+def model_prefix(shape: Shape) -> str:
+    """What the names of all weights but the output head's begin with."""
+    return "model.decoder." if shape.family == "opt" else "model."
+
+
+def stock_weights(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all weights of the stock class."""
+    groups = [outer_weights(shape), *(layer_weights(shape, layer) for layer in range(shape.layers))]
+    return {name: size for group in groups for targets in group.values() for name, size in targets.items()}

@@ -1,16 +1,16 @@
 """The text model in Hugging Face's form: tokenizer.json, which gives the same ids, and tokenizer_config.json.
 
-Merges are every way to put a piece together from two pieces, in the order of the pieces: SentencePiece joins the
-neighbours that make the first piece in that order, Hugging Face those that stand first among the merges. Pieces are
-written with real spaces: the mark that SentencePiece has for them, typed by a user, is then spelled in bytes as
-TextTokenizer does it. Image codes and special tokens are plain entries without merges: no text becomes one.
+The merges are all pairs of pieces that join to a piece, in the order of the pieces: SentencePiece joins the neighbors
+that form the first piece in that order, Hugging Face the first pair in the list of merges. Pieces are written with real
+spaces; SentencePiece's mark for a space, if a user types it, is then spelled in bytes, as in TextTokenizer. Image codes
+and special tokens are plain entries without merges: no text is encoded as one.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # generated at run time
 from tokenizers import decoders, models
 
 from megatron_cm3leon.export.folder import write_json
@@ -26,22 +26,23 @@ PROBES = (
     "it's well-known, isn't it? (yes) -- ... !!!! aaaaaaaaaa ababababa", "\U0010ffff \ue000 \ufffd",
     "العربية हिन्दी ไทย",
 )  # fmt: skip
-"""Where the two have been seen to differ: runs of spaces, marks, bytes, digits, names of special tokens."""
+"""Text on which the two libraries have been seen to differ: spaces, marks, bytes, digits, names of special tokens."""
 
 
 def write_tokenizer(folder: Path, text: TextTokenizer, vocabulary: Vocabulary, context: int) -> str:
-    """Write both files and compare the ids of PROBES; returns why there is none, or an empty string.
+    """Write both files and compare the ids of PROBES; return why no file was written, or an empty string.
 
-    Only BPE without normalisation, as tools/train_tokenizer.py trains, has an exact form.
+    Only BPE without normalization, as tools/train_tokenizer.py trains, has an exact form. `context` is the model's
+    length in tokens.
     """
     if not is_divisible(text):
-        return "text.model is no BPE model without normalisation: no tokenizer.json gives its ids"
-    pieces = sentencepiece_model_pb2.ModelProto.FromString(text.model).pieces
+        return "text.model is not a BPE model without normalization: no tokenizer.json gives its ids"
+    pieces = ModelProto.FromString(text.model).pieces
     normal = {piece.piece.replace(SPACE_MARK, " "): number for number, piece in enumerate(pieces) if _is_normal(piece)}
     ids = {piece.piece: number for number, piece in enumerate(pieces) if not _is_normal(piece)} | normal
     names = special_names(ids, vocabulary)
-    ids |= {name: vocabulary.image_start + place for place, name in enumerate(names)}
-    assert sorted(ids.values()) == list(range(vocabulary.size)), "two ids have one name"
+    ids |= {name: vocabulary.image_start + code for code, name in enumerate(names)}
+    assert sorted(ids.values()) == list(range(vocabulary.size)), "two ids have the same name"
     model = models.BPE(ids, list(_list_merges(normal)), byte_fallback=True, unk_token=pieces[0].piece, fuse_unk=False)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -68,28 +69,28 @@ def _is_normal(piece) -> bool:
 
 
 def special_names(taken: dict[str, int], vocabulary: Vocabulary) -> list[str]:
-    """Names of the image codes and of the special tokens; one that is a text piece gets further brackets."""
+    """Names of the image codes and of the special tokens; a name that is a text piece gets more brackets."""
     sentinels = [f"<sentinel:{number}>" for number in range(vocabulary.sentinels)]
     reserved = vocabulary.specials - len(NAMED_SPECIALS) - len(sentinels)
     names = [f"<image:{code}>" for code in range(vocabulary.image_size)]
     names += [*NAMED_SPECIALS, *sentinels, *(f"<reserved:{number}>" for number in range(reserved))]
-    for place, name in enumerate(names):
+    for number, name in enumerate(names):
         while name in taken:
             name = f"<{name}>"
-        names[place] = name
+        names[number] = name
     return names
 
 
 def _list_merges(normal: dict[str, int]) -> Iterable[tuple[str, str]]:
-    """Pairs of pieces in the order in which they are joined."""
-    for piece in sorted(normal, key=normal.get):
+    """Pairs of pieces, in the order in which they are joined."""
+    for piece in sorted(normal, key=normal.__getitem__):
         for cut in range(len(piece) - 1, 0, -1):
             if piece[:cut] in normal and piece[cut:] in normal:
                 yield piece[:cut], piece[cut:]
 
 
 def compare_ids(folder: Path, text: TextTokenizer, lines: Iterable[str], source: str) -> int:
-    """Lines compared; ValueError with the first of them for which tokenizer.json has other ids than text.model."""
+    """Number of lines; ValueError with the first line for which tokenizer.json gives other ids than text.model."""
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     count = 0
     for count, line in enumerate(lines, 1):
@@ -103,7 +104,7 @@ def compare_ids(folder: Path, text: TextTokenizer, lines: Iterable[str], source:
 
 
 def read_lines(path: str | Path) -> Iterable[str]:
-    """Lines of a UTF-8 file without their ends; ValueError for a file that is missing or is no text."""
+    """Lines of a UTF-8 file without their ends; ValueError for a file that is missing or not UTF-8."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--check-corpus {path} does not exist; give a text file.")

@@ -1,9 +1,9 @@
 """Triton kernels of attention in one decoding step: one new position per row over what its cache holds.
 
-`attend_kernel` normalizes and turns the new queries and keys (QK-norm, RoPE), writes the new key and value into the
-cache in place, and attends over CHUNK positions per program; programs beyond a row's length end at once.
-`combine_kernel` joins the chunks. Both read lengths on the device: nothing changes between steps but data, so a CUDA
-graph replays them.
+`attend_kernel` normalizes and rotates the new queries and keys (QK-norm, RoPE), writes the new key and value to the
+cache, and attends over CHUNK positions per program; programs beyond a row's length return immediately.
+`combine_kernel` combines the chunks. Both read lengths on the device: only data changes between steps, so a CUDA graph
+can replay them.
 
 Layouts: qkv [B, N + 2 G, D] (queries, keys, values of the new token), cache [B, G, C, D], partial results
 [B, N, chunks, D] with their maxima and sums [B, N, chunks]. N heads, G heads of keys (N / G queries share one).
@@ -18,17 +18,17 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def turn_heads(
+def rotate_heads(
     head_ptr, gain_ptr, cosine_ptr, sine_ptr, present, epsilon,
     D: tl.constexpr, QK_NORM: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [M, BLOCK_D] of heads at `head_ptr` [M, 1]: RMS-normalized, then dimension d turned with d + D/2."""
+    """fp32 [M, BLOCK_D] of heads at `head_ptr` [M, 1]: RMS-normalized, then dimensions d and d + D/2 rotated."""
     d = tl.arange(0, BLOCK_D)[None, :]
     inside = present & (d < D)
     x = tl.load(head_ptr + d, mask=inside, other=0.0).to(tl.float32)
     squares = tl.sum(x * x, axis=1)[:, None]
-    # 1 without QK-norm, and yet a sum over the head: it keeps the loads in rows. Else each thread loads all that its
-    # part of the tensor cores' product needs, and the kernel takes 254 registers instead of 80.
+    # 1 without QK-norm, computed from a sum over the head: the sum keeps the loads in rows. Otherwise each thread loads
+    # all that its part of the tensor cores' product needs, and the kernel takes 254 registers instead of 80.
     factor = tl.rsqrt(squares / D + epsilon) if QK_NORM else tl.where(squares >= 0, 1.0, squares)
     x *= factor
     if QK_NORM:
@@ -65,11 +65,11 @@ def attend_kernel(
     member = tl.arange(0, M)[:, None]
     head = group * SHARING + member
     shared = member < SHARING
-    query = turn_heads(
+    query = rotate_heads(
         qkv_ptr + head * D, gain_ptr + head * D, cosine_ptr, sine_ptr, shared, epsilon, D, QK_NORM, ROPE, BLOCK_D
     ).to(kind)
     first = tl.zeros([1, 1], dtype=tl.int32) + HEADS + group
-    key = turn_heads(
+    key = rotate_heads(
         qkv_ptr + first * D, gain_ptr + first * D, cosine_ptr, sine_ptr, first >= 0, epsilon, D, QK_NORM, ROPE, BLOCK_D
     ).to(kind)
     value = tl.load(qkv_ptr + (HEADS + GROUPS + group) * D + d, mask=d < D, other=0.0).to(kind)[None, :]
@@ -97,10 +97,10 @@ def attend_kernel(
         part = tl.sum(tl.trans(shares) * values.to(tl.float32), axis=0)[None, :]
     else:
         part = tl.dot(shares.to(kind), values, input_precision="ieee")
-    place = (row * HEADS + head) * chunks + chunk
-    tl.store(part_ptr + place * D + d[None, :], part, mask=shared & (d < D)[None, :])
-    tl.store(largest_ptr + place, largest[:, None], mask=shared)
-    tl.store(sum_ptr + place, tl.sum(shares, axis=1)[:, None], mask=shared)
+    index = (row * HEADS + head) * chunks + chunk
+    tl.store(part_ptr + index * D + d[None, :], part, mask=shared & (d < D)[None, :])
+    tl.store(largest_ptr + index, largest[:, None], mask=shared)
+    tl.store(sum_ptr + index, tl.sum(shares, axis=1)[:, None], mask=shared)
 
 
 @triton.jit
@@ -114,12 +114,12 @@ def combine_kernel(
     head = tl.program_id(0)
     used = tl.load(lengths_ptr + head // HEADS) // CHUNK + 1
     chunk, d = tl.arange(0, CHUNKS), tl.arange(0, BLOCK_D)
-    place = head * chunks + chunk
+    index = head * chunks + chunk
     filled = chunk < used
-    largest = tl.load(largest_ptr + place, mask=filled, other=float("-inf"))
+    largest = tl.load(largest_ptr + index, mask=filled, other=float("-inf"))
     weight = tl.exp2(largest - tl.max(largest, axis=0))
-    total = tl.sum(weight * tl.load(sum_ptr + place, mask=filled, other=0.0), axis=0)
+    total = tl.sum(weight * tl.load(sum_ptr + index, mask=filled, other=0.0), axis=0)
     inside = filled[:, None] & (d < D)[None, :]
-    parts = tl.load(part_ptr + place[:, None] * D + d[None, :], mask=inside, other=0.0)
+    parts = tl.load(part_ptr + index[:, None] * D + d[None, :], mask=inside, other=0.0)
     y = tl.sum(weight[:, None] * parts, axis=0) / total
     tl.store(y_ptr + head * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)

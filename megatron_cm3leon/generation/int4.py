@@ -1,10 +1,10 @@
-"""int4 weights on a CPU: 16 levels per weight, a scale and a zero per group of 128 weights of a row (64 or 32 where 128
-does not divide it), 4.25 bits per weight together, by torch's kernel.
+"""int4 weights on a CPU, by torch's kernel: 16 levels, and a scale and a zero per group of 128 weights of a row (64 or
+32 if 128 does not divide the row). That is 4.25 bits per weight.
 
-That kernel takes bf16 fast (fp32 thirty times slower, torch 2.13) and its time grows with the rows of x: 0.14 ms per
-row for a 4096 x 1024 matrix on an AVX-512 core. A prompt has many rows, so above `FEW_ROWS` the levels are widened to
-bf16, a part of the matrix at a time, and multiplied there. Packing orders the levels of 64 rows for the CPU's vectors;
-`packed_layout` finds that order out instead of assuming it.
+The kernel is fast in bf16 (in fp32 thirty times slower, torch 2.13) and its time grows with the rows of x: 0.14 ms per
+row for a 4096 x 1024 matrix on an AVX-512 core. A prompt has many rows, so above `FEW_ROWS` the levels are converted to
+bf16, a part of the matrix at a time, and multiplied in bf16. Packing orders the levels of 64 rows for the vector
+registers of the CPU; `find_packed_layout` determines that order instead of assuming it.
 """
 
 from functools import cache
@@ -16,14 +16,14 @@ from torch.nn import functional
 from megatron_cm3leon.generation.matrices import Matrix
 
 GROUPS = (128, 64, 32)
-"""Weights of a row that share a scale and a zero: the first that divides the row; else rows are filled up to 32."""
+"""Weights of a row that share a scale and a zero: the first that divides the row; else rows are padded to 32."""
 LARGEST_LEVEL = 15
 PACKED_ROWS = 64
-"""Rows whose levels are packed together, at most; matrices are filled up to a multiple."""
+"""Largest number of rows that are packed together; matrices are padded to a multiple of it."""
 FEW_ROWS = 96
-"""Rows of x up to which torch's int4 kernel is used."""
+"""Largest number of rows of x for which torch's int4 kernel is used."""
 ROWS_AT_ONCE = 256
-"""Rows of a matrix that are quantized, or widened to bf16, at once."""
+"""Rows of a matrix that are quantized, or converted to bf16, at a time."""
 
 
 class Int4Matrix(Matrix):
@@ -52,11 +52,11 @@ class Int4Matrix(Matrix):
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.group, self.scales_and_zeros)
         else:
             starts = range(0, len(self.weight), ROWS_AT_ONCE)
-            y = torch.cat([functional.linear(rows, self.widen(slice(n, n + ROWS_AT_ONCE))) for n in starts], -1)
+            y = torch.cat([functional.linear(rows, self.convert_rows(slice(n, n + ROWS_AT_ONCE))) for n in starts], -1)
         return y[:, : self.units].to(x.dtype).reshape(*x.shape[:-1], self.units)
 
-    def widen(self, part: slice) -> Tensor:
-        """These rows, a multiple of 64, in bf16 (with columns that fill up a row)."""
+    def convert_rows(self, part: slice) -> Tensor:
+        """These rows, a multiple of 64, in bf16, with the padding columns."""
         levels = unpack_levels(self.weight[part]).float().unflatten(1, (-1, self.group))
         scale, zero = self.scales_and_zeros[:, part].float().transpose(0, 1).unbind(-1)
         return (levels - 8).mul_(scale[..., None]).add_(zero[..., None]).flatten(1).to(torch.bfloat16)
@@ -85,8 +85,8 @@ def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 @cache
-def packed_layout() -> tuple[int, bool]:
-    """How torch packs here: rows of a block, and whether a byte holds neighbors or one row of each half of a block."""
+def find_packed_layout() -> tuple[int, bool]:
+    """How torch packs on this CPU: rows per block, and whether a byte holds adjacent rows or one of each half block."""
     rows = torch.arange(PACKED_ROWS, dtype=torch.int32)[:, None].expand(-1, GROUPS[-1]).contiguous()
     low, high = (torch.ops.aten._convert_weight_to_int4pack_for_cpu(part, 1) for part in (rows & 15, rows >> 4))
     for block in (64, 32, 16):  # 64 on AVX-512, 32 elsewhere
@@ -94,12 +94,12 @@ def packed_layout() -> tuple[int, bool]:
             found = _unpack(low, block, neighbors) + 16 * _unpack(high, block, neighbors)
             if torch.equal(found.int(), rows):
                 return block, neighbors
-    raise AssertionError("torch packs int4 matrices in a way that is unknown here")
+    raise AssertionError("torch packs int4 matrices in an unknown layout")
 
 
 def unpack_levels(packed: Tensor) -> Tensor:
     """uint8 levels [out, in] of a packed matrix [out, in / 2] of a multiple of 64 rows."""
-    return _unpack(packed, *packed_layout())
+    return _unpack(packed, *find_packed_layout())
 
 
 def _unpack(packed: Tensor, block: int, neighbors: bool) -> Tensor:

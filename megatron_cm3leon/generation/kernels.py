@@ -1,7 +1,7 @@
 """Triton kernels of one decoding step of a few rows (1-4): six launches per layer, see fused_step.py.
 
 Each program of `multiply_kernel` reads BLOCK_N rows of a weight matrix once and multiplies them by all rows of x, in
-fp32. The norm in front of a matrix costs no pass of its own: with statistics of x summed in the same loop,
+fp32. The norm before a matrix needs no pass of its own, because the statistics of x are summed in the same loop:
 
     LayerNorm without parameters   W (x - mean) / std = (W x - mean W 1) / std     (W 1: sums of the weight's rows)
     RMSNorm                        W (g x) / rms
@@ -9,10 +9,10 @@ fp32. The norm in front of a matrix costs no pass of its own: with statistics of
 Weights are fp32, bf16, fp16, int8 or fp8 e4m3, the last two with one fp32 scale per output row. Layouts: x [ROWS, K],
 W [N, K], cache [B, G, C, D] (sequences, heads of keys, positions, width of a head), all contiguous.
 
-With OVERLAP (sm_90: programmatic dependent launch) a kernel starts while the one before it ends, and waits for it
-before it touches memory.
+With OVERLAP (sm_90: programmatic dependent launch) a kernel starts before the previous one has ended, and waits for it
+before it accesses memory.
 
-Loop bounds are constants of the compilation: the interpreter (TRITON_INTERPRET=1) of Triton 3.6 cannot loop to a number
+Loop bounds are compile-time constants: the interpreter (TRITON_INTERPRET=1) of Triton 3.6 cannot loop to a number
 known only at run time under NumPy >= 2.4.
 """
 
@@ -22,12 +22,12 @@ from triton.language.extra import cuda
 
 NO_NORM, LAYER_NORM, RMS_NORM = 0, 1, 2
 STORE, RELU, GELU, SWIGLU, ADD = 0, 1, 2, 3, 4
-"""What becomes of a product: stored, through an activation, gate and up rows combined, or added to the output."""
+"""What happens to a product: stored, activation, gate and up rows combined, or added to the output."""
 
 
 @triton.jit
 def await_previous(OVERLAP: tl.constexpr):
-    """Let the next kernel be launched, and wait until all that the one before this wrote is there."""
+    """Let the next kernel start, and wait until everything that the previous one wrote is visible."""
     if OVERLAP:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
@@ -38,7 +38,7 @@ def embed_kernel(
     ids_ptr, words_ptr, positions_ptr, lengths_ptr, state_ptr, hidden,
     LEARNED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """State of each row's token, with its learned position where there is one; ids and lengths are int64."""
+    """Embedding of each row's token, plus its learned position if LEARNED; ids and lengths are int64."""
     await_previous(OVERLAP)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -52,7 +52,7 @@ def embed_kernel(
 
 @triton.jit
 def sum_lanes(values, SIZE: tl.constexpr, LANE: tl.constexpr):
-    """Sums of LANE neighbors of [SIZE]: what one thread loads at once becomes one accumulator."""
+    """Sums of LANE adjacent values of [SIZE]: one accumulator for each load of a thread."""
     return tl.sum(tl.reshape(values, [SIZE // LANE, LANE]), axis=1)
 
 
@@ -61,7 +61,7 @@ def accumulate(
     sums, w, x_ptr, gain_ptr, columns, inside,
     NORM: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
-    """`sums` (products, x, squares of x) with those of one tile and one row of x."""
+    """Add one tile and one row of x to `sums` (products, x, squares of x)."""
     products, plain, squares = sums
     x = (tl.load(x_ptr + columns, mask=inside, other=0.0) if MASKED else tl.load(x_ptr + columns)).to(tl.float32)
     if NORM == 1:
@@ -80,7 +80,7 @@ def finish(
     sums, scale, weight_sums, epsilon, y_ptr, start, N,
     K: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Reduce a row's sums, apply norm and epilogue, and write to the row `y_ptr`."""
+    """Reduce the sums of a row, apply norm and epilogue, and write the row at `y_ptr`."""
     products, plain, squares = sums
     values = tl.sum(products, axis=1)
     if SCALED:
@@ -115,14 +115,14 @@ def multiply_kernel(
 ):  # fmt: skip
     """y = epilogue(norm(x) W^T); `weight_sums` are W 1 (LAYER_NORM), `gain` is RMS_NORM's weight, N rows of W.
 
-    A thread loads LANE neighbors of a row of x and of W at once, so that x needs no way through shared memory: that is
-    why W's own alignment (16 int8 values) is not used.
+    A thread loads LANE adjacent values of a row of x and of W at a time, so that x does not go through shared memory:
+    that is why the alignment of W (16 int8 values) is not used.
     """
     await_previous(OVERLAP)
     start = tl.program_id(0) * BLOCK_N
     rows = start + tl.arange(0, BLOCK_N)
     present = rows < N
-    if EPILOGUE == 3:  # gate and up of a unit are neighbors in the tile
+    if EPILOGUE == 3:  # gate and up of a unit are adjacent in the tile
         rows = rows // 2 + (rows % 2) * (N // 2)
     rows = tl.where(present, rows, 0)
     within = tl.arange(0, BLOCK_K)
@@ -170,7 +170,7 @@ def finish_step_kernel(
     state_ptr, gain_ptr, y_ptr, lengths_ptr, epsilon,
     K: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """y = norm(state) of a row per program; the row's length grows by one."""
+    """y = norm(state), one row per program; adds one to the row's length."""
     await_previous(OVERLAP)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)

@@ -1,13 +1,13 @@
-"""Matrices of the decoder: how x W^T is computed fastest where few rows of x meet large W.
+"""Matrices of the decoder: x W^T for few rows of x and a large W. matrix_kinds.py chooses one; int4 is in int4.py.
 
-Reading W is what a step of generation costs. On a CPU oneDNN reads it from a layout of its own (measured on two AVX-512
-cores: a 4096 x 1024 matrix in bf16 0.6 ms instead of 0.9, in fp32 and two rows 1.4 instead of 2.6); int8 reads half or
-a quarter of the bytes.
+Reading W dominates the time of a generation step. On a CPU, oneDNN reads it from its own layout (measured on two
+AVX-512 cores: a 4096 x 1024 matrix in bf16 0.6 ms instead of 0.9, in fp32 and two rows 1.4 instead of 2.6); int8 reads
+half or a quarter of the bytes.
 
-int8 and fp8 (e4m3) keep one scale per output row. A GPU multiplies in the type of x (weight-only) with Triton kernels
-that read the 8-bit matrix once and widen it in registers. A CPU has a fast kernel for int8 x int8 alone, so there each
-row of x gets 8 bits and a scale of its own, which no other row of the batch changes; fp8 there is a wide copy for each
-product: as exact as on a GPU, to measure its quality, and slow. int4 (int4.py) is for a CPU alone.
+int8 and fp8 (e4m3) have one scale per output row. A GPU multiplies in the type of x (weight-only) with Triton kernels
+that read the 8-bit matrix once and convert it in registers. A CPU has a fast kernel for int8 x int8 only, so there each
+row of x is quantized to 8 bits with its own scale, which does not depend on other rows of the batch. fp8 on a CPU
+converts the matrix for each product: as exact as on a GPU, and slow; it is there to measure the quality of fp8.
 """
 
 import os
@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 SMALLEST_PACKED = 1 << 19
-"""Elements from which an fp32 matrix gains from oneDNN's layout."""
+"""Elements of the smallest fp32 matrix that is faster in oneDNN's layout."""
 LEVELS = 127
+"""Largest int8 level."""
 FP8_LARGEST = 448.0
-"""Largest number of e4m3."""
-QUANTIZED = ("int8", "fp8", "int4")
-"""Kinds of matrices besides the plain types."""
+"""Largest value of e4m3."""
 
 
 class Matrix:
@@ -39,12 +38,12 @@ class Matrix:
 
     @property
     def bytes(self) -> int:
-        """What one multiplication reads."""
+        """Bytes that one multiplication reads."""
         return self.weight.nbytes
 
 
 class PackedMatrix(Matrix):
-    """In oneDNN's own layout (CPU)."""
+    """A matrix in oneDNN's layout (CPU)."""
 
     def __init__(self, weight: Tensor) -> None:
         self.size = weight.nbytes
@@ -61,12 +60,14 @@ class PackedMatrix(Matrix):
 class ScaledMatrix(Matrix):
     """int8 or fp8 levels with a scale per output row, multiplied in the type of x (weight-only)."""
 
+    scale: Tensor
+
     def __init__(self, levels: Tensor, scale: Tensor) -> None:
         self.weight, self.scale = levels, scale
 
     def __call__(self, x: Tensor) -> Tensor:
         if uses_triton(x.device):
-            from megatron_cm3leon.generation.products import multiply_scaled  # Triton is there only beside CUDA
+            from megatron_cm3leon.generation.products import multiply_scaled  # Triton is installed only with CUDA
 
             rows = multiply_scaled(x.reshape(-1, x.shape[-1]), self.weight, self.scale)
             return rows.view(*x.shape[:-1], -1)
@@ -74,7 +75,7 @@ class ScaledMatrix(Matrix):
 
 
 class Int8CpuMatrix(Matrix):
-    """int8 x int8 by oneDNN. Rows of x are shifted to 0..255, and the bias takes the shift off again."""
+    """int8 x int8 by oneDNN. Rows of x are shifted to 0..255; the bias subtracts the shift again."""
 
     def __init__(self, weight: Tensor) -> None:
         levels, scale = quantize_rows(weight)
@@ -88,12 +89,12 @@ class Int8CpuMatrix(Matrix):
         rows = x.reshape(-1, x.shape[-1])
         largest = torch.linalg.vector_norm(rows, float("inf"), 1, keepdim=True, dtype=torch.float32)
         largest.clamp_(min=torch.finfo(torch.float32).tiny)
-        # 1 to 255, 128 for 0; the half rounds what the conversion cuts.
+        # 1 to 255, 128 for 0; the half makes the conversion, which truncates, round.
         levels = torch.add(self.middle, rows / largest, alpha=LEVELS).to(torch.uint8)
-        made = torch.ops.onednn.qlinear_pointwise(
+        y = torch.ops.onednn.qlinear_pointwise(
             levels, 1.0, 0, self.weight, self.scale, self.zero, self.shift, 1.0, 0, torch.float32, "none", [], ""
         )
-        return made.mul_(largest).to(x.dtype).view(*x.shape[:-1], -1)
+        return y.mul_(largest).to(x.dtype).view(*x.shape[:-1], -1)
 
     @property
     def bytes(self) -> int:
@@ -117,22 +118,3 @@ def quantize_rows_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def uses_triton(device: torch.device) -> bool:
     """Whether products on this device run in Triton: on a GPU, or on a CPU in Triton's interpreter (tests)."""
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def build_matrix(weight: Tensor, quantized: str | None = None) -> Matrix:
-    """The fastest form of a matrix [out, in] on its device and in its type, or quantized to one of `QUANTIZED`."""
-    on_onednn = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and not uses_triton(weight.device)
-    if quantized == "int4":
-        from megatron_cm3leon.generation.int4 import Int4Matrix  # is a Matrix
-
-        return Int4Matrix(weight)
-    if quantized == "fp8":
-        return ScaledMatrix(*quantize_rows_fp8(weight))
-    if quantized == "int8":
-        return Int8CpuMatrix(weight) if on_onednn else ScaledMatrix(*quantize_rows(weight))
-    if on_onednn and (
-        (weight.dtype == torch.float32 and weight.numel() >= SMALLEST_PACKED)
-        or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    ):
-        return PackedMatrix(weight)
-    return Matrix(weight)

@@ -1,4 +1,4 @@
-"""Gumbel noise of one position as one Triton launch: noise.py's numbers, computed inside a recorded step.
+"""Gumbel noise of one position in one Triton launch: the numbers of noise.py, computed inside a recorded step.
 
 The integers are those of `noise.philox`; the noise is rounded from fp64 as there. On a CPU it runs in Triton's
 interpreter (TRITON_INTERPRET=1), for tests.
@@ -28,7 +28,7 @@ def gumbel_kernel(keys_ptr, position_ptr, groups_ptr, noise_ptr, count, BLOCK: t
     first = tl.load(keys_ptr + 2 * row).to(tl.uint32)
     second = tl.load(keys_ptr + 2 * row + 1).to(tl.uint32)
     b = tl.load(groups_ptr + number, mask=inside, other=0).to(tl.uint32)
-    c = b * 0  # not tl.zeros: the interpreter runs no compiled function of Triton's own
+    c = b * 0  # not tl.zeros: Triton's interpreter cannot run Triton's own compiled functions
     d = b * 0
     a = tl.load(position_ptr).to(tl.uint32) + c
     for _ in tl.static_range(10):

@@ -1,8 +1,8 @@
 """Compile the kernels of decoding steps while the weights are still being read.
 
-Triton compiles a kernel when it is first launched with its constants: some eight kernels, 0.5 to 3 seconds each in the
-first process on a machine (later ones find them on disk). One step of a decoder with a single layer of zeros launches
-all that a whole step does.
+Triton compiles a kernel when it is first launched with its constants: about eight kernels, 0.5 to 3 seconds each in
+the first process on a machine (later ones load them from disk). One step of a decoder with a single layer of zeros
+launches every kernel of a step.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,25 +13,25 @@ from importlib.util import find_spec
 
 import torch
 
-from megatron_cm3leon.export.reader import Shape, expected_weights
-from megatron_cm3leon.generation.decoder import DTYPES, Decoder
+from megatron_cm3leon.export.layouts import DTYPES, Shape, stock_weights
+from megatron_cm3leon.generation.decoder import Decoder, plain_dtype
 
 
 @torch.inference_mode()
 def compile_steps(
     shape: Shape, dtype: str, device: torch.device, head_rows: int, positions: int, streams: tuple[int, ...]
 ) -> None:
-    """Launch each kernel of a step once, for each number of `streams` over a cache of `positions`.
+    """Launch each kernel of a step once, for each number of `streams`, over a cache of `positions`.
 
-    `dtype` is one of decoder.KINDS; `head_rows`, the ids that may be drawn, decides the tile of the head. Takes the
-    memory of one layer and this head, and gives it back.
+    `dtype` is one of decoder.KINDS; `head_rows`, the number of ids that may be drawn, decides the tile of the head.
+    Allocates the memory of one layer and this head, and frees it.
     """
     from megatron_cm3leon.generation.fused_step import FusedStep
     from megatron_cm3leon.generation.noise_kernel import write_noise
 
     small = replace(shape, layers=1, vocabulary=head_rows)
-    beside = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    weights = {name: torch.zeros(size, dtype=beside, device=device) for name, size in expected_weights(small).items()}
+    plain = plain_dtype(dtype, device)
+    weights = {name: torch.zeros(size, dtype=plain, device=device) for name, size in stock_weights(small).items()}
     decoder = Decoder(weights, small, None if dtype in DTYPES else dtype)
     fused, zero = FusedStep(decoder), torch.zeros(1, dtype=torch.long, device=device)
     for count in streams:
@@ -41,10 +41,10 @@ def compile_steps(
 
 
 @contextmanager
-def compiling_beside(compile_all: Callable[[], None], device: torch.device) -> Iterator[None]:
-    """Run `compile_all` in a thread of its own beside the block, where `device` is a GPU and Triton is installed.
+def compile_in_background(compile_all: Callable[[], None], device: torch.device) -> Iterator[None]:
+    """Run `compile_all` in a thread during the `with` block, if `device` is a GPU and Triton is installed.
 
-    Leaving the block waits for the thread and raises what it raised.
+    Leaving the block waits for the thread and raises its exception, if any.
     """
     if device.type != "cuda" or not find_spec("triton"):
         yield

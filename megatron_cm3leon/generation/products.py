@@ -1,4 +1,4 @@
-"""Launches of the Triton products: x W^T for few rows (kernels.py) and for more (product_kernel below).
+"""Launches of the Triton products x W^T: for few rows (kernels.py) and for more (product_kernel below).
 
 A matrix is its weight [N, K], fp32, bf16, fp16, int8 or fp8 e4m3, and for the last two a scale [N] per output row.
 """
@@ -12,14 +12,14 @@ from torch import Tensor
 from megatron_cm3leon.generation.kernels import NO_NORM, STORE, multiply_kernel
 
 MOST_ROWS = 4
-"""Rows that `multiply_rows` takes."""
+"""Largest number of rows that `multiply_rows` takes."""
 PROGRAMS = 512
-"""Programs that a matrix should give an H100's 132 multiprocessors."""
+"""Programs per matrix that keep the 132 multiprocessors of an H100 busy."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program reads at once, and how it is compiled."""
+    """What one program reads at a time, and how it is compiled."""
 
     block_n: int
     """Rows of the weight."""
@@ -30,7 +30,7 @@ class Tile:
 
 
 def choose_tile(rows: int, units: int, width: int, itemsize: int) -> Tile:
-    """A tile for `rows` rows of x and a weight [units, width]: enough bytes under way, enough programs."""
+    """A tile for `rows` rows of x and a weight [units, width]: enough bytes in flight, enough programs."""
     block_k = min(1024, triton.next_power_of_2(width))
     block_n = 8 if rows <= 2 else 4
     while block_n > 2 and units // block_n < PROGRAMS:
@@ -38,13 +38,13 @@ def choose_tile(rows: int, units: int, width: int, itemsize: int) -> Tile:
     return Tile(block_n, block_k, unroll=2 if itemsize == 1 and rows <= 2 and width >= 2 * block_k else 1)
 
 
-def overlapping(overlap: bool) -> dict:
-    """Options of a launch that may start while the one before it ends."""
+def overlap_options(overlap: bool) -> dict:
+    """Options of a launch that may start before the previous one has ended."""
     return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
 
 
 def lane_width(width: int, itemsize: int) -> int:
-    """Neighbors of a row that one thread loads at once: at most 8 values and 16 bytes, always a divisor of the row."""
+    """Adjacent values of a row per load of a thread: at most 8 values and 16 bytes, a divisor of the row."""
     return min(width & -width, 4 if itemsize == 4 else 8)
 
 
@@ -65,12 +65,13 @@ def multiply_rows(
     """`out` [R, N] (SWIGLU: [R, N / 2]; ADD: added to) = epilogue(norm(x) W^T) for 1 to 4 rows x [R, K], contiguous."""
     units, width = weight.shape
     tile = tile or choose_tile(len(x), units, width, weight.element_size())
+    # A kernel takes no None: x stands for a pointer that is not read.
     scale_or_any, sums_or_any, gain_or_any = (x if one is None else one for one in (scale, weight_sums, gain))
     multiply_kernel[(triton.cdiv(units, tile.block_n),)](
         x, weight, scale_or_any, sums_or_any, gain_or_any, out, units, epsilon, K=width, ROWS=len(x), NORM=norm,
         EPILOGUE=epilogue, SCALED=scale is not None, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         LANE=lane_width(width, x.element_size()), UNROLL=tile.unroll, num_warps=tile.warps,
-        **overlapping(overlap),
+        **overlap_options(overlap),
     )  # fmt: skip
     return out
 
@@ -80,7 +81,7 @@ def product_kernel(
     x_ptr, w_ptr, scale_ptr, y_ptr, rows, units,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = x W^T by tensor cores; each tile of W is widened to x's type in registers, never in memory."""
+    """y = x W^T by tensor cores; each tile of W is converted to x's type in registers."""
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     unit = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     within = tl.arange(0, BLOCK_K)
@@ -106,7 +107,7 @@ def product_blocks(rows: int, units: int, width: int) -> tuple[int, int, int, in
 
 
 def multiply_scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x [R, K] by an int8 or fp8 matrix in x's type, any number of rows; no copy of W in a wider type is made."""
+    """x [R, K] times an int8 or fp8 matrix, in the type of x, for any number of rows; W is not copied."""
     x = x.contiguous()
     units, width = weight.shape
     out = x.new_empty(len(x), units)

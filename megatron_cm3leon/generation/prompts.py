@@ -1,26 +1,32 @@
-"""Prompts: the forms in which a CM3-trained model has seen a pair, up to the point where it should go on.
+"""Prompts: the forms in which a CM3-trained model has seen a pair, up to the point where it continues.
 
-    picture of a caption    </s> documents caption <break>                            -> image codes
+    image of a caption      </s> documents caption <break>                            -> image codes
     without the caption     </s> documents                  ("dropped")               -> image codes
                             </s> documents <sentinel:0> <break>  ("sentinel")         -> image codes
-    caption of a picture    </s> documents picture <break>  ("image_first")           -> text, </s> or <break>
-                            </s> documents <sentinel:0> <break> picture </s> <sentinel:0>   ("masked")
+    caption of an image     </s> documents image <break>    ("image_first")           -> text, </s> or <break>
+                            </s> documents <sentinel:0> <break> image </s> <sentinel:0>   ("masked")
                                                                                       -> text, <eoss>
     infilling               </s> documents left <sentinel:0> right </s> <sentinel:0>  -> the span, <eoss>
 
-`documents` are retrieved ones, each followed by <break>. All functions take and give lists of ids.
+`documents` are the retrieved ones, each followed by <break>. All functions take and return lists of ids.
 """
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
+Documents = Sequence[Iterable[int] | np.ndarray]
+"""Ids of the retrieved documents of one prompt."""
 UNCONDITIONAL_FORMS = ("auto", "dropped", "sentinel")
 CAPTION_FORMS = ("auto", "image_first", "masked")
 
 
 def choose_caption_form(form: str, training: dict) -> str:
-    """Resolve "auto": the order in which pairs stood, where the model was trained on pictures before texts.
+    """Resolve "auto": "image_first" if the model was trained on images before texts, else "masked".
 
-    <sentinel:0> for a *whole* caption is rarer in training: a span has to cover one, or rotation to be on.
+    <sentinel:0> for a *complete* caption is rarer in training: a span must cover it, or rotation must be on.
     """
     _check_form(form, CAPTION_FORMS, "form")
     if form != "auto":
@@ -28,18 +34,19 @@ def choose_caption_form(form: str, training: dict) -> str:
     return "image_first" if training.get("image_first_probability", 0.5) > 0 else "masked"
 
 
-def choose_unconditional_form(form: str, documents, training: dict) -> str:
-    """Resolve "auto" as CM3Leon does: a sentinel for the caption, or behind retrieved documents none at all.
+def choose_unconditional_form(form: str, documents: Documents, training: dict) -> str:
+    """Resolve "auto" as CM3Leon does: a sentinel for the caption, or nothing ("dropped") after retrieved documents.
 
-    Unless the model has not met it: sentinels without CM3 masking, or documents that begin with their picture.
+    The other form is chosen if the model has not seen it in training: a sentinel requires CM3 masking, an image right
+    after the documents requires documents that begin with their image.
     """
     _check_form(form, UNCONDITIONAL_FORMS, "unconditional")
     if form != "auto":
         return form
     if training.get("cm3_probability", 1.0) == 0:
         return "dropped"
-    begins_with_picture = training.get("image_first_probability", 0.5) > 0
-    return "dropped" if len(documents) and begins_with_picture else "sentinel"
+    begins_with_image = training.get("image_first_probability", 0.5) > 0
+    return "dropped" if len(documents) and begins_with_image else "sentinel"
 
 
 def _check_form(form: str, forms: tuple[str, ...], name: str) -> None:
@@ -47,45 +54,47 @@ def _check_form(form: str, forms: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} ({form!r}) must be one of: {', '.join(forms)}.")
 
 
-def begin_sample(documents, vocabulary: Vocabulary) -> list[int]:
-    """</s> and the retrieved documents, farthest first, as they stand in the shards."""
+def begin_sample(documents: Documents, vocabulary: Vocabulary) -> list[int]:
+    """</s> and the retrieved documents, the most similar last, as in the shards."""
     ids = [vocabulary.eos]
     for document in documents:
         ids += [*map(int, document), vocabulary.break_id]
     return ids
 
 
-def picture_prompt(caption: list[int], documents, vocabulary: Vocabulary) -> list[int]:
+def image_prompt(caption: list[int], documents: Documents, vocabulary: Vocabulary) -> list[int]:
+    """The image of a caption."""
     return [*begin_sample(documents, vocabulary), *caption, vocabulary.break_id]
 
 
-def unconditional_prompt(documents, form: str, vocabulary: Vocabulary) -> list[int]:
-    """What guidance contrasts `picture_prompt` with: the same without the caption."""
+def unconditional_prompt(documents: Documents, form: str, vocabulary: Vocabulary) -> list[int]:
+    """`image_prompt` without the caption, for the unconditional stream of guidance and CD-K."""
     ids = begin_sample(documents, vocabulary)
     return ids if form == "dropped" else [*ids, vocabulary.sentinel(0), vocabulary.break_id]
 
 
-def caption_prompt(picture: list[int], documents, form: str, vocabulary: Vocabulary) -> list[int]:
+def caption_prompt(image: list[int], documents: Documents, form: str, vocabulary: Vocabulary) -> list[int]:
+    """The caption of an image, "image_first" or "masked"."""
     ids = begin_sample(documents, vocabulary)
     if form == "image_first":
-        return [*ids, *picture, vocabulary.break_id]
+        return [*ids, *image, vocabulary.break_id]
     mask = vocabulary.sentinel(0)
-    return [*ids, mask, vocabulary.break_id, *picture, vocabulary.eos, mask]
+    return [*ids, mask, vocabulary.break_id, *image, vocabulary.eos, mask]
 
 
 def infill_text_prompt(
-    left: list[int], right: list[int], picture: list[int] | None, documents, vocabulary: Vocabulary
+    left: list[int], right: list[int], image: list[int] | None, documents: Documents, vocabulary: Vocabulary
 ) -> list[int]:
-    """A caption whose middle is masked, with its picture where there is one."""
+    """A caption with a masked span, and its image if there is one."""
     mask = vocabulary.sentinel(0)
-    after = [vocabulary.break_id, *picture] if picture is not None else []
+    after = [vocabulary.break_id, *image] if image is not None else []
     return [*begin_sample(documents, vocabulary), *left, mask, *right, *after, vocabulary.eos, mask]
 
 
-def infill_picture_prompt(
-    codes: list[int], start: int, end: int, caption: list[int] | None, documents, vocabulary: Vocabulary
+def infill_image_prompt(
+    codes: list[int], start: int, end: int, caption: list[int] | None, documents: Documents, vocabulary: Vocabulary
 ) -> list[int]:
-    """A picture whose codes start..end are masked, with its caption where there is one."""
+    """An image (ids) whose codes start..end are masked, and its caption if there is one."""
     mask = vocabulary.sentinel(0)
     before = [*caption, vocabulary.break_id] if caption is not None else []
     masked = [*codes[:start], mask, *codes[end:]]

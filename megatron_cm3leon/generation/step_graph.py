@@ -1,16 +1,17 @@
-"""Steps recorded once as a graph of a device's work and replayed: a small model's step is launches, not arithmetic.
+"""Steps recorded once as CUDA graphs and replayed: launches, not arithmetic, dominate the step of a small model.
 
-A graph works on the tensors it was recorded with. So a recorded step has its own cache, of a bucket's size, and its own
-state; both serve every later batch of the same shape, of whatever prompts, seeds and temperature. Attention over a
-masked cache reads a width in buckets, too, with one graph per width.
+A graph works on the tensors it was recorded with. So a recorded step has its own cache, whose size is a multiple of
+BUCKET, and its own state; both are used for every later batch of the same shape, with any prompts, seeds and
+temperature. Attention over a masked cache reads a width that is a multiple of BUCKET, too, with one graph per width.
 
-`CudaGraphs` is what records on a GPU. Any other class with its methods can stand in its place, as in the tests.
+`CudaGraphs` records on a GPU; the tests have a `GraphBackend` for the CPU.
 """
 
 import gc
 import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -21,15 +22,42 @@ from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.generation.step import DecodingStep, StepShape
 
 BUCKET = 256
-"""Cache lengths, and widths that attention reads, are multiples of it."""
+"""Positions; lengths of caches, and widths that attention reads, are multiples of it."""
 GRAPHS_KEPT = 8
 """Recorded steps of different shapes that a decoder keeps."""
 CACHE_SHARE = 0.6
 """Share of a GPU's free memory that keys and values may take."""
 
+if TYPE_CHECKING:
+    from megatron_cm3leon.generation.fused_step import FusedStep
+
+
+class Replay(Protocol):
+    """A recorded graph."""
+
+    def replay(self) -> None:
+        """Queue the recorded work."""
+
+
+class Mark(Protocol):
+    """A point in the queue of a device."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has reached it."""
+
+
+class GraphBackend(Protocol):
+    """Records the work of a device: see `CudaGraphs`."""
+
+    def run(self, work: Callable[[], None]) -> None: ...
+    def record(self, work: Callable[[], None], beside: Replay | None = None) -> Replay: ...
+    def free_bytes(self) -> int: ...
+    def release(self) -> None: ...
+    def mark(self) -> Mark: ...
+
 
 def round_up(length: int) -> int:
-    """The bucket of a number of positions."""
+    """The smallest multiple of BUCKET that is at least `length` positions."""
     return -(-length // BUCKET) * BUCKET
 
 
@@ -40,18 +68,22 @@ class CudaGraphs:
         self.device, self.stream = device, torch.cuda.Stream(device)
 
     def run(self, work: Callable[[], None]) -> None:
-        """Do the work where it will be recorded: libraries load their kernels and take their workspaces."""
+        """Run the work on the stream of recordings, so that libraries load kernels and allocate workspaces."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             work()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-    def record(self, work: Callable[[], None], beside: "CudaReplay | None" = None) -> "CudaReplay":
-        """The work as a graph, without doing it; of `beside`, never replayed at once, it shares scratch memory."""
+    def record(self, work: Callable[[], None], beside: Replay | None = None) -> "CudaReplay":
+        """Record the work as a graph without running it; it shares scratch memory with the recorded graph `beside`.
+
+        The two must not be replayed at the same time.
+        """
+        assert beside is None or isinstance(beside, CudaReplay)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         collecting = gc.isenabled()
-        gc.disable()  # a graph that is collected while another is recorded breaks the recording
+        gc.disable()  # freeing a graph while another is recorded breaks the recording
         try:
             with torch.cuda.stream(self.stream):
                 graph.capture_begin(*(() if beside is None else (beside.graph.pool(),)))
@@ -65,16 +97,16 @@ class CudaGraphs:
         return CudaReplay(graph)
 
     def free_bytes(self) -> int:
-        """Memory that tensors can take: the driver's free memory, and what torch's allocator holds without using it."""
+        """Free memory: the driver's, and what torch's allocator holds without using it."""
         free = torch.cuda.mem_get_info(self.device)[0]
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def release(self) -> None:
-        """Give the allocator's unused memory back, after something large was dropped: other sizes may follow."""
+        """Return the allocator's unused memory to the driver, after a cache was freed: others have other sizes."""
         torch.cuda.empty_cache()
 
     def mark(self) -> torch.cuda.Event:
-        """What `synchronize` waits for: the work so far."""
+        """An event after the work queued so far."""
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event
@@ -87,14 +119,15 @@ class CudaReplay:
         self.graph, self.replay = graph, graph.replay
 
 
-class StepGraph:
+class CudaGraphStep:
     """A step with its graphs, one for each width that attention reads."""
 
-    def __init__(self, step: DecodingStep, backend) -> None:
-        self.step, self.backend, self.recorded = step, backend, {}
+    def __init__(self, step: DecodingStep, backend: GraphBackend) -> None:
+        self.step, self.backend = step, backend
+        self.recorded: dict[int, Replay] = {}
 
     def advance(self) -> None:
-        """Draw and append a token; the first time at a width does it before recording it."""
+        """Draw and append a token. The first call at a width runs the step before it records it."""
         cache = self.step.cache
         cache.longest += 1
         width = cache.size if self.step.fused else round_up(cache.longest)
@@ -112,14 +145,15 @@ class StepGraph:
 class StepGraphs:
     """The recorded steps of a decoder: recent shapes, with their caches."""
 
-    def __init__(self, decoder: Decoder, backend) -> None:
-        # A proxy: the decoder keeps this, and must not keep itself, and gigabytes of weights, alive.
-        self.decoder, self.backend, self.fused = weakref.proxy(decoder), backend, None
-        self.kept: dict[StepShape, StepGraph] = {}
+    def __init__(self, decoder: Decoder, backend: GraphBackend) -> None:
+        # A proxy: the decoder refers to this, and a cycle would keep gigabytes of weights in memory.
+        self.decoder, self.backend = weakref.proxy(decoder), backend
+        self.fused: FusedStep | None = None
+        self.kept: dict[StepShape, CudaGraphStep] = {}
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values that are kept; a new batch may take their memory."""
+        """Bytes of the keys and values of all kept steps; a new batch may use their memory."""
         return sum({id(graph.step.cache): graph.step.cache.bytes for graph in self.kept.values()}.values())
 
     @property
@@ -127,34 +161,34 @@ class StepGraphs:
         """Bytes that the keys and values of all kept steps may take."""
         return CACHE_SHARE * (self.backend.free_bytes() + self.cache_bytes)
 
-    def take(self, shape: StepShape, segment: Segment, sampling: Sampling) -> StepGraph:
-        """The step of this shape, recorded before or new."""
+    def take(self, shape: StepShape, segment: Segment, sampling: Sampling) -> CudaGraphStep:
+        """The step of this shape: a kept one, or a new one."""
         graph = self.kept.pop(shape, None)
         if graph is None:
             while len(self.kept) >= GRAPHS_KEPT:
                 self._drop_oldest()
-            rows = shape.sequences * (2 if sampling.contrasted else 1)
-            cache = self._cache(rows, shape.size)
+            rows = shape.sequences * (2 if sampling.needs_unconditional else 1)
+            cache = self._take_cache(rows, shape.size)
             step = DecodingStep(self.decoder, shape, segment, sampling, cache, self._find_fused(rows))
-            graph = StepGraph(step, self.backend)
+            graph = CudaGraphStep(step, self.backend)
         else:
             graph.step.cache.clear()
         self.kept[shape] = graph
         return graph
 
-    def _cache(self, rows: int, size: int) -> Cache:
+    def _take_cache(self, rows: int, size: int) -> Cache:
         for graph in self.kept.values():
             cache = graph.step.cache
             if (len(cache.rows), cache.size) == (rows, size):
                 cache.clear()
                 return cache
-        wanted = rows * self.decoder.cache_bytes(size)
-        while self.kept and self.cache_bytes + wanted > self.cache_space:
+        needed = rows * self.decoder.cache_bytes(size)
+        while self.kept and self.cache_bytes + needed > self.cache_space:
             self._drop_oldest()
         return self.decoder.build_cache(rows, size, flat=False)
 
-    def _find_fused(self, rows: int):
-        """Kernels for a step of so few rows, on a GPU with Triton; None where there are none."""
+    def _find_fused(self, rows: int) -> "FusedStep | None":
+        """The fused kernels for a step of `rows` rows; None without a GPU or Triton, and for too many rows."""
         if self.decoder.device.type != "cuda" or not find_spec("triton"):
             return None
         from megatron_cm3leon.generation.fused_step import FusedStep
@@ -171,7 +205,8 @@ class StepGraphs:
 
 
 def find_graphs(decoder: Decoder) -> StepGraphs | None:
-    """The decoder's recorded steps; None where steps are not recorded, as on a CPU."""
+    """The decoder's recorded steps; None on a CPU, where steps are not recorded."""
     if decoder.graphs is None and decoder.device.type == "cuda":
         decoder.graphs = StepGraphs(decoder, CudaGraphs(decoder.device))
+    assert decoder.graphs is None or isinstance(decoder.graphs, StepGraphs)
     return decoder.graphs

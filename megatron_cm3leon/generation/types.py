@@ -1,18 +1,22 @@
-"""What generation makes."""
+"""Types of what generation takes and returns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+ImageInput = Image.Image | np.ndarray | Sequence[int]
+"""A PIL image, or its image codes [h * w], from 0."""
+
 
 @dataclass(frozen=True, eq=False)
-class MadePicture:
-    """A generated picture: its image codes [h*w] from 0, and the pixels they decode to."""
+class GeneratedImage:
+    """A generated image: its image codes [h * w], from 0, and the pixels that they decode to."""
 
     caption: str | None
     seed: int
     codes: np.ndarray
-    picture: Image.Image
+    image: Image.Image
     score: float | None = None
-    """Inner product of caption and picture by the encoder that ranked it."""
+    """Inner product of the caption's and the image's embedding, by the encoder that ranked it."""

@@ -1,14 +1,14 @@
-"""Where a run's time went, from its folder alone: metrics.jsonl, and events.jsonl where there is one.
+"""Where the wall time of a run went, from its folder: metrics.jsonl, and events.jsonl if there is one.
 
-Wall time from the first record to the last is cut into
+Wall time from the first record to the last is divided into
 
-    kept         steps that are part of the run as it stands
-    lost         steps that were taken again, rolled back or skipped
-    start-up     of a process until its first step begins: weights are loaded, the data opened
-    between      between steps: what saves and validation make training stand still, rollbacks, the last save
+    kept         steps that are part of the run's final history
+    lost         steps that were repeated, rolled back or skipped
+    start-up     from the start of a process to its first step: loading weights, opening data
+    between      between steps: time in which saves and validation block training, rollbacks, the last save
     down         from the last record of a process to the first of the next one: queue, imports, rendezvous
 
-Goodput is the share of `kept`. A process ends with its last record, because nothing tells more of one that was killed.
+Goodput is the share of `kept`. A process is assumed to end with its last record, since a killed one leaves no other.
 """
 
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ from pathlib import Path
 
 from megatron_cm3leon.common.jsonl import parse_lines
 from megatron_cm3leon.monitoring import events
-from megatron_cm3leon.monitoring.history import METRICS, settle_lines
+from megatron_cm3leon.monitoring.history import METRICS, select_latest
 
 PARTS = ("kept", "lost", "start-up", "between", "down")
 
 
 @dataclass
 class Process:
-    """One start of the run. Times are Unix seconds."""
+    """One start of a run. Times are Unix seconds."""
 
     attempt: int
     start: float
@@ -34,48 +34,50 @@ class Process:
 
     @property
     def trained(self) -> list[dict]:
-        """Lines of steps that were taken, or tried: not those of batches that were left out."""
+        """Lines of batches on which the run trained, without those that it skipped before training."""
         return [line for line in self.lines if "step_seconds" in line]
 
     @property
     def start_up(self) -> float:
-        """Seconds until the first step began."""
+        """Seconds from the start to the first step."""
         if not self.trained:
             return self.end - self.start
         return max(0.0, self.trained[0]["time"] - self.trained[0]["step_seconds"] - self.start)
 
 
 @dataclass
-class Account:
-    """A run's processes and lines, and its seconds by PARTS."""
+class TimeBreakdown:
+    """The processes and lines of a run, and its wall time by PARTS."""
 
     processes: list[Process]
     lines: list[tuple[dict, bool]]
-    """As monitoring/history.py settles them: each batch's line, and whether the batch was skipped."""
+    """Latest line of each batch, and whether the batch was skipped (history.select_latest)."""
     seconds: dict[str, float]
+    """Part -> seconds."""
 
     @property
     def wall(self) -> float:
+        """Seconds from the first record to the last."""
         return self.processes[-1].end - self.processes[0].start
 
     @property
     def goodput(self) -> float:
-        """Share of wall time in steps that were kept; 0 before the first."""
+        """Share of wall time in kept steps, 0 to 1; 0 before the first step."""
         return self.seconds["kept"] / self.wall if self.wall else 0.0
 
 
-def read_account(run: str | Path) -> Account:
-    """The account of a run folder; ValueError where there is no record of a run."""
+def read_time_breakdown(run: str | Path) -> TimeBreakdown:
+    """The time breakdown of a run folder; ValueError for a folder without records of a run."""
     run = Path(run)
-    happened = events.read_events(run)
+    recorded = events.read_events(run)
     lines = list(parse_lines(run / METRICS)) if (run / METRICS).is_file() else []
-    if not happened and not lines:
+    if not recorded and not lines:
         raise ValueError(
-            f"{run} is no run folder: it has neither {METRICS} nor {events.NAME} with a line in it, which training "
-            f"writes. Give the folder that output=... named."
+            f"{run} is not a run folder: it has neither {METRICS} nor {events.NAME} with a line in it, which training "
+            f"writes; give the folder of output=..."
         )
-    processes, settled = find_processes(happened, lines), settle_lines(lines)
-    kept = sum(line["step_seconds"] for line, skipped in settled if not skipped)
+    processes, latest = find_processes(recorded, lines), select_latest(lines)
+    kept = sum(line["step_seconds"] for line, skipped in latest if not skipped)
     trained = sum(line["step_seconds"] for process in processes for line in process.trained)
     start_up = sum(process.start_up for process in processes)
     alive = sum(process.end - process.start for process in processes)
@@ -84,18 +86,22 @@ def read_account(run: str | Path) -> Account:
         "lost": trained - kept,
         "start-up": start_up,
         "between": max(0.0, alive - start_up - trained),
-        "down": max(0.0, processes[-1].end - processes[0].start - alive),  # old records have times of 10 s
+        # Records of old versions have a resolution of 10 s, so that this may be negative.
+        "down": max(0.0, processes[-1].end - processes[0].start - alive),
     }
-    return Account(processes, settled, seconds)
+    return TimeBreakdown(processes, latest, seconds)
 
 
-def find_processes(happened: list[dict], lines: list[dict]) -> list[Process]:
-    """The starts of a run: at each `start` event; without events, where attempts or batches begin anew."""
-    records = sorted([*happened, *lines], key=lambda record: record["time"])  # stable: lines keep their order
+def find_processes(recorded: list[dict], lines: list[dict]) -> list[Process]:
+    """The processes of a run, divided at `start` events; without events, where the attempt changes or batches restart.
+
+    `recorded`: the events; `lines`: those of metrics.jsonl.
+    """
+    records = sorted([*recorded, *lines], key=lambda record: record["time"])  # stable: equal times keep their order
     processes: list[Process] = []
     for record in records:
         if record.get("event") == "requeue" and processes:
-            continue  # recorded outside, between two processes
+            continue  # recorded by the batch script, between two processes
         begin = record["time"] - record.get("step_seconds", 0.0)
         if not processes or _is_new(record, processes[-1]):
             processes.append(Process(record["attempt"], begin, record["time"]))
@@ -106,7 +112,8 @@ def find_processes(happened: list[dict], lines: list[dict]) -> list[Process]:
 
 
 def _is_new(record: dict, process: Process) -> bool:
+    """Whether `record` is the first of the next process."""
     if record["attempt"] != process.attempt or record.get("event") == "start":
         return True
-    # A run without events that was killed before its next checkpoint begins again under the same number.
+    # Without events, a run that was killed before its next checkpoint restarts with the same attempt number.
     return bool(process.lines) and "step_seconds" in record and record["batch"] <= process.lines[-1]["batch"]

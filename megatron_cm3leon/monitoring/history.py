@@ -1,9 +1,9 @@
-"""What a run did at each step, from its metrics.jsonl.
+"""The steps of a run, from its metrics.jsonl.
 
-A step that met a non-finite loss or gradient skips its batch: its line repeats the step before it. So does the line of
-a batch that was left out (after a spike, or because train.skip_batches asks for it); it replaces the line of the step
-that was taken back. A later attempt goes on from a checkpoint: its lines replace those of earlier attempts from its
-first batch on. Batch numbers count on when the batch size changes; positions.py finds a batch's sequences.
+A batch with a non-finite loss or gradient is skipped: its line has the step number of the line before it. So does the
+line of a batch that was skipped after a loss spike or by train.skip_batches; it replaces the line of the step that was
+rolled back. An attempt that resumes from a checkpoint replaces the lines of earlier attempts from its first batch on.
+Batch numbers continue when the batch size changes; positions.py finds the sequences of a batch.
 """
 
 from collections.abc import Iterable
@@ -15,22 +15,22 @@ METRICS = "metrics.jsonl"
 NON_FINITE = "non-finite"
 REASONS = {
     NON_FINITE: "its loss or gradient was not finite",
-    "spike": "the loss spiked, and the run went back to a checkpoint before it",
-    "asked": "train.skip_batches leaves it out",
+    "spike": "the loss spiked, and the run rolled back to an earlier checkpoint",
+    "asked": "train.skip_batches lists it",
 }
-"""Why a batch was skipped, as its line's key `skipped` names it, and in words."""
+"""Value of the key `skipped` -> why the batch was skipped, in words."""
 
 
 def read_lines(run: str | Path) -> list[tuple[dict, bool]]:
-    """Each batch's line and whether it was skipped, of the run as it stands; ValueError where there is no record."""
+    """Latest line of each batch, and whether the batch was skipped; ValueError for a folder without metrics.jsonl."""
     path = Path(run) / METRICS
     if not path.is_file():
-        raise ValueError(f"{run} is no run folder: it has no {METRICS}, which training writes.")
-    return settle_lines(parse_lines(path))
+        raise ValueError(f"{run} is not a run folder: it has no {METRICS}; give the folder of a run's output=...")
+    return select_latest(parse_lines(path))
 
 
-def settle_lines(written: Iterable[dict]) -> list[tuple[dict, bool]]:
-    """The lines that stand of those that were written, by batch, and whether each one's batch was skipped."""
+def select_latest(written: Iterable[dict]) -> list[tuple[dict, bool]]:
+    """Latest valid line per batch (earlier ones are superseded) by batch, and whether the batch was skipped."""
     lines: dict[int, dict] = {}
     last = None
     for line in written:
@@ -43,12 +43,12 @@ def settle_lines(written: Iterable[dict]) -> list[tuple[dict, bool]]:
 
 
 def read_metrics(run: str | Path) -> list[dict]:
-    """The lines of a run's steps in order, skipped batches left out."""
+    """The lines of a run's steps in order, without those of skipped batches; ValueError as read_lines()."""
     return [line for line, skipped in read_lines(run) if not skipped]
 
 
 def read_history(run: str | Path) -> dict[int, tuple[int, str]]:
-    """Batch -> (step, why it was skipped, one of REASONS; empty when it was not)."""
+    """Batch -> (step, reason for which it was skipped, a key of REASONS, or empty); ValueError as read_lines()."""
     return {
         line["batch"]: (line["step"], line.get("skipped", NON_FINITE) if skipped else "")
         for line, skipped in read_lines(run)
@@ -56,11 +56,11 @@ def read_history(run: str | Path) -> dict[int, tuple[int, str]]:
 
 
 def find_batch(run: str | Path, step: int) -> int:
-    """The batch on which a run took step `step`, from 1; ValueError where it has not."""
+    """The batch of step `step`, from 1; ValueError if the run has not taken that step."""
     history = read_history(run)
-    for batch, (own, skipped) in history.items():
-        if own == step and not skipped:
+    for batch, (batch_step, skipped) in history.items():
+        if batch_step == step and not skipped:
             return batch
-    steps = [own for own, skipped in history.values() if not skipped]
+    steps = [batch_step for batch_step, skipped in history.values() if not skipped]
     known = f"it has steps {min(steps)} to {max(steps)}" if steps else "it has none yet"
     raise ValueError(f"--step ({step}) is not among the steps of {run}; {known}.")

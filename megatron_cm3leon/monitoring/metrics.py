@@ -1,9 +1,10 @@
-"""The run's record: metrics.jsonl, TensorBoard events and what the terminal shows."""
+"""Metrics of a run: metrics.jsonl, TensorBoard events, and the progress line on the terminal."""
 
 import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -15,10 +16,10 @@ from megatron_cm3leon.monitoring.history import METRICS
 
 
 def flops_per_token(config: Config, vocabulary_size: int) -> int:
-    """Floating-point operations of forward and backward for one token, nothing recomputed.
+    """Floating-point operations of the forward and backward pass per token, without recomputation.
 
-    6 x the weights of every matrix it passes (the head included, tied or not, look-ups not), and 6 x layers x
-    seq_length x width for causal attention: half of the full square.
+    6 per weight of each matrix (with the output head, tied or not; without embedding look-ups), plus 6 x layers x
+    seq_length x hidden_size for causal attention, which is half of the full attention matrix.
     """
     model = config.model
     shapes = canonical_shapes(config, vocabulary_size)
@@ -30,12 +31,12 @@ def flops_per_token(config: Config, vocabulary_size: int) -> int:
 
 
 class MetricsLogger:
-    """Writes one JSON object a step; only the first rank has one."""
+    """Writes one JSON object per batch; used only on rank 0."""
 
     def __init__(
         self, run: Path, config: Config, vocabulary_size: int, ranks: int, progress: Meter, step: int = 0
     ) -> None:
-        """`step`: the last one that the run keeps; TensorBoard drops what an earlier attempt logged after it."""
+        """`step`: last step of the loaded checkpoint; TensorBoard drops later steps that an earlier attempt logged."""
         self.file = open(run / METRICS, "a+", buffering=1)  # noqa: SIM115 - closed by close()
         drop_half_line(self.file.fileno())
         self.run = run
@@ -45,11 +46,17 @@ class MetricsLogger:
         self.tera_per_token = flops_per_token(config, vocabulary_size) / ranks / 1e12
 
     def _open_board(self, step: int) -> SummaryWriter:
-        """A TensorBoard file that begins after `step`; earlier files of the run lose their later steps."""
+        """A TensorBoard file that begins after `step` and hides later steps in earlier files of the run."""
         return SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
 
-    def log(self, step_seconds: float, **values) -> None:
-        """Record one step; `values` as DESIGN names them, NaN is written as null."""
+    def log(self, step_seconds: float, **values: Any) -> None:
+        """Record one batch on which the run has trained; NaN and infinity are written as null.
+
+        `values`: attempt, step, batch, first_sequence, sequences, loss, loss_text, loss_image, grad_norm,
+        learning_rate, tokens (cumulative), tokens_trimmed, data_seconds; skipped, where no step was taken; losses of
+        validation and the report of stragglers, where they are due. This adds tokens_per_second, tflops_per_gpu,
+        step_seconds and time (Unix seconds).
+        """
         rate = self.tokens_per_step / step_seconds
         values |= {
             "tokens_per_second": rate,
@@ -58,8 +65,8 @@ class MetricsLogger:
         }
         line = {name: plain(value) for name, value in values.items()} | {"time": round(time.time(), 3)}
         self.file.write(json.dumps(line) + "\n")
-        drawn = {} if "skipped" in values else values  # no step was taken: the number is the step before's
-        for name, value in drawn.items():
+        plotted = {} if "skipped" in values else values  # no step was taken: `step` is that of the previous batch
+        for name, value in plotted.items():
             if isinstance(value, float) and math.isfinite(value):
                 self.board.add_scalar(name, value, values["step"])
         note = (
@@ -68,13 +75,14 @@ class MetricsLogger:
         )
         self.progress.advance(note=note)
 
-    def leave_out(
+    def log_skipped(
         self, batches: range, first_sequence: int, sequences: int, *, attempt: int, step: int, reason: str,
         steps_back: int = 0,
     ) -> None:  # fmt: skip
-        """Record batches that the run skips after `step`; these lines supersede earlier lines of the same batches.
+        """Record batches that are skipped after `step`; these lines supersede earlier lines of the same batches.
 
-        Each has `sequences` sequences, the first batch those from `first_sequence` on; `reason` as in TrainState.
+        `first_sequence`: first sequence of the first batch; `sequences`: per batch; `reason`: a key of
+        history.REASONS; `steps_back`: number of steps that were rolled back.
         """
         for number, batch in enumerate(batches):
             line = {
@@ -90,15 +98,16 @@ class MetricsLogger:
         if steps_back:
             self.board.close()
             self.board = self._open_board(step)
-        self.progress.advance(-steps_back, note=f"batches {batches[0]} to {batches[-1]} left out ({reason})")
+        self.progress.advance(-steps_back, note=f"batches {batches[0]} to {batches[-1]} skipped ({reason})")
 
     def close(self) -> None:
+        """Close metrics.jsonl and the TensorBoard file."""
         self.file.close()
         self.board.close()
 
 
-def plain(value):
-    """A number as JSON has it: 9 digits, NaN and infinity as null."""
+def plain(value: Any) -> Any:
+    """A value for JSON: floats with 9 digits, NaN and infinity as None; other values unchanged."""
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else None
     return value

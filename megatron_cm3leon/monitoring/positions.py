@@ -1,8 +1,8 @@
-"""Which sequences a batch of a run has, and of which stream: the batch size and the stream may change on resuming.
+"""Which sequences of which stream a batch of a run has; the batch size and the stream may change on resuming.
 
-Batch numbers count on when train.global_batch_size changes. Every line of metrics.jsonl has its batch's
-`first_sequence` and number of `sequences`; older lines have neither: batch b began at b times the global batch size of
-that time.
+Batch numbers continue when train.global_batch_size changes. Every line of metrics.jsonl has the `first_sequence` and
+the number of `sequences` of its batch. Lines of older versions have neither: there batch b begins at b times the global
+batch size of that time.
 """
 
 import copy
@@ -14,10 +14,10 @@ from megatron_cm3leon.monitoring.history import METRICS, read_lines
 
 
 def find_sequences(run: str | Path, config: Config, batch: int) -> tuple[range, Config]:
-    """Numbers of the sequences of a batch, and `config` as it was then.
+    """Sequence numbers of a batch, and `config` with the stream and batch size that the run had there.
 
-    A batch that the run has not reached, or a folder without a record, is as the run would go on under `config`.
-    ValueError for a batch of data that the run no longer reads.
+    For a batch that the run has not reached, and for a folder without metrics.jsonl, they are those with which the run
+    would continue under `config`. ValueError for a batch of data that the run no longer reads.
     """
     size = config.train.global_batch_size
     lines = {line["batch"]: line for line, _ in read_lines(run)} if (Path(run) / METRICS).is_file() else {}
@@ -35,7 +35,7 @@ def find_sequences(run: str | Path, config: Config, batch: int) -> tuple[range, 
 
 
 def _find_config(run: str | Path, config: Config, line: dict) -> Config:
-    """`config` with the stream and the batch size that the run had at a line of its record."""
+    """`config` with the stream and the batch size that the run had at a line of metrics.jsonl."""
     checkpoint = next(reversed(list_checkpoints(run)), None)
     if checkpoint is None or line["step"] > parse_step(checkpoint):
         return config
@@ -48,13 +48,13 @@ def _find_config(run: str | Path, config: Config, line: dict) -> Config:
             continue
         if change["field"] in SOURCE_FIELDS:
             raise ValueError(
-                f"batch {line['batch']} of {run} is of other data: {change['field']} changed at step {change['step']}. "
-                f"Give the data of that time, as data.shards=... beside --batch."
+                f"batch {line['batch']} of {run} is from other data: {change['field']} changed at step "
+                f"{change['step']}; add the data of that time to --batch, such as data.shards=..."
             )
         _set_field(then, change["field"], change["old"])
     return then
 
 
-def _set_field(config: Config, name: str, value) -> None:
+def _set_field(config: Config, name: str, value: object) -> None:
     section, _, field = name.rpartition(".")
     setattr(getattr(config, section) if section else config, field, value)

@@ -1,4 +1,4 @@
-"""What a run is doing, for people and for scripts, from its folder alone."""
+"""Status of a run, as text and as JSON, from its folder alone."""
 
 import statistics
 import time
@@ -8,15 +8,15 @@ from textwrap import wrap
 
 from megatron_cm3leon.checkpoint.format import MANIFEST, list_checkpoints, parse_step
 from megatron_cm3leon.config.loading import load_config
-from megatron_cm3leon.monitoring.goodput import Account, Process, read_account
+from megatron_cm3leon.monitoring.goodput import Process, TimeBreakdown, read_time_breakdown
 
 RECENT = 50
-"""Steps that the rate and the time left are taken from."""
+"""Number of last steps from which the rate and the time left are computed."""
 SILENT_SECONDS = 120.0
-"""A run whose last record is older than this, and than ten of its steps, is not called running any more."""
+"""A run is `silent`, no longer `running`, when its last record is older than this and than ten of its steps."""
 MEANING = {
     "kept": "steps that are part of the run",
-    "lost": "steps taken again, rolled back or skipped",
+    "lost": "steps repeated, rolled back or skipped",
     "start-up": "from each start to its first step",
     "between": "saves, validation, rollbacks",
     "down": "between two starts",
@@ -25,15 +25,15 @@ MEANING = {
 
 @dataclass(kw_only=True)
 class Status:
-    """A run at one moment. What is not known is None; times are seconds, shares are of wall time."""
+    """Status of a run. Unknown values are None; times are in seconds; goodput is a share of wall time, 0 to 1."""
 
     run: str
     state: str
-    """running, finished, stopped, failed, or silent: nothing was recorded for long, and nothing says why."""
+    """running, finished, stopped, failed, or silent: no record for a long time, and none that gives a reason."""
     why: str
-    """Behind a failure its cause, behind a stop its reason."""
+    """Cause of a failure or reason of a stop; else empty."""
     last_record_seconds: float
-    """Since the last record."""
+    """Age of the last record."""
     step: int
     steps: int | None
     loss: float | None
@@ -45,28 +45,28 @@ class Status:
     checkpoint_age_seconds: float | None
     restarts: int
     skipped: dict[str, int]
-    """Batches without a step by reason: non-finite, spike, asked."""
+    """Reason (non-finite, spike, asked) -> number of batches without a step."""
     slowest: dict | None
-    """The last report of stragglers: slowest_rank, slowest_host, slowest_over_median."""
+    """Last report of stragglers: slowest_rank, slowest_host, slowest_over_median."""
     goodput: float
     wall_seconds: float
     seconds: dict[str, float]
-    """Wall time by the parts of monitoring/goodput.py."""
+    """Wall time by parts (monitoring/goodput.py)."""
 
 
 def read_status(run: str | Path, now: float | None = None) -> Status:
-    """Look at a run folder; ValueError when it is none. `now`: Unix seconds."""
+    """Status of a run folder; ValueError if it is not a run folder. `now`: Unix seconds, default the current time."""
     run, now = Path(run), time.time() if now is None else now
-    account = read_account(run)
-    lines = [line for line, skipped in account.lines if not skipped]
+    times = read_time_breakdown(run)
+    lines = [line for line, skipped in times.lines if not skipped]
     steps = load_config(run / "config.yaml", expand=False).train.steps if (run / "config.yaml").is_file() else None
     step = lines[-1]["step"] if lines else 0
-    recent = [line for line in account.processes[-1].trained if line.get("tokens_per_second")][-RECENT:]
-    step_seconds = _seconds_a_step(recent)
+    recent = [line for line in times.processes[-1].trained if line.get("tokens_per_second")][-RECENT:]
+    step_seconds = _seconds_per_step(recent)
     checkpoint = next(reversed(list_checkpoints(run)), None)
-    reasons = [line.get("skipped", "non-finite") for line, skipped in account.lines if skipped]
-    silence = now - account.processes[-1].end
-    state, why = _state(account.processes[-1], silence, step_seconds, steps is not None and step >= steps)
+    reasons = [line.get("skipped", "non-finite") for line, skipped in times.lines if skipped]
+    silence = now - times.processes[-1].end
+    state, why = _find_state(times.processes[-1], silence, step_seconds, steps is not None and step >= steps)
     return Status(
         run=str(run),
         state=state,
@@ -80,29 +80,30 @@ def read_status(run: str | Path, now: float | None = None) -> Status:
         seconds_left=max(0, steps - step) * step_seconds if steps is not None and step_seconds else None,
         checkpoint=checkpoint.name if checkpoint else None,
         checkpoint_step=parse_step(checkpoint) if checkpoint else None,
-        checkpoint_age_seconds=now - _written(checkpoint) if checkpoint else None,
-        restarts=len(account.processes) - 1,
+        checkpoint_age_seconds=now - _saved_at(checkpoint) if checkpoint else None,
+        restarts=len(times.processes) - 1,
         skipped={reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
-        slowest=_slowest(account),
-        goodput=account.goodput,
-        wall_seconds=account.wall,
-        seconds=account.seconds,
+        slowest=_find_slowest(times),
+        goodput=times.goodput,
+        wall_seconds=times.wall,
+        seconds=times.seconds,
     )
 
 
-def _seconds_a_step(recent: list[dict]) -> float | None:
-    """With what lies between steps, as saves and validation go on."""
+def _seconds_per_step(recent: list[dict]) -> float | None:
+    """Seconds per step with the time between steps, since saves and validation continue; None without steps."""
     if len(recent) < 2:
         return recent[0]["step_seconds"] if recent else None
     return (recent[-1]["time"] - recent[0]["time"]) / (len(recent) - 1)
 
 
-def _written(checkpoint: Path) -> float:
+def _saved_at(checkpoint: Path) -> float:
+    """When the checkpoint was completed, Unix seconds."""
     manifest = checkpoint / MANIFEST
     return (manifest if manifest.is_file() else checkpoint).stat().st_mtime
 
 
-def _state(process: Process, silence: float, step_seconds: float | None, complete: bool) -> tuple[str, str]:
+def _find_state(process: Process, silence: float, step_seconds: float | None, complete: bool) -> tuple[str, str]:
     ends = [event for event in process.events if event["event"] in ("stop", "failure", "stall")]
     if ends and ends[-1]["event"] == "stop":
         reason = ends[-1].get("reason", "")
@@ -115,13 +116,13 @@ def _state(process: Process, silence: float, step_seconds: float | None, complet
     if complete:
         return "finished", ""
     if silence > max(SILENT_SECONDS, 10 * (step_seconds or 0)):
-        return "silent", "killed, or it hangs: no record says which"
+        return "silent", "killed or hanging: no record gives the reason"
     return "running", ""
 
 
-def _slowest(account: Account) -> dict | None:
+def _find_slowest(times: TimeBreakdown) -> dict | None:
     names = ("slowest_rank", "slowest_host", "slowest_over_median")
-    reports = [line for line, _ in account.lines if names[0] in line]
+    reports = [line for line, _ in times.lines if names[0] in line]
     return {name: reports[-1][name] for name in names} if reports else None
 
 
@@ -129,17 +130,17 @@ def _slowest(account: Account) -> dict | None:
 
 
 def describe(status: Status) -> str:
-    """One run in at most 100 columns."""
+    """One run as text of at most 100 columns."""
     left = "" if status.seconds_left is None or status.state == "finished" else show_seconds(status.seconds_left)
-    share = f" ({status.step / status.steps:.1%})" if status.steps else ""
+    done = f" ({status.step / status.steps:.1%})" if status.steps else ""
     rows = [
         ("state", f"{status.state}: {status.why}" if status.why else status.state),
         ("last record", f"{show_seconds(status.last_record_seconds)} ago"),
-        ("step", f"{status.step:,} of {'?' if status.steps is None else f'{status.steps:,}'}{share}"),
+        ("step", f"{status.step:,} of {'?' if status.steps is None else f'{status.steps:,}'}{done}"),
         ("loss", "" if status.loss is None else f"{status.loss:.4g}"),
-        ("tokens", f"{show_number(status.tokens)}, {_rate(status)}"),
+        ("tokens", f"{show_number(status.tokens)}, {_describe_rate(status)}"),
         ("time left", left),
-        ("last checkpoint", _checkpoint(status)),
+        ("last checkpoint", _describe_checkpoint(status)),
         ("restarts", str(status.restarts)),
         ("skipped batches", ", ".join(f"{count} {reason}" for reason, count in status.skipped.items())),
         ("slowest rank", _describe_slowest(status)),
@@ -156,7 +157,7 @@ def describe(status: Status) -> str:
 
 
 def describe_table(statuses: list[Status]) -> str:
-    """Several runs, a line each: time left, age of the last checkpoint, restarts and skipped batches in short."""
+    """Several runs as a table with one line per run, of at most 100 columns."""
     rows = [("run", "state", "step", "tok/s", "loss", "left", "saved", "again", "skips", "goodput")]
     for each in statuses:
         left = None if each.state == "finished" else each.seconds_left
@@ -167,8 +168,8 @@ def describe_table(statuses: list[Status]) -> str:
                 f"{each.step}/{'?' if each.steps is None else each.steps}",
                 "" if each.tokens_per_second is None else show_number(each.tokens_per_second),
                 "" if each.loss is None else f"{each.loss:.3f}",
-                _roughly(left),
-                _roughly(each.checkpoint_age_seconds),
+                _show_short(left),
+                _show_short(each.checkpoint_age_seconds),
                 str(each.restarts),
                 str(sum(each.skipped.values())),
                 f"{each.goodput:.1%}",
@@ -177,15 +178,15 @@ def describe_table(statuses: list[Status]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     )
 
 
-def _roughly(seconds: float | None) -> str:
-    """One number and its unit: 5.2 h."""
+def _show_short(seconds: float | None) -> str:
+    """Seconds as one number and its unit: 5.2 h."""
     if seconds is None:
         return ""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
@@ -195,7 +196,7 @@ def _roughly(seconds: float | None) -> str:
 
 
 def to_json(status: Status) -> dict:
-    """The status as JSON has it."""
+    """The status as a JSON object."""
     return {
         "run": status.run,
         "state": status.state,
@@ -219,12 +220,12 @@ def to_json(status: Status) -> dict:
     }
 
 
-def _rate(status: Status) -> str:
+def _describe_rate(status: Status) -> str:
     return "no rate yet" if status.tokens_per_second is None else f"{show_number(status.tokens_per_second)}/s"
 
 
-def _checkpoint(status: Status) -> str:
-    if status.checkpoint is None:
+def _describe_checkpoint(status: Status) -> str:
+    if status.checkpoint is None or status.checkpoint_step is None or status.checkpoint_age_seconds is None:
         return "none yet"
     behind = status.step - status.checkpoint_step
     return f"{status.checkpoint}, {show_seconds(status.checkpoint_age_seconds)} ago, {behind} steps behind"
@@ -238,7 +239,7 @@ def _describe_slowest(status: Status) -> str:
 
 
 def show_number(number: float) -> str:
-    """1.23 G: three digits and a power of ten."""
+    """A number with three digits and a decimal prefix: 1.23 G."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -246,11 +247,11 @@ def show_number(number: float) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """3 d 4 h, 5 h 12 min, 2 min 3 s, 4.2 s."""
+    """Seconds in at most two units: 3 d 4 h, 5 h 12 min, 2 min 3 s, 4.2 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
+    rounded = round(seconds)
     for size, unit, smaller, size_of_smaller in ((86400, "d", "h", 3600), (3600, "h", "min", 60), (60, "min", "s", 1)):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // size_of_smaller} {smaller}"
+        if rounded >= size:
+            return f"{rounded // size} {unit} {rounded % size // size_of_smaller} {smaller}"
     raise AssertionError("60 seconds are a minute")

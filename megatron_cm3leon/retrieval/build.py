@@ -1,20 +1,20 @@
-"""Build an index folder: embed bank and queries, index the bank, write every document's neighbours.
+"""Build an index folder: encode bank and queries, index the bank, write the neighbors of every document.
 
-index/embeddings/          vectors of the bank and of the queries (embeddings.py)
-index/index.faiss          FAISS index over the bank, and index.faiss.json: how it was made, the measured recall
-index/neighbors.npy        what each document may retrieve (neighbors.py), scores.npy and table.json beside it
-index/index.json           what it was built from and how; written last
+`build_index_folder` runs three stages, each of which continues where an interrupted run stopped:
 
-Three stages, each going on where an interrupted run stopped: encode, index, neighbors. The first and the last can be
-shared by tasks. An index over a bank that another index folder has embedded takes its files from there.
+    encode      embeddings of the bank's documents and of the queries
+    index       FAISS index over the bank, its search parameters and recall
+    neighbors   table of the documents that each document may retrieve
+
+Several tasks can share the first and the last stage. folder.py lists the files.
 """
 
 import json
 import logging
 import os
 import shlex
-import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,37 +32,32 @@ from megatron_cm3leon.data.neighbors import (
 from megatron_cm3leon.data.shards.reader import Corpus, open_shards, seal, write_json
 from megatron_cm3leon.distributed.device import resolve_device
 from megatron_cm3leon.retrieval.contents import ContentReader
-from megatron_cm3leon.retrieval.embeddings import DOCUMENTS, QUERIES, Wanted, encode_corpus, open_embeddings
+from megatron_cm3leon.retrieval.embeddings import DOCUMENTS, QUERIES, EmbeddingJob, encode_corpus, open_embeddings
 from megatron_cm3leon.retrieval.encoder import Encoder
 from megatron_cm3leon.retrieval.filters import NO_NEIGHBOR, Bank, Queries
+from megatron_cm3leon.retrieval.folder import FAISS_DESCRIPTION, FAISS_INDEX, link_bank_files, prepare_folder
+from megatron_cm3leon.retrieval.images import SourceImages, build_token_image_reader
 from megatron_cm3leon.retrieval.index import (
     Recall,
     build_index,
     check_finite,
     choose_factory,
     load_index,
-    place_for_search,
+    move_to_gpus,
     require_faiss,
     save_index,
+    search_index,
     tune_search,
 )
 from megatron_cm3leon.retrieval.options import IndexOptions
-from megatron_cm3leon.retrieval.part_arrays import Rows
-from megatron_cm3leon.retrieval.pictures import SourcePictures, read_token_pictures
-from megatron_cm3leon.retrieval.table import (
-    TABLE_FILES,
-    count_neighbors,
-    count_shared_pictures,
-    open_table,
-    write_table,
-)
+from megatron_cm3leon.retrieval.part_arrays import PartitionedArrays
+from megatron_cm3leon.retrieval.table import count_neighbors, count_shared_images, open_table, write_table
+from megatron_cm3leon.tokenizers.folder import Tokenizers
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
 logger = logging.getLogger(__name__)
 
 LOW_RECALL = 0.9
-_BANK_FILES = ("embeddings/bank.npy", "embeddings/bank_identities.npy", "embeddings/bank.json")
-_INDEX_FILES = ("index.faiss", "index.faiss.json")
 
 
 def build_index_folder(
@@ -78,251 +73,272 @@ def build_index_folder(
 ) -> dict | None:
     """Build the index of `shards` over the memory bank `bank` (shards or an index folder; default: the shards).
 
-    `stage` encode or neighbors does that alone, as task `task` of `tasks`, and index what stands between them;
-    "" does everything, or as one of several tasks encodes. Returns the content of index.json, None where the folder
-    is not finished; ValueError when it holds a finished index (unless `overwrite`) or one begun with other settings.
+    `stage` encode or neighbors runs that stage alone, as task `task` of `tasks`; stage index runs between them, as one
+    task. Stage "" runs all stages, or as one of several tasks stage encode. Returns the content of index.json, or None
+    if the folder is not finished. Raises ValueError if `output` holds a finished index (unless `overwrite`) or one that
+    was begun with other settings.
     """
     options = options or IndexOptions()
     options.validate()
-    if stage == "index" and tasks > 1:
-        raise ValueError("--stage index is the work of one task; run it without --task-id and --num-tasks.")
-    if overwrite and (tasks > 1 or stage):
-        raise ValueError(f"--overwrite would remove what other tasks or stages wrote; remove {output} first.")
-    encodes_only = stage == "encode" or (not stage and tasks > 1)
-    if not encodes_only:
+    output = Path(output)
+    _check_stage(stage, tasks, overwrite, output)
+    encode_only = stage == "encode" or (not stage and tasks > 1)
+    if not encode_only:
         require_faiss()
-    build = _Build(Path(output), shards, Path(encoder_folder), bank, options)
-    build.prepare(overwrite)
+    inputs = _open_inputs(shards, bank, encoder_folder, options.device)
+    prepare_folder(output, overwrite)
+    if inputs.bank_index:
+        link_bank_files(inputs.bank_index, output, inputs.bank.folder)
+    jobs = _open_jobs(output, inputs, options)
+
     if stage in ("", "encode"):
-        build.encode(task, tasks)
-    if encodes_only:
+        _encode(inputs, jobs, options, task, tasks)
+    if encode_only:
         return None
-    build.join_embeddings()
+    bank_arrays, queries = _join_embeddings(jobs)
     if stage in ("", "index"):
-        build.index()
+        _build_faiss_index(output, inputs, bank_arrays, queries, options)
     if stage == "index":
         return None
-    build.find(task, tasks)
-    return None if stage else build.finish()
+    faiss_description = _load_faiss_description(output)
+    table = _open_table(output, inputs, faiss_description, options)
+    _write_missing_neighbors(table, output / FAISS_INDEX, faiss_description, bank_arrays, queries, options, task, tasks)
+    if stage == "neighbors":
+        return None
+    table.join()
+    neighbors = table.load("neighbors")
+    np.save(output / CHECKSUMS, checksum_rows(neighbors))
+    description = _describe(output, inputs, neighbors, faiss_description, options)
+    if not jobs.same_documents:
+        description["pictures_in_bank"] = count_shared_images(queries, bank_arrays)
+    write_json(output / INDEX_FILE, seal(description))
+    return description
 
 
-class _Build:
-    """One index folder being built."""
+def _check_stage(stage: str, tasks: int, overwrite: bool, output: Path) -> None:
+    if stage == "index" and tasks > 1:
+        raise ValueError("--stage index runs as one task; run it without --task-id and --num-tasks.")
+    if overwrite and (tasks > 1 or stage):
+        raise ValueError(f"--overwrite would remove what other tasks or stages wrote; remove {output} first.")
 
-    def __init__(self, output: Path, shards, encoder_folder: Path, bank, options: IndexOptions) -> None:
-        self.output, self.options, self.encoder_folder = output, options, encoder_folder
-        self.corpus = open_shards(shards)
-        self.from_index = Path(bank) if bank and (Path(bank) / INDEX_FILE).is_file() else None
-        if self.from_index:
-            self.bank = open_bank(self.from_index, load_description(self.from_index))
-        else:
-            self.bank = self.corpus if bank is None else open_shards(bank)
-        if manifest_sha256(self.bank) == manifest_sha256(self.corpus):
-            self.bank = self.corpus
-        check_same_vocabulary(self.corpus.vocabulary, self.bank.vocabulary, f"the memory bank at {self.bank.folder}")
-        self.encoder = Encoder.load(encoder_folder, resolve_device(options.device))
-        self.encoder_sha256 = self.encoder.sha256
 
-    def prepare(self, overwrite: bool) -> None:
-        """Make room: a finished index is kept unless told otherwise, an unfinished one is continued."""
-        if overwrite:
-            (self.output / INDEX_FILE).unlink(missing_ok=True)
-            for name in ("embeddings", ".table"):
-                shutil.rmtree(self.output / name, ignore_errors=True)
-            for name in _INDEX_FILES + TABLE_FILES:
-                (self.output / name).unlink(missing_ok=True)
-        elif (self.output / INDEX_FILE).exists():
-            raise ValueError(f"{self.output} already holds a finished index; give another --output, or --overwrite.")
-        elif self.output.exists() and (others := _list_others(self.output)):
-            raise ValueError(
-                f"--output {self.output} holds other files ({', '.join(others[:3])}"
-                f"{' ...' if len(others) > 3 else ''}); give a new or empty folder."
-            )
-        (self.output / "embeddings").mkdir(parents=True, exist_ok=True)
-        if self.from_index:
-            self._take_bank()
-        open_here = lambda *which, **more: open_embeddings(self.output / "embeddings", *which, **more)  # noqa: E731
-        dropout, seed = self.options.query_dropout, self.options.seed
-        self.whole = open_here("bank", DOCUMENTS, self.bank, self._settings(self.bank))
-        self.asking = open_here(
-            "queries", QUERIES, self.corpus, self._settings(self.corpus), dropout=dropout, seed=seed
-        )
-        self.own = self.whole
-        if self.bank is not self.corpus:
-            self.own = open_here("queries", DOCUMENTS, self.corpus, self._settings(self.corpus))
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What an index is built from."""
 
-    def _settings(self, corpus: Corpus) -> dict:
+    queries: Corpus
+    """The documents that retrieve."""
+    bank: Corpus
+    """The documents that are retrieved; the same object as `queries` if they are the same shards."""
+    bank_index: Path | None
+    """Index folder that has embedded and indexed the bank."""
+    encoder: Encoder
+    encoder_sha256: str
+
+
+def _open_inputs(shards: str | Path, bank: str | Path | None, encoder_folder: str | Path, device: str) -> _Inputs:
+    queries = open_shards(shards)
+    bank_index = Path(bank) if bank and (Path(bank) / INDEX_FILE).is_file() else None
+    if bank_index:
+        bank_corpus = open_bank(bank_index, load_description(bank_index))
+    else:
+        bank_corpus = queries if bank is None else open_shards(bank)
+    if manifest_sha256(bank_corpus) == manifest_sha256(queries):
+        bank_corpus = queries
+    check_same_vocabulary(queries.vocabulary, bank_corpus.vocabulary, f"the memory bank at {bank_corpus.folder}")
+    encoder = Encoder.load(encoder_folder, resolve_device(device))
+    return _Inputs(
+        queries=queries, bank=bank_corpus, bank_index=bank_index, encoder=encoder, encoder_sha256=encoder.sha256
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Jobs:
+    """The embeddings of an index folder."""
+
+    bank: EmbeddingJob
+    """Whole documents of the bank."""
+    query_documents: EmbeddingJob
+    """Whole query documents; the same job as `bank` if they are the documents of the bank."""
+    query_views: EmbeddingJob
+    """Texts and images of the query documents, which the bank is searched with."""
+
+    @property
+    def same_documents(self) -> bool:
+        """Whether the query documents are the documents of the bank."""
+        return self.query_documents is self.bank
+
+
+def _open_jobs(output: Path, inputs: _Inputs, options: IndexOptions) -> _Jobs:
+    folder = output / "embeddings"
+
+    def describe(corpus: Corpus) -> dict:
         return {
-            "encoder_sha256": self.encoder_sha256,
+            "encoder_sha256": inputs.encoder_sha256,
             "manifest_sha256": manifest_sha256(corpus),
-            "pictures": self.options.pictures,
+            "pictures": options.images,
         }
 
-    def _take_bank(self) -> None:
-        """Link (copy, where the file system has no links) what another index holds of the bank."""
-        missing = [name for name in _BANK_FILES + _INDEX_FILES if not (self.from_index / name).is_file()]
-        if missing:
-            raise ValueError(
-                f"the index at {self.from_index} lacks {missing[0]}: it is of an earlier version, or incomplete. "
-                f"Give its shards as --bank, {self.bank.folder}, to make these files again."
-            )
-        for name in _BANK_FILES + _INDEX_FILES:
-            if not (self.output / name).exists():
-                _link(self.from_index / name, self.output / name)
+    bank_settings, query_settings = describe(inputs.bank), describe(inputs.queries)
+    bank = open_embeddings(folder, "bank", DOCUMENTS, inputs.bank, bank_settings)
+    query_views = open_embeddings(
+        folder, "queries", QUERIES, inputs.queries, query_settings, options.query_dropout, options.seed
+    )
+    query_documents = bank
+    if inputs.bank is not inputs.queries:
+        query_documents = open_embeddings(folder, "queries", DOCUMENTS, inputs.queries, query_settings)
+    return _Jobs(bank=bank, query_documents=query_documents, query_views=query_views)
 
-    def encode(self, task: int, tasks: int) -> None:
-        """Embed this task's parts; in one pass when bank and queries are the same shards."""
-        for corpus, wanted in (
-            (self.bank, [self.whole] + ([self.asking] if self.own is self.whole else [])),
-            (self.corpus, [self.own, self.asking] if self.own is not self.whole else []),
-        ):
-            if any(each.rows.missing(task, tasks) for each in wanted):
-                self._encode(corpus, wanted, task, tasks)
 
-    def _encode(self, corpus: Corpus, wanted: list[Wanted], task: int, tasks: int) -> None:
-        rows = wanted[0].rows
-        total = sum(len(rows.range(part)) for part in range(task, rows.parts, tasks))
-        label = "encode bank" if corpus is self.bank else "encode queries"
-        tokenizers = self._load_tokenizers(corpus)
+def _encode(inputs: _Inputs, jobs: _Jobs, options: IndexOptions, task: int, tasks: int) -> None:
+    """Encode this task's parts; in one pass if bank and queries are the same shards."""
+    if jobs.same_documents:
+        passes = [("encode bank", inputs.bank, [jobs.bank, jobs.query_views])]
+    else:
+        passes = [
+            ("encode bank", inputs.bank, [jobs.bank]),
+            ("encode queries", inputs.queries, [jobs.query_documents, jobs.query_views]),
+        ]
+    for label, corpus, corpus_jobs in passes:
+        if not any(job.arrays.missing_parts(task, tasks) for job in corpus_jobs):
+            continue
+        tokenizers = _load_tokenizers(corpus, options.tokenizer)
         reader = ContentReader(corpus, tokenizers.text.decode if tokenizers else None)
-        read = read_token_pictures(tokenizers.image) if self.options.pictures == "tokens" else SourcePictures(corpus)
-        with meter(total, label, "documents") as progress:
-            encode_corpus(self.encoder, reader, read, wanted, task, tasks, progress.advance)
-
-    def _load_tokenizers(self, corpus: Corpus):
-        if not self.options.tokenizer:
-            return None
-        from megatron_cm3leon.tokenizers.folder import Tokenizers
-
-        tokenizers = Tokenizers.load(self.options.tokenizer)
-        check_same_vocabulary(corpus.vocabulary, tokenizers.vocabulary, f"the tokenizer at {self.options.tokenizer}")
-        return tokenizers
-
-    def join_embeddings(self) -> None:
-        """Make whole files of the parts; ValueError while a task has not ended."""
-        for rows in {id(each.rows): each.rows for each in (self.whole, self.own, self.asking)}.values():
-            rows.join()
-        vectors, identities = (self.whole.rows.load(name) for name in self.whole.rows.arrays)
-        self.bank_data = Bank(vectors=vectors, identities=identities)
-        own_vectors, own_identities = (self.own.rows.load(name) for name in self.own.rows.arrays)
-        documents = self.corpus.documents
-        self.queries = Queries(
-            vectors=own_vectors,
-            identities=own_identities,
-            own=np.arange(documents) if self.own is self.whole else np.full(documents, NO_NEIGHBOR, np.int64),
-            views=tuple(self.asking.rows.load(name) for name in self.asking.rows.arrays),
-        )
-
-    def index(self) -> None:
-        """Build index.faiss unless it is there, choose its search parameters, measure its recall."""
-        options, vectors = self.options, self.bank_data.vectors
-        factory = options.factory or choose_factory(*vectors.shape)
-        made = {
-            "encoder_sha256": self.encoder_sha256,
-            "bank_manifest_sha256": manifest_sha256(self.bank),
-            "factory": factory,
-            "seed": options.seed,
-        }
-        chosen = {"wanted_search": options.search, "wanted_recall": options.recall}
-        note, path = self.output / "index.faiss.json", self.output / "index.faiss"
-        written = json.loads(note.read_text()) if note.is_file() and path.is_file() else {}
-        if written.items() >= {**made, **chosen}.items():
-            return
-        if written.items() >= made.items():
-            index = load_index(path, options.search)
+        if tokenizers and options.images == "tokens":
+            read_images = build_token_image_reader(tokenizers.image)
         else:
-            note.unlink(missing_ok=True)
-            with meter(len(vectors), f"index {factory}", "documents") as progress:
-                index = build_index(vectors, factory, options.search, options.seed, progress.advance)
-            save_index(index, path)
-        order = np.random.default_rng(options.seed).permutation(self.corpus.documents)
-        tuning, testing = (
-            self._read_views(np.sort(part))
-            for part in (order[: options.recall_queries], order[-options.recall_queries :])
-        )
-        search = options.search or tune_search(index, Recall(vectors, tuning), options.recall)
-        recall = float(Recall(vectors, testing).measure(index).mean())
-        if recall < LOW_RECALL:
-            logger.warning(
-                "recall@10 of the index is %.3f, below %.1f: %s (search %r) misses neighbours that exact search finds. "
-                "Give a larger --search value, or another --factory.", recall, LOW_RECALL, factory, search,
-            )  # fmt: skip
-        measured = {"search": search, "recall_at_10": recall, "recall_queries": len(testing)}
-        write_json(note, {**made, **chosen, **measured})
-
-    def _read_views(self, documents: np.ndarray) -> np.ndarray:
-        """What the bank is searched by for these documents: the text of one, the pictures of the next."""
-        chosen = [documents[place :: len(self.queries.views)] for place in range(len(self.queries.views))]
-        vectors = np.concatenate([view[part] for view, part in zip(self.queries.views, chosen, strict=True)])
-        check_finite(vectors, np.concatenate(chosen))
-        return np.asarray(vectors[vectors.any(axis=1)], np.float32)
-
-    def find(self, task: int, tasks: int) -> None:
-        """Write this task's parts of the table."""
-        rows = self._open_table()
-        missing = rows.missing(task, tasks)
-        if missing:
-            index = load_index(self.output / "index.faiss", self._describe_index()["search"])
-            write_table(rows, missing, place_for_search(index), self.bank_data, self.queries, self.options)
-
-    def _open_table(self) -> Rows:
-        made = self._describe_index()
-        settings = {name: made[name] for name in ("encoder_sha256", "bank_manifest_sha256", "factory", "search")}
-        settings |= {
-            "queries_manifest_sha256": manifest_sha256(self.corpus),
-            "query_dropout": self.options.query_dropout,
-        }
-        return open_table(self.output, self.corpus.documents, self.options, settings)
-
-    def _describe_index(self) -> dict:
-        note = self.output / "index.faiss.json"
-        if not note.is_file():
-            raise ValueError(f"{self.output} has no index.faiss yet; run --stage index (as one task) first.")
-        return json.loads(note.read_text())
-
-    def finish(self) -> dict:
-        """Join the table and write index.json."""
-        rows, made = self._open_table(), self._describe_index()
-        rows.join()
-        np.save(self.output / CHECKSUMS, checksum_rows(rows.load("neighbors")))
-        description = {
-            "format": FORMAT,
-            "encoder": str(self.encoder_folder.resolve()),
-            "encoder_sha256": self.encoder_sha256,
-            **_describe_corpus("shards", self.corpus, self.output),
-            **_describe_corpus("bank", self.bank, self.output),
-            "vocabulary_hash": self.corpus.vocabulary.hash,
-            "documents": self.corpus.documents,
-            "bank_documents": self.bank.documents,
-            "neighbors": self.options.neighbors,
-            "neighbors_found": count_neighbors(rows.load("neighbors")),
-            **{name: made[name] for name in ("factory", "search", "recall_at_10")},
-            "options": self.options.to_dict(),
-            "command": shlex.join(sys.argv),
-        }
-        if self.own is not self.whole:
-            description["pictures_in_bank"] = count_shared_pictures(self.queries, self.bank_data)
-        write_json(self.output / INDEX_FILE, seal(description))
-        return description
+            read_images = SourceImages(corpus)
+        arrays = corpus_jobs[0].arrays
+        documents = sum(len(arrays.part_range(part)) for part in range(task, arrays.parts, tasks))
+        with meter(documents, label, "documents") as progress:
+            encode_corpus(inputs.encoder, reader, read_images, corpus_jobs, task, tasks, progress.advance)
 
 
-def _list_others(folder: Path) -> list[str]:
-    """Names in a folder that no index has; hidden ones are not looked at."""
-    if not folder.is_dir():
-        return [f"{folder.name}, a file"]
-    own = {"embeddings", "table", "table.json", "neighbors.npy", "scores.npy", CHECKSUMS, INDEX_FILE, *_INDEX_FILES}
-    return sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith("."))
+def _load_tokenizers(corpus: Corpus, folder: str) -> Tokenizers | None:
+    if not folder:
+        return None
+    tokenizers = Tokenizers.load(folder)
+    check_same_vocabulary(corpus.vocabulary, tokenizers.vocabulary, f"the tokenizer at {folder}")
+    return tokenizers
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        return  # another task was quicker
-    except OSError:
-        temporary = target.with_name(f".{target.name}.tmp")
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
+def _join_embeddings(jobs: _Jobs) -> tuple[Bank, Queries]:
+    """Join the parts of all embeddings; ValueError while a task has not finished its parts."""
+    for arrays in {id(job.arrays): job.arrays for job in (jobs.bank, jobs.query_documents, jobs.query_views)}.values():
+        arrays.join()
+    bank_vectors, bank_identities = _load_arrays(jobs.bank)
+    vectors, identities = _load_arrays(jobs.query_documents)
+    documents = len(vectors)
+    queries = Queries(
+        vectors=vectors,
+        identities=identities,
+        bank_numbers=np.arange(documents) if jobs.same_documents else np.full(documents, NO_NEIGHBOR, np.int64),
+        views=_load_arrays(jobs.query_views),
+    )
+    return Bank(vectors=bank_vectors, identities=bank_identities), queries
+
+
+def _load_arrays(job: EmbeddingJob) -> tuple[np.ndarray, ...]:
+    return tuple(job.arrays.load(name) for name in job.arrays.array_names)
+
+
+def _build_faiss_index(output: Path, inputs: _Inputs, bank: Bank, queries: Queries, options: IndexOptions) -> None:
+    """Build the FAISS index, choose its search parameters and measure its recall, unless all this is on disk."""
+    factory = options.factory or choose_factory(*bank.vectors.shape)
+    build_settings = {
+        "encoder_sha256": inputs.encoder_sha256,
+        "bank_manifest_sha256": manifest_sha256(inputs.bank),
+        "factory": factory,
+        "seed": options.seed,
+    }
+    search_settings = {"wanted_search": options.search, "wanted_recall": options.recall}
+    description_file, index_file = output / FAISS_DESCRIPTION, output / FAISS_INDEX
+    on_disk = description_file.is_file() and index_file.is_file()
+    written = json.loads(description_file.read_text()) if on_disk else {}
+    if written.items() >= {**build_settings, **search_settings}.items():
+        return
+    if written.items() >= build_settings.items():
+        index = load_index(index_file, options.search)
+    else:
+        description_file.unlink(missing_ok=True)
+        with meter(len(bank.vectors), f"index {factory}", "documents") as progress:
+            index = build_index(bank.vectors, factory, options.search, options.seed, progress.advance)
+        save_index(index, index_file)
+    order = np.random.default_rng(options.seed).permutation(len(queries.vectors))
+    tuning_vectors = _sample_views(queries, np.sort(order[: options.recall_queries]))
+    test_vectors = _sample_views(queries, np.sort(order[-options.recall_queries :]))
+    search = options.search or tune_search(index, Recall(bank.vectors, tuning_vectors), options.recall)
+    recall = float(Recall(bank.vectors, test_vectors).measure(index).mean())
+    if recall < LOW_RECALL:
+        logger.warning(
+            "recall@10 of the index is %.3f, below %.1f: %s (search %r) misses neighbors that exact search finds. "
+            "Give a larger --search value, or another --factory.", recall, LOW_RECALL, factory, search,
+        )  # fmt: skip
+    measured = {"search": search, "recall_at_10": recall, "recall_queries": len(test_vectors)}
+    write_json(description_file, {**build_settings, **search_settings, **measured})
+
+
+def _sample_views(queries: Queries, documents: np.ndarray) -> np.ndarray:
+    """Search vectors float32 [n, width] of these documents: the text of the first, the images of the second ..."""
+    numbers = [documents[view :: len(queries.views)] for view in range(len(queries.views))]
+    vectors = np.concatenate([view[part] for view, part in zip(queries.views, numbers, strict=True)])
+    check_finite(vectors, np.concatenate(numbers))
+    return np.asarray(vectors[vectors.any(axis=1)], np.float32)
+
+
+def _load_faiss_description(output: Path) -> dict:
+    path = output / FAISS_DESCRIPTION
+    if not path.is_file():
+        raise ValueError(f"{output} has no {FAISS_INDEX} yet; run --stage index (as one task) first.")
+    return json.loads(path.read_text())
+
+
+def _open_table(output: Path, inputs: _Inputs, faiss_description: dict, options: IndexOptions) -> PartitionedArrays:
+    names = ("encoder_sha256", "bank_manifest_sha256", "factory", "search")
+    settings = {name: faiss_description[name] for name in names}
+    settings |= {
+        "queries_manifest_sha256": manifest_sha256(inputs.queries),
+        "query_dropout": options.query_dropout,
+    }
+    return open_table(output, inputs.queries.documents, options, settings)
+
+
+def _write_missing_neighbors(
+    table: PartitionedArrays,
+    index_file: Path,
+    faiss_description: dict,
+    bank: Bank,
+    queries: Queries,
+    options: IndexOptions,
+    task: int,
+    tasks: int,
+) -> None:
+    """Write this task's parts of the table."""
+    parts = table.missing_parts(task, tasks)
+    if parts:
+        index = move_to_gpus(load_index(index_file, faiss_description["search"]))
+        write_table(table, parts, lambda vectors, k: search_index(index, vectors, k), bank, queries, options)
+
+
+def _describe(
+    output: Path, inputs: _Inputs, neighbors: np.ndarray, faiss_description: dict, options: IndexOptions
+) -> dict:
+    """The content of index.json."""
+    return {
+        "format": FORMAT,
+        "encoder": str(inputs.encoder.folder.resolve()),
+        "encoder_sha256": inputs.encoder_sha256,
+        **_describe_corpus("shards", inputs.queries, output),
+        **_describe_corpus("bank", inputs.bank, output),
+        "vocabulary_hash": inputs.queries.vocabulary.hash,
+        "documents": inputs.queries.documents,
+        "bank_documents": inputs.bank.documents,
+        "neighbors": options.neighbors,
+        "neighbors_found": count_neighbors(neighbors),
+        **{name: faiss_description[name] for name in ("factory", "search", "recall_at_10")},
+        "options": options.to_dict(),
+        "command": shlex.join(sys.argv),
+    }
 
 
 def _describe_corpus(role: str, corpus: Corpus, output: Path) -> dict[str, str]:

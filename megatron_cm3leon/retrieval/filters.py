@@ -1,13 +1,13 @@
-"""From candidates to neighbours: search the bank by text and by picture, then apply the paper's filters.
+"""Choose neighbors among candidates: search the bank by text and by image, then apply the paper's filters.
 
-A query document is searched for by its text alone and by its pictures alone (its views), as at generation only one of
-them is known; the bank holds whole documents. Going through the candidates by falling score, from one view and the
-other in turn, one is kept (CM3Leon section 2.1) when
+A query document is searched by its text alone and by its images alone (its views), because only one of them is known at
+generation; the bank holds whole documents. The candidates are visited in the order of falling scores, from the views in
+turn. A candidate is kept (CM3Leon section 2.1) if
 
-- its score to the query document, to its views, and to every kept one is at most `threshold` (0.9);
-- it is not the query document itself, and none of its pictures is one of the query's or of a kept one's.
+- its score to the query document, to each view and to every kept document is at most `threshold` (0.9);
+- it is not the query document itself, and none of its images is an image of the query or of a kept document.
 
-A row is then put in the order of the scores to the whole query document.
+The kept documents are then sorted by their score to the whole query document.
 """
 
 from collections.abc import Callable
@@ -20,45 +20,50 @@ from megatron_cm3leon.retrieval.part_arrays import to_float32
 
 NO_NEIGHBOR = -1
 _CANDIDATE_BYTES = 8 << 20
-"""Candidate vectors that are compared at a time: few enough for the processor's cache."""
-_LARGEST_SQUARE = 256
-"""Candidates of a document up to which all are compared with all at once; beyond, only with those kept."""
+"""Bytes of candidate vectors that are compared at a time: they fit into the processor's cache."""
+_MAX_ALL_PAIRS = 256
+"""Up to this number of candidates per document all pairs are compared at once; beyond, only pairs with kept ones."""
 _GROWTH = 4
 
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-"""(vectors, k) -> (scores, numbers) of the best k of the bank for each."""
+"""(vectors [n, width], k) -> (scores, numbers) [n, k] of the best k documents of the bank for each vector."""
 
 
 @dataclass(kw_only=True)
 class Bank:
-    """What the filters need of the memory bank."""
+    """The arrays of the memory bank that the filters use."""
 
     vectors: np.ndarray
     """Unit vectors [documents, width], float16 or float32; may be a memory map."""
     identities: np.ndarray
-    """uint64 [documents, P, 2]: hashes of each picture's file and image tokens; 0 where there is none."""
+    """uint64 [documents, P, 2]: hashes of each image's file and image tokens; 0: no image."""
 
 
 @dataclass(kw_only=True)
 class Queries:
-    """Query documents, row by row."""
+    """Query documents, one per row."""
 
     vectors: np.ndarray
     """Unit vectors of the whole documents [n, width]."""
     identities: np.ndarray
-    """uint64 [n, P, 2], as in Bank; zeros where the pictures are not known."""
-    own: np.ndarray
-    """int64 [n]: the query's own number in the bank, -1 when it is not in it."""
+    """uint64 [n, P, 2], as in Bank; zeros if the images are not known."""
+    bank_numbers: np.ndarray
+    """int64 [n]: number of the query document in the bank, -1 if the bank does not hold it."""
     views: tuple[np.ndarray, ...] = ()
-    """What is searched by, each [n, width]; a row of zeros finds nothing. Empty: the vectors themselves."""
+    """Vectors to search with, each [n, width]; a row of zeros finds nothing. Empty: the vectors of the documents."""
 
-    def rows(self, chosen) -> "Queries":
+    @property
+    def search_vectors(self) -> tuple[np.ndarray, ...]:
+        """The views, or the vectors of the documents if there are none."""
+        return self.views or (self.vectors,)
+
+    def select(self, rows: np.ndarray | slice) -> "Queries":
         """The queries of these rows."""
         return Queries(
-            vectors=self.vectors[chosen],
-            identities=self.identities[chosen],
-            own=self.own[chosen],
-            views=tuple(view[chosen] for view in self.views),
+            vectors=self.vectors[rows],
+            identities=self.identities[rows],
+            bank_numbers=self.bank_numbers[rows],
+            views=tuple(view[rows] for view in self.views),
         )
 
 
@@ -72,92 +77,96 @@ def find_neighbors(
     candidates: int = 32,
     max_candidates: int = 4096,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Table int64 and scores float32 [n, count] of the neighbours of `queries`.
+    """Neighbors int64 and scores float32, both [n, count], of `queries`; -1 and -inf if there are fewer.
 
-    `search` is asked for `candidates` of each view, and for four times as many, up to `max_candidates`, where those
-    left fewer than `count` after the filters.
+    The first search returns `candidates` documents for each view. Where fewer than `count` pass the filters, it is
+    repeated with four times as many, up to `max_candidates`.
     """
-    largest = min(max_candidates, len(bank.vectors))
-    wanted = min(max(candidates, count + 1), largest)
-    table = np.full((len(queries.vectors), count), NO_NEIGHBOR, np.int64)
-    scores = np.full(table.shape, -np.inf, np.float32)
-    open_rows = np.arange(len(table))
-    views = max(1, len(queries.views))
-    while len(open_rows):
-        asked = queries.rows(open_rows)
-        # A re-ranking of the candidates would stand behind this line.
-        numbers = np.stack([_search_view(search, view, wanted) for view in asked.views or (asked.vectors,)], axis=1)
-        rows_at_once = max(1, _CANDIDATE_BYTES // (views * wanted * bank.vectors.shape[1] * 4))
-        for start in range(0, len(open_rows), rows_at_once):
+    limit = min(max_candidates, len(bank.vectors))
+    k = min(max(candidates, count + 1), limit)
+    neighbors = np.full((len(queries.vectors), count), NO_NEIGHBOR, np.int64)
+    scores = np.full(neighbors.shape, -np.inf, np.float32)
+    pending = np.arange(len(neighbors))
+    while len(pending):
+        batch = queries.select(pending)
+        # A re-ranking of the candidates would follow here.
+        numbers = np.stack([_search_view(search, view, k) for view in batch.search_vectors], axis=1)
+        rows_at_once = max(1, _CANDIDATE_BYTES // (numbers.shape[1] * k * bank.vectors.shape[1] * 4))
+        for start in range(0, len(pending), rows_at_once):
             part = slice(start, start + rows_at_once)
-            found = filter_candidates(bank, asked.rows(part), numbers[part], count, threshold)
-            table[open_rows[part]], scores[open_rows[part]] = found
-        open_rows = open_rows[table[open_rows, -1] == NO_NEIGHBOR]
-        if wanted == largest:
+            found = filter_candidates(bank, batch.select(part), numbers[part], count, threshold)
+            neighbors[pending[part]], scores[pending[part]] = found
+        pending = pending[neighbors[pending, -1] == NO_NEIGHBOR]
+        if k == limit:
             break
-        wanted = min(wanted * _GROWTH, largest)
-    return table, scores
+        k = min(k * _GROWTH, limit)
+    return neighbors, scores
 
 
-def _search_view(search: Search, view: np.ndarray, wanted: int) -> np.ndarray:
+def _search_view(search: Search, view: np.ndarray, k: int) -> np.ndarray:
+    """Candidates int64 [n, k] of one view; -1 for a row of zeros."""
     vectors = np.asarray(view, np.float32)
-    numbers = search(vectors, wanted)[1]
-    return np.where(vectors.any(axis=1)[:, None], numbers, NO_NEIGHBOR)
+    numbers = search(vectors, k)[1]
+    return np.where(vectors.any(axis=1, keepdims=True), numbers, NO_NEIGHBOR)
 
 
 @one_blas_thread()
 def filter_candidates(
     bank: Bank, queries: Queries, candidates: np.ndarray, count: int, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Apply the filters to candidates int64 [n, views, k] (-1: none): table and scores [n, count].
+    """Apply the filters to candidates int64 [n, views, k] (-1: none): neighbors and scores [n, count].
 
-    Scores are computed again from the vectors, so that an index that approximates them changes nothing but
-    which candidates there are; equal scores are ordered by document number.
+    Scores are computed again from the vectors, so that an index that approximates scores only affects which candidates
+    there are; equal scores are ordered by document number.
     """
     n, views, k = candidates.shape
     numbers = candidates.reshape(n, views * k)
     view_of = np.repeat(np.arange(views), k)
     vectors = to_float32(bank.vectors[numbers.clip(0)])
-    searched = queries.views or (queries.vectors,)
-    asked = np.stack([np.asarray(view, np.float32) for view in (queries.vectors, *searched)], axis=2)
-    scores = np.matmul(vectors, asked)  # [n, candidates, 1 + views]
-    own_scores = np.take_along_axis(scores, (1 + view_of)[None, :, None], axis=2)[:, :, 0]
+    query_vectors = [queries.vectors, *queries.search_vectors]
+    scores = np.matmul(vectors, np.stack([np.asarray(each, np.float32) for each in query_vectors], axis=2))
+    # scores: [n, candidates, 1 + views]
+    view_scores = np.take_along_axis(scores, (1 + view_of)[None, :, None], axis=2)[:, :, 0]
     identities = bank.identities[numbers.clip(0)]
-    allowed = (numbers != NO_NEIGHBOR) & (scores.max(axis=2) <= threshold) & (numbers != queries.own[:, None])
-    allowed &= ~_share_picture(identities, queries.identities[:, None])
-    ranks = _rank(own_scores, numbers)
-    square = None
-    if numbers.shape[1] <= _LARGEST_SQUARE:
-        square = np.matmul(vectors, vectors.transpose(0, 2, 1))
+    allowed = (numbers != NO_NEIGHBOR) & (scores.max(axis=2) <= threshold)
+    allowed &= numbers != queries.bank_numbers[:, None]
+    allowed &= ~_share_image(identities, queries.identities[:, None])
+    ranks = _rank(view_scores, numbers)
+    all_pairs = None
+    if numbers.shape[1] <= _MAX_ALL_PAIRS:
+        all_pairs = np.matmul(vectors, vectors.transpose(0, 2, 1))
 
     rows = np.arange(n)
-    table = np.full((n, count), NO_NEIGHBOR, np.int64)
-    kept = np.full(table.shape, -np.inf, np.float32)
-    for place in range(count):
+    neighbors = np.full((n, count), NO_NEIGHBOR, np.int64)
+    neighbor_scores = np.full(neighbors.shape, -np.inf, np.float32)
+    for column in range(count):
         if not allowed.any():
             break
-        turn = np.where(view_of == place % views, 0, ranks.shape[1])  # the other view's where this one has none left
-        best = np.where(allowed, ranks + turn, 2 * ranks.shape[1]).argmin(axis=1)
+        # The views take turns; a candidate of another view is taken only if this view has none left.
+        penalty = np.where(view_of == column % views, 0, ranks.shape[1])
+        best = np.where(allowed, ranks + penalty, 2 * ranks.shape[1]).argmin(axis=1)
         found = allowed[rows, best]
-        table[found, place] = numbers[rows, best][found]
-        kept[found, place] = scores[rows, best, 0][found]
-        taken = vectors[rows, best][:, :, None]
-        between = np.matmul(vectors, taken)[:, :, 0] if square is None else square[rows, best]
-        allowed &= (between <= threshold) & (numbers != numbers[rows, best][:, None])
-        allowed &= ~_share_picture(identities, identities[rows, best][:, None])
-    order = np.lexsort((table, -kept), axis=-1)
-    return np.take_along_axis(table, order, 1), np.take_along_axis(kept, order, 1)
+        neighbors[found, column] = numbers[rows, best][found]
+        neighbor_scores[found, column] = scores[rows, best, 0][found]
+        if all_pairs is None:
+            scores_to_best = np.matmul(vectors, vectors[rows, best][:, :, None])[:, :, 0]
+        else:
+            scores_to_best = all_pairs[rows, best]
+        allowed &= (scores_to_best <= threshold) & (numbers != numbers[rows, best][:, None])
+        allowed &= ~_share_image(identities, identities[rows, best][:, None])
+    order = np.lexsort((neighbors, -neighbor_scores), axis=-1)
+    return np.take_along_axis(neighbors, order, 1), np.take_along_axis(neighbor_scores, order, 1)
 
 
 def _rank(scores: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Place of each candidate by falling score, then by number; [n, candidates]."""
+    """Rank of each candidate by falling score, then by number; [n, candidates]."""
     order = np.lexsort((numbers, -scores), axis=-1)
     ranks = np.empty_like(order)
     np.put_along_axis(ranks, order, np.arange(order.shape[1])[None], axis=1)
     return ranks
 
 
-def _share_picture(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Is any picture of `left` [..., P, 2] one of `right` [..., Q, 2], by its file or by its image tokens?"""
+def _share_image(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Whether any image of `left` [..., P, 2] is one of `right` [..., Q, 2], by its file or by its image tokens."""
     left, right = left[..., :, None, :], right[..., None, :, :]
     return ((left == right) & (left != 0)).any(axis=(-1, -2, -3))

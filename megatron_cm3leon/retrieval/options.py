@@ -1,4 +1,4 @@
-"""How an index is built: what tools/build_index.py asks for."""
+"""How an index is built: the options of tools/build_index.py."""
 
 from dataclasses import dataclass
 
@@ -10,39 +10,39 @@ class IndexOptions:
     """How an index is built."""
 
     neighbors: int = 8
-    """Neighbours kept for each document, M: found by its text and by its pictures in turn."""
+    """Neighbors kept per document, M: found by its text and by its images in turn."""
     threshold: float = 0.9
-    """Largest score (cosine) of a neighbour to the query and to another neighbour."""
+    """Largest score (cosine) of a neighbor to the query and to another neighbor."""
     query_dropout: float = 0.2
-    """Share of the query's text tokens that is left out when searching."""
-    pictures: str = "source"
-    """source: encode the raw pictures; tokens: pictures decoded from the shards."""
+    """Share of the query's text tokens that is dropped for the search."""
+    images: str = "source"
+    """source: encode the raw images; tokens: encode images decoded from the shards."""
     tokenizer: str = ""
-    """Tokenizer folder, which pictures=tokens and documents other than pairs need."""
+    """Tokenizer folder, required by images=tokens and by documents other than pairs."""
     factory: str = ""
-    """FAISS factory string; empty chooses by the size of the bank."""
+    """FAISS factory string; empty: chosen by the size of the bank."""
     search: str = ""
-    """FAISS search parameters, such as nprobe=64; empty chooses them by measured recall."""
+    """FAISS search parameters, such as nprobe=64; empty: chosen by measured recall."""
     recall: float = 0.95
-    """recall@10 that search parameters are chosen for."""
+    """Target recall@10 when search parameters are chosen."""
     candidates: int = 32
-    """Candidates searched first for each document, by text and by picture each."""
+    """Candidates of the first search per document, by text and by image each."""
     max_candidates: int = 4096
-    """Candidates searched at most where the filters left fewer neighbours than asked for."""
+    """Most candidates that are searched if the filters leave fewer neighbors than requested."""
     recall_queries: int = 1000
-    """Queries of the samples on which recall@10 is measured against exact search."""
+    """Queries per sample on which recall@10 is measured against exact search."""
     seed: int = 0
     """Seed of the query dropout, of the index training and of the recall samples."""
     device: str = "auto"
     """Device of the encoder: auto, cpu, cuda, cuda:1 ..."""
 
     def to_dict(self) -> dict:
-        """The options as index.json has them."""
+        """The options as index.json records them."""
         return {
             "neighbors": self.neighbors,
             "threshold": self.threshold,
             "query_dropout": self.query_dropout,
-            "pictures": self.pictures,
+            "pictures": self.images,
             "tokenizer": self.tokenizer,
             "factory": self.factory,
             "search": self.search,
@@ -59,14 +59,14 @@ class IndexOptions:
         if self.neighbors < 1:
             raise ValueError(f"--neighbors ({self.neighbors}) must be at least 1.")
         if not 0 < self.threshold <= 1:
-            raise ValueError(f"--threshold ({self.threshold}) must be above 0 and at most 1; the paper has 0.9.")
+            raise ValueError(f"--threshold ({self.threshold}) must be above 0 and at most 1; the paper uses 0.9.")
         if not 0 <= self.query_dropout < 1:
-            raise ValueError(f"--query-dropout ({self.query_dropout}) must be in [0, 1); the paper has 0.2.")
+            raise ValueError(f"--query-dropout ({self.query_dropout}) must be in [0, 1); the paper uses 0.2.")
         if not 0 < self.recall <= 1:
             raise ValueError(f"--recall ({self.recall}) must be above 0 and at most 1.")
-        if self.pictures not in ("source", "tokens"):
-            raise ValueError(f"--pictures ({self.pictures}) must be source or tokens.")
-        if self.pictures == "tokens" and not self.tokenizer:
-            raise ValueError("--pictures tokens needs --tokenizer, the folder the shards were made with.")
+        if self.images not in ("source", "tokens"):
+            raise ValueError(f"--images ({self.images}) must be source or tokens.")
+        if self.images == "tokens" and not self.tokenizer:
+            raise ValueError("--images tokens requires --tokenizer, the folder the shards were made with.")
         if min(self.candidates, self.max_candidates, self.recall_queries) < 1:
             raise ValueError("--candidates, --max-candidates and --recall-queries must be at least 1.")

@@ -1,7 +1,7 @@
-"""RunLock: one run at a time in a run folder.
+"""RunLock: allows one run at a time in a run folder.
 
-A POSIX record lock (fcntl.lockf) on RUN/lock, which the kernel gives back when the process ends, however it ends: a
-file that was left behind blocks nobody. Children do not inherit it. NFS has such locks; Lustre with -o flock.
+It is a POSIX record lock (fcntl.lockf) on RUN/lock, which the kernel releases when the process ends for any reason, so
+a leftover file blocks nobody. Child processes do not inherit it. NFS supports such locks, and Lustre with -o flock.
 """
 
 import errno
@@ -15,46 +15,47 @@ from pathlib import Path
 
 NAME = "lock"
 PATIENCE_SECONDS = 15.0
-"""For ranks of the attempt before that are just ending."""
+"""Waiting time for ranks of the previous attempt that are still ending."""
 _PAUSE_SECONDS = 0.2
 
 logger = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Held from acquire() to release() or to the end of the process; for the first rank alone."""
+    """Held from acquire() to release() or to the end of the process. Only rank 0 takes it."""
 
     def __init__(self, run: str | Path) -> None:
         self.path = Path(run) / NAME
         self.file: int | None = None
 
     def acquire(self, patience: float = PATIENCE_SECONDS) -> None:
-        """Take the lock; ValueError, naming who holds it, when it does not come free within `patience` seconds."""
+        """Take the lock; ValueError that names its holder when it is not released within `patience` seconds."""
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         deadline = time.monotonic() + patience
-        while not _try(file, self.path):
+        while not _try_lock(file, self.path):
             if time.monotonic() > deadline:
-                holder = _describe(os.pread(file, 1000, 0))
+                holder = _describe_holder(os.pread(file, 1000, 0))
                 os.close(file)
                 raise ValueError(
                     f"output ({self.path.parent}) is in use by {holder}; two runs in one folder would mix their "
-                    f"checkpoints and metrics. Wait until that one has ended, end it, or choose another output=..."
+                    f"checkpoints and metrics. Wait until it has ended, stop it, or choose another output=..."
                 )
             time.sleep(_PAUSE_SECONDS)
         self.file = file
         job = os.environ.get("SLURM_JOB_ID", "")
-        holder = {"host": platform.node(), "process": os.getpid(), "job": job, "since": time.time()}
+        this = {"host": platform.node(), "process": os.getpid(), "job": job, "since": time.time()}
         os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(holder).encode(), 0)
+        os.pwrite(file, json.dumps(this).encode(), 0)
 
     def release(self) -> None:
-        """Give the lock back; the file stays, for deleting it could take another run's lock away."""
+        """Release the lock. The file stays: deleting it could remove another run's lock."""
         if self.file is not None:
             os.close(self.file)
             self.file = None
 
 
-def _try(file: int, path: Path) -> bool:
+def _try_lock(file: int, path: Path) -> bool:
+    """Whether this process now has the lock; True with a warning where the file system has no locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -62,15 +63,15 @@ def _try(file: int, path: Path) -> bool:
             return False
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
-        # Lustre mounted without -o flock, for one: better unguarded than not at all.
-        logger.warning("%s: this file system has no locks (%s); see that no two runs share the folder", path, error)
+        # For example Lustre mounted without -o flock: run without the lock rather than not at all.
+        logger.warning("%s: this file system has no locks (%s); make sure that no two runs use the folder", path, error)
     return True
 
 
-def _describe(text: bytes) -> str:
+def _describe_holder(text: bytes) -> str:
     try:
         holder = json.loads(text)
-    except ValueError:  # between taking the lock and writing its name
+    except ValueError:  # it has the lock and has not written its name yet
         return "another run"
     job = f", job {holder['job']}" if holder["job"] else ""
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))

@@ -1,13 +1,15 @@
-"""Peers: how the ranks of a run hear of each other beside their collectives, through the store they met at.
+"""Communication between the ranks of a run beside their collectives, through the store of the rendezvous.
 
-    place/R    host, process and its start: whether it lives can be seen by the ranks of its node
-    beat/R     how often it has beaten, how far it has come, and in what phase it is
-    news       counts changes of the two below, so that one number a second is all that a quiet rank asks for
-    cause      why the run ends: of all ranks that know a cause, the first to tell it
-    stall      the rank that first found no progress; then every rank writes its stacks and standing/R
-    left/R     it has done all its work and may be gone
+    process/R    host, PID and start time of rank R: other ranks of its node can see whether it is alive
+    heartbeat/R  number of heartbeats sent, number of phases entered, and the current phase
+    updates      incremented when one of the two keys below is set, so that an idle rank reads one number per second
+    cause        why the run ends: the first cause that any rank published
+    stall        the rank that first found no progress; every rank then writes its stacks and sets position/R
+    position/R   where the main thread of rank R is during a stall
+    done/R       rank R has finished its work and may exit
 
-A store's operation can block for as long as its host is stopped: only a thread that may be late uses this class.
+An operation on the store can block for as long as the process that hosts it is stopped: call this class only from a
+thread that may be late.
 """
 
 import json
@@ -21,42 +23,44 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_cm3leon.runtime.stacks import Standing
+from megatron_cm3leon.runtime.stacks import StackPosition
 
 
 @dataclass(frozen=True)
-class Place:
-    """A process, known well enough to tell from another one that gets its number later."""
+class ProcessId:
+    """PID plus start time of a process: robust to PID reuse."""
 
     host: str
     process: int
+    """PID."""
     started: str
-    """Clock ticks since the node's start; empty where /proc does not tell."""
+    """Clock ticks between boot and the start of the process; empty where /proc does not provide it."""
     namespace: str
-    """Process numbers mean the same inside it."""
+    """PID namespace: PIDs can be compared only within one."""
 
     @classmethod
-    def own(cls) -> "Place":
+    def current(cls) -> "ProcessId":
+        """The calling process."""
         try:
             namespace = os.readlink("/proc/self/ns/pid")
         except OSError:
             namespace = ""
-        return cls(platform.node(), os.getpid(), start_of(os.getpid()), namespace)
+        return cls(platform.node(), os.getpid(), read_start_time(os.getpid()), namespace)
 
-    def is_near(self, other: "Place") -> bool:
-        """Whether each can see if the other lives."""
+    def is_local(self, other: "ProcessId") -> bool:
+        """Whether the two processes are on one node and each can see if the other is alive."""
         return bool(self.started) and (self.host, self.namespace) == (other.host, other.namespace)
 
-    def lives(self) -> bool:
-        """Whether the process, which is near, has not ended."""
-        return start_of(self.process) == self.started
+    def is_alive(self) -> bool:
+        """Whether this process, which must be local, has not ended."""
+        return read_start_time(self.process) == self.started
 
     def __str__(self) -> str:
         return f"host {self.host} (process {self.process})"
 
 
-def start_of(process: int) -> str:
-    """When a process of this node began; empty when it has ended."""
+def read_start_time(process: int) -> str:
+    """Clock ticks between boot and the start of a process of this node, by PID; empty if it has ended."""
     try:
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -65,106 +69,111 @@ def start_of(process: int) -> str:
 
 
 @dataclass(frozen=True)
-class Beat:
-    """What a rank says of itself once a second."""
+class Heartbeat:
+    """What a rank publishes about itself once per second."""
 
     count: int
+    """Heartbeats sent so far."""
     progress: int
-    """Phases entered; equal ranks enter equal phases."""
+    """Phases entered so far; all ranks enter the same phases in the same order."""
     phase: str
 
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a run ends before its time."""
+    """Why a run ends early."""
 
     kind: str
-    """failure, stall or signal: as events.jsonl has it."""
+    """The event of events.jsonl: failure, stall or signal."""
     rank: int
-    """The rank to blame."""
+    """The rank at fault."""
     host: str
     text: str
     status: int
     """Exit status of every rank."""
-    teller: int
-    """The rank that found it, prints it and records it."""
+    reporter: int
+    """The rank that found the cause; it prints and records it."""
 
 
 class Peers:
-    """One rank's view of the others."""
+    """The other ranks, as one rank sees them through the store."""
 
     def __init__(self, store: dist.Store, rank: int, ranks: int) -> None:
-        """`store` is copied: this class has a connection of its own."""
-        self.store = dist.PrefixStore("peers", store.clone())
+        """Opens a connection of its own to `store`."""
+        # torch's stubs omit Store.clone.
+        self.store = dist.PrefixStore("peers", store.clone())  # type: ignore[attr-defined]
         self.store.set_timeout(timedelta(seconds=30))
         self.rank, self.ranks = rank, ranks
-        self.beats = self.news = 0
-        self.place = Place.own()
+        self.heartbeats = self.updates = 0
+        self.process = ProcessId.current()
 
-    def introduce(self) -> None:
-        """Tell where this rank is."""
-        self.store.set(f"place/{self.rank}", json.dumps(asdict(self.place)))
-        self.store.add("came", 1)
+    def register(self) -> None:
+        """Publish the process of this rank."""
+        self.store.set(f"process/{self.rank}", json.dumps(asdict(self.process)))
+        self.store.add("registered", 1)
 
-    def all_came(self) -> bool:
-        """Whether every rank has introduced itself."""
-        return self.store.add("came", 0) == self.ranks
+    def all_registered(self) -> bool:
+        """Whether every rank has registered."""
+        return self.store.add("registered", 0) == self.ranks
 
-    def places(self) -> dict[int, Place]:
-        """Where the ranks are that have come so far."""
-        return {rank: Place(**value) for rank, value in self._read("place", range(self.ranks)).items()}
+    def read_processes(self) -> dict[int, ProcessId]:
+        """Rank -> process, of the ranks that have registered."""
+        return {rank: ProcessId(**value) for rank, value in self._read("process", range(self.ranks)).items()}
 
-    def beat(self, progress: int, phase: str) -> bool:
-        """Tell that this rank lives and how far it is; returns whether there is news."""
-        self.beats += 1
-        self.store.set(f"beat/{self.rank}", json.dumps([self.beats, progress, phase]))
-        before, self.news = self.news, self.store.add("news", 0)
-        return self.news != before
+    def send_heartbeat(self, progress: int, phase: str) -> bool:
+        """Publish that this rank is alive and how far it is; returns whether there is a new cause or stall."""
+        self.heartbeats += 1
+        self.store.set(f"heartbeat/{self.rank}", json.dumps([self.heartbeats, progress, phase]))
+        before, self.updates = self.updates, self.store.add("updates", 0)
+        return self.updates != before
 
-    def beats_of(self, ranks: Iterable[int]) -> dict[int, Beat]:
-        """The last beats of those of `ranks` that have come so far."""
-        return {rank: Beat(*value) for rank, value in self._read("beat", ranks).items()}
+    def read_heartbeats(self, ranks: Iterable[int]) -> dict[int, Heartbeat]:
+        """Rank -> its last heartbeat, of those of `ranks` that have sent one."""
+        return {rank: Heartbeat(*value) for rank, value in self._read("heartbeat", ranks).items()}
 
-    def tell(self, cause: Cause) -> Cause:
-        """Say why the run ends; returns the cause that was told first."""
+    def publish_cause(self, cause: Cause) -> Cause:
+        """Publish why the run ends; returns the cause that was published first, which counts."""
         first = Cause(**json.loads(self.store.compare_set("cause", "", json.dumps(asdict(cause)))))
-        self.store.add("news", 1)
+        self.store.add("updates", 1)
         return first
 
-    def cause(self) -> Cause | None:
-        """What was told, if anything was."""
+    def read_cause(self) -> Cause | None:
+        """The published cause; None while the run continues."""
         return Cause(**json.loads(self.store.get("cause"))) if self.store.check(["cause"]) else None
 
     def announce_stall(self) -> int:
-        """Say that nothing moves; returns the rank that said so first, which finds out who is late."""
+        """Announce a stall; returns the rank that announced it first, which finds the late rank."""
         first = int(self.store.compare_set("stall", "", str(self.rank)))
-        self.store.add("news", 1)
+        self.store.add("updates", 1)
         return first
 
-    def stall(self) -> int | None:
-        """The rank that announced a stall."""
+    def read_stall(self) -> int | None:
+        """The rank that announced a stall; None if there is none."""
         return int(self.store.get("stall")) if self.store.check(["stall"]) else None
 
-    def tell_standing(self, standing: Standing) -> None:
-        self.store.set(f"standing/{self.rank}", json.dumps(asdict(standing)))
+    def publish_position(self, position: StackPosition) -> None:
+        """Publish where the main thread of this rank is during a stall."""
+        self.store.set(f"position/{self.rank}", json.dumps(asdict(position)))
 
-    def standings(self) -> dict[int, Standing]:
-        """Where the ranks stand that have told so since the stall was announced."""
-        return {rank: Standing(**value) for rank, value in self._read("standing", range(self.ranks)).items()}
+    def read_positions(self) -> dict[int, StackPosition]:
+        """Rank -> its main thread's position, of the ranks that have published it since the stall was announced."""
+        return {rank: StackPosition(**value) for rank, value in self._read("position", range(self.ranks)).items()}
 
-    def leave(self) -> None:
-        """Say that this rank is done."""
-        self.store.set(f"left/{self.rank}", "1")
-        self.store.add("left", 1)
+    def mark_done(self) -> None:
+        """Publish that this rank has finished its work."""
+        self.store.set(f"done/{self.rank}", "1")
+        self.store.add("done", 1)
 
-    def has_left(self, rank: int) -> bool:
-        return self.store.check([f"left/{rank}"])
+    def is_done(self, rank: int) -> bool:
+        """Whether a rank has finished its work."""
+        return self.store.check([f"done/{rank}"])
 
-    def count_left(self) -> int:
-        """How many ranks are done."""
-        return self.store.add("left", 0)
+    def count_done(self) -> int:
+        """Number of ranks that have finished their work."""
+        return self.store.add("done", 0)
 
     def _read(self, kind: str, ranks: Iterable[int]) -> dict[int, Any]:
+        """Rank -> decoded value of the key `kind/rank`, of the ranks that have set it."""
         found = list(ranks)
         if not self.store.check([f"{kind}/{rank}" for rank in found]):
             found = [rank for rank in found if self.store.check([f"{kind}/{rank}"])]

@@ -1,15 +1,16 @@
-"""Watchdog: every rank watches itself, the ranks of its node and the next rank, and ends when the run cannot go on.
+"""Watchdog: each rank watches itself, the ranks of its node and the next rank, and ends when the run cannot continue.
 
-Two threads a rank. The link beats through the store (runtime/peers.py), reads what others tell, and looks whether the
-processes of its node live. The clock uses no store, which blocks for as long as its host is stopped: it counts the
-seconds since this rank last came further, and ends the process, which works inside a collective too.
+It has two threads per rank. The link thread uses the store (runtime/peers.py): it sends heartbeats, reads what other
+ranks publish, and checks whether the processes of its node are alive. The clock thread does not use the store, which
+blocks for as long as its host is stopped: it counts the seconds since this rank last made progress and ends the
+process, which also works while the main thread is inside a collective.
 
-Whoever knows why the run ends tells it to all; the first cause counts, and only its teller prints and records it.
+The rank that finds out why the run ends publishes the cause. The first published cause counts, and only the rank that
+published it prints and records it.
 """
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from threading import Event, Thread
@@ -18,171 +19,205 @@ import torch.distributed as dist
 
 from megatron_cm3leon.monitoring import events
 from megatron_cm3leon.runtime.exit_status import FAILED
-from megatron_cm3leon.runtime.peers import Cause, Peers, Place
-from megatron_cm3leon.runtime.stacks import dump_stacks, main_thread
+from megatron_cm3leon.runtime.peers import Cause, Heartbeat, Peers, ProcessId
+from megatron_cm3leon.runtime.report import report_failure
+from megatron_cm3leon.runtime.stacks import dump_stacks, find_main_thread
 from megatron_cm3leon.runtime.stall import find_late
 
 PERIOD_SECONDS = 1.0
+"""Between two exchanges of the link thread."""
 TICK_SECONDS = 0.25
+"""Between two checks of the clock thread."""
 SILENCE_SECONDS = 25.0
-"""A node none of whose ranks beats for so long is gone."""
+"""A node is considered down when none of its ranks has sent a heartbeat for this long."""
 LINK_SECONDS = 10.0
-"""A store that does not answer for so long is of no help any more."""
-ALIKE_SECONDS = 15.0
-"""After an error that every rank may meet by itself, such as a full disk, each may end in its own way within this."""
+"""The store is considered unreachable when it has not answered for this long."""
+SHARED_ERROR_SECONDS = 15.0
+"""After an error that every rank may raise by itself, such as a full disk, each rank has this long to end by itself."""
 LINGER_SECONDS = 2.5
-"""The rank that hosts the store ends so much later, so that the others have read why."""
+"""The rank that hosts the store ends this much later than the others, so that they can read the cause."""
 PAUSE_SECONDS = 5.0
-"""The clock itself stood still for longer than this: the process was stopped (Ctrl-Z), not the run."""
+"""If the clock thread itself was not scheduled for this long, the process was suspended (Ctrl-Z); this is no stall."""
+
+CRASHED = "ended without reporting a cause: killed, out of memory, or crashed"
 
 
 class Watchdog:
-    """Runs from start() to close(); the main thread says how far it is with progress()."""
+    """Runs from start() to close(); the main thread reports its progress with progress()."""
 
     def __init__(self, peers: Peers, run: Path, seconds: float, hosts_store: bool, launcher: int | None) -> None:
-        """`seconds` without progress are a stall, 0: never. `launcher`: the process that this one must not outlive."""
+        """`seconds`: time without progress that counts as a stall; 0 disables. `launcher`: PID of the process without
+        which this one must not continue; None if there is none.
+        """
         self.peers, self.run, self.seconds = peers, run, seconds
         self.hosts_store, self.launcher = hosts_store, launcher
         self.attempt = 0
         self.steps_begun = False
         self.count, self.phase, self.moved = 0, "starting", time.monotonic()
-        self.near: dict[int, Place] = {}
-        self.places: dict[int, Place] = {}
+        self.processes: dict[int, ProcessId] = {}
+        """Rank -> process, of every rank once all have registered."""
+        self.local: dict[int, ProcessId] = {}
+        """The other ranks of this node."""
         self.cause: Cause | None = None
         """Why the run ends, once it is known."""
-        self._own: Cause | None = None
-        self._heard = time.monotonic()
+        self._main_cause: Cause | None = None
+        """What the main thread published."""
+        self._answered = time.monotonic()
+        """When the store last answered."""
         self._lost = ""
-        self._news = False
-        self._stalled = self._handled = False
-        self._next = (None, time.monotonic())
+        """Error of the connection to the store, once it is lost."""
+        self._updated = False
+        self._stalled = self._position_published = False
+        self._next: tuple[dict[int, Heartbeat] | None, float] = (None, time.monotonic())
+        """The next rank's last heartbeat, and since when it has not changed."""
         self._wake, self._known, self._closing, self._closed = Event(), Event(), Event(), Event()
         self._link = Thread(target=self._run_link, name="link", daemon=True)
         self._clock = Thread(target=self._run_clock, name="clock", daemon=True)
 
-    # ------------------------------------------------------- from the main thread
+    # ------------------------------------------------------- called by the main thread
 
     def start(self) -> None:
+        """Start both threads."""
         self._link.start()
         self._clock.start()
 
     def progress(self, phase: str) -> None:
-        """This rank enters `phase`; all ranks enter the same phases in the same order."""
+        """Note that this rank enters `phase`; all ranks enter the same phases in the same order."""
         self.phase, self.moved = phase, time.monotonic()
         self.count += 1
 
-    def tell(self, cause: Cause) -> bool:
-        """Say why the run ends, unless another rank did; whether this rank is the first, and so the one to print it."""
-        self._own = cause
+    def publish_cause(self, cause: Cause) -> bool:
+        """Publish why the run ends; returns whether it was the first cause, so that this rank has to print it."""
+        self._main_cause = cause
         self._wake.set()
         if self._known.wait(LINK_SECONDS):
             return self.cause == cause
-        self.cause = cause  # the store is of no help: the run folder decides who was first
+        self.cause = cause  # the store does not answer: the run folder decides which rank was first
         return self._record(cause, first=True)
 
     def wait_for_cause(self, seconds: float) -> None:
-        """Give the others time to tell why; once they did, this rank ends."""
+        """Wait until another rank has published a cause, which then ends this rank; at most `seconds`."""
         self._known.wait(seconds)
 
     def close(self) -> None:
-        """This rank is done: the others no longer miss it. The host of the store waits until all are."""
+        """Mark this rank as done, and stop both threads. The host of the store waits until all ranks are done."""
         self._closing.set()
         self._wake.set()
         self._link.join(2 * SILENCE_SECONDS)
         self._closed.set()
         self._clock.join()
 
-    # ------------------------------------------------------------------- the link
+    # ------------------------------------------------------------------- link thread
 
     def _run_link(self) -> None:
         try:
-            self.peers.introduce()
+            self.peers.register()
             while not self._closing.is_set():
                 self._exchange()
-                self._heard = time.monotonic()
+                self._answered = time.monotonic()
                 self._wake.wait(PERIOD_SECONDS)
                 self._wake.clear()
-            self.peers.leave()
-            while self.hosts_store and self.peers.count_left() < self.peers.ranks:
+            self.peers.mark_done()
+            while self.hosts_store and self.peers.count_done() < self.peers.ranks:
                 time.sleep(TICK_SECONDS / 10)
         except dist.DistError as error:
             self._lost = str(error).splitlines()[0]
 
     def _exchange(self) -> None:
-        self._beat()
-        if not self.places and self.peers.all_came():
-            self.places = self.peers.places()
-            own = self.peers.place
-            self.near = {rank: place for rank, place in self.places.items() if rank != self.peers.rank}
-            self.near = {rank: place for rank, place in self.near.items() if own.is_near(place)}
-        if self._news:
-            self._news = False
-            if self.peers.stall() is not None:
-                self._show_standing()
-            self._learn(self.peers.cause())
-        self._look_for_dead()
-        self._look_at_next()
-        if self._own and not self.cause:
-            self._learn(self.peers.tell(self._own))
+        """One round: send a heartbeat, read what is new, check the other ranks, publish what this rank found."""
+        self._send_heartbeat()
+        if not self.processes and self.peers.all_registered():
+            self._read_processes()
+        if self._updated:
+            self._updated = False
+            if self.peers.read_stall() is not None:
+                self._publish_position()
+            self._set_cause(self.peers.read_cause())
+        self._check_local_peers()
+        self._check_next_node()
+        if self._main_cause and not self.cause:
+            self._set_cause(self.peers.publish_cause(self._main_cause))
         if self._stalled and not self.cause and self.peers.announce_stall() == self.peers.rank:
             self._explain_stall()
 
-    def _beat(self) -> None:
-        self._news |= self.peers.beat(self.count, self.phase)
+    def _read_processes(self) -> None:
+        self.processes = self.peers.read_processes()
+        this = self.peers.process
+        self.local = {
+            rank: process
+            for rank, process in self.processes.items()
+            if rank != self.peers.rank and this.is_local(process)
+        }
 
-    def _learn(self, cause: Cause | None) -> None:
+    def _send_heartbeat(self) -> None:
+        self._updated |= self.peers.send_heartbeat(self.count, self.phase)
+
+    def _set_cause(self, cause: Cause | None) -> None:
         if cause and not self.cause:
             self.cause = cause
             self._known.set()
 
-    def _look_for_dead(self) -> None:
-        """Tell of a process of this node that ended without a word."""
-        for rank, place in self.near.items():
-            if not self.cause and not place.lives() and not self.peers.has_left(rank):
-                self._find(self._failure(rank, place, "ended without a word: killed, out of memory, or crashed"))
+    def _check_local_peers(self) -> None:
+        """Report a process of this node that ended without publishing a cause."""
+        for rank, process in self.local.items():
+            if not self.cause and not process.is_alive() and not self.peers.is_done(rank):
+                self._report_cause(self._describe_failure(rank, process, CRASHED))
 
-    def _look_at_next(self) -> None:
-        """Tell of a whole node that went silent; each rank watches the next one, on the lookout for other nodes'."""
+    def _check_next_node(self) -> None:
+        """Report a node that sends no heartbeats. Each rank watches the next rank, if that is on another node."""
         rank = (self.peers.rank + 1) % self.peers.ranks
-        if self.cause or not self.places or rank in self.near or rank == self.peers.rank or self.peers.has_left(rank):
+        watched = self.processes and rank not in self.local and rank != self.peers.rank
+        if self.cause or not watched or self.peers.is_done(rank):
             return
-        beats, now = self.peers.beats_of([rank]), time.monotonic()
-        if beats != self._next[0]:
-            self._next = beats, now
+        heartbeats, now = self.peers.read_heartbeats([rank]), time.monotonic()
+        if heartbeats != self._next[0]:
+            self._next = heartbeats, now
         elif now - self._next[1] > SILENCE_SECONDS:
-            self._next = beats, now  # a node that lives is asked again after as long
-            if self._is_silent(self.places[rank].host):
-                what = f"and its node have been silent for {SILENCE_SECONDS:.0f} s: the node is gone, or its network"
-                self._find(self._failure(rank, self.places[rank], what))
+            self._next = heartbeats, now  # if its node is alive, check it again after the same time
+            process = self.processes[rank]
+            if self._is_silent(process.host):
+                silence = f"have sent no heartbeat for {SILENCE_SECONDS:.0f} s"
+                what = f"and its node {silence}: the node or its network is down"
+                self._report_cause(self._describe_failure(rank, process, what))
 
     def _is_silent(self, host: str) -> bool:
-        mates = [rank for rank, place in self.places.items() if place.host == host]
-        before = self.peers.beats_of(mates)
-        self._beat_on(3 * PERIOD_SECONDS)
-        return self.peers.beats_of(mates) == before
+        """Whether no rank of a host sends a heartbeat for some periods."""
+        ranks = [rank for rank, process in self.processes.items() if process.host == host]
+        before = self.peers.read_heartbeats(ranks)
+        self._keep_heartbeat(3 * PERIOD_SECONDS)
+        return self.peers.read_heartbeats(ranks) == before
 
-    def _beat_on(self, seconds: float) -> None:
+    def _keep_heartbeat(self, seconds: float) -> None:
+        """Wait for some seconds and keep sending heartbeats."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            self._beat()
+            self._send_heartbeat()
             time.sleep(TICK_SECONDS)
 
-    def _failure(self, rank: int, place: Place, what: str) -> Cause:
-        return Cause("failure", rank, place.host, f"rank {rank} on {place} {what}.", FAILED, self.peers.rank)
+    def _describe_failure(self, rank: int, process: ProcessId, what: str) -> Cause:
+        return Cause("failure", rank, process.host, f"rank {rank} on {process} {what}.", FAILED, self.peers.rank)
 
-    def _find(self, cause: Cause) -> None:
-        """Tell a cause that this thread found; print and record it if it is the first."""
-        first = self.peers.tell(cause)
+    def _report_cause(self, cause: Cause) -> None:
+        """Publish a cause that this thread found; print and record it if it is the first."""
+        first = self.peers.publish_cause(cause)
         if first == cause:
             self._record(cause)
-            print(f"error: {cause.text}", file=sys.stderr, flush=True)
-        self._learn(first)
+            report_failure(f"error: {cause.text}")
+        self._set_cause(first)
 
     def _record(self, cause: Cause, first: bool = False) -> bool:
-        """Record the cause, with `first` only if none is recorded yet; whether this rank is the one to print it."""
+        """Record the cause in the run folder, with `first` only if no cause of this attempt is recorded yet.
+
+        Returns whether this rank has to print the cause.
+        """
         if not self.attempt:
-            return True  # the run folder is not this run's yet
-        values = {"rank": cause.rank, "host": cause.host, "cause": cause.text, "status": cause.status}
+            return True  # the run folder may belong to another run until this one has its lock
+        values: dict[str, object] = {
+            "rank": cause.rank,
+            "host": cause.host,
+            "cause": cause.text,
+            "status": cause.status,
+        }
         if cause.kind == "stall":
             values["seconds"] = self.seconds
         try:
@@ -190,45 +225,46 @@ class Watchdog:
                 return events.record_first(self.run, self.attempt, cause.kind, **values)
             events.record(self.run, self.attempt, cause.kind, **values)
         except OSError as error:
-            print(f"{self.run}: {cause.kind} was not recorded: {error}", file=sys.stderr, flush=True)
+            report_failure(f"{self.run}: the {cause.kind} was not recorded: {error}")
         return True
 
-    # --------------------------------------------------------------------- stalls
+    # ------------------------------------------------------------------------- stalls
 
-    def _show_standing(self) -> None:
-        """Write this rank's stacks, and tell the others where it is."""
-        if self._handled:
+    def _publish_position(self) -> None:
+        """Write this rank's stacks and publish its position, once."""
+        if self._position_published:
             return
-        self._handled = True
+        self._position_published = True
         self._write_stacks()
-        self.peers.tell_standing(main_thread())
+        self.peers.publish_position(find_main_thread())
 
     def _write_stacks(self) -> None:
         waited = time.monotonic() - self.moved
-        title = f"rank {self.peers.rank} on {self.peers.place}, for {waited:.1f} s in: {self.phase}"
+        title = f"rank {self.peers.rank} on {self.peers.process}, for {waited:.1f} s in: {self.phase}"
         try:
             dump_stacks(stacks_file(self.run, self.attempt, self.peers.rank), title)
         except OSError as error:
-            print(f"no stacks of rank {self.peers.rank}: {error}", file=sys.stderr, flush=True)
+            report_failure(f"the stacks of rank {self.peers.rank} were not written: {error}")
 
     def _explain_stall(self) -> None:
-        """Find out, some seconds long, which rank the run waits for, and tell it."""
-        self._show_standing()
+        """Find the rank that the run waits for, which takes some seconds, and report it."""
+        self._publish_position()
         ranks = range(self.peers.ranks)
-        before = self.peers.beats_of(ranks)
-        self._beat_on(3 * PERIOD_SECONDS)
-        places = self.peers.places()
-        rank, text = find_late(len(ranks), places, before, self.peers.beats_of(ranks), self.peers.standings())
-        self._find(self._stall(rank, places.get(rank), text))
+        before = self.peers.read_heartbeats(ranks)
+        self._keep_heartbeat(3 * PERIOD_SECONDS)
+        processes = self.peers.read_processes()
+        now, positions = self.peers.read_heartbeats(ranks), self.peers.read_positions()
+        rank, text = find_late(len(ranks), processes, before, now, positions)
+        self._report_cause(self._describe_stall(rank, processes.get(rank), text))
 
-    def _stall(self, rank: int, place: Place | None, text: str) -> Cause:
+    def _describe_stall(self, rank: int, process: ProcessId | None, text: str) -> Cause:
         text = (
-            f"no progress for {self.seconds:g} s (cluster.watchdog_seconds): {text}. Stacks of the ranks that answer: "
+            f"no progress for {self.seconds:g} s (cluster.watchdog_seconds): {text}. Stacks of the ranks that respond: "
             f"{stacks_file(self.run, self.attempt, 0).parent}"
         )
-        return Cause("stall", rank, place.host if place else "", text, FAILED, self.peers.rank)
+        return Cause("stall", rank, process.host if process else "", text, FAILED, self.peers.rank)
 
-    # ------------------------------------------------------------------ the clock
+    # -------------------------------------------------------------------- clock thread
 
     def _run_clock(self) -> None:
         last = time.monotonic()
@@ -237,72 +273,75 @@ class Watchdog:
             if now - last > PAUSE_SECONDS:
                 self.moved += now - last
             last = now
-            if self.launcher is not None and os.getppid() != self.launcher:
-                self._end_alone(self._failure_here(f"the launcher (torchrun, process {self.launcher}) is gone"))
+            if self._launcher_has_ended():
+                cause = self._describe_local_failure(f"the launcher (torchrun, process {self.launcher}) has ended")
+                self._shutdown(cause, reachable=False)
             if self.cause:
-                self._obey(self.cause)
+                self._shutdown(self.cause, reachable=True)
             if self._lost and not self._closing.is_set():
-                self._end_without_store()
+                time.sleep(LINGER_SECONDS)  # if the launcher has ended and the store with it, that shows by then
+                if not self._launcher_has_ended():
+                    self._shutdown(self._describe_lost_store(), reachable=False)
             if self.seconds and now - self.moved > self.seconds and not self._stalled:
                 self._stalled = True
                 self._wake.set()
-            if self._stalled and now - self._heard > LINK_SECONDS:
-                self._end_blocked()
+            if self._stalled and now - self._answered > LINK_SECONDS:
+                self._write_stacks()
+                self._shutdown(self._describe_blocked_store(), reachable=False)
 
-    def _failure_here(self, text: str) -> Cause:
-        return Cause("failure", self.peers.rank, self.peers.place.host, f"{text}.", FAILED, self.peers.rank)
+    def _launcher_has_ended(self) -> bool:
+        return self.launcher is not None and os.getppid() != self.launcher
 
-    def _obey(self, cause: Cause) -> None:
-        """End this process, if need be after what the main thread still has to do."""
-        if cause == self._own:
-            self._closed.wait(LINK_SECONDS + LINGER_SECONDS)  # the main thread prints, and ends the process
+    def _describe_local_failure(self, text: str) -> Cause:
+        """A failure that this rank alone can see."""
+        return Cause("failure", self.peers.rank, self.peers.process.host, f"{text}.", FAILED, self.peers.rank)
+
+    def _describe_lost_store(self) -> Cause:
+        """The connection to the store is lost, so the process that hosts it has ended."""
+        if self.launcher is not None:
+            return self._describe_local_failure(f"torchrun's store has ended ({self._lost})")
+        if 0 not in self.processes:
+            return self._describe_local_failure(f"rank 0, which hosts the store, has ended ({self._lost})")
+        return self._describe_failure(0, self.processes[0], f"{CRASHED}; or its node is down")
+
+    def _describe_blocked_store(self) -> Cause:
+        """During a stall the store does not answer, so no other rank can be asked: its host is at fault."""
+        if self.launcher is not None or 0 not in self.processes:
+            return self._describe_stall(-1, None, "the store of the ranks does not respond")
+        host = self.processes[0]
+        return self._describe_stall(0, host, f"rank 0 on {host}, which hosts the store, does not respond")
+
+    def _shutdown(self, cause: Cause, reachable: bool) -> None:
+        """End this process with the cause's exit status.
+
+        `reachable`: the other ranks know the cause through the store; then leave time for what the main thread, or
+        they, still have to do. Otherwise the ranks that find the same cause agree through the run folder on which one
+        prints it.
+        """
+        if not reachable:
+            if self._record(cause, first=True):
+                report_failure(f"error: {cause.text}")
+        elif cause == self._main_cause:
+            self._closed.wait(LINK_SECONDS + LINGER_SECONDS)  # the main thread prints it and ends the process
         elif cause.status != FAILED and self.steps_begun:
-            self._closed.wait(ALIKE_SECONDS)
+            self._closed.wait(SHARED_ERROR_SECONDS)
         elif self.hosts_store:
             time.sleep(LINGER_SECONDS)
         if cause.kind == "stall":
-            self._end_silent(cause.rank)
+            self._kill_unresponsive(cause.rank)
         os._exit(cause.status)
 
-    def _end_silent(self, rank: int) -> None:
-        """A stopped process cannot end itself: who shares its node does it."""
-        place = self.near.get(rank)
-        if place is None:
+    def _kill_unresponsive(self, rank: int) -> None:
+        """Kill the late rank if it does not end: a stopped process cannot end itself, so a rank of its node does it."""
+        process = self.local.get(rank)
+        if process is None:
             return
         end = time.monotonic() + 3 * LINGER_SECONDS
-        while place.lives():
+        while process.is_alive():
             if time.monotonic() > end:
-                os.kill(place.process, signal.SIGKILL)
+                os.kill(process.process, signal.SIGKILL)
                 return
             time.sleep(TICK_SECONDS)
-
-    def _end_without_store(self) -> None:
-        """The store is gone, and with it the process that hosts it."""
-        time.sleep(LINGER_SECONDS)  # the launcher's end, if that is what it was, shows soon
-        if self.launcher is not None:
-            if os.getppid() != self.launcher:
-                return
-            return self._end_alone(self._failure_here(f"torchrun's store is gone ({self._lost})"))
-        place = self.places.get(0)
-        text = "ended without a word: killed, out of memory, or crashed; or its node is gone"
-        where = self._failure(0, place, text) if place else self._failure_here(f"rank 0 is gone ({self._lost})")
-        self._end_alone(where)
-
-    def _end_blocked(self) -> None:
-        """The store does not answer: nobody can be asked, and its host is the one to blame."""
-        self._write_stacks()
-        if self.launcher is not None or 0 not in self.places:
-            return self._end_alone(self._stall(-1, None, "the store of the ranks does not answer"))
-        self._end_alone(
-            self._stall(0, self.places[0], f"rank 0 on {self.places[0]}, which hosts the store, does not answer")
-        )
-
-    def _end_alone(self, cause: Cause) -> None:
-        if self._record(cause, first=True):
-            print(f"error: {cause.text}", file=sys.stderr, flush=True)
-        if cause.kind == "stall":
-            self._end_silent(cause.rank)
-        os._exit(cause.status)
 
 
 def stacks_file(run: Path, attempt: int, rank: int) -> Path:

@@ -1,92 +1,30 @@
-"""From raw pairs to a training run as a chain of SLURM jobs, each of which starts when those before it succeeded.
+"""A chain of SLURM jobs from raw pairs to a training run; each job starts when those before it have succeeded.
 
     preprocess (array) -> merge -> embed (array) -> index -> train
     heldout shards --------------------------------> heldout index /
 
-OUTPUT holds shards/, index/, heldout/, heldout_index/ and submit/ with scripts and logs. Submitting again after a
-failure leaves out what is finished; the tools themselves go on from what their tasks have done.
+OUTPUT contains shards/, index/, heldout/, heldout_index/, and submit/ with scripts and logs. Submitting again after a
+failure skips the folders that are finished; the tools themselves skip the parts that their tasks have finished.
 """
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
 
-from megatron_cm3leon.config.loading import expand_fields, load_fields
 from megatron_cm3leon.data.shards.reader import MANIFEST
-from megatron_cm3leon.slurm.commands import cancel, list_alive, parse_time, submit
-from megatron_cm3leon.slurm.script import ROOT, Job, write_command_script
+from megatron_cm3leon.slurm.commands import cancel, list_active, submit
+from megatron_cm3leon.slurm.pipeline_config import Pipeline, Stage
+from megatron_cm3leon.slurm.script import ROOT, Job, build_command_script
 from megatron_cm3leon.slurm.site import Site
-from megatron_cm3leon.slurm.training_job import FOLDER, Prepared, TrainingJob, prepare_training, write_training
+from megatron_cm3leon.slurm.training_job import FOLDER, PreparedJob, TrainingJob, prepare_training, write_training
 
-PLAN, JOBS = "pipeline.yaml", "jobs.yaml"
+PIPELINE, JOBS = "pipeline.yaml", "jobs.yaml"
+"""Files in OUTPUT/submit/: the pipeline as it was submitted last, and the IDs of its jobs."""
 INDEX = "index.json"
-
-
-@dataclass(kw_only=True)
-class Stage:
-    """Resources of one stage, and options of its tool."""
-
-    tasks: int = 1
-    """Tasks of the job array that share the work; 1 is one job. Of merge and index always 1."""
-    cpus: int = 1
-    """CPU cores of a task."""
-    gpus: int = 0
-    """GPUs of a task."""
-    time: str = "4:00:00"
-    """Time limit of a task."""
-    memory: str = ""
-    """Memory of a task, such as 64G; empty is the site's."""
-    partition: str = ""
-    """Partition; empty is the site's."""
-    options: list[str] = field(default_factory=list)
-    """Further options of the tool, such as [--workers, 16]."""
-
-
-@dataclass(kw_only=True)
-class TrainStage:
-    """The training job."""
-
-    nodes: int = 1
-    """Nodes."""
-    gpus_per_node: int = 0
-    """GPUs of a node, one rank each."""
-    ranks_per_node: int = 0
-    """Ranks of a node without GPUs."""
-    time: str = "24:00:00"
-    """Time limit of one start."""
-    partition: str = ""
-    """Partition; empty is the site's."""
-    launcher: str = "srun"
-    """srun or torchrun."""
-    options: list[str] = field(default_factory=list)
-    """Fields that replace the configuration's: section.key=value."""
-
-
-@dataclass(kw_only=True)
-class Pipeline:
-    """A pipeline's YAML file."""
-
-    input: list[str] = field(default_factory=list)
-    """Raw pairs, as tools/preprocess_data.py takes them; * and ? are expanded when it is submitted."""
-    heldout: list[str] = field(default_factory=list)
-    """Raw pairs for validation; empty for none."""
-    tokenizer: str = ""
-    """Tokenizer folder."""
-    encoder: str = ""
-    """CLIP folder that embeds the documents; empty trains without retrieval."""
-    output: str = ""
-    """Folder of shards, indexes, scripts and logs."""
-    config: str = ""
-    """YAML of the training run; empty ends with the index."""
-    preprocess: Stage = field(default_factory=Stage)
-    merge: Stage = field(default_factory=Stage)
-    embed: Stage = field(default_factory=Stage)
-    """Its options also go to index: both are tools/build_index.py."""
-    index: Stage = field(default_factory=Stage)
-    train: TrainStage = field(default_factory=TrainStage)
+"""Exists in a finished index folder, as MANIFEST does in a finished folder of shards."""
 
 
 @dataclass
@@ -95,95 +33,49 @@ class Step:
 
     name: str
     text: str
+    """Content of the batch script."""
     after: list[str]
     """Names of the steps that must have succeeded."""
-    training: Prepared | None = None
-    script: Path = Path()
+    script: Path
+    training: PreparedJob | None = None
 
 
 @dataclass
-class Plan:
-    """The jobs that are missing, in an order in which they can be submitted."""
+class Chain:
+    """The jobs of a pipeline that are still missing."""
 
     pipeline: Pipeline
     folder: Path
+    """OUTPUT/submit/."""
     steps: list[Step]
+    """Each step comes after those for which it waits."""
     finished: list[Path]
+    """Folders that are complete."""
 
 
-def load_pipeline(path: str, overrides: list[str]) -> Pipeline:
-    """Read and check a pipeline's YAML file and `section.key=value`; ValueError names what is wrong."""
-    if not Path(path).is_file():
-        raise ValueError(f"no pipeline file at {path}.")
-    example = "write options: [output=runs/mine], as in examples/slurm/pipeline.yaml"
-    pipeline = load_fields(path, Pipeline, overrides, example)
-    check_pipeline(pipeline)
-    return pipeline
-
-
-def check_pipeline(pipeline: Pipeline) -> None:
-    """Fill in absolute paths, expand patterns; ValueError for what is missing or cannot be."""
-    expand_fields(pipeline, ("input", "heldout", "tokenizer", "encoder", "output", "config"))
-    for name in ("input", "tokenizer", "output"):
-        if not getattr(pipeline, name):
-            raise ValueError(f"{name} is empty; a pipeline needs it ({name}: ... in its YAML, or {name}=...).")
-    for name in ("tokenizer", "encoder"):
-        folder = getattr(pipeline, name)
-        if folder and not Path(folder).is_dir():
-            raise ValueError(f"{name} ({folder}) is no folder.")
-    pipeline.input, pipeline.heldout = expand("input", pipeline.input), expand("heldout", pipeline.heldout)
-    for name in ("tokenizer", "encoder", "output", "config"):
-        if value := getattr(pipeline, name):
-            setattr(pipeline, name, str(Path(value).absolute()))
-    for name in ("preprocess", "merge", "embed", "index", "train"):
-        stage = getattr(pipeline, name)
-        try:
-            parse_time(stage.time)
-        except ValueError as error:
-            raise ValueError(f"{name}.time: {error}") from error
-        for key in ("tasks", "cpus"):
-            if getattr(stage, key, 1) < 1:
-                raise ValueError(f"{name}.{key} ({getattr(stage, key)}) must be at least 1.")
-
-
-def expand(name: str, patterns: list[str]) -> list[str]:
-    """Paths behind shell patterns, absolute and sorted; URLs stay. ValueError for a pattern that matches nothing."""
-    found = []
-    for pattern in patterns:
-        if "://" in pattern:
-            found.append(pattern)
-            continue
-        path = Path(pattern).absolute()
-        matches = sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
-        if not matches:
-            raise ValueError(f"{name} ({pattern}) matches no file.")
-        found += matches
-    return found
-
-
-class Planner:
-    """Writes the scripts of a pipeline's stages."""
+class StepBuilder:
+    """Builds the steps of a pipeline that are missing; its methods yield none for a finished folder."""
 
     def __init__(self, pipeline: Pipeline, site: Site) -> None:
         self.pipeline, self.site = pipeline, site
         self.output = Path(pipeline.output)
         self.folder = self.output / FOLDER
 
-    def steps(self) -> Iterator[Step]:
-        """Every job that is missing."""
+    def build_all(self) -> Iterator[Step]:
+        """Every missing step, in the order of submission."""
         pipeline = self.pipeline
-        yield from self.make_shards("shards", pipeline.input, pipeline.preprocess.tasks)
+        yield from self.build_shards("shards", pipeline.input, pipeline.preprocess.tasks)
         if pipeline.heldout:
-            yield from self.make_shards("heldout", pipeline.heldout, 1)
+            yield from self.build_shards("heldout", pipeline.heldout, 1)
         if pipeline.encoder:
-            yield from self.make_index()
+            yield from self.build_index()
             if pipeline.heldout:
-                yield from self.make_heldout_index()
+                yield from self.build_heldout_index()
         if pipeline.config:
-            yield self.train()
+            yield self.build_training()
 
-    def make_shards(self, name: str, inputs: list[str], tasks: int) -> Iterator[Step]:
-        """Preprocessing, as an array with a merge behind it where there are several tasks."""
+    def build_shards(self, name: str, inputs: list[str], tasks: int) -> Iterator[Step]:
+        """Preprocessing: one job, or an array and a merge of its parts."""
         stage, target = self.pipeline.preprocess, self.output / name
         if (target / MANIFEST).exists():
             return
@@ -193,37 +85,67 @@ class Planner:
         last: list[str] = []
         for each in rounds:
             step = f"{name}-{each}" if each else name
-            yield self.command(step, stage, [*words, *(["--stage", each] if each else [])], last, tasks)
+            yield self.build_step(step, stage, [*words, *(["--stage", each] if each else [])], last, tasks)
             last = [step]
         if tasks > 1:
             merge = [ROOT / "tools/preprocess_data.py", "merge", "--output", target]
-            yield self.command(f"{name}-merge", self.pipeline.merge, merge, last)
+            yield self.build_step(f"{name}-merge", self.pipeline.merge, merge, last, tasks=None)
 
-    def make_index(self) -> Iterator[Step]:
-        """Embedding, as an array where there are several tasks, then the index and the table of neighbours."""
+    def build_index(self) -> Iterator[Step]:
+        """Embedding, if it has several tasks, and then the index with its table of neighbors."""
         embed, target = self.pipeline.embed, self.output / "index"
         if (target / INDEX).exists():
             return
-        words = self.index_words("shards", target)
+        words = self.list_index_words("shards", target)
         after = ["shards-merge" if self.pipeline.preprocess.tasks > 1 else "shards"]
         if embed.tasks > 1:
-            yield self.command("embed", embed, [*words, "--stage", "encode"], after, embed.tasks)
+            yield self.build_step("embed", embed, [*words, "--stage", "encode"], after, embed.tasks)
             after = ["embed"]
-        yield self.command("index", self.pipeline.index, words, after)
+        yield self.build_step("index", self.pipeline.index, words, after)
 
-    def make_heldout_index(self) -> Iterator[Step]:
+    def build_heldout_index(self) -> Iterator[Step]:
+        """The neighbors of the held-out documents in the training documents."""
         target = self.output / "heldout_index"
         if not (target / INDEX).exists():
-            words = [*self.index_words("heldout", target), "--bank", self.output / "index"]
-            yield self.command("heldout-index", self.pipeline.index, words, ["heldout", "index"])
+            words = [*self.list_index_words("heldout", target), "--bank", self.output / "index"]
+            yield self.build_step("heldout-index", self.pipeline.index, words, ["heldout", "index"])
 
-    def index_words(self, shards: str, target: Path) -> list[object]:
+    def list_index_words(self, shards: str, target: Path) -> list[object]:
         words = [ROOT / "tools/build_index.py", "--shards", self.output / shards, "--output", target]
         return [*words, "--encoder", self.pipeline.encoder, *self.pipeline.embed.options]
 
-    def command(self, name: str, stage: Stage, words: list[object], after: list[str], tasks: int = 1) -> Step:
-        """A step that runs one tool; several tasks tell each its share, so that any of them can be run again alone."""
-        array = tasks if tasks > 1 else 0
+    def build_training(self) -> Step:
+        """The training job, which reads what the other steps write."""
+        pipeline, stage = self.pipeline, self.pipeline.train
+        site = deepcopy(self.site)
+        site.partition = stage.partition or site.partition
+        data = [f"data.shards={self.output / 'shards'}"]
+        if pipeline.encoder:
+            data.append(f"retrieval.index={self.output / 'index'}")
+        if pipeline.heldout:
+            data.append(f"validation.shards={self.output / 'heldout'}")
+        if pipeline.heldout and pipeline.encoder:
+            data.append(f"validation.index={self.output / 'heldout_index'}")
+        job = TrainingJob(
+            config=pipeline.config,
+            overrides=[*data, *stage.options],
+            nodes=stage.nodes,
+            gpus_per_node=stage.gpus_per_node,
+            ranks_per_node=stage.ranks_per_node,
+            time=stage.time,
+            launcher=stage.launcher,
+            site=site,
+        )
+        prepared = prepare_training(job, data_exists=False)
+        after = ["shards", "shards-merge", "heldout", "index", "heldout-index"]
+        return Step("train", prepared.text, after, prepared.script, prepared)
+
+    def build_step(self, name: str, stage: Stage, words: list[object], after: list[str], tasks: int | None = 1) -> Step:
+        """A step that runs one tool, as an array if there are several tasks; None: the tool has no --task-id.
+
+        Each task gets its index and the number of tasks as options, so that it can be run again alone.
+        """
+        array = tasks if tasks and tasks > 1 else 0
         site = deepcopy(self.site)
         site.partition, site.memory = stage.partition or site.partition, stage.memory or site.memory
         job = Job(
@@ -236,59 +158,37 @@ class Planner:
             site=site,
             folders=self.list_folders(),
         )
-        share = f' --task-id "$SLURM_ARRAY_TASK_ID" --num-tasks {tasks}' if array else " --task-id 0 --num-tasks 1"
-        more = "" if "merge" in words else share
-        return Step(name, write_command_script(job, words, more), after, script=self.folder / f"{name}.sh")
+        suffix = f' --task-id "$SLURM_ARRAY_TASK_ID" --num-tasks {tasks}' if array else " --task-id 0 --num-tasks 1"
+        text = build_command_script(job, words, suffix if tasks else "")
+        return Step(name, text, after, self.folder / f"{name}.sh")
 
     def list_folders(self) -> list[Path]:
+        """The folders that the tools read or write."""
         pipeline = self.pipeline
         inputs = [Path(name) for name in (*pipeline.input, *pipeline.heldout) if "://" not in name]
         parents = sorted({path if path.is_dir() else path.parent for path in inputs})
         return [self.output, *(Path(name) for name in (pipeline.tokenizer, pipeline.encoder) if name), *parents]
 
-    def train(self) -> Step:
-        """The training job on what the steps before it make."""
-        pipeline, stage = self.pipeline, self.pipeline.train
-        site = deepcopy(self.site)
-        site.partition = stage.partition or site.partition
-        data = [f"data.shards={self.output / 'shards'}"]
-        after = ["shards", "shards-merge", "heldout", "index", "heldout-index"]
-        if pipeline.encoder:
-            data.append(f"retrieval.index={self.output / 'index'}")
-        if pipeline.heldout:
-            data.append(f"validation.shards={self.output / 'heldout'}")
-            if pipeline.encoder:
-                data.append(f"validation.index={self.output / 'heldout_index'}")
-        job = TrainingJob(
-            config=pipeline.config,
-            overrides=[*data, *stage.options],
-            nodes=stage.nodes,
-            gpus_per_node=stage.gpus_per_node,
-            ranks_per_node=stage.ranks_per_node,
-            time=stage.time,
-            launcher=stage.launcher,
-            site=site,
-        )
-        prepared = prepare_training(job, data_exists=False)
-        return Step("train", prepared.text, after, prepared, prepared.script)
 
-
-def plan_pipeline(pipeline: Pipeline, site: Site) -> Plan:
-    """The jobs that are missing. ValueError where finished parts were made from something else."""
-    planner = Planner(pipeline, site)
-    steps = list(planner.steps())
+def build_chain(pipeline: Pipeline, site: Site) -> Chain:
+    """The missing jobs; ValueError if finished folders were made from another input or with other options."""
+    builder = StepBuilder(pipeline, site)
+    steps = list(builder.build_all())
     names = {step.name for step in steps}
     for step in steps:
         step.after = [name for name in step.after if name in names]
-    marks = [planner.output / name / MANIFEST for name in ("shards", "heldout")]
-    marks += [planner.output / name / INDEX for name in ("index", "heldout_index")]
+    marks = [builder.output / name / MANIFEST for name in ("shards", "heldout")]
+    marks += [builder.output / name / INDEX for name in ("index", "heldout_index")]
     finished = [mark.parent for mark in marks if mark.exists()]
-    check_same_origin(pipeline, planner.folder / PLAN, finished)
-    return Plan(pipeline, planner.folder, steps, finished)
+    check_same_origin(pipeline, builder.folder / PIPELINE, finished)
+    return Chain(pipeline, builder.folder, steps, finished)
 
 
 def check_same_origin(pipeline: Pipeline, path: Path, finished: list[Path]) -> None:
-    """Refuse to build on parts that were finished with another input, tokenizer, encoder or other options."""
+    """Raise ValueError if the finished folders were made from another input, tokenizer or encoder, or other options.
+
+    `path`: the pipeline as it was submitted last.
+    """
     if not finished or not path.exists():
         return
     before = yaml.safe_load(path.read_text())
@@ -300,47 +200,55 @@ def check_same_origin(pipeline: Pipeline, path: Path, finished: list[Path]) -> N
             old, new = old[key], new[key]
         if old and old != new:
             raise ValueError(
-                f"{'.'.join(keys)} ({new}) was {old} when {', '.join(map(str, finished))} were made; give the old "
-                f"value, another output, or remove those folders."
+                f"{'.'.join(keys)} ({new}) was {old} when {', '.join(map(str, finished))} were made; restore the old "
+                f"value, choose another output, or delete those folders."
             )
 
 
-def show_plan(plan: Plan) -> str:
-    """Every script, with what it waits for."""
-    shown = [f"### {folder} is finished: left out\n" for folder in plan.finished]
-    for step in plan.steps:
+def format_chain(chain: Chain) -> str:
+    """All scripts as text, each with the steps for which it waits."""
+    shown = [f"### {folder} is finished: skipped\n" for folder in chain.finished]
+    for step in chain.steps:
         shown.append(f"### {step.script}" + (f", after {', '.join(step.after)}" if step.after else "") + "\n")
         shown.append(step.text)
     return "\n".join(shown)
 
 
-def submit_plan(plan: Plan) -> Iterator[str]:
-    """Submit what is missing and yield a line a job; all or none. ValueError while an earlier chain is alive."""
-    yield from (f"{folder} is finished: left out" for folder in plan.finished)
-    if not plan.steps:
+def submit_chain(chain: Chain) -> Iterator[str]:
+    """Submit the missing jobs, all or none, and yield a line per job; ValueError while an earlier chain is active."""
+    yield from (f"{folder} is finished: skipped" for folder in chain.finished)
+    if not chain.steps:
         yield "nothing is missing."
         return
-    record = plan.folder / JOBS
-    if record.exists() and (alive := list_alive(list(yaml.safe_load(record.read_text()).values()))):
-        raise ValueError(
-            f"jobs {', '.join(map(str, alive))} of this pipeline wait or run still; wait for them, or first `scancel "
-            f"{' '.join(map(str, alive))}`."
-        )
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    (plan.folder / PLAN).write_text(yaml.safe_dump(asdict(plan.pipeline), sort_keys=False))
+    check_inactive(chain)
+    chain.folder.mkdir(parents=True, exist_ok=True)
+    (chain.folder / PIPELINE).write_text(yaml.safe_dump(asdict(chain.pipeline), sort_keys=False))
     jobs: dict[str, int] = {}
-    for step in plan.steps:
+    for step in chain.steps:
         if step.training:
             write_training(step.training)
         else:
             step.script.write_text(step.text)
-        waits = ":".join(str(jobs[name]) for name in step.after)
-        options = [f"--dependency=afterok:{waits}", "--kill-on-invalid-dep=yes"] if waits else []
+        dependencies = ":".join(str(jobs[name]) for name in step.after)
+        options = [f"--dependency=afterok:{dependencies}", "--kill-on-invalid-dep=yes"] if dependencies else []
         try:
             jobs[step.name] = submit(step.script, *options)
         except ValueError:
             if jobs:
                 cancel(list(jobs.values()))
             raise
-        record.write_text(yaml.safe_dump(jobs, sort_keys=False))
+        (chain.folder / JOBS).write_text(yaml.safe_dump(jobs, sort_keys=False))
         yield f"job {jobs[step.name]}: {step.name}" + (f", after {', '.join(step.after)}" if step.after else "")
+
+
+def check_inactive(chain: Chain) -> None:
+    """Raise ValueError while jobs of the pipeline are pending or running."""
+    record = chain.folder / JOBS
+    if not record.exists():
+        return
+    active = list_active(list(yaml.safe_load(record.read_text()).values()))
+    if active:
+        raise ValueError(
+            f"jobs {', '.join(map(str, active))} of this pipeline are still pending or running; wait for them, or "
+            f"cancel them: scancel {' '.join(map(str, active))}"
+        )

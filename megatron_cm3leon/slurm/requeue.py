@@ -1,20 +1,20 @@
-"""Once the ranks of a SLURM job have ended: does the job end, or start again? Asked by the batch script.
+"""Decides, after the ranks of a SLURM job have ended, whether the job ends or starts again. Run by the batch script.
 
     python -m megatron_cm3leon.slurm.requeue RUN --status 75 --signal USR1 --since 1700000000 --max-restarts 3 \\
         --job "$(scontrol show job -o "$SLURM_JOB_ID")"
 
-prints `requeue` or `end STATUS`; why goes to stderr, and into the run folder's events when the job starts again or
-gives up. What decides, first to last:
+prints `requeue` or `end STATUS`. The reason goes to stderr and, when the job starts again or gives up, into the run's
+events. The first rule that applies decides:
 
-1. SLURM is ending the job already (scancel, pre-emption, a node that went down): it alone says what comes next.
-2. The run finished, or its user must mend something (exit status 2): it ends.
-3. It was asked to stop because time is running out (SIGUSR1): it starts again.
-4. It was told to stop (SIGTERM): it ends, unless it is being pre-empted with a grace time: SLURM 22.05 requeues only
-   a job that is still there when its grace ends, and this one has saved and left.
-5. Anything else is a failure: it starts again.
+1. SLURM is already ending the job (scancel, pre-emption, node failure): the job ends, and SLURM decides what follows.
+2. The run is finished, or the user must fix something (exit status 2): the job ends.
+3. The run stopped because its time limit was near (SIGUSR1): the job starts again.
+4. The run stopped on SIGTERM: the job ends, unless it is being pre-empted with a grace time. SLURM 22.05 requeues only
+   jobs that still run at the end of their grace time, and this one has saved and ended before.
+5. Anything else is a failure: the job starts again.
 
-3 to 5 hold until --max-restarts starts in a row brought no new checkpoint. torchrun turns every failing exit status
-into 1, so the `stop` and `failure` events of this start count before the status.
+After --max-restarts consecutive restarts without a new checkpoint the job ends in cases 3 to 5 too. torchrun turns each
+nonzero exit status into 1, so the `stop` and `failure` events of this start take precedence over the status.
 """
 
 import argparse
@@ -27,43 +27,47 @@ from megatron_cm3leon.runtime.exit_status import STOPPED, USER_ERROR
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What becomes of the job."""
+class Decision:
+    """Whether the job starts again, and why."""
 
     requeue: bool
     status: int
-    """Exit status of a job that ends."""
+    """Exit status of the job if it ends."""
     reason: str
 
 
 def parse_job(line: str) -> dict[str, str]:
-    """The fields of one line of `scontrol show job -o`."""
+    """Parse the fields of one line of `scontrol show job -o`."""
     return dict(field.partition("=")[::2] for field in line.split() if "=" in field)
 
 
-def decide(status: int, signal: str, events: list[dict], job: dict[str, str]) -> Verdict:
-    """`signal`: what the batch script received, USR1, TERM or nothing; `events`: those of this start of the job."""
+def decide(status: int, signal: str, events: list[dict], job: dict[str, str]) -> Decision:
+    """Decide whether a job starts again, without the limit of restarts.
+
+    `signal`: received by the batch script (USR1, TERM or empty); `events`: since this start of the job; `job`: fields
+    of `scontrol show job`.
+    """
     last = {event["event"]: event for event in events}
     if job.get("JobState", "RUNNING") != "RUNNING":
-        return Verdict(False, status or STOPPED, f"SLURM is ending the job itself ({job['JobState']})")
+        return Decision(False, status or STOPPED, f"SLURM is ending the job ({job['JobState']})")
     stopped = last.get("stop", {}).get("reason")
     if stopped in ("finished", "stop_after") or status == 0:
-        return Verdict(False, 0, "the run is finished")
+        return Decision(False, 0, "the run is finished")
     failure = last.get("failure", {})
     if USER_ERROR in (status, failure.get("status")):
-        return Verdict(False, USER_ERROR, "the run stopped with an error that its user can mend")
+        return Decision(False, USER_ERROR, "the run stopped with an error that the user must fix")
     received = {signal, str(last.get("signal", {}).get("signal", "")).removeprefix("SIG")}
     if "USR1" in received:
-        return Verdict(True, STOPPED, "time limit")
+        return Decision(True, STOPPED, "time limit")
     if job.get("PreemptTime", "None") != "None":
-        return Verdict(True, STOPPED, "pre-emption")
+        return Decision(True, STOPPED, "pre-emption")
     if "TERM" in received or status == STOPPED:
-        return Verdict(False, STOPPED, "the run was told to stop; the same command goes on")
-    return Verdict(True, status, failure.get("cause") or f"exit status {status}")
+        return Decision(False, STOPPED, "the run was stopped by SIGTERM; the same command continues it")
+    return Decision(True, status, failure.get("cause") or f"exit status {status}")
 
 
 def count_idle_restarts(events: list[dict], job: str | None, step: int) -> int:
-    """Restarts of this job, in a row up to now, at which the newest checkpoint was that of `step` already."""
+    """Number of consecutive last restarts of this job since which no checkpoint after `step` was written."""
     count = 0
     for event in reversed([event for event in events if event["event"] == "requeue"]):
         if event["job"] != job or event["step"] < step:
@@ -72,33 +76,36 @@ def count_idle_restarts(events: list[dict], job: str | None, step: int) -> int:
     return count
 
 
-def limit_restarts(verdict: Verdict, idle: int, most: int) -> Verdict:
-    """The verdict, unless the last `most` restarts brought nothing."""
-    if not verdict.requeue or idle < most:
-        return verdict
-    return Verdict(
+def limit_restarts(decision: Decision, idle: int, most: int) -> Decision:
+    """`decision`, but the job ends if its last `most` restarts, `idle` by count, wrote no new checkpoint."""
+    if not decision.requeue or idle < most:
+        return decision
+    return Decision(
         False,
-        verdict.status if verdict.status not in (0, STOPPED) else 1,
-        f"{idle} restarts in a row brought no new checkpoint, cluster.max_restarts is {most}; the last end: "
-        f"{verdict.reason}. Mend its cause, then submit the same command again",
+        decision.status if decision.status not in (0, STOPPED) else 1,
+        f"{idle} consecutive restarts without a new checkpoint, cluster.max_restarts is {most}; the last end: "
+        f"{decision.reason}. Fix its cause, then submit the same command again",
     )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="megatron_cm3leon.slurm.requeue", description=__doc__.partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="megatron_cm3leon.slurm.requeue", description=summary)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--status", type=int, required=True, help="exit status of the ranks")
-    parser.add_argument("--signal", default="", help="signal that the batch script received: USR1, TERM or nothing")
-    parser.add_argument("--since", type=float, required=True, help="when this start of the job began, Unix seconds")
-    parser.add_argument("--max-restarts", type=int, required=True, help="restarts in a row without a new checkpoint")
-    parser.add_argument("--job", required=True, help="what `scontrol show job -o` says of the job")
+    parser.add_argument("--signal", default="", help="signal that the batch script received: USR1, TERM or empty")
+    parser.add_argument("--since", type=float, required=True, help="time of this start of the job, Unix seconds")
+    parser.add_argument("--max-restarts", type=int, required=True, help="consecutive restarts without a new checkpoint")
+    parser.add_argument("--job", required=True, help="output of `scontrol show job -o`")
     options = parser.parse_args()
     events, job = read_events(options.run), parse_job(options.job)
-    verdict = decide(options.status, options.signal, [event for event in events if event["time"] >= options.since], job)
+    of_this_start = [event for event in events if event["time"] >= options.since]
+    decision = decide(options.status, options.signal, of_this_start, job)
     found = list_checkpoints(options.run)
-    step = parse_step(found[-1]) if found else -1
-    final = limit_restarts(verdict, count_idle_restarts(events, job.get("JobId"), step), options.max_restarts)
-    if verdict.requeue:
+    newest = parse_step(found[-1]) if found else None
+    step = -1 if newest is None else newest
+    final = limit_restarts(decision, count_idle_restarts(events, job.get("JobId"), step), options.max_restarts)
+    if decision.requeue:
         record(
             options.run,
             events[-1]["attempt"] if events else 0,

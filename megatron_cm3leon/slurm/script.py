@@ -1,7 +1,7 @@
-"""Batch scripts: what sbatch is given. Readable, complete, and the same for everybody who reads one.
+"""Batch scripts for sbatch: complete, readable, and independent of who submits them.
 
-A script starts its command through srun, in the site's container where there is one. That of a training job also finds
-the rendezvous, passes SIGUSR1 on to the ranks, and asks requeue.py what comes next once they have ended.
+A script starts its command through srun, in the site's container if there is one. That of a training job also sets up
+the rendezvous, forwards SIGUSR1 to the ranks, and runs requeue.py after they have ended.
 """
 
 import re
@@ -16,37 +16,37 @@ from megatron_cm3leon.slurm.site import Site
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("srun", "torchrun")
 ENVIRONMENT = {"NCCL_DEBUG": "WARN", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
-"""Of every job, below the site's `environment`. One connection: kernels start in the order of their launch, which
-megatron-core's overlap of tensor parallel communication with computation relies on."""
+"""Environment of every job; the site's `environment` overrides it. With one connection, kernels start in the order of
+their launch: megatron-core requires this to overlap tensor-parallel communication with computation."""
 SECONDS_FOR_LAST_RANK = 25
-"""What srun leaves the other ranks once the first has ended: they finish saving, or tell their error, or are ended."""
+"""Time that srun gives the other ranks after the first has ended, to finish saving or to report their error."""
 
 
 @dataclass(kw_only=True)
 class Job:
-    """What a job asks of SLURM."""
+    """The resources of a job, and its script's settings."""
 
     name: str
     log: Path
-    """File of the output; %j stands for the job's number, %A and %a for an array's and its task's."""
+    """Output file; SLURM replaces %j by the job ID, %A by the array's ID and %a by the task's."""
     time: str
     nodes: int = 1
     tasks_per_node: int = 1
-    """srun tasks on a node."""
+    """srun tasks per node."""
     cpus_per_task: int = 0
-    """CPU cores of an srun task; 0 leaves them to SLURM."""
+    """CPU cores per srun task; 0: SLURM's default."""
     gpus_per_node: int = 0
     array: int = 0
-    """Tasks of a job array; 0 is no array."""
-    lead: int = 0
-    """Seconds before the end at which the batch script gets SIGUSR1; 0 is never."""
+    """Number of tasks of a job array; 0: no array."""
+    signal_time: int = 0
+    """Seconds before the time limit at which the batch script receives SIGUSR1; 0: never."""
     site: Site = field(default_factory=Site)
     folders: list[Path] = field(default_factory=list)
-    """What the job reads and writes: mounted in a container."""
+    """Folders that the job reads or writes; they are mounted in a container."""
 
 
-def write_header(job: Job) -> str:
-    """The #SBATCH lines, and the environment of every command below them."""
+def build_header(job: Job) -> str:
+    """The #SBATCH lines, and the environment of the commands."""
     site = job.site
     options = {
         "job-name": job.name,
@@ -61,14 +61,14 @@ def write_header(job: Job) -> str:
         "mem": site.memory,
         "time": job.time,
         "array": f"0-{job.array - 1}" if job.array else "",
-        "signal": f"B:USR1@{job.lead}" if job.lead else "",
+        "signal": f"B:USR1@{job.signal_time}" if job.signal_time else "",
         "open-mode": "append",
         "output": _escape_log(job.log),
         "chdir": Path.cwd(),
     }
     lines = ["#!/bin/bash", *(f"#SBATCH --{name}={_quote(value)}" for name, value in options.items() if value)]
     lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in site.sbatch)]
-    lines += ["# Written by tools/submit.py; `sbatch` of this file is the same job again.", ""]
+    lines += ["# Written by tools/submit.py; `sbatch` of this file submits the same job again.", ""]
     lines += [*site.setup, *(f"module load {shlex.quote(module)}" for module in site.modules)]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in {**ENVIRONMENT, **site.environment}.items()]
     lines += [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}", ""]
@@ -76,7 +76,7 @@ def write_header(job: Job) -> str:
 
 
 def _quote(value: object) -> str:
-    """A value of an #SBATCH line, which sbatch splits like a shell, quotes and comments too, but does not expand."""
+    """Quote a value of an #SBATCH line, in which sbatch reads quotes and comments like a shell, but expands nothing."""
     text = str(value)
     if not re.search(r"""[\s"'#\\]""", text):
         return text
@@ -84,27 +84,27 @@ def _quote(value: object) -> str:
 
 
 def _escape_log(log: Path) -> str:
-    """The log as --output takes it: `%` of a folder's name is no pattern. ValueError for what SLURM cannot name."""
+    """The log for --output, with each `%` of its folder escaped; ValueError for characters that SLURM rejects."""
     if "\\" in str(log) or "\n" in str(log):
         raise ValueError(
-            f"output ({log.parent.parent}) has a backslash or a line break, which SLURM takes in no log's name; "
-            f"choose another."
+            f"output ({log.parent.parent}) has a backslash or a line break, which SLURM does not allow in the name "
+            f"of a log; choose another output."
         )
     return str(log.parent).replace("%", "%%") + f"/{log.name}"
 
 
-def srun_options(job: Job) -> list[str]:
-    """Of every srun: since SLURM 22.05 it no longer takes --cpus-per-task from sbatch."""
-    cpus = [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
+def list_srun_options(job: Job) -> list[str]:
+    """Options of every srun of the job. Since SLURM 22.05 srun does not inherit --cpus-per-task from sbatch."""
+    options = [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
     container = job.site.container
     if container.image and container.runtime == "pyxis":
         mounts = ",".join(list_mounts(job))
-        cpus += [f"--container-image={container.image}", f"--container-mounts={mounts}", *container.options]
-    return [*cpus, *job.site.srun]
+        options += [f"--container-image={container.image}", f"--container-mounts={mounts}", *container.options]
+    return [*options, *job.site.srun]
 
 
-def container_prefix(job: Job) -> list[str]:
-    """What stands before a command that runs in an apptainer container; nothing otherwise."""
+def build_container_command(job: Job) -> list[str]:
+    """The words before a command that runs in an apptainer container; none without one."""
     container = job.site.container
     if not container.image or container.runtime != "apptainer":
         return []
@@ -113,79 +113,80 @@ def container_prefix(job: Job) -> list[str]:
 
 
 def list_mounts(job: Job) -> list[str]:
-    """The site's mounts, then the project's folder and those of the job that none of them holds."""
+    """The site's mounts, then those folders of the project and the job that no mount contains."""
     mounts = list(job.site.container.mounts)
     for folder in map(Path, (ROOT, *job.folders)):
-        held = [Path(mount.partition(":")[0]) for mount in mounts]
-        if not any(folder.absolute().is_relative_to(mount) for mount in held):
+        mounted = [Path(mount.partition(":")[0]) for mount in mounts]
+        if not any(folder.absolute().is_relative_to(parent) for parent in mounted):
             mounts.append(str(folder.absolute()))
     return mounts
 
 
 def find_python(site: Site) -> str:
-    """Interpreter of the jobs."""
+    """Python interpreter of the jobs."""
     return site.python or ("python" if site.container.image else sys.executable)
 
 
-def join(words: Iterable[object]) -> str:
-    """Words as bash reads them again."""
+def join_words(words: Iterable[object]) -> str:
+    """Quote words for bash and join them to one command."""
     return shlex.join(map(str, words))
 
 
-def write_command_script(job: Job, words: list[object], more: str = "") -> str:
-    """A script that runs one command in one srun task; `more` is bash of its own behind the words."""
-    command = join(["srun", "--ntasks=1", *srun_options(job), *container_prefix(job), find_python(job.site), *words])
-    return f"{write_header(job)}exec {command}{more}\n"
+def build_command_script(job: Job, words: list[object], suffix: str = "") -> str:
+    """A script that runs one command in one srun task; `suffix` is unquoted bash after the words."""
+    command = join_words(
+        ["srun", "--ntasks=1", *list_srun_options(job), *build_container_command(job), find_python(job.site), *words]
+    )
+    return f"{build_header(job)}exec {command}{suffix}\n"
 
 
-def write_training_script(job: Job, run: Path, words: list[object], launcher: str, ranks: int, restarts: int) -> str:
-    """A script that trains with `ranks` ranks a node, and starts again as long as that helps.
+def build_training_script(job: Job, run: Path, words: list[object], launcher: str, ranks: int, restarts: int) -> str:
+    """A script that trains with `ranks` ranks per node and requeues itself as requeue.py decides.
 
     `words`: the training command's arguments. `restarts`: cluster.max_restarts.
     """
     python = find_python(job.site)
     train = ["-m", "megatron_cm3leon.train", *words]
-    # --wait: a rank that ends, however it ends, must not end the one that still writes the checkpoint.
-    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={SECONDS_FOR_LAST_RANK}", *srun_options(job)]
-    launch = join([*srun, *container_prefix(job), python, *train])  # the ranks know SLURM's variables
+    # --wait: when a rank ends, for any reason, srun must not end the ranks that still write the checkpoint.
+    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={SECONDS_FOR_LAST_RANK}", *list_srun_options(job)]
+    launch = join_words([*srun, *build_container_command(job), python, *train])  # the ranks read SLURM's variables
     if launcher == "torchrun":
-        start = join([python, "-m", "torch.distributed.run", *train])
-        launch = f"{join([*srun, *container_prefix(job), 'bash', '-c'])} '{TORCHRUN_TASK}' rank {start}"
-    ask = ["srun", "--overlap", "--nodes=1", "--ntasks=1", *srun_options(job)] if _in_pyxis(job) else []
-    asking = join([*ask, *container_prefix(job), python, "-m", "megatron_cm3leon.slurm.requeue", run])
-    return write_header(job) + TRAINING.format(launch=launch, ask=asking, ranks=ranks, restarts=restarts)
+        start = join_words([python, "-m", "torch.distributed.run", *train])
+        launch = f"{join_words([*srun, *build_container_command(job), 'bash', '-c'])} '{TORCHRUN_TASK}' rank {start}"
+    container = job.site.container
+    in_pyxis = bool(container.image) and container.runtime == "pyxis"
+    step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", *list_srun_options(job)] if in_pyxis else []
+    requeue = join_words([*step, *build_container_command(job), python, "-m", "megatron_cm3leon.slurm.requeue", run])
+    return build_header(job) + TRAINING.format(launch=launch, requeue=requeue, ranks=ranks, restarts=restarts)
 
 
-def _in_pyxis(job: Job) -> bool:
-    return bool(job.site.container.image) and job.site.container.runtime == "pyxis"
-
-
-# SLURM signals the task, which is this shell (and, without cgroups, all below it). torchrun would end on SIGUSR1, and
-# end its ranks 30 s after SIGTERM; so it ignores the one, and its children, the ranks, get both from here.
+# SLURM signals the task, which is this shell (and, without cgroups, all processes below it). torchrun would end on
+# SIGUSR1, and would end its ranks 30 s after SIGTERM. So torchrun ignores SIGUSR1, and this shell forwards both signals
+# to its children, the ranks.
 TORCHRUN_TASK = """
     export PET_NODE_RANK=$SLURM_NODEID PET_NNODES=$SLURM_JOB_NUM_NODES PET_NPROC_PER_NODE=$RANKS_PER_NODE
     export PET_MASTER_ADDR=$MASTER_ADDR PET_MASTER_PORT=$MASTER_PORT
     (trap "" USR1; exec "$@") &
     torchrun=$!
-    tell() { kill -s "$1" $(cat /proc/$torchrun/task/$torchrun/children) 2>/dev/null; }
-    trap "tell USR1" USR1
-    trap "tell TERM" TERM
+    forward() { kill -s "$1" $(cat /proc/$torchrun/task/$torchrun/children) 2>/dev/null; }
+    trap "forward USR1" USR1
+    trap "forward TERM" TERM
     while kill -0 $torchrun 2>/dev/null; do wait $torchrun; done
     wait $torchrun
 """
 
 TRAINING = """\
 since=$(date +%s)
-asked="" ranks=""
-ask() {{
-    asked=$1
-    if [ -n "$ranks" ]; then kill -USR1 "$ranks"; fi  # srun passes it on to every rank
+received="" ranks=""
+forward() {{
+    received=$1
+    if [ -n "$ranks" ]; then kill -USR1 "$ranks"; fi  # srun forwards it to every rank
 }}
-trap 'ask USR1' USR1        # time is running out: sbatch --signal
-trap 'asked=TERM' TERM      # SLURM ends the job; it tells the ranks itself
+trap 'forward USR1' USR1    # the time limit is near: sbatch --signal
+trap 'received=TERM' TERM   # SLURM ends the job; it signals the ranks itself
 
-# Rendezvous: the first node's address as SLURM knows it (this node); a port by the job's number, the next one that is
-# free here where somebody listens on it.
+# Rendezvous: SLURM's address of the first node, which is this one; the port follows from the job ID, or is the next
+# one that is free here.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
@@ -198,20 +199,20 @@ launch() {{
 }}
 launch &
 ranks=$!
-if [ "$asked" = USR1 ]; then kill -USR1 "$ranks"; fi
+if [ "$received" = USR1 ]; then kill -USR1 "$ranks"; fi
 while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; done  # a trap interrupts `wait`
 wait "$ranks"
 status=$?
 trap '' USR1
 
-verdict=$({ask} --status "$status" --signal "$asked" --since "$since" --max-restarts {restarts} \\
+decision=$({requeue} --status "$status" --signal "$received" --since "$since" --max-restarts {restarts} \\
     --job "$(scontrol show job -o "$SLURM_JOB_ID")")
-case $verdict in
+case $decision in
     requeue)
         scontrol requeue "$SLURM_JOB_ID" || exit "$((status ? status : 1))"
-        sleep 60  # SLURM ends this script; its own exit status would end the job
+        sleep 60  # SLURM ends this script; an exit here would end the job
         ;;
-    end\\ *) exit "${{verdict#end }}" ;;
-    *) exit "$((status ? status : 1))" ;;  # requeue.py could not run: its error stands above
+    end\\ *) exit "${{decision#end }}" ;;
+    *) exit "$((status ? status : 1))" ;;  # requeue.py failed: its error is above
 esac
 """

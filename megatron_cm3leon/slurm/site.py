@@ -1,6 +1,6 @@
-"""What a site's SLURM wants of every job: one YAML file, so that nobody edits scripts.
+"""Defaults of a SLURM site for every job, in one YAML file, so that users need not edit scripts.
 
-Read from --site, else $MEGATRON_CM3LEON_SITE, else ~/.config/megatron_cm3leon/site.yaml where it exists.
+Read from --site, else $MEGATRON_CM3LEON_SITE, else ~/.config/megatron_cm3leon/site.yaml if it exists.
 examples/slurm/site.yaml shows every field.
 """
 
@@ -20,64 +20,66 @@ class ContainerSite:
     """The container in which the commands of a job run."""
 
     image: str = ""
-    """Image: a .sif file or URI for apptainer, a .sqsh file or URI for pyxis; empty runs without a container."""
+    """Image: a .sif file or URI for apptainer, a .sqsh file or URI for pyxis; empty: no container."""
     runtime: str = "apptainer"
-    """apptainer: `apptainer exec` in each task. pyxis: srun's --container-image, which enroot runs."""
+    """apptainer: `apptainer exec` in each task; pyxis: srun's --container-image (enroot)."""
     mounts: list[str] = field(default_factory=list)
-    """Folders seen inside, FROM or FROM:TO. The project, the run and its data are added where no mount holds them."""
+    """Mounted folders, FROM or FROM:TO. The project, the run and its data are added unless a mount contains them."""
     options: list[str] = field(default_factory=list)
-    """Further options of `apptainer exec`, or of srun with pyxis."""
+    """Additional options of `apptainer exec`, or of srun with pyxis."""
 
 
 @dataclass(kw_only=True)
 class Site:
-    """Defaults of every job; an empty one is left to SLURM."""
+    """Defaults of every job; SLURM decides where a field is empty."""
 
     partition: str = ""
     """Partition."""
     account: str = ""
-    """Account that pays."""
+    """SLURM account."""
     qos: str = ""
     """Quality of service."""
     constraint: str = ""
-    """Features that the nodes must have."""
+    """Required node features."""
     memory: str = ""
-    """Memory of a node, such as 400G; 0 is all of it."""
+    """Memory per node, such as 400G; 0 is all of it."""
     cpus_per_rank: int = 0
-    """CPU cores of a training rank, loader processes included; 0 leaves it to SLURM, whose default is one."""
+    """CPU cores per training rank, including its loader processes; 0: SLURM's default, which is one."""
     sbatch: list[str] = field(default_factory=list)
-    """Further options of sbatch, such as --exclusive or --mail-type=END."""
+    """Additional options of sbatch, such as --exclusive or --mail-type=END."""
     srun: list[str] = field(default_factory=list)
-    """Further options of srun, such as --mpi=none."""
+    """Additional options of srun, such as --mpi=none."""
     modules: list[str] = field(default_factory=list)
     """Environment modules to load."""
     setup: list[str] = field(default_factory=list)
-    """Lines of bash that run in the batch script before anything else, such as sourcing a file."""
+    """Lines of bash that run first in the batch script, for example to source a file."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables of every job, NCCL's among them; they win over this project's."""
+    """Environment variables of every job, for example of NCCL; they override this project's."""
     python: str = ""
-    """Python interpreter of the jobs; empty: the one that submits, or `python` inside a container."""
+    """Python interpreter of the jobs; empty: the submitting one, or `python` in a container."""
     container: ContainerSite = field(default_factory=ContainerSite)
     """Container of the jobs."""
 
 
 PATHS = ("python", "container.image")
-"""Fields that are paths, beside mounts; variables are those of the shell that submits."""
+"""Fields that are paths, besides mounts; variables in them are expanded at submission."""
 
 
 def find_site_file(given: str = "") -> Path | None:
-    """The site's file, or None where there is none; ValueError when the one that was named is missing."""
-    named = expand_path(given or os.environ.get(VARIABLE, ""))
-    if named:
-        if not Path(named).is_file():
-            raise ValueError(f"{'--site' if given else VARIABLE} ({named}) is no file; give the site's YAML.")
-        return Path(named)
-    usual = Path.home() / ".config/megatron_cm3leon/site.yaml"
-    return usual if usual.is_file() else None
+    """The site's file, or None if there is none; ValueError if `given` or the variable names a missing file."""
+    path = expand_path(given or os.environ.get(VARIABLE, ""))
+    if path:
+        if not Path(path).is_file():
+            raise ValueError(
+                f"{'--site' if given else VARIABLE} ({path}) does not exist; give the YAML file of the site."
+            )
+        return Path(path)
+    default = Path.home() / ".config/megatron_cm3leon/site.yaml"
+    return default if default.is_file() else None
 
 
 def load_site(given: str = "") -> Site:
-    """The site's defaults. ValueError for a missing file, an unknown key (with the nearest) or another type."""
+    """Load the site's defaults; ValueError for a missing file, an unknown key (with the nearest) or a wrong type."""
     path = find_site_file(given)
     if path is None:
         return Site()
@@ -93,11 +95,13 @@ def load_site(given: str = "") -> Site:
 
 
 def check_site(site: Site) -> None:
-    """Raise ValueError for a value that no job could be written with."""
+    """Raise ValueError for an invalid value."""
     if site.container.runtime not in RUNTIMES:
         raise ValueError(f"container.runtime ({site.container.runtime!r}) must be one of: {', '.join(RUNTIMES)}.")
     if site.cpus_per_rank < 0:
         raise ValueError(f"cpus_per_rank ({site.cpus_per_rank}) must be at least 0.")
     for name in site.environment:
         if not name.isidentifier():
-            raise ValueError(f"environment: {name!r} is no name of a variable; use letters, digits and underscores.")
+            raise ValueError(
+                f"environment: {name!r} is not a valid variable name; use letters, digits and underscores."
+            )

@@ -1,7 +1,7 @@
 """The tokenizer folder: text.model, image/{config.json, model.safetensors} and vocab.json.
 
-The two tokenizers are trained separately, in either order; `write_vocabulary` joins them once both are
-there. `Tokenizers.load` refuses a folder whose files are not those that vocab.json was written for.
+The two tokenizers are trained separately, in either order; `write_vocabulary` joins them when both are in the folder.
+`Tokenizers.load` refuses a folder whose files are not those that vocab.json was written for.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Tokenizers:
                 raise ValueError(
                     f"{folder / name} is not the one that {folder / VOCABULARY} was written for (sha256 "
                     f"{found[:16]}, recorded {recorded[:16]}): it was replaced or damaged. Restore it; data "
-                    f"and models made with the old one do not fit a new one."
+                    f"and models made with one tokenizer cannot be used with another."
                 )
         text = TextTokenizer.load(folder / TEXT_MODEL)
         return cls(text, ImageTokenizer.load(folder / IMAGE_FOLDER, device=device), vocabulary)
@@ -52,12 +52,12 @@ def hash_text(folder: str | Path) -> str:
 
 
 def hash_image(folder: str | Path) -> str:
-    """SHA-256 of what decides the codes: the config without its account of the training, and the weights."""
+    """SHA-256 of everything that determines the codes: the weights, and the config without "training"."""
     image = Path(folder) / IMAGE_FOLDER
     try:
         config = json.loads((image / "config.json").read_text())
     except ValueError as error:
-        raise ValueError(f"{image / 'config.json'} is damaged or no JSON: {error}") from error
+        raise ValueError(f"{image / 'config.json'} is damaged or not valid JSON: {error}; restore it.") from error
     config.pop("training", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     with (image / "model.safetensors").open("rb") as weights:

@@ -1,6 +1,6 @@
-"""Image tokenizer: pictures to codes and codes to pictures, and its folder on disk.
+"""Image tokenizer: images to codes and codes to images, and its folder on disk.
 
-A folder holds config.json (the fields of VQGANConfig, and under "training" how it was made) and
+A folder holds config.json (the fields of VQGANConfig, and under "training" how it was trained) and
 model.safetensors (the weights, fp32). Codes are computed in true fp32 everywhere.
 """
 
@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ FORMAT = 1
 
 @contextmanager
 def true_fp32() -> Iterator[None]:
-    """No gradients, no autocast, no TF32 or bf16 inside fp32 products: a rounding decides which code is nearest.
+    """No gradients, no autocast, no TF32 or bf16 inside fp32 products: rounding can change which code is nearest.
 
     cuDNN stays on, restricted to deterministic kernels. Every setting is restored afterwards, whichever of torch's two
     interfaces (allow_tf32, or fp32_precision from torch 2.9 on) the caller has used.
@@ -50,8 +51,8 @@ class _MatmulPrecision:
 
 
 def _find_fp32_settings() -> Iterator[tuple[object, str, object]]:
-    """(object, attribute, value) of each setting that fp32 products and convolutions are computed by."""
-    backends = torch.backends
+    """(object, attribute, value) of each setting that affects fp32 products and convolutions."""
+    backends: Any = torch.backends  # its annotations lack the attributes of newer versions
     for module, name, value in ((_MatmulPrecision(), "value", "highest"), (backends.cudnn, "allow_tf32", False)):
         try:
             getattr(module, name)
@@ -66,7 +67,7 @@ def _find_fp32_settings() -> Iterator[tuple[object, str, object]]:
 
 
 def _restore(module: object, name: str, value: object) -> None:
-    """Set an attribute to what it was; an fp32_precision that was inherited is inherited again."""
+    """Set an attribute to its former value; an fp32_precision that was inherited is inherited again."""
     if name == "fp32_precision":
         setattr(module, name, "none")
         if getattr(module, name) == value:
@@ -75,7 +76,7 @@ def _restore(module: object, name: str, value: object) -> None:
 
 
 class ImageTokenizer:
-    """Pictures to codes and back; `load` reads what `save` writes."""
+    """Images to codes and back; `load` reads what `save` writes."""
 
     def __init__(self, model: VQGAN) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -87,7 +88,8 @@ class ImageTokenizer:
 
     @property
     def device(self) -> torch.device:
-        return self.model.quantize.embedding.weight.device
+        """Where the model computes."""
+        return self.model.codebook.device
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to int64 codes [B, h * w], row by row."""
@@ -112,7 +114,7 @@ class ImageTokenizer:
             return self.model.decode(latents).clamp(-1, 1)
 
     def save(self, folder: str | Path, training: dict | None = None) -> None:
-        """Write config.json and model.safetensors; `training` is an account of how it was made."""
+        """Write config.json and model.safetensors; `training` describes how it was trained."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"format": FORMAT, "type": "vqgan", **self.config.to_dict(), "training": training or {}}
@@ -132,9 +134,11 @@ class ImageTokenizer:
         values = json.loads((folder / "config.json").read_text())
         if (values.get("format"), values.get("type")) != (FORMAT, "vqgan"):
             raise ValueError(
-                f"{folder / 'config.json'} is not of format {FORMAT}, type vqgan; another version wrote it."
+                f"{folder / 'config.json'} does not have format {FORMAT} and type vqgan; another version wrote it."
             )
-        with torch.random.fork_rng(devices=[]):  # initial weights, overwritten below, must not move the caller's draws
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # initial weights, overwritten below, must not advance the caller's generator
             model = VQGAN(VQGANConfig.from_dict(values))
         try:
             weights = load_file(folder / "model.safetensors", device=device)
@@ -146,7 +150,7 @@ class ImageTokenizer:
 
 
 def check_weights(model: nn.Module, weights: dict[str, Tensor], what: str = "config.json") -> None:
-    """Refuse weights whose names or shapes are not the model's; `what` is said to have asked for the model."""
+    """Raise ValueError if names or shapes of `weights` are not the model's; `what` describes the model."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     wrong = [

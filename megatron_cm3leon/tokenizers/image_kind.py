@@ -1,4 +1,4 @@
-"""Why no decoder takes a file for an image: another format, a page, damage in its header or on its way."""
+"""Why a file cannot be decoded as an image: another format, a page, a damaged header, a faulty transfer."""
 
 import io
 
@@ -27,25 +27,25 @@ _OTHER_IMAGES = {
     b"\x01\xda\x01": "SGI",
 }
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-_NO_IMAGES = {
+_OTHER_FILES = {
     b"\x1f\x8b": "a gzip file; unpack it",
     b"PK\3\4": "a ZIP file; unpack it",
     b"\x1aE\xdf\xa3": "a Matroska video",
     b"\0\5\x16\7": "an AppleDouble file, which holds the attributes that macOS keeps of another file",
     b"version https://git-lfs": "a pointer of Git LFS; fetch the file with git lfs pull",
     b"/annex/objects": "a pointer of git-annex; fetch the file with git annex get",
-    b"\x89PNG\n": "a PNG whose line ends were converted, as a transfer in text mode does",
-    b"\x89PNG\r\r\n": "a PNG whose line ends were converted, as a transfer in text mode does",
+    b"\x89PNG\n": "a PNG whose line ends were converted, as by a transfer in text mode",
+    b"\x89PNG\r\r\n": "a PNG whose line ends were converted, as by a transfer in text mode",
     b"\xc2\x89PNG": "a PNG that was saved as text in UTF-8",
     b"\xef\xbf\xbd": "a file that was saved as text in UTF-8, which lost bytes",
 }
 
 
 def explain_no_image(data: bytes, formats: tuple[str, ...]) -> str:
-    """Why none of the decoders of `formats` (Pillow's names) takes these bytes, in a few words."""
+    """Why none of the decoders of `formats` (Pillow's names) accepts these bytes, in a few words."""
     other = _find_other_format(data)
     if other:
-        return f"its format is {other}, which is not decoded; convert it to PNG or JPEG"
+        return f"its format is {other}, which is not supported; convert it to PNG or JPEG"
     damage = _find_damage(data, formats)
     if damage:
         return damage
@@ -56,13 +56,13 @@ def explain_no_image(data: bytes, formats: tuple[str, ...]) -> str:
 
 
 def _find_damage(data: bytes, formats: tuple[str, ...]) -> str:
-    """What the decoder says that knows the first bytes and refuses the header; "" if none knows them."""
+    """The message of the decoder that recognizes the first bytes but refuses the header; "" if none does."""
     for name in formats:
         factory, accepts = Image.OPEN[name]
         if accepts and accepts(data[:16]) is True:
             try:
                 factory(io.BytesIO(data), "").close()
-            except Exception as error:  # SyntaxError, OSError, struct.error ...: whatever the bytes lead to
+            except Exception as error:  # SyntaxError, OSError, struct.error ...: decoders meet arbitrary bytes
                 return f"damaged {name}: {error or type(error).__name__}"
     return ""
 
@@ -86,4 +86,4 @@ def _find_kind(data: bytes) -> str:
         return f"a text that begins with {bytes(text[:40])!r}"
     if not any(data):
         return f"{len(data):,} zero bytes"
-    return next((kind for start, kind in _NO_IMAGES.items() if data.startswith(start)), "")
+    return next((kind for start, kind in _OTHER_FILES.items() if data.startswith(start)), "")

@@ -1,14 +1,13 @@
-"""Pictures in and out: any picture file to RGB, RGB to the image tokenizer's pixels and back.
+"""Images in and out: image files to RGB, RGB to the image tokenizer's pixels and back.
 
-`load_picture` reads what the web holds (palette, grey, 16-bit, CMYK, alpha, rotated by EXIF) as the
-RGB a viewer would show, alpha over white, and raises ValueError with the reason for what is no picture.
+`load_image` reads the files of the web (palette, gray, 16-bit, CMYK, alpha, rotated by EXIF) as the RGB that a viewer
+shows, alpha over white. It raises ValueError with the reason if a file cannot be read as an image.
 Pixels are float32 [3, H, W] in [-1, 1].
 
-Colour profiles are ignored; of an animation the first frame is taken.
+Color profiles are ignored; the first frame of an animation is read.
 """
 
 import io
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,9 @@ FORMATS = tuple(
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
     if kind in Image.OPEN  # older Pillow has no AVIF
 )
-"""The decoders that are tried. Pillow knows more, but some run other programs (EPS) on untrusted files."""
+"""The decoders that are tried. Pillow has more, but some run other programs (EPS) on untrusted files."""
 
-_TURNS = {
+_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -34,21 +33,23 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What EXIF's orientations mean."""
+"""Transposition by EXIF orientation."""
 
 MAX_PIXELS = 89_478_485
-"""Pictures above this are refused: a small file can unpack to gigabytes (Pillow's own warning level)."""
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of the same pictures
+"""Larger images are refused: a small file can unpack to gigabytes. From this size on Pillow warns, too."""
 
 
-def load_picture(source: str | Path | bytes) -> Image.Image:
-    """Read an image file, or its bytes, as RGB; ValueError names why it cannot be read."""
+def load_image(source: str | Path | bytes) -> Image.Image:
+    """Read an image file, or its bytes, as RGB; ValueError says why it cannot be read."""
     name = "" if isinstance(source, bytes) else f"{source}: "
     try:
-        data = source if name == "" else Path(source).read_bytes()
-        return _to_rgb(_decode(data))
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"{name}no such file.") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        raise ValueError(f"{name}the image cannot be decoded: {error}") from error
+    try:
+        return _to_rgb(_decode(data))
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}{explain_no_image(data, FORMATS)}.") from error
     except Exception as error:  # decoders meet arbitrary bytes and raise OSError, SyntaxError, struct.error ...
@@ -58,77 +59,77 @@ def load_picture(source: str | Path | bytes) -> Image.Image:
 def _decode(data: bytes) -> Image.Image:
     if not data:
         raise ValueError("the file is empty (0 bytes)")
-    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-        width, height = picture.size
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        width, height = image.size
         if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are read")
-        picture.load()
-        return _turn(picture)
+            raise ValueError(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS:,}")
+        image.load()
+        return _apply_orientation(image)
 
 
-def _turn(picture: Image.Image) -> Image.Image:
-    """As EXIF's orientation says. Nothing else of EXIF is used, so damage in other tags does no harm."""
+def _apply_orientation(image: Image.Image) -> Image.Image:
+    """Transpose by EXIF's orientation. Nothing else of EXIF is used, so damage in other tags has no effect."""
     try:
-        method = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # whatever damaged bytes lead to: like viewers, show the image as it is stored
+        method = _TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged bytes raise any exception: like viewers, show the image as it is stored
         method = None
-    return picture.copy() if method is None else picture.transpose(method)
+    return image.copy() if method is None else image.transpose(method)
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB; transparent parts show white."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        picture = _grey_to_8_bits(picture)
-    if picture.mode == "LAB":
-        raise ValueError("its colours are LAB, which is not read; convert it to RGB")
-    if picture.mode in ("La", "LA", "PA", "RGBa", "RGBA") or "transparency" in picture.info:
-        if picture.mode == "La":
-            picture = picture.convert("LA")
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _gray_to_8_bits(image)
+    if image.mode == "LAB":
+        raise ValueError("its colors are LAB, which is not supported; convert it to RGB")
+    if image.mode in ("La", "LA", "PA", "RGBa", "RGBA") or "transparency" in image.info:
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
-def _grey_to_8_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 bits (0..65535) or floats (0..1) to 8; Pillow's own conversion clips at 255."""
-    values = np.asarray(picture, dtype=np.float64)
-    top = 1.0 if picture.mode == "F" else 65535.0
+def _gray_to_8_bits(image: Image.Image) -> Image.Image:
+    """Gray of 16 bits (0..65535) or floats (0..1) to 8; Pillow's own conversion clips at 255."""
+    values = np.asarray(image, dtype=np.float64)
+    top = 1.0 if image.mode == "F" else 65535.0
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= top):
         raise ValueError(
-            f"grey values from {values.min():g} to {values.max():g} in mode {picture.mode} are outside 0..{top:g}"
+            f"gray values from {values.min():g} to {values.max():g} in mode {image.mode} are outside 0..{top:g}"
         )
     return Image.fromarray(np.round(values * (255.0 / top)).astype(np.uint8))
 
 
-def to_pixels(picture: Image.Image, size: int, fit: str = "crop") -> torch.Tensor:
-    """RGB picture to float32 [3, size, size] in [-1, 1].
+def to_pixels(image: Image.Image, size: int, fit: str = "crop") -> torch.Tensor:
+    """RGB image to float32 [3, size, size] in [-1, 1].
 
-    `fit` crop: the largest centred square, resized; pad: the whole picture, resized, in the middle of a white square.
+    `fit` crop: the largest centered square, resized; pad: the whole image, resized, centered on a white square.
     """
-    width, height = picture.size
+    width, height = image.size
     if (width, height) != (size, size):
-        picture = _pad(picture, size) if fit == "pad" else _crop(picture, size)
-    values_HWC = torch.from_numpy(np.array(picture, dtype=np.float32))
+        image = _pad(image, size) if fit == "pad" else _crop(image, size)
+    values_HWC = torch.from_numpy(np.array(image, dtype=np.float32))
     return (values_HWC / 127.5 - 1.0).permute(2, 0, 1).contiguous()
 
 
-def _crop(picture: Image.Image, size: int) -> Image.Image:
-    width, height = picture.size
+def _crop(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
-def _pad(picture: Image.Image, size: int) -> Image.Image:
-    scale = size / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
+def _pad(image: Image.Image, size: int) -> Image.Image:
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
     square = Image.new("RGB", (size, size), "white")
-    square.paste(picture.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
+    square.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
     return square
 
 
 def from_pixels(pixels: torch.Tensor) -> Image.Image:
-    """Pixels [3, H, W] in [-1, 1] to an RGB picture; values outside are clipped."""
+    """Pixels [3, H, W] in [-1, 1] to an RGB image; values outside are clipped."""
     values = ((pixels.detach().float().cpu() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())

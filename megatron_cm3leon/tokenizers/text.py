@@ -1,12 +1,12 @@
 """Text tokenizer: SentencePiece BPE with byte fallback, such that decode(encode(text)) == text.
 
-Nothing is normalised, trimmed or prefixed, whatever no piece covers becomes bytes, and the model has no
-bos, eos or pad: the joint vocabulary (vocab.py) owns the special tokens, and captions never spell them.
+Nothing is normalized, trimmed or prefixed, and text that no piece covers becomes bytes. The model has no bos, eos or
+pad: the special tokens belong to the joint vocabulary (vocab.py), and captions never contain them.
 """
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -16,7 +16,7 @@ SPACE_MARK = "▁"
 three UTF-8 bytes instead, in the exported tokenizer.json too. Training sees it as a space."""
 
 MAX_CAPTIONS = 10_000_000
-"""Captions that training looks at, sampled evenly; more cost memory and change little."""
+"""Most captions that training uses, sampled evenly; more would need memory and change little."""
 
 
 class TextTokenizer:
@@ -47,6 +47,7 @@ class TextTokenizer:
             raise ValueError(f"{path} is not a SentencePiece model, or is damaged: {error}") from error
 
     def save(self, path: str | Path) -> None:
+        """Write a `text.model` file."""
         Path(path).write_bytes(self.model)
 
     @property
@@ -55,11 +56,13 @@ class TextTokenizer:
         return self.processor.get_piece_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; an empty one has none. ValueError for what is no Unicode."""
+        """Ids of a text; an empty text has none. ValueError for a string that is not valid Unicode."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"the text {text!r} is no Unicode: character {error.start} is half of a pair.") from error
+            raise ValueError(
+                f"the text {text!r} is not valid Unicode: character {error.start} is half of a pair."
+            ) from error
         if SPACE_MARK not in text:
             return self.processor.encode(text)
         first, *rest = (self.processor.encode(part) for part in text.split(SPACE_MARK))
@@ -68,17 +71,17 @@ class TextTokenizer:
         return first
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, in one call, which costs less than one a text."""
+        """Ids of each text, in one call, which is faster than one call per text."""
         if any(SPACE_MARK in text for text in texts):
             return list(map(self.encode, texts))
         return self.processor.encode(texts, num_threads=1)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; bytes that are no UTF-8, as a model may draw them, become U+FFFD."""
+        """Text of ids; bytes that are not valid UTF-8, which a model can generate, become U+FFFD."""
         ids = [int(i) for i in ids]
         outside = [i for i in ids if not 0 <= i < self.size]
         if outside:
-            raise ValueError(f"id {outside[0]} is no text piece; text ids are 0 to {self.size - 1}.")
+            raise ValueError(f"id {outside[0]} is not a text piece; text ids are 0 to {self.size - 1}.")
         return self.processor.decode(ids)
 
 
@@ -118,12 +121,12 @@ def train_text(captions: Iterable[str], vocab_size: int, *, coverage: float = 0.
 
 
 class _CountedText:
-    """Passes captions on without empty ones, and counts them."""
+    """Iterates over the captions that are not empty, and counts them."""
 
     def __init__(self, captions: Iterable[str]) -> None:
         self.source, self.captions = captions, 0
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         for text in self.source:
             if text.strip():
                 self.captions += 1
@@ -131,9 +134,9 @@ class _CountedText:
 
 
 def _explain(message: str, vocab_size: int, captions: int) -> str:
-    """SentencePiece's complaint as a sentence with a remedy."""
+    """SentencePiece's error as a sentence with a remedy."""
     if captions == 0:
-        return "the text tokenizer has nothing to learn from: the input holds no caption that is not empty."
+        return "the text tokenizer cannot be trained: all captions of the input are empty."
     largest = re.search(r"Vocabulary size too high \(\d+\).*?<= (\d+)", message)
     if largest:
         return (

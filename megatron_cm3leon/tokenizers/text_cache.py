@@ -1,9 +1,9 @@
-"""Text to ids a word at a time, each word encoded once and remembered.
+"""Text to ids word by word; each word is encoded once and cached.
 
-A BPE merge joins two neighbouring pieces into a piece of the vocabulary. Where no piece has a space behind
-another character, no merge crosses the place in front of a run of spaces, and a text's ids are those of its
-chunks (spaces and the word behind them) one after the other, exactly. Unigram models choose among whole
-segmentations, with ties that rounding decides: they are not cut.
+A BPE merge joins two adjacent pieces into a piece of the vocabulary. If no piece has a space after another character,
+no merge crosses the start of a run of spaces, and the ids of a text are exactly those of its chunks (spaces and the
+word after them), concatenated. Unigram models choose among segmentations of the whole text, with ties that rounding
+decides: their texts are not split.
 """
 
 import re
@@ -11,36 +11,38 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_cm3leon.tokenizers.text import SPACE_MARK, TextTokenizer
 
+_model_pb2: Any = sentencepiece_model_pb2  # generated at run time, without annotations
 MAX_WORDS = 300_000
-"""Chunks that a memo holds (some 70 MB); then it starts anew."""
-LONGEST = 64
-"""Characters of a chunk that is remembered."""
+"""Most chunks in a cache (about 70 MB); a full cache is cleared."""
+MAX_CHARACTERS = 64
+"""Longest chunk that is cached."""
 _CHUNKS = re.compile(r" *[^ ]+| +")
 _FIRST = "\0"
-"""In front of a text's first word, among words that have a space in front."""
+"""Marks the first word of a text, among words that follow a space."""
 
 
 class TextEncoder:
-    """Texts to the bytes of their ids, as the shards hold them: little-endian `dtype`."""
+    """Encodes texts as the bytes of their ids, as in the shards: little-endian `dtype`."""
 
-    def __init__(self, tokenizer, dtype: np.dtype) -> None:
-        """`tokenizer`: a TextTokenizer, or anything with its `encode`, which is then called for every text."""
+    def __init__(self, tokenizer: Any, dtype: np.dtype) -> None:
+        """`tokenizer`: a TextTokenizer, or any object with its `encode`, which is then called for every text."""
         self.tokenizer, self.dtype = tokenizer, np.dtype(dtype).newbyteorder("<")
         self._code = {2: "H", 4: "I"}[self.dtype.itemsize]
         self.divides = is_divisible(tokenizer)
-        """Whether texts are cut and their words remembered."""
-        self._chunks = _Memo(self._encode_whole)
-        self._words = _Memo(lambda word: self._encode_whole(_chunk_of(word)))
+        """Whether texts are split and their words cached."""
+        self._chunks = _Cache(self._encode_whole)
+        self._words = _Cache(lambda word: self._encode_whole(_chunk_of(word)))
         self.divides = self.divides and not any(map(self._differs, _PROBES))
 
     def encode(self, text: str) -> bytes:
-        """Ids of a text; an empty one has none."""
+        """Bytes of the ids of a text; an empty text has none."""
         if not self.divides:
             return self._encode_whole(text)
         if "  " in text or _FIRST in text:
@@ -49,31 +51,33 @@ class TextEncoder:
         return self._chunks[words.pop(0)] + b"".join(map(self._words.__getitem__, words))
 
     def encode_many(self, texts: Sequence[str]) -> list[bytes]:
-        """As `encode` of each: of a thousand texts at once, words are looked up together and new ones encoded so."""
+        """Like `encode` for each text, but all words are looked up together and new words are encoded in one call."""
         if not self.divides:
             return list(map(self.encode, texts))
-        odd = {}
-        words = f" {_FIRST}".join(texts)
-        if "  " in words or words.count(_FIRST) >= len(texts):
-            odd = {number: self.encode(text) for number, text in enumerate(texts) if "  " in text or _FIRST in text}
-            texts = ["" if number in odd else text for number, text in enumerate(texts)]
-            words = f" {_FIRST}".join(texts)
-        words = (_FIRST + words).split(" ")
-        ids = list(map(self._words.get, words))
+        irregular = {}
+        joined = f" {_FIRST}".join(texts)
+        if "  " in joined or joined.count(_FIRST) >= len(texts):
+            irregular = {
+                number: self.encode(text) for number, text in enumerate(texts) if "  " in text or _FIRST in text
+            }
+            texts = ["" if number in irregular else text for number, text in enumerate(texts)]
+            joined = f" {_FIRST}".join(texts)
+        words = (_FIRST + joined).split(" ")
+        ids: list[Any] = list(map(self._words.get, words))  # None for a word that is not cached, until it is filled in
         if not all(ids):
-            unknown = [place for place, known in enumerate(ids) if known is None]
-            self._learn([words[place] for place in unknown])
-            for place in unknown:
-                ids[place] = self._words[words[place]]
-        rest = iter(ids)
-        found = [b"".join(islice(rest, text.count(" ") + 1)) for text in texts]
-        for number, own in odd.items():
-            found[number] = own
-        return found
+            unknown = [position for position, cached in enumerate(ids) if cached is None]
+            self._add_words([words[position] for position in unknown])
+            for position in unknown:
+                ids[position] = self._words[words[position]]
+        remaining = iter(ids)
+        encoded = [b"".join(islice(remaining, text.count(" ") + 1)) for text in texts]
+        for number, text_ids in irregular.items():
+            encoded[number] = text_ids
+        return encoded
 
-    def _learn(self, words: list[str]) -> None:
-        """Encode words in one call and remember them; those that are left out are encoded when they are looked up."""
-        words = [word for word in dict.fromkeys(words) if len(word) <= LONGEST]
+    def _add_words(self, words: list[str]) -> None:
+        """Encode words in one call and cache them; words that are skipped here are encoded when they are looked up."""
+        words = [word for word in dict.fromkeys(words) if len(word) <= MAX_CHARACTERS]
         if len(self._words) + len(words) > MAX_WORDS:
             self._words.clear()
             words = words[:MAX_WORDS]
@@ -94,33 +98,33 @@ class TextEncoder:
 
 
 def _chunk_of(word: str) -> str:
-    """What a word stands for: a space and the word, or a text's first word."""
+    """The chunk of a word: a space and the word, or the first word of a text alone."""
     return word[1:] if word.startswith(_FIRST) else " " + word
 
 
-class _Memo(dict):
-    """Chunk -> bytes of its ids, encoded when it is asked for the first time."""
+class _Cache(dict[str, bytes]):
+    """Chunk -> bytes of its ids, encoded when it is first looked up."""
 
     def __init__(self, encode: Callable[[str], bytes]) -> None:
         self.encode = encode
 
     def __missing__(self, chunk: str) -> bytes:
         ids = self.encode(chunk)
-        if len(chunk) <= LONGEST:
+        if len(chunk) <= MAX_CHARACTERS:
             if len(self) >= MAX_WORDS:
                 self.clear()
             self[chunk] = ids
         return ids
 
 
-def is_divisible(tokenizer) -> bool:
-    """Whether a text's ids are its chunks' ids: a BPE model without normalisation or pieces across words."""
+def is_divisible(tokenizer: Any) -> bool:
+    """Whether a text's ids are its chunks' ids: a BPE model without normalization or pieces across words."""
     if not isinstance(tokenizer, TextTokenizer):
         return False
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
+    model = _model_pb2.ModelProto.FromString(tokenizer.model)
     normal = model.normalizer_spec
     return (
-        model.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+        model.trainer_spec.model_type == _model_pb2.TrainerSpec.BPE
         and not (normal.precompiled_charsmap or normal.normalization_rule_tsv)
         and not (normal.add_dummy_prefix or normal.remove_extra_whitespaces)
         and normal.escape_whitespaces
@@ -135,4 +139,4 @@ _PROBES = (
     "漢字 🙂👩‍👩‍👧 \u00a0no-break e\u0301", "<0x41> <unk> </s> <break> \x00 zero",
     "it's well-known, isn't it? 3.14 (yes)",
 )  # fmt: skip
-"""What a fault would show on first: spaces of all sorts, the mark that stands for them, bytes."""
+"""Texts that would reveal an error first: spaces of all kinds, the mark that represents them, bytes."""

@@ -21,12 +21,12 @@ NAMED_SPECIALS = ("<pad>", "</s>", "<break>", "<eoss>")
 _KEYS = (
     "text_size", "image_size", "sentinels", "specials", "image_height", "image_width", "text_sha256", "image_sha256",
 )  # fmt: skip
-"""Of vocab.json, in its order; the hash covers them."""
+"""The fields of vocab.json, in its order; the hash covers them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """Id ranges of one text tokenizer and one image tokenizer, and the hash that names them."""
+    """Id ranges of one text tokenizer and one image tokenizer, and the hash that identifies them."""
 
     text_size: int
     """Text pieces, T."""
@@ -35,11 +35,11 @@ class Vocabulary:
     sentinels: int = 512
     """Sentinel tokens, which name the spans that CM3 masking moves."""
     specials: int = 1024
-    """Special tokens in all: four named ones, the sentinels, the rest reserved."""
+    """All special tokens: four named ones, the sentinels, the rest reserved."""
     image_height: int
-    """Image tokens in a column of one picture."""
+    """Image tokens per column of an image."""
     image_width: int
-    """Image tokens in a row of one picture."""
+    """Image tokens per row of an image."""
     text_sha256: str
     """SHA-256 of the SentencePiece model file, hexadecimal."""
     image_sha256: str
@@ -58,12 +58,12 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """True number of ids; the model pads its rows beyond this, files never do."""
+        """Number of ids; the model pads its rows beyond this, files never do."""
         return self.text_size + self.image_size + self.specials
 
     @property
     def image_tokens(self) -> int:
-        """Image tokens of one picture."""
+        """Image tokens per image."""
         return self.image_height * self.image_width
 
     @property
@@ -78,6 +78,7 @@ class Vocabulary:
 
     @property
     def pad(self) -> int:
+        """<pad>: fills the end of a sequence; never a target."""
         return self.image_end
 
     @property
@@ -87,7 +88,7 @@ class Vocabulary:
 
     @property
     def break_id(self) -> int:
-        """<break>: stands between the segments (modalities) of a sample."""
+        """<break>: separates the segments (modalities) of a sample."""
         return self.image_end + 2
 
     @property
@@ -96,21 +97,21 @@ class Vocabulary:
         return self.image_end + 3
 
     def sentinel(self, index: int) -> int:
-        """Id of <sentinel:index>; ValueError beyond the last one."""
+        """Id of <sentinel:index>; ValueError beyond the last sentinel."""
         if not 0 <= index < self.sentinels:
             raise ValueError(f"sentinel {index} is outside this vocabulary's 0..{self.sentinels - 1}.")
         return self.image_end + len(NAMED_SPECIALS) + index
 
     def is_image(self, ids):
-        """Elementwise: is this id an image code? `ids` is an int, an array or a tensor."""
+        """Elementwise: whether an id is an image code. `ids` is an int, an array or a tensor."""
         return (ids >= self.image_start) & (ids < self.image_end)
 
     def is_text(self, ids):
-        """Elementwise: is this id a text piece?"""
+        """Elementwise: whether an id is a text piece."""
         return (ids >= 0) & (ids < self.text_size)
 
     def is_sentinel(self, ids):
-        """Elementwise: is this id a sentinel?"""
+        """Elementwise: whether an id is a sentinel."""
         first = self.sentinel(0)
         return (ids >= first) & (ids < first + self.sentinels)
 
@@ -126,7 +127,7 @@ class Vocabulary:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict:
-        """Plain JSON form, as `vocab.json` and the manifests carry it."""
+        """Plain JSON form, as in `vocab.json` and the manifests."""
         return {**self._describe(), "size": self.size, "hash": self.hash}
 
     def _describe(self) -> dict:
@@ -134,7 +135,7 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Vocabulary":
-        """Read `to_dict`'s form; ValueError when the recorded hash does not match the fields."""
+        """Read `to_dict`'s form; ValueError if the recorded hash does not match the fields."""
         known = {key: fields[key] for key in _KEYS if key in fields}
         try:
             vocabulary = cls(**known)
@@ -149,6 +150,7 @@ class Vocabulary:
         return vocabulary
 
     def save(self, path: str | Path) -> None:
+        """Write `vocab.json`."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
@@ -163,12 +165,12 @@ class Vocabulary:
             return cls.from_dict(json.loads(path.read_text()))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{path} is no vocab.json, or is damaged ({error}); give the tokenizer folder that has one."
+                f"{path} is not a valid vocab.json ({error}); give a tokenizer folder with an undamaged one."
             ) from error
 
 
 def check_same_vocabulary(expected: Vocabulary, found: Vocabulary, what: str) -> None:
-    """Refuse `what` (a shard folder, an index, a checkpoint ...) made with another vocabulary."""
+    """Raise ValueError if `what` (a shard folder, an index, a checkpoint ...) was made with another vocabulary."""
     if expected.hash == found.hash:
         return
     differing = [

@@ -1,12 +1,12 @@
-"""The network of the image tokenizer: a VQGAN whose weights have the names of the taming code.
+"""The network of the image tokenizer: a VQGAN whose weights have the names of taming-transformers.
 
     pixels [B, 3, H, W] -> encoder -> quant_conv -> nearest code of the codebook -> codes [B, h, w]
     codes [B, h, w] -> codebook -> post_quant_conv -> decoder -> pixels
 
-The checkpoints of Make-A-Scene's descendants share this layout (encoder.down.i.block.j, encoder.mid,
-quantize.embedding, decoder.up.i ...); the encoder half is what transformers calls ChameleonVQVAE.
+The checkpoints of Make-A-Scene's successors share this layout (encoder.down.i.block.j, encoder.mid,
+quantize.embedding, decoder.up.i ...); transformers calls the encoder half ChameleonVQVAE.
 Two options keep the names but change the function, for small models whose codes must be easy to predict:
-`norm: pixel` and `encoder_kernel: 1` make a code a function of its own patch of the picture alone.
+`norm: pixel` and `encoder_kernel: 1` make a code a function of its own patch of the image alone.
 """
 
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_GROUPS = 32  # of the taming code
+NORM_GROUPS = 32  # as in taming-transformers
 _KEYS = (
     "image_size", "codebook_size", "embed_dim", "latent_channels", "base_channels", "channel_multiplier",
     "num_res_blocks", "attn_resolutions", "mid_attention", "norm", "encoder_kernel", "quantizer",
 )  # fmt: skip
-"""Of config.json, in its order."""
+"""The fields of config.json, in its order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQGANConfig:
-    """Shape of a VQGAN. The defaults are the public 256-pixel model with 1,024 codes a picture."""
+    """Shape of a VQGAN. The defaults are the public 256-pixel model with 1,024 codes per image."""
 
     image_size: int = 256
-    """Height and width of a picture in pixels."""
+    """Height and width of an image in pixels."""
     codebook_size: int = 8192
     """Codes, K."""
     embed_dim: int = 256
@@ -45,10 +45,10 @@ class VQGANConfig:
     mid_attention: bool = True
     """Attention between the two residual blocks at the lowest resolution."""
     norm: str = "group"
-    """group: GroupNorm over channels and the whole picture (taming); pixel: over the channels of one pixel."""
+    """group: GroupNorm over channels and the whole image (taming); pixel: over the channels of one pixel."""
     encoder_kernel: int = 3
     """Kernel of the encoder's convolutions: 3 (taming), or 1, which with norm=pixel makes a code a function
-    of its own patch of the picture alone."""
+    of its own patch of the image alone."""
 
     quantizer: str = "nearest"
     """nearest: the code nearest to the latent; logits: the largest of K outputs of a 1 x 1 convolution (taming's
@@ -62,13 +62,13 @@ class VQGANConfig:
                 raise ValueError(f"image tokenizer: {name} ({getattr(self, name)}) must be at least 1.")
         if not self.channel_multiplier or min(self.channel_multiplier) < 1 or self.num_res_blocks < 0:
             raise ValueError(
-                f"image tokenizer: channel_multiplier ({list(self.channel_multiplier)}) needs one number of at "
-                f"least 1 for each level, and num_res_blocks ({self.num_res_blocks}) must not be negative."
+                f"image tokenizer: channel_multiplier ({list(self.channel_multiplier)}) must have one number of at "
+                f"least 1 per level, and num_res_blocks ({self.num_res_blocks}) must not be negative."
             )
         if self.num_res_blocks == 0 and len(set(self.channel_multiplier)) > 1:
             raise ValueError(
-                f"image tokenizer: channel_multiplier ({list(self.channel_multiplier)}) cannot change where "
-                f"num_res_blocks is 0: the residual blocks change the channels. Repeat one number."
+                f"image tokenizer: channel_multiplier ({list(self.channel_multiplier)}) must not change if "
+                f"num_res_blocks is 0, because residual blocks change the channels; repeat one number."
             )
         if self.norm not in ("group", "pixel"):
             raise ValueError(f"image tokenizer: norm ({self.norm!r}) must be group or pixel.")
@@ -89,18 +89,18 @@ class VQGANConfig:
         unreached = set(self.attn_resolutions) - set(self.resolutions)
         if unreached:
             raise ValueError(
-                f"image tokenizer: attn_resolutions {sorted(unreached)} never occur; the resolutions are "
+                f"image tokenizer: attn_resolutions ({sorted(unreached)}) must be among the resolutions "
                 f"{self.resolutions}."
             )
 
     @property
     def downsample(self) -> int:
-        """Pixels of a picture's side for one image token."""
+        """Height and width of the patch of one image token, in pixels."""
         return 2 ** (len(self.channel_multiplier) - 1)
 
     @property
     def resolutions(self) -> list[int]:
-        """Picture side in pixels at each level, the highest first."""
+        """Image height and width in pixels at each level, the highest first."""
         return [self.image_size >> level for level in range(len(self.channel_multiplier))]
 
     def to_dict(self) -> dict:
@@ -118,7 +118,7 @@ class VQGANConfig:
 
 
 class PixelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel of [B, C, H, W]: nothing of the neighbours comes in."""
+    """LayerNorm over the channels of each pixel of [B, C, H, W]: no pixel depends on its neighbors."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -136,6 +136,8 @@ def build_conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut."""
+
     def __init__(self, config: VQGANConfig, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
         self.norm1 = build_norm(config, inputs)
@@ -157,8 +159,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, config: VQGANConfig, channels: int) -> None:
         super().__init__()
         self.norm = build_norm(config, channels)
-        for name in ("q", "k", "v", "proj_out"):
-            setattr(self, name, build_conv(channels, channels, 1))
+        self.q, self.k, self.v, self.proj_out = (build_conv(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norm(x)
@@ -180,6 +181,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Twice the resolution, nearest pixel, then a convolution."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = build_conv(channels, channels)
@@ -188,39 +191,63 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def build_middle(config: VQGANConfig, channels: int, kernel: int) -> nn.Module:
-    middle = nn.Module()
-    middle.block_1 = ResidualBlock(config, channels, channels, kernel)
-    middle.attn_1 = AttentionBlock(config, channels) if config.mid_attention else nn.Identity()
-    middle.block_2 = ResidualBlock(config, channels, channels, kernel)
-    return middle
+class Middle(nn.Module):
+    """The blocks at the lowest resolution."""
+
+    def __init__(self, config: VQGANConfig, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(config, channels, channels, kernel)
+        self.attn_1 = AttentionBlock(config, channels) if config.mid_attention else nn.Identity()
+        self.block_2 = ResidualBlock(config, channels, channels, kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
-def apply_middle(middle: nn.Module, x: Tensor) -> Tensor:
-    return middle.block_2(middle.attn_1(middle.block_1(x)))
+class Level(nn.Module):
+    """Residual blocks of one resolution (`size` pixels), each with attention if the config says so; then a resampling."""
+
+    downsample: Downsample
+    """In the encoder, on all levels but the lowest."""
+    upsample: Upsample
+    """In the decoder, on all levels but the highest."""
+
+    def __init__(self, config: VQGANConfig, inputs: int, outputs: int, blocks: int, kernel: int, size: int) -> None:
+        super().__init__()
+        self.block, self.attn = nn.ModuleList(), nn.ModuleList()
+        for _ in range(blocks):
+            self.block.append(ResidualBlock(config, inputs, outputs, kernel))
+            inputs = outputs
+            if size in config.attn_resolutions:
+                self.attn.append(AttentionBlock(config, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[number](x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        if hasattr(self, "upsample"):
+            x = self.upsample(x)
+        return x
 
 
-def build_level(config: VQGANConfig, inputs: int, outputs: int, blocks: int, kernel: int, size: int) -> nn.Module:
-    """Residual blocks of one resolution (`size` pixels), each followed by attention where the config says so."""
-    level = nn.Module()
-    level.block, level.attn = nn.ModuleList(), nn.ModuleList()
-    for _ in range(blocks):
-        level.block.append(ResidualBlock(config, inputs, outputs, kernel))
-        inputs = outputs
-        if size in config.attn_resolutions:
-            level.attn.append(AttentionBlock(config, outputs))
-    return level
+class Quantizer(nn.Module):
+    """The codebook, and with quantizer=logits the convolution that selects codes."""
 
+    proj: nn.Conv2d
 
-def apply_level(level: nn.Module, x: Tensor) -> Tensor:
-    for number, block in enumerate(level.block):
-        x = block(x)
-        if level.attn:
-            x = level.attn[number](x)
-    return x
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.codebook_size, config.embed_dim)
+        if config.quantizer == "logits":
+            self.proj = build_conv(config.embed_dim, config.codebook_size, 1)
 
 
 class Encoder(nn.Module):
+    """Pixels [B, 3, H, W] to features [B, latent_channels, h, w]."""
+
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         kernel = config.encoder_kernel
@@ -230,32 +257,32 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for number, size in enumerate(config.resolutions):
             before, after = channels[number : number + 2]
-            level = build_level(config, before, after, config.num_res_blocks, kernel, size)
+            level = Level(config, before, after, config.num_res_blocks, kernel, size)
             if size != config.resolutions[-1]:
                 level.downsample = Downsample(after, kernel)
             self.down.append(level)
-        self.mid = build_middle(config, channels[-1], kernel)
+        self.mid = Middle(config, channels[-1], kernel)
         self.norm_out = build_norm(config, channels[-1])
         self.conv_out = build_conv(channels[-1], config.latent_channels, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
-            x = apply_level(level, x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(apply_middle(self.mid, x))))
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
+    """Features [B, latent_channels, h, w] to pixels [B, 3, H, W]."""
+
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         channels = [config.base_channels * multiplier for multiplier in config.channel_multiplier]
         self.conv_in = build_conv(config.latent_channels, channels[-1])
-        self.mid = build_middle(config, channels[-1], 3)
+        self.mid = Middle(config, channels[-1], 3)
         levels, before = [], channels[-1]
         for size, after in zip(reversed(config.resolutions), reversed(channels), strict=True):
-            level = build_level(config, before, after, config.num_res_blocks + 1, 3, size)
+            level = Level(config, before, after, config.num_res_blocks + 1, 3, size)
             if size != config.image_size:
                 level.upsample = Upsample(after)
             levels.append(level)
@@ -265,11 +292,9 @@ class Decoder(nn.Module):
         self.conv_out = build_conv(before, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = apply_middle(self.mid, self.conv_in(x))
+        x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
-            x = apply_level(level, x)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -282,13 +307,15 @@ class VQGAN(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = build_conv(config.latent_channels, config.embed_dim, 1)
         self.post_quant_conv = build_conv(config.embed_dim, config.latent_channels, 1)
-        self.quantize = nn.Module()
-        self.quantize.embedding = nn.Embedding(config.codebook_size, config.embed_dim)
-        if config.quantizer == "logits":
-            self.quantize.proj = build_conv(config.embed_dim, config.codebook_size, 1)
+        self.quantize = Quantizer(config)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes' vectors [codebook_size, embed_dim]."""
+        return self.quantize.embedding.weight
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels to latents, not yet quantised."""
+        """Pixels to latents, not yet quantized."""
         return self.quant_conv(self.encoder(pixels))
 
     def find_codes(self, latents: Tensor) -> Tensor:
@@ -296,15 +323,15 @@ class VQGAN(nn.Module):
         if self.config.quantizer == "logits":
             return self.quantize.proj(latents).argmax(1)
         flat = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
-        codes = find_nearest(flat, self.quantize.embedding.weight)
+        codes = find_nearest(flat, self.codebook)
         return codes.view(latents.shape[0], *latents.shape[2:])
 
     def look_up(self, codes: Tensor) -> Tensor:
-        """Codes to quantised latents."""
+        """Codes to quantized latents."""
         return self.quantize.embedding(codes).permute(0, 3, 1, 2)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Quantised latents to pixels, not clamped."""
+        """Quantized latents to pixels, not clamped."""
         return self.decoder(self.post_quant_conv(latents))
 
 

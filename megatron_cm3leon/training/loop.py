@@ -90,7 +90,7 @@ class TrainingLoop:
                     continue
                 self.watch.progress(f"saving at step {self.state.step}")
                 self.saver.poll()
-                stopped = self.attempt.stop_asked(self.state.step)
+                stopped = self.attempt.stop_requested(self.state.step)
                 if not stopped:
                     self.saver.save_if_due(self.state)
         self.loader.close()
@@ -152,9 +152,8 @@ class TrainingLoop:
             first, size = self.state.sequence, self.config.train.global_batch_size
             skip_batches(self.state, requested, size, "asked")
             if self.log:
-                self.log.leave_out(
-                    requested, first, size, attempt=self.state.attempt, step=self.state.step, reason="asked"
-                )
+                known = {"attempt": self.state.attempt, "step": self.state.step}
+                self.log.log_skipped(requested, first, size, reason="asked", **known)
             self._restart_loader()
 
     def _roll_back(self, loss: float) -> None:
@@ -167,7 +166,7 @@ class TrainingLoop:
         if self.log:
             size = self.config.train.global_batch_size
             first, known = self.state.sequence - len(batches) * size, {"attempt": self.state.attempt, "step": step}
-            self.log.leave_out(batches, first, size, reason="spike", steps_back=spiked - step, **known)
+            self.log.log_skipped(batches, first, size, reason="spike", steps_back=spiked - step, **known)
             name, ends = step_folder(self.run_folder, step).name, [batches[0], batches[-1]]
             self.attempt.record("rollback", step=step, loss=loss, checkpoint=name, batches=ends)
         self._restart_loader()

@@ -12,7 +12,7 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, changed_fields, is_fixed
 from megatron_cm3leon.data.stream.identity import compare_sources, describe_sources, identify
 from megatron_cm3leon.data.stream.loader import Loader
-from megatron_cm3leon.data.stream.mixture import whole_weights
+from megatron_cm3leon.data.stream.mixture import compute_integer_weights
 from megatron_cm3leon.data.stream.stream import Stream
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, Engine
 from megatron_cm3leon.model.weights import canonical_shapes
@@ -98,7 +98,7 @@ def _compare_sources(reader: CheckpointReader, config: Config, stream: Stream, s
         return "", ""  # the identity covers an index that is no longer open
     if identify(present, old, version=1) == state.stream:
         return "", ""
-    weighted = present | {"weights": whole_weights([source.weight for source in old.data.sources] or [1.0])}
+    weighted = present | {"weights": compute_integer_weights([source.weight for source in old.data.sources] or [1.0])}
     if identify(weighted, old, version=1) == state.stream:
         return compare_sources(weighted, present, config, reader.folder)
     field = "data.sources" if config.data.sources else "data.shards"

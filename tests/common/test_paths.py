@@ -12,7 +12,7 @@ from megatron_cm3leon.common.paths import expand_path
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.schema import Config
 from megatron_cm3leon.config.setting import list_settings
-from megatron_cm3leon.slurm.pipeline import load_pipeline
+from megatron_cm3leon.slurm.pipeline_config import load_pipeline
 from megatron_cm3leon.slurm.site import load_site
 from tests.distributed.launch import ROOT
 

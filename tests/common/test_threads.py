@@ -38,7 +38,7 @@ def filter_some(count, width, k):
     identities = np.arange(2, 1002, dtype=np.uint64).reshape(500, 1, 2)
     one, two, three = np.split(vectors[500:], 3)
     queries = candidates.Queries(
-        vectors=one, identities=np.zeros((count, 1, 2), np.uint64), own=np.arange(count), views=(two, three)
+        vectors=one, identities=np.zeros((count, 1, 2), np.uint64), bank_numbers=np.arange(count), views=(two, three)
     )
     bank = candidates.Bank(vectors=vectors[:500], identities=identities)
     return candidates.filter_candidates(bank, queries, draw.integers(0, 500, (count, 2, k)), 8, 0.9)
@@ -61,7 +61,7 @@ def test_the_filters_of_the_neighbor_table_take_one_thread_and_give_the_same_bit
 
 def test_a_checker_takes_one_thread(two_threads):
     checker = SimpleNamespace(classify=lambda picture: {"threads": count_threads()})
-    assert judge.judge_pictures(checker, [None], [{"threads": {1}}]) == [{"threads": [{1}, {1}, True]}]
+    assert judge.judge_images(checker, [None], [{"threads": {1}}]) == [{"threads": [{1}, {1}, True]}]
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ class ByteTokenizers:
         return cls()
 
 
-def write_pictures(folder, count):
+def write_images(folder, count):
     """`count` small pictures, each another grey, and the lines of a pairs.jsonl; returns its path."""
     import json
 

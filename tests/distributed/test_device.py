@@ -1,4 +1,4 @@
-"""The device of a tool: what is not here is refused by name."""
+"""The device of a tool: one that does not exist is an error that names it."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ import torch
 from megatron_cm3leon.distributed.device import resolve_device
 
 
-def test_auto_is_what_there_is_and_others_are_taken_as_given():
+def test_auto_is_resolved_and_other_devices_are_kept():
     assert resolve_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_device("cpu") == "cpu"
 
 
-def test_what_is_not_here_is_refused():
-    with pytest.raises(ValueError, match=r"--device \(foo\) is no device of torch"):
+def test_a_device_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match=r"--device \(foo\) is not a valid torch device"):
         resolve_device("foo")
-    with pytest.raises(ValueError, match=r"--device \(cuda:99\) needs a CUDA device"):
+    with pytest.raises(ValueError, match=r"--device \(cuda:99\) requires a CUDA device"):
         resolve_device("cuda:99")

@@ -1,9 +1,9 @@
-"""Ranks from the variables of MPI launchers, or a refusal that names torchrun and srun."""
+"""Ranks from the variables of MPI launchers, or an error that names torchrun and srun."""
 
 import pytest
 
 from megatron_cm3leon.distributed.launch import Rank
-from megatron_cm3leon.distributed.mpi import join_mpi
+from megatron_cm3leon.distributed.mpi import set_mpi_variables
 from megatron_cm3leon.runtime import preflight
 from megatron_cm3leon.train import main
 
@@ -22,30 +22,30 @@ STEP_OF_DAEMONS = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROC
 LAUNCHERS = pytest.mark.parametrize("variables", [OPEN_MPI, INTEL, MVAPICH, CRAY], ids=["open", "intel", "mv2", "cray"])
 
 
-def joined(variables):
+def read(variables):
     environment = dict(variables)
-    join_mpi(environment)
+    set_mpi_variables(environment)
     return {name: value for name, value in environment.items() if name not in variables}
 
 
 @LAUNCHERS
-def test_with_an_address_its_processes_are_ranks(variables):
+def test_with_an_address_processes_are_ranks(variables):
     found = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert joined(variables | ADDRESS) == found
+    assert read(variables | ADDRESS) == found
 
 
 @LAUNCHERS
-def test_without_an_address_they_are_refused_with_the_remedy(variables):
+def test_without_an_address_the_error_names_the_remedy(variables):
     with pytest.raises(
         ValueError, match=r"SIZE \(4\) says .* mpirun .* one of 4 ranks.*`torchrun .*`srun.*MASTER_ADDR"
     ):
-        joined(variables)
+        read(variables)
 
 
-def test_mpirun_in_a_slurm_job_goes_before_the_step_of_its_daemons():
-    assert joined(OPEN_MPI | ADDRESS | STEP_OF_DAEMONS)["RANK"] == "3"
+def test_mpirun_in_a_slurm_job_takes_precedence_over_the_step_of_its_daemons():
+    assert read(OPEN_MPI | ADDRESS | STEP_OF_DAEMONS)["RANK"] == "3"
     with pytest.raises(ValueError, match="mpirun"):
-        joined(INTEL | STEP_OF_DAEMONS)
+        read(INTEL | STEP_OF_DAEMONS)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ def test_mpirun_in_a_slurm_job_goes_before_the_step_of_its_daemons():
         {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"} | ADDRESS,
     ],
 )
-def test_a_launcher_that_says_too_little_is_refused(variables):
+def test_a_launcher_that_sets_too_few_variables_is_an_error(variables):
     with pytest.raises(ValueError, match=r"_RANK \(0\) says that mpirun or another .*torchrun.*, or set RANK, WORLD"):
-        joined(variables)
+        read(variables)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_a_launcher_that_says_too_little_is_refused(variables):
     ids=["none", "torchrun under mpirun", "srun --mpi=cray", "srun --mpi=pmix"],
 )
 def test_elsewhere_nothing_changes(variables):
-    assert joined(variables) == {}
+    assert read(variables) == {}
 
 
 def test_one_rank_needs_no_address():
-    assert joined({"PMI_RANK": "0", "PMI_SIZE": "1"})["WORLD_SIZE"] == "1"
-    assert joined(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"})["WORLD_SIZE"] == "1"
+    assert read({"PMI_RANK": "0", "PMI_SIZE": "1"})["WORLD_SIZE"] == "1"
+    assert read(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"})["WORLD_SIZE"] == "1"
 
 
 @pytest.fixture
@@ -89,14 +89,14 @@ def no_rank(monkeypatch):
     return monkeypatch
 
 
-def test_a_size_without_a_rank_is_refused(no_rank):
+def test_a_size_without_a_rank_is_an_error(no_rank):
     no_rank.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE \(2\) is set and RANK is not"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE \(2\) is set but RANK is not"):
         Rank.from_environment()
 
 
-def test_deepspeeds_launcher_is_read(no_rank):
-    """It sets LOCAL_SIZE, and passes --local_rank in front of the other arguments."""
+def test_the_variables_of_the_deepspeed_launcher_are_read(no_rank):
+    """It sets LOCAL_SIZE, and passes --local_rank before the other arguments."""
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "4")):
         no_rank.setenv(name, value)
     assert Rank.from_environment() == Rank(5, 8, 1, 4)
@@ -109,8 +109,8 @@ def test_the_command_reports_once_and_takes_local_rank(no_rank, capsys):
         for name, value in (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": str(number)}).items():
             no_rank.setenv(name, value)
         assert main([f"--local_rank={number}", "absent.yaml", "train.steps=1"]) == 2
-        said = capsys.readouterr().err
-        assert ("torchrun" in said) == (number == 0) and "unrecognized" not in said
+        printed = capsys.readouterr().err
+        assert ("torchrun" in printed) == (number == 0) and "unrecognized" not in printed
 
 
 def test_preflight_reports_in_one_sentence(no_rank, capsys):

@@ -1,22 +1,31 @@
-"""Every path, module and link that a page mentions is in the tree."""
+"""Every path, module and link that a page mentions is in the tree, and every page is part of the site."""
 
 import re
+import subprocess
+import sys
 from itertools import chain
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.distributed.launch import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
 FOLDERS = ("megatron_cm3leon", "tools", "examples", "tests", "benchmarks", "docs", ".ci")
 CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*{{}},-]*")
 MODULE = re.compile(r"\b(?:megatron_cm3leon|tests)(?:\.\w+)+")
+REFERENCE = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
+"""A module whose docstrings a page of the API reference shows."""
 SOURCE = re.compile(r"(?<![\w./{}*-])(?:\w+/)*\w+\.(?:py|sh)\b(?!/)")
 """A source file that is named without its first folders, such as `engine/step.py`."""
 WRITTEN = {"001.sh", "corpus/submit/shards.sh"}
 """Sources that a command writes: not in the tree."""
+EXAMPLES = {"test_NAME.py", "NAME.py"}
+"""Names that stand for others."""
 
 
 def find_code(page: str) -> str:
@@ -37,17 +46,18 @@ def find_missing(page: str) -> list[str]:
     code = find_code(page)
     missing = []
     for path in chain(*(expand(found.rstrip(".,")) for found in PATH.findall(code))):
-        if not any(ROOT.glob(path.rstrip("/"))):
+        if Path(path).name not in EXAMPLES and "/FOLDER" not in path and not any(ROOT.glob(path.rstrip("/"))):
             missing.append(path)
     for module in MODULE.findall(code):
         names = module.split(".")
         # A class or function of a module may follow it.
         if not any(is_module(names[:count]) for count in range(2, len(names) + 1)):
             missing.append(module)
+    missing += [module for module in REFERENCE.findall(page) if not is_module(module.split("."))]
     known = [f"/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
     known += [f"/{path.name}" for path in ROOT.iterdir()]
     for name in SOURCE.findall(PATH.sub("", code)):
-        if name not in WRITTEN and not any(path.endswith(f"/{name}") for path in known):
+        if name not in WRITTEN and Path(name).name not in EXAMPLES and not any(p.endswith(f"/{name}") for p in known):
             missing.append(name)
     return missing
 
@@ -63,13 +73,13 @@ def find_anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_paths_of_a_page_are_in_the_tree(page):
     missing = find_missing(page.read_text())
     assert not missing, f"{page.relative_to(ROOT)} mentions what is not in the tree: {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_of_a_page_lead_somewhere(page):
     broken = []
     for target in LINK.findall(page.read_text()):
@@ -82,9 +92,37 @@ def test_links_of_a_page_lead_somewhere(page):
     assert not broken, f"{page.relative_to(ROOT)} has broken links: {', '.join(broken)}"
 
 
+def list_nav(entries) -> list[str]:
+    """Files of a nav of mkdocs.yml, nested lists included."""
+    if isinstance(entries, str):
+        return [entries]
+    return list(chain(*map(list_nav, entries.values() if isinstance(entries, dict) else entries)))
+
+
+def test_every_page_is_in_the_site_once():
+    nav = list_nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(nav) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocstrings_handlers.python", reason="the extra docs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "site/api/config/index.html").read_text()
+    assert "global_batch_size" in reference
+
+
+def test_lines_of_the_readme_are_short():
+    long = [line for line in (ROOT / "README.md").read_text().splitlines() if len(line) >= 140]
+    assert not long, f"README.md has lines of 140 characters and more: {long}"
+
+
 def test_what_is_missing_is_found():
     page = "`tools/none.py`, `examples/{emoji,none}.sh`, `python -m tests.none.x`, `engine/none.py`, tools/text.py"
-    assert find_missing(page) == ["tools/none.py", "examples/none.sh", "tests.none.x", "engine/none.py"]
+    page += "\n::: megatron_cm3leon.none\n::: megatron_cm3leon.config\n"
+    missing = ["tools/none.py", "examples/none.sh", "tests.none.x", "engine/none.py", "megatron_cm3leon.none"]
+    assert sorted(find_missing(page)) == sorted(missing)
     assert (
         find_missing("`tools/generate.py`, `megatron_cm3leon.common.cli.run_tool`, `docs/*.md`, `runs/x/config.yaml`")
         == []

@@ -18,8 +18,8 @@ from tests.models import make_tokenizers, save_random_opt
 WORDS = ["dark", "light", "picture", "a"]
 VOCABULARY = make_vocabulary(text=len(WORDS), image=8, height=2, width=2, sentinels=2, specials=6)
 CHECKER = """
-def classify(picture):
-    return {"tone": "light" if sum(picture.convert("L").tobytes()) > 4 * 128 else "dark"}
+def classify(image):
+    return {"tone": "light" if sum(image.convert("L").tobytes()) > 4 * 128 else "dark"}
 
 def parse_caption(text):
     found = [word for word in text.split() if word in ("dark", "light")]
@@ -33,7 +33,7 @@ class FakeEncoder:
     def encode_texts(self, texts):
         return np.array([[1.0, 0.0] if "light" in text else [0.0, 1.0] for text in texts], np.float32)
 
-    def encode_pictures(self, pictures):
+    def encode_images(self, pictures):
         light = np.array([np.asarray(picture.convert("L")).mean() / 255 for picture in pictures], np.float32)
         return np.stack([light, 1 - light], 1)
 
@@ -45,8 +45,8 @@ class FakeRetriever:
         self.bank, self.encoder = bank, FakeEncoder()
         self.data = SimpleNamespace(vectors=np.full((bank.documents, 2), 0.5, np.float16))
 
-    def search(self, texts=None, pictures=None, k=2):
-        return np.tile(np.arange(k), (len(texts if texts is not None else pictures), 1))
+    def search(self, texts=None, images=None, k=2):
+        return np.tile(np.arange(k), (len(texts if texts is not None else images), 1))
 
 
 def write_shards(folder, count, seed):

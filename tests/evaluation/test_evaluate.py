@@ -9,13 +9,20 @@ import torch
 from PIL import Image
 
 from megatron_cm3leon.data.shards.reader import open_shards
-from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
+from megatron_cm3leon.evaluation.evaluate import evaluate_model
 from megatron_cm3leon.evaluation.heldout import measure_psnr, read_heldout
-from megatron_cm3leon.evaluation.judge import judge_captions, load_checker, share_right, word_f1
+from megatron_cm3leon.evaluation.judge import (
+    compute_accuracy,
+    judge_captions,
+    load_checker,
+    measure_word_f1,
+    parse_captions,
+)
 from megatron_cm3leon.evaluation.loss import build_sequence, measure_loss
+from megatron_cm3leon.evaluation.options import EvaluationOptions
 from megatron_cm3leon.generation.retrieved import DocumentSource
 
-OPTIONS = {"pictures": 12, "sweep_pictures": 6, "guidance": [1.0, 2.0], "examples": 3}
+OPTIONS = {"images": 12, "sweep_images": 6, "guidance": [1.0, 2.0], "examples": 3}
 
 
 def test_everything_is_measured(world, monkeypatch):
@@ -70,13 +77,13 @@ def test_sweep_and_report_share_no_document(world):
     assert len({document.tobytes() + bytes(str(file), "ascii") for document, file in
                 zip(pairs.documents, pairs.files, strict=True)}) == 18  # fmt: skip
     assert read_heldout(corpus, 18, 0).captions == pairs.captions
-    with pytest.raises(ValueError, match=r"has 0 pairs .* 5 were asked for"):
+    with pytest.raises(ValueError, match=r"has 0 pairs .* 5 were requested"):
         read_heldout(corpus, 5, 0, checker=load_checker_that_knows_nothing(world))
 
 
 def load_checker_that_knows_nothing(world):
     path = world.path / "nothing.py"
-    path.write_text("def classify(picture): return {}\ndef parse_caption(text): return None\n")
+    path.write_text("def classify(image): return {}\ndef parse_caption(text): return None\n")
     return load_checker(path)
 
 
@@ -109,9 +116,9 @@ def test_documents_that_do_not_fit_are_left_out_farthest_first(world):
 
 
 def test_words_in_common():
-    assert word_f1("a red circle", "A circle, red") == 1
-    assert word_f1("a a red", "a blue") == pytest.approx(2 / 5)
-    assert word_f1("", "a") == word_f1("x", "y") == 0
+    assert measure_word_f1("a red circle", "A circle, red") == 1
+    assert measure_word_f1("a a red", "a blue") == pytest.approx(2 / 5)
+    assert measure_word_f1("", "a") == measure_word_f1("x", "y") == 0
 
 
 def test_psnr():
@@ -125,17 +132,22 @@ def test_shares_are_of_attributes_and_of_all(world):
     wanted = [{"tone": "dark"}, {"tone": "light"}, {"tone": "light"}]
     judged = judge_captions(checker, ["a dark picture", "dark", "dark light"], wanted)
     assert [one["tone"] for one in judged] == [["dark", "dark", True], ["light", "dark", False], ["light", None, False]]
-    assert share_right(judged) == {"tone": 1 / 3, "all": 1 / 3}
+    assert compute_accuracy(judged) == {"tone": 1 / 3, "all": 1 / 3}
     with pytest.raises(ValueError, match="nothing to judge"):
-        share_right([])
+        compute_accuracy([])
 
 
 def test_checkers_that_are_none(world):
     with pytest.raises(ValueError, match=r"no checker at .*missing.py"):
         load_checker(world.path / "missing.py")
-    (world.path / "half.py").write_text("def classify(picture): return {}")
+    (world.path / "half.py").write_text("def classify(image): return {}")
     with pytest.raises(ValueError, match=r"half.py has no function parse_caption"):
         load_checker(world.path / "half.py")
+    (world.path / "half.py").rename(world.path / "half.txt")
+    with pytest.raises(ValueError, match=r"half.txt is not a Python file; its name must end with .py"):
+        load_checker(world.path / "half.txt")
+    with pytest.raises(ValueError, match=r"the checker does not understand the caption 'a picture'"):
+        parse_captions(load_checker(world.checker), ["a dark picture", "a picture"])
     (world.path / "broken.py").write_text("import nothing_of_that_name")
     with pytest.raises(ValueError, match=r"broken.py cannot be loaded: ModuleNotFoundError"):
         load_checker(world.path / "broken.py")

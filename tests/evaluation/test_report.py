@@ -10,8 +10,8 @@ from PIL import Image
 from megatron_cm3leon.evaluation.assemble import REQUIRED, collect_report, measure_rate, read_stages, write_report
 from megatron_cm3leon.evaluation.charts import smooth
 
-SHARES = {"colour": 0.9, "shape": 0.5, "all": 0.45}
-JUDGED = {"colour": ["red", "red", True], "shape": ["ring", "circle", False]}
+SHARES = {"color": 0.9, "shape": 0.5, "all": 0.45}
+JUDGED = {"color": ["red", "red", True], "shape": ["ring", "circle", False]}
 
 
 @pytest.fixture
@@ -80,12 +80,12 @@ class Reader(HTMLParser):
 def test_report_has_everything_and_loads_nothing(world):
     page, _ = build(world, run=world / "run", stages=world / "stages.tsv", title="A & B")
     tags = Reader(page).tags
-    for heading in ("Training", "Does the picture show its caption?", "Held-out captions", "Infilling", "Retrieval",
-                    "Captions of held-out pictures", "The image tokenizer", "Time"):  # fmt: skip
+    for heading in ("Training", "Does the image show its caption?", "Held-out captions", "Infilling", "Retrieval",
+                    "Captions of held-out images", "The image tokenizer", "Time"):  # fmt: skip
         assert f"<h2>{heading}</h2>" in page
-    assert "leg 2 begins" in page and "45 %" in page and "21.5 dB" in page and "training, two ranks" in page
+    assert "attempt 2 begins" in page and "45 %" in page and "21.5 dB" in page and "training, two ranks" in page
     assert "guidance 3, without retrieved documents" in page
-    assert "generated, guidance 3, behind retrieved documents" in page
+    assert "generated, guidance 3, with retrieved documents" in page
     assert "✗ circle" in page and "✓" in page and "0.80" in page
     pictures = [attributes for tag, attributes in tags if tag == "img"]
     assert len(pictures) == 3 + 1 + 3 + 2 + 2
@@ -125,7 +125,7 @@ def test_without_a_checker_the_sweep_is_of_clip_scores(world):
     page, _ = build(world)
     Reader(page)
     assert "guidance 1.5, with retrieved documents" in page and "0.250" in page
-    assert "Does the picture" not in page
+    assert "Does the image" not in page
 
 
 def test_what_is_missing_is_named(world):
@@ -137,7 +137,7 @@ def test_what_is_missing_is_named(world):
     with pytest.raises(ValueError, match=r"bad.tsv:1: 'pairs 3.0' is not a name, a tab and seconds"):
         read_stages(world / "bad.tsv")
     (world / "model/cm3leon.json").unlink()
-    with pytest.raises(ValueError, match="no exported model"):
+    with pytest.raises(ValueError, match="is not an exported model"):
         build(world)
     (world / "evaluation/evaluation.json").unlink()
     with pytest.raises(ValueError, match="no evaluation at"):

@@ -56,7 +56,7 @@ def test_pictures_captions_and_infills_are_there(run):
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     done = run_example("quickstart.sh", "--small", "--out", tmp_path)
-    assert done.returncode == 2 and "was not made by this script" in done.stderr
+    assert done.returncode == 2 and "was not written by this script" in done.stderr
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 

@@ -42,17 +42,17 @@ def shards(tokenizer, vocabulary):
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request, tokenizer, vocabulary, shards):
-    """A checkpoint and its export: .checkpoint, .export (folders), .account, .reader, .stock (class name)."""
+    """A checkpoint and its export: .checkpoint, .export (folders), .metadata, .reader, .stock (class name)."""
     stock, overrides = FAMILIES[request.param]
     path = tokenizer.parent / request.param
     config = family_config(f"data.shards={shards}", *overrides)
     checkpoint = write_random_checkpoint(path / "run", config, vocabulary)
-    account = export_checkpoint(checkpoint, tokenizer, path / "export")
+    metadata = export_checkpoint(checkpoint, tokenizer, path / "export")
     return SimpleNamespace(
         stock=stock,
         checkpoint=checkpoint,
         export=path / "export",
-        account=account,
+        metadata=metadata,
         config=config,
         reader=CheckpointReader(checkpoint),
     )

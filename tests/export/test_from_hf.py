@@ -159,7 +159,7 @@ def test_what_is_no_export_is_refused(tmp_path, export):
 
     with pytest.raises(ValueError, match=r"is not an export: it lacks cm3leon.json"):
         import_export(tmp_path, tmp_path / "back")
-    account = json.loads((export / "cm3leon.json").read_text())
+    metadata = json.loads((export / "cm3leon.json").read_text())
     config = json.loads((export / "config.json").read_text())
     (export / "config.json").write_text(json.dumps(config | {"ffn_dim": 64}))
     for change, message in (
@@ -175,14 +175,14 @@ def test_what_is_no_export_is_refused(tmp_path, export):
     fails("config.json is not valid JSON")
     (export / "config.json").write_text(json.dumps(config))
     for change, message in (
-        ({"format": 1}, "is of format 1, not 2"),
+        ({"format": 1}, "has format 1, not 2"),
         ({"config": {"model": {"width": 3}}}, "does not hold the run's configuration"),
         ({"config": {"model": {"layers": 0}}}, r"model.layers \(0\) must be at least 1"),
         ({"state": {"steps": 3}}, "does not hold the run's configuration and state"),
     ):
-        (export / "cm3leon.json").write_text(json.dumps(account | change))
+        (export / "cm3leon.json").write_text(json.dumps(metadata | change))
         fails(message)
-    (export / "cm3leon.json").write_text(json.dumps(account))
+    (export / "cm3leon.json").write_text(json.dumps(metadata))
     weights = (export / "model.safetensors").read_bytes()
     (export / "model.safetensors").write_bytes(weights[:-100])
     fails("model.safetensors cannot be read")
@@ -196,6 +196,6 @@ def test_what_is_no_export_is_refused(tmp_path, export):
 def test_a_run_folder_is_never_replaced(tmp_path, family):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="run already exists"):
+    with pytest.raises(ValueError, match="run exists and is not an export"):
         import_export(family.export, tmp_path / "run")
     assert (tmp_path / "run/metrics.jsonl").read_text() == "{}\n"

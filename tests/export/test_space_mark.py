@@ -53,7 +53,7 @@ def test_in_the_exported_tokenizer_json(export, tokenizer):
 
 def test_in_generation(export):
     generator = Generator.load(export, device="cpu")
-    assert [generator.text.decode(generator.encode_document([line])) for line in TEXTS] == TEXTS
+    assert [generator.codec.text.decode(generator.codec.encode_document([line])) for line in TEXTS] == TEXTS
     texts = [(line, other) for line, other in zip(TEXTS, reversed(TEXTS), strict=True)]
     for (left, right), whole in zip(texts, generator.infill_text(texts, longest=4), strict=True):
         assert whole.startswith(left.rstrip()) and whole.endswith(right.lstrip())  # spaces go to the span

@@ -11,8 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
-from megatron_cm3leon.export import export_checkpoint
-from megatron_cm3leon.export import layouts as families
+from megatron_cm3leon.export import export_checkpoint, layouts, parts
 from megatron_cm3leon.model.reference import reference_logits
 from megatron_cm3leon.model.weights import canonical_shapes
 from tests.checkpoint.builders import family_config, flip_byte, write_random_checkpoint, write_tokenizers
@@ -39,16 +38,16 @@ def test_stock_classes_give_the_trained_logits(family, vocabulary):
     assert expected.std() > 0.1  # a comparison of logits that differ from each other
     parameters = {id(p): p.numel() for p in model.parameters()}
     unread = 2 * 32 if family.stock.startswith("OPT") else 0
-    assert family.account["parameters"] == sum(parameters.values()) - unread
+    assert family.metadata["parameters"] == sum(parameters.values()) - unread
 
 
 def test_the_check_is_printed_and_recorded(family):
-    account = family.account
-    assert account["max_abs_logit_diff"] == pytest.approx(0, abs=1e-4) and account["max_abs_logit_diff"] > 0
-    assert account["max_relative_logit_diff"] <= 1e-5
-    assert "1 random and 1 real sequences of 20 tokens, fp32" in account["check"]
-    assert json.loads((family.export / "cm3leon.json").read_text()) == account
-    assert account["training"]["seq_length"] == 20
+    metadata = family.metadata
+    assert metadata["max_abs_logit_diff"] == pytest.approx(0, abs=1e-4) and metadata["max_abs_logit_diff"] > 0
+    assert metadata["max_relative_logit_diff"] <= 1e-5
+    assert "1 random and 1 real sequences of 20 tokens, fp32" in metadata["check"]
+    assert json.loads((family.export / "cm3leon.json").read_text()) == metadata
+    assert metadata["training"]["seq_length"] == 20
 
 
 def test_the_folder_is_complete(family, vocabulary):
@@ -71,7 +70,7 @@ def test_the_folder_is_complete(family, vocabulary):
     ids = json.loads((family.export / "generation_config.json").read_text())
     assert ids["eos_token_id"] == vocabulary.eos and ids["pad_token_id"] == vocabulary.pad
     card = (family.export / "README.md").read_text()
-    assert family.stock in card and family.account["check"] in card
+    assert family.stock in card and family.metadata["check"] in card
     configuration = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert configuration["model"]["family"] == family.config.model.family
 
@@ -79,8 +78,8 @@ def test_the_folder_is_complete(family, vocabulary):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_small_shards_and_reduced_precision(tmp_path, tokenizer, vocabulary, dtype):
     checkpoint = write_random_checkpoint(tmp_path / "run", family_config("model.family=llama"), vocabulary)
-    account = export_checkpoint(checkpoint, tokenizer, tmp_path / "out", dtype=dtype, shard_bytes=20_000)
-    assert "1 random sequences" in account["check"]
+    metadata = export_checkpoint(checkpoint, tokenizer, tmp_path / "out", dtype=dtype, shard_bytes=20_000)
+    assert "1 random sequences" in metadata["check"]
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("model-*.safetensors")}
     assert set(index["weight_map"].values()) == set(sizes) and len(sizes) > 3
@@ -96,11 +95,11 @@ def test_small_shards_and_reduced_precision(tmp_path, tokenizer, vocabulary, dty
 
 def test_qkv_rows_are_grouped_per_head_of_keys():
     rows = torch.arange(16.0)[:, None].expand(16, 3)  # 4 heads of width 2, 2 of keys: q q k v, q q k v
-    query, key, value = families.split_qkv(rows, heads=4, kv_heads=2)
+    query, key, value = parts.split_qkv(rows, heads=4, kv_heads=2)
     assert query[:, 0].tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
     assert key[:, 0].tolist() == [4, 5, 12, 13]
     assert value[:, 0].tolist() == [6, 7, 14, 15]
-    assert torch.equal(families.join_qkv(query, key, value, heads=4, kv_heads=2), rows)
+    assert torch.equal(parts.join_qkv(query, key, value, heads=4, kv_heads=2), rows)
 
 
 @pytest.fixture
@@ -109,7 +108,7 @@ def checkpoint(tmp_path, vocabulary):
 
 
 def test_a_wrong_arrangement_fails_and_leaves_nothing(tmp_path, tokenizer, checkpoint, monkeypatch):
-    monkeypatch.setattr(families, "split_qkv", lambda weight, heads, kv_heads: weight.chunk(3))
+    monkeypatch.setattr(parts, "split_qkv", lambda weight, heads, kv_heads: weight.chunk(3))
     with pytest.raises(ValueError, match=r"logits differ from the trained model's: .*at most 1e-05.*nothing was"):
         export_checkpoint(checkpoint, tokenizer, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
@@ -117,7 +116,7 @@ def test_a_wrong_arrangement_fails_and_leaves_nothing(tmp_path, tokenizer, check
 
 def test_a_wrong_epsilon_fails(tmp_path, tokenizer, vocabulary, monkeypatch):
     checkpoint = write_random_checkpoint(tmp_path / "run", family_config("model.family=llama"), vocabulary)
-    fields = families.config_fields
+    fields = layouts.config_fields
 
     def other_fields(*arguments):
         return fields(*arguments) | {"rms_norm_eps": 1e-4}
@@ -178,7 +177,7 @@ def test_what_is_there_is_kept(tmp_path, tokenizer, checkpoint):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"mine already exists and is not an export"):
+        with pytest.raises(ValueError, match=r"mine exists and is not an export"):
             export_checkpoint(checkpoint, tokenizer, tmp_path / "mine", overwrite=overwrite)
     assert (tmp_path / "mine/notes.txt").read_text() == "keep"
 
@@ -214,6 +213,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, tokenizer, checkpoint, monk
 def test_every_weight_has_one_place(vocabulary):
     for overrides in ([], ["model.family=llama", "model.qk_norm=true"]):
         config = family_config(*overrides)
-        parts = families.list_parts(config, vocabulary.size)
-        assert {part.name: part.shape for part in parts} == canonical_shapes(config, vocabulary.size)
-        assert parts[0].name == "embedding.word_embeddings.weight"
+        listed = parts.list_parts(config, vocabulary.size)
+        assert {part.name: part.shape for part in listed} == canonical_shapes(config, vocabulary.size)
+        assert listed[0].name == "embedding.word_embeddings.weight"
+        targets = {name: shape for part in listed for name, shape in part.targets.items()}
+        assert targets == layouts.stock_weights(layouts.shape_of(config, vocabulary.size))

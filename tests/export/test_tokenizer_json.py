@@ -76,7 +76,7 @@ def test_a_piece_with_the_name_of_a_special_token(tmp_path):
 
 def test_another_kind_of_model_has_none(tmp_path):
     text = train_by_hand(290, model_type="unigram")
-    assert "no BPE model" in write_tokenizer(tmp_path, text, make_vocabulary(text=text.size), 64)
+    assert "not a BPE model" in write_tokenizer(tmp_path, text, make_vocabulary(text=text.size), 64)
     assert not list(tmp_path.iterdir())
 
 

@@ -176,7 +176,7 @@ def copy(folder, tmp_path):
         (lambda w, name: w.update(extra=torch.ones(1)), r"has unknown 1 weights \(extra\)"),
         (lambda w, name: w[name].view(-1)[3].fill_(float("nan")), r"{name} has NaN or infinite values as float32"),
         (lambda w, name: w.update({name: w[name].int()}), r"{name} has type I32, not F32, BF16, F16"),
-        (lambda w, name: w.update({name: w[name][:-1].clone()}), r"{name} has shape \[31, .*config.json asks for \[32"),
+        (lambda w, name: w.update({name: w[name][:-1].clone()}), r"{name} has shape \[31, .*config.json requires \[32"),
     ],
 )
 def test_weights_are_checked(copy, change, message):
@@ -189,7 +189,7 @@ def test_weights_are_checked(copy, change, message):
 
 
 def test_what_is_no_export_is_refused(folder, copy, tmp_path):
-    with pytest.raises(ValueError, match=r"no exported model: it has no config.json; give a folder"):
+    with pytest.raises(ValueError, match=r"not an exported model: it has no config.json; give a folder"):
         Decoder.load(tmp_path)
     config = json.loads((copy / "config.json").read_text())
     for change, message in [

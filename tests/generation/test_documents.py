@@ -4,31 +4,39 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_cm3leon.generation import documents
+from megatron_cm3leon.generation.documents import CompletionOptions
+from megatron_cm3leon.generation.grammar import opening_segment
 from megatron_cm3leon.generation.sampling import Sampling
-from megatron_cm3leon.generation.types import MadePicture
+from megatron_cm3leon.generation.types import GeneratedImage
 
 PICTURE = np.arange(12) % 16
 DOCUMENTS = [["a red"], ["a", PICTURE], [], [PICTURE], ["x on", "white"]]
-HOT = {"text": Sampling(temperature=4.0), "image": Sampling(temperature=3.0)}
+
+
+def hot(seed=0, longest=5, **options):
+    """Settings under which all kinds of parts are drawn."""
+    text, image = Sampling(temperature=4.0, seed=seed), Sampling(temperature=3.0, seed=seed)
+    return CompletionOptions(text=text, image=image, longest=longest, **options)
 
 
 def ids_of(generator, document, parts):
     """The document's ids with the new parts behind it: the text that went on is part of the old one."""
-    ids = generator.encode_document(document)
+    ids = generator.codec.encode_document(document)
     for number, part in enumerate(parts):
         goes_on = number == 0 and document and isinstance(document[-1], str)
         ids += [28] if ids and not goes_on else []
-        ids += generator.text.encode(part) if isinstance(part, str) else (10 + part.codes).tolist()
+        ids += generator.codec.text.encode(part) if isinstance(part, str) else (10 + part.codes).tolist()
     return ids
 
 
 def test_every_document_is_well_formed(generator):
     texts = pictures = 0
     for seed in range(8):
-        for document, parts in zip(DOCUMENTS, generator.complete(DOCUMENTS, seed=seed, longest=5, **HOT), strict=True):
+        for document, parts in zip(DOCUMENTS, generator.complete(DOCUMENTS, hot(seed)), strict=True):
             assert len(parts) <= 4
             for part in parts:
-                if isinstance(part, MadePicture):
+                if isinstance(part, GeneratedImage):
                     assert part.codes.shape == (12,) and part.codes.min() >= 0 and part.codes.max() < 16
                     pictures += 1
                 else:
@@ -70,9 +78,10 @@ def continue_greedily(decoder, ids, segments, longest):
 
 def test_greedy_completion_is_the_most_likely_document(generator, decoder):
     greedy = Sampling(temperature=0)
+    options = CompletionOptions(text=greedy, image=greedy, segments=3, longest=6)
     for document in DOCUMENTS:
-        parts = generator.complete([document], text=greedy, image=greedy, segments=3, longest=6)[0]
-        start = [27, *generator.encode_document(document)]
+        parts = generator.complete([document], options)[0]
+        start = [27, *generator.codec.encode_document(document)]
         assert [27, *ids_of(generator, document, parts)] == continue_greedily(decoder, start, 3, 6)
 
 
@@ -82,26 +91,41 @@ def most_likely(decoder, ids, allowed):
 
 
 def test_a_document_completes_alike_beside_others(generator):
-    together = generator.complete(DOCUMENTS, seed=3, longest=5, **HOT)
+    together = generator.complete(DOCUMENTS, hot(3))
     for document, parts in zip(DOCUMENTS, together, strict=True):
-        alone = generator.complete([document], seed=3, longest=5, **HOT)[0]
+        alone = generator.complete([document], hot(3))[0]
         assert ids_of(generator, document, alone) == ids_of(generator, document, parts)
 
 
 def test_a_full_context_ends_the_document(generator):
     long = ["a " * 60]
-    parts = generator.complete([long], segments=9, longest=9, **HOT)[0]
+    parts = generator.complete([long], hot(segments=9, longest=9))[0]
     assert len(ids_of(generator, long, parts)) <= generator.decoder.context
+
+
+def test_each_part_is_opened_once(generator, monkeypatch):
+    """With room for one image and one token more: after the opening token the image no longer counts as fitting."""
+    opened = []
+
+    def record(vocabulary, images):
+        opened.append(images)
+        return opening_segment(vocabulary, images)
+
+    monkeypatch.setattr(documents, "opening_segment", record)
+    retrieved = [1] * (generator.decoder.context - 14)
+    generator.complete([[]], hot(segments=1), retrieved=[[retrieved]])
+    assert opened == [True]
 
 
 def test_errors(generator):
     for options, message in [
-        ({"image": Sampling(guidance=2.0)}, r"of image contrast a prompt with one without its condition"),
+        ({"image": Sampling(guidance=2.0)}, r"guidance \(2.0\) .* of image contrast a prompt with one without its"),
         ({"text": Sampling(contrast_k=2)}, r"of text contrast a prompt"),
         ({"segments": 0}, r"segments \(0\) must be at least 1"),
-        ({"retrieved": []}, r"retrieved documents for 0 of 1 documents"),
     ]:
         with pytest.raises(ValueError, match=message):
-            generator.complete([["a"]], **options)
+            generator.complete([["a"]], CompletionOptions(**options))
+    with pytest.raises(ValueError, match=r"retrieved has documents for 0 of 1 documents"):
+        generator.complete([["a"]], retrieved=[])
     with pytest.raises(ValueError, match=r"a prompt of 71 tokens"):
         generator.complete([["a " * 70]])

@@ -1,5 +1,6 @@
 """Generator: well-formed output, guidance, seeds that belong to a sequence, infilling that keeps the rest."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,8 @@ from megatron_cm3leon.generation import batch
 from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.grammar import text_segment
-from megatron_cm3leon.generation.sampling import Sampling
+from megatron_cm3leon.generation.ranking import Candidates
+from megatron_cm3leon.generation.sampling import IMAGE_SAMPLING, Sampling
 
 CAPTIONS = ["a red circle", "blue square on white", "a"]
 DOCUMENTS = [[1, 3, 28, *range(10, 22)], [2, 4, 28, *range(14, 26)]]
@@ -22,16 +24,16 @@ def codes_of(made):
 
 
 def test_a_picture_is_exactly_its_codes(generator, vocabulary):
-    made = list(generator.images(CAPTIONS, temperature=5.0, candidates=2))
+    made = list(generator.images(CAPTIONS, Sampling(temperature=5.0), candidates=Candidates(2)))
     assert [(m.caption, m.seed) for m in made] == [(c, s) for c in CAPTIONS for s in (0, 1)]
     for picture in made:
         assert picture.codes.shape == (12,) and picture.codes.min() >= 0 and picture.codes.max() < 16
-        assert picture.picture.size == (4, 4)
+        assert picture.image.size == (4, 4)
 
 
 def test_greedy_picture_is_the_most_likely_code_each_time(generator, decoder, vocabulary):
     """Against whole forward passes with the guidance formula written out."""
-    made = next(generator.images(["a red circle"], [DOCUMENTS], guidance=2.5, temperature=0))
+    made = next(generator.images(["a red circle"], Sampling(guidance=2.5, temperature=0), retrieved=[DOCUMENTS]))
     given = [27, *DOCUMENTS[0], 28, *DOCUMENTS[1], 28, 0, 1, 3, 28]
     without = [27, *DOCUMENTS[0], 28, *DOCUMENTS[1], 28]
     for code in made.codes:
@@ -44,35 +46,36 @@ def test_greedy_picture_is_the_most_likely_code_each_time(generator, decoder, vo
 
 
 def test_same_seed_same_picture_whatever_else_is_made(generator, monkeypatch):
-    options = {"temperature": 1.3, "top_p": 0.95, "guidance": 2.0, "seed": 5}
-    alone = [codes_of(generator.images([caption], **options))[0] for caption in CAPTIONS]
-    assert codes_of(generator.images(CAPTIONS, **options)) == alone
-    assert codes_of(generator.images(CAPTIONS[::-1], **options)) == alone[::-1]
-    candidates = codes_of(generator.images(["a red circle"], candidates=4, **{**options, "seed": 3}))
+    sampling = Sampling(temperature=1.3, top_p=0.95, guidance=2.0, seed=5)
+    alone = [codes_of(generator.images([caption], sampling))[0] for caption in CAPTIONS]
+    assert codes_of(generator.images(CAPTIONS, sampling)) == alone
+    assert codes_of(generator.images(CAPTIONS[::-1], sampling)) == alone[::-1]
+    earlier = replace(sampling, seed=3)
+    candidates = codes_of(generator.images(["a red circle"], earlier, candidates=Candidates(4)))
     assert candidates[2] == alone[0]
     assert len({tuple(row) for row in candidates}) == 4
-    monkeypatch.setattr(batch, "LARGEST_BATCH", 2)  # one picture a batch
-    assert codes_of(generator.images(CAPTIONS, **options)) == alone
+    monkeypatch.setattr(batch, "LARGEST_BATCH", 2)  # one image per batch
+    assert codes_of(generator.images(CAPTIONS, sampling)) == alone
 
 
 def test_guidance_of_1_is_no_guidance(generator, monkeypatch):
-    options = {"temperature": 1.0, "seed": 2}
-    plain = codes_of(generator.images(CAPTIONS, guidance=1.0, **options))
-    near = codes_of(generator.images(CAPTIONS, guidance=1.0 + 1e-7, **options))  # through both streams
+    plain = codes_of(generator.images(CAPTIONS, Sampling(seed=2)))
+    near = codes_of(generator.images(CAPTIONS, Sampling(guidance=1.0 + 1e-7, seed=2)))  # with both streams
     assert plain == near
-    assert plain != codes_of(generator.images(CAPTIONS, guidance=6.0, **options))
-    other = codes_of(generator.images(CAPTIONS, guidance=6.0, unconditional="dropped", **options))
-    assert other != codes_of(generator.images(CAPTIONS, guidance=6.0, **options))
+    strong = Sampling(guidance=6.0, seed=2)
+    assert plain != codes_of(generator.images(CAPTIONS, strong))
+    other = codes_of(generator.images(CAPTIONS, strong, unconditional="dropped"))
+    assert other != codes_of(generator.images(CAPTIONS, strong))
 
 
 def test_guidance_of_0_forgets_the_caption(generator):
-    made = codes_of(generator.images(CAPTIONS, guidance=0.0, temperature=0))
+    made = codes_of(generator.images(CAPTIONS, Sampling(guidance=0.0, temperature=0)))
     assert made[0] == made[1] == made[2]
 
 
 def test_greedy_contrast_is_the_largest_ratio_each_time(generator, decoder):
     """Against whole forward passes with the formula of CD-K written out."""
-    made = next(generator.images(["a red circle"], contrast_k=3, contrast_alpha=0.5, temperature=0))
+    made = next(generator.images(["a red circle"], Sampling(contrast_k=3, contrast_alpha=0.5, temperature=0)))
     given, without = [27, 0, 1, 3, 28], [27, 30, 28]
     for code in made.codes:
         expert, amateur = (
@@ -88,24 +91,24 @@ def test_candidates_are_ranked(generator):
     """By an encoder that likes dark pictures."""
 
     class Dark:
-        def encode_pictures(self, pictures):
-            return np.array([[255.0 - np.asarray(picture).mean()] for picture in pictures])
+        def encode_images(self, images):
+            return np.array([[255.0 - np.asarray(picture).mean()] for picture in images])
 
         def encode_texts(self, texts):
             return np.ones((len(texts), 1))
 
-    options = {"candidates": 5, "temperature": 3.0}
-    every = list(generator.images(CAPTIONS, **options))
-    best = list(generator.images(CAPTIONS, encoder=Dark(), keep=2, **options))
+    sampling = replace(IMAGE_SAMPLING, temperature=3.0)
+    every = list(generator.images(CAPTIONS, sampling, candidates=Candidates(5)))
+    best = list(generator.images(CAPTIONS, sampling, candidates=Candidates(5, Dark(), keep=2)))
     assert [one.caption for one in best] == [caption for caption in CAPTIONS for _ in range(2)]
     for number in range(len(CAPTIONS)):
-        ranked = sorted(every[number * 5 : number * 5 + 5], key=lambda one: np.asarray(one.picture).mean())
+        ranked = sorted(every[number * 5 : number * 5 + 5], key=lambda one: np.asarray(one.image).mean())
         assert [one.seed for one in best[number * 2 : number * 2 + 2]] == [one.seed for one in ranked[:2]]
         assert best[number * 2].score >= best[number * 2 + 1].score
 
 
 def test_pictures_come_batch_by_batch(generator, monkeypatch):
-    monkeypatch.setattr(batch, "LARGEST_BATCH", 2)  # one picture and its other stream
+    monkeypatch.setattr(batch, "LARGEST_BATCH", 2)  # both streams of one image
     drawn = []
     made = generator.images(CAPTIONS, advance=drawn.append)
     next(made)
@@ -114,15 +117,17 @@ def test_pictures_come_batch_by_batch(generator, monkeypatch):
 
 
 def test_answers_fill_the_template(generator, decoder, monkeypatch):
-    monkeypatch.setattr(generator.text, "words", ["Question:", "Answer:", ".", *generator.text.words[3:9], "x."])
+    monkeypatch.setattr(
+        generator.codec.text, "words", ["Question:", "Answer:", ".", *generator.codec.text.words[3:9], "x."]
+    )
     picture = np.arange(12) % 16
     made = generator.answers([picture, picture], ["x on", "white"], longest=4)
     ids = [27, 0, 5, 6, 1, 30, 2, 28, *(10 + picture), 27, 30]
     assert made[0].split()[:1] == (
-        [generator.text.words[token]] if (token := first_text_or_end(decoder, ids, 29)) < 10 else []
+        [generator.codec.text.words[token]] if (token := first_text_or_end(decoder, ids, 29)) < 10 else []
     )
     assert made == generator.answers([picture, picture], ["x on", "white"], longest=4)
-    with pytest.raises(ValueError, match="1 questions for 2 pictures"):
+    with pytest.raises(ValueError, match="1 questions for 2 images"):
         generator.answers([picture, picture], ["x"])
 
 
@@ -134,10 +139,10 @@ def first_text_or_end(decoder, ids, end):
 @pytest.mark.parametrize("form", ["image_first", "masked"])
 def test_captions_hold_text_alone(generator, form):
     pictures = [np.arange(12) % 16, np.full(12, 3), np.arange(12)[::-1].copy()]
-    texts = generator.captions(pictures, form=form, temperature=3.0, longest=9)
+    texts = generator.captions(pictures, Sampling(temperature=3.0), form=form, longest=9)
     assert all(len(text.split()) <= 9 for text in texts)
     assert len(set(texts)) == 3
-    assert generator.captions([pictures[1]], form=form, temperature=3.0, longest=9) == [texts[1]]
+    assert generator.captions([pictures[1]], Sampling(temperature=3.0), form=form, longest=9) == [texts[1]]
 
 
 def test_text_ends_as_the_grammar_says(decoder, vocabulary):
@@ -169,7 +174,7 @@ def test_greedy_caption_is_the_most_likely_text(generator, decoder, vocabulary):
             break
         ids.append(token)
         made.append(token)
-    assert text == generator.text.decode(made)
+    assert text == generator.codec.text.decode(made)
 
 
 def test_infilled_picture_keeps_every_other_code(generator):
@@ -177,8 +182,11 @@ def test_infilled_picture_keeps_every_other_code(generator):
     for box, inside in [((1, 1, 3, 3), [5, 6, 9, 10]), ((0, 0, 1, 4), [0, 1, 2, 3]), ((2, 3, 3, 4), [11])]:
         changed = set()
         for seed in range(6):
-            made = generator.infill_pictures(
-                [before, before[::-1].copy()], box, ["a red circle", "a"], guidance=2.0, temperature=3.0, seed=seed
+            made = generator.infill_images(
+                [before, before[::-1].copy()],
+                box,
+                Sampling(guidance=2.0, temperature=3.0, seed=seed),
+                captions=["a red circle", "a"],
             )
             changed |= set(np.flatnonzero(made[0].codes != before).tolist())
             assert set(np.flatnonzero(made[1].codes != before[::-1]).tolist()) <= set(inside)
@@ -187,49 +195,50 @@ def test_infilled_picture_keeps_every_other_code(generator):
 
 def test_infilled_text_keeps_what_stands_around(generator):
     texts = [("a red ", " on white"), ("", " circle"), ("a ", "")]
-    made = generator.infill_text(texts, temperature=2.0, longest=4)
+    made = generator.infill_text(texts, Sampling(temperature=2.0), longest=4)
     for (before, after), text in zip(texts, made, strict=True):
         assert text.startswith(before.strip()) and text.endswith(after.strip())
         assert len(text.split()) <= len(before.split()) + 4 + len(after.split())
-    with_picture = generator.infill_text(texts[:1], [np.zeros(12, int)], temperature=2.0)
+    with_picture = generator.infill_text(texts[:1], Sampling(temperature=2.0), images=[np.zeros(12, int)])
     assert with_picture[0].startswith("a red")
 
 
 def test_pictures_go_through_the_image_tokenizer(generator):
     levels = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17
     picture = Image.fromarray(levels).convert("RGB")
-    assert generator.encode_pictures([picture]).tolist() == [list(range(12))]
-    assert np.asarray(generator.decode_pictures([list(range(12))])[0])[:3, :, 0].tolist() == levels[:3].tolist()
+    assert generator.codec.encode_images([picture]).tolist() == [list(range(12))]
+    assert np.asarray(generator.codec.decode_images([list(range(12))])[0])[:3, :, 0].tolist() == levels[:3].tolist()
     assert generator.captions([picture]) == generator.captions([np.arange(12)])
 
 
 def test_bad_inputs_are_refused(generator, decoder):
     bad = [
-        (lambda: generator.images(["a"], temperature=-1), r"temperature \(-1\) must be a finite number, 0"),
         (lambda: generator.images("a"), r"captions \('a'\) must be a list"),
-        (lambda: generator.complete(["a"]), r"a document \('a'\) must be a list of texts and pictures"),
-        (lambda: list(generator.images(["a"], [[[999]]])), r"a prompt has the id 999; the model's 36 begin with 0"),
-        (lambda: generator.images(["a"], candidates=0), r"candidates \(0\) must be at least 1"),
+        (lambda: generator.complete(["a"]), r"a document \('a'\) must be a list of texts and images"),
+        (
+            lambda: list(generator.images(["a"], retrieved=[[[999]]])),
+            r"a prompt has the id 999; the model's 36 begin with 0",
+        ),
+        (lambda: generator.images(["a"], candidates=Candidates(0)), r"candidates \(0\) must be at least 1"),
         (lambda: generator.images(["a"], unconditional="none"), r"unconditional \('none'\) must be one of"),
-        (lambda: generator.images(["a"], [[], []]), r"retrieved documents for 2 of 1 captions"),
+        (lambda: generator.images(["a"], retrieved=[[], []]), r"retrieved has documents for 2 of 1 captions"),
         (
             lambda: generator.images(["a " * 60]),
             r"62 tokens with 12 to generate needs 73 positions; the model's context has 64. Shorten the text",
         ),
-        (lambda: generator.images(["a"], [DOCUMENTS * 2]), r"a prompt of 67 tokens"),
+        (lambda: generator.images(["a"], retrieved=[DOCUMENTS * 2]), r"a prompt of 67 tokens"),
         (lambda: generator.captions([np.zeros(11, int)]), r"12 image codes below 16; its codes have shape \(11,\)"),
         (lambda: generator.captions([np.full(12, 16)]), r"12 image codes below 16"),
         (lambda: generator.captions([np.zeros(12, int)], longest=0), r"longest \(0\)"),
-        (lambda: generator.infill_pictures([np.zeros(12, int)], (0, 0, 4, 1)), r"bottom 4.*3 rows and 4 columns"),
-        (lambda: generator.infill_pictures([np.zeros(12, int)], (1, 2, 1, 3)), r"hold at least one"),
-        (lambda: generator.infill_pictures([np.zeros(12, int)], (0, 0, 1, 1), []), r"0 captions for 1 pictures"),
+        (lambda: generator.infill_images([np.zeros(12, int)], (0, 0, 4, 1)), r"bottom 4.*3 rows and 4 columns"),
+        (lambda: generator.infill_images([np.zeros(12, int)], (1, 2, 1, 3)), r"contain at least one"),
+        (lambda: generator.infill_images([np.zeros(12, int)], (0, 0, 1, 1), captions=[]), r"0 captions for 1 images"),
         (
-            lambda: generator.infill_pictures([np.zeros(12, int)], (0, 0, 1, 1), guidance=3.0),
-            r"guidance \(3.0\) needs captions to strengthen",
+            lambda: generator.infill_images([np.zeros(12, int)], (0, 0, 1, 1), Sampling(guidance=3.0)),
+            r"guidance \(3.0\) requires captions; give them, or no guidance",
         ),
         (lambda: generator.images(["a", ""]), r"caption 1 is empty: guidance and contrast_k need a condition"),
-        (lambda: generator.images(["a"], guidance=2.0, contrast_k=1), r"both contrast with the prompt"),
-        (lambda: generator.images(["a"], keep=1), r"keep \(1\) needs an encoder"),
+        (lambda: generator.images(["a"], candidates=Candidates(2, keep=1)), r"keep \(1\) requires an encoder"),
     ]
     for call, message in bad:
         with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ from megatron_cm3leon.generation.int4 import (
     quantize_groups,
     unpack_levels,
 )
-from megatron_cm3leon.generation.matrices import build_matrix
+from megatron_cm3leon.generation.matrix_kinds import build_matrix
 from tests.models import save_random_opt
 
 
@@ -38,7 +38,7 @@ def test_it_is_the_product_of_the_rounded_matrix(units, width):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(units, width, generator=generator)
     matrix = Int4Matrix(weight)
-    rounded = matrix.widen(slice(None))[:units, :width].float()
+    rounded = matrix.convert_rows(slice(None))[:units, :width].float()
     step = matrix.scales_and_zeros[..., 0].float().max()
     assert (rounded - weight).abs().max() < 0.6 * step
     for rows in (1, 3, FEW_ROWS, FEW_ROWS + 1):

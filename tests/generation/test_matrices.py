@@ -8,10 +8,10 @@ from megatron_cm3leon.generation.matrices import (
     Matrix,
     PackedMatrix,
     ScaledMatrix,
-    build_matrix,
     quantize_rows,
     quantize_rows_fp8,
 )
+from megatron_cm3leon.generation.matrix_kinds import build_matrix
 
 on_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not built in")
 

@@ -11,8 +11,8 @@ DOCUMENT = [1, 3, BREAK, 10, 11, 12]
 def test_forms(vocabulary):
     v = vocabulary
     assert (v.pad, v.eos, v.break_id, v.eoss, v.sentinel(0)) == (PAD, EOS, BREAK, EOSS, MASK)
-    assert prompts.picture_prompt([1, 2], [], v) == [EOS, 1, 2, BREAK]
-    assert prompts.picture_prompt([1, 2], [DOCUMENT, [4]], v) == [EOS, *DOCUMENT, BREAK, 4, BREAK, 1, 2, BREAK]
+    assert prompts.image_prompt([1, 2], [], v) == [EOS, 1, 2, BREAK]
+    assert prompts.image_prompt([1, 2], [DOCUMENT, [4]], v) == [EOS, *DOCUMENT, BREAK, 4, BREAK, 1, 2, BREAK]
     assert prompts.unconditional_prompt([], "dropped", v) == [EOS]
     assert prompts.unconditional_prompt([], "sentinel", v) == [EOS, MASK, BREAK]
     assert prompts.unconditional_prompt([DOCUMENT], "dropped", v) == [EOS, *DOCUMENT, BREAK]
@@ -21,8 +21,8 @@ def test_forms(vocabulary):
     assert prompts.infill_text_prompt([1], [3], [10], [], v) == [EOS, 1, MASK, 3, BREAK, 10, EOS, MASK]
     assert prompts.infill_text_prompt([1], [], None, [], v) == [EOS, 1, MASK, EOS, MASK]
     codes = [10, 11, 12, 13]
-    assert prompts.infill_picture_prompt(codes, 1, 3, [2], [], v) == [EOS, 2, BREAK, 10, MASK, 13, EOS, MASK]
-    assert prompts.infill_picture_prompt(codes, 0, 4, None, [], v) == [EOS, MASK, EOS, MASK]
+    assert prompts.infill_image_prompt(codes, 1, 3, [2], [], v) == [EOS, 2, BREAK, 10, MASK, 13, EOS, MASK]
+    assert prompts.infill_image_prompt(codes, 0, 4, None, [], v) == [EOS, MASK, EOS, MASK]
 
 
 def test_a_masked_block_of_the_stream_begins_with_the_infilling_prompt(vocabulary):

@@ -10,7 +10,7 @@ from megatron_cm3leon.generation.sampling import (
     Sampling,
     apply_contrast,
     apply_guidance,
-    draw,
+    draw_tokens,
     filter_top_k,
     filter_top_p,
 )
@@ -22,14 +22,14 @@ def chosen(*uniforms, **fields):
     """Tokens that inverse-1 draws at these numbers."""
     logits = PROBABILITIES.log().expand(len(uniforms), -1)
     uniform = torch.tensor(uniforms, dtype=torch.float64)
-    return draw(logits, Sampling(sampler="inverse-1", **fields), uniform).tolist()
+    return draw_tokens(logits, Sampling(sampler="inverse-1", **fields), uniform).tolist()
 
 
 def draw_many(logits, count, **fields):
     """Tokens that gumbel-1 draws at `count` positions of one sequence."""
     keys = torch.tensor([philox_key(3, [1, 2])])
     noise = GumbelNoise(torch.arange(logits.shape[-1]))(keys, torch.arange(count))[:, 0]
-    return draw(logits.expand(count, -1), Sampling(**fields), noise)
+    return draw_tokens(logits.expand(count, -1), Sampling(**fields), noise)
 
 
 def test_guidance():
@@ -92,7 +92,9 @@ def test_temperature():
 
 def test_inverse_frequencies_follow_the_probabilities():
     uniform = torch.from_numpy(uniform_numbers(1, [1, 2], 20_000))
-    counts = draw(PROBABILITIES.log().expand(20_000, -1), Sampling(sampler="inverse-1"), uniform).bincount() / 20_000
+    counts = (
+        draw_tokens(PROBABILITIES.log().expand(20_000, -1), Sampling(sampler="inverse-1"), uniform).bincount() / 20_000
+    )
     assert (counts - PROBABILITIES[0]).abs().max() < 0.012
 
 
@@ -119,7 +121,7 @@ def test_gumbel_frequencies_follow_the_softmax(fields, expected):
 def test_greedy_takes_no_chance():
     logits = torch.tensor([[0.1, 3.0, 0.2], [5.0, 0.0, 1.0]])
     for sampler in ("gumbel-1", "inverse-1"):
-        assert draw(logits, Sampling(temperature=0, sampler=sampler), None).tolist() == [1, 0]
+        assert draw_tokens(logits, Sampling(temperature=0, sampler=sampler), None).tolist() == [1, 0]
 
 
 def test_same_noise_mostly_keeps_the_token_under_a_small_change_of_the_logits():
@@ -129,7 +131,7 @@ def test_same_noise_mostly_keeps_the_token_under_a_small_change_of_the_logits():
     uniform = torch.from_numpy(uniform_numbers(1, [1], 400))
     for change, at_least in ((0.2, 0.85), (0.5, 0.69)):
         after = before + change * torch.randn(1, 2048, generator=generator)
-        inverse = [draw(x.expand(400, -1), Sampling(sampler="inverse-1"), uniform) for x in (before, after)]
+        inverse = [draw_tokens(x.expand(400, -1), Sampling(sampler="inverse-1"), uniform) for x in (before, after)]
         gumbel = [draw_many(x, 400) for x in (before, after)]
         kept = [float((one[0] == one[1]).float().mean()) for one in (gumbel, inverse)]
         assert kept[0] > at_least and kept[1] < 0.4, kept

@@ -15,8 +15,9 @@ from megatron_cm3leon.generation import batch, step_graph
 from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.cache import Cache
 from megatron_cm3leon.generation.decoder import Decoder
+from megatron_cm3leon.generation.documents import CompletionOptions
 from megatron_cm3leon.generation.generator import Generator
-from megatron_cm3leon.generation.grammar import Segment, choice_segment, picture_segment, text_segment
+from megatron_cm3leon.generation.grammar import Segment, choice_segment, image_segment, text_segment
 from megatron_cm3leon.generation.near_ties import count_near_ties, unexplained_differences
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.generation.step_graph import CudaGraphs, StepGraphs
@@ -68,7 +69,7 @@ def decode(decoder, segment, sampling, given=GIVEN, seeds=SEEDS, **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_recorded_steps_give_the_tokens_of_plain_ones(path, kind, vocabulary):
     plain, (recorded, recorder) = Decoder.load(path), recording(path)
-    segment = picture_segment(vocabulary, 12)
+    segment = image_segment(vocabulary, 12)
     expected = decode(plain, segment, KINDS[kind])
     assert (decode(recorded, segment, KINDS[kind]) == expected).all()
     assert len(recorder.recordings) == 2  # prompts of 11: positions 12 to 16, then 17 to 22
@@ -76,7 +77,7 @@ def test_recorded_steps_give_the_tokens_of_plain_ones(path, kind, vocabulary):
 
 def test_the_same_recording_serves_other_prompts_seeds_and_numbers(path, vocabulary):
     plain, (recorded, recorder) = Decoder.load(path), recording(path)
-    segment, first = picture_segment(vocabulary, 12), Sampling(guidance=2.0, top_p=0.9)
+    segment, first = image_segment(vocabulary, 12), Sampling(guidance=2.0, top_p=0.9)
     decode(recorded, segment, first)
     count = len(recorder.recordings)
     for sampling in (first, Sampling(guidance=5.0, temperature=0.5, top_p=0.5)):
@@ -101,7 +102,7 @@ def test_kernels_for_few_rows_are_given_the_whole_cache(path, vocabulary, monkey
             return plain.advance(ids, cache, cache.size, True)
 
     monkeypatch.setattr(StepGraphs, "_find_fused", lambda graphs, rows: Fused if rows <= 4 else None)
-    segment = picture_segment(vocabulary, 12)
+    segment = image_segment(vocabulary, 12)
     for sampling, count in ((Sampling(), 1), (Sampling(guidance=2.0), 3)):  # 4 rows, then 8 with two widths
         assert (decode(recorded, segment, sampling) == decode(plain, segment, sampling)).all()
         assert len(recorder.recordings) == count
@@ -110,7 +111,7 @@ def test_kernels_for_few_rows_are_given_the_whole_cache(path, vocabulary, monkey
 @pytest.mark.parametrize("kind", ["int8", "bf16"])
 def test_smaller_types_are_recorded_too(path, kind, vocabulary):
     plain, (recorded, _) = Decoder.load(path, kind), recording(path, dtype=kind)
-    segment, margins = picture_segment(vocabulary, 12), np.zeros((4, 12), np.float32)
+    segment, margins = image_segment(vocabulary, 12), np.zeros((4, 12), np.float32)
     expected = decode(plain, segment, Sampling(), margins=margins)
     # A masked bf16 attention rounds differently from one without a mask.
     assert not unexplained_differences(decode(recorded, segment, Sampling()), expected, margins, 0.05)
@@ -155,22 +156,23 @@ def test_text_that_has_ended_is_not_gone_on_with(recorded, decoder, vocabulary):
 
 def test_the_host_stays_a_few_tokens_ahead(recorded, vocabulary):
     counted = []
-    decode(recorded[0], picture_segment(vocabulary, 50), Sampling(), advance=counted.append)
+    decode(recorded[0], image_segment(vocabulary, 50), Sampling(), advance=counted.append)
     assert counted == [64, 64, 64, 8] and recorded[1].waits == 2
 
 
 @pytest.mark.parametrize("length", [1, 7])
 def test_short_segments_are_not_recorded(recorded, decoder, vocabulary, length):
     """One token needs no step at all: a step would write beyond a cache of the prompt's length."""
-    segment = choice_segment([27, 28]) if length == 1 else picture_segment(vocabulary, length)
+    segment = choice_segment([27, 28]) if length == 1 else image_segment(vocabulary, length)
     assert (decode(recorded[0], segment, Sampling()) == decode(decoder, segment, Sampling())).all()
     assert not recorded[1].recordings
 
 
 def test_a_document_is_completed_by_recorded_steps(recorded, generator):
-    options = {"text": Sampling(temperature=2.0), "image": Sampling(temperature=3.0), "longest": 9, "seed": 3}
-    made = Generator(recorded[0], make_tokenizers(WORDS, generator.vocabulary)).complete([["a red"], []], **options)
-    for mine, plain in zip(made, generator.complete([["a red"], []], **options), strict=True):
+    text, image = Sampling(temperature=2.0, seed=3), Sampling(temperature=3.0, seed=3)
+    options = CompletionOptions(text=text, image=image, longest=9)
+    made = Generator(recorded[0], make_tokenizers(WORDS, generator.vocabulary)).complete([["a red"], []], options)
+    for mine, plain in zip(made, generator.complete([["a red"], []], options), strict=True):
         assert len(mine) == len(plain) > 0
         for one, other in zip(mine, plain, strict=True):
             assert one == other if isinstance(one, str) else (one.codes == other.codes).all()
@@ -178,7 +180,7 @@ def test_a_document_is_completed_by_recorded_steps(recorded, generator):
 
 
 def test_given_ids_stay(recorded, decoder, vocabulary):
-    segment, forced = picture_segment(vocabulary, 12), np.full((4, 12), -1)
+    segment, forced = image_segment(vocabulary, 12), np.full((4, 12), -1)
     forced[:, 3:9:2], forced[2, 11] = 14, 20
     made = decode(recorded[0], segment, Sampling(guidance=2.0), forced=forced)
     assert (made[forced >= 0] == forced[forced >= 0]).all()
@@ -190,7 +192,7 @@ def test_given_ids_stay(recorded, decoder, vocabulary):
 
 def test_batches_are_equal_and_the_last_is_filled_up(recorded, decoder, vocabulary):
     """Seven prompts, of which three fit: batches of 3, 3 and 1 by one recorded step."""
-    segment = picture_segment(vocabulary, 12)
+    segment = image_segment(vocabulary, 12)
     given, seeds = [GIVEN[number % 4] for number in range(7)], list(range(7))
     recorded[1].free = 3.5 * decoder.cache_bytes(24) / step_graph.CACHE_SHARE
     counted = []
@@ -205,7 +207,7 @@ def test_caches_of_earlier_batches_make_room(recorded, decoder, vocabulary, monk
     total = 4.5 * decoder.cache_bytes(24) / step_graph.CACHE_SHARE
     monkeypatch.setattr(recorder, "free_bytes", lambda: total - graphs.cache_bytes)
     for count in (4, 3, 4, 1):
-        made = decode_segments(recorded[0], GIVEN[-count:], picture_segment(vocabulary, 12), Sampling(), SEEDS[-count:])
+        made = decode_segments(recorded[0], GIVEN[-count:], image_segment(vocabulary, 12), Sampling(), SEEDS[-count:])
         assert len(made) == count
         assert graphs.cache_bytes <= step_graph.CACHE_SHARE * total
         assert list(graphs.kept)[-1].sequences == count
@@ -215,7 +217,7 @@ def test_caches_of_earlier_batches_make_room(recorded, decoder, vocabulary, monk
 def test_few_shapes_are_kept(recorded, vocabulary, monkeypatch):
     monkeypatch.setattr(step_graph, "GRAPHS_KEPT", 2)
     for kind in ("greedy", "gumbel", "top-k and top-p", "gumbel", "greedy"):
-        decode(recorded[0], picture_segment(vocabulary, 12), KINDS[kind])
+        decode(recorded[0], image_segment(vocabulary, 12), KINDS[kind])
     kept = [graph.step.sampling for graph in recorded[0].graphs.kept.values()]
     assert kept == [KINDS["gumbel"], KINDS["greedy"]]
 
@@ -237,7 +239,7 @@ def test_one_cache_is_alive_at_a_time(folder, vocabulary, monkeypatch, on_gpu):
     monkeypatch.setattr(batch, "LARGEST_BATCH", 1)
     if on_gpu:
         decoder.graphs.backend.free = 1
-    decode(decoder, picture_segment(vocabulary, 12), Sampling())
+    decode(decoder, image_segment(vocabulary, 12), Sampling())
     assert most == ([0] if on_gpu else [0, 0, 0, 0])
 
 
@@ -290,7 +292,7 @@ def test_nothing_is_compiled_at_run_time(recorded, vocabulary, monkeypatch):
         raise AssertionError("a step must not wait for a compiler")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    decode(recorded[0], picture_segment(vocabulary, 12), Sampling())
+    decode(recorded[0], image_segment(vocabulary, 12), Sampling())
     assert recorded[1].recordings
 
 
@@ -301,7 +303,7 @@ def test_free_memory_counts_what_the_allocator_holds(monkeypatch):
 
 
 def test_near_ties_explain_what_rounding_turns(recorded, decoder, vocabulary):
-    segment, margins = picture_segment(vocabulary, 12), np.zeros((4, 12), np.float32)
+    segment, margins = image_segment(vocabulary, 12), np.zeros((4, 12), np.float32)
     expected = decode(decoder, segment, Sampling(), margins=margins)
     assert (margins > 0).all() and np.median(margins) > 0.1
     again = np.zeros_like(margins)
@@ -324,11 +326,11 @@ def test_margins_are_of_drawn_tokens_alone(decoder, vocabulary):
     assert (np.isinf(margins) == (made < 0)).all() and (made < 0).any()
     forced = np.full((4, 12), -1)
     forced[:, 2] = 11
-    decode(decoder, picture_segment(vocabulary, 12), Sampling(), margins=margins[:, :12], forced=forced)
+    decode(decoder, image_segment(vocabulary, 12), Sampling(), margins=margins[:, :12], forced=forced)
     assert np.isinf(margins[:, 2]).all() and np.isfinite(margins[:, :2]).all()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(guidance=2.0), Sampling(contrast_k=2)], ids=["guidance", "contrast_k"])
 def test_guidance_without_the_other_stream_is_refused(decoder, vocabulary, sampling):
     with pytest.raises(ValueError, match="there are none; give `unconditional`, or set guidance to 1"):
-        decode_segments(decoder, GIVEN, picture_segment(vocabulary), sampling, SEEDS)
+        decode_segments(decoder, GIVEN, image_segment(vocabulary), sampling, SEEDS)

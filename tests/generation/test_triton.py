@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_cm3leon.generation import attention_kernels, kernels, products
-from megatron_cm3leon.generation.fused_step import CHUNK, AttentionSetting
+from megatron_cm3leon.generation.fused_step import CHUNK, AttentionConstants
 
 ROOT = Path(__file__).parents[2]
 H100 = GPUTarget("cuda", 90, 32)
@@ -91,7 +91,7 @@ def compile_rows(name, units, width, rows, kind, norm, epilogue, overlap=False) 
 
 
 def compile_attention(name: str, heads: int, groups: int, width: int, qk_norm: bool, rope: bool) -> None:
-    setting = AttentionSetting.of(heads, groups, width)
+    setting = AttentionConstants.of(heads, groups, width)
     types = dict.fromkeys(("qkv_ptr", "keys_ptr", "values_ptr", "lengths_ptr", "gain_ptr"), "*bf16")
     types |= dict.fromkeys(("cosine_ptr", "sine_ptr", "part_ptr", "largest_ptr", "sum_ptr"), "*fp32")
     types |= {"lengths_ptr": "*i64", "size": "i32", "chunks": "i32", "scale": "fp32", "epsilon": "fp32"}

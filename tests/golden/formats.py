@@ -16,7 +16,7 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, save_config
 from megatron_cm3leon.data.preprocess.filters import Filters
 from megatron_cm3leon.data.shards.reader import open_shards
-from megatron_cm3leon.evaluation.evaluate import EvaluationOptions
+from megatron_cm3leon.evaluation.options import EvaluationOptions
 from megatron_cm3leon.export import export_checkpoint
 from megatron_cm3leon.generation.results import written_results
 from megatron_cm3leon.monitoring.status import read_status, to_json
@@ -29,10 +29,10 @@ from megatron_cm3leon.tokenizers.text import TextTokenizer
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 from tests.checkpoint.builders import family_config, write_random_checkpoint, write_tokenizers
-from tests.data.corpora import write_pictures, write_shards
+from tests.data.corpora import write_images, write_shards
 from tests.data.runs import run as preprocess
 from tests.golden.streams import VOCABULARY, hash_numbers
-from tools.generate import options_of, parse_arguments
+from tools.generate import parse_arguments, recorded_options
 
 
 def read_json(path: Path):
@@ -41,7 +41,7 @@ def read_json(path: Path):
 
 def describe_shards(folder: Path) -> dict:
     """A folder as preprocessing writes it. Parquet's bytes depend on the library's version: its rows are compared."""
-    source = write_pictures(folder / "raw", 5)
+    source = write_images(folder / "raw", 5)
     manifest = preprocess(source, folder / "shards", part_size=3, deduplicate=("caption",))
     corpus = open_shards(folder / "shards")
     rows = corpus.metadata().to_pylist()
@@ -157,9 +157,9 @@ def describe_generated(folder: Path) -> dict:
     options = {}
     for command, arguments in commands.items():
         with patch.object(sys, "argv", ["generate.py", command, *arguments, "--model", "m"]):
-            options[command] = options_of(parse_arguments())
+            options[command] = recorded_options(parse_arguments())
     with written_results(folder / "image", options["image"]) as results:
-        results.made.append({"text": "a"})
+        results.entries.append({"text": "a"})
     return {"generated.json": dict.fromkeys(read_json(folder / "image/generated.json")), "options": options}
 
 

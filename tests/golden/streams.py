@@ -84,7 +84,7 @@ def make_stream(settings: dict, corpora: list) -> Stream:
 
 def describe_stream(stream: Stream) -> dict:
     """Identity, first three batches and some cursors of a stream. Loss weights are counted in 1/1024."""
-    blocks, sources = stream.blocks(0, 12), describe_sources(stream.samples, stream.config)
+    blocks, sources = stream.sequences(0, 12), describe_sources(stream.samples, stream.config)
     batches = [blocks[start : start + 4] for start in (0, 4, 8)]
     return {
         "identities": {version: identify(sources, stream.config, version) for version in (1, 2)},

@@ -9,7 +9,7 @@ from megatron_cm3leon.checkpoint.format import Piece
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.data.preprocess.filters import Filters
 from megatron_cm3leon.data.stream.seek import Anchor
-from megatron_cm3leon.evaluation.evaluate import EvaluationOptions
+from megatron_cm3leon.evaluation.options import EvaluationOptions
 from megatron_cm3leon.retrieval.options import IndexOptions
 from megatron_cm3leon.tokenizers.image_training import ImageTrainingOptions
 from megatron_cm3leon.tokenizers.vqgan import VQGANConfig

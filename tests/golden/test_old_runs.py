@@ -101,7 +101,7 @@ def test_other_batch_sizes_neither_skip_nor_repeat_a_sequence(folders, monkeypat
     assert changes == [(6, 4, 8), (8, 8, 2)]
     monkeypatch.chdir(folders / "resized")
     expected = {"--step 3": "12..15", "--step 7": "28..35", "--batch 8": "36..43", "--step 10": "54..55"}
-    for chosen, blocks in (expected | {"--batch 13": "58..59"}).items():
+    for chosen, numbers in (expected | {"--batch 13": "58..59"}).items():
         shown = call_tool("show_batch", "run", *chosen.split(), "--blocks", 1).stdout
-        assert f": blocks {blocks}, stream " in shown, (chosen, shown)
-        assert f"\nblock {blocks.split('.')[0]} " in shown
+        assert f": sequences {numbers}, stream " in shown, (chosen, shown)
+        assert f"\nsequence {numbers.split('.')[0]} " in shown

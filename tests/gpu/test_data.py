@@ -14,7 +14,7 @@ from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-from tests.data.corpora import write_pictures
+from tests.data.corpora import write_images
 
 pytestmark = pytest.mark.gpu
 CONFIG = VQGANConfig(
@@ -54,7 +54,7 @@ def test_codes_do_not_depend_on_the_batch(tokenizer, device):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_preprocessing_writes_the_same_shards_as_on_the_cpu(tokenizer, device, tmp_path, workers):
     """Also with worker processes, each of which opens the device."""
-    pairs = write_pictures(tmp_path / "raw", 6)
+    pairs = write_images(tmp_path / "raw", 6)
     for name, options_device, count in (("expected", "cpu", 0), ("found", str(device), workers)):
         options = PreprocessOptions(tokenizer=tokenizer, output=tmp_path / name, device=options_device, workers=count)
         preprocess(open_source(pairs, 3), options)
@@ -82,12 +82,12 @@ def test_neighbors_equal_those_of_the_cpu(device, factory):
     faiss = pytest.importorskip("faiss", reason="FAISS is not installed")
     if not faiss.get_num_gpus():
         pytest.skip("FAISS finds no GPU: faiss-gpu is not installed, or there is no CUDA device")
-    from megatron_cm3leon.retrieval.index import build_index, place_for_search, search_index
+    from megatron_cm3leon.retrieval.index import build_index, move_to_gpus, search_index
 
     vectors = np.random.default_rng(0).normal(size=(2000, 32)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     index = build_index(vectors, factory, "nprobe=16" if factory != "Flat" else "")  # searches every list: exact
     expected = search_index(build_index(vectors, "Flat"), vectors[:50], 5)
-    scores, numbers = search_index(place_for_search(index), vectors[:50], 5)
+    scores, numbers = search_index(move_to_gpus(index), vectors[:50], 5)
     assert (numbers == expected[1]).mean() > 0.99  # the order of equal scores may differ
     np.testing.assert_allclose(scores, expected[0], rtol=1e-4)

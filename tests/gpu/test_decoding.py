@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from megatron_cm3leon.generation import batch, step_graph
+from megatron_cm3leon.generation.documents import CompletionOptions
 from megatron_cm3leon.generation.generator import Generator
-from megatron_cm3leon.generation.grammar import choice_segment, opening_segment, picture_segment, text_segment
+from megatron_cm3leon.generation.grammar import choice_segment, image_segment, opening_segment, text_segment
 from megatron_cm3leon.generation.sampling import Sampling
-from megatron_cm3leon.generation.types import MadePicture
+from megatron_cm3leon.generation.types import GeneratedImage
 from tests.gpu.conftest import VOCABULARY, load_decoder
 from tests.models import make_tokenizers
 
@@ -21,8 +22,8 @@ GUIDED = Sampling(guidance=2.0, temperature=0.7)
 SHARE = (step_graph, "CACHE_SHARE")
 """Share of a GPU's free memory that a batch may use."""
 SEGMENTS = {
-    "image": picture_segment(VOCABULARY),
-    "part of an image": picture_segment(VOCABULARY, 5),
+    "image": image_segment(VOCABULARY),
+    "part of an image": image_segment(VOCABULARY, 5),
     "text": text_segment(VOCABULARY, 9),
     "one token": choice_segment([VOCABULARY.eos, VOCABULARY.break_id]),
     "opening token": opening_segment(VOCABULARY),
@@ -85,12 +86,12 @@ def test_smaller_dtypes_are_close_and_repeatable(exported, decoders, device, kin
 def test_documents_are_completed_as_on_the_cpu(decoders):
     """Segments of one token and longer ones, prompts of many lengths, several calls."""
     documents = [["a red"], [], ["x on", "white"]]
-    hot, made = {"text": Sampling(temperature=2.0), "image": Sampling(temperature=2.0)}, []
+    hot, made = [Sampling(temperature=2.0, seed=seed) for seed in range(4)], []
     for decoder in decoders:
         generator = Generator(decoder, make_tokenizers(WORDS, VOCABULARY))
-        calls = [generator.complete(documents, seed=seed, longest=4, **hot) for seed in range(4)]
+        calls = [generator.complete(documents, CompletionOptions(text=one, image=one, longest=4)) for one in hot]
         parts = [part for call in calls for document in call for part in document]
-        made.append([part.codes.tolist() if isinstance(part, MadePicture) else part for part in parts])
+        made.append([part.codes.tolist() if isinstance(part, GeneratedImage) else part for part in parts])
     assert made[0] == made[1]
     assert {type(part) for part in made[0]} == {list, str}
 

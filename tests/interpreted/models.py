@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from megatron_cm3leon.export.reader import Shape, expected_weights
+from megatron_cm3leon.export.layouts import Shape, stock_weights
 from megatron_cm3leon.generation.decoder import Decoder
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -30,7 +30,7 @@ def build_decoder(
         rope_base=0.0 if opt else 10_000.0,
     )
     weights = {}
-    for name, size in expected_weights(shape).items():
+    for name, size in stock_weights(shape).items():
         weight = torch.randn(size) * deviation
         weights[name] = (1 + weight if len(size) == 1 else weight).to(DEVICE, dtype)
     return Decoder(weights, shape, quantized)

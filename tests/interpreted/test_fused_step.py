@@ -8,7 +8,7 @@ from megatron_cm3leon.generation.fused_step import CHUNK, FusedStep
 from megatron_cm3leon.generation.grammar import Segment
 from megatron_cm3leon.generation.products import Tile
 from megatron_cm3leon.generation.sampling import Sampling
-from megatron_cm3leon.generation.step import DecodingStep, StepShape
+from megatron_cm3leon.generation.step import BatchPrompts, DecodingStep, StepShape
 from tests.interpreted.models import DEVICE, build_decoder
 
 CLOSE = 2e-6 if DEVICE == "cpu" else 1e-5
@@ -91,11 +91,11 @@ def test_tokens_of_a_step_with_sampling():
     """As step.py calls it, with guidance and noise."""
     decoder, sampling, made = build_decoder("llama", hidden=32, inner=32), Sampling(guidance=3.0), []
     segment = Segment(torch.arange(8, 40), 3)
-    shape = StepShape.of(segment, sampling, 2, 16, segment.length, forced=False, margins=False)
+    shape = StepShape.of(segment, sampling, sequences=2, size=16, length=segment.length)
     for fused in (None, FusedStep(decoder)):
         cache = decoder.build_cache(4, 16, flat=False)
         step = DecodingStep(decoder, shape, segment, sampling, cache, fused)
-        step.begin([[1, 2, 3], [4, 5]], [[1], [1]], segment.length, sampling, [1, 2], None)
+        step.begin(BatchPrompts([[1, 2, 3], [4, 5]], [[1], [1]], [1, 2]), segment.length, sampling)
         for turn in range(segment.length):
             step.prepare(turn)
             step.advance(cache.size, True)

@@ -7,7 +7,7 @@ import torch
 
 from megatron_cm3leon.generation import fused_step, noise_kernel, products
 from megatron_cm3leon.generation.fused_step import FusedStep
-from megatron_cm3leon.generation.precompile import compile_steps, compiling_beside
+from megatron_cm3leon.generation.precompile import compile_in_background, compile_steps
 from tests.interpreted.models import DEVICE, build_decoder
 
 KERNELS = {
@@ -75,8 +75,8 @@ def test_the_caller_gets_the_error_of_the_thread(monkeypatch):
         threads.append(threading.current_thread())
         raise RuntimeError("out of memory")
 
-    with pytest.raises(RuntimeError, match="out of memory"), compiling_beside(fail, torch.device("cuda")):
+    with pytest.raises(RuntimeError, match="out of memory"), compile_in_background(fail, torch.device("cuda")):
         pass
     assert threads and threads[0] is not threading.current_thread()
-    with compiling_beside(fail, torch.device("cpu")):
+    with compile_in_background(fail, torch.device("cpu")):
         assert len(threads) == 1

@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_cm3leon.generation import kernels
 from megatron_cm3leon.generation import matrices as linear
 from megatron_cm3leon.generation.fused_step import sum_rows
-from megatron_cm3leon.generation.matrices import ScaledMatrix, build_matrix
+from megatron_cm3leon.generation.matrices import ScaledMatrix
+from megatron_cm3leon.generation.matrix_kinds import build_matrix
 from megatron_cm3leon.generation.products import multiply_rows
 from tests.interpreted.models import DEVICE, build_decoder
 

@@ -1,9 +1,9 @@
-"""The record of what happened to a run."""
+"""The events of a run."""
 
 from megatron_cm3leon.monitoring.events import next_attempt, read_events, record, record_first
 
 
-def test_of_several_ranks_that_find_a_cause_the_first_records_it(tmp_path):
+def test_only_the_first_rank_that_finds_a_cause_records_it(tmp_path):
     assert next_attempt(tmp_path) == 1
     record(tmp_path, 1, "start")
     record(tmp_path, 1, "failure", rank=0)
@@ -13,7 +13,7 @@ def test_of_several_ranks_that_find_a_cause_the_first_records_it(tmp_path):
     assert [(each["attempt"], each.get("rank")) for each in read_events(tmp_path)] == [(1, None), (1, 0), (2, 1)]
 
 
-def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+def test_a_truncated_last_line_is_ignored(tmp_path):
     record(tmp_path, 1, "start")
     with open(tmp_path / "events.jsonl", "a") as file:
         file.write('{"attempt": 2, "ev')

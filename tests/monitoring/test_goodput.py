@@ -1,11 +1,11 @@
-"""Where the time of a run went, from records written by hand."""
+"""Time breakdown of runs, from records written by hand."""
 
 import json
 
 import pytest
 
 from benchmarks.failure_simulation import replay
-from megatron_cm3leon.monitoring.goodput import read_account
+from megatron_cm3leon.monitoring.goodput import read_time_breakdown
 
 
 def step(time, attempt, number, batch, seconds=2.0, **more):
@@ -13,7 +13,7 @@ def step(time, attempt, number, batch, seconds=2.0, **more):
     return line | {"tokens": 100 * number, "tokens_per_second": 50.0} | more
 
 
-def left_out(time, attempt, number, batch):
+def skip(time, attempt, number, batch):
     return {"attempt": attempt, "step": number, "batch": batch, "skipped": "spike", "time": time}
 
 
@@ -45,46 +45,46 @@ EVENTS = [
 ]
 
 
-def test_all_wall_time_is_accounted_for(tmp_path):
-    account = read_account(write(tmp_path / "run", LINES, EVENTS))
+def test_the_parts_add_up_to_the_wall_time(tmp_path):
+    times = read_time_breakdown(write(tmp_path / "run", LINES, EVENTS))
     expected = {"kept": 8, "lost": 4, "start-up": 10 + 6, "between": 2 + 2, "down": 13}
-    assert account.seconds == expected and account.wall == 45 == sum(account.seconds.values())
-    assert account.goodput == 8 / 45 and len(account.processes) == 2
+    assert times.seconds == expected and times.wall == 45 == sum(times.seconds.values())
+    assert times.goodput == 8 / 45 and len(times.processes) == 2
 
 
-def test_a_folder_without_events_has_its_processes_from_the_metrics(tmp_path):
-    account = read_account(write(tmp_path / "run", LINES))
-    assert account.seconds == {"kept": 8, "lost": 4, "start-up": 0, "between": 1, "down": 20}
+def test_without_events_processes_are_found_from_the_metrics(tmp_path):
+    times = read_time_breakdown(write(tmp_path / "run", LINES))
+    assert times.seconds == {"kept": 8, "lost": 4, "start-up": 0, "between": 1, "down": 20}
     again = [step(1041, 1, 3, 2), step(1043, 1, 4, 3)]  # killed before the next checkpoint: the same attempt again
-    same = read_account(write(tmp_path / "same", [*LINES[:4], *again]))
-    assert same.seconds == account.seconds
+    same = read_time_breakdown(write(tmp_path / "same", [*LINES[:4], *again]))
+    assert same.seconds == times.seconds
     assert [(line["step"], line["time"]) for line, _ in same.lines][2:] == [(3, 1041), (4, 1043)]
 
 
-def test_steps_that_a_spike_took_back_are_lost(tmp_path):
+def test_steps_that_were_rolled_back_are_lost(tmp_path):
     lines = [step(2, 1, 1, 0), step(4, 1, 2, 1), step(6, 1, 3, 2)]
-    lines += [left_out(7, 1, 1, 1), left_out(7, 1, 1, 2), step(9, 1, 2, 3), step(11, 1, 2, 4, skipped="non-finite")]
-    account = read_account(write(tmp_path / "run", lines))
-    assert account.seconds == {"kept": 4, "lost": 6, "start-up": 0, "between": 1, "down": 0}
-    assert len(account.processes) == 1
+    lines += [skip(7, 1, 1, 1), skip(7, 1, 1, 2), step(9, 1, 2, 3), step(11, 1, 2, 4, skipped="non-finite")]
+    times = read_time_breakdown(write(tmp_path / "run", lines))
+    assert times.seconds == {"kept": 4, "lost": 6, "start-up": 0, "between": 1, "down": 0}
+    assert len(times.processes) == 1
 
 
-def test_a_start_that_never_trained_is_start_up(tmp_path):
+def test_a_start_without_a_step_is_start_up(tmp_path):
     failed = [event(1026, 2, "start"), event(1028, 2, "failure", rank=0, host="a", cause="x")]
     events = [*EVENTS[:4], *failed, event(1033, 3, "start")]
     lines = [*LINES[:4], *(line | {"attempt": 3} for line in LINES[4:])]
-    account = read_account(write(tmp_path / "run", lines, events))
-    assert len(account.processes) == 3
-    assert account.seconds["start-up"] == 10 + 2 + 6 and account.seconds["down"] == 6 + 5
+    times = read_time_breakdown(write(tmp_path / "run", lines, events))
+    assert len(times.processes) == 3
+    assert times.seconds["start-up"] == 10 + 2 + 6 and times.seconds["down"] == 6 + 5
 
 
-def test_what_is_no_run_folder_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"is no run folder: it has neither metrics.jsonl nor events.jsonl"):
-        read_account(tmp_path)
+def test_a_folder_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"is not a run folder: it has neither metrics.jsonl nor events.jsonl"):
+        read_time_breakdown(tmp_path)
 
 
-def test_a_run_simulated_with_its_own_failures_has_its_own_goodput(tmp_path):
+def test_a_run_simulated_with_its_failures_has_the_measured_goodput(tmp_path):
     events = [each for each in EVENTS if each["event"] != "saved"]
-    found = replay(read_account(write(tmp_path / "run", LINES, events)), steps=4, interval=2)
+    found = replay(read_time_breakdown(write(tmp_path / "run", LINES, events)), steps=4, interval=2)
     assert found.failures == 1 and found.kept == 8
     assert found.wall == pytest.approx(45, rel=0.1)

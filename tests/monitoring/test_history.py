@@ -1,4 +1,4 @@
-"""What a run did, from its record: attempts, skipped batches, half a line."""
+"""The history of a run from metrics.jsonl: attempts, skipped batches, a truncated line."""
 
 import json
 
@@ -9,7 +9,7 @@ from megatron_cm3leon.monitoring.history import find_batch, read_history, read_m
 
 @pytest.fixture
 def run(tmp_path):
-    """Steps 1-4, batch 1 skipped; then resumed from step 2, whose first batch (3) is skipped, and killed in a line."""
+    """Steps 1-4, batch 1 skipped; then resumed from step 2, whose first batch (3) is skipped; the last line is cut."""
     lines = [(1, 1, 0), (1, 1, 1), (1, 2, 2), (1, 3, 3), (1, 4, 4), (2, 2, 3), (2, 3, 4), (2, 4, 5)]
     records = [{"attempt": a, "step": s, "batch": b, "loss": 10 * a + b} for a, s, b in lines]
     text = "\n".join(map(json.dumps, records))
@@ -17,7 +17,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_the_last_attempt_counts_and_skipped_batches_are_known(run):
+def test_the_last_attempt_counts_and_skipped_batches_are_found(run):
     assert read_history(run) == {
         0: (1, ""),
         1: (1, "non-finite"),
@@ -30,9 +30,9 @@ def test_the_last_attempt_counts_and_skipped_batches_are_known(run):
     assert find_batch(run, 3) == 4
 
 
-def test_what_is_not_there_is_told(run, tmp_path):
+def test_a_missing_step_or_file_is_an_error(run, tmp_path):
     with pytest.raises(ValueError, match=r"--step \(7\) is not among the steps of .*; it has steps 1 to 4"):
         find_batch(run, 7)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no run folder: it has no metrics.jsonl"):
+    with pytest.raises(ValueError, match=r"not a run folder: it has no metrics.jsonl"):
         read_metrics(tmp_path / "empty")

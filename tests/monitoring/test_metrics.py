@@ -1,4 +1,4 @@
-"""The run's record in TensorBoard: every step once, whatever happened between."""
+"""TensorBoard events of a run: every step once, after restarts and rollbacks too."""
 
 import math
 
@@ -13,7 +13,7 @@ from megatron_cm3leon.monitoring.metrics import MetricsLogger
 
 @pytest.fixture
 def open_log(tmp_path):
-    """Opens the record of one attempt, which goes on after a step."""
+    """Opens the metrics of an attempt that continues after the given step."""
     with meter(20, "training", "steps", quiet=True) as progress:
         yield lambda step: MetricsLogger(tmp_path, Config(), 100, 1, progress, step)
 
@@ -23,13 +23,13 @@ def log(record, step, loss=1.0, **more):
     record.log(0.1, step=step, batch=step, **values, **more)
 
 
-def drawn(run, name):
+def plotted(run, name):
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
     return [(event.step, event.value) for event in board.Scalars(name)]
 
 
-def test_steps_after_the_last_checkpoint_are_drawn_once(tmp_path, open_log):
+def test_steps_after_the_last_checkpoint_are_plotted_once(tmp_path, open_log):
     first = open_log(0)
     for step in range(1, 7):
         log(first, step, loss=1.0)
@@ -38,35 +38,35 @@ def test_steps_after_the_last_checkpoint_are_drawn_once(tmp_path, open_log):
     for step in range(4, 9):
         log(second, step, loss=2.0)
     second.close()
-    assert drawn(tmp_path, "loss") == [(step, 1.0 if step <= 3 else 2.0) for step in range(1, 9)]
+    assert plotted(tmp_path, "loss") == [(step, 1.0 if step <= 3 else 2.0) for step in range(1, 9)]
 
 
-def test_a_run_that_began_again_from_nothing_draws_its_own_steps(tmp_path, open_log):
+def test_a_run_that_restarted_from_step_0_plots_only_its_own_steps(tmp_path, open_log):
     for loss in (1.0, 2.0):
         record = open_log(0)
         for step in range(1, 4):
             log(record, step, loss=loss)
         record.close()
-    assert drawn(tmp_path, "loss") == [(step, 2.0) for step in range(1, 4)]
+    assert plotted(tmp_path, "loss") == [(step, 2.0) for step in range(1, 4)]
 
 
-def test_steps_before_a_roll_back_are_not_drawn(tmp_path, open_log):
+def test_rolled_back_steps_are_not_plotted(tmp_path, open_log):
     record = open_log(0)
     for step in range(1, 7):
         log(record, step, loss=1.0)
-    record.leave_out(range(4, 7), first_sequence=16, sequences=4, attempt=1, step=4, reason="spike", steps_back=2)
+    record.log_skipped(range(4, 7), first_sequence=16, sequences=4, attempt=1, step=4, reason="spike", steps_back=2)
     for step in range(5, 9):
         log(record, step, loss=2.0)
-    record.leave_out(range(8, 9), first_sequence=32, sequences=4, attempt=1, step=8, reason="asked")
+    record.log_skipped(range(8, 9), first_sequence=32, sequences=4, attempt=1, step=8, reason="asked")
     log(record, 9, loss=2.0)
     record.close()
-    assert drawn(tmp_path, "loss") == [(step, 1.0 if step <= 4 else 2.0) for step in range(1, 10)]
+    assert plotted(tmp_path, "loss") == [(step, 1.0 if step <= 4 else 2.0) for step in range(1, 10)]
 
 
-def test_a_batch_without_a_step_draws_nothing(tmp_path, open_log):
+def test_a_batch_without_a_step_is_not_plotted(tmp_path, open_log):
     record = open_log(0)
     log(record, 1)
     log(record, 1, loss=math.nan, skipped=NON_FINITE)
     log(record, 2)
     record.close()
-    assert [step for step, _ in drawn(tmp_path, "learning_rate")] == [1, 2]
+    assert [step for step, _ in plotted(tmp_path, "learning_rate")] == [1, 2]

@@ -1,4 +1,4 @@
-"""Which sequences a batch has, in runs that changed their batch size or their stream."""
+"""The sequences of a batch in runs that changed their batch size or their stream."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_a_run_of_one_size(tmp_path):
     assert find(tmp_path / "new", config, 0, 1, 2, 5) == [(0, 4), (4, 4), (8, 4), (20, 4)]
 
 
-def test_lines_have_their_positions_and_the_run_goes_on_from_the_last_one(tmp_path):
+def test_lines_have_their_positions_and_the_run_continues_from_the_last_one(tmp_path):
     config = make_config(8)
     write_run(tmp_path / "run", config, [(1, 0, 0, 4), (2, 1, 4, 4), (3, 2, 8, 8), (4, 3, 16, 8)])
     assert find(tmp_path / "run", config, 1, 2, 3, 4, 6) == [(4, 4), (8, 8), (16, 8), (24, 8), (40, 8)]
@@ -76,10 +76,10 @@ def test_a_batch_has_the_stream_of_its_time(tmp_path):
     assert [each.seed for each in found] == [1, 1, 1, 2, 2, 2]
 
 
-def test_a_batch_of_other_data_is_refused(tmp_path):
+def test_a_batch_of_other_data_is_an_error(tmp_path):
     change = {"step": 1, "batch": 1, "field": "data.shards", "old": "hash", "new": "hash"}
     config = make_config(4)
     write_run(tmp_path / "run", config, [(1, 0, 0, 4), (2, 1, 4, 4)], checkpoint=2, changes=[change])
     assert find(tmp_path / "run", config, 1, 2) == [(4, 4), (8, 4)]
-    with pytest.raises(ValueError, match=r"batch 0 of .* is of other data: data.shards changed at step 1"):
+    with pytest.raises(ValueError, match=r"batch 0 of .* is from other data: data.shards changed at step 1"):
         find_sequences(tmp_path / "run", config, 0)

@@ -48,7 +48,7 @@ def test_the_folder_is_as_described(index, shards, clip_folder):
 def test_vectors_are_those_of_caption_and_picture(index, shards, shapes, clip_folder):
     encoder = Encoder.load(clip_folder)
     fields = json.loads((shapes / "train.jsonl").read_text().splitlines()[100])
-    picture = encoder.encode_pictures([Image.open(shapes / fields["image"])])
+    picture = encoder.encode_images([Image.open(shapes / fields["image"])])
     expected = combine(encoder.encode_texts([fields["caption"]]), picture)
     np.testing.assert_allclose(np.load(index / "embeddings/bank.npy")[100], expected[0], atol=2e-3)
     text = encoder.encode_texts([fields["caption"]], 0.2, [(0, 100)])
@@ -137,7 +137,7 @@ def test_heldout_pictures_in_the_bank_are_told(shapes, write_shards, shards, cli
     folder = write_shards(shapes / "leaked.jsonl", tmp_path / "leaked")
     description = build_index_folder(tmp_path / "index", folder, clip_folder, shards, OPTIONS)
     assert description["pictures_in_bank"] == 2
-    assert "2 of 5 documents have a picture that the memory bank holds too" in caplog.text
+    assert "2 of 5 documents have an image that the memory bank also holds" in caplog.text
     assert not np.isin(load_neighbors(tmp_path / "index", open_shards(folder)).table[3:], [7, 8]).any()
 
 
@@ -195,14 +195,14 @@ def test_damaged_index_folders(index, shards, tmp_path):
     with pytest.raises(ValueError, match="has format 9; this version reads format 1"):
         load_neighbors(copy, corpus)
     (copy / "index.json").write_text("{")
-    with pytest.raises(ValueError, match="is no description of an index"):
+    with pytest.raises(ValueError, match="is not a valid description of an index"):
         load_neighbors(copy, corpus)
 
 
 def test_an_interrupted_build_goes_on(index, shards, clip_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "PART_DOCUMENTS", 64)
     encoded, stop_at = [], 130
-    original = Encoder.encode_pictures
+    original = Encoder.encode_images
 
     def counting(self, pictures):
         encoded.append(len(pictures))
@@ -210,7 +210,7 @@ def test_an_interrupted_build_goes_on(index, shards, clip_folder, tmp_path, monk
             raise KeyboardInterrupt
         return original(self, pictures)
 
-    monkeypatch.setattr(Encoder, "encode_pictures", counting)
+    monkeypatch.setattr(Encoder, "encode_images", counting)
     with pytest.raises(KeyboardInterrupt):
         build_index_folder(tmp_path / "index", shards, clip_folder, options=OPTIONS)
     with pytest.raises(ValueError, match="written last"):
@@ -224,7 +224,7 @@ def test_an_interrupted_build_goes_on(index, shards, clip_folder, tmp_path, monk
 
 def test_finished_and_differently_begun_outputs(index, shards, clip_folder, tmp_path):
     copy = shutil.copytree(index, tmp_path / "copy")
-    with pytest.raises(ValueError, match=r"already holds a finished index; give another --output, or --overwrite"):
+    with pytest.raises(ValueError, match=r"already holds a finished index; give another folder, or --overwrite"):
         build_index_folder(copy, shards, clip_folder, options=OPTIONS)
     (copy / "index.json").unlink()
     with pytest.raises(ValueError, match=r"neighbors.npy was begun with other settings \(neighbors: 3 instead of 2"):
@@ -251,10 +251,10 @@ def test_a_changed_or_missing_picture_is_named(shapes, write_shards, clip_folder
     source = shutil.copytree(shapes, tmp_path / "source")
     folder = write_shards(source / "heldout.jsonl", tmp_path / "shards")
     Image.new("RGB", (32, 32)).save(source / "heldout/000003.png")
-    with pytest.raises(ValueError, match=r"000003.png is not the picture that .* was made from"):
+    with pytest.raises(ValueError, match=r"000003.png is not the image that .* was made from"):
         build_index_folder(tmp_path / "index", folder, clip_folder, options=OPTIONS)
     (source / "heldout/000003.png").unlink()
-    with pytest.raises(ValueError, match=r"000003.png, a picture of .* cannot be read .*--pictures tokens"):
+    with pytest.raises(ValueError, match=r"000003.png, an image of .* cannot be read .*--images tokens"):
         build_index_folder(tmp_path / "index", folder, clip_folder, options=OPTIONS)
 
 
@@ -264,10 +264,10 @@ def test_a_changed_or_missing_picture_is_named(shapes, write_shards, clip_folder
         (IndexOptions(neighbors=0), r"--neighbors \(0\) must be at least 1"),
         (IndexOptions(threshold=1.5), r"--threshold \(1.5\) must be above 0 and at most 1"),
         (IndexOptions(query_dropout=1.0), r"--query-dropout \(1.0\) must be in \[0, 1\)"),
-        (IndexOptions(pictures="tokens"), "--pictures tokens needs --tokenizer"),
+        (IndexOptions(images="tokens"), "--images tokens requires --tokenizer"),
         (IndexOptions(candidates=0), "must be at least 1"),
         (IndexOptions(recall=0), r"--recall \(0\) must be above 0"),
-        (IndexOptions(pictures="raw"), r"--pictures \(raw\) must be source or tokens"),
+        (IndexOptions(images="raw"), r"--images \(raw\) must be source or tokens"),
     ],
 )
 def test_options_out_of_range(options, message):

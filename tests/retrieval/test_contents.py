@@ -15,10 +15,10 @@ from megatron_cm3leon.data.neighbors import load_neighbors
 from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest, open_shards, write_json
 from megatron_cm3leon.data.shards.writer import ShardWriter
 from megatron_cm3leon.retrieval.build import build_index_folder
-from megatron_cm3leon.retrieval.contents import MOST_PICTURES, ContentReader, compute_identities, read_ahead
+from megatron_cm3leon.retrieval.contents import MAX_IMAGES, ContentReader, compute_identities, read_ahead
 from megatron_cm3leon.retrieval.encoder import Encoder, combine, normalize
+from megatron_cm3leon.retrieval.images import SourceImages, build_token_image_reader
 from megatron_cm3leon.retrieval.options import IndexOptions
-from megatron_cm3leon.retrieval.pictures import SourcePictures, read_token_pictures
 from megatron_cm3leon.tokenizers.text import TextTokenizer
 from tests.data.runs import run
 
@@ -73,10 +73,10 @@ def write_documents(folder, documents, text, vocabulary):
 def test_texts_and_pictures_of_every_kind(mixed, text):
     corpus = open_shards(mixed)
     pair, only_text, interleaved = ContentReader(corpus, text.decode).read(range(3))
-    assert (pair.text, pair.image) == ("a red square", ["red.png"])
-    assert (only_text.text, only_text.image, only_text.codes) == ("only words here", [], [])
-    assert (interleaved.text, interleaved.image) == ("first then", ["blue.png", "red.png"])
-    assert [codes.tolist() for codes in interleaved.codes] == [[1, 2, 3, 4], [0, 1, 2, 3]]
+    assert (pair.text, pair.image_files) == ("a red square", ["red.png"])
+    assert (only_text.text, only_text.image_files, only_text.image_codes) == ("only words here", [], [])
+    assert (interleaved.text, interleaved.image_files) == ("first then", ["blue.png", "red.png"])
+    assert [codes.tolist() for codes in interleaved.image_codes] == [[1, 2, 3, 4], [0, 1, 2, 3]]
 
 
 def test_texts_that_are_not_in_the_metadata_need_the_tokenizer(mixed):
@@ -89,14 +89,14 @@ def test_identities_know_every_picture(mixed, text):
     pair, only_text, interleaved = compute_identities(contents)
     assert pair.shape == (2, 2) and not only_text.any() and not pair[1].any()
     assert (interleaved[1] == pair[0]).all() and (interleaved[0] != pair[0]).all()
-    contents[2].codes *= 20
-    assert compute_identities(contents).shape == (3, MOST_PICTURES, 2)
+    contents[2].image_codes *= 20
+    assert compute_identities(contents).shape == (3, MAX_IMAGES, 2)
 
 
 def test_batches_are_read_ahead_in_order(mixed, text):
     corpus = open_shards(mixed)
     batches = [range(0, 2), range(2, 3), range(3, 7)]
-    found = list(read_ahead(ContentReader(corpus, text.decode), SourcePictures(corpus), batches))
+    found = list(read_ahead(ContentReader(corpus, text.decode), SourceImages(corpus), batches))
     assert [[content.number for content in contents] for contents, _ in found] == [list(batch) for batch in batches]
     assert [[len(pictures) for pictures in each] for _, each in found] == [[1, 0], [2], [1, 1, 1, 1]]
     assert found[1][1][0][1].getpixel((0, 0)) == (255, 0, 0)
@@ -113,7 +113,7 @@ def test_an_index_of_every_kind(mixed, text, clip_folder, tmp_path, monkeypatch)
     options = IndexOptions(neighbors=3, threshold=1.0, tokenizer="a tokenizer", device="cpu", query_dropout=0)
     build_index_folder(tmp_path / "index", mixed, clip_folder, options=options)
     encoder = Encoder.load(clip_folder)
-    red, blue = encoder.encode_pictures([Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")])
+    red, blue = encoder.encode_images([Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")])
     words = encoder.encode_texts(["only words here", "first then"])
     bank = np.load(tmp_path / "index/embeddings/bank.npy").astype(np.float32)
     np.testing.assert_allclose(bank[1], words[0], atol=2e-3)
@@ -133,18 +133,18 @@ def test_pictures_in_tars_are_read_where_they_are(text, vocabulary, tmp_path):
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     content = ContentReader(corpus).read([0])[0]
-    content.image = ["00000.tar/folder/a.png"]
-    assert SourcePictures(corpus)(content)[0].getpixel((0, 0)) == (255, 0, 0)
+    content.image_files = ["00000.tar/folder/a.png"]
+    assert SourceImages(corpus)(content)[0].getpixel((0, 0)) == (255, 0, 0)
     (tmp_path / "00000.tar").rename(tmp_path / "00001.TAR")
-    content.image = ["00001.TAR/folder/a.png"]
-    assert SourcePictures(corpus)(content)[0].getpixel((0, 0)) == (255, 0, 0)
+    content.image_files = ["00001.TAR/folder/a.png"]
+    assert SourceImages(corpus)(content)[0].getpixel((0, 0)) == (255, 0, 0)
     (tmp_path / "00001.TAR").rename(tmp_path / "00000.tar")
-    content.image = ["00000.tar/b.png"]
-    with pytest.raises(ValueError, match=r"00000.tar/b.png, a picture of .* no such member.*--pictures tokens"):
-        SourcePictures(corpus)(content)
-    content.image = []
-    with pytest.raises(ValueError, match=r"document 0 .* has 1 pictures, but its metadata name 0 files"):
-        SourcePictures(corpus)(content)
+    content.image_files = ["00000.tar/b.png"]
+    with pytest.raises(ValueError, match=r"00000.tar/b.png, an image of .* no such member.*--images tokens"):
+        SourceImages(corpus)(content)
+    content.image_files = []
+    with pytest.raises(ValueError, match=r"document 0 .* has 1 images, but its metadata name 0 files"):
+        SourceImages(corpus)(content)
 
 
 def test_images_are_found_again_whatever_their_names_are(tmp_path):
@@ -169,7 +169,7 @@ def test_images_are_found_again_whatever_their_names_are(tmp_path):
         rows = corpus.metadata().to_pylist()
         assert len(rows) == count
         for row in rows:
-            image = SourcePictures(corpus)._read(row["image"], row["picture_sha256"])
+            image = SourceImages(corpus)._read(row["image"], row["picture_sha256"])
             assert image.getpixel((0, 0)) == Image.new("RGB", (1, 1), row["caption"]).getpixel((0, 0)), row["image"]
 
 
@@ -181,7 +181,7 @@ def test_pictures_can_come_from_the_tokens(heldout_shards, vocabulary):
             return grey[:, None, None, None].expand(-1, 3, 8, 8)
 
     corpus = open_shards(heldout_shards)
-    pictures = [read_token_pictures(Decoder())(content)[0] for content in ContentReader(corpus).read(range(3))]
+    pictures = [build_token_image_reader(Decoder())(content)[0] for content in ContentReader(corpus).read(range(3))]
     ids = corpus.read(2).astype(np.int64)
     mean = (ids[-4:] - vocabulary.image_start).mean()
     assert [picture.size for picture in pictures] == [(8, 8)] * 3

@@ -15,7 +15,7 @@ from megatron_cm3leon.retrieval import embeddings, table
 from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import Encoder
 from megatron_cm3leon.retrieval.options import IndexOptions
-from megatron_cm3leon.retrieval.part_arrays import Rows
+from megatron_cm3leon.retrieval.part_arrays import PartitionedArrays
 
 OPTIONS = IndexOptions(neighbors=3, threshold=0.999)
 FILES = ("neighbors.npy", "scores.npy", *(f"embeddings/{name}.npy" for name in ("bank", "queries_text")))
@@ -40,7 +40,9 @@ def test_tasks_write_what_one_process_writes(whole, shards, clip_folder, tmp_pat
     folder = tmp_path / "index"
     for task in (2, 0):
         assert build_index_folder(folder, shards, clip_folder, options=OPTIONS, task=task, tasks=3) is None
-    with pytest.raises(ValueError, match=r"1 of 4 parts of .*bank are not done, such as part 1; run the tasks"):
+    with pytest.raises(
+        ValueError, match=r"1 of 4 parts of .*bank are missing, such as part 1; run the unfinished tasks"
+    ):
         build_index_folder(folder, shards, clip_folder, options=OPTIONS, stage="index")
     build_index_folder(folder, shards, clip_folder, options=OPTIONS, task=1, tasks=3)
     build_index_folder(folder, shards, clip_folder, options=OPTIONS, stage="index")
@@ -52,13 +54,13 @@ def test_tasks_write_what_one_process_writes(whole, shards, clip_folder, tmp_pat
 
 
 def test_heldout_documents_use_the_embeddings_of_their_bank(whole, heldout_shards, clip_folder, tmp_path, monkeypatch):
-    encoded, original = [], Encoder.encode_pictures
+    encoded, original = [], Encoder.encode_images
 
     def count(self, pictures):
         encoded.append(len(pictures))
         return original(self, pictures)
 
-    monkeypatch.setattr(Encoder, "encode_pictures", count)
+    monkeypatch.setattr(Encoder, "encode_images", count)
     description = build_index_folder(tmp_path / "index", heldout_shards, clip_folder, whole, OPTIONS)
     assert sum(encoded) == 20  # none of the bank's 180
     assert (tmp_path / "index/embeddings/bank.npy").samefile(whole / "embeddings/bank.npy")
@@ -73,7 +75,10 @@ def test_heldout_documents_use_the_embeddings_of_their_bank(whole, heldout_shard
 def test_a_bank_of_an_earlier_version_is_refused(whole, heldout_shards, clip_folder, tmp_path):
     copy = shutil.copytree(whole, tmp_path / "copy")
     (copy / "index.faiss.json").unlink()
-    with pytest.raises(ValueError, match=r"copy lacks index.faiss.json: it is of an earlier version.*Give its shards"):
+    with pytest.raises(
+        ValueError,
+        match=r"copy lacks index.faiss.json: it was built by an earlier version.*Give the shards of its bank",
+    ):
         build_index_folder(tmp_path / "index", heldout_shards, clip_folder, copy, OPTIONS)
 
 
@@ -125,13 +130,13 @@ def test_embeddings_that_were_damaged_on_the_disk_are_refused(whole, heldout_sha
 
 
 def test_rows_of_different_widths_are_joined(tmp_path):
-    rows = Rows(tmp_path, "numbers", ["a"], 5, 3, {"by": "test"})
-    rows.write(0, {"a": np.ones((3, 1, 2))})
-    assert rows.missing() == [1] and rows.missing(0, 2) == []
-    rows.write(1, {"a": np.full((2, 2, 2), 7)})
+    rows = PartitionedArrays(tmp_path, "numbers", ["a"], 5, 3, {"by": "test"})
+    rows.write_part(0, {"a": np.ones((3, 1, 2))})
+    assert rows.missing_parts() == [1] and rows.missing_parts(0, 2) == []
+    rows.write_part(1, {"a": np.full((2, 2, 2), 7)})
     rows.join()
     expected = np.zeros((5, 2, 2))
     expected[:3, 0], expected[3:] = 1, 7
-    assert (rows.load("a") == expected).all() and rows.joined and not rows.work.exists()
+    assert (rows.load("a") == expected).all() and rows.joined and not rows.parts_folder.exists()
     with pytest.raises(ValueError, match=r"a.npy was begun with other settings \(by: test instead of other"):
-        Rows(tmp_path, "numbers", ["a"], 5, 3, {"by": "other"})
+        PartitionedArrays(tmp_path, "numbers", ["a"], 5, 3, {"by": "other"})

@@ -26,7 +26,7 @@ def test_vectors_are_of_length_one_and_independent_of_the_batch(encoder):
     alone = np.concatenate([encoder.encode_texts([text]) for text in texts])
     np.testing.assert_allclose(vectors, alone, atol=1e-5)  # padding changes nothing
     pictures = [Image.new("RGB", (32, 32), "red"), Image.new("RGB", (50, 70), "blue")]
-    np.testing.assert_allclose(np.linalg.norm(encoder.encode_pictures(pictures), axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(encoder.encode_images(pictures), axis=1), 1, atol=1e-6)
 
 
 def test_text_vectors_are_those_of_the_model(encoder, clip_folder):
@@ -47,10 +47,10 @@ def test_a_small_encoder_takes_one_thread_and_gives_the_same_bits(encoder, monke
     hooks = [part.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads())) for part in parts]
     torch.set_num_threads(2)
     try:
-        found = encoder.encode_texts(texts), encoder.encode_pictures(pictures)
+        found = encoder.encode_texts(texts), encoder.encode_images(pictures)
         assert seen == [1, 1] and torch.get_num_threads() == 2
         monkeypatch.setattr("megatron_cm3leon.common.threads.SMALL_MODEL", 0)
-        expected = encoder.encode_texts(texts), encoder.encode_pictures(pictures)
+        expected = encoder.encode_texts(texts), encoder.encode_images(pictures)
         assert seen == [1, 1, 2, 2]
     finally:
         torch.set_num_threads(before)
@@ -70,9 +70,9 @@ def test_a_pair_is_the_average_of_both_parts():
     np.testing.assert_allclose(combine(text, picture), [[0.5**0.5, 0.5**0.5]])
     np.testing.assert_allclose(combine(None, picture), picture)
     np.testing.assert_allclose(combine(np.zeros((1, 2)), picture), picture)
-    with pytest.raises(ValueError, match="give texts, pictures or both"):
+    with pytest.raises(ValueError, match="give texts, images or both"):
         combine(None, None)
-    with pytest.raises(ValueError, match="2 texts and 1 pictures do not pair up"):
+    with pytest.raises(ValueError, match="2 texts and 1 images do not form pairs"):
         combine(np.zeros((2, 2)), picture)
 
 
@@ -144,5 +144,5 @@ def test_messages(clip_folder, tmp_path):
     with pytest.raises(ValueError, match=r"has no text tokenizer: put text.model"):
         Encoder.load(folder)
     train_text(["a few other words"], 290).save(folder / "text.model")
-    with pytest.raises(ValueError, match=r"text.model has 290 pieces, but the CLIP model beside it was made for 320"):
+    with pytest.raises(ValueError, match=r"text.model has 290 pieces, but the CLIP model beside it requires 320"):
         Encoder.load(folder)

@@ -17,16 +17,18 @@ def on_circle(*cosines: float) -> np.ndarray:
     return np.stack([cosines, signs * np.sqrt(1 - cosines**2)], axis=1).astype(np.float32)
 
 
-def apply_filters(bank_vectors, *, bank_pictures=None, picture=(0, 0), own=-1, count=2, threshold=0.9):
+def apply_filters(bank_vectors, *, bank_images=None, image=(0, 0), own=-1, count=2, threshold=0.9):
     """Neighbours of the query (1, 0) as a list."""
     vectors = np.asarray(bank_vectors, np.float32)
-    identities = np.array(bank_pictures or [(n + 1, n + 1) for n in range(len(vectors))], np.uint64)[:, None]
+    identities = np.array(bank_images or [(n + 1, n + 1) for n in range(len(vectors))], np.uint64)[:, None]
     index = build_index(vectors, "Flat")
     table, scores = find_neighbors(
         lambda part, k: search_index(index, part, k),
         Bank(vectors=vectors, identities=identities),
         Queries(
-            vectors=np.array([[1, 0]], np.float32), identities=np.array([[picture]], np.uint64), own=np.array([own])
+            vectors=np.array([[1, 0]], np.float32),
+            identities=np.array([[image]], np.uint64),
+            bank_numbers=np.array([own]),
         ),
         count,
         threshold=threshold,
@@ -61,18 +63,18 @@ def test_a_document_is_never_its_own_neighbour():
 def test_the_query_picture_is_never_retrieved_whatever_its_score():
     vectors = on_circle(0.8, 0.5, 0.2)
     same_file, same_tokens = [(7, 1), (8, 2), (9, 3)], [(1, 5), (2, 6), (3, 4)]
-    assert apply_filters(vectors, bank_pictures=same_file, picture=(7, 99)) == [1, 2]
-    assert apply_filters(vectors, bank_pictures=same_tokens, picture=(99, 6)) == [0, 2]
+    assert apply_filters(vectors, bank_images=same_file, image=(7, 99)) == [1, 2]
+    assert apply_filters(vectors, bank_images=same_tokens, image=(99, 6)) == [0, 2]
 
 
 def test_one_picture_is_retrieved_once():
     vectors = on_circle(0.8, 0.5, 0.2)
-    assert apply_filters(vectors, bank_pictures=[(7, 1), (7, 2), (9, 3)]) == [0, 2]
-    assert apply_filters(vectors, bank_pictures=[(7, 1), (8, 1), (9, 3)]) == [0, 2]
+    assert apply_filters(vectors, bank_images=[(7, 1), (7, 2), (9, 3)]) == [0, 2]
+    assert apply_filters(vectors, bank_images=[(7, 1), (8, 1), (9, 3)]) == [0, 2]
 
 
 def test_documents_without_a_picture_are_not_one_picture():
-    assert apply_filters(on_circle(0.8, 0.5), bank_pictures=[(0, 0), (0, 0)], picture=(0, 0)) == [0, 1]
+    assert apply_filters(on_circle(0.8, 0.5), bank_images=[(0, 0), (0, 0)], image=(0, 0)) == [0, 1]
 
 
 def test_too_few_neighbours_leave_minus_one():
@@ -120,7 +122,7 @@ def test_table_equals_brute_force(dtype):
     table, scores = find_neighbors(
         lambda part, k: search_index(index, part, k),
         Bank(vectors=vectors, identities=identities),
-        Queries(vectors=vectors, identities=identities, own=own),
+        Queries(vectors=vectors, identities=identities, bank_numbers=own),
         6,
         candidates=8,
     )
@@ -138,10 +140,10 @@ def test_the_result_does_not_depend_on_batches():
     identities = np.arange(1, 401, dtype=np.uint64).reshape(-1, 1, 2)
     index = build_index(vectors, "Flat")
     bank = Bank(vectors=vectors, identities=identities)
-    queries = Queries(vectors=vectors, identities=identities, own=np.arange(200))
+    queries = Queries(vectors=vectors, identities=identities, bank_numbers=np.arange(200))
 
     def find(chosen):
-        return find_neighbors(lambda part, k: search_index(index, part, k), bank, queries.rows(chosen), 4)[0]
+        return find_neighbors(lambda part, k: search_index(index, part, k), bank, queries.select(chosen), 4)[0]
 
     pieces = [find(np.arange(start, min(start + 7, 200))) for start in range(0, 200, 7)]
     assert (find(np.arange(200)) == np.concatenate(pieces)).all()
@@ -157,7 +159,7 @@ def test_text_and_picture_find_candidates_in_turn():
     queries = Queries(
         vectors=whole[None],
         identities=np.zeros((1, 1, 2), np.uint64),
-        own=np.array([-1]),
+        bank_numbers=np.array([-1]),
         views=(text[None], picture[None]),
     )
     index = build_index(vectors, "Flat")
@@ -171,7 +173,10 @@ def test_text_and_picture_find_candidates_in_turn():
     assert (np.diff(scores[0]) <= 0).all()
     np.testing.assert_allclose(scores[0], vectors[table[0]] @ whole, rtol=1e-5)
     blind = Queries(
-        vectors=queries.vectors, identities=queries.identities, own=queries.own, views=(text[None], 0 * text[None])
+        vectors=queries.vectors,
+        identities=queries.identities,
+        bank_numbers=queries.bank_numbers,
+        views=(text[None], 0 * text[None]),
     )
     table, _ = find_neighbors(lambda part, k: search_index(index, part, k), bank, blind, 4, threshold=1.0)
     assert sorted(table[0]) == sorted(by_text[:4])
@@ -186,7 +191,7 @@ def test_documents_of_several_pictures_share_none():
         queries = Queries(
             vectors=np.array([[1, 0]], np.float32),
             identities=np.array([own_pictures], np.uint64),
-            own=np.array([-1]),
+            bank_numbers=np.array([-1]),
         )
         bank = Bank(vectors=vectors, identities=pictures)
         return find_neighbors(lambda part, k: search_index(index, part, k), bank, queries, 2)[0][0].tolist()
@@ -200,9 +205,9 @@ def test_many_candidates_are_filtered_as_few_are(monkeypatch):
     vectors = random.normal(size=(150, 6)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     identities = np.arange(1, 301, dtype=np.uint64).reshape(-1, 1, 2)
-    queries = Queries(vectors=vectors, identities=identities, own=np.arange(150))
+    queries = Queries(vectors=vectors, identities=identities, bank_numbers=np.arange(150))
     every = np.tile(np.arange(150), (150, 1, 1))
     few = candidates.filter_candidates(Bank(vectors=vectors, identities=identities), queries, every, 5, 0.7)
-    monkeypatch.setattr(candidates, "_LARGEST_SQUARE", 0)
+    monkeypatch.setattr(candidates, "_MAX_ALL_PAIRS", 0)
     many = candidates.filter_candidates(Bank(vectors=vectors, identities=identities), queries, every, 5, 0.7)
     assert (few[0] == many[0]).all() and (few[0] >= 0).all()

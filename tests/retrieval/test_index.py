@@ -79,10 +79,10 @@ def test_an_index_of_nan_is_refused(vectors):
     [("Flat", "nprobe=4"), ("IVF4,Flat", "nprobe=0"), ("IVF4,PQ4x4fs,Refine(SQfp16)", "k_factor_rf=0.5")],
 )
 def test_search_parameters_that_do_not_suit_are_refused(vectors, factory, parameters):
-    with pytest.raises(ValueError, match=rf"\(search '{parameters}'\) does not suit .*, or another --search\.$"):
+    with pytest.raises(ValueError, match=rf"\(search '{parameters}'\) is not valid for .*, or another --search\.$"):
         faiss_index.build_index(vectors[:200], factory, parameters)
     built = faiss_index.build_index(vectors[:200], factory)
-    with pytest.raises(ValueError, match=rf"--search '{parameters}' does not suit the index: .*chosen by measured"):
+    with pytest.raises(ValueError, match=rf"--search '{parameters}' is not valid for the index: .*chosen by measured"):
         faiss_index.set_parameters(built, parameters)
 
 
@@ -113,15 +113,15 @@ def test_the_refined_factory_builds_and_reloads(vectors, tmp_path):
         ("PCA8,IDMap2,Flat", "add does not make sense with IndexIDMap"),
         ("NSG16,Flat", "cannot build a graph smaller than 100"),
         ("IVF0,Flat", "'cur_nprobe > 0' failed"),
-        ("HNSW1_SQ8", "a graph needs at least 2 links per vector"),
-        ("IVF4_HNSW0,Flat", "a graph needs at least 2 links per vector"),
+        ("HNSW1_SQ8", "a graph requires at least 2 links per vector"),
+        ("IVF4_HNSW0,Flat", "a graph requires at least 2 links per vector"),
     ],
 )
 def test_a_factory_that_does_not_suit_is_refused(vectors, factory, reason):
     with pytest.raises(ValueError) as refused:
         faiss_index.build_index(vectors[:90], factory)
     text = str(refused.value)
-    assert text.startswith(f"index factory '{factory}' (search '') does not suit 90 vectors of width 16: ")
+    assert text.startswith(f"index factory '{factory}' (search '') is not valid for 90 vectors of width 16: ")
     assert reason in text and text.endswith("Give another --factory, such as Flat or IVF9,Flat.")
     assert ".cpp" not in text  # not where FAISS found it
 
@@ -130,5 +130,5 @@ def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(ValueError, match=r"no FAISS index at .*tools/build_index.py writes one"):
         faiss_index.load_index(tmp_path / "index.faiss")
     (tmp_path / "index.faiss").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="is damaged or no FAISS index"):
+    with pytest.raises(ValueError, match="is damaged or not a FAISS index"):
         faiss_index.load_index(tmp_path / "index.faiss")

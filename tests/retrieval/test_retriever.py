@@ -37,7 +37,7 @@ def pairs(shapes):
 def test_a_document_of_the_bank_retrieves_what_its_row_says(retriever, index, shards, pairs):
     numbers = [0, 50, 179]
     texts, pictures = zip(*(pairs[number] for number in numbers), strict=True)
-    found = retriever.search(texts, pictures, k=3, own=numbers)
+    found = retriever.search(texts, pictures, k=3, bank_numbers=numbers)
     expected = load_neighbors(index, open_shards(shards)).table[numbers]
     # The table was searched with vectors rounded to float16; an untrained encoder leaves near ties.
     assert (found == expected).mean() > 0.7

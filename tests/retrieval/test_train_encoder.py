@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_cm3leon.retrieval.encoder import Encoder
-from megatron_cm3leon.retrieval.train_encoder import ClipOptions, contrast, rate_factor, train_clip
+from megatron_cm3leon.retrieval.train_encoder import ClipOptions, contrastive_loss, learning_rate_factor, train_clip
 from tests.tools.call import call_tool
 
 
@@ -19,19 +19,19 @@ def test_a_few_steps_teach_captions_their_pictures(shapes, text_model, tmp_path)
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 11, 600])
 def test_learning_rate_rises_to_its_peak_and_falls(steps):
-    rates = [rate_factor(step, steps) for step in range(steps + 1)]  # the schedule looks one step ahead
+    rates = [learning_rate_factor(step, steps) for step in range(steps + 1)]  # the schedule looks one step ahead
     peak = max(1, steps // 10) - 1
     assert rates[peak] == 1
     assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
     assert all(0 < rate <= 1 for rate in rates[:steps])
 
 
-def test_contrast_by_hand():
+def test_contrastive_loss_by_hand():
     texts = torch.tensor([[1.0, 0], [0, 1], [1, 0]])
     scale = torch.tensor(2.0).log()
     # Captions 0 and 2 are equal: each faces only caption 1, cosine 1 against 0 at scale 2.
     expected = torch.log1p(torch.exp(torch.tensor(-2.0)))
-    found = contrast(texts, texts, scale, torch.tensor([5, 6, 5]))
+    found = contrastive_loss(texts, texts, scale, torch.tensor([5, 6, 5]))
     row = torch.log(1 + 2 * torch.exp(torch.tensor(-2.0)))  # caption 1 faces two others
     assert torch.isclose(found, (2 * expected + row) / 3)
 
@@ -66,7 +66,7 @@ def test_no_image_that_can_be_read_leaves_nothing_behind(shapes, text_model, tmp
     assert done.returncode == 2
     assert (
         "list.jsonl: no pair that can be read in its 180 inputs: 180 x missing picture (the first: train/000000.png). "
-        "Paths of images are relative to the file that names them."
+        "Paths of images are relative to the file that lists them."
     ) in done.stderr
     assert not (tmp_path / "clip").exists()
 
@@ -76,7 +76,7 @@ def test_no_image_that_can_be_read_leaves_nothing_behind(shapes, text_model, tmp
     [
         ({"batch_size": 500}, r"--batch-size \(500\) exceeds the 171 training pairs"),
         ({"batch_size": 1}, r"--batch-size \(1\) must be at least 2"),
-        ({"patch_size": 5}, r"the patch size \(5\) must divide the picture size \(32\)"),
+        ({"patch_size": 5}, r"the patch size \(5\) must divide the image size \(32\)"),
         ({"steps": 0}, r"--steps \(0\) must be at least 1"),
         ({"heldout": 0.0}, r"--heldout \(0.0\) must be a share"),
     ],

@@ -14,7 +14,7 @@ from megatron_cm3leon.retrieval.build import build_index_folder
 ROOT = Path(__file__).resolve().parents[2]
 REASON = "libcudart.so.12: cannot open shared object file"
 SENTENCE = (
-    r"FAISS, which retrieval searches with, cannot be imported \(libcudart.*\); install faiss-cpu, or faiss-gpu on a "
+    r"FAISS, which retrieval requires, cannot be imported \(libcudart.*\); install faiss-cpu, or faiss-gpu on a "
     r"machine with GPUs \(docs/installation.md\)\."
 )
 

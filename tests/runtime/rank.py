@@ -1,10 +1,10 @@
 """The training command with accidents: `python rank.py ACCIDENTS.json config.yaml ...`.
 
-ACCIDENTS.json: {"pace": seconds each step takes longer, "watchdog": cluster.watchdog_seconds once steps begin (starting
-takes long on a busy machine), "accidents": [{"rank", "step", "where", "do"}]}: on that rank,
-in step `step` (from 1), `where` (loader, step, validation or save; the loader is still in the step before) does `do`:
-sleep, pause (a moment, and leave the file `paused`), stop (SIGSTOP), kill (SIGKILL), raise (an error of the model),
-value (a ValueError), memory (CUDA out of memory).
+ACCIDENTS.json: {"pace": seconds by which each step is delayed, "watchdog": cluster.watchdog_seconds once steps begin
+(start-up takes long on a busy machine), "accidents": [{"rank", "step", "where", "do"}]}. On that rank, in step `step`
+(from 1), at `where` (loader, step, validation or save; the loader is still in the previous step), `do` happens: sleep,
+pause (for a moment, and write the file `paused`), stop (SIGSTOP), kill (SIGKILL), raise (an error in the model), value
+(a ValueError), memory (CUDA out of memory).
 """
 
 import json

@@ -1,6 +1,6 @@
-"""One bit flipped in each kind of file that a run reads: the file is named, or nothing that is used changes.
+"""One bit flipped in each kind of file that a run reads: the error names the file, or no used content changes.
 
-`python -m tests.runtime.test_damage 5000` prints the table of kinds and outcomes for so many seeds.
+`python -m tests.runtime.test_damage 5000` prints a table of outcomes per kind of file for that many seeds.
 """
 
 import random
@@ -42,10 +42,10 @@ def write_all(folder: Path) -> None:
     (folder / "index").mkdir()
     np.save(folder / "index" / "neighbors.npy", table)
     np.save(folder / "index" / CHECKSUMS, checksum_rows(table))
-    own = {"shards": str(corpus.folder), "shards_relative": "../shards"}
-    own |= {"bank": own["shards"], "bank_relative": "../shards", "neighbors": 4, "format": FORMAT}
+    entries = {"shards": str(corpus.folder), "shards_relative": "../shards"}
+    entries |= {"bank": entries["shards"], "bank_relative": "../shards", "neighbors": 4, "format": FORMAT}
     hashes = dict.fromkeys(("shards_manifest_sha256", "bank_manifest_sha256"), manifest_sha256(corpus))
-    description = own | hashes | {"vocabulary_hash": corpus.vocabulary.hash, "command": "build_index.py"}
+    description = entries | hashes | {"vocabulary_hash": corpus.vocabulary.hash, "command": "build_index.py"}
     write_json(folder / "index" / INDEX_FILE, seal(description))
     (folder / "tokenizer").mkdir()
     write_text(folder / "tokenizer")
@@ -85,7 +85,7 @@ def read_checkpoint(folder: Path) -> object:
 
 
 def read_config(folder: Path) -> object:
-    """What train.py tells of a configuration that is not the checkpoint's counts as told."""
+    """A changed configuration is an error here, since train.py reports the difference to the checkpoint's."""
     config = load_config(folder / "run" / "config.yaml")
     validate_config(config)
     changes = changed_fields(CheckpointReader(folder / "run" / "checkpoints" / "step-00000003").config, config)
@@ -108,7 +108,7 @@ KINDS_OF_FILES = {
 
 
 def names(path: Path, error: Exception) -> bool:
-    """Whether the sentence is a user's and names the file, or, of the configuration, the field."""
+    """Whether the error is one for users that names the file, or the field of the configuration."""
     return type(error) is ValueError and (path.name in str(error) or path.parent.name == "run")
 
 
@@ -122,7 +122,7 @@ def flip(folder: Path, name: str, seed: int, expected: object) -> str:
     try:
         return "unchanged" if KINDS_OF_FILES[name](folder) == expected else "NOT DETECTED"
     except Exception as error:
-        return "told" if names(path, error) else f"MISLEADING {type(error).__name__}: {str(error)[:90]}"
+        return "reported" if names(path, error) else f"MISLEADING {type(error).__name__}: {str(error)[:90]}"
     finally:
         path.write_bytes(content)
 
@@ -135,12 +135,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", KINDS_OF_FILES)
-def test_a_flipped_bit_is_told_or_changes_nothing(folder, name):
+def test_a_flipped_bit_is_reported_or_changes_nothing(folder, name):
     expected = KINDS_OF_FILES[name](folder)
     outcomes = Counter(flip(folder, name, seed, expected) for seed in range(12))
-    assert set(outcomes) <= {"told", "unchanged"}, outcomes
+    assert set(outcomes) <= {"reported", "unchanged"}, outcomes
     if name.endswith((".parquet", "crc32.npy", "text.model", ".safetensors")):
-        assert outcomes["told"] > 0
+        assert outcomes["reported"] > 0
 
 
 def main(seeds: int) -> None:
@@ -153,9 +153,8 @@ def main(seeds: int) -> None:
             name = list(KINDS_OF_FILES)[seed % len(KINDS_OF_FILES)]
             outcomes[name][flip(folder, name, seed, expected[name])] += 1
         for name, found in outcomes.items():
-            print(
-                f"{name:<48} {found.pop('told', 0):>5} told {found.pop('unchanged', 0):>5} unchanged", dict(found) or ""
-            )
+            reported, unchanged = found.pop("reported", 0), found.pop("unchanged", 0)
+            print(f"{name:<48} {reported:>5} reported {unchanged:>5} unchanged", dict(found) or "")
 
 
 if __name__ == "__main__":

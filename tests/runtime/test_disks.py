@@ -1,4 +1,4 @@
-"""Disks that fill up, are read-only or go away: the run ends with a sentence, and what was saved stays."""
+"""Disks that fill up, are read-only or disappear: the run ends with an error, and saved checkpoints stay."""
 
 import os
 import resource
@@ -43,16 +43,16 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_fills_up_during_a_save_costs_that_save_alone(small_disk):
+def test_a_disk_that_fills_up_during_a_save_loses_only_that_save(small_disk):
     save(small_disk, 1)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(40 << 10))
     piece = make_pieces(0)[0][0]
-    whole = torch.zeros(12, 1000)
-    place = type(piece)("w", "weight", (12, 1000), (0, 0), (12, 1000), 0, whole.numel())
-    sentence = r"step-00000002 was not written: .*rank-00000.safetensors: No space left on device; free disk space .*"
+    tensor = torch.zeros(12, 1000)
+    larger = type(piece)("w", "weight", (12, 1000), (0, 0), (12, 1000), 0, tensor.numel())
+    sentence = r"step-00000002 was not written: .*rank-00000.safetensors: No space left on device; make room .*"
     with pytest.raises(ValueError, match=sentence + r"resumes from .*step-00000001\)"):
-        save(small_disk, 2, [(place, whole.view(-1))])
+        save(small_disk, 2, [(larger, tensor.view(-1))])
     assert torch.equal(CheckpointReader(step_folder(small_disk, 1)).read_part("w", "weight", (0, 0), (3, 4)),
                        torch.arange(12.0).view(3, 4))  # fmt: skip
     filler.unlink()
@@ -60,7 +60,7 @@ def test_a_disk_that_fills_up_during_a_save_costs_that_save_alone(small_disk):
     assert [folder.name for folder in list_checkpoints(small_disk)] == ["step-00000001", "step-00000002"]
 
 
-def test_a_quota_that_ends_within_a_file_is_told_the_same(tmp_path):
+def test_a_quota_that_ends_within_a_file_is_reported(tmp_path):
     write_checkpoint(tmp_path, 1)
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
@@ -85,10 +85,10 @@ except ValueError as error:
 """
 
 
-def test_a_read_only_checkpoint_folder_is_told(tmp_path):
+def test_a_read_only_checkpoint_folder_is_reported(tmp_path):
     write_checkpoint(tmp_path, 1)
     (tmp_path / "checkpoints").chmod(0o555)
-    for parent in (tmp_path, *list(tmp_path.parents)[:3]):  # somebody else may look, not write
+    for parent in (tmp_path, *list(tmp_path.parents)[:3]):  # other users may read, not write
         if parent.stat().st_uid == os.getuid() and str(parent).startswith("/tmp/pytest"):
             parent.chmod(parent.stat().st_mode | 0o055)
     done = subprocess.run([sys.executable, "-c", AS_NOBODY, tmp_path], capture_output=True, text=True, cwd=ROOT)
@@ -99,21 +99,21 @@ def test_a_read_only_checkpoint_folder_is_told(tmp_path):
     assert "the run resumes from" in done.stdout
 
 
-def test_a_checkpoint_deleted_between_list_and_load_is_told(tmp_path):
+def test_a_checkpoint_deleted_between_list_and_load_is_reported(tmp_path):
     write_checkpoint(tmp_path, 1)
-    gone = write_checkpoint(tmp_path, 2)
+    deleted = write_checkpoint(tmp_path, 2)
     [_, listed] = list_checkpoints(tmp_path)
     reader = CheckpointReader(listed)
-    shutil.rmtree(gone)
-    gone_missing = pytest.raises(ValueError, match=r"step-00000002 is damaged: rank-0000\d.safetensors is missing")
-    with gone_missing, verify_while_reading(reader, ["rank-00000.safetensors"]):
+    shutil.rmtree(deleted)
+    names_the_file = pytest.raises(ValueError, match=r"step-00000002 is damaged: rank-0000\d.safetensors is missing")
+    with names_the_file, verify_while_reading(reader, ["rank-00000.safetensors"]):
         reader.read("w")
     with pytest.raises(ValueError, match=r"step-00000002 is not a complete checkpoint"):
         CheckpointReader(listed)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_shards_that_go_away_in_the_middle_of_a_run_are_told_with_the_batch(tmp_path, workers):
+def test_shards_that_disappear_during_a_run_are_reported_with_the_batch(tmp_path, workers):
     shards = tmp_path / "shards"
     write_shards(shards, make_pairs(400, make_vocabulary()), make_vocabulary(), shard_documents=2)
     options = ["data.seq_length=32", "train.global_batch_size=2", "data.packing=stream", f"data.shards={shards}"]

@@ -1,4 +1,4 @@
-"""What clusters do to jobs: each time the run goes on by itself, and its losses are those of one never stopped."""
+"""Interruptions by a cluster: each time the run continues by itself, with the losses of an uninterrupted run."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.slurm.jobs import losses, make_corpus, submit_run
 
 pytestmark = pytest.mark.slow
 RUN = ["train.steps=300", "schedule.name=constant", "checkpoint.interval=10"]
-RUN += ["--ranks-per-node", 1, "--time", 10, "--lead", 55]
+RUN += ["--ranks-per-node", 1, "--time", 10, "--signal-time", 55]
 LONGER = ["train.steps=2000"]
 """The controller looks at time limits twice a minute; as the rate is constant, the first 300 steps are the same."""
 
@@ -19,7 +19,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(cluster, corpus):
-    """The losses of the run that nothing stopped; by submit.py too, so that it is the same layout."""
+    """The losses of an uninterrupted run, submitted with the same layout."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
         job, log = submit_run(corpus, "straight", *RUN)
@@ -32,7 +32,7 @@ def ask_to_stop(slurm, job):
 
 
 def bring_time_limit_near(slurm, job):
-    """The controller may shorten and lengthen a limit: so the signal comes amid the steps on any machine."""
+    """Shorten the limit and lengthen it again: the signal comes between two steps, however fast the machine is."""
     slurm.run("scontrol", "update", f"jobid={job}", "timelimit=1")
     slurm.wait(job, "PENDING")
     slurm.run("scontrol", "update", f"jobid={job}", "timelimit=10")
@@ -65,8 +65,8 @@ def take_node_down(slurm, job):
     ],
     ids=["asked", "time limit", "pre-emption", "pre-emption with grace", "scontrol requeue", "node down"],
 )
-def test_it_goes_on_by_itself_as_if_never_stopped(slurm, corpus, straight, interrupt, options, reason, request):
-    """`reason`: with which the batch script requeues; empty where SLURM does it, and nobody else may."""
+def test_it_continues_by_itself_with_the_same_losses(slurm, corpus, straight, interrupt, options, reason, request):
+    """`reason`: why the batch script requeues the job; empty where SLURM requeues it and the script must not."""
     run = corpus / request.node.callspec.id.replace(" ", "-")
     job, log = submit_run(corpus, run.name, *RUN, *options)
     slurm.wait_for_steps(run, 60)

@@ -1,4 +1,4 @@
-"""One run in a run folder: who holds it is named, and nothing that is left behind blocks."""
+"""One run per run folder: the error names the holder of the lock, and a leftover file does not block."""
 
 import json
 import os
@@ -19,7 +19,7 @@ sys.stdin.read()
 """
 
 
-def test_another_process_is_refused_and_the_holder_named(tmp_path):
+def test_a_second_process_gets_an_error_that_names_the_holder(tmp_path):
     environment = child_environment(SLURM_JOB_ID="4711")
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)

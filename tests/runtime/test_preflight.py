@@ -1,4 +1,4 @@
-"""Before the first step: what differs between ranks or is broken on one is named with ranks, hosts and values."""
+"""Pre-flight checks: what differs between ranks or is wrong on one is reported with ranks, hosts and values."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.distributed.launch import Rank
 from megatron_cm3leon.runtime import preflight
-from megatron_cm3leon.runtime.preflight import check_disk, compare_ranks, find_device_fault, judge
+from megatron_cm3leon.runtime.preflight import check_disk, compare_facts, compare_ranks, find_device_fault
 from tests.checkpoint.builders import run_ranks, write_checkpoint
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import torchrun
@@ -40,67 +40,66 @@ def load(folder, *overrides):
 
 
 def compare(*configs):
-    """What three ranks, in threads with a store of their own, are told."""
+    """The result of each rank; the ranks are threads with a store of their own."""
     store = dist.HashStore()
     return run_ranks(
         len(configs), lambda rank: compare_ranks(configs[rank], Rank(rank, len(configs), rank, 3), CPU, store)
     )
 
 
-def test_ranks_alike_pass_and_one_line_says_what_was_found(folder, caplog):
+def test_equal_ranks_pass_and_one_line_reports_what_was_found(folder, caplog):
     caplog.set_level(logging.INFO, "megatron_cm3leon")
     assert compare(*[load(folder)] * 3) == [None] * 3
     [line] = caplog.messages
-    assert line.startswith("pre-flight: 3 ranks on 1 host, cpu computes right, versions, configuration and data alike")
+    assert line.startswith("pre-flight: 3 ranks on 1 host, cpu arithmetic check passed, versions")
     assert "; checkpoints of " in line and "written at " in line
     assert not list(folder.glob("**/.preflight*"))
 
 
-def test_each_rank_hears_of_every_field_that_differs(folder):
+def test_each_rank_reports_every_field_that_differs(folder):
     usual = load(folder)
-    answers = compare(usual, usual, load(folder, "parallel.tensor=2", "optimizer.clip=0.5"))
-    assert {type(answer) for answer in answers} == {ValueError} and len(set(map(str, answers))) == 1
+    errors = compare(usual, usual, load(folder, "parallel.tensor=2", "optimizer.clip=0.5"))
+    assert {type(error) for error in errors} == {ValueError} and len(set(map(str, errors))) == 1
     host = os.uname().nodename
-    assert f"parallel.tensor differs: 2 on rank 2 ({host}); the default on ranks 0-1 ({host})" in str(answers[0])
-    assert f"optimizer.clip differs: 0.5 on rank 2 ({host})" in str(answers[0])
+    assert f"parallel.tensor differs: 2 on rank 2 ({host}); the default on ranks 0-1 ({host})" in str(errors[0])
+    assert f"optimizer.clip differs: 0.5 on rank 2 ({host})" in str(errors[0])
 
 
-def test_other_data_behind_the_same_name_and_none_at_all_are_named(folder, tmp_path):
+def test_other_data_under_the_same_name_and_missing_data_are_reported(folder, tmp_path):
     shutil.copytree(folder / "others", tmp_path / "shards")
     usual, other, absent = (load(folder, f"data.shards={path}") for path in
                             (folder / "shards", tmp_path / "shards", tmp_path / "none"))  # fmt: skip
-    told = str(compare(usual, usual, other)[0])
+    message = str(compare(usual, usual, other)[0])
     hashes = [preflight.describe_data(config)["content of data.shards"] for config in (other, usual)]
-    assert (
-        f"content of data.shards differs: {hashes[0]} on rank 2 (" in told and f"; {hashes[1]} on ranks 0-1 (" in told
-    )
-    assert f"content of data.shards differs: no shards at {tmp_path / 'none'}: " in str(
-        compare(usual, absent, usual)[0]
-    )
+    assert f"content of data.shards differs: {hashes[0]} on rank 2 (" in message
+    assert f"; {hashes[1]} on ranks 0-1 (" in message
+    message = str(compare(usual, absent, usual)[0])
+    assert f"content of data.shards differs: no shards at {tmp_path / 'none'}: " in message
 
 
-def facts(host="a", faults=(), model="", **alike):
-    return {"host": host, "alike": alike, "faults": list(faults), "model": model, "disk": {}}
+def facts(host="a", faults=(), model="", **must_match):
+    return {"host": host, "must_match": must_match, "faults": list(faults), "model": model, "disk": {}}
 
 
-def test_the_node_at_fault_is_named():
+def test_the_node_at_fault_is_reported():
     found = [facts("a", torch="2.13.0")] * 2 + [facts("b", torch="2.12.1")] * 2 + [facts("c", torch="2.13.0")] * 2
-    [error], _ = judge(found, [0.0] * 6)
+    [error], _ = compare_facts(found, [0.0] * 6)
     assert error.startswith("torch differs: 2.12.1 on ranks 2-3 (b); 2.13.0 on ranks 0-1,4-5 (a, c).")
-    [error], _ = judge([facts("a"), facts("b", ["cuda:0 computes wrong products in float32"])], [0.0] * 2)
+    [error], _ = compare_facts([facts("a"), facts("b", ["cuda:0 computes wrong products in float32"])], [0.0] * 2)
     assert error == "rank 1 (b): cuda:0 computes wrong products in float32."
-    _, [warning] = judge([facts("a", model="H200"), facts("b", model="H200"), facts("c", model="H100")], [0.0] * 3)
-    assert warning.startswith("model of GPU differs: H100 on rank 2 (c); H200 on ranks 0-1 (a, b).")
+    found = [facts("a", model="H200"), facts("b", model="H200"), facts("c", model="H100")]
+    _, [warning] = compare_facts(found, [0.0] * 3)
+    assert warning.startswith("GPU model differs: H100 on rank 2 (c); H200 on ranks 0-1 (a, b).")
 
 
-def test_a_clock_more_than_a_second_off_is_a_warning():
+def test_a_clock_that_differs_by_more_than_a_second_is_a_warning():
     found = [facts("a"), facts("a"), facts("b"), facts("b"), facts("c")]
-    assert judge(found, [100.0, 100.1, 100.9, 100.2, 99.9]) == ([], [])
-    errors, [warning] = judge(found, [100.0, 100.1, 97.5, 97.4, 99.9])
+    assert compare_facts(found, [100.0, 100.1, 100.9, 100.2, 99.9]) == ([], [])
+    errors, [warning] = compare_facts(found, [100.0, 100.1, 97.5, 97.4, 99.9])
     assert not errors and warning.startswith("the clock of b (ranks 2-3) is 2.5 s behind the others")
 
 
-def test_a_device_that_computes_wrong_is_found(monkeypatch):
+def test_a_device_that_computes_wrong_products_is_found(monkeypatch):
     assert find_device_fault(CPU) == ""
     multiply = torch.Tensor.__matmul__
 
@@ -124,12 +123,12 @@ def test_the_disk_must_be_writable_and_hold_the_next_checkpoints(folder, tmp_pat
     write_checkpoint(tmp_path / "not" / "yet", 1)
     assert ", and 2 more are to be kept" in check_disk(config, int(free / 1.5))["warning"]
     unwritable = check_disk(load(folder, "output=/proc/run"), 0)  # /proc has no free bytes either
-    assert unwritable["fault"].startswith("/proc cannot be written (")
+    assert unwritable["fault"].startswith("/proc is not writable (")
 
 
-def test_a_rank_that_does_not_come_is_named(folder, monkeypatch):
+def test_a_rank_that_does_not_connect_is_reported(folder, monkeypatch):
     monkeypatch.setattr(preflight, "WAIT", timedelta(seconds=0.2))
-    with pytest.raises(ValueError, match=r"ranks 1-2 of 3 have not come within 0 s"):
+    with pytest.raises(ValueError, match=r"ranks 1-2 of 3 have not connected within 0 s"):
         compare_ranks(load(folder), Rank(0, 3, 0, 3), CPU, dist.HashStore())
 
 
@@ -141,7 +140,7 @@ sys.exit(main([*sys.argv[1:], *(["parallel.tensor=2"] if os.environ["RANK"] == "
 """
 
 
-def test_a_run_whose_ranks_differ_ends_before_its_groups_hang(folder, tmp_path):
+def test_a_run_whose_ranks_differ_ends_before_it_creates_process_groups(folder, tmp_path):
     (tmp_path / "different.py").write_text(DIFFERENT)
     paths = [f"data.shards={folder / 'shards'}", f"output={tmp_path / 'run'}"]
     done = torchrun(2, tmp_path / "different.py", folder / "config.yaml", *paths, check=False, timeout=60)

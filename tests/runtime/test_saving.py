@@ -1,4 +1,4 @@
-"""Asked to stop, a run saves first: no step is taken twice, whoever asked and whichever launcher stands between."""
+"""On a signal to stop a run saves first: no step is taken twice, whatever sent the signal, under both launchers."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from megatron_cm3leon.monitoring.events import read_events
 from tests.slurm.jobs import losses, make_corpus, submit_run
 
 pytestmark = pytest.mark.slow
-# No checkpoint is due: the only ones are those of the stop and of the end.
+# No regular checkpoint is due: the only ones are written at the stop and at the end.
 RUN = ["train.steps=300", "checkpoint.interval=1000", "--ranks-per-node", 1]
 
 
@@ -40,7 +40,7 @@ def test_no_step_is_taken_twice(slurm, corpus, launcher, interrupt, partition):
     assert len(list_checkpoints(run)) == 2
 
 
-def test_a_cancelled_run_has_saved_and_the_same_command_goes_on(slurm, corpus):
+def test_a_cancelled_run_has_saved_and_the_same_command_continues_it(slurm, corpus):
     run = corpus / "cancelled"
     job, log = submit_run(corpus, run.name, *RUN)
     slurm.wait_for_steps(run, 60)

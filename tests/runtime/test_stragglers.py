@@ -1,4 +1,4 @@
-"""The slowest rank is named, and waiting for it is not mistaken for work."""
+"""The slowest rank is reported, and the time that others wait for it is not counted as compute time."""
 
 import os
 import platform
@@ -55,7 +55,7 @@ CASES = {
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=() if name == "megatron passes" else pytest.mark.slow) for name in CASES]
 )
-def test_a_rank_that_is_really_slow_is_named(tmp_path, case):
+def test_a_rank_that_is_slow_is_reported(tmp_path, case):
     script, overrides = CASES[case]
     write_shards(tmp_path / "shards", learnable_pairs(), make_vocabulary())
     (tmp_path / "config.yaml").write_text(CONFIG)
@@ -72,17 +72,17 @@ def test_a_rank_that_is_really_slow_is_named(tmp_path, case):
 
 
 def report(seconds, first=True):
-    """What three ranks' times are told as."""
-    watch = StragglerWatch(1, lambda value: [("a", data, passes) for data, passes in seconds], first)
+    """The report for the (data, compute) seconds of each rank."""
+    watch = StragglerWatch(1, lambda value: [("a", data, compute) for data, compute in seconds], first)
     assert watch.add(9.0, 9.0) == {}  # the first step
     return watch.add(0.0, 0.0)
 
 
-def test_the_ratio_is_of_own_time_over_the_median(caplog):
+def test_the_ratio_is_compute_time_over_the_median(caplog):
     assert report([(0, 1.0), (0.5, 1.0), (0, 0.9)]) == {
         "slowest_rank": 1, "slowest_host": "a", "slowest_over_median": pytest.approx(1.5)
     }  # fmt: skip
-    assert "rank 1 on a is slow: its own work takes 1.5 s a step (0.5 s waiting for data)" in caplog.text
+    assert "rank 1 on a is slow: its own work takes 1.5 s per step (0.5 s of it waiting for data)" in caplog.text
     caplog.clear()
     assert report([(0, 1.0), (0, 1.1), (0, 0.9)])["slowest_over_median"] == pytest.approx(1.1)
     report([(0, 1.0), (0, 9.0), (0, 1.0)], first=False)

@@ -1,4 +1,4 @@
-"""Worlds of two ranks that are stopped, killed, stuck or wrong: how they end, what they say, and how they go on."""
+"""Runs with two ranks that are stopped, killed, stalled or fail: how they end, what they print, how they resume."""
 
 import os
 import signal
@@ -9,17 +9,17 @@ import pytest
 from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.monitoring.history import read_lines
 from megatron_cm3leon.runtime.signals import REPEAT_SECONDS
+from tests.runtime.conftest import losses
 from tests.runtime.world import World
-from tests.slurm.conftest import losses
 
 STALL = 6
-"""Seconds: what a watchdog is given in place of 900."""
+"""cluster.watchdog_seconds of the stalled runs, instead of 900."""
 
 
 def finish(folder, run, straight, launcher=""):
-    """Start the run again, and see that in the end nothing had happened."""
+    """Start the run again and compare it with the undisturbed one."""
     world = World(folder, run, 2, launcher=launcher)
-    assert not any(world.wait()), world.said()
+    assert not any(world.wait()), world.output()
     assert losses(folder / run) == straight
     assert [line["batch"] for line, _ in read_lines(folder / run)] == list(range(24))
     assert world.events("stop")[-1]["reason"] == "finished"
@@ -31,25 +31,25 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_with_a_checkpoint(folder,
     world = World(folder, "signal", 2, pace=0.1)
     world.wait_for_step(6)
     world.signal(signal.SIGUSR1, 1)
-    assert world.wait() == [75, 75], world.said()
+    assert world.wait() == [75, 75], world.output()
     found = world.events("signal")[0]
     stopped = world.events("stop")[0]
     assert (found["signal"], found["rank"], stopped["reason"]) == ("SIGUSR1", 1, "signal")
     assert stopped["step"] == found["step"] >= 6
     assert list_checkpoints(world.run)[-1].name == f"step-{stopped['step']:08d}"
     assert world.events("saved")[-1]["step"] == stopped["step"] and world.events("saved")[-1]["bytes"] > 300_000
-    assert f"stopped at step {stopped['step']} as a signal asked for" in world.said()
+    assert f"stopped at step {stopped['step']} after a signal" in world.output()
     finish(folder, "signal", straight)
     resumed = world.events("resume")[0]
     assert (resumed["step"], resumed["checkpoint"]) == (stopped["step"], f"step-{stopped['step']:08d}")
 
 
-def test_a_signal_before_the_first_step_ends_at_once(folder):
+def test_a_signal_before_the_first_step_ends_the_run_immediately(folder):
     world = World(folder, "early", 2)
     world.wait_for(lambda: world.events("start"))
     world.signal(signal.SIGTERM, 1)
-    assert world.wait() == [75, 75], world.said()
-    assert world.said().count("SIGTERM before the first step") == 1 and "Traceback" not in world.said()
+    assert world.wait() == [75, 75], world.output()
+    assert world.output().count("SIGTERM before the first step") == 1 and "Traceback" not in world.output()
     assert [each["event"] for each in world.events()] == ["start", "signal", "stop"]
 
 
@@ -57,7 +57,7 @@ def test_a_signal_before_the_first_step_ends_at_once(folder):
 def test_ctrl_c_reaches_torchrun_ranks_and_loaders_and_still_saves(folder):
     world = World(folder, "interrupt", 2, "train.stop_after=20", launcher="torchrun", pace=0.1)
     world.wait_for_step(6)
-    for process in world.members():  # as a terminal does; torchrun passes it on once more
+    for process in world.members():  # as a terminal does; torchrun forwards it again
         os.kill(process, signal.SIGINT)
     world.wait()
     [stopped] = world.events("stop")
@@ -65,44 +65,44 @@ def test_ctrl_c_reaches_torchrun_ranks_and_loaders_and_still_saves(folder):
     assert not world.events("failure")
 
 
-def test_a_killed_rank_is_named_and_the_others_end(folder):
+def test_a_killed_rank_is_reported_and_the_others_end(folder):
     accident = {"rank": 1, "step": 10, "where": "step", "do": "kill"}
     world = World(folder, "killed", 2, accidents=[accident])
-    assert world.wait() == [1, -signal.SIGKILL], world.said()
+    assert world.wait() == [1, -signal.SIGKILL], world.output()
     [failure] = world.events("failure")
     assert failure["rank"] == 1 and failure["status"] == 1
-    process = world.processes[1].pid
-    sentence = f"rank 1 on host {failure['host']} (process {process}) ended without a word: killed, out of memory"
-    assert world.said().count(sentence) == 1 and "Traceback" not in world.said() and "peer" not in world.said()
+    process, printed = f"host {failure['host']} (process {world.processes[1].pid})", world.output()
+    sentence = f"rank 1 on {process} ended without reporting a cause: killed, out of memory"
+    assert printed.count(sentence) == 1 and "Traceback" not in printed and "peer" not in printed
 
 
-def test_an_error_of_one_rank_is_told_once_with_its_traceback(folder):
+def test_an_error_of_one_rank_is_printed_once_with_its_traceback(folder):
     accident = {"rank": 0, "step": 5, "where": "step", "do": "raise"}
     world = World(folder, "error", 2, launcher="torchrun", accidents=[accident])
-    assert world.wait() == [1], world.said()
+    assert world.wait() == [1], world.output()
     [failure] = world.events("failure")
     assert (failure["rank"], failure["cause"]) == (0, "KeyError: 'an error of the model'")
-    assert world.said().count("in happen") == 1 and "Connection closed by peer" not in world.said()
+    assert world.output().count("in happen") == 1 and "Connection closed by peer" not in world.output()
 
 
-def test_a_rank_that_sleeps_is_named_and_all_leave_their_stacks(folder):
+def test_a_rank_that_sleeps_is_reported_and_all_write_their_stacks(folder):
     world = World(
         folder, "sleeping", 2, watchdog=STALL, accidents=[{"rank": 1, "step": 5, "where": "loader", "do": "sleep"}]
     )
-    assert world.wait() == [1, 1], world.said()
+    assert world.wait() == [1, 1], world.output()
     [stall] = world.events("stall")
-    assert stall["rank"] == 1 and "late, in: waiting for batch 5" in stall["cause"] and stall["cause"] in world.said()
+    assert stall["rank"] == 1 and "late, in: waiting for batch 5" in stall["cause"] and stall["cause"] in world.output()
     stacks = [path.read_text() for path in sorted((world.run / "stacks" / "attempt-1").iterdir())]
     assert len(stacks) == 2 and "train_step" in stacks[0] and "in happen" in stacks[1]
 
 
-def test_a_rank_that_is_stopped_is_named_and_ended(folder):
+def test_a_rank_that_is_stopped_is_reported_and_killed(folder):
     world = World(
         folder, "stopped", 2, watchdog=STALL, accidents=[{"rank": 1, "step": 5, "where": "step", "do": "stop"}]
     )
-    assert world.wait() == [1, -signal.SIGKILL], world.said()
+    assert world.wait() == [1, -signal.SIGKILL], world.output()
     [stall] = world.events("stall")
-    assert stall["rank"] == 1 and f"(process {world.processes[1].pid}) does not answer" in stall["cause"]
+    assert stall["rank"] == 1 and f"(process {world.processes[1].pid}) does not respond" in stall["cause"]
 
 
 def test_ranks_and_loaders_end_with_their_launcher(folder):
@@ -110,20 +110,20 @@ def test_ranks_and_loaders_end_with_their_launcher(folder):
     world.wait_for_step(3)
     world.signal(signal.SIGKILL, 0)
     assert world.wait(seconds=60) == [-signal.SIGKILL]
-    assert world.said().count("the launcher (torchrun") == 1
+    assert world.output().count("the launcher (torchrun") == 1
     assert "launcher" in world.events("failure")[0]["cause"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["validation", "save"])
 def test_a_signal_during(where, folder, straight):
-    """It is heard when validation, or starting the save, is over."""
+    """It takes effect after validation, or after the save has started."""
     step = {"validation": 6, "save": 8}[where]
     accident = {"rank": 0, "step": step, "where": where, "do": "pause"}
     world = World(folder, f"during-{where}", 2, "validation.interval=6", pace=0.05, accidents=[accident])
     world.wait_for((world.folder / "paused").exists)
     world.signal(signal.SIGTERM, 0)
-    assert world.wait() == [75, 75], world.said()
+    assert world.wait() == [75, 75], world.output()
     stopped = world.events("stop")[0]["step"]
     assert stopped == {"validation": 6, "save": 9}[where]
     assert list_checkpoints(world.run)[-1].name == f"step-{stopped:08d}"
@@ -138,28 +138,28 @@ def test_with_either_engine_a_signal_saves_and_a_kill_ends_all(folder, engine, r
     world = World(folder, f"{engine}-{rank}", 2, *more, pace=0.1)
     world.wait_for_step(6)
     world.signal(signal.SIGTERM, rank)
-    assert world.wait() == [75, 75], world.said()
+    assert world.wait() == [75, 75], world.output()
     world = World(folder, f"{engine}-{rank}", 2, *more, pace=0.1)
     world.wait_for_step(12)
     world.signal(signal.SIGKILL, rank)
     statuses = world.wait(seconds=60)
     assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] == 1
-    assert f"rank {rank} on host" in world.said() and "Traceback" not in world.said()
+    assert f"rank {rank} on host" in world.output() and "Traceback" not in world.output()
 
 
 @pytest.mark.slow
-def test_a_stopped_host_of_the_store_is_named_too(folder):
+def test_a_stopped_host_of_the_store_is_reported(folder):
     world = World(folder, "host", 2, watchdog=STALL, accidents=[{"rank": 0, "step": 5, "where": "step", "do": "stop"}])
-    assert world.wait() == [-signal.SIGKILL, 1], world.said()
+    assert world.wait() == [-signal.SIGKILL, 1], world.output()
     assert world.events("stall")[0]["rank"] == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("do, sentence", [("value", "shard is unreadable"), ("memory", "train.micro_batch_size")])
-def test_what_the_user_must_mend_ends_all_with_2(folder, do, sentence):
+def test_what_the_user_must_fix_ends_all_ranks_with_status_2(folder, do, sentence):
     world = World(folder, do, 2, accidents=[{"rank": 1, "step": 5, "where": "loader", "do": do}])
-    assert world.wait() == [2, 2], world.said()
-    assert world.said().count(sentence) == 1 and "Traceback" not in world.said()
+    assert world.wait() == [2, 2], world.output()
+    assert world.output().count(sentence) == 1 and "Traceback" not in world.output()
     assert world.events("failure")[0]["status"] == 2
 
 
@@ -168,19 +168,19 @@ def test_a_second_run_in_the_folder_is_refused_and_leaves_no_trace(folder):
     first = World(folder, "shared", 1, pace=1.5)
     first.wait_for_step(1)
     second = World(folder, "shared", 2)
-    assert second.wait() == [2, 2], second.said()
-    assert second.said().count(f"is in use by process {first.processes[0].pid} on") == 1
+    assert second.wait() == [2, 2], second.output()
+    assert second.output().count(f"is in use by process {first.processes[0].pid} on") == 1
     first.signal(signal.SIGTERM, 0)
-    assert first.wait() == [75], first.said()
+    assert first.wait() == [75], first.output()
     assert {each["event"] for each in first.events()} == {"start", "initialize", "saved", "signal", "stop"}
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once(folder):
+def test_a_second_signal_ends_the_run_immediately(folder):
     world = World(folder, "twice", 2, watchdog=0, pace=12)
     world.wait_for_step(1)
     world.signal(signal.SIGTERM, 0)
     time.sleep(REPEAT_SECONDS + 1)
     world.signal(signal.SIGTERM, 0)
-    assert world.wait(seconds=60) == [1, 1], world.said()
-    assert "a second SIGTERM: ended at once" in world.said()
+    assert world.wait(seconds=60) == [1, 1], world.output()
+    assert "a second SIGTERM: ended at once" in world.output()

@@ -1,4 +1,4 @@
-"""What one rank's watchdog concludes from what the others say, without processes: several nodes on one machine."""
+"""What one rank's watchdog concludes from what other ranks publish: several nodes on one machine, no processes."""
 
 import time
 from dataclasses import replace
@@ -20,51 +20,52 @@ def world(tmp_path, monkeypatch):
     store = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
     ranks = [Peers(store, rank, 3) for rank in range(3)]
     for each in ranks:
-        each.place = replace(each.place, host=f"n{min(each.rank, 1)}")
-        each.introduce()
-        each.beat(1, "step 1")
+        each.process = replace(each.process, host=f"n{min(each.rank, 1)}")
+        each.register()
+        each.send_heartbeat(1, "step 1")
     watch = Watchdog(ranks[0], tmp_path, 0, hosts_store=True, launcher=None)
     watch.attempt = 1
     return watch, ranks[1:], store
 
 
 def exchange(watch, seconds, *beating):
-    """Let the watchdog's link work for some seconds, while other ranks beat."""
+    """Run the watchdog's link for some seconds, while other ranks send heartbeats."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not watch.cause:
         for peers in beating:
-            peers.beat(1, "step 1")
+            peers.send_heartbeat(1, "step 1")
         watch._exchange()
 
 
-def test_a_node_that_goes_silent_is_named(world, capsys):
+def test_a_node_without_heartbeats_is_reported(world, capsys):
     watch, _, _ = world
     exchange(watch, 20)
-    assert watch.cause.rank == 1 and "rank 1 on host n1" in watch.cause.text and "node is gone" in watch.cause.text
+    assert watch.cause.rank == 1 and "rank 1 on host n1" in watch.cause.text
+    assert "the node or its network is down" in watch.cause.text
     [failure] = read_events(watch.run)
     assert failure["cause"] in capsys.readouterr().err
 
 
-def test_nothing_is_concluded_while_it_beats_or_after_it_left(world):
+def test_a_node_with_heartbeats_or_that_is_done_is_not_reported(world):
     watch, others, _ = world
     exchange(watch, 1, others[0])
     assert watch.cause is None
-    others[0].leave()
+    others[0].mark_done()
     exchange(watch, 1)
     assert watch.cause is None
 
 
-def test_a_silent_rank_of_a_node_that_lives_is_left_to_its_node(world, monkeypatch):
+def test_a_silent_rank_on_a_live_node_is_left_to_its_node(world, monkeypatch):
     watch, others, _ = world
-    monkeypatch.setattr(watch.peers, "beat", lambda *said: others[1].beat(1, "step 1"))  # as fast as rank 0 looks
+    monkeypatch.setattr(watch.peers, "send_heartbeat", lambda *state: others[1].send_heartbeat(1, "step 1"))
     exchange(watch, 1)
     assert watch.cause is None
 
 
 def test_the_first_cause_counts(world):
     watch, others, _ = world
-    first = Cause("failure", 2, "n1", "the first", 2, teller=2)
-    assert others[1].tell(first) == first
-    assert others[0].tell(replace(first, text="the second", teller=1)) == first
+    first = Cause("failure", 2, "n1", "the first", 2, reporter=2)
+    assert others[1].publish_cause(first) == first
+    assert others[0].publish_cause(replace(first, text="the second", reporter=1)) == first
     watch._exchange()
     assert watch.cause == first

@@ -1,4 +1,4 @@
-"""Worlds of training ranks that meet accidents: with torchrun, or plain processes as `srun` starts them."""
+"""Training runs with accidents on some rank, started by torchrun, or as plain processes like `srun` does."""
 
 import json
 import os
@@ -10,16 +10,16 @@ import time
 from pathlib import Path
 
 from megatron_cm3leon.monitoring.events import read_events
-from megatron_cm3leon.runtime.peers import start_of
+from megatron_cm3leon.runtime.peers import read_start_time
 from tests.distributed.launch import ROOT, child_environment
 
 MARK = "WORLD_OF_RANKS"
-"""Environment variable by which the processes of a world are found."""
-RANK = ROOT / "tests" / "cluster" / "rank.py"
+"""Environment variable by which the processes of a run are found."""
+RANK = ROOT / "tests" / "runtime" / "rank.py"
 
 
 class World:
-    """Ranks of one run; what they print, how they end, and whether anything of them is left."""
+    """The ranks of one run: what they print, how they end, and which of their processes are left."""
 
     def __init__(
         self,
@@ -50,27 +50,27 @@ class World:
         port = free_port()
         self.processes = []
         for rank in range(ranks):
-            place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = base | {name: str(value) for name, value in place.items()}
+            variables = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = base | {name: str(value) for name, value in variables.items()}
             self.processes.append(self._start([sys.executable, *script], environment, rank))
 
     def _start(self, command: list[str], environment: dict, number: int) -> subprocess.Popen:
         with open(self.folder / f"{number}.out", "w") as out, open(self.folder / f"{number}.err", "w") as err:
             return subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True)
 
-    def said(self, ending: str = "err") -> str:
-        """What all processes printed so far."""
+    def output(self, ending: str = "err") -> str:
+        """What all processes have printed so far."""
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"*.{ending}")))
 
     def events(self, name: str = "") -> list[dict]:
         return [each for each in read_events(self.run) if not name or each["event"] == name]
 
     def wait_for(self, condition, seconds: float = 120) -> None:
-        """Return when `condition()` holds; AssertionError with what was said if it does not come."""
+        """Return when `condition()` is true; AssertionError with the output if that takes too long."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, self.said()
+            assert time.monotonic() < deadline, self.output()
             time.sleep(0.01)
 
     def wait_for_step(self, step: int) -> None:
@@ -79,33 +79,33 @@ class World:
         self.wait_for(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text())
 
     def members(self) -> list[int]:
-        """Every process of the world that lives, loader workers included."""
+        """PIDs of all live processes of the run, loader workers included."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (path / "environ").read_bytes()
-            except OSError:  # it has ended, or is another user's
+            except OSError:  # it has ended, or belongs to another user
                 continue
-            if f"{MARK}={self.folder}".encode() in environment.split(b"\0") and start_of(int(path.name)):
+            if f"{MARK}={self.folder}".encode() in environment.split(b"\0") and read_start_time(int(path.name)):
                 found.append(int(path.name))
         return found
 
     def wait(self, seconds: float = 150) -> list[int]:
-        """Exit statuses, once no process of the world is left; AssertionError, all killed, when one stays longer."""
+        """Exit statuses, once no process of the run is left; kills all and raises an error if one takes longer."""
         deadline = time.monotonic() + seconds
         try:
             statuses = [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
             while left := self.members():
-                assert time.monotonic() < deadline, f"processes {left} are left\n{self.said()}"
+                assert time.monotonic() < deadline, f"processes {left} still run\n{self.output()}"
                 time.sleep(0.05)
         except (subprocess.TimeoutExpired, AssertionError):
             self.kill()
-            print(self.said())
+            print(self.output())
             raise
         return statuses
 
     def kill(self) -> None:
-        """End whatever is left of the world."""
+        """Kill the remaining processes."""
         for number in self.members():
             os.kill(number, signal.SIGKILL)
         for process in self.processes:

@@ -1,6 +1,6 @@
-"""A SLURM cluster of virtual nodes on this machine: real daemons, a folder of their own, free ports, no systemd.
+"""A SLURM cluster of virtual nodes on this machine: real daemons in a separate folder on free ports, no systemd.
 
-`python -m tests.slurm.cluster` starts one, prints what a shell needs to use it, and ends it on Ctrl-C. Partitions:
+`python -m tests.slurm.cluster` starts one, prints the variable that a shell needs, and ends it on Ctrl-C. Partitions:
 
 main    n1 and n2, 2 CPUs each          high    the same nodes; its jobs pre-empt main's (requeue)
 grace   the same nodes; pre-empted jobs keep them for 20 s after SIGTERM
@@ -27,7 +27,7 @@ SECONDS_TO_STOP = 10
 ENDING = {signal.SIGINT, signal.SIGTERM}
 
 # cred_expire: a requeued job waits for it, 121 s by default. sched_interval and bf_interval: jobs start at once.
-# The nodes of `gpu` are cloud nodes that nothing resumes in time: --test-only plans with them.
+# The nodes of `gpu` are cloud nodes that never start, with which --test-only can plan.
 CONFIGURATION = """\
 ClusterName=fixture
 FirstJobId={first_job}
@@ -79,16 +79,16 @@ PartitionName=gpu Nodes=g[1-64] MaxTime=INFINITE State=UP
 
 
 def reason_unavailable() -> str:
-    """Why no cluster can be started here; empty where one can."""
+    """Why no cluster can be started on this machine; empty if one can."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         return f"no {', '.join(missing)} on this machine; tests/slurm/install_slurm.sh installs them on Debian"
     if os.geteuid() != 0:
-        return "munged and slurmd of these tests run as root, this user is not"
+        return "munged and slurmd of these tests must run as root"
     try:
         socket.gethostbyname(_host())
     except OSError:
-        return f"the name of this machine ({_host()}) has no address; slurmctld needs one in /etc/hosts"
+        return f"the name of this machine ({_host()}) has no address; add one to /etc/hosts for slurmctld"
     return ""
 
 
@@ -105,7 +105,7 @@ def _find_free_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    """The daemons, and the commands that tests ask of them. A context manager: leaving it ends what it started."""
+    """The daemons, and commands for tests. A context manager that ends all its processes on exit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -123,15 +123,15 @@ class Cluster:
         self.stop()
 
     def start(self) -> None:
-        """Start munged, slurmctld and the nodes; RuntimeError with the daemons' logs when they do not come up."""
-        self.folder.chmod(0o755)  # munged refuses a socket that others could not reach, and a key that they could
+        """Start munged, slurmctld and the nodes; RuntimeError with their logs when the nodes do not become idle."""
+        self.folder.chmod(0o755)  # munged requires a socket that other users can reach, and a key that they cannot
         for name, mode in (("state", 0o755), ("log", 0o755), ("spool", 0o755), ("pid", 0o755), ("munge", 0o711)):
             (self.folder / name).mkdir()
             (self.folder / name).chmod(mode)
         key = self.folder / "munge/key"
         key.touch(0o600)
         key.write_bytes(os.urandom(1024))
-        # Jobs derive their ports from their numbers: those of two clusters on this machine must differ.
+        # Ports follow from job IDs, which must differ between two clusters on this machine.
         first_job = 100 * random.randrange(1, 1000)
         text = CONFIGURATION.format(
             folder=self.folder, host=_host(), ports=_find_free_ports(3), cpus=CPUS, first_job=first_job
@@ -149,7 +149,7 @@ class Cluster:
         self.run("slurmd", "-N", node)
 
     def wait_for_nodes(self) -> None:
-        """Return once every node of main takes jobs."""
+        """Return once every node of `main` is idle."""
         deadline = time.monotonic() + SECONDS_TO_START
         while self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%t", check=False).split() != ["idle"] * len(NODES):
             if time.monotonic() > deadline:
@@ -158,13 +158,13 @@ class Cluster:
             time.sleep(0.05)
 
     def kill_node(self, node: str) -> None:
-        """End a node as a power cut would: its slurmd and every process of its jobs, without a word to slurmctld."""
+        """Kill slurmd of a node and all processes of its jobs, without notice to slurmctld, like a power failure."""
         pid = int((self.folder / f"pid/slurmd.{node}.pid").read_text())
         for process in [pid, *self._job_processes(f"SLURMD_NODENAME={node}")]:
             _kill(process, signal.SIGKILL)
 
     def kill_task(self, array: int | str, task: int) -> None:
-        """End every process of an array's task as the kernel does when memory runs out."""
+        """Kill every process of an array's task, as the kernel does when memory runs out."""
         deadline = time.monotonic() + 30
         while not (found := self._job_processes(f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}")):
             assert time.monotonic() < deadline, f"task {task} of job {array} has no process"
@@ -173,40 +173,40 @@ class Cluster:
             _kill(process, signal.SIGKILL)
 
     def _job_processes(self, *wanted: str) -> list[int]:
-        """Processes of this cluster's jobs, by their environment; it has the variables `wanted` too."""
+        """PIDs of this cluster's jobs whose environment has the variables `wanted`."""
         conf = f"SLURM_CONF={self.folder}/slurm.conf"
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 variables = path.read_text(errors="replace").split("\0")
             except OSError:
-                continue  # it ended meanwhile
+                continue  # it has ended
             in_job = any(each.startswith("SLURM_JOB_ID=") for each in variables) or _is_step_daemon(path.parent)
             if in_job and {conf, *wanted} <= set(variables):
                 found.append(int(path.parent.name))
         return found
 
     def run(self, *command: object, check: bool = True, **options) -> str:
-        """What a command prints on this cluster; RuntimeError with its error when it fails and `check` is set."""
+        """Output of a command on this cluster; RuntimeError with its error message if it fails and `check` is set."""
         done = subprocess.run(
             list(map(str, command)), env=self.environment, capture_output=True, text=True, timeout=120, **options
         )
         if check and done.returncode:
-            said = done.stderr or done.stdout or f"exit status {done.returncode}"
-            raise RuntimeError(f"{' '.join(map(str, command))}: {said}")
+            message = done.stderr or done.stdout or f"exit status {done.returncode}"
+            raise RuntimeError(f"{' '.join(map(str, command))}: {message}")
         return done.stdout
 
     def show(self, job: int | str) -> dict[str, str]:
         """The fields of `scontrol show job`, of the first task of an array.
 
-        On a busy machine one in thousands of calls fails without a word: it is made again.
+        On a busy machine one in thousands of calls fails without a message, and is repeated.
         """
         command = "scontrol", "show", "job", "-o", job
         line = (self.run(*command, check=False) or self.run(*command)).splitlines()[0]
         return dict(field.partition("=")[::2] for field in line.split(" ") if "=" in field)
 
     def wait(self, job: int | str, *states: str, seconds: float = 240) -> dict[str, str]:
-        """The job's fields once it is in one of `states` (default: it has ended and stays ended)."""
+        """The job's fields once it is in one of `states` (default: those of a job that has ended)."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         deadline = time.monotonic() + seconds
         while (fields := self.show(job))["JobState"] not in (states or ended):
@@ -225,7 +225,7 @@ class Cluster:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """End the jobs' processes and every daemon by its pid."""
+        """End the jobs' processes and every daemon by PID."""
         pids = [int(path.read_text()) for path in sorted((self.folder / "pid").glob("*.pid"))]
         for pid in pids:
             _kill(pid, signal.SIGTERM)
@@ -234,7 +234,7 @@ class Cluster:
             time.sleep(0.02)
         for pid in alive:
             _kill(pid, signal.SIGKILL)
-        # A step's daemon may just be starting a task: until a look finds nothing.
+        # A step daemon may be starting a task: repeat until no process is found.
         while (left := self._job_processes()) and time.monotonic() < deadline + SECONDS_TO_STOP:
             for pid in left:
                 _kill(pid, signal.SIGKILL)
@@ -259,7 +259,7 @@ def main() -> int:
         print(f"error: {reason}.", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Cluster(Path(folder)):
-        # Blocked from here on, so that a shell's background job, which ignores SIGINT, is ended by it too.
+        # Blocked, so that SIGINT also ends a background job of a shell, which ignores SIGINT otherwise.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         print(f"export SLURM_CONF={folder}/slurm.conf   # in any shell; Ctrl-C here ends the cluster", flush=True)
         signal.sigwait(ENDING)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what tests/cluster needs, where this machine lets us; elsewhere say why and go on.
+# Install what tests/slurm requires, if this machine permits it; otherwise print the reason and continue.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../install_packages.sh"
 

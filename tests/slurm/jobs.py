@@ -1,4 +1,4 @@
-"""A corpus and a run that take seconds, and submitting it."""
+"""A corpus and a run that takes seconds, and its submission."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def make_corpus(folder):
 
 
 def submit_run(corpus, output, *more):
-    """Submit a run of two nodes; (number of the job, its log)."""
+    """Submit a run on two nodes; returns (job ID, log)."""
     arguments = [f"output={corpus / output}", "--nodes", 2, "--time", 5]
     done = call_tool("submit", "train", corpus / "config.yaml", *arguments, *more)
     assert done.returncode == 0, done.stderr

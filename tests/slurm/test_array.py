@@ -1,4 +1,4 @@
-"""Which share of the work is a task's."""
+"""Task index and count from options and from job arrays."""
 
 from itertools import pairwise
 
@@ -15,8 +15,8 @@ def test_from_arguments_and_from_a_job_array():
     assert find_task(None, 1, array) == (0, 1)
 
 
-def place(ids, **more):
-    """What each task of `sbatch --array` with these ids finds."""
+def find_all(ids, **more):
+    """(index, count) of each task of `sbatch --array` with these ids."""
     step = ids[1] - ids[0] if len(ids) > 1 else 1
     regular = all(after - before == step for before, after in pairwise(ids))
     array = {"COUNT": len(ids), "MIN": ids[0], "MAX": ids[-1], "STEP": step if regular and len(ids) > 2 else 1}
@@ -26,31 +26,31 @@ def place(ids, **more):
 
 @pytest.mark.parametrize("ids", [[0, 1, 2], [1, 2, 3], [3, 4, 5], [0, 2, 4, 6], [3], [3, 6], [3, 4], [0, 63]])
 def test_an_array_of_a_regular_range_shares_the_whole_work(ids):
-    assert place(ids) == [(number, len(ids)) for number in range(len(ids))]
+    assert find_all(ids) == [(number, len(ids)) for number in range(len(ids))]
 
 
 @pytest.mark.parametrize("ids", [[0, 3, 4], [3, 4, 6], [1, 2, 4, 7], [0, 1, 2, 63]])
-def test_tasks_of_an_irregular_array_are_refused_unless_their_number_is_given(ids):
-    named = rf"{len(ids)} ids of this job array, {ids[0]} to {ids[-1]}, are not a regular range.*--num-tasks.*--task-id"
-    with pytest.raises(ValueError, match=rf"SLURM_ARRAY_TASK_ID \({ids[0]}\): the {named}"):
-        place(ids)
-    assert place(ids, tasks=64) == [(number, 64) for number in ids]
-    assert place(ids, task=5, tasks=8) == [(5, 8)] * len(ids)
+def test_an_irregular_array_is_an_error_unless_the_number_of_tasks_is_given(ids):
+    array = rf"{len(ids)} ids of this job array, {ids[0]} to {ids[-1]}, are not a regular range.*--num-tasks.*--task-id"
+    with pytest.raises(ValueError, match=rf"SLURM_ARRAY_TASK_ID \({ids[0]}\): the {array}"):
+        find_all(ids)
+    assert find_all(ids, tasks=64) == [(number, 64) for number in ids]
+    assert find_all(ids, task=5, tasks=8) == [(5, 8)] * len(ids)
 
 
 def test_a_number_of_tasks_alone_takes_the_ids_of_the_array():
-    assert place([3, 6], tasks=8) == [(3, 8), (6, 8)]
-    assert place([0, 1], tasks=1) == [(0, 1)] * 2
+    assert find_all([3, 6], tasks=8) == [(3, 8), (6, 8)]
+    assert find_all([0, 1], tasks=1) == [(0, 1)] * 2
     with pytest.raises(ValueError, match=r"SLURM_ARRAY_TASK_ID \(8\) must be 0 to 7, below --num-tasks \(8\).*0-7"):
-        place([8], tasks=8)
-    with pytest.raises(ValueError, match="--task-id and --num-tasks together"):
+        find_all([8], tasks=8)
+    with pytest.raises(ValueError, match="--task-id and --num-tasks must be given together"):
         find_task(None, 8, {})
-    with pytest.raises(ValueError, match="--task-id and --num-tasks together"):
-        place([8], task=3)
+    with pytest.raises(ValueError, match="--task-id and --num-tasks must be given together"):
+        find_all([8], task=3)
 
 
 def test_messages():
-    with pytest.raises(ValueError, match="--task-id and --num-tasks together"):
+    with pytest.raises(ValueError, match="--task-id and --num-tasks must be given together"):
         find_task(2, None, {})
     with pytest.raises(ValueError, match=r"--task-id \(5\) must be 0 to 4"):
         find_task(5, 5, {})

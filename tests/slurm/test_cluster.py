@@ -1,4 +1,4 @@
-"""The cluster of the tests itself: it leaves no process behind, whatever its jobs do."""
+"""The test cluster: no process is left after it ends, whatever its jobs do."""
 
 import tempfile
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.slurm.cluster import Cluster
 
 
-def test_it_leaves_nothing_behind(cluster):
+def test_no_process_is_left(cluster):
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         with Cluster(Path(folder)) as other:
             job = other.run("sbatch", "--parsable", "-N2", "-o", "/dev/null", "--wrap", "srun sleep 300").strip()

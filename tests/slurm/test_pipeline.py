@@ -1,4 +1,4 @@
-"""tools/submit.py pipeline: what is planned, and the whole chain on a real SLURM."""
+"""tools/submit.py pipeline: the scripts of the chain, and the whole chain on a real SLURM."""
 
 import json
 from functools import partial
@@ -14,7 +14,7 @@ from megatron_cm3leon.tokenizers.folder import write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-from tests.data.corpora import write_pictures
+from tests.data.corpora import write_images
 from tests.tools.call import call_tool
 
 pipeline = partial(call_tool, "submit", "pipeline")
@@ -24,8 +24,8 @@ pipeline = partial(call_tool, "submit", "pipeline")
 def raw(tmp_path_factory):
     """Pairs, held-out pairs, an untrained tokenizer and encoder, and the YAML of a run."""
     folder = tmp_path_factory.mktemp("pipeline")
-    write_pictures(folder / "train", 40)
-    write_pictures(folder / "heldout", 12)
+    write_images(folder / "train", 40)
+    write_images(folder / "heldout", 12)
     (folder / "tok").mkdir()
     (folder / "clip").mkdir()
     text = train_text([f"picture {number}" for number in range(50)], 280)
@@ -69,7 +69,7 @@ def logs_of(output):
 
 
 @pytest.mark.slow
-def test_a_killed_task_cancels_what_waits_for_it_and_the_same_command_finishes(slurm, raw):
+def test_a_killed_task_cancels_its_dependents_and_the_same_command_finishes(slurm, raw):
     output = raw / "corpus"
     jobs = submit(raw, output)
     names = "shards shards-merge heldout embed index heldout-index train"
@@ -77,7 +77,7 @@ def test_a_killed_task_cancels_what_waits_for_it_and_the_same_command_finishes(s
     task = f"{jobs['shards']}_1"
     slurm.wait(task, "RUNNING")
     refused = pipeline(raw / "plan.yaml", f"output={output}")
-    assert refused.returncode == 2 and "of this pipeline wait or run still" in refused.stderr
+    assert refused.returncode == 2 and "of this pipeline are still pending or running" in refused.stderr
     slurm.kill_task(jobs["shards"], 1)
     assert slurm.wait(task)["JobState"] == "FAILED"
     for name in ("shards-merge", "embed", "index", "heldout-index", "train"):
@@ -106,7 +106,7 @@ def test_a_killed_task_cancels_what_waits_for_it_and_the_same_command_finishes(s
     )
 
 
-def test_a_print_shows_every_script_and_writes_nothing(raw):
+def test_print_prints_every_script_and_writes_nothing(raw):
     output = raw / "printed"
     done = pipeline(raw / "plan.yaml", f"output={output}", "--print", "--partition", "cpu", "preprocess.partition=gpu")
     assert done.returncode == 0, done.stderr
@@ -136,17 +136,17 @@ def test_duplicates_over_several_tasks_take_two_rounds(raw):
     ("override", "sentence"),
     [
         ("input=[nothing/*.tar]", "input (nothing/*.tar) matches no file."),
-        ("tokenizer=nowhere", "tokenizer (nowhere) is no folder."),
-        ("output=''", "output is empty; a pipeline needs it"),
+        ("tokenizer=nowhere", "tokenizer (nowhere) must be an existing folder."),
+        ("output=''", "output is empty, but required"),
         ("train.options={a: 1}", "a list stands where names and values belong"),
         ("preprocess.task=3", "there is no field preprocess.task; did you mean preprocess.tasks?"),
         ("embed.tasks=0", "embed.tasks (0) must be at least 1."),
-        ("index.time=soon", "index.time: --time (soon) is no time limit; write minutes"),
-        ("train.ranks_per_node=0", "give --gpus-per-node, or --ranks-per-node for nodes without GPUs."),
+        ("index.time=soon", "index.time: --time (soon) is not a valid SLURM time limit; write minutes"),
+        ("train.ranks_per_node=0", "--gpus-per-node must be given, or --ranks-per-node for nodes without GPUs."),
         ("train.options=[parallel.tensor=3]", "parallel.tensor (3) must divide model.heads (4)"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_before_anything_is_written(raw, override, sentence):
+def test_errors_come_before_anything_is_written(raw, override, sentence):
     output = raw / "refused"
     done = pipeline(raw / "plan.yaml", f"output={output}", override, "--print")
     assert done.returncode == 2 and sentence in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""Whether a job starts again: the decision, its limit, and what it leaves in the run folder."""
+"""Whether a job starts again: the decision, the limit of restarts, and the recorded events."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ STOPPED_BY = {signal: [{"event": "signal", "signal": signal}, {"event": "stop", 
 
 
 @pytest.mark.parametrize(
-    ("status", "signal", "events", "job", "verdict"),
+    ("status", "signal", "events", "job", "decision"),
     [
         (0, "", [], RUNNING, "end 0"),
         (0, "USR1", [], RUNNING, "end 0"),
@@ -31,15 +31,15 @@ STOPPED_BY = {signal: [{"event": "signal", "signal": signal}, {"event": "stop", 
         (137, "", [], {"JobState": "COMPLETING"}, "end 137"),
         (137, "", [{"event": "failure", "cause": "rank 3 was killed"}], RUNNING, "requeue"),
         (1, "", [], RUNNING, "requeue"),
-        # torchrun's 1 says nothing: the events do.
+        # torchrun's status 1 means any failure: the events decide.
         (1, "", [{"event": "stop", "reason": "finished"}], RUNNING, "end 0"),
         (1, "USR1", STOPPED_BY["SIGUSR1"], RUNNING, "requeue"),
         (1, "", [{"event": "failure", "cause": "data.shards is empty", "status": 2}], RUNNING, "end 2"),
     ],
 )
-def test_what_comes_after_an_end(status, signal, events, job, verdict):
+def test_what_comes_after_an_end(status, signal, events, job, decision):
     found = decide(status, signal, events, job)
-    assert ("requeue" if found.requeue else f"end {found.status}") == verdict
+    assert ("requeue" if found.requeue else f"end {found.status}") == decision
 
 
 def test_idle_restarts_are_those_since_the_last_new_checkpoint():
@@ -51,7 +51,7 @@ def test_idle_restarts_are_those_since_the_last_new_checkpoint():
 
 
 def ask(run, status, since, state="RUNNING"):
-    """What the batch script is told."""
+    """What the batch script reads: stdout and stderr."""
     command = [sys.executable, "-m", "megatron_cm3leon.slurm.requeue", str(run), "--status", str(status)]
     command += ["--since", str(since), "--max-restarts", "2"]
     done = subprocess.run(
@@ -63,24 +63,24 @@ def ask(run, status, since, state="RUNNING"):
     return done.stdout, done.stderr
 
 
-def test_a_job_that_gets_nowhere_gives_up_with_a_sentence(tmp_path):
+def test_a_job_without_progress_gives_up_with_a_reason(tmp_path):
     (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
     record(tmp_path, 3, "failure", cause="of an earlier start", status=2)
     now = time.time()
     assert [ask(tmp_path, 1, now)[0] for _ in range(2)] == ["requeue\n", "requeue\n"]
-    answer, told = ask(tmp_path, 1, now)
+    answer, stderr = ask(tmp_path, 1, now)
     assert answer == "end 1\n"
-    sentence = "2 restarts in a row brought no new checkpoint, cluster.max_restarts is 2; the last end: exit status 1."
-    assert told.startswith(f"not requeued: {sentence}")
+    sentence = "2 consecutive restarts without a new checkpoint, cluster.max_restarts is 2; the last end: exit status 1"
+    assert stderr.startswith(f"not requeued: {sentence}.")
     events = read_events(tmp_path)[1:]
     assert [event["event"] for event in events] == ["requeue", "requeue", "gave_up"]
-    assert events[-1]["reason"].startswith(sentence[:-1])
+    assert events[-1]["reason"].startswith(sentence)
     assert (events[0]["job"], events[0]["restarts"], events[0]["step"], events[0]["attempt"]) == ("7", 1, 4, 3)
     (tmp_path / "checkpoints/step-00000008").mkdir()
     assert ask(tmp_path, 1, now)[0] == "requeue\n"
 
 
-def test_an_end_that_is_none_of_ours_records_nothing(tmp_path):
-    answer, told = ask(tmp_path, 143, time.time(), state="COMPLETING")
-    assert answer == "end 143\n" and "SLURM is ending the job itself (COMPLETING)" in told
+def test_an_end_by_slurm_records_nothing(tmp_path):
+    answer, stderr = ask(tmp_path, 143, time.time(), state="COMPLETING")
+    assert answer == "end 143\n" and "SLURM is ending the job (COMPLETING)" in stderr
     assert read_events(tmp_path) == []

@@ -1,4 +1,4 @@
-"""The lead of the signal before a time limit, and times as sbatch writes them."""
+"""The time of the signal before a time limit, and the notation of time limits."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from megatron_cm3leon.monitoring.events import record
 from megatron_cm3leon.slurm.commands import parse_time
-from megatron_cm3leon.slurm.signal_time import DEFAULT_SECONDS, choose_lead, measure_lead
+from megatron_cm3leon.slurm.signal_time import DEFAULT_SECONDS, choose_signal_time, measure_signal_time
 
 
 @pytest.fixture
@@ -19,29 +19,29 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_the_lead_holds_a_step_and_two_saves(run):
-    assert measure_lead(run) == 270
-    assert choose_lead(run, None, 7200) == 270
-    assert choose_lead(run, 600, 7200) == 600
-    with pytest.raises(ValueError, match=r"--lead \(120\) must be at least 270 s: what a step and two saves"):
-        choose_lead(run, 120, 7200)
-    with pytest.raises(ValueError, match=r"--time \(240 s\) must be longer than the 270 s in which the run saves"):
-        choose_lead(run, None, 240)
+def test_a_step_and_two_saves_fit_in(run):
+    assert measure_signal_time(run) == 270
+    assert choose_signal_time(run, None, 7200) == 270
+    assert choose_signal_time(run, 600, 7200) == 600
+    with pytest.raises(ValueError, match=r"--signal-time \(120\) must be at least 270 s: a step and two saves"):
+        choose_signal_time(run, 120, 7200)
+    with pytest.raises(ValueError, match=r"--time \(240 s\) must be longer than the 270 s that the run needs"):
+        choose_signal_time(run, None, 240)
 
 
-def test_batches_that_were_left_out_are_no_measurements(run):
+def test_skipped_batches_are_not_measured(run):
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"attempt": 1, "batch": 9, "step": 9, "skipped": "asked", "time": 1.0}) + "\n")
-    assert measure_lead(run) == 270
+    assert measure_signal_time(run) == 270
 
 
 def test_without_measurements_a_default_that_fits(tmp_path):
-    assert measure_lead(tmp_path) is None
-    assert choose_lead(tmp_path, None, 86400) == DEFAULT_SECONDS
-    assert choose_lead(tmp_path, None, 60) == 15
-    assert choose_lead(tmp_path, 30, 60) == 30
+    assert measure_signal_time(tmp_path) is None
+    assert choose_signal_time(tmp_path, None, 86400) == DEFAULT_SECONDS
+    assert choose_signal_time(tmp_path, None, 60) == 15
+    assert choose_signal_time(tmp_path, 30, 60) == 30
     with pytest.raises(ValueError, match=r"--time \(60 s\) must be longer than the 60 s"):
-        choose_lead(tmp_path, 60, 60)
+        choose_signal_time(tmp_path, 60, 60)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,12 @@ def test_every_form_of_a_time_limit(text, seconds):
 
 
 @pytest.mark.parametrize("text", ["", "tomorrow", "1h", "1:2:3:4", "-5", "0"])
-def test_what_is_no_time_limit(text):
+def test_invalid_time_limits(text):
     with pytest.raises(ValueError, match="--time"):
         parse_time(text)
 
 
-def test_these_forms_are_sbatchs(slurm):
+def test_sbatch_reads_these_forms_in_the_same_way(slurm):
     for text in ("5", "1:30", "24:00:00", "2-0", "1-12:30", "1-00:00:01"):
         job = slurm.run("sbatch", "--parsable", "--hold", "-o", "/dev/null", "-t", text, "--wrap", "true").strip()
         shown = parse_time(slurm.show(job)["TimeLimit"])

@@ -1,11 +1,11 @@
-"""The site's file: where it is found, and what is refused."""
+"""The site's file: where it is found, and errors in it."""
 
 import pytest
 
 from megatron_cm3leon.slurm.site import VARIABLE, Site, load_site
 
 
-def test_the_option_wins_over_the_variable_over_the_home_folder(tmp_path, monkeypatch):
+def test_the_option_overrides_the_variable_and_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv(VARIABLE, raising=False)
     assert load_site() == Site()
@@ -20,7 +20,7 @@ def test_the_option_wins_over_the_variable_over_the_home_folder(tmp_path, monkey
     (tmp_path / "option.yaml").write_text("partition: option\n")
     assert load_site(str(tmp_path / "option.yaml")).partition == "option"
     monkeypatch.setenv(VARIABLE, str(tmp_path / "gone.yaml"))
-    with pytest.raises(ValueError, match=r"MEGATRON_CM3LEON_SITE \(.*gone.yaml\) is no file"):
+    with pytest.raises(ValueError, match=r"MEGATRON_CM3LEON_SITE \(.*gone.yaml\) does not exist"):
         load_site()
 
 
@@ -32,13 +32,13 @@ def test_the_option_wins_over_the_variable_over_the_home_folder(tmp_path, monkey
         ("container: {runtime: docker}", "container.runtime ('docker') must be one of: apptainer, pyxis."),
         ("cpus_per_rank: many", "cpus_per_rank: Value 'many'"),
         ("cpus_per_rank: -1", "cpus_per_rank (-1) must be at least 0."),
-        ("environment: {'A B': 1}", "environment: 'A B' is no name of a variable"),
+        ("environment: {'A B': 1}", "environment: 'A B' is not a valid variable name"),
         ("environment: [A=1]", "a list stands where names and values belong"),
         ("sbatch: {exclusive: true}", "a list stands where names and values belong"),
         ("partition: [", "is not valid YAML"),
     ],
 )
-def test_what_is_refused_by_name(text, sentence, tmp_path):
+def test_errors_name_the_field_and_the_file(text, sentence, tmp_path):
     (tmp_path / "site.yaml").write_text(text)
     with pytest.raises(ValueError) as error:
         load_site(str(tmp_path / "site.yaml"))

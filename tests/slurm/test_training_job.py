@@ -1,4 +1,4 @@
-"""Training jobs on a real SLURM of two virtual nodes: to the end, and ends that another start may or may not help."""
+"""Training jobs on a real SLURM of two virtual nodes: finished runs, failures with and without restarts."""
 
 import sys
 
@@ -25,8 +25,8 @@ def test_a_job_on_two_nodes_trains_to_the_end(slurm, corpus, launcher, ranks):
 
 
 @pytest.mark.slow
-def test_a_run_that_gets_nowhere_is_started_as_often_as_its_configuration_says(slurm, corpus):
-    """Its interpreter fails to start: no failure could be earlier."""
+def test_a_run_without_progress_is_restarted_cluster_max_restarts_times(slurm, corpus):
+    """Its interpreter fails to start, which is the earliest possible failure."""
     broken = "import sys; sys.exit('the node has no libcuda')"
     (corpus / "site").mkdir()
     (corpus / "site/python").write_text(
@@ -40,19 +40,19 @@ def test_a_run_that_gets_nowhere_is_started_as_often_as_its_configuration_says(s
     fields = slurm.wait(job)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1"), log.read_text()
     assert log.read_text().count("the node has no libcuda") == 4  # two ranks, two starts
-    assert "1 restarts in a row brought no new checkpoint, cluster.max_restarts is 1" in log.read_text()
+    assert "1 consecutive restarts without a new checkpoint, cluster.max_restarts is 1" in log.read_text()
     assert [event["event"] for event in read_events(corpus / "nowhere")] == ["requeue", "gave_up"]
 
 
 @pytest.mark.slow
-def test_an_error_of_the_users_is_not_tried_again(slurm, corpus):
+def test_an_error_that_the_user_must_fix_is_not_retried(slurm, corpus):
     job, log = submit_run(corpus, "users", "--ranks-per-node", 1, "train.stop_after=2")
     assert slurm.wait(job)["JobState"] == "COMPLETED", log.read_text()
     job, log = submit_run(corpus, "users", "--ranks-per-node", 1, "model.hidden_size=64")
     fields = slurm.wait(job)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "2:0", "0"), log.read_text()
     assert "model.hidden_size (64) was 32" in log.read_text()
-    assert "not requeued: the run stopped with an error that its user can mend." in log.read_text()
+    assert "not requeued: the run stopped with an error that the user must fix." in log.read_text()
 
 
 @pytest.mark.slow

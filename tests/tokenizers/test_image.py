@@ -189,5 +189,5 @@ def test_folder_errors_are_readable(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be used"):
         ImageTokenizer.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"format": 2, "type": "vqgan"}))
-    with pytest.raises(ValueError, match="not of format 1, type vqgan"):
+    with pytest.raises(ValueError, match="does not have format 1 and type vqgan"):
         ImageTokenizer.load(tmp_path)

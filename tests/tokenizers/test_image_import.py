@@ -205,8 +205,8 @@ def test_public_configurations_are_read_off_their_shapes(
         (lambda s: s.pop("encoder.conv_in.weight"), "encoder.conv_in.weight is missing"),
         (lambda s: s.update({"quant_conv.bias": torch.ones(9)}), r"quant_conv.bias is \(9,\), expected \(8,\)"),
         (lambda s: [s.pop(name) for name in list(s) if name.startswith("decoder.")], r"\d\d weights .* is missing"),
-        (lambda s: s["quant_conv.bias"].fill_(torch.nan), "quant_conv.bias of .* has NaN"),
-        (lambda s: [s.pop(name) for name in list(s) if "down" in name], "is no VQGAN of the taming layout"),
+        (lambda s: s["quant_conv.bias"].fill_(torch.nan), "quant_conv.bias of .* holds NaN"),
+        (lambda s: [s.pop(name) for name in list(s) if "down" in name], "is not a VQGAN of the taming layout"),
     ],
 )
 def test_other_weights_are_refused(tmp_path, chameleon, janus, change, message):
@@ -242,7 +242,7 @@ class Harmful:
 
 def test_no_pickle_is_run(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(1)}, "x": Harmful(tmp_path / "made")}, tmp_path / "harmful.ckpt")
-    with pytest.raises(ValueError, match=r"it holds posix.mkdir, which is no weight and is not run"):
+    with pytest.raises(ValueError, match=r"it holds posix.mkdir, which is not a weight and is not executed"):
         read_weights(tmp_path / "harmful.ckpt")
     assert not (tmp_path / "made").exists()
 

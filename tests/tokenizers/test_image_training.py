@@ -7,8 +7,8 @@ from PIL import Image
 
 from megatron_cm3leon.tokenizers.image_training import (
     ImageTrainingOptions,
-    Pictures,
-    find_centres,
+    TrainingImages,
+    find_centers,
     learning_rate_share,
     measure_image,
     split_heldout,
@@ -52,7 +52,7 @@ def options(**changes) -> ImageTrainingOptions:
     "changes", [{}, {"codebook": "gradient"}, {"loss": "l1"}, {"precision": "fp32"}, {"warmup_steps": 0}]
 )
 def test_training_lowers_the_error(paths, changes):
-    pictures = Pictures(paths, 16)
+    pictures = TrainingImages(paths, 16)
     before = measure_image(train_image(pictures, CONFIG, options(steps=1, warmup_steps=0)), pictures)
     steps = 300 if changes.get("loss") == "l1" else 60  # l1 stays at the flat background first
     after = measure_image(train_image(pictures, CONFIG, options(steps=steps, **changes)), pictures)
@@ -61,7 +61,7 @@ def test_training_lowers_the_error(paths, changes):
 
 
 def test_same_seed_same_weights(paths):
-    pictures = Pictures(paths, 16)
+    pictures = TrainingImages(paths, 16)
     first, second, other = (
         train_image(pictures, CONFIG, options(seed=seed, steps=12, warmup_steps=4)).model.state_dict()
         for seed in (1, 1, 2)
@@ -71,7 +71,7 @@ def test_same_seed_same_weights(paths):
 
 
 def test_seed_does_not_depend_on_the_callers_generator(paths):
-    pictures = Pictures(paths, 16)
+    pictures = TrainingImages(paths, 16)
     torch.manual_seed(5)
     first = train_image(pictures, CONFIG, options(steps=2, warmup_steps=1)).model.state_dict()
     torch.manual_seed(6)
@@ -87,8 +87,8 @@ def test_dead_codes_restart(paths, monkeypatch):
         trainer.codebook.data.fill_(100.0)
         trainer.codebook.data[0] = 0.0
 
-    monkeypatch.setattr(training._Trainer, "start_codebook", bad_start)
-    pictures = Pictures(paths, 16)
+    monkeypatch.setattr(training._Trainer, "initialize_codebook", bad_start)
+    pictures = TrainingImages(paths, 16)
     alive = measure_image(train_image(pictures, CONFIG, options(steps=40)), pictures)
     assert alive["codes_used"] >= 0.25  # of 16 codes; these pictures have few kinds of patches
     left = measure_image(
@@ -117,7 +117,7 @@ def test_psnr_of_a_known_error(paths):
         def decode(self, codes):
             return torch.ones(len(codes), 3, 16, 16)
 
-    measured = measure_image(White(), Pictures(paths, 16))
+    measured = measure_image(White(), TrainingImages(paths, 16))
     wrong = 64 / 256 * 2 / 3  # a quarter of the pixels, two channels of three off by the whole range
     assert measured["psnr_db"] == pytest.approx(-10 * np.log10(wrong), abs=1e-3)
     assert measured["codebook_perplexity"] == pytest.approx(1.0) and measured["codes_used"] == 1 / 16
@@ -126,14 +126,14 @@ def test_psnr_of_a_known_error(paths):
 def test_kmeans_finds_rare_clusters():
     places = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
     vectors = torch.cat([places[:1].repeat(960, 1), places[1:].repeat(20, 1)])
-    centres, shares = find_centres(vectors, 3, torch.Generator().manual_seed(0))
+    centres, shares = find_centers(vectors, 3, torch.Generator().manual_seed(0))
     order = (centres[:, 0] + 2 * centres[:, 1]).argsort()
     torch.testing.assert_close(centres[order], places)
     torch.testing.assert_close(shares[order], torch.tensor([0.96, 0.02, 0.02]))
 
 
 def test_kmeans_of_fewer_distinct_vectors_than_centres():
-    centres, shares = find_centres(torch.zeros(10, 2), 4, torch.Generator().manual_seed(0))
+    centres, shares = find_centers(torch.zeros(10, 2), 4, torch.Generator().manual_seed(0))
     assert torch.equal(centres, torch.zeros(4, 2)) and shares.sum() == 1
 
 
@@ -145,14 +145,14 @@ def test_learning_rate():
 
 def test_damaged_pictures_are_left_out_and_counted(paths, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    pictures = Pictures([*paths[:3], tmp_path / "bad.png"], 16)
+    pictures = TrainingImages([*paths[:3], tmp_path / "bad.png"], 16)
     assert len(pictures) == 3 and len(pictures.skipped) == 1
     with pytest.raises(ValueError, match=r"none of the 1 images could be read; the first reason: .*bad\.png"):
-        Pictures([tmp_path / "bad.png"], 16)
+        TrainingImages([tmp_path / "bad.png"], 16)
 
 
 def test_pictures_that_do_not_fit_in_memory_are_read_anew(paths):
-    stored, read = Pictures(paths, 16), Pictures(paths, 16, memory_gigabytes=0.0)
+    stored, read = TrainingImages(paths, 16), TrainingImages(paths, 16, memory_gigabytes=0.0)
     numbers = torch.tensor([3, 1, 39])
     assert read.stored is None and len(read) == len(stored) == 40
     assert torch.equal(stored.batch(numbers, torch.device("cpu")), read.batch(numbers, torch.device("cpu")))
@@ -162,7 +162,7 @@ def test_split_heldout(paths):
     train, held = split_heldout(paths, 0.1, seed=0)
     assert len(held) == 4 and sorted(train + held) == paths
     assert split_heldout(paths, 0.1, seed=0) == (train, held)
-    with pytest.raises(ValueError, match="1 pictures are too few"):
+    with pytest.raises(ValueError, match="1 images are too few"):
         split_heldout(paths[:1], 0.1, seed=0)
 
 

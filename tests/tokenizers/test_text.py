@@ -86,7 +86,7 @@ def test_bytes_that_are_no_text_become_replacement_characters(tokenizer):
 
 
 def test_ids_outside_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="id 320 is no text piece; text ids are 0 to 319"):
+    with pytest.raises(ValueError, match="id 320 is not a text piece; text ids are 0 to 319"):
         tokenizer.decode([3, 320])
 
 
@@ -106,7 +106,7 @@ def test_too_small_a_vocabulary_names_the_smallest():
 
 @pytest.mark.parametrize("captions", [[], ["", "  "]])
 def test_nothing_to_learn_from(captions):
-    with pytest.raises(ValueError, match="no caption that is not empty"):
+    with pytest.raises(ValueError, match="all captions of the input are empty"):
         train_text(captions, 300)
 
 

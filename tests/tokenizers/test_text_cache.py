@@ -36,7 +36,7 @@ def test_a_full_memory_starts_anew(tokenizer, monkeypatch):
     for number in range(100):
         text = f"w{number} {'long' * 30} x{number}"
         assert np.frombuffer(encoder.encode(text), np.uint16).tolist() == tokenizer.encode(text)
-        assert len(encoder._words) <= 10 and not any(len(word) > words.LONGEST for word in encoder._words)
+        assert len(encoder._words) <= 10 and not any(len(word) > words.MAX_CHARACTERS for word in encoder._words)
 
 
 def test_models_whose_pieces_cross_words_are_not_cut(tmp_path):

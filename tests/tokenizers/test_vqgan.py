@@ -120,8 +120,8 @@ def test_pixel_norm_is_a_layer_norm_over_channels():
     [
         (dict(base_channels=48), r"base_channels \(48\) must be a multiple of 32 with norm=group"),
         (dict(image_size=30, channel_multiplier=(1, 1, 1)), r"image_size \(30\) must be a multiple .*\(4 ="),
-        (dict(attn_resolutions=(5,)), r"attn_resolutions \[5\] never occur; the resolutions are \[32, 16, 8, 4\]"),
-        (dict(num_res_blocks=0), "cannot change where num_res_blocks is 0"),
+        (dict(attn_resolutions=(5,)), r"attn_resolutions \(\[5\]\) must be among the resolutions \[32, 16, 8, 4\]"),
+        (dict(num_res_blocks=0), "must not change if num_res_blocks is 0"),
         (dict(norm="batch"), "norm .'batch'. must be group or pixel"),
         (dict(encoder_kernel=5), r"encoder_kernel \(5\) must be 1 or 3"),
         (dict(codebook_size=0), r"codebook_size \(0\) must be at least 1"),

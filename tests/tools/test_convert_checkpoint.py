@@ -139,7 +139,7 @@ def test_an_image_tokenizer_of_others(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tok", "vqgan.ckpt"]
     done = call(*options, "--image-size", 16, "--sentinels", 4)
     assert done.returncode == 0, done.stderr
-    assert "taming layout, 8 x 8 tokens a picture of 16 pixels, 8 codes; weights skipped" in done.stdout
+    assert "taming layout, 8 x 8 tokens per image of 16 pixels, 8 codes; weights skipped" in done.stdout
     assert "because only training uses them: 1\n" in done.stdout
     assert "vocab.json: 358 ids" in done.stdout
     loaded = Tokenizers.load(tmp_path / "tok")
@@ -153,4 +153,4 @@ def test_usage():
     help_text = call("export", "--help").stdout
     assert "(default: fp32)" in help_text and "(default: 5GB)" in help_text
     done = call("export", "--checkpoint", "a", "--tokenizer", "b", "--output", "c", "--shard-size", "5 apples")
-    assert done.returncode == 2 and "'5 apples' is no size; write 5GB" in done.stderr
+    assert done.returncode == 2 and "'5 apples' is not a valid size; write 5GB" in done.stderr

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_cm3leon.generation.documents import CompletionOptions
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.tokenizers.folder import Tokenizers
-from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import load_image, to_pixels
 from tests.models import save_random_opt
 from tests.tools.call import call_tool
 
@@ -45,7 +46,7 @@ def world(tmp_path_factory):
     return path
 
 
-def read_account(folder):
+def read_results(folder):
     return json.loads((folder / "generated.json").read_text())
 
 
@@ -54,8 +55,8 @@ def test_captions_of_a_file_are_drawn_as_those_of_the_command_line(world):
     options = ["--model", world / "exported", "--output"]
     make("generate", "image", "a red one", "--from", world / "captions.txt", *options, world / "from file")
     make("generate", "image", "a red one", "a blue one", "a green one", *options, world / "from line")
-    assert read_account(world / "from file")["made"] == read_account(world / "from line")["made"]
-    assert read_account(world / "from file")["options"]["guidance"] == 2.0
+    assert read_results(world / "from file")["made"] == read_results(world / "from line")["made"]
+    assert read_results(world / "from file")["options"]["guidance"] == 2.0
 
 
 @pytest.mark.parametrize(("content", "fault"), [(None, "is missing"), ("{}", "KeyError"), ('{"tr', "cannot be read")])
@@ -72,9 +73,9 @@ def test_images(world):
     out = world / "images"
     options = ["--model", world / "exported", "--guidance", 2, "--seed", 4, "--candidates", 2]
     done = make("generate", "image", "a red picture", "a blue one", *options, "--output", out)
-    assert f"wrote 4 pictures, contact_sheet.png and generated.json to {out}" in done.stdout
+    assert f"wrote 4 images, contact_sheet.png and generated.json to {out}" in done.stdout
     assert "64/64 tokens" in done.stdout
-    made = read_account(out)["made"]
+    made = read_results(out)["made"]
     assert [(one["caption"], one["seed"]) for one in made] == [
         ("a red picture", 4), ("a red picture", 5), ("a blue one", 4), ("a blue one", 5)]  # fmt: skip
     for one in made:
@@ -82,12 +83,12 @@ def test_images(world):
             assert picture.size == (16, 16)
         assert len(one["codes"]) == 16 and max(one["codes"]) < 8
     assert (out / "contact_sheet.png").is_file()
-    assert read_account(out)["sampler"] == "gumbel-1"
+    assert read_results(out)["sampler"] == "gumbel-1"
     alone = world / "alone"
     make("generate", "image", "a blue one", *options, "--output", alone)
-    assert read_account(alone)["made"][0]["codes"] == made[2]["codes"]
+    assert read_results(alone)["made"][0]["codes"] == made[2]["codes"]
     make("generate", "image", "a blue one", *options, "--sampler", "inverse-1", "--output", world / "inverse")
-    inverse = read_account(world / "inverse")
+    inverse = read_results(world / "inverse")
     assert inverse["sampler"] == "inverse-1" and inverse["made"][0]["codes"] != made[2]["codes"]
     again = call_tool("generate", "image", "a", "--model", world / "exported", "--output", out)
     assert again.returncode == 2 and "holds the results of an earlier call" in again.stderr
@@ -97,19 +98,25 @@ def test_captions(world):
     done = make("generate", "caption", world / "0.png", world / "1.png", "--model", world / "exported",
                 "--output", world / "captions")  # fmt: skip
     assert done.stdout.startswith(f"{world / '0.png'}: ")
-    assert len(read_account(world / "captions")["made"]) == 2
+    assert len(read_results(world / "captions")["made"]) == 2
 
 
 def test_infilling(world):
     model = ["--model", world / "exported"]
     make("generate", "infill", *model, "--text", "a <mask> picture", "--output", world / "text")
-    filled = read_account(world / "text")["made"][0]["filled"]
+    filled = read_results(world / "text")["made"][0]["filled"]
     assert filled.startswith("a") and filled.endswith(" picture")
-    box = ["--picture", world / "0.png", "--box", 1, 0, 3, 4]
-    make("generate", "infill", *model, *box, "--caption", "a red picture", "--output", world / "box")
-    made = read_account(world / "box")["made"][0]
+    box = ["--image", world / "0.png", "--box", 1, 0, 3, 4]
+    done = make("generate", "infill", *model, *box, "--caption", "a red picture", "--output", world / "box")
+    assert f"wrote 2 images, contact_sheet.png and generated.json to {world / 'box'}" in done.stdout
+    results = read_results(world / "box")
+    made = results["made"][0]
+    assert made["picture"] == "001.png" and results["options"]["picture"] == str(world / "0.png")
+    old = ["--picture", *box[1:]]  # the old name of --image
+    make("generate", "infill", *model, *old, "--caption", "a red picture", "--output", world / "old name")
+    assert read_results(world / "old name")["made"] == results["made"]
     before = Tokenizers.load(world / "exported")
-    codes = before.image.encode(to_pixels(load_picture(world / "0.png"), 16)[None])[0].tolist()
+    codes = before.image.encode(to_pixels(load_image(world / "0.png"), 16)[None])[0].tolist()
     assert made["codes"][:4] == codes[:4] and made["codes"][12:] == codes[12:]
 
 
@@ -121,11 +128,11 @@ def test_retrieved_documents_stand_in_front(world):
     make("build_index", "--shards", world / "shards", "--encoder", world / "clip", "--output", world / "index")
     options = ["--model", world / "exported", "--retrieve", world / "index", "--documents", 2, "--temperature", 0]
     make("generate", "image", "a red picture", *options, "--output", world / "retrieved")
-    made = read_account(world / "retrieved")["made"][0]
+    made = read_results(world / "retrieved")["made"][0]
     assert len(made["retrieved"]) <= 2
     ranked = ["--candidates", 3, "--rank-with", world / "clip", "--keep", 2, "--output", world / "ranked"]
     make("generate", "image", "a red picture", "a blue picture", *options[:2], *ranked)
-    made = read_account(world / "ranked")["made"]
+    made = read_results(world / "ranked")["made"]
     assert [one["caption"] for one in made] == ["a red picture"] * 2 + ["a blue picture"] * 2
     assert made[0]["score"] >= made[1]["score"]
     given = ["--document", "a red picture", world / "0.png", "--temperature", 0, "--output", world / "given"]
@@ -138,11 +145,11 @@ def test_answers_and_documents(world):
     model = ["--model", world / "exported"]
     done = make("generate", "ask", world / "0.png", "what colour?", "and where?", *model, "--output", world / "asked")
     assert done.stdout.startswith("what colour?")
-    assert [one["question"] for one in read_account(world / "asked")["made"]] == ["what colour?", "and where?"]
+    assert [one["question"] for one in read_results(world / "asked")["made"]] == ["what colour?", "and where?"]
     parts = ["a red picture", f"@{world / '0.png'}", "a blue"]
     drawn = ["--text-temperature", 2, "--segments", 3, "--longest", 8, "--seed", 2, "--dtype", "int8"]
     make("generate", "complete", *parts, *model, *drawn, "--output", world / "completed")
-    made = read_account(world / "completed")["made"]
+    made = read_results(world / "completed")["made"]
     assert 1 <= len(made) <= 3 and "text" in made[0]
     for one in made[1:]:
         assert "text" in one or (world / "completed" / one["picture"]).is_file()
@@ -151,14 +158,14 @@ def test_answers_and_documents(world):
 def test_a_text_that_begins_with_an_at_sign(world):
     model, generator = world / "exported", Generator.load(world / "exported")
     greedy = Sampling(temperature=0.0)
+    options = CompletionOptions(text=greedy, image=Sampling(temperature=0.7), segments=1, longest=4)
     for written, text in (("@@nasa shows", "@nasa shows"), ("@@", "@"), ("@@@", "@@"), ("nasa @home", "nasa @home")):
         folder = world / f"at {written}"
         make("generate", "complete", written, "--model", model, "--segments", 1, "--longest", 4, "--output", folder)
-        made = read_account(folder)["made"]
-        assert made == [{"text": part} for part in generator.complete(
-            [[text]], text=greedy, image=greedy, segments=1, longest=4)[0]]  # fmt: skip
+        made = read_results(folder)["made"]
+        assert made == [{"text": part} for part in generator.complete([[text]], options)[0]]
     make("generate", "image", "@nasa shows", "--model", model, "--output", world / "at image")
-    assert read_account(world / "at image")["made"][0]["caption"] == "@nasa shows"
+    assert read_results(world / "at image")["made"][0]["caption"] == "@nasa shows"
     for part in ("@nasa shows", "@", f"@{world / 'pairs.jsonl'}", "@" + "long " * 99):
         refused = call_tool("generate", "complete", part, "--model", model, "--output", world / "at none")
         assert refused.returncode == 2 and not (world / "at none").exists()
@@ -172,14 +179,14 @@ def test_a_text_that_begins_with_an_at_sign(world):
     [
         (
             ["image", "a", "--model", "{world}", "--output", "{world}/new"],
-            "is no exported model: it has no config.json",
+            "is not an exported model: it has no config.json",
         ),
         (["image", "a", "--model", "{model}", "--temperature", "-1", "--output", "{world}/new"], "temperature (-1.0)"),
         (["image", "long " * 200, "--model", "{model}", "--output", "{world}/new"], "the model's context has 128"),
-        (["image", "--model", "{model}", "--output", "{world}/new"], "there is no caption to draw"),
+        (["image", "--model", "{model}", "--output", "{world}/new"], "there are no captions"),
         (["image", "--from", "{world}/none.txt", "--model", "{model}"], "none.txt: No such file"),
         (["image", "--from", "{world}/0.png", "--model", "{model}"], "not UTF-8: byte 0 of --from"),
-        (["image", "a\udcff", "--model", "{model}", "--output", "{world}/new"], "is no Unicode"),
+        (["image", "a\udcff", "--model", "{model}", "--output", "{world}/new"], "is not valid Unicode"),
         (["image", "a", "--model", "{model}", "--device", "gpu", "--output", "{world}/new"], "is no device of torch"),
         (["image", "a", "--model", "{model}", "--documents", "1", "--output", "{world}/new"], "are for --retrieve"),
         (
@@ -196,10 +203,13 @@ def test_a_text_that_begins_with_an_at_sign(world):
             ["image", "a", "--model", "{model}", "--guidance", "2", "--contrast-k", "3", "--output", "{world}/new"],
             "both contrast with the prompt without its condition; give one of them",
         ),
-        (["image", "a", "--model", "{model}", "--keep", "1", "--output", "{world}/new"], "keep (1) needs an encoder"),
+        (
+            ["image", "a", "--model", "{model}", "--keep", "1", "--output", "{world}/new"],
+            "keep (1) requires an encoder",
+        ),
         (
             ["infill", "--text", "a <mask>", "--guidance", "2", "--model", "{model}", "--output", "{world}/new"],
-            "--text has none: leave them out",
+            "--text takes neither",
         ),
         (
             [
@@ -218,15 +228,15 @@ def test_a_text_that_begins_with_an_at_sign(world):
                 "--output",
                 "{world}/new",
             ],
-            "guidance (2.0) needs captions",
+            "guidance (2.0) requires captions",
         ),
         (["complete", "@{world}/none.png", "--model", "{model}", "--output", "{world}/new"], "none.png: no such file"),
-        (["infill", "--text", "no hole", "--model", "{model}"], "must hold <mask> exactly once"),
+        (["infill", "--text", "no hole", "--model", "{model}"], "must contain <mask> exactly once"),
         (["infill", "--model", "{model}"], 'give either --text "... <mask> ..."'),
-        (["infill", "--box", "0", "0", "1", "1", "--model", "{model}"], "--box needs the --picture"),
+        (["infill", "--box", "0", "0", "1", "1", "--model", "{model}"], "--box requires the --image"),
         (
             ["infill", "--picture", "{world}/0.png", "--box", "0", "0", "9", "1", "--model", "{model}"],
-            "must lie within the picture's 4 rows and 4 columns",
+            "must be within the image's 4 rows and 4 columns",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""tools/inspect_shards.py: checksums, statistics, and pictures decoded from the tokens."""
+"""tools/inspect_shards.py: checksums, statistics, and images decoded from the tokens."""
 
 import json
 from functools import partial
@@ -11,7 +11,7 @@ from megatron_cm3leon.tokenizers.folder import write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-from tests.data.corpora import write_pictures
+from tests.data.corpora import write_images
 from tests.tools.call import call_tool
 
 inspect = partial(call_tool, "inspect_shards")
@@ -21,7 +21,7 @@ inspect = partial(call_tool, "inspect_shards")
 def folder(tmp_path_factory):
     """Shards of pairs, a text and an interleaved document, and their tokenizer."""
     folder = tmp_path_factory.mktemp("inspect")
-    pairs = write_pictures(folder / "raw", 6)
+    pairs = write_images(folder / "raw", 6)
     with pairs.open("a") as file:
         file.write('{"text": "only words"}\n{"image": "none.png", "caption": "lost"}\n')
         segments = [{"text": "before"}, {"image": "1.png"}, {"text": "after"}]
@@ -45,12 +45,12 @@ def test_statistics_and_contact_sheet(folder):
     result = inspect("--shards", folder / "shards", "--tokenizer", folder / "tok", "--sheet", folder / "new/sheet.png")
     assert result.returncode == 0, result.stderr
     for line in (
-        "all 9 files have the checksums of the manifest.",
+        "all 9 files match the checksums of the manifest.",
         "8 documents, ",
         "kinds: 1 interleaved, 6 pair, 1 text",
-        "112 of 7 pictures",
+        "112 of 7 images",
         "inputs: 9 read, 8 written, 0 duplicates, 0 filtered, 1 quarantined\n  1 x missing picture",
-        "7 pictures decoded from tokens.",
+        "7 images decoded from tokens.",
     ):
         assert line in result.stdout, line
     sheet = Image.open(folder / "new/sheet.png")
@@ -64,13 +64,14 @@ def test_damage_and_usage_errors_exit_with_2(folder):
         tar.write_bytes(content[:100] + b"8" + content[101:])
         result = inspect("--shards", folder / "shards")
         assert result.returncode == 2
-        assert "error: 1 files at" in result.stderr and "shard-000000-000.tar: its sha256 is not" in result.stderr
+        assert "error: 1 files at" in result.stderr and "shard-000000-000.tar: its sha256 differs" in result.stderr
         assert inspect("--shards", folder / "shards", "--no-verify").returncode == 0
     finally:
         tar.write_bytes(content)
     for arguments, message in (
-        (["--sheet", "x.png"], "error: --sheet needs --tokenizer"),
-        (["--pictures", 0], "error: --pictures (0) must be at least 1"),
+        (["--sheet", "x.png"], "error: --sheet requires --tokenizer"),
+        (["--images", 0], "error: --images (0) must be at least 1"),
+        (["--pictures", 0], "error: --images (0) must be at least 1"),
     ):
         result = inspect("--shards", folder / "shards", *arguments)
         assert result.returncode == 2 and result.stderr.startswith(message)

@@ -11,10 +11,10 @@ import torch
 from megatron_cm3leon.data.shards.reader import open_shards, split_segments
 from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
-from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import load_image, to_pixels
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-from tests.data.corpora import write_pictures
+from tests.data.corpora import write_images
 from tests.tools.call import TOOLS, call_tool
 
 TRICKY = "<break> and <sentinel:0> </s>  two  spaces, ünïcode 🎈"
@@ -25,7 +25,7 @@ preprocess = partial(call_tool, "preprocess_data")
 def raw(tmp_path_factory):
     """Pairs and, beside them, an untrained tokenizer of 4 x 4 codes a picture."""
     folder = tmp_path_factory.mktemp("tool")
-    pairs = write_pictures(folder / "raw", 20)
+    pairs = write_images(folder / "raw", 20)
     with pairs.open("a") as file:
         file.write(json.dumps({"image": "3.png", "caption": TRICKY}) + "\n")
     (folder / "tok").mkdir()
@@ -66,14 +66,14 @@ def test_pairs_become_the_tokens_of_both_tokenizers(raw):
     text, image = split_segments(corpus.read(20), corpus.vocabulary)
     assert tokenizers.text.decode(text.tolist()) == TRICKY
     assert corpus.vocabulary.is_text(text).all() and corpus.vocabulary.is_image(image).all()
-    pixels = to_pixels(load_picture(raw / "raw/3.png"), 16)
+    pixels = to_pixels(load_image(raw / "raw/3.png"), 16)
     codes = tokenizers.image.encode(pixels[None])[0] + corpus.vocabulary.image_start
     assert image.tolist() == codes.tolist()
     again = preprocess(*arguments)
     assert again.returncode == 0 and "already holds these shards; nothing to do" in again.stdout
     other = preprocess(*arguments[:-1], 9)
     assert other.returncode == 2 and other.stdout == ""
-    assert other.stderr.startswith("error: --output shards holds shards made with other options (part_size: 8, now 9)")
+    assert other.stderr.startswith("error: --output shards holds shards written with other options (part_size: 8, now ")
 
 
 def test_too_many_bad_inputs_exit_with_2_and_name_the_list(raw):
@@ -104,7 +104,7 @@ def test_a_job_array_and_merge(raw, monkeypatch):
         assert f"this task's {'hashes' if stage == 'hash' else 'parts'} are done" in result.stdout
     result = preprocess("merge", "--output", "array")
     assert result.returncode == 0 and "20 documents of" in result.stdout, result.stderr
-    assert "1 duplicates and 0 filtered inputs were left out.\n  1 x duplicate picture" in result.stdout
+    assert "1 duplicates and 0 filtered inputs were skipped.\n  1 x duplicate picture" in result.stdout
     alone, array = open_shards(raw / "alone").manifest, open_shards(raw / "array").manifest
     assert alone["shards"] == array["shards"] and alone["content_sha256"] == array["content_sha256"]
     result = preprocess(*arguments, "--output", "x", "--task-id", 2)
@@ -131,4 +131,4 @@ def test_show_batch_prints_the_captions(raw):
     result = call_tool("show_batch", *arguments)
     assert result.returncode == 0, result.stderr
     shown = TRICKY.replace("<break>", "\\<break>").replace("<sent", "\\<sent").replace("</s>", "\\</s>")
-    assert shown in result.stdout and result.stdout.count("[picture: 16 codes]") == 21
+    assert shown in result.stdout and result.stdout.count("[image: 16 codes]") == 21

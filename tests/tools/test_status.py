@@ -1,4 +1,4 @@
-"""tools/status.py: what it says of running, finished, failed and silent runs."""
+"""tools/status.py: running, finished, failed and silent runs."""
 
 import json
 import time
@@ -7,7 +7,7 @@ import pytest
 
 from megatron_cm3leon.monitoring.status import read_status, show_number, show_seconds
 from tests.checkpoint.builders import write_checkpoint
-from tests.monitoring.test_goodput import EVENTS, LINES, event, left_out, step, write
+from tests.monitoring.test_goodput import EVENTS, LINES, event, skip, step, write
 from tests.tools.call import call_tool
 
 
@@ -32,7 +32,7 @@ def test_a_running_run_is_described_in_100_columns(run):
     assert "down            30.2%       13.0 s  #####" in result.stdout
 
 
-def test_what_a_script_reads(run):
+def test_the_json_output(run):
     found = json.loads(call_tool("status", run, "--json").stdout)
     assert (found["step"], found["steps"], found["tokens"], found["restarts"]) == (4, 40, 400, 1)
     assert found["seconds_left"] == 36 * 2 and found["tokens_per_second"] == 50
@@ -54,7 +54,7 @@ def test_the_state_says_how_a_run_ended(run):
 
 def test_skipped_batches_and_slow_ranks_are_counted(run):
     slow = {"slowest_rank": 3, "slowest_host": "node7", "slowest_over_median": 1.5}
-    lines = [step(2, 1, 1, 0), step(4, 1, 2, 1), left_out(5, 1, 1, 1), step(7, 1, 1, 2, skipped="non-finite")]
+    lines = [step(2, 1, 1, 0), step(4, 1, 2, 1), skip(5, 1, 1, 1), step(7, 1, 1, 2, skipped="non-finite")]
     shown = call_tool("status", write(run, [*lines, step(9, 1, 2, 3, **slow)])).stdout
     assert "skipped batches  1 spike, 1 non-finite" in shown and "slowest rank     3 on node7, 1.50 x the" in shown
 
@@ -67,19 +67,19 @@ def test_several_runs_make_a_table(run, tmp_path):
     assert "finished" in lines[2] and lines[2].startswith("...")
 
 
-def test_what_is_no_run_folder_is_told(tmp_path):
+def test_a_folder_without_a_run_is_an_error(tmp_path):
     result = call_tool("status", tmp_path)
-    assert result.returncode == 2 and result.stderr.startswith(f"error: {tmp_path} is no run folder: ")
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {tmp_path} is not a run folder: ")
     assert call_tool("status", tmp_path, "--every", "0").returncode == 2
 
 
-def test_what_is_no_run_among_runs_is_told_below_them(run, tmp_path):
+def test_a_folder_without_a_run_among_runs_is_reported_below_them(run, tmp_path):
     result = call_tool("status", run, tmp_path, "--json")
-    assert result.returncode == 2 and f"error: {tmp_path} is no run folder: " in result.stderr
+    assert result.returncode == 2 and f"error: {tmp_path} is not a run folder: " in result.stderr
     assert [json.loads(line)["run"] for line in result.stdout.splitlines()] == [str(run)]
 
 
-def test_watching_goes_on_until_it_is_interrupted(run, monkeypatch):
+def test_watching_continues_until_it_is_interrupted(run, monkeypatch):
     looks = []
 
     def look(seconds):

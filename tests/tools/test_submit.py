@@ -1,4 +1,4 @@
-"""tools/submit.py train: the script that it writes, and what it refuses before it writes anything."""
+"""tools/submit.py train: the script that it writes, and errors before it writes anything."""
 
 import json
 import subprocess
@@ -28,14 +28,14 @@ def folder(tmp_path, monkeypatch):
 
 
 def show(*arguments):
-    """The script that would be submitted, which bash can read."""
+    """The script that would be submitted, after a syntax check by bash."""
     done = train("config.yaml", *arguments, "--print")
     assert done.returncode == 0, done.stderr
     subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
     return done.stdout
 
 
-def test_the_script_says_everything_and_nothing_is_written(folder):
+def test_the_script_is_complete_and_nothing_is_written(folder):
     wanted = ["--nodes", 4, "--gpus-per-node", 8, "--time", "24:00:00", "--partition", "gpu", "--account", "me"]
     wanted += ["--qos", "high", "--constraint", "a100", "--mem", "0", "--cpus-per-rank", 14, "--env", "NCCL_DEBUG=INFO"]
     text = show(*wanted, "output=runs/mine", "cluster.max_restarts=5")
@@ -61,13 +61,13 @@ def test_names_that_sbatch_would_split_are_quoted(folder):
     assert done.returncode == 2 and "back\\slash) has a backslash or a line break" in done.stderr
 
 
-def test_torchrun_is_one_task_a_node(folder):
+def test_torchrun_is_one_task_per_node(folder):
     text = show("--nodes", 2, "--ranks-per-node", 4, "--time", 30, "--launcher", "torchrun", "--cpus-per-rank", 3)
     assert "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --cpus-per-task=12\n" in text
     assert "RANKS_PER_NODE=4\n" in text and "-m torch.distributed.run -m megatron_cm3leon.train" in text
 
 
-def test_the_sites_file_is_the_default_and_the_command_line_wins(folder):
+def test_the_command_line_overrides_the_sites_file(folder):
     site = folder / "site.yaml"
     site.write_text(
         "partition: batch\naccount: theirs\nmodules: [cuda/12.8]\nsetup: [source /etc/site.sh]\nsbatch: [--exclusive]\n"
@@ -86,17 +86,17 @@ def test_containers(folder):
     assert "cm3.sif python -m megatron_cm3leon.train" in text.partition("apptainer exec --nv --bind ")[2]
     mounts = text.partition("--bind ")[2].partition(" ")[0].split(",")
     assert {"/runs/x", "/data/elsewhere/shards"} <= set(mounts)
-    assert "verdict=$(apptainer exec" in text and "cm3.sif python -m megatron_cm3leon.slurm.requeue" in text
+    assert "decision=$(apptainer exec" in text and "cm3.sif python -m megatron_cm3leon.slurm.requeue" in text
     (folder / "site.yaml").write_text("container: {mounts: ['/data:/mnt'], options: [--no-container-mount-home]}\n")
     pyxis = show(*arguments, "data.shards=/data/x", "--container-runtime", "pyxis", "--site", "site.yaml")
     assert "--container-image=/images/cm3.sif --container-mounts=/data:/mnt," in pyxis and "apptainer" not in pyxis
-    assert "verdict=$(srun --overlap --nodes=1 --ntasks=1 --container-image=/images/cm3.sif" in pyxis
+    assert "decision=$(srun --overlap --nodes=1 --ntasks=1 --container-image=/images/cm3.sif" in pyxis
     assert "--no-container-mount-home" in pyxis and "/data/x" not in pyxis
 
 
 def test_a_submitted_job_keeps_its_configuration(folder, slurm):
     arguments = ["--nodes", 1, "--ranks-per-node", 1, "--time", 30, "output=runs/mine", "--partition", "gpu"]
-    for number in ("001", "002"):  # jobs of partition gpu wait for ever
+    for number in ("001", "002"):  # jobs in partition gpu stay pending
         done = train("config.yaml", *arguments, f"train.steps={int(number)}", "--cpus-per-rank", 2)
         assert done.returncode == 0, done.stderr
         job = done.stdout.split()[1].rstrip(":")
@@ -111,47 +111,49 @@ def test_a_submitted_job_keeps_its_configuration(folder, slurm):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--nodes", 1, "--time", 30], "give --gpus-per-node, or --ranks-per-node for nodes without GPUs."),
+        (["--nodes", 1, "--time", 30], "--gpus-per-node must be given, or --ranks-per-node for nodes without GPUs."),
         (["--nodes", 0, "--gpus-per-node", 8, "--time", 30], "--nodes (0) must be at least 1."),
         (
             ["--nodes", 1, "--gpus-per-node", 8, "--ranks-per-node", 4, "--time", 30],
-            "--ranks-per-node (4) must be --gpus-per-node (8), one rank a GPU",
+            "--ranks-per-node (4) must be --gpus-per-node (8), one rank per GPU",
         ),
         (["--nodes", 3, "--gpus-per-node", 1, "--time", 30, "parallel.tensor=2"], "number of ranks (3)"),
-        (["--nodes", 1, "--gpus-per-node", 1, "--time", "soon"], "--time (soon) is no time limit"),
-        (["--nodes", 1, "--gpus-per-node", 1, "--time", 5, "--lead", 300], "--time (300 s) must be longer than"),
+        (["--nodes", 1, "--gpus-per-node", 1, "--time", "soon"], "--time (soon) is not a valid SLURM time limit"),
+        (["--nodes", 1, "--gpus-per-node", 1, "--time", 5, "--signal-time", 300], "--time (300 s) must be longer than"),
         (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "data.shards=''"], "data.shards (or validation.shards"),
         (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "data.shards=gone"], "gone"),
         (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "train.step=3"], "there is no field train.step; did you"),
         (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "--env", "NCCL"], "--env (NCCL) must be NAME=VALUE"),
-        (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "--site", "gone.yaml"], "--site (gone.yaml) is no file"),
+        (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "--site", "no.yaml"], "--site (no.yaml) does not exist"),
         (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "--nodez", 2], "unrecognized arguments: --nodez"),
     ],
 )
-def test_a_users_error_is_told_before_anything_is_written(folder, arguments, sentence):
+def test_a_users_error_is_printed_before_anything_is_written(folder, arguments, sentence):
     done = train("config.yaml", "output=runs/mine", *arguments)
     assert done.returncode == 2 and sentence in done.stderr, done.stderr
     assert not (folder / "runs").exists()
 
 
-def test_a_lead_that_is_shorter_than_a_measured_stop_is_refused(folder):
+def test_a_signal_time_below_the_measured_one_is_an_error(folder):
     run = folder / "runs/mine"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text(json.dumps({"attempt": 1, "batch": 0, "step": 1, "step_seconds": 60.0}) + "\n")
     record(run, 1, "saved", seconds=200.0, checkpoint="step-00000001", bytes=1)
     arguments = ["--nodes", 1, "--gpus-per-node", 1, "--time", "2:00:00", "output=runs/mine"]
     assert "#SBATCH --signal=B:USR1@490\n" in show(*arguments)
-    done = train("config.yaml", *arguments, "--lead", 120)
-    assert done.returncode == 2 and "--lead (120) must be at least 490 s" in done.stderr
+    for option in ("--signal-time", "--lead"):  # --lead: the former name
+        done = train("config.yaml", *arguments, option, 120)
+        assert done.returncode == 2 and "--signal-time (120) must be at least 490 s" in done.stderr
+    assert "--lead" not in train("--help").stdout
 
 
-def test_what_the_controller_refuses_is_told(folder, slurm):
+def test_an_error_of_the_controller_is_printed(folder, slurm):
     done = train("config.yaml", "--nodes", 1, "--ranks-per-node", 1, "--time", 30, "--partition", "gone")
-    assert done.returncode == 2 and done.stderr.startswith("error: sbatch refused: sbatch: error: invalid partition")
+    assert done.returncode == 2 and done.stderr.startswith("error: sbatch failed: sbatch: error: invalid partition")
     assert "Traceback" not in done.stderr
 
 
-def test_without_slurm_the_way_out_is_named(folder, monkeypatch):
+def test_without_slurm_the_error_names_the_remedy(folder, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     done = train("config.yaml", "--nodes", 1, "--ranks-per-node", 1, "--time", 30, "output=runs/mine")
-    assert done.returncode == 2 and "sbatch is not on this machine; submit where SLURM is" in done.stderr
+    assert done.returncode == 2 and "sbatch is not installed on this machine; submit where SLURM" in done.stderr

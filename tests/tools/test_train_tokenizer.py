@@ -35,11 +35,11 @@ def test_whichever_comes_second_writes_the_vocabulary(pairs, tmp_path, order):
     shared = ["--input", pairs, "--output", tmp_path, "--specials", 40, "--sentinels", 16]
     first = call_tool("train_tokenizer", order[0], *shared, *flags[order[0]])
     assert first.returncode == 0, first.stderr
-    assert f"vocab.json follows when the {order[1]} tokenizer is" in first.stdout
+    assert f"vocab.json is written when the {order[1]} tokenizer is" in first.stdout
     second = call_tool("train_tokenizer", order[1], *shared, *flags[order[1]])
     assert second.returncode == 0, second.stderr
     assert "vocab.json: 328 ids = 280 text + 8 image + 40 special" in second.stdout
-    assert "4 x 4 tokens a picture, 8 codes; 1 held-out pictures: PSNR" in first.stdout + second.stdout
+    assert "4 x 4 tokens per image, 8 codes; 1 held-out images: PSNR" in first.stdout + second.stdout
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")) == [
         "image/config.json",
         "image/model.safetensors",
@@ -103,7 +103,7 @@ def test_images_that_cannot_be_read_are_reported(pairs, tmp_path):
     arguments = ["--input", tmp_path / "pairs.jsonl", "--heldout", pairs, "--output", tmp_path / "tok"]
     done = call_tool("train_tokenizer", "image", *arguments, *IMAGE_FLAGS)
     assert done.returncode == 0, done.stderr
-    assert "24 held-out pictures" in done.stdout and "3 of 27 inputs were skipped: " in done.stdout
+    assert "24 held-out images" in done.stdout and "3 of 27 inputs were skipped: " in done.stdout
     for reason in (
         '1 x field "image" is missing (the first: the fields are caption)',
         "1 x not JSON (the first: Expect",

@@ -121,7 +121,7 @@ def test_other_weights_are_refused_by_name(corpora, version):
     streams = {name: make_stream(config, corpora[0], False, [name, 1]) for name, config in configs.items()}
     state = record(streams[2], version)
     assert resume(streams[2], state, configs[2])
-    with pytest.raises(ValueError, match=r"weights of data.sources are in the ratio \[3, 1\], and were \[2, 1\] in"):
+    with pytest.raises(ValueError, match=r"weights of data.sources have the ratio \[3, 1\], and had \[2, 1\] in"):
         resume(streams[3], state, configs[2])
     assert not resume(streams[3], state, configs[2], "data.sources")
 

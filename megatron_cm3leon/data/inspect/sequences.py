@@ -1,19 +1,20 @@
-"""Blocks as text a person can read.
+"""Sequences as readable text.
 
-    </s>⟦a red kite⟧<break>[picture: 64 codes]<break>a <sentinel:0> kite ... </s><sentinel:0> blue<eoss>
+    </s>⟦0.25: a red kite<break>[image: 64 codes]<break>⟧a <sentinel:0> kite ... </s><sentinel:0> blue<eoss>
 
-A picture that spans, sentinels or the block's ends cut is shown with the codes it has; `⟦ ⟧` encloses
-tokens whose loss weight is not 1, with the weight; padding is counted.
+An image that is cut by spans, sentinels or the ends of the sequence is shown with the number of codes left; `⟦ ⟧`
+encloses tokens whose loss weight is not 1, after the weight; padding is counted.
 """
 
 import re
+from typing import Protocol
 
 import numpy as np
 
 from megatron_cm3leon.data.stream.stream import Stream
 from megatron_cm3leon.tokenizers.vocab import NAMED_SPECIALS, Vocabulary
 
-_SPECIAL, _PICTURE, _DIM, _PLAIN = "\033[35m", "\033[36m", "\033[2m", "\033[0m"
+_SPECIAL, _IMAGE, _DIM, _PLAIN = "\033[35m", "\033[36m", "\033[2m", "\033[0m"
 
 _SPELLED_SPECIAL = re.compile(r"<(/s|pad|break|eoss|(sentinel|reserved):\d+)>")
 
@@ -27,34 +28,42 @@ def name_special(token: int, vocabulary: Vocabulary) -> str:
     return f"<sentinel:{index}>" if index < vocabulary.sentinels else f"<reserved:{index - vocabulary.sentinels}>"
 
 
-class BlockPrinter:
-    """Describes blocks of a stream; `text` decodes text ids (None shows the ids themselves)."""
+class TextDecoder(Protocol):
+    """Decodes text ids, such as tokenizers.text.TextTokenizer."""
 
-    def __init__(self, stream: Stream, text=None, colour: bool = False) -> None:
-        self.stream, self.text, self.colour = stream, text, colour
+    def decode(self, ids: list[int]) -> str:
+        """The text of these ids."""
+
+
+class SequencePrinter:
+    """Describes sequences of a stream as text; `text` decodes text ids (None: the ids are shown)."""
+
+    def __init__(self, stream: Stream, text: TextDecoder | None = None, color: bool = False) -> None:
+        self.stream, self.text, self.color = stream, text, color
         self.vocabulary = stream.vocabulary
 
     def describe(self, number: int) -> str:
-        """Header, sources and tokens of block `number`."""
-        block = self.stream.block(number)
-        padding = int((block.tokens == self.vocabulary.pad).sum())
-        pictures = int(self.vocabulary.is_image(block.tokens).sum())
-        spans = int((block.tokens == self.vocabulary.eoss).sum())
+        """Header, sources and tokens of sequence `number`."""
+        sequence = self.stream.sequence(number)
+        padding = int((sequence.tokens == self.vocabulary.pad).sum())
+        codes = int(self.vocabulary.is_image(sequence.tokens).sum())
+        spans = int((sequence.tokens == self.vocabulary.eoss).sum())
         lines = [
-            f"block {number}  epoch {block.epoch}  {len(block.tokens) - padding} tokens ({pictures} of pictures), "
-            f"{padding} padding, {block.trimmed} trimmed, {spans} spans moved, loss weight {block.weights[1:].sum():g}"
+            f"sequence {number}  epoch {sequence.epoch}  {len(sequence.tokens) - padding} tokens ({codes} of images), "
+            f"{padding} padding, {sequence.trimmed} trimmed, {spans} spans moved, "
+            f"loss weight {sequence.weights[1:].sum():g}"
         ]
-        for role, numbers in (("retrieved", block.retrieved), ("query", block.documents)):
+        for role, numbers in (("retrieved", sequence.retrieved), ("query", sequence.documents)):
             for number in numbers.tolist():
-                corpus, document = self.stream.library.locate(number)
+                corpus, document = self.stream.corpus.locate(number)
                 row = corpus.metadata_row(document)
-                picture = f" ({row['image']})" if row["image"] not in ("", row["source"]) else ""
-                shards = f" of {corpus.folder}" if len(self.stream.library.corpora) > 1 else ""
-                lines.append(_escape(f"  {role} {document}{shards}: {row['source']}{picture}"))
-        return "\n".join([*lines, self.show_tokens(block.tokens, block.weights)])
+                image = f" ({row['image']})" if row["image"] not in ("", row["source"]) else ""
+                shards = f" of {corpus.folder}" if len(self.stream.corpus.corpora) > 1 else ""
+                lines.append(_escape(f"  {role} {document}{shards}: {row['source']}{image}"))
+        return "\n".join([*lines, self.show_tokens(sequence.tokens, sequence.weights)])
 
     def show_tokens(self, tokens: np.ndarray, weights: np.ndarray) -> str:
-        """The tokens of a block as one text."""
+        """The tokens of a sequence as one text."""
         kinds = np.where(self.vocabulary.is_text(tokens), 0, np.where(self.vocabulary.is_image(tokens), 1, 2))
         kinds = np.where(kinds == 2, tokens + 2, kinds)  # each special is a run of its own kind
         changes = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(weights) != 0)) + 1
@@ -74,18 +83,18 @@ class BlockPrinter:
         if vocabulary.is_text(first):
             return _escape(self.text.decode(run.tolist())) if self.text else " ".join(map(str, ["", *run.tolist(), ""]))
         if vocabulary.is_image(first):
-            return self._paint(_PICTURE, f"[picture: {len(run)} codes]")
+            return self._paint(_IMAGE, f"[image: {len(run)} codes]")
         name = name_special(first, vocabulary)
         if first == vocabulary.pad and len(run) > 1:
             return self._paint(_DIM, f"{name} x {len(run)}")
         return self._paint(_SPECIAL, name) * len(run)
 
     def _paint(self, code: str, text: str) -> str:
-        return f"{code}{text}{_PLAIN}" if self.colour else text
+        return f"{code}{text}{_PLAIN}" if self.color else text
 
 
-def find_pictures(tokens: np.ndarray, vocabulary: Vocabulary) -> list[tuple[int, np.ndarray]]:
-    """Whole pictures of a block: where each begins, and its codes, int64 [image_tokens]. Cut ones are left out."""
+def find_images(tokens: np.ndarray, vocabulary: Vocabulary) -> list[tuple[int, np.ndarray]]:
+    """Complete images of a sequence: position of the first token, and codes, int64 [image_tokens]."""
     image = np.concatenate([[False], vocabulary.is_image(tokens), [False]])
     edges = np.flatnonzero(image[1:] != image[:-1]).tolist()
     return [
@@ -96,6 +105,6 @@ def find_pictures(tokens: np.ndarray, vocabulary: Vocabulary) -> list[tuple[int,
 
 
 def _escape(text: str) -> str:
-    """Control characters as Python writes them; `\\<break>` for a caption that spells a special."""
+    """`text` with control characters as Python escapes, and with `\\<break>` if it spells a special token."""
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return _SPELLED_SPECIAL.sub(r"\\\g<0>", text)

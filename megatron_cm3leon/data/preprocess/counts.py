@@ -1,4 +1,4 @@
-"""The account of every input: written + duplicates + filtered + quarantined = read."""
+"""Counts of processed inputs: written + duplicates + filtered + quarantined == read."""
 
 import json
 import os
@@ -14,22 +14,23 @@ QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass
-class Account:
-    """Inputs by what became of them."""
+class InputCounts:
+    """Inputs by the result of processing them."""
 
     written: int = 0
     duplicates: int = 0
     filtered: int = 0
     quarantined: int = 0
-    reasons: Counter = field(default_factory=Counter)
-    """Of everything that was not written."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Reasons of all inputs that were not written."""
 
     @property
     def read(self) -> int:
+        """Inputs in total."""
         return self.written + self.duplicates + self.filtered + self.quarantined
 
     def add(self, counts: dict) -> None:
-        """Add a part's counts (parts.count_record)."""
+        """Add the counts of a part (worker.count_record)."""
         self.written += counts.get("written", 0)
         self.quarantined += counts["quarantined"]
         for reason, count in counts.get("left_out", {}).items():
@@ -40,6 +41,7 @@ class Account:
                 self.filtered += count
 
     def to_dict(self) -> dict:
+        """The counts as manifests record them under "accounts"."""
         return {
             "read": self.read,
             "written": self.written,
@@ -51,7 +53,7 @@ class Account:
 
 
 def write_quarantine(output: Path, records: Iterable[Path]) -> None:
-    """List what the parts' records have quarantined, in the order given."""
+    """Write the quarantined inputs of the parts' records to quarantine.jsonl, in the given order."""
     temporary = output / f".{QUARANTINE}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         for path in records:
@@ -61,9 +63,9 @@ def write_quarantine(output: Path, records: Iterable[Path]) -> None:
 
 
 def check_bad_share(bad: int, read: int, allowed: float, output: Path, total: float | None = None) -> None:
-    """ValueError where more than the share `allowed` of a run's `total` inputs (those read: None) is unusable.
+    """ValueError if more than the share `allowed` of a run's `total` inputs (None: `read`) is unusable.
 
-    It names the commonest reasons, as far as `output` lists them.
+    The message names the most common reasons listed in `output`.
     """
     if bad <= allowed * (total or read):
         return
@@ -74,7 +76,7 @@ def check_bad_share(bad: int, read: int, allowed: float, output: Path, total: fl
     raise ValueError(
         f"{bad} of the {read} inputs read are unusable, more than --max-bad-fraction {allowed:g} allows: {reasons}. "
         + (f"{reasons.hint} " if reasons.hint else "")
-        + f"{output / QUARANTINE} names each with its reason. Fix what it names, or raise --max-bad-fraction, and run "
-        f"the same command again: complete parts are kept. Another list of inputs, a changed folder of images, or "
-        f"other names of fields need --overwrite."
+        + f"{output / QUARANTINE} lists each of them with its reason. Fix these inputs, or raise --max-bad-fraction, "
+        f"and run the same command again: complete parts are kept. If the list of inputs, the files in a folder of "
+        f"images, or the field names have changed, add --overwrite."
     )

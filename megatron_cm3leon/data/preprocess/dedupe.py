@@ -1,13 +1,14 @@
-"""Exact duplicates of the whole input, found before anything is encoded, in bounded memory.
+"""Exact duplicates in the whole input, found before anything is encoded, in bounded memory.
 
-    .work/hashes-000000.npy    uint64 [inputs, 2, 2]: 128 bits of SHA-256 of pictures and of texts, 0 = not compared,
+    .work/hashes-000000.npy    uint64 [inputs, 2, 2]: 128 bits of SHA-256 of images and of texts, 0 = not compared,
                                all ones = the input was unusable
-    .work/duplicates.npy       uint8 [inputs of all parts]: 0 keep, 1 duplicate picture, 2 duplicate caption,
-                               3 was unusable, so that nothing is known of it
-    .work/starts.npy           int64 [parts + 1]: a part's place in it
+    .work/duplicates.npy       uint8 [inputs of all parts]: 0 keep, 1 duplicate image, 2 duplicate caption,
+                               3 the input was unusable, so it is not known whether it is a duplicate
+    .work/starts.npy           int64 [parts + 1]: where each part starts in duplicates.npy
 
-The first of several stays. A document that is no document (unreadable, filtered) is nobody's first, and one
-that goes for its picture is nobody's first caption. Captions of two pictures are compared as they are stored.
+The first document of each group of duplicates is kept. Rejected documents (unreadable or filtered) are never kept as
+the representative of a group, and a document removed for its image does not represent its caption. Captions are
+compared as they are stored.
 """
 
 import hashlib
@@ -23,11 +24,11 @@ UNUSABLE, UNKNOWN = np.uint64(2**64 - 1), 3
 BUCKET_BYTES = 1 << 28
 """Memory of one pass over the hashes."""
 _ROW_BYTES = 80
-"""Bytes that finding duplicates holds for each hash compared: hash, place and their sorted copies."""
+"""Memory per compared hash while finding duplicates: hash, position and their sorted copies."""
 
 
 def hash_parts(parts: list[bytes]) -> np.ndarray:
-    """128 bits of what `parts` hold, uint64 [2]; zeros for nothing."""
+    """128 bits of the SHA-256 of `parts`, uint64 [2]; zeros if there are none."""
     if not parts:
         return np.zeros(2, np.uint64)
     digest = hashlib.sha256()
@@ -37,16 +38,17 @@ def hash_parts(parts: list[bytes]) -> np.ndarray:
 
 
 def find_unusable(hashes: np.ndarray) -> np.ndarray:
-    """Which inputs of a part were unusable when they were hashed, bool [inputs]."""
+    """Whether each input of a part was unusable when it was hashed, bool [inputs]."""
     return (hashes == UNUSABLE).all((1, 2))
 
 
 def hashes_path(work: Path, part: int) -> Path:
+    """Path of a part's hashes in the work folder."""
     return work / f"hashes-{part:06d}.npy"
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array that is either whole or absent."""
+    """Write a .npy file atomically: it is either complete or absent."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         np.save(file, array)
@@ -56,7 +58,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def find_duplicates(work: Path, parts: int, by: tuple[str, ...]) -> None:
-    """Write duplicates.npy and starts.npy from the hashes of all parts; does nothing when they are there.
+    """Write duplicates.npy and starts.npy from the hashes of all parts; does nothing if they exist.
 
     Several tasks may do this at once: they write the same bytes.
     """
@@ -72,16 +74,14 @@ def find_duplicates(work: Path, parts: int, by: tuple[str, ...]) -> None:
     for what in (what for what in BY if what in by):
         column = BY.index(what)
         for bucket in range(buckets):
-            _drop_later_ones(work, starts, column, bucket, buckets, dropped)
+            _mark_repeats(work, starts, column, bucket, buckets, dropped)
     save_array(work / "starts.npy", starts)
     save_array(work / "duplicates.npy", dropped)
 
 
-def _drop_later_ones(
-    work: Path, starts: np.ndarray, column: int, bucket: int, buckets: int, dropped: np.ndarray
-) -> None:
-    """Mark in `dropped` whatever repeats an earlier hash of this bucket."""
-    hashes, places = [], []
+def _mark_repeats(work: Path, starts: np.ndarray, column: int, bucket: int, buckets: int, dropped: np.ndarray) -> None:
+    """Mark the inputs that repeat an earlier hash of this bucket in `dropped`, uint8 [inputs]."""
+    hashes, positions = [], []
     for part, start in enumerate(starts[:-1].tolist()):
         both = np.load(hashes_path(work, part), mmap_mode="r")[:, column]
         chosen = both.any(1) & (dropped[start : start + len(both)] == 0)
@@ -89,27 +89,27 @@ def _drop_later_ones(
             chosen &= both[:, 0] % np.uint64(buckets) == bucket
         rows = np.flatnonzero(chosen)
         hashes.append(both[rows])
-        places.append(rows + start)
+        positions.append(rows + start)
     low, high = np.concatenate(hashes).T
-    place = np.concatenate(places)
-    order = np.lexsort((place, high, low))
+    position = np.concatenate(positions)
+    order = np.lexsort((position, high, low))
     low, high = low[order], high[order]
     repeats = np.flatnonzero((low[1:] == low[:-1]) & (high[1:] == high[:-1])) + 1
-    dropped[place[order[repeats]]] = column + 1
+    dropped[position[order[repeats]]] = column + 1
 
 
 def checksum(reasons: np.ndarray | None) -> int | None:
-    """CRC-32 of what duplicates.npy says of a part; None without --deduplicate."""
-    return None if reasons is None else zlib.crc32(np.ascontiguousarray(reasons))
+    """CRC-32 of a part's rows of duplicates.npy; None without --deduplicate."""
+    return None if reasons is None else zlib.crc32(reasons.tobytes())
 
 
 class Duplicates:
-    """Which inputs of a part are duplicates."""
+    """Duplicates among the inputs of each part, from the files that `find_duplicates` wrote."""
 
     def __init__(self, work: Path) -> None:
         self.starts = np.load(work / "starts.npy")
         self.dropped = np.load(work / "duplicates.npy", mmap_mode="r")
 
     def of_part(self, part: int) -> np.ndarray:
-        """uint8 [inputs of the part], as duplicates.npy has them."""
+        """The part's rows of duplicates.npy, uint8 [inputs of the part]."""
         return self.dropped[self.starts[part] : self.starts[part + 1]]

@@ -1,4 +1,4 @@
-"""One document: its pictures read, its texts encoded, the filters applied; or why it is none."""
+"""Read one document: load its images, encode its texts, apply the filters; or give the reason why it is unusable."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from megatron_cm3leon.data.sources import (
     BadInput,
     Entry,
     Filtered,
-    Picture,
     RawDocument,
+    RawImage,
     RawText,
     RawTexts,
-    read_picture,
+    read_image_bytes,
     shorten,
 )  # fmt: skip
-from megatron_cm3leon.tokenizers.images import load_picture, to_pixels
+from megatron_cm3leon.tokenizers.images import load_image, to_pixels
 from megatron_cm3leon.tokenizers.text_cache import TextEncoder
 
 NO_TOKEN = "empty caption: it encodes to no token"
@@ -31,37 +31,37 @@ class Loaded:
     raw: RawDocument
     texts: list[str]
     payloads: list[bytes]
-    """Ids of its texts."""
+    """Ids of its texts, as bytes."""
     pixels: list[torch.Tensor]
     sha256: list[str]
-    """Of its pictures' files."""
+    """SHA-256 of its image files, hexadecimal."""
 
 
-def read_image(picture: Picture) -> tuple[Image.Image, bytes]:
-    """An image as RGB, and the bytes of its file; ValueError says why there is none."""
+def read_image(image: RawImage) -> tuple[Image.Image, bytes]:
+    """An image as RGB, and the bytes of its file; ValueError gives the reason why it cannot be read."""
     try:
-        content = read_picture(picture)
-        return load_picture(content), content
+        content = read_image_bytes(image)
+        return load_image(content), content
     except FileNotFoundError as error:
-        remedy = ": its path has backslashes, where this system has /" if "\\" in picture.name else ""
-        raise ValueError(f"missing picture: {shorten(picture.name, 240)}{remedy}") from error
-    except (ValueError, OSError) as error:  # load_picture turns whatever a decoder raises into ValueError
+        remedy = ": its path has backslashes, where this system has /" if "\\" in image.name else ""
+        raise ValueError(f"missing picture: {shorten(image.name, 240)}{remedy}") from error
+    except (ValueError, OSError) as error:  # load_image converts every error of a decoder to ValueError
         reason = f"{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(f"unreadable picture: {shorten(picture.name, 240)}: {reason}") from error
+        raise ValueError(f"unreadable picture: {shorten(image.name, 240)}: {reason}") from error
 
 
 class DocumentReader:
-    """Reads the pictures of raw documents and applies the filters."""
+    """Reads the images of raw documents and applies the filters."""
 
     def __init__(self, tokenizers, filters: Filters) -> None:
         self.filters, self.size = filters, tokenizers.image.image_size
         self.text = TextEncoder(tokenizers.text, tokenizers.vocabulary.dtype)
 
     def read(self, entry: Entry) -> Loaded | BadInput | Filtered:
-        """Texts as ids and pictures as pixels, or why there are none."""
+        """Texts as ids and images as pixels; or the entry with the reason why it is unusable or not wanted."""
         if not isinstance(entry, RawDocument):
             return entry
-        texts, pictures = entry.texts, entry.pictures
+        texts = entry.texts
         if self.filters.clean_captions:
             texts = list(map(clean_caption, texts))
             if not all(texts):
@@ -70,20 +70,20 @@ class DocumentReader:
         if not all(payloads):
             return BadInput(entry.key, entry.source, NO_TOKEN)
         loaded = Loaded(entry, texts, payloads, [], [])
-        for picture in pictures:
-            fault = self._load_picture(entry, picture, loaded)
+        for image in entry.images:
+            fault = self._load_image(entry, image, loaded)
             if fault:
                 return fault
         return loaded
 
-    def _load_picture(self, entry: RawDocument, picture: Picture, loaded: Loaded) -> BadInput | Filtered | None:
+    def _load_image(self, entry: RawDocument, raw_image: RawImage, loaded: Loaded) -> BadInput | Filtered | None:
         try:
-            image, content = read_image(picture)
+            image, content = read_image(raw_image)
         except ValueError as error:
             return BadInput(entry.key, entry.source, str(error))
-        unwanted = self.filters.find_fault(image.size)
-        if unwanted:
-            return Filtered(unwanted)
+        reason = self.filters.find_fault(image.size)
+        if reason:
+            return Filtered(reason)
         loaded.pixels.append(to_pixels(image, self.size, self.filters.fit))
         loaded.sha256.append(hashlib.sha256(content).hexdigest())
         return None
@@ -94,14 +94,14 @@ def describe_document(loaded: Loaded) -> dict:
     raw = loaded.raw
     row = {"caption": "", "image": "", "source": raw.source, "picture_sha256": "", "extra": raw.extra, "kind": raw.kind}
     if loaded.sha256:
-        row["image"] = "\n".join(picture.name for picture in raw.pictures)
+        row["image"] = "\n".join(image.name for image in raw.images)
         row["picture_sha256"] = "\n".join(loaded.sha256)
         row["caption"] = loaded.texts[0] if raw.kind == "pair" else ""
     return row
 
 
 def describe_texts(texts: RawTexts) -> dict[str, list]:
-    """Rows of texts without pictures, as `describe_document` has them, a column each."""
+    """Rows of texts without images as in `describe_document`, one list per column."""
     empty = [""] * len(texts)
     return {
         "caption": empty,

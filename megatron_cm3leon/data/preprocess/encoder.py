@@ -1,10 +1,11 @@
-"""The inputs of one part -> its shards, in fixed batches, and the account of what was not written."""
+"""The inputs of one part -> its shards, encoded in fixed batches, with counts of the inputs not written."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +23,17 @@ from megatron_cm3leon.data.shards.writer import ShardWriter
 from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawText, RawTexts, Source
 
 SHARD_BYTES = 1 << 30
-"""A part whose tar grows beyond this goes on in another shard."""
-MOST_WAITING = 1024
-"""Documents, most of them without pictures, that wait for a batch of pictures to fill."""
+"""A part whose tar grows beyond this continues in another shard."""
+MAX_WAITING = 1024
+"""Documents, most of them without images, that wait until a batch of images is full."""
+
+LoadTokenizers = Callable[[Path], Any]
+"""Loads a tokenizer folder: tokenizers.folder.Tokenizers, or an object with its `text`, `image` and `vocabulary`."""
 
 
 @dataclass
-class Task:
-    """What every worker is told."""
+class WorkerSettings:
+    """Input, output and options of every worker."""
 
     source: Source
     output: Path
@@ -37,37 +41,43 @@ class Task:
     filters: Filters = field(default_factory=Filters)
     device: str = "cpu"
     tokenizer: Path = Path()
-    load_tokenizers: Callable | None = None
-    """Loads the tokenizer folder; None is tokenizers.folder.Tokenizers.load on the worker's device."""
+    load_tokenizers: LoadTokenizers | None = None
+    """None: tokenizers.folder.Tokenizers.load on the worker's device."""
     deduplicate: bool = False
-    """Whether duplicates.npy says what to leave out."""
+    """Whether the inputs marked in duplicates.npy are skipped."""
 
 
 class PartEncoder:
     """Turns the inputs of one part into its shards."""
 
     def __init__(
-        self, task: Task, tokenizers, reader: DocumentReader, folder: Path, part: int, dropped: np.ndarray | None,
-        advance: Callable[[int], None],
+        self, settings: WorkerSettings, tokenizers, reader: DocumentReader, folder: Path, part: int,
+        dropped: np.ndarray | None, advance: Callable[[int], None],
     ) -> None:  # fmt: skip
-        """`dropped`: uint8 [inputs], what duplicates.npy says of this part; `advance(n)` is told of n inputs done."""
-        self.task, self.tokenizers, self.folder, self.part = task, tokenizers, folder, part
+        """`dropped`: uint8 [inputs], the part's rows of duplicates.npy; `advance(n)` is called after n more inputs."""
+        self.settings, self.tokenizers, self.folder, self.part = settings, tokenizers, folder, part
         self.vocabulary, self.reader, self.dropped, self.advance = tokenizers.vocabulary, reader, dropped, advance
-        self.shards, self.quarantine, self.left_out, self.kinds = [], [], Counter(), Counter()
+        self.shards: list[dict] = []
+        self.quarantine: list[dict] = []
+        self.left_out: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
         self.read = 0
         self.writer: ShardWriter | None = None
         self.break_bytes = np.array(self.vocabulary.break_id, self.reader.text.dtype).tobytes()
 
     def run(self) -> dict:
-        batch, pictures, documents = [], 0, 0
+        """Write the shards; returns the part's record."""
+        batch: list[Loaded | RawTexts] = []
+        images = documents = 0
+        batch_size = self.settings.batch_size
         for item in self._load_inputs():
             batch.append(item)
-            pictures += 0 if isinstance(item, RawTexts) else len(item.pixels)
+            images += 0 if isinstance(item, RawTexts) else len(item.pixels)
             documents += len(item) if isinstance(item, RawTexts) else 1
-            full = pictures >= self.task.batch_size or documents >= max(MOST_WAITING, self.task.batch_size)
-            if full or not pictures:  # without pictures there is nothing to wait for
+            full = images >= batch_size or documents >= max(MAX_WAITING, batch_size)
+            if full or not images:  # without images there is no batch to fill
                 self._write(batch, documents)
-                batch, pictures, documents = [], 0, 0
+                batch, images, documents = [], 0, 0
         self._write(batch, documents)
         self._close_shard()
         return {
@@ -81,72 +91,73 @@ class PartEncoder:
         }
 
     def close(self) -> None:
-        """Leave no file open, also when the run failed."""
+        """Close the open file, if any, also when the run failed."""
         if self.writer:
             self.writer.abandon()
 
     def _load_inputs(self) -> Iterator[Loaded | RawTexts]:
-        """What is to be written; everything else is counted here."""
+        """The inputs to write; all others are counted here."""
         dropped = self.dropped
-        for block in self.task.source.read_blocks(self.part):
-            block = block if isinstance(block, RawTexts) else [block]
-            first, self.read = self.read, self.read + len(block)
+        for item in self.settings.source.read_batches(self.part):
+            entries: RawTexts | list[Entry] = item if isinstance(item, RawTexts) else [item]
+            first, self.read = self.read, self.read + len(entries)
             unknown = dropped is not None and UNKNOWN in dropped[first : self.read]
             if dropped is not None:
-                block = self._without(dropped[first : self.read], block)
-            if isinstance(block, RawTexts) and not self.task.filters.clean_captions:
-                if block:
-                    yield block
+                entries = self._remove_duplicates(dropped[first : self.read], entries)
+            if isinstance(entries, RawTexts) and not self.settings.filters.clean_captions:
+                if entries:
+                    yield entries
                 continue
-            for entry in block:
+            for entry in entries:
                 loaded = self.reader.read(entry)
                 if isinstance(loaded, Loaded):
                     if unknown:
                         raise ValueError(
-                            f"{entry.source} was unusable when duplicates were looked for, and no longer is: run the "
-                            f"same command again (of several tasks, all with --stage hash before --stage encode)."
+                            f"{loaded.raw.source} was unusable when the duplicates were determined, and is usable now: "
+                            f"run the same command again (with several tasks: --stage hash on all of them before "
+                            f"--stage encode)."
                         )
                     yield loaded
                 elif isinstance(loaded, Filtered):
-                    self._leave_out(loaded.reason)
+                    self._skip(loaded.reason)
                 else:
                     self.quarantine.append(loaded.to_dict())
                     self.advance(1)
         if dropped is not None and self.read != len(dropped):
             raise ValueError(
-                f"part {self.part} of the input has {self.read} inputs, but had {len(dropped)} when duplicates were "
-                f"looked for: the input has changed. Start again with --overwrite."
+                f"part {self.part} of the input has {self.read} inputs, but had {len(dropped)} when the duplicates "
+                f"were determined: the input has changed. Start again with --overwrite."
             )
 
-    def _without(self, reasons: np.ndarray, block: RawTexts | list[Entry]) -> RawTexts | list[Entry]:
-        """What of a block is no duplicate; `reasons`, uint8 [inputs], are those of duplicates.npy."""
+    def _remove_duplicates(self, reasons: np.ndarray, entries: RawTexts | list[Entry]) -> RawTexts | list[Entry]:
+        """The entries that are not duplicates; `reasons`, uint8 [inputs], as in duplicates.npy."""
         chosen = (reasons == 0) | (reasons == UNKNOWN)
         for reason in reasons[~chosen].tolist():
-            self._leave_out(REASONS[reason])
-        return block.choose(chosen) if isinstance(block, RawTexts) else list(compress(block, chosen))
+            self._skip(REASONS[reason])
+        return entries.choose(chosen) if isinstance(entries, RawTexts) else list(compress(entries, chosen))
 
-    def _leave_out(self, reason: str) -> None:
+    def _skip(self, reason: str) -> None:
         self.left_out[reason] += 1
         self.advance(1)
 
     def _write(self, batch: list[Loaded | RawTexts], documents: int) -> None:
-        """Append what was loaded in its order, `documents` in all."""
+        """Append the batch in its order; `documents`: documents in it."""
         loaded = [item for item in batch if isinstance(item, Loaded)]
-        pictures = self._encode_pictures([pixels for item in loaded for pixels in item.pixels])
+        images = self._encode_images([pixels for item in loaded for pixels in item.pixels])
         for item in batch:
             if isinstance(item, RawTexts):
                 self._add_texts(item)
                 continue
             texts = iter(item.payloads)
-            payloads = [next(texts if isinstance(part, str) else pictures) for part in item.raw.segments]
+            payloads = [next(texts if isinstance(part, str) else images) for part in item.raw.segments]
             self.kinds[item.raw.kind] += 1
             self._open_writer().add_bytes(item.raw.key, self.break_bytes.join(payloads), describe_document(item))
         self.advance(documents)
 
     def _add_texts(self, texts: RawTexts) -> None:
-        """Append texts as `_write` would one after the other, at a fraction of the cost."""
+        """Append texts; the same result as `_write` for each of them, at a fraction of the cost."""
         payloads = self.reader.text.encode_many(texts.texts)
-        if not all(payloads):  # a text model that normalises drops some characters
+        if not all(payloads):  # a text model that normalizes drops some characters
             empty = texts.choose([not ids for ids in payloads])
             self.quarantine += [BadInput(text.key, text.source, NO_TOKEN).to_dict() for text in empty]
             texts, payloads = texts.choose(list(map(bool, payloads))), list(filter(None, payloads))
@@ -156,7 +167,7 @@ class PartEncoder:
         self._open_writer().add_many(texts.keys, payloads, describe_texts(texts))
 
     def _open_writer(self) -> ShardWriter:
-        """The shard that the next documents go to."""
+        """The shard to which the next documents are appended."""
         if self.writer and self.writer.bytes > SHARD_BYTES:
             self._close_shard()
         if not self.writer:
@@ -165,10 +176,10 @@ class PartEncoder:
         return self.writer
 
     @torch.no_grad()
-    def _encode_pictures(self, pixels: list[torch.Tensor]) -> Iterator[bytes]:
-        """Ids of each picture as bytes, encoded in batches."""
-        for start in range(0, len(pixels), self.task.batch_size):
-            chosen = pixels[start : start + self.task.batch_size]
+    def _encode_images(self, pixels: list[torch.Tensor]) -> Iterator[bytes]:
+        """Ids of each image as bytes, encoded in batches; `pixels`: float32 [3, H, W] each."""
+        for start in range(0, len(pixels), self.settings.batch_size):
+            chosen = pixels[start : start + self.settings.batch_size]
             codes = self.tokenizers.image.encode(torch.stack(chosen))
             assert codes.shape == (len(chosen), self.vocabulary.image_tokens), f"the image tokenizer gave {codes.shape}"
             ids = (codes.cpu().numpy() + self.vocabulary.image_start).astype(self.reader.text.dtype)

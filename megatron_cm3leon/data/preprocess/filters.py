@@ -1,4 +1,4 @@
-"""Which pictures are wanted, how they are brought to size, and caption clean-up."""
+"""Filters of images by size, how images are brought to the tokenizer's size, and caption clean-up."""
 
 import html
 import re
@@ -11,16 +11,16 @@ _SPACE = re.compile(r"\s+")
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """What tools/preprocess_data.py was told about pictures and captions."""
+    """Options of tools/preprocess_data.py for images and captions."""
 
     fit: str = "crop"
-    """crop: the largest centred square; pad: the whole picture on a white square."""
+    """crop: the largest centered square; pad: the whole image on a white square."""
     min_side: int = 0
-    """Smallest length of a picture's shorter side, pixels."""
+    """Minimum length of an image's shorter side, pixels."""
     max_aspect: float = 0.0
-    """Largest ratio of longer to shorter side; 0: any."""
+    """Maximum ratio of longer to shorter side; 0: no limit."""
     clean_captions: bool = False
-    """Whether captions go through `clean_caption`."""
+    """Whether captions are cleaned with `clean_caption`."""
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
@@ -28,10 +28,10 @@ class Filters:
         if self.min_side < 0:
             raise ValueError(f"--min-side ({self.min_side}) must be at least 0 pixels.")
         if self.max_aspect != 0 and not self.max_aspect >= 1:
-            raise ValueError(f"--max-aspect ({self.max_aspect}) must be at least 1, or 0 for any.")
+            raise ValueError(f"--max-aspect ({self.max_aspect}) must be at least 1, or 0 for no limit.")
 
     def to_dict(self) -> dict:
-        """The filters as manifests have them."""
+        """The filters as manifests record them."""
         return {
             "fit": self.fit,
             "min_side": self.min_side,
@@ -40,7 +40,7 @@ class Filters:
         }
 
     def find_fault(self, size: tuple[int, int]) -> str:
-        """Why a picture of this width and height is not wanted; "" when it is."""
+        """Why an image of this width and height is rejected; "" if it is accepted."""
         short, long = sorted(size)
         if short < self.min_side:
             return "picture too small"
@@ -48,5 +48,5 @@ class Filters:
 
 
 def clean_caption(text: str) -> str:
-    """Without HTML (entities resolved, tags dropped), runs of white space as one space, none at the ends."""
+    """`text` with HTML entities resolved, tags removed, runs of white space as one space and none at the ends."""
     return _SPACE.sub(" ", _TAG.sub(" ", html.unescape(text))).strip()

@@ -1,4 +1,4 @@
-"""The end of preprocessing: the parts' records of one or many tasks -> quarantine list and manifest."""
+"""Last step of preprocessing: the parts' records of one or several tasks -> quarantine list and manifest."""
 
 import fcntl
 import json
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_cm3leon.data.preprocess.counts import QUARANTINE, Account, check_bad_share, write_quarantine
+from megatron_cm3leon.data.preprocess.counts import QUARANTINE, InputCounts, check_bad_share, write_quarantine
 from megatron_cm3leon.data.preprocess.dedupe import Duplicates, checksum
 from megatron_cm3leon.data.preprocess.worker import WORK, count_record, record_path
 from megatron_cm3leon.data.shards.reader import MANIFEST, build_manifest, open_shards, shard_files, write_json
@@ -16,34 +16,35 @@ from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 
 def merge(output: str | Path, command: str = "") -> dict:
-    """Join what the tasks wrote into one manifest, and return it, with "already_complete" where it was there.
+    """Write the manifest of the parts that the tasks wrote, and return it; with "already_complete" if it existed.
 
-    Raises ValueError that names what is missing while a part is not done.
+    Raises ValueError with an unfinished part if not all parts are done.
     """
     output = Path(output)
     if (output / MANIFEST).is_file():
         return {**open_shards(output).manifest, "already_complete": True}
     path = output / WORK / "plan.json"
     if not path.is_file():
-        raise ValueError(
-            f"{output} holds no tasks' work to merge; run tools/preprocess_data.py --output {output} first."
-        )
+        raise ValueError(f"{output} holds no parts to merge; run tools/preprocess_data.py --output {output} first.")
     with lock_output(output, shared=False):
         plan = json.loads(path.read_text())
         plan["about"]["command"] = plan["about"]["command"] or command
-        return finish(output, plan)
+        return write_manifest(output, plan)
 
 
 @contextmanager
 def lock_output(output: Path, shared: bool) -> Iterator[None]:
-    """One run at a time in a folder, or several tasks of one (`shared`); the lock goes with the process."""
+    """Lock a folder for one run, or for several tasks of one run (`shared`). The lock ends with the process.
+
+    Raises ValueError if another run holds it.
+    """
     work = output / WORK
     work.mkdir(exist_ok=True)
     with open(work / "lock", "w") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"another run is writing --output {output}; wait for it or end it.") from error
+            raise ValueError(f"another run is writing --output {output}; wait for it to finish, or stop it.") from error
         try:
             yield
         finally:
@@ -51,10 +52,11 @@ def lock_output(output: Path, shared: bool) -> Iterator[None]:
                 shutil.rmtree(work)
 
 
-def finish(output: Path, plan: dict) -> dict:
-    """Check the account of all parts, then write quarantine list and manifest.
+def write_manifest(output: Path, plan: dict) -> dict:
+    """Check the counts of all parts, then write quarantine list and manifest; returns the manifest.
 
-    `plan` is plan.json's content: what the bytes depend on and, under "about", what the manifest tells besides.
+    `plan` is the content of plan.json: the settings that the shards' bytes depend on and, under "about", other facts
+    for the manifest. Raises ValueError if a part is missing or outdated, or if too many inputs are unusable.
     """
     about = plan["about"]
     records = [record_path(output / WORK, part) for part in range(about["parts"])]
@@ -62,25 +64,26 @@ def finish(output: Path, plan: dict) -> dict:
     missing = missing or _find_outdated(output / WORK, plan, records)
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(records)} parts are not done, such as part {missing[0]}; run the tasks that have "
-            f"not ended (of N tasks, part p belongs to task p modulo N), then merge again."
+            f"{len(missing)} of {len(records)} parts are not done, such as part {missing[0]}; finish the remaining "
+            f"tasks (with N tasks, task p modulo N processes part p), then merge again."
         )
-    account, shards, kinds, read = Account(), [], Counter(), 0
+    counts, shards, read = InputCounts(), [], 0
+    kinds: Counter[str] = Counter()
     for path in records:
         record = json.loads(path.read_text())
         _check_files(output, record["shards"])
-        account.add(count_record(record))
-        account.reasons.update(bad["reason"].split(":")[0] for bad in record["quarantine"])
+        counts.add(count_record(record))
+        counts.reasons.update(bad["reason"].split(":")[0] for bad in record["quarantine"])
         kinds.update(record["kinds"])
         shards += record["shards"]
         read += record["read"]
-    assert account.read == read, f"{read} inputs were read, the account has {account.read}"
+    assert counts.read == read, f"{read} inputs were read, the counts add up to {counts.read}"
     write_quarantine(output, records)
-    check_bad_share(account.quarantined, account.read, about["max_bad_fraction"], output)
-    if not account.written:
+    check_bad_share(counts.quarantined, counts.read, about["max_bad_fraction"], output)
+    if not counts.written:
         raise ValueError(
-            f"none of the {account.read} inputs was written: {account.duplicates} duplicates, {account.filtered} "
-            f"filtered, {account.quarantined} unusable ({output / QUARANTINE} lists these)."
+            f"none of the {counts.read} inputs could be written: {counts.duplicates} duplicates, {counts.filtered} "
+            f"filtered, {counts.quarantined} unusable ({output / QUARANTINE} lists them)."
         )
     manifest = build_manifest(
         Vocabulary.from_dict(about["vocabulary"]),
@@ -88,7 +91,7 @@ def finish(output: Path, plan: dict) -> dict:
         kinds=dict(sorted(kinds.items())),
         image_size=about["image_size"],
         input=about["input"],
-        accounts=account.to_dict(),
+        accounts=counts.to_dict(),
         command=about["command"],
         options={
             **{name: value for name, value in plan.items() if name != "about"},
@@ -101,7 +104,7 @@ def finish(output: Path, plan: dict) -> dict:
 
 
 def _find_outdated(work: Path, plan: dict, records: list[Path]) -> list[int]:
-    """Parts that were written before the duplicates were looked for again."""
+    """Parts that were written before the duplicates were determined again."""
     if not plan.get("deduplicate"):
         return []
     if not (work / "duplicates.npy").is_file():
@@ -116,5 +119,6 @@ def _check_files(output: Path, shards: list[dict]) -> None:
         for path in shard_files(output, shard["name"]):
             if not path.is_file() or path.stat().st_size != shard["files"][path.name]["bytes"]:
                 raise ValueError(
-                    f"{path} is missing or not as it was written; run the task of its part again, then merge."
+                    f"{path} is missing or was changed after it was written; run the task of its part again, then "
+                    f"merge."
                 )

@@ -1,7 +1,7 @@
-"""Texts, images and pairs of a raw corpus, for what is trained on them: the tokenizers and CLIP.
+"""Texts, images and pairs of a raw corpus, to train the tokenizers and CLIP on.
 
-Every format of `open_source` is read. What cannot be used is skipped, counted and reported with its reasons; an input
-that makes no document (an image without a caption) still gives what is needed of it.
+Every format of `open_source` is read. Inputs that cannot be used are skipped, counted and reported with their reasons.
+An input that is not a complete document (an image without a caption) still yields the usable part of it.
 """
 
 import argparse
@@ -16,60 +16,60 @@ from megatron_cm3leon.data.preprocess.document_reader import read_image
 from megatron_cm3leon.data.preprocess.reasons import Reasons
 from megatron_cm3leon.data.sources import (
     FORMATS,
-    PICTURE_ENDINGS,
+    IMAGE_ENDINGS,
     BadInput,
     Entry,
     Fields,
     Filtered,
     FolderSource,
-    Picture,
+    RawImage,
     RawPair,
     RawTexts,
     open_source,
 )  # fmt: skip
 from megatron_cm3leon.data.sources.documents import decode_text
-from megatron_cm3leon.data.sources.files import find_kind, join, list_folder, make_absolute, read_file
+from megatron_cm3leon.data.sources.files import find_path_kind, list_folder, make_absolute, read_file, resolve_name
 
 _PART_SIZE = 4096
 _CONTENT_BYTES = 4_000_000_000
-"""Bytes of images inside tars, Parquet files and lines that are kept in memory."""
+"""Maximum bytes of images from tars, Parquet files and JSON Lines that are kept in memory."""
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `RawInputs.open` takes, as tools/preprocess_data.py has them."""
+    """Add the options that `RawInputs.open` reads, the same as in tools/preprocess_data.py."""
     add = parser.add_argument
     add("--input", type=user_path, required=True, nargs="+", help="files of one format, or one folder; paths or URLs")
-    add("--format", choices=FORMATS, default="auto", help="of the input; auto goes by names' endings")
-    add("--image-field", default="", help='field or column of the image (else "image", "jpg" ...)')
-    add("--caption-field", default="", help='field or column of the caption (else "caption", "txt")')
+    add("--format", choices=FORMATS, default="auto", help="format of the input; auto: by the file extensions")
+    add("--image-field", default="", help='field or column of the image (default: "image", "jpg" ...)')
+    add("--caption-field", default="", help='field or column of the caption (default: "caption", "txt")')
 
 
 class RawInputs:
-    """A raw corpus, read for one purpose."""
+    """A raw corpus of which the texts, the images or the pairs are read."""
 
     def __init__(
         self, inputs: str | Path | Sequence[str | Path], form: str = "auto", fields: Fields = Fields(),  # noqa: B008
         part: str = "pairs",
     ) -> None:  # fmt: skip
-        """`part`: texts, images or pairs, what will be read; ValueError where there is nothing to read."""
+        """`part`: which of texts, images or pairs will be read. Raises ValueError if there is no input."""
         inputs = [inputs] if isinstance(inputs, str | Path) else list(inputs)
         if form == "auto" and len(inputs) == 1:
             form = _choose_form(str(inputs[0]), part)
         self.name = f"--input {inputs[0]}{' ...' if len(inputs) > 1 else ''}"
         self.source = open_source(inputs, _PART_SIZE, form, fields)
         self.read = 0
-        """Inputs so far."""
+        """Inputs read so far."""
         self.reasons = Reasons()
         """Why inputs were skipped."""
 
     @classmethod
     def open(cls, arguments: argparse.Namespace, part: str) -> "RawInputs":
-        """What `add_input_options` were given."""
+        """Open the inputs given by the options of `add_input_options`."""
         fields = Fields(arguments.image_field, arguments.caption_field)
         return cls(arguments.input, arguments.format, fields, part)
 
     def texts(self) -> Iterator[str]:
-        """Every text and caption; ValueError where there is none."""
+        """Every text and caption; ValueError if there are none."""
         found = False
         for entry in self._entries():
             texts = entry.texts if isinstance(entry, RawTexts) else self._texts_of(entry)
@@ -79,25 +79,27 @@ class RawInputs:
         if not found:
             raise self.explain_none("text")
 
-    def images(self, kept_bytes: int = _CONTENT_BYTES) -> list[Picture]:
-        """Every image, as its path or its content; ValueError where there is none.
+    def images(self, kept_bytes: int = _CONTENT_BYTES) -> list[RawImage]:
+        """Every image, as its path or its content; ValueError if there are none.
 
-        Of those inside tars, Parquet files and lines an even share stays, `kept_bytes` at most.
+        Of the images inside tars, Parquet files and JSON Lines, every n-th is kept, at most `kept_bytes` in total.
         """
-        found, inside, size, every, number = [], [], 0, 1, 0
-        for picture in self._images():
-            if picture.content is None:
-                found.append(picture)
+        found: list[RawImage] = []
+        inside: list[RawImage] = []
+        size, every, number = 0, 1, 0
+        for image in self._images():
+            if image.content is None:
+                found.append(image)
                 continue
             if number % every == 0:
-                inside.append(picture)
-                size += len(picture.content)
+                inside.append(image)
+                size += len(image.content)
             number += 1
             while size > kept_bytes and len(inside) > 1:
                 inside, every = inside[::2], every * 2
-                size = sum(len(picture.content) for picture in inside)
+                size = sum(len(image.content or b"") for image in inside)
         if number > len(inside):
-            reason = "more images than fit into memory: an even share of them is used"
+            reason = "more images than fit into memory: every n-th of them is used"
             self.reasons.add_many(reason, number - len(inside))
         if not (found or inside):
             raise self.explain_none("image")
@@ -111,17 +113,17 @@ class RawInputs:
                 yield entry
 
     def explain_skipped(self) -> str:
-        """How many inputs were skipped and why, as a sentence; "" where none was."""
+        """How many inputs were skipped and why, as a sentence; "" if none were."""
         return f"{self.reasons.total} of {self.read} inputs were skipped: {self.reasons}." if self.reasons else ""
 
     def explain_none(self, what: str) -> ValueError:
-        """The error of an input in which no `what` can be used."""
+        """The error for an input without any usable `what` (text or image)."""
         hint = f" {self.reasons.hint}" if self.reasons.hint else ""
         return ValueError(f"{self.name}: no {what} in its {self.read} inputs: {self.reasons or 'all empty'}.{hint}")
 
     def _entries(self) -> Iterator[Entry | RawTexts]:
         for part in range(self.source.parts):
-            yield from self.source.read_blocks(part)
+            yield from self.source.read_batches(part)
 
     def _count(self, entry: Entry | RawTexts, used: bool, reason: str) -> None:
         inputs = len(entry) if isinstance(entry, RawTexts) else 1
@@ -135,55 +137,56 @@ class RawInputs:
         texts = [segment for segment in entry.segments if isinstance(segment, str)]
         if isinstance(entry, BadInput) and isinstance(self.source, FolderSource) and entry.source.endswith(".txt"):
             try:  # a caption without an image
-                texts = [decode_text(read_file(join(self.source.folder, entry.source)), entry.source)]
+                texts = [decode_text(read_file(resolve_name(self.source.folder, entry.source)), entry.source)]
             except (OSError, ValueError):
                 return []
         return [text for text in texts if text.strip()]
 
-    def _images(self) -> Iterator[Picture]:
-        if isinstance(self.source, FolderSource):  # whatever captions there are
+    def _images(self) -> Iterator[RawImage]:
+        if isinstance(self.source, FolderSource):  # with or without captions
             for name in sorted(self.source.names, key=lambda name: name.split("/")):
-                used = name.lower().endswith(PICTURE_ENDINGS)
+                used = name.lower().endswith(IMAGE_ENDINGS)
                 self._count(BadInput(name, name, "no image beside a caption"), used, "")
                 if used:
-                    yield Picture(name, join(self.source.folder, name))
+                    yield RawImage(name, resolve_name(self.source.folder, name))
             return
         for entry in self._entries():
             segments = getattr(entry, "segments", ())
-            pictures = [segment for segment in segments if isinstance(segment, Picture)]
-            self._count(entry, bool(pictures), "no image")
-            yield from pictures
+            images = [segment for segment in segments if isinstance(segment, RawImage)]
+            self._count(entry, bool(images), "no image")
+            yield from images
 
 
 class ImageLoader:
-    """Reads images, and keeps the reasons of those that cannot be read."""
+    """Reads images and records the reasons why some cannot be read."""
 
     def __init__(self) -> None:
         self.unreadable: dict[str, str] = {}
         """Reason by name."""
 
-    def __call__(self, picture: Picture) -> Image.Image:
-        """An image as RGB; ValueError says why there is none."""
+    def __call__(self, image: RawImage) -> Image.Image:
+        """An image as RGB; ValueError gives the reason why it cannot be read."""
         try:
-            return read_image(picture)[0]
+            return read_image(image)[0]
         except ValueError as error:
-            self.unreadable[picture.name] = str(error)
+            self.unreadable[image.name] = str(error)
             raise
 
     def add_to(self, reasons: Reasons) -> None:
+        """Add the recorded reasons to `reasons`."""
         for name in sorted(self.unreadable):  # threads read in any order
             reasons.add(self.unreadable[name])
 
 
 def _choose_form(path: str, part: str) -> str:
-    """A folder in which only images, or only texts, count needs no pairs."""
+    """Format of a folder of which only the images or only the texts are used: it may hold no pairs."""
     path = make_absolute(os.path.expanduser(path))
-    if find_kind(path) != "folder":
+    if find_path_kind(path) != "folder":
         return "auto"
     names = [name.lower() for name in list_folder(path)]
     if any(name.endswith((".tar", ".parquet")) for name in names):
         return "auto"
-    images = any(name.endswith(PICTURE_ENDINGS) for name in names)
+    images = any(name.endswith(IMAGE_ENDINGS) for name in names)
     if part == "images" and images:
         return "folder"
     return "texts" if part == "texts" and not images and any(name.endswith(".txt") for name in names) else "auto"

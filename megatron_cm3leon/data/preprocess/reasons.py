@@ -1,4 +1,4 @@
-"""Why inputs were not used: counts of reasons, for messages."""
+"""Counts of the reasons why inputs were not used, for messages."""
 
 import re
 from collections import Counter
@@ -7,8 +7,11 @@ from megatron_cm3leon.data.sources.embedded import shorten
 
 _SHOWN = 3
 _HINTS = (
-    ('field ".*" is missing', "If image and caption have other names, give --image-field and --caption-field."),
-    ("missing picture", "Paths of images are relative to the file that names them."),
+    (
+        'field ".*" is missing',
+        "If image and caption have other names, give --image-field and --caption-field.",
+    ),
+    ("missing picture", "Paths of images are relative to the file that lists them."),
 )
 
 
@@ -20,10 +23,11 @@ class Reasons:
         self._first: dict[str, str] = {}
 
     def add(self, reason: str) -> None:
+        """Add one input with this `reason`."""
         self.add_many(reason, 1)
 
     def add_many(self, reason: str, count: int) -> None:
-        """Count `reason` for as many inputs."""
+        """Add `count` inputs with this `reason`."""
         group, _, detail = reason.partition(":")
         self.counts[group] += count
         self._first.setdefault(group, detail.strip())
@@ -33,10 +37,11 @@ class Reasons:
 
     @property
     def total(self) -> int:
+        """Inputs in total."""
         return self.counts.total()
 
     def __str__(self) -> str:
-        """The commonest reasons, such as `12 x missing picture (the first: images/0.jpg)`."""
+        """The most common reasons, such as `12 x missing picture (the first: images/0.jpg)`."""
         shown = [self._describe(group, count) for group, count in self.counts.most_common(_SHOWN)]
         rest = len(self.counts) - _SHOWN
         return "; ".join(shown) + (f"; and {rest} other reasons" if rest > 0 else "")
@@ -47,7 +52,7 @@ class Reasons:
 
     @property
     def hint(self) -> str:
-        """What helps against the commonest reason: a sentence, or nothing."""
+        """A remedy for the most common reason: a sentence, or ""."""
         for group, _ in self.counts.most_common(1):
             return next((hint for pattern, hint in _HINTS if re.match(pattern, group)), "")
         return ""

@@ -1,17 +1,17 @@
-"""Shards: tokenised documents in plain WebDataset tars (shard_writer.py), and the reader of a folder of them.
+"""Shards: tokenized documents in plain WebDataset tars (written by writer.py), and the reader of a folder of them.
 
     shards/manifest.json              vocabulary, counts, checksums, the command and its options
-    shards/shard-000000-000.tar       one member <key>.tokens.npy a document (uint16, or uint32)
-    shards/shard-000000-000.idx.npy   (offset u64, tokens u32, crc32 u32) a document
+    shards/shard-000000-000.tar       one member <key>.tokens.npy per document (uint16, or uint32)
+    shards/shard-000000-000.idx.npy   (offset u64, tokens u32, crc32 u32) per document
     shards/shard-000000-000.parquet   key, caption, image, source, picture_sha256, extra, kind
 
-`offset` is where a document's first token stands in the tar (behind the .npy header); the crc is over the token bytes
-and is compared when a process reads a document for the first time. A document's number is its place in manifest order.
-A pair is stored as text ids, <break>, image ids; a text as its ids; an interleaved document as its texts and
-pictures in their order with <break> between them. No document holds </s>.
+`offset` is the position of a document's first token in the tar, in bytes (after the .npy header). The crc32 is over the
+token bytes and is checked when a process reads a document for the first time. Documents are numbered in the order of
+the manifest. A pair is stored as text ids, <break>, image ids; a text as its ids; an interleaved document as its texts
+and images in their order, separated by <break>. No document holds </s>.
 
-`caption` is a pair's alone: the ids of other texts decode to them exactly. Names and checksums of an interleaved
-document's pictures stand one a line.
+`caption` is set for pairs only: other texts can be decoded from their ids exactly. Names and checksums of the images of
+an interleaved document are separated by newlines.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ _OPEN_FILES_KEPT_FREE = 256
 
 
 def split_segments(ids: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
-    """Segments of a document: what stands between its <break>s."""
+    """Segments of a document: its ids [tokens] split at each <break>, without the <break>s."""
     breaks = np.flatnonzero(ids == vocabulary.break_id)
     starts, ends = np.append(0, breaks + 1), np.append(breaks, len(ids))
     return [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
@@ -62,7 +62,7 @@ def shard_files(folder: Path, name: str) -> list[Path]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file that is either whole or absent, and on the disk when this returns."""
+    """Write a JSON file atomically: it is complete or absent, and on the disk when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -72,7 +72,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def build_manifest(vocabulary: Vocabulary, shards: list[dict], **others) -> dict:
-    """The manifest's content, sealed; `others` are the writer's own fields (accounts, command, options ...)."""
+    """The content of a manifest with its SHA-256; `others`: further fields (accounts, command, options ...)."""
     manifest = {
         "format": FORMAT,
         "content_sha256": hash_content(vocabulary.hash, shards),
@@ -86,28 +86,31 @@ def build_manifest(vocabulary: Vocabulary, shards: list[dict], **others) -> dict
 
 
 def seal(content: dict) -> dict:
-    """The content of a JSON file with the SHA-256 of the rest of it under "sha256"."""
+    """The content of a JSON file with the SHA-256 of its other fields under "sha256"."""
     rest = json.dumps({name: content[name] for name in content if name != "sha256"}, sort_keys=True)
     return content | {"sha256": hashlib.sha256(rest.encode()).hexdigest()}
 
 
 def check_seal(path: Path, content: dict) -> None:
-    """ValueError where a file's content is not what was sealed; older files have no seal."""
+    """ValueError if a file's content does not match its "sha256"; older files have none."""
     if "sha256" in content and seal(content) != content:
-        raise ValueError(f"{path} is damaged: it does not match its SHA-256. Restore it, or make the folder again.")
+        raise ValueError(f"{path} is damaged: it does not match its SHA-256. Restore it, or create the folder again.")
 
 
 def hash_content(vocabulary_hash: str, shards: list[dict]) -> str:
     """Identity of documents and their metadata, from a manifest's entries: SHA-256, hexadecimal.
 
-    Shards made again elsewhere, by another command line or another number of workers or tasks, keep it.
+    It is the same for shards written again elsewhere, by a different command line or number of workers or tasks.
     """
     checksums = [file["sha256"] for entry in shards for file in entry["files"].values()]
     return hashlib.sha256("\n".join([vocabulary_hash, *checksums]).encode()).hexdigest()
 
 
 class Corpus:
-    """Documents of a shard folder, by number; memory-mapped, safe to fork and to pickle."""
+    """Documents of a shard folder, by number; memory-mapped, safe to fork and to pickle.
+
+    Raises ValueError if the folder is incomplete or does not match its manifest.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -120,7 +123,7 @@ class Corpus:
         self.documents = int(self._starts[-1])
         self.lengths = np.concatenate([index["tokens"] for index in self._indexes])
         """Tokens of each document, uint32."""
-        self._checked = np.zeros(self.documents // 8 + 1, np.uint8)  # one bit a document: its crc was compared
+        self._checked = np.zeros(self.documents // 8 + 1, np.uint8)  # one bit per document: its crc was checked
         self._checked_metadata: set[int] = set()
         self._files: dict[int, int] = {}
         weakref.finalize(self, _close_files, self._files)
@@ -128,61 +131,62 @@ class Corpus:
         self._map_limit = _raise_open_files(2 * len(self.shards)) // 2
         if self.documents != self.manifest["documents"]:
             raise _mismatch(
-                self.folder, f"it counts {self.manifest['documents']} documents, the files {self.documents}"
+                self.folder, f"it lists {self.manifest['documents']} documents, the index files {self.documents}"
             )
 
-    def __reduce__(self):
+    def __reduce__(self) -> "tuple[type[Corpus], tuple[str]]":
         return Corpus, (str(self.folder),)
 
     @property
     def identity(self) -> str:
-        """Hash of the documents and their order: vocabulary and checksum of every shard."""
+        """Hash of the documents and their order: SHA-256 of the vocabulary and the checksum of every shard."""
         parts = [self.vocabulary.hash, *(entry["sha256"] for entry in self.shards)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def read(self, number: int) -> np.ndarray:
-        """Ids of a document (read-only view of the file, uint16 or uint32), its crc compared.
+        """Ids of a document (read-only view of the file, uint16 or uint32), after checking its crc32.
 
-        Raises ValueError that names shard and document when the bytes are not those written.
+        Raises ValueError with shard and document if the bytes are damaged, IndexError if there is no such document.
         """
         shard, row, offset, tokens, crc = self._locate(number)
         ids = self._map(shard)[1][offset : offset + tokens * self.dtype.itemsize]
-        if zlib.crc32(ids) != crc:
+        if zlib.crc32(ids.data) != crc:
             raise self._damaged(shard, row)
         return ids.view(self.dtype)
 
     def read_into(self, numbers: np.ndarray, out: np.ndarray, starts: np.ndarray) -> None:
-        """Read documents `numbers` (int64) to where each starts in `out`, which is of the shards' dtype.
+        """Read documents `numbers` (int64) into `out` (of the shards' dtype), each at its index in `starts` (int64).
 
-        Reads the files rather than their maps: half the time where a page is touched for the first time. The crc of
-        each is compared the first time that this process reads it. Raises as `read`, and for a file cut short.
+        Reads the files instead of their memory maps, which halves the time if a page is touched for the first time. The
+        crc32 of each document is checked the first time that this process reads it. Raises as `read`, and for a
+        truncated file.
         """
         bits = np.left_shift(1, numbers & 7).astype(np.uint8)
         checked = (self._checked[numbers >> 3] & bits).tolist()
-        size, memory, files = self.dtype.itemsize, memoryview(out).cast("B"), self._files
-        places = (starts * size).tolist()
-        for (shard, row, offset, tokens, crc), known, place in zip(
-            self._locate_many(numbers), checked, places, strict=True
+        size, memory, files = self.dtype.itemsize, out.data.cast("B"), self._files
+        targets = (starts * size).tolist()
+        for (shard, row, offset, tokens, crc), known, target in zip(
+            self._locate_many(numbers), checked, targets, strict=True
         ):
-            part = memory[place : place + tokens * size]
+            part = memory[target : target + tokens * size]
             found = os.preadv(files[shard] if shard in files else self._open(shard), (part,), offset)
             if found != len(part) or (not known and zlib.crc32(part) != crc):
                 raise self._damaged(shard, row)
         np.bitwise_or.at(self._checked, numbers >> 3, bits)
 
     def metadata(self, columns: list[str] | None = None) -> pa.Table:
-        """Metadata of all documents in their order; `columns` chooses among METADATA_SCHEMA's."""
+        """Metadata of all documents in their order; `columns`: names from METADATA_SCHEMA, None for all."""
         paths = [self.metadata_file(shard) for shard in range(len(self.shards))]
         return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
 
     def metadata_row(self, number: int) -> dict:
-        """Metadata of one document; reads its shard's file alone."""
+        """Metadata of one document; reads only the file of its shard."""
         shard, row, *_ = self._locate(number)
         path = self.metadata_file(shard)
         return pq.read_table(path, memory_map=True).slice(row, 1).to_pylist()[0]
 
     def metadata_file(self, shard: int) -> Path:
-        """Path of a shard's Parquet file, its SHA-256 compared once a process; ValueError when it is damaged."""
+        """Path of a shard's Parquet file; its SHA-256 is checked once per process. ValueError if it is damaged."""
         name = f"{self.shards[shard]['name']}.parquet"
         path = self.folder / name
         if shard not in self._checked_metadata:
@@ -192,14 +196,14 @@ class Corpus:
         return path
 
     def prefetch(self, numbers: np.ndarray) -> None:
-        """Ask the kernel to read documents (int64) ahead; a hint that changes nothing else."""
+        """Let the kernel read documents `numbers` (int64) ahead; only a hint."""
         size, files = self.dtype.itemsize, self._files
         for shard, _, offset, tokens, _ in self._locate_many(numbers):
             file = files[shard] if shard in files else self._open(shard)
             os.posix_fadvise(file, offset, tokens * size, os.POSIX_FADV_WILLNEED)
 
     def _locate_many(self, numbers: np.ndarray) -> list[tuple[int, int, int, int, int]]:
-        """`_locate` of many documents, which exist."""
+        """`_locate` for many documents, which must exist."""
         shards = np.searchsorted(self._starts, numbers, "right") - 1
         rows = numbers - self._starts[shards]
         indexes = self._indexes
@@ -208,6 +212,7 @@ class Corpus:
         ]
 
     def _locate(self, number: int) -> tuple[int, int, int, int, int]:
+        """Shard, row in the shard, and (offset, tokens, crc32) of a document."""
         if not 0 <= number < self.documents:
             raise IndexError(f"document {number} is outside 0..{self.documents - 1} of {self.folder}")
         shard = int(np.searchsorted(self._starts, number, "right")) - 1
@@ -217,12 +222,12 @@ class Corpus:
     def _damaged(self, shard: int, row: int) -> ValueError:
         name = self.shards[shard]["name"]
         index = self.folder / f"{name}.idx.npy"
-        which = f"its bytes do not match their crc32 in {index.name}"
+        cause = f"its bytes do not match their crc32 in {index.name}"
         if sha256_file(index) != self.shards[shard]["files"][index.name]["sha256"]:
-            which = f"{index.name} does not match its SHA-256"
+            cause = f"{index.name} does not match its SHA-256"
         return ValueError(
-            f"document {self._starts[shard] + row} (row {row} of {self.folder / name}.tar) is damaged: {which}. "
-            f"Copy this shard again, or write the folder again with tools/preprocess_data.py --overwrite."
+            f"document {self._starts[shard] + row} (row {row} of {self.folder / name}.tar) is damaged: {cause}. "
+            f"Copy this shard again, or preprocess the data again with tools/preprocess_data.py --overwrite."
         )
 
     def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
@@ -231,12 +236,12 @@ class Corpus:
             if len(self._maps) >= self._map_limit:
                 del self._maps[next(iter(self._maps))]
             with open(self.folder / f"{self.shards[shard]['name']}.tar", "rb") as file:
-                whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            mapped = self._maps[shard] = whole, np.frombuffer(whole, np.uint8)
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = self._maps[shard] = content, np.frombuffer(content, np.uint8)
         return mapped
 
     def _open(self, shard: int) -> int:
-        """File descriptor of a shard's tar; the oldest is closed where there are too many."""
+        """File descriptor of a shard's tar; the oldest one is closed if too many are open."""
         if len(self._files) >= self._map_limit:
             os.close(self._files.pop(next(iter(self._files))))
         path = self.folder / f"{self.shards[shard]['name']}.tar"
@@ -244,8 +249,8 @@ class Corpus:
             file = self._files[shard] = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise ValueError(
-                f"{path} cannot be opened: {error.strerror}; it was there when the run began. See that the file system "
-                f"is mounted on {platform.node()} and start the same command again."
+                f"{path} cannot be opened: {error.strerror}; it existed when the run started. Check that the file "
+                f"system is mounted on {platform.node()} and start the same command again."
             ) from error
         return file
 
@@ -259,13 +264,13 @@ class Corpus:
                 raise _mismatch(self.folder, f"{path.name} has {size} bytes instead of {expected}")
         try:
             index = np.load(self.folder / f"{entry['name']}.idx.npy", mmap_mode="r", allow_pickle=False)
-        except (ValueError, SyntaxError, TokenError) as error:  # as numpy reports a header that it cannot parse
+        except (ValueError, SyntaxError, TokenError) as error:  # raised by numpy for a damaged header
             raise _mismatch(self.folder, f"{entry['name']}.idx.npy is unreadable ({error})") from error
         tar_bytes = entry["files"][f"{entry['name']}.tar"]["bytes"]
         if index.dtype != INDEX_DTYPE or len(index) != entry["documents"]:
             raise _mismatch(self.folder, f"{entry['name']}.idx.npy does not list {entry['documents']} documents")
         if (tokens := int(index["tokens"].sum(dtype=np.uint64))) != entry["tokens"]:
-            # The layout of every block depends on the lengths: it must not change before the document is read.
+            # The layout of every sequence depends on the lengths: an error must be found before documents are read.
             raise _mismatch(self.folder, f"{entry['name']}.idx.npy counts {tokens} tokens instead of {entry['tokens']}")
         if (index["offset"] + index["tokens"] * np.uint64(self.dtype.itemsize)).max() > tar_bytes:
             raise _mismatch(self.folder, f"{entry['name']}.idx.npy points beyond the end of its tar")
@@ -273,7 +278,7 @@ class Corpus:
 
 
 def open_shards(folder: str | Path) -> Corpus:
-    """Open a folder that tools/preprocess_data.py wrote; ValueError when it is not whole."""
+    """Open a folder that tools/preprocess_data.py wrote; ValueError if it is incomplete."""
     return Corpus(folder)
 
 
@@ -283,12 +288,12 @@ def _close_files(files: dict[int, int]) -> None:
 
 
 def load_manifest(folder: Path) -> dict:
-    """Read and check a shard folder's manifest; ValueError where there is none, or another format's."""
+    """Read and check the manifest of a shard folder; ValueError if there is none or it has an unknown format."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
             f"no shards at {folder}: it has no {MANIFEST}, which is written last. Run tools/preprocess_data.py "
-            f"with --output {folder} (again: it finishes what is missing)."
+            f"with --output {folder} (again, if it was interrupted)."
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -296,24 +301,24 @@ def load_manifest(folder: Path) -> dict:
         manifest["vocabulary"], manifest["documents"], manifest["shards"][0]["files"]
         names = [entry["name"] for entry in manifest["shards"]]
     except (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no manifest of shards ({type(error).__name__}: {error}).") from error
+        raise ValueError(f"{path} is not a valid manifest of shards ({type(error).__name__}: {error}).") from error
     check_seal(path, manifest)
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}; this version reads format {FORMAT}. Preprocess the data again.")
     if any(Path(name).name != name for name in names):
-        raise ValueError(f"{path} names a shard outside its own folder.")
+        raise ValueError(f"{path} refers to a shard outside its folder; preprocess the data again.")
     return manifest
 
 
 def _mismatch(folder: Path, what: str) -> ValueError:
     return ValueError(
-        f"the shards at {folder} do not match their {MANIFEST}: {what}. Copy the folder again, or write it again "
-        f"with tools/preprocess_data.py --overwrite."
+        f"the shards at {folder} do not match their {MANIFEST}: {what}. Copy the folder again, or preprocess the data "
+        f"again with tools/preprocess_data.py --overwrite."
     )
 
 
 def _raise_open_files(shards: int) -> int:
-    """File descriptors that shards may hold at once (a map holds one too); asks for as many as allowed."""
+    """File descriptors that shards may use (a memory map uses one, too); raises the process limit as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = shards + _OPEN_FILES_KEPT_FREE
     if soft != resource.RLIM_INFINITY and soft < wanted:

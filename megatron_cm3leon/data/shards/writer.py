@@ -1,4 +1,4 @@
-"""ShardWriter: documents -> one shard, in the form that shards.py describes and reads."""
+"""ShardWriter: documents -> one shard, in the format that reader.py describes and reads."""
 
 import hashlib
 import io
@@ -15,14 +15,14 @@ from megatron_cm3leon.data.shards.reader import INDEX_DTYPE, METADATA_SCHEMA, sh
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 _REPEATING = ["caption", "image", "picture_sha256", "extra", "kind"]
-"""Columns of which a text corpus has one value; key and source differ in every row."""
+"""Columns that have the same value in all rows of a text corpus; key and source differ in every row."""
 _TAR_BLOCK, _TAR_RECORD = 512, 10240
 _BUFFER_BYTES = 1 << 20
 _NPY_HEADER = 128
 
 
 class ShardWriter:
-    """Writes one shard: tar, index and metadata. The bytes depend on the documents alone."""
+    """Writes one shard: tar, index and metadata. The bytes depend only on the documents."""
 
     def __init__(self, folder: Path, name: str, vocabulary: Vocabulary) -> None:
         self.folder, self.name, self.vocabulary = folder, name, vocabulary
@@ -31,24 +31,25 @@ class ShardWriter:
         """Size of the tar so far."""
         self._indexes: list[np.ndarray] = []
         self._columns: dict[str, list] = {name: [] for name in METADATA_SCHEMA.names}
-        self._keys, self._payloads = [], []
-        """Documents that wait to be written."""
+        self._keys: list[str] = []
+        self._payloads: list[bytes] = []
+        """Keys and ids of the documents that are not written yet."""
         self._written, self._digest = 0, hashlib.sha256()
         self._file = open(folder / f"{name}.tar", "wb")  # noqa: SIM115 (closed by `close`)
 
     def add(self, key: str, ids: np.ndarray, metadata: dict) -> None:
-        """Append a document; `metadata` has METADATA_SCHEMA's fields except the key."""
+        """Append a document; `metadata` has the fields of METADATA_SCHEMA except the key."""
         ids = np.asarray(ids)
-        assert ids.ndim == 1 and len(ids), f"document {key} is not a row of ids"
+        assert ids.ndim == 1 and len(ids), f"the ids of document {key} are not a non-empty row"
         assert ids.min() >= 0 and ids.max() < self.vocabulary.size, f"document {key} has ids outside the vocabulary"
         self.add_bytes(key, np.ascontiguousarray(ids, self.dtype).tobytes(), metadata)
 
     def add_bytes(self, key: str, payload: bytes, metadata: dict) -> None:
-        """Append a document whose ids are given as bytes of the shards' type."""
+        """Append a document whose ids are given as bytes of the shards' dtype."""
         self.add_many([key], [payload], {name: [metadata.get(name)] for name in self._columns})
 
     def add_many(self, keys: list[str], payloads: list[bytes], metadata: dict[str, list]) -> None:
-        """Append documents; `metadata` has a list a field, as long as `keys`."""
+        """Append documents; `metadata` has one list per field, as long as `keys`."""
         assert all(payloads), f"document {keys[payloads.index(b'')]} has no ids"
         self._keys += keys
         self._payloads += payloads
@@ -60,7 +61,7 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        """Write the documents that wait: many headers at once cost a fraction of one after the other."""
+        """Write the waiting documents: many headers at once take a fraction of the time of single ones."""
         if not self._keys:
             return
         content, offsets = pack_members(self._keys, self._payloads, self.dtype)
@@ -69,11 +70,11 @@ class ShardWriter:
         index["tokens"] = [len(payload) // self.dtype.itemsize for payload in self._payloads]
         index["crc32"] = list(map(zlib.crc32, self._payloads))
         self._indexes.append(index)
-        self._write(content)
+        self._write(content.data)
         self._keys, self._payloads = [], []
         assert self._written == self.bytes, f"{self._written} bytes of {self.name}.tar instead of {self.bytes}"
 
-    def _write(self, content) -> None:
+    def _write(self, content: bytes | memoryview) -> None:
         self._file.write(content)
         self._digest.update(content)
         self._written += len(content)
@@ -89,22 +90,27 @@ class ShardWriter:
         columns = [pa.array(self._columns[field.name], field.type) for field in METADATA_SCHEMA]
         table = pa.Table.from_arrays(columns, schema=METADATA_SCHEMA)
         pq.write_table(table, self.folder / f"{self.name}.parquet", use_dictionary=_REPEATING)
-        entry = {"name": self.name, "documents": len(index), "tokens": int(index["tokens"].sum()), "files": {}}
+        files = {}
         for path in shard_files(self.folder, self.name):
             checksum = self._digest.hexdigest() if path.suffix == ".tar" else sha256_file(path)
-            entry["files"][path.name] = {"bytes": path.stat().st_size, "sha256": checksum}
-        entry["sha256"] = entry["files"][f"{self.name}.tar"]["sha256"]
-        return entry
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": checksum}
+        return {
+            "name": self.name,
+            "documents": len(index),
+            "tokens": int(index["tokens"].sum()),
+            "files": files,
+            "sha256": self._digest.hexdigest(),
+        }
 
     def abandon(self) -> None:
-        """Close what will not be finished."""
+        """Close the file of a shard that will not be finished."""
         self._file.close()
 
 
 def pack_members(keys: list[str], payloads: list[bytes], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Members <key>.tokens.npy as tarfile and numpy write them (mtime, uid and gid 0), one behind the other.
+    """Consecutive members <key>.tokens.npy, as tarfile and numpy write them (mtime, uid and gid 0).
 
-    Returns the bytes, uint8, and the place of each payload in them, int64.
+    Returns the bytes, uint8, and the offset of each payload in them, int64.
     """
     assert max(map(len, keys)) <= 89, "a key does not fit a plain tar header"
     sizes = np.fromiter(map(len, payloads), np.int64, len(payloads))
@@ -124,7 +130,7 @@ def pack_members(keys: list[str], payloads: list[bytes], dtype: np.dtype) -> tup
     name = dtype.str
     headers = b"".join([_npy_header(tokens, name) for tokens in (sizes // dtype.itemsize).tolist()])
     blocks[first + 1, :_NPY_HEADER] = np.frombuffer(headers, np.uint8).reshape(-1, _NPY_HEADER)
-    offsets, view = starts + _TAR_BLOCK + _NPY_HEADER, memoryview(content)
+    offsets, view = starts + _TAR_BLOCK + _NPY_HEADER, content.data
     for offset, payload in zip(offsets.tolist(), payloads, strict=True):
         view[offset : offset + len(payload)] = payload
     return content, offsets
@@ -137,16 +143,16 @@ def _write_octal(numbers: np.ndarray, digits: int) -> np.ndarray:
 
 @lru_cache(1 << 16)
 def _npy_header(tokens: int, dtype: str) -> bytes:
-    """What stands in front of a row of ids in a .npy file."""
+    """The header of a .npy file with a row of ids."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": (tokens,)})
-    assert header.tell() == _NPY_HEADER, f"numpy writes {header.tell()} bytes in front of an array"
+    assert header.tell() == _NPY_HEADER, f"numpy writes {header.tell()} bytes before an array"
     return header.getvalue()
 
 
 @lru_cache(1)
 def _tar_template() -> np.ndarray:
-    """A member's header as it is summed up: name and size empty, spaces for the checksum."""
+    """A member's header as its checksum counts it: empty name and size, spaces for the checksum; uint8 [512]."""
     header = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
     header[124:135], header[148:156] = bytes(11), b" " * 8
     return np.frombuffer(bytes(header), np.uint8)

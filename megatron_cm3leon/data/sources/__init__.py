@@ -1,23 +1,23 @@
-"""Raw readers: a corpus in any of these forms, cut into fixed parts.
+"""Raw readers: a corpus in any of these formats, cut into fixed parts.
 
     tar        WebDataset tars as img2dataset writes them: <key>.jpg, <key>.txt, <key>.json
-    folder     img.png beside img.txt, at any depth, in the order of their names; linked folders are followed
-    jsonl      {"image": "relative/path.png", "caption": "text", ...}, {"text": ...} or {"segments": [...]} a line
+    folder     img.png next to img.txt, at any depth, in the order of their names; linked folders are followed
+    jsonl      {"image": "relative/path.png", "caption": "text", ...}, {"text": ...} or {"segments": [...]} per line
     csv        the same columns with a header, separated by commas, semicolons, tabs or |
     parquet    the same columns
-    lines      plain text, a document a line
-    texts      a folder of .txt and .md files, a document each
+    lines      plain text, one document per line
+    texts      a folder of .txt and .md files, one document each
 
-Images are paths, relative to the file that names them, data: URIs, base64, or bytes in Parquet. Inputs are local
-paths or URLs that fsspec opens, or patterns of them.
-A reader yields every input: a RawDocument, or a BadInput or Filtered that says why it is none.
+Images are paths relative to the file that lists them, data: URIs, base64, or bytes in Parquet. Inputs are local paths
+or URLs that fsspec opens, or patterns of them. A reader yields every input: as a RawDocument, or as a BadInput or
+Filtered with the reason.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_cm3leon.data.sources.base import Source
+from megatron_cm3leon.data.sources.base import FileSource, Source
 from megatron_cm3leon.data.sources.contents import (
     ENDINGS,
     choose_format,
@@ -27,20 +27,20 @@ from megatron_cm3leon.data.sources.contents import (
     warn_of_images_without_row,
 )  # fmt: skip
 from megatron_cm3leon.data.sources.documents import (
+    IMAGE_ENDINGS,
     KINDS,
-    PICTURE_ENDINGS,
     BadInput,
     Entry,
     Fields,
     Filtered,
-    Picture,
     RawDocument,
+    RawImage,
     RawPair,
     RawText,
     RawTexts,
 )  # fmt: skip
 from megatron_cm3leon.data.sources.embedded import shorten
-from megatron_cm3leon.data.sources.files import find_kind, join_listed, list_folder, open_file, read_picture
+from megatron_cm3leon.data.sources.files import find_path_kind, join_path, list_folder, open_file, read_image_bytes
 from megatron_cm3leon.data.sources.folders import FolderSource, TextFilesSource
 from megatron_cm3leon.data.sources.lines import JsonlSource, TextLinesSource
 from megatron_cm3leon.data.sources.patterns import expand_inputs
@@ -48,34 +48,49 @@ from megatron_cm3leon.data.sources.tables import CsvSource, ParquetSource
 from megatron_cm3leon.data.sources.tars import TarSource
 
 __all__ = [
-    "FORMATS", "KINDS", "PICTURE_ENDINGS", "BadInput", "Entry", "Fields", "Filtered", "FolderSource", "JsonlSource",
-    "Picture", "RawDocument", "RawPair", "RawText", "RawTexts", "Source", "open_source", "read_picture",
+    "FORMATS",
+    "IMAGE_ENDINGS",
+    "KINDS",
+    "BadInput",
+    "Entry",
+    "Fields",
+    "Filtered",
+    "FolderSource",
+    "JsonlSource",
+    "RawDocument",
+    "RawImage",
+    "RawPair",
+    "RawText",
+    "RawTexts",
+    "Source",
+    "open_source",
+    "read_image_bytes",
     "shorten",
 ]  # fmt: skip
 
-_FILES = {
+_FILES: dict[str, Callable[..., FileSource]] = {
     "tar": TarSource,
     "parquet": ParquetSource,
     "csv": CsvSource,
     "lines": TextLinesSource,
     "jsonl": JsonlSource,
 }
-_FOLDERS = {"folder": FolderSource, "texts": TextFilesSource}
+_FOLDERS: dict[str, Callable[[str, int, Sequence[str]], Source]] = {"folder": FolderSource, "texts": TextFilesSource}
 FORMATS = ("auto", *_FILES, *_FOLDERS)
 
 
 def open_source(
     inputs: str | Path | Sequence[str | Path], part_size: int, form: str = "auto", fields: Fields = Fields()  # noqa: B008
 ) -> Source:  # fmt: skip
-    """Open `--input`: one folder, or files of one format in the order given; ValueError when there is nothing to read.
+    """Open `--input`: one folder, or files of one format in the given order; ValueError if there is nothing to read.
 
-    A pattern (`part{0..9}.tar`, `part*.tar`, `~/x`) stands for what it matches. `form` is one of FORMATS; auto goes by
-    the endings of names (`choose_format` for a folder).
+    Patterns (`part{0..9}.tar`, `part*.tar`, `~/x`) are expanded. `part_size`: inputs per part. `form` is one of
+    FORMATS; auto chooses by file extension (for a folder: `choose_format`).
     """
     if part_size < 1:
         raise ValueError(f"--part-size ({part_size}) must be at least 1.")
     paths = expand_inputs([inputs] if isinstance(inputs, str | Path) else inputs)
-    kinds = {path: find_kind(path) for path in paths}
+    kinds = {path: find_path_kind(path) for path in paths}
     for path, kind in kinds.items():
         if not kind:
             several = " Several inputs are separated by spaces." if "::" in path else ""
@@ -84,7 +99,7 @@ def open_source(
             )
     if "folder" in kinds.values():
         if len(paths) > 1:
-            raise ValueError(f"--input: give one folder, or files; these are {len(paths)} of which one is a folder.")
+            raise ValueError(f"--input must be one folder, or files; of its {len(paths)} values, one is a folder.")
         source = _open_folder(paths[0], part_size, form, fields)
     else:
         if form in _FOLDERS:
@@ -107,12 +122,12 @@ def _open_folder(path: str, part_size: int, form: str, fields: Fields) -> Source
         if not files:
             packed = (name for name in names if os.path.splitext(name)[0].lower().endswith(ENDINGS[form]))
             raise ValueError(
-                next(filter(None, (explain_compressed(join_listed(path, name)) for name in packed)), "")
+                next(filter(None, (explain_compressed(join_path(path, name)) for name in packed)), "")
                 or f"--input {path} holds no {' or '.join(ENDINGS[form])} file, which --format {form} reads."
             )
     if form in _FOLDERS:
         return _FOLDERS[form](path, part_size, names)
-    source = _FILES[form]([join_listed(path, name) for name in files], part_size, fields, path)
+    source = _FILES[form]([join_path(path, name) for name in files], part_size, fields, path)
     if fields.image == "file_name":
         warn_of_images_without_row(path, names, source.count)
     return source
@@ -135,7 +150,7 @@ def _open_files(paths: list[str], part_size: int, form: str, fields: Fields) -> 
 
 
 def _guess_form(path: str) -> str:
-    """Format by the ending; files of other endings are JSONL if they begin as such."""
+    """Format by the file extension; files with other extensions are JSON Lines if they begin with {."""
     form = next((name for name, endings in ENDINGS.items() if path.lower().endswith(endings)), "")
     if not form:
         with open_file(path) as content:
@@ -144,6 +159,6 @@ def _guess_form(path: str) -> str:
             ending = os.path.splitext(path)[1]
             raise ValueError(
                 f"--input {path} {f'ends with {ending}' if ending else 'has no ending'}, which is none of the formats "
-                f"that are read; convert it, or name its format: --format {', '.join(_FILES)}."
+                f"that are read; convert it, or give its format: --format {', '.join(_FILES)}."
             )
     return form or "jsonl"

@@ -1,18 +1,18 @@
-"""What all sources share: files cut into parts, and an identity.
+"""Base of all sources: files cut into parts, and an identity.
 
-A part is read by one process at a time and is the unit of resuming. Where it begins depends on the input
-and the part size alone.
+A part is read by one process at a time and is the unit of resuming. Its limits depend only on the input and the part
+size.
 """
 
 import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_cm3leon.data.sources.documents import Entry, Fields, RawTexts, gather_texts
-from megatron_cm3leon.data.sources.files import find_common_folder, is_url, join
+from megatron_cm3leon.data.sources.files import find_common_folder, is_url, resolve_name
 
 
 @dataclass(frozen=True)
@@ -20,41 +20,42 @@ class Part:
     """Some consecutive inputs of one file."""
 
     file: int
-    """Which of the source's files."""
+    """Index of the file among the source's files."""
     begin: int
-    """Where it begins: a byte, or a row."""
+    """Its start in the file: a byte, or a row."""
     number: int
-    """Inputs in front of it in its file."""
+    """Inputs before it in its file."""
     first: int
-    """Inputs in front of it in the source."""
+    """Inputs before it in the source."""
     inputs: int | None
-    """Inputs in it, blank lines among them; None: unknown until it is read."""
+    """Inputs in it, including blank lines; None: unknown until it is read."""
 
 
 class Source(ABC):
     """Inputs of one format."""
 
     expects = ""
-    """What a usable input looks like, for messages."""
+    """Description of a usable input, for messages."""
     external = True
-    """Whether inputs refer to files beside them, which somebody may mend while a run is interrupted."""
+    """Whether inputs refer to other files, which the user may fix while a run is interrupted."""
     files: list[str]
     """Absolute paths or URLs, in order."""
     part_size: int
     folder: str
     """Paths in the shards' metadata are relative to this."""
     count: int | None
-    """Inputs in all, blank lines among them; None: unknown until they are read."""
+    """Inputs in total, including blank lines; None: unknown until they are read."""
     identity: str
-    """What the bytes of the shards depend on, as a SHA-256."""
+    """SHA-256 of everything in the input that the bytes of the shards depend on."""
     _parts: list[Part]
 
     @property
     def parts(self) -> int:
+        """Number of parts."""
         return len(self._parts)
 
     def part_inputs(self, part: int) -> int | None:
-        """Inputs of a part, blank lines among them; None: unknown until it is read."""
+        """Inputs of a part, including blank lines; None: unknown until it is read."""
         return self._parts[part].inputs
 
     def read_part(self, part: int) -> Iterator[Entry]:
@@ -65,8 +66,8 @@ class Source(ABC):
             else:
                 yield entry
 
-    def read_blocks(self, part: int) -> Iterator[Entry | RawTexts]:
-        """As `read_part`, with consecutive texts in blocks, which cost a fraction of one after the other."""
+    def read_batches(self, part: int) -> Iterator[Entry | RawTexts]:
+        """As `read_part`, with consecutive texts in batches, which take a fraction of the time of single texts."""
         return gather_texts(self._read(self._parts[part]))
 
     def name_of(self, file: int) -> str:
@@ -75,22 +76,23 @@ class Source(ABC):
 
     @abstractmethod
     def _read(self, part: Part) -> Iterator[Entry | RawTexts]:
-        """The inputs of a part in order; texts in blocks where they come so."""
+        """The inputs of a part in order; a reader may yield texts in batches."""
 
     def _add_parts(self, file: int, begins: list[int], inputs: int) -> None:
         """Parts of `part_size` inputs that begin at `begins`; the last one may have fewer."""
+        first = self.count or 0
         for index, begin in enumerate(begins):
             number = index * self.part_size
             size = min(self.part_size, inputs - number)
-            self._parts.append(Part(file, begin, number, self.count + number, size))
-        self.count += inputs
+            self._parts.append(Part(file, begin, number, first + number, size))
+        self.count = first + inputs
 
 
 class FileSource(Source):
-    """Files that are cut into parts one by one."""
+    """Files that are cut into parts one after another."""
 
     def __init__(self, files: list[str], part_size: int, fields: Fields = Fields(), folder: str = "") -> None:  # noqa: B008
-        """`files`: absolute paths or URLs, in order; `folder` holds them all ("": the nearest that does)."""
+        """`files`: absolute paths or URLs, in order; `folder` contains them all ("": their deepest common folder)."""
         self.files, self.part_size, self.fields = files, part_size, fields
         self.folder = folder or find_common_folder(files)
         self._parts = []
@@ -100,7 +102,7 @@ class FileSource(Source):
 
     @abstractmethod
     def _cut(self, file: int) -> str:
-        """Append the parts of a file, and its inputs to `count`; returns a hash of the file."""
+        """Append the parts of a file, and add its inputs to `count`; returns a hash of the file."""
 
     def _identify(self, digests: list[str]) -> str:
         if len(digests) == 1 and self.fields == Fields():
@@ -109,13 +111,13 @@ class FileSource(Source):
         content = [names, digests, self.fields.image, self.fields.caption]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def _locator(self, file: int):
-        """How a picture's path in this file becomes (name relative to the source's folder, place)."""
+    def _locator(self, file: int) -> Callable[[str], tuple[str, str]]:
+        """Function that turns an image's path in this file into (name relative to the source's folder, path)."""
         folder = self.files[file].rpartition("/")[0]
         prefix = folder[len(self.folder) :].lstrip("/")
 
         def locate(name: str) -> tuple[str, str]:
             shown = f"{prefix}/{name}" if prefix and not is_url(name) and not os.path.isabs(name) else name
-            return shown, join(folder, name)
+            return shown, resolve_name(folder, name)
 
         return locate

@@ -1,54 +1,55 @@
-"""Raw documents: what every reader yields, whatever the input's format.
+"""Raw documents: what every reader yields, for all input formats.
 
-A document is a row of texts and pictures: a pair (one caption, one picture), a text alone, or an interleaved
-document. An input that makes no document is a BadInput (quarantined) or a Filtered one, with the reason.
-Keys count inputs, so they are safe names in a tar whatever the user's own keys are.
+A document is a sequence of texts and images: a pair (one caption, one image), a text alone, or an interleaved
+document. An input that is not a valid document is a BadInput (quarantined) or Filtered, with the reason. Keys are
+numbers of inputs, so they are safe names in a tar, whatever keys the user has.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
+from typing import cast
 
 from megatron_cm3leon.data.sources.embedded import shorten
 
 COMMON_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
-PICTURE_ENDINGS = (
+IMAGE_ENDINGS = (
     *COMMON_ENDINGS, ".jfif", ".jpe", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".apng", ".dib", ".ico",
     ".pbm", ".pgm", ".pnm", ".pfm", ".avifs",
 )  # fmt: skip
-"""Endings of the images that are decoded (tokenizers/images.py)."""
+"""File extensions of the images that can be decoded (tokenizers/images.py)."""
 UNREAD_ENDINGS = (
     ".heic", ".heif", ".hif", ".jxl", ".svg", ".svgz", ".psd", ".tga", ".eps", ".icns", ".cur", ".qoi", ".dds", ".pcx",
     ".sgi", ".xbm", ".xpm", ".exr", ".hdr", ".jxr", ".wdp", ".bpg", ".djvu", ".wmf", ".emf", ".xcf",
 )  # fmt: skip
-"""Endings of images that are not decoded: they are inputs, and the reader says which format they are."""
-PICTURE_FIELDS = ("image", *(ending[1:] for ending in COMMON_ENDINGS))
+"""File extensions of images that cannot be decoded: they are inputs, and are quarantined with their format."""
+IMAGE_FIELDS = ("image", *(ending[1:] for ending in COMMON_ENDINGS))
 CAPTION_FIELDS = ("caption", "txt")
 FILE_NAME = "file_name"
-"""Field of the image in Hugging Face's imagefolder, where its value ends as the name of an image does."""
+"""Field of the image in Hugging Face's imagefolder, if its value has the extension of an image."""
 TEXT, PAIR, INTERLEAVED = KINDS = ("text", "pair", "interleaved")
-TEXT_BLOCK = 1 << 16
-"""Characters of texts that are read, encoded and written together: more of them leave the processor's cache."""
+TEXT_BATCH_CHARACTERS = 1 << 16
+"""Characters of texts that are read, encoded and written together: more would not fit into the processor's cache."""
 
 
 @dataclass(slots=True)
-class Picture:
-    """A picture of a document: its name in the input, and its file or its bytes."""
+class RawImage:
+    """An image of a document: its name in the input, and its file or its bytes."""
 
     name: str
     path: str = ""
-    """Where its file is, a path or URL, unless `content` is given."""
+    """Path or URL of its file, unless `content` is given."""
     content: bytes | None = None
 
 
 @dataclass(slots=True)
 class RawDocument:
-    """Texts and pictures in the order in which they belong together."""
+    """Texts and images in their order."""
 
     key: str
     source: str
-    """Where the document was read, such as `pairs.jsonl:13`."""
-    segments: list[str | Picture]
+    """Where the document comes from, such as `pairs.jsonl:13`."""
+    segments: list[str | RawImage]
     extra: str = "{}"
     """The input's other fields as a JSON object."""
 
@@ -56,39 +57,42 @@ class RawDocument:
 
     @property
     def texts(self) -> list[str]:
+        """The texts in their order."""
         return [segment for segment in self.segments if isinstance(segment, str)]
 
     @property
-    def pictures(self) -> list[Picture]:
+    def images(self) -> list[RawImage]:
+        """The images in their order."""
         return [segment for segment in self.segments if not isinstance(segment, str)]
 
 
 class RawText(RawDocument):
-    """A text without pictures."""
+    """A text without images."""
 
     __slots__ = ()
     kind = TEXT
 
 
 class RawPair(RawDocument):
-    """A caption and its picture."""
+    """A caption and its image: segments = [caption, image]."""
 
     __slots__ = ()
     kind = PAIR
 
     @property
     def caption(self) -> str:
-        return self.segments[0]
+        """The text."""
+        return self.texts[0]
 
     @property
-    def image(self) -> str:
-        """Picture's path as the input gives it, relative to the source's folder."""
-        return self.segments[1].name
+    def image_name(self) -> str:
+        """Path of the image as in the input, relative to the source's folder."""
+        return self.images[0].name
 
 
 @dataclass(slots=True)
 class RawTexts:
-    """Consecutive texts without pictures, a list a field: an object for each would cost as much as encoding it."""
+    """Consecutive texts without images, one list per field: an object per text would cost as much as encoding it."""
 
     keys: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -103,35 +107,37 @@ class RawTexts:
             yield RawText(key, source, [text], extra)
 
     def append(self, text: RawText) -> None:
+        """Add a text at the end."""
         self.keys.append(text.key)
         self.sources.append(text.source)
-        self.texts.append(text.segments[0])
+        self.texts.append(cast(str, text.segments[0]))  # a RawText has one text
         self.extras.append(text.extra)
 
     def choose(self, chosen: Sequence[bool]) -> "RawTexts":
-        """Those of them that are `chosen`."""
+        """The texts for which `chosen` is true."""
         columns = (self.keys, self.sources, self.texts, self.extras)
         return RawTexts(*(list(compress(column, chosen)) for column in columns))
 
 
 @dataclass(frozen=True)
 class BadInput:
-    """An input that makes no document, and why."""
+    """An input that is not a valid document, and why."""
 
     key: str
     source: str
     reason: str
-    segments: Sequence[str | Picture] = ()
-    """Texts and images of it that are sound, for what needs only one of the two."""
+    segments: Sequence[str | RawImage] = ()
+    """Its usable texts and images, for training that needs only texts or only images."""
 
     def to_dict(self) -> dict:
+        """The line of quarantine.jsonl."""
         fields = {"key": self.key, "source": shorten(self.source), "reason": shorten(self.reason)}
         return {name: text.encode(errors="replace").decode() for name, text in fields.items()}  # valid Unicode
 
 
 @dataclass(frozen=True)
 class Filtered:
-    """An input that is sound and not wanted; counted by its reason."""
+    """A valid input that the filters reject; counted by its reason."""
 
     reason: str
 
@@ -141,43 +147,43 @@ Entry = RawDocument | BadInput | Filtered
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of the fields that hold picture and caption; "" is any of the usual names."""
+    """Names of the fields that hold image and caption; "": any of the usual names."""
 
     image: str = ""
     caption: str = ""
 
     def find_image(self, fields: dict) -> str:
-        """Name of the field of the image, whether `fields` have it or not."""
+        """Name of the image field, even if `fields` does not contain it."""
         if self.image:
             return self.image
-        for name in PICTURE_FIELDS:
+        for name in IMAGE_FIELDS:
             if name in fields:
                 return name
-        return FILE_NAME if names_image(fields.get(FILE_NAME)) else PICTURE_FIELDS[0]
+        return FILE_NAME if names_image(fields.get(FILE_NAME)) else IMAGE_FIELDS[0]
 
     def find_caption(self, fields: dict) -> str:
-        """Name of the field of the caption, whether `fields` have it or not."""
+        """Name of the caption field, even if `fields` does not contain it."""
         return self.caption or next((name for name in CAPTION_FIELDS if name in fields), CAPTION_FIELDS[0])
 
     def are_in(self, names: Iterable[str]) -> bool:
-        """Whether one of these names is that of a field which is read."""
-        known = {self.image, self.caption, *PICTURE_FIELDS, *CAPTION_FIELDS, FILE_NAME, "text", "segments"}
+        """Whether one of these names is a field that is read."""
+        known = {self.image, self.caption, *IMAGE_FIELDS, *CAPTION_FIELDS, FILE_NAME, "text", "segments"}
         return not known.isdisjoint(name for name in names if name)
 
 
-def names_image(value) -> bool:
-    """Whether a value ends as the name of an image file does."""
-    return isinstance(value, str) and value[-6:].lower().endswith((*PICTURE_ENDINGS, *UNREAD_ENDINGS))
+def names_image(value: object) -> bool:
+    """Whether a value is a string with the extension of an image file."""
+    return isinstance(value, str) and value[-6:].lower().endswith((*IMAGE_ENDINGS, *UNREAD_ENDINGS))
 
 
 def gather_texts(entries: Iterable["Entry | RawTexts"]) -> Iterator["Entry | RawTexts"]:
-    """The same inputs, with consecutive texts in blocks."""
+    """The same inputs, with consecutive texts in batches of TEXT_BATCH_CHARACTERS."""
     texts, characters = RawTexts(), 0
     for entry in entries:
         if type(entry) is RawText:
             texts.append(entry)
-            characters += len(entry.segments[0])
-            if characters < TEXT_BLOCK:
+            characters += len(texts.texts[-1])
+            if characters < TEXT_BATCH_CHARACTERS:
                 continue
         if texts:
             yield texts
@@ -189,18 +195,18 @@ def gather_texts(entries: Iterable["Entry | RawTexts"]) -> Iterator["Entry | Raw
 
 
 def check_document(document: RawDocument) -> RawDocument | BadInput:
-    """Refuse what no document can be made of: an empty text, text that is no Unicode."""
+    """The document; or a BadInput if a text is empty or not valid Unicode."""
     for segment in document.segments:
         text = segment if isinstance(segment, str) else segment.name
         if text and text.isascii() and not text.isspace():
             continue
         if fault := _find_fault(segment, document.kind):
-            sound = [other for other in document.segments if not _find_fault(other, document.kind)]
-            return BadInput(document.key, document.source, fault, sound)
+            usable = [other for other in document.segments if not _find_fault(other, document.kind)]
+            return BadInput(document.key, document.source, fault, usable)
     return document
 
 
-def _find_fault(segment: str | Picture, kind: str) -> str:
+def _find_fault(segment: str | RawImage, kind: str) -> str:
     text = segment if isinstance(segment, str) else segment.name
     if not text or text.isspace():
         if text is not segment:
@@ -215,7 +221,10 @@ def _find_fault(segment: str | Picture, kind: str) -> str:
 
 
 def decode_text(content: bytes, what: str) -> str:
-    """A text file's content without byte-order mark and without the newlines at its end."""
+    """The text of a file, without byte-order mark and trailing newlines; ValueError if it is not UTF-8.
+
+    `what`: name of the file, for the message.
+    """
     try:
         return content.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:

@@ -1,34 +1,35 @@
-"""Images inside a row of fields: bytes, base64 and data: URIs; and how long values look in metadata and messages."""
+"""Images inside a row of fields: bytes, base64 and data: URIs; and shortened long values for metadata and messages."""
 
 import base64
 import binascii
 import hashlib
 import json
 import re
+from typing import Any
 
 _SIGNATURES = (
     b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P6", b"\0\0\x01\0", b"\0\0\0\x0cjP",
 )  # fmt: skip
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[^;,]*?)*?(;base64)?,", re.IGNORECASE)
 _MAX_PATH = 4096
-"""Characters: no path of a file is longer."""
+"""Maximum characters of a file path."""
 _MIN_BASE64 = 64
-"""Characters: shorter values are paths."""
+"""Minimum characters of base64; shorter values are paths."""
 _LIST_CHARACTERS = 4096
-"""Of JSON: a longer list of numbers, such as an embedding or a mask, is not kept."""
+"""Maximum characters of JSON of a list of numbers; a longer one, such as an embedding or a mask, is not kept."""
 _NUMBERS = re.compile(r"[\[\], .\d+\-eEInfinityNa]+")
 _HEX_BYTES = 32
-"""Binary values up to this many bytes, such as checksums, are kept."""
+"""Maximum bytes of a binary value that is kept, such as a checksum."""
 
 
 def is_image(content: bytes) -> bool:
-    """Whether bytes begin as an image file does."""
+    """Whether bytes begin with the signature of an image file."""
     container = (content[:4] == b"RIFF" and content[8:12] == b"WEBP") or content[4:12] in (b"ftypavif", b"ftypavis")
     return container or content.startswith(_SIGNATURES)
 
 
 def decode_image(value: str) -> bytes | None:
-    """The bytes of an image given as a data: URI or in base64; None for a path; ValueError says what is wrong."""
+    """The bytes of an image given as a data: URI or base64; None for a path; ValueError if it is damaged."""
     if value[:5].lower() == "data:" and (head := _DATA_URI.match(value)):
         content = _decode(value[head.end() :]) if head[1] else None
         if content is None:
@@ -48,7 +49,7 @@ def decode_image(value: str) -> bytes | None:
 
 
 def _decode(text: str) -> bytes | None:
-    """Bytes of base64 in either alphabet, with or without line ends and padding; None where it is damaged."""
+    """Bytes of base64 in either alphabet, with or without newlines and padding; None if it is damaged."""
     text = re.sub(r"\s+", "", text).translate(str.maketrans("-_", "+/")).rstrip("=")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
@@ -56,15 +57,15 @@ def _decode(text: str) -> bytes | None:
         return None
 
 
-def describe_binary(value) -> str:
-    """For json.dumps: short bytes as hexadecimal digits, others by length and checksum; anything else as text."""
+def describe_binary(value: object) -> str:
+    """For json.dumps: short bytes as hexadecimal digits, longer ones as length and checksum; other values as str."""
     if not isinstance(value, bytes):
         return str(value)
     return value.hex() if len(value) <= _HEX_BYTES else _describe(len(value), "bytes", value)
 
 
-def shorten_values(value):
-    """`value` with images in base64 and long lists of numbers, at any depth, as their length and checksum."""
+def shorten_values(value: Any) -> Any:
+    """`value` with base64 images and long lists of numbers, at any depth, replaced by length and checksum."""
     if isinstance(value, dict):
         return {name: shorten_values(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -76,7 +77,7 @@ def shorten_values(value):
         return value
     try:
         content = decode_image(value)
-    except ValueError:  # some other long text
+    except ValueError:  # another long text
         return value
     return value if content is None else describe_binary(content)
 
@@ -86,7 +87,7 @@ def _describe(count: int, unit: str, content: bytes) -> str:
 
 
 def shorten(text: str, limit: int = 400) -> str:
-    """`text` without its middle where it has more than `limit` characters."""
+    """`text` without its middle if it has more than `limit` characters."""
     if len(text) <= limit:
         return text
     return f"{text[: limit * 2 // 3]} [...] {text[-(limit // 4) :]}"

@@ -1,4 +1,4 @@
-"""Files of the raw input: local paths, and URLs of whatever fsspec opens (s3://, gs://, memory:// ...)."""
+"""Files of the raw input: local paths, and URLs that fsspec opens (s3://, gs://, memory:// ...)."""
 
 import codecs
 import hashlib
@@ -8,26 +8,26 @@ import re
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 from unicodedata import normalize
 
 import fsspec
 
-from megatron_cm3leon.data.sources.documents import Picture
+from megatron_cm3leon.data.sources.documents import RawImage
 
 logger = logging.getLogger(__name__)
 MAX_BYTES = 1 << 28
-"""A picture or text file above this is refused: one bad input must not fill the memory."""
+"""Maximum bytes of an image or text file: one bad input must not fill the memory."""
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 
 _PROTOCOL = re.compile(r"([A-Za-z][\w+.-]*)://")
 _WRAPPERS = ("zip", "tar", "libarchive", "simplecache", "filecache", "blockcache")
-"""Protocols that read out of another file, so that what follows `::` may be a relative path."""
+"""Protocols that read from another file, so a relative path may follow `::`."""
 
 
 def is_url(path: str) -> bool:
-    """Whether fsspec opens it: `s3://...`, or a chain such as `simplecache::s3://...`. A local name may hold `::`."""
+    """Whether fsspec opens `path`: `s3://...`, or a chain (`simplecache::s3://...`). A local name may hold `::`."""
     first, _, rest = path.partition("::")
     return bool(_PROTOCOL.match(first)) or (
         first in fsspec.available_protocols() and (rest.startswith("/") or bool(_PROTOCOL.match(rest)))
@@ -35,30 +35,30 @@ def is_url(path: str) -> bool:
 
 
 def _split_chain(url: str) -> tuple[str, str]:
-    """The first link of a chain of stores, and the rest with its `::`; "" where `::` belongs to a name."""
+    """The first link of a chain of stores, and the rest with its `::`; the rest is "" if `::` is part of a name."""
     first, *links = url.split("::")
     protocol = _PROTOCOL.match(first)
     chained = not protocol or protocol[1] in _WRAPPERS or any(is_url(link) or link.startswith("/") for link in links)
     return (first, url[len(first) :]) if chained else (url, "")
 
 
-@lru_cache(64)  # an archive's file system closes it when nobody holds it any more, the reader of a member included
-def _open_store(url: str):
-    """(file system, path in it); ValueError where this machine lacks what the URL needs."""
+@lru_cache(64)  # an archive is closed when its file system and the readers of its members are no longer used
+def _open_store(url: str) -> tuple[Any, str]:
+    """(file system of fsspec, path in it); ValueError if this machine lacks a package that the URL requires."""
     try:
         if "::" in url and not _split_chain(url)[1]:
-            folder, _, name = url.rpartition("/")  # url_to_fs would take the name for a chain
+            folder, _, name = url.rpartition("/")  # url_to_fs would read the name as a chain
             store, place = _open_store(folder)
             return store, f"{place.rstrip('/')}/{name}"
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise ValueError(f"{url} needs a package that is not installed: {error}.") from error
+        raise ValueError(f"{url} requires a package that is not installed: {error}.") from error
     except ValueError as error:
         raise ValueError(f"{url} cannot be opened: {error}.") from error
 
 
 def open_file(path: str) -> BinaryIO:
-    """Open for reading bytes."""
+    """Open a local file or a URL to read bytes."""
     if not is_url(path):
         return open(path, "rb")
     store, place = _open_store(path)
@@ -66,53 +66,54 @@ def open_file(path: str) -> BinaryIO:
 
 
 def read_file(path: str) -> bytes:
-    """A small file's content; ValueError when it is none, OSError when it cannot be read."""
+    """Content of a small file; ValueError if it is not a file or too large, OSError if it cannot be read."""
     if is_url(path):
         store, place = _open_store(path)
         size = store.info(place)["size"] or 0
     else:
         local = Path(path)
         if local.exists() and not local.is_file():
-            raise ValueError("not a regular file")  # a named pipe would never end
+            raise ValueError("not a regular file")  # reading a named pipe would never end
         size = local.stat().st_size
     check_size(size)
     return store.cat_file(place) if is_url(path) else local.read_bytes()
 
 
-def read_picture(picture: Picture) -> bytes:
-    """An image's bytes; ValueError or OSError when there are none.
+def read_image_bytes(image: RawImage) -> bytes:
+    """Bytes of an image; ValueError or OSError if they cannot be read.
 
-    A list written on one system may spell a name with composed letters (NFC) that another one stored decomposed
-    (NFD): where no file has the name as given, one whose name differs in that alone is read.
+    One system may write a name with composed letters (NFC) that another system stores decomposed (NFD): if no file has
+    the given name, a file whose name differs only in its Unicode form is read.
     """
-    if picture.content is not None:
-        check_size(len(picture.content))
-        return picture.content
+    if image.content is not None:
+        check_size(len(image.content))
+        return image.content
     try:
-        return read_file(picture.path)
+        return read_file(image.path)
     except FileNotFoundError:
-        other = "" if picture.path.isascii() else _find_other_form(picture.path)
+        other = "" if image.path.isascii() else _find_other_form(image.path)
         if not other:
             raise
         return read_file(other)
 
 
 def _find_other_form(path: str) -> str:
-    """The file whose path differs from `path` in its Unicode form only; "" if there is none."""
+    """The file whose path differs from `path` only in its Unicode form; "" if there is none."""
     folder, slash, name = path.rpartition("/")
-    forms = ("NFC", "NFD")
+    forms: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
     same_folder = (folder + slash + normalize(form, name) for form in forms)
     spelled = (normalize(one, folder) + slash + normalize(other, name) for one, other in product(forms, forms))
     return next((found for found in (*same_folder, *spelled) if measure_file(found) >= 0), "")
 
 
 def check_size(size: int) -> None:
+    """ValueError if an image or text file is too large."""
     if size > MAX_BYTES:
         raise ValueError(f"{size:,} bytes are more than the {MAX_BYTES:,} that are read")
 
 
 def check_encoding(path: str) -> None:
-    """ValueError for a text file in UTF-16 or UTF-32, of which no line can be read."""
+    """ValueError for a text file in UTF-16 or UTF-32, which cannot be read by lines."""
     with open_file(path) as content:
         start = content.read(64)
     start = start[: len(start) // 2 * 2]
@@ -127,7 +128,7 @@ def check_encoding(path: str) -> None:
 
 
 def measure_file(path: str) -> int:
-    """Size in bytes; -1 for what is no file."""
+    """Size in bytes; -1 if it is not a file."""
     if is_url(path):
         store, place = _open_store(path)
         return store.info(place)["size"] if store.isfile(place) else -1
@@ -135,7 +136,7 @@ def measure_file(path: str) -> int:
 
 
 def identify_file(path: str) -> str:
-    """SHA-256 of a file's name, size and 64 blocks of 4 KiB all over it: for files too large to be read twice."""
+    """SHA-256 of a file's name, size and 64 evenly spaced blocks of 4 KiB, for files too large to be read twice."""
     size = measure_file(path)
     digest = hashlib.sha256(f"{path.rpartition('/')[2]} {size}".encode())
     with open_file(path) as content:
@@ -145,8 +146,8 @@ def identify_file(path: str) -> str:
     return digest.hexdigest()
 
 
-def find_kind(path: str) -> str:
-    """`file`, `folder`, or "" where there is nothing."""
+def find_path_kind(path: str) -> str:
+    """ "file", "folder", or "" if the path does not exist."""
     if is_url(path):
         store, place = _open_store(path)
         return "folder" if store.isdir(place) else "file" if store.exists(place) else ""
@@ -156,17 +157,18 @@ def find_kind(path: str) -> str:
 def list_folder(path: str) -> list[str]:
     """Relative names of all files at any depth, sorted. Names that begin with a dot are skipped.
 
-    Linked folders are followed after those that are really there, and each folder is read once, so links may form
-    loops. ValueError where a link without an ending, which may be a folder, leads nowhere; OSError for a folder that
-    cannot be listed.
+    Linked folders are followed after the real ones, and each folder is read once, so links may form loops. Raises
+    ValueError if the target of a link without a file extension, which may be a folder, does not exist; OSError if a
+    folder cannot be listed.
     """
-    found = []
+    found: list[str] = []
     if is_url(path):
         store, place = _open_store(path)
         place = place.rstrip("/")
         found = [name[len(place) :].lstrip("/") for name in store.find(place)]
         return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
-    waiting, seen = [path], set()
+    waiting = [path]
+    seen: set[tuple[int, int]] = set()
     while waiting:
         start, before = waiting.pop(0), len(found)
         waiting += _walk(path, start, seen, found)
@@ -175,8 +177,8 @@ def list_folder(path: str) -> list[str]:
     return sorted(found)
 
 
-def _walk(path: str, start: str, seen: set, found: list[str]) -> list[str]:
-    """Add the names, relative to `path`, of the files below `start` to `found`; returns the links to folders."""
+def _walk(path: str, start: str, seen: set[tuple[int, int]], found: list[str]) -> list[str]:
+    """Append the names, relative to `path`, of the files below `start` to `found`; returns the links to folders."""
     links = []
     for folder, folders, files in os.walk(start, onerror=_stop):
         status = os.stat(folder)
@@ -196,19 +198,19 @@ def _walk(path: str, start: str, seen: set, found: list[str]) -> list[str]:
 
 
 def _is_loop(link: str) -> bool:
-    """Whether a linked folder is one of those that hold the link."""
+    """Whether the target of a link is one of the folders that contain it."""
     holder, target = os.path.realpath(os.path.dirname(link)), os.path.realpath(link)
     if os.path.commonpath([holder, target]) != target:
         return False
-    logger.info("%s is a link to a folder that holds it and is not followed.", link)
+    logger.info("%s is a link to a folder that contains it and is not followed.", link)
     return True
 
 
 def _check_link(file: str) -> None:
     if os.path.islink(file) and not os.path.exists(file):
         raise ValueError(
-            f"{file} is a link to {os.readlink(file)}, which does not exist; mount or restore what it names, or "
-            f"remove the link."
+            f"{file} is a link to {os.readlink(file)}, which does not exist; mount or restore the target, or remove "
+            f"the link."
         )
 
 
@@ -216,13 +218,13 @@ def _stop(error: OSError) -> None:
     raise error
 
 
-def join(folder: str, name: str) -> str:
-    """`name` as seen from `folder`; a URL or an absolute path stays what it is."""
-    return name if is_url(name) else join_listed(folder, name)
+def resolve_name(folder: str, name: str) -> str:
+    """Path or URL of `name` relative to `folder`; a URL or an absolute path is returned unchanged."""
+    return name if is_url(name) else join_path(folder, name)
 
 
-def join_listed(folder: str, name: str) -> str:
-    """Where a file is that a listing of `folder` calls `name`, whatever characters the name holds."""
+def join_path(folder: str, name: str) -> str:
+    """Path or URL of a file in the listing of `folder`, whatever characters its `name` holds."""
     if not is_url(folder):
         return os.path.join(folder, name)
     links = folder.split("::") if _split_chain(folder)[1] else [folder]
@@ -232,6 +234,7 @@ def join_listed(folder: str, name: str) -> str:
 
 
 def make_absolute(path: str | Path) -> str:
+    """An absolute path, or the URL."""
     path = str(path)
     if "::" not in path:
         path = path.removeprefix("file://")
@@ -239,7 +242,7 @@ def make_absolute(path: str | Path) -> str:
 
 
 def find_common_folder(files: list[str]) -> str:
-    """The folder that holds all these files."""
+    """The deepest folder that contains all these files."""
     folders = [file.rpartition("/")[0].split("/") for file in files]
     shared = folders[0]
     for folder in folders[1:]:

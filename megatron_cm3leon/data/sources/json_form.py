@@ -1,4 +1,4 @@
-"""JSON files that are not JSON Lines: one array, one object for the whole file, objects over several lines."""
+"""Detection of JSON files that are not JSON Lines: one array, one object, or objects over several lines."""
 
 import json
 
@@ -6,13 +6,13 @@ from megatron_cm3leon.data.sources.embedded import shorten
 from megatron_cm3leon.data.sources.files import open_file
 
 _START = 1 << 16
-"""Bytes that are looked at; a file of one line is read as far as its line goes."""
+"""Bytes that are checked; a file with a single line is read completely."""
 
 
 def check_json_lines(path: str, lines: int) -> dict:
-    """The first line's object, {} where it has none; ValueError for a file of JSON in another form than lines.
+    """The object of the first line, {} if there is none; ValueError for a JSON file that is not JSON Lines.
 
-    `lines`: how many the file has.
+    `lines`: number of lines in the file.
     """
     with open_file(path) as content:
         text = content.read(-1 if lines == 1 else _START).decode("utf-8-sig", "replace").lstrip()
@@ -31,7 +31,7 @@ def check_json_lines(path: str, lines: int) -> dict:
 
 
 def _check_several_lines(path: str, text: str) -> None:
-    """The same where the first line is not valid JSON by itself."""
+    """The same check if the first line is not valid JSON by itself."""
     if text[:1] == "[" and text[1:].lstrip()[:1] == "{":
         raise ValueError(_explain_array(path))
     try:
@@ -42,7 +42,7 @@ def _check_several_lines(path: str, text: str) -> None:
         raise ValueError(_explain_object(path, value))
     if "\n" in text[:end] or text.split("\n", 1)[0].strip() == "{":
         raise ValueError(
-            f"{path} holds JSON objects of several lines; one object per line is expected. Convert it: "
+            f"{path} holds JSON objects over several lines; one object per line is expected. Convert it: "
             f"jq -c . OLD > NEW.jsonl"
         )
 

@@ -1,4 +1,4 @@
-"""A row of fields (a line of JSONL, a record of a table) -> a document, or why it makes none."""
+"""A row of fields (a line of JSON Lines, a record of a table) -> a document, or the reason why it is unusable."""
 
 import json
 import re
@@ -7,13 +7,13 @@ from functools import lru_cache
 
 from megatron_cm3leon.data.sources.documents import (
     FILE_NAME,
-    PICTURE_FIELDS,
+    IMAGE_FIELDS,
     BadInput,
     Entry,
     Fields,
     Filtered,
-    Picture,
     RawDocument,
+    RawImage,
     RawPair,
     RawText,
     check_document,
@@ -21,42 +21,43 @@ from megatron_cm3leon.data.sources.documents import (
 )  # fmt: skip
 from megatron_cm3leon.data.sources.embedded import decode_image, describe_binary, is_image, shorten, shorten_values
 
+Locate = Callable[[str], tuple[str, str]]
 _to_json = json.JSONEncoder(sort_keys=True, default=describe_binary).encode
 _SHORT_EXTRA = 512
-"""Characters of JSON in which nothing is looked for that is too long."""
+"""Characters of JSON up to which no value is checked for its length."""
 
 
 @lru_cache(1024)
 def _find_names(image: str, caption: str, present: tuple[str, ...]) -> tuple[str, str]:
-    """Names of the fields of image and caption where these are `present`; a corpus has few kinds of rows."""
+    """Names of the image and caption fields in a row with the fields `present`; cached, as most rows have the same."""
     fields, names = dict.fromkeys(present), Fields(image, caption)
     return names.find_image(fields), names.find_caption(fields)
 
 
 class _Unusable(Exception):
-    """Why a row of fields makes no document."""
+    """Why a row of fields is not a valid document."""
 
-    def __init__(self, reason: str, segments: Sequence[str | Picture] = ()) -> None:
+    def __init__(self, reason: str, segments: Sequence[str | RawImage] = ()) -> None:
         super().__init__(reason)
         self.segments = segments
 
 
-def make_document(
-    fields: dict, key: str, source: str, names: Fields, locate: Callable[[str], tuple[str, str]]
-) -> Entry:
+def make_document(fields: dict, key: str, source: str, names: Fields, locate: Locate) -> Entry:
     """A document from a row of fields.
 
     {"image": .., "caption": ..} is a pair, {"text": ..} a text, {"segments": [{"text": ..}, {"image": ..}]} an
     interleaved document. An image is a path, bytes, base64, a data: URI or {"bytes": .., "path": ..}. `locate` turns
-    a path as the input gives it into (name relative to the source's folder, place to read it from).
+    a path of the input into (name relative to the source's folder, path to read).
     """
     if len(fields) == 1 and isinstance(text := fields.get("text"), str) and names.caption != "text":
-        # The common row of a text corpus.
+        # The usual row of a text corpus.
         document = RawText(key, source, [text])
         return document if text.isascii() and text and not text.isspace() else check_document(document)
     image, caption = _find_names(names.image, names.caption, tuple(fields))
-    if image == PICTURE_FIELDS[0] and FILE_NAME in fields:
+    if image == IMAGE_FIELDS[0] and FILE_NAME in fields:
         image = names.find_image(fields)
+    used: tuple[str, ...]
+    cls: type[RawDocument]
     try:
         if "segments" in fields:
             used, cls = ("segments",), RawDocument
@@ -69,7 +70,7 @@ def make_document(
             if names.caption == "" and caption not in fields and "text" in fields:
                 caption = "text"
             if fields.get(image) is None and fields.get("status") not in (None, "success"):
-                return Filtered("not downloaded")  # img2dataset's Parquet keeps rows that it could not fetch
+                return Filtered("not downloaded")  # img2dataset keeps rows in Parquet that it could not download
             used, cls = (image, caption), RawPair
             segments = _read_pair(fields, image, caption, key, locate)
     except _Unusable as error:
@@ -79,13 +80,14 @@ def make_document(
 
 
 def write_extra(extra: dict) -> str:
-    """Fields as a JSON object; long binary values, images in base64 and long lists of numbers as their checksum."""
+    """Fields as a JSON object; long binary values, base64 images and long lists of numbers as length and checksum."""
     text = _to_json(extra)
     return text if len(text) < _SHORT_EXTRA else _to_json(shorten_values(extra))
 
 
-def _read_pair(fields: dict, image: str, caption: str, key: str, locate) -> list[str | Picture]:
-    segments, reasons = [], []
+def _read_pair(fields: dict, image: str, caption: str, key: str, locate: Locate) -> list[str | RawImage]:
+    segments: list[str | RawImage] = []
+    reasons: list[str] = []
     try:
         segments.append(_read_text(fields, caption))
     except _Unusable as error:
@@ -111,20 +113,20 @@ def _read_text(fields: dict, name: str) -> str:
     raise _Unusable(_explain_field(fields, name, value))
 
 
-def _explain_field(fields: dict, name: str, value) -> str:
+def _explain_field(fields: dict, name: str, value: object) -> str:
     if name in fields:
         return f'field "{name}" is {type(value).__name__}, not text'
     there = shorten(", ".join(map(str, fields)) or "none", 200)
     return f'field "{name}" is missing: the fields are {there}'
 
 
-def _read_image(fields: dict, name: str, shown: str, locate) -> Picture:
-    """The image of a field; `shown` is its name where the input holds it without one."""
+def _read_image(fields: dict, name: str, shown: str, locate: Locate) -> RawImage:
+    """The image of a field; `shown`: its name if the input holds its bytes."""
     value = fields.get(name)
     if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
-        return Picture(shown, content=value)
+        return RawImage(shown, content=value)
     if not isinstance(value, str):
         raise _Unusable(_explain_field(fields, name, value))
     if not value:
@@ -133,11 +135,11 @@ def _read_image(fields: dict, name: str, shown: str, locate) -> Picture:
         content = decode_image(value)
     except ValueError as error:
         raise _Unusable(f'field "{name}" {error}') from error
-    return Picture(*locate(value)) if content is None else Picture(shown, content=content)
+    return RawImage(*locate(value)) if content is None else RawImage(shown, content=content)
 
 
-def _check_holds_no_image(fields: dict, segments: list[str]) -> None:
-    """Refuse a text beside an image under another name, which would be lost without a word."""
+def _check_holds_no_image(fields: dict, segments: Sequence[str | RawImage]) -> None:
+    """Raise _Unusable for a text with an image in a field of another name, which would be ignored otherwise."""
     for name, value in fields.items():
         if name != "text" and _holds_image(name, value):
             raise _Unusable(
@@ -147,7 +149,7 @@ def _check_holds_no_image(fields: dict, segments: list[str]) -> None:
             )
 
 
-def _holds_image(name: str, value) -> bool:
+def _holds_image(name: str, value: object) -> bool:
     if isinstance(value, str):
         return (names_image(value) and _may_be_path(name)) or value.startswith("data:image/")
     if isinstance(value, bytes):
@@ -159,15 +161,15 @@ def _holds_image(name: str, value) -> bool:
 
 @lru_cache(1024)
 def _may_be_path(name: str) -> bool:
-    """Whether a field of this name may hold the path of an image; a URL or a title may end as one does."""
+    """Whether a field of this name may hold the path of an image; URLs and titles may end like one."""
     return bool(re.search("image|img|pic|photo|file|path", name, re.IGNORECASE))
 
 
-def _read_segments(rows, key: str, locate) -> list[str | Picture]:
+def _read_segments(rows: object, key: str, locate: Locate) -> list[str | RawImage]:
     if not isinstance(rows, list) or not rows:
         what = type(rows).__name__ if rows != [] else "empty"
         raise _Unusable(f'field "segments" is {what}, not a list of texts and pictures')
-    segments = []
+    segments: list[str | RawImage] = []
     for number, row in enumerate(rows):
         given = {name: row[name] for name in row if row[name] is not None} if isinstance(row, dict) else {}
         if given.keys() not in ({"text"}, {"image"}):

@@ -1,4 +1,4 @@
-"""Tables: CSV with a header, and Parquet. Their columns are the fields of a JSONL line."""
+"""Tables: CSV with a header, and Parquet. Their columns correspond to the fields of JSON Lines."""
 
 import csv
 import hashlib
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,18 +23,18 @@ _ROWS_AT_ONCE = 64
 _DELIMITERS = (",", ";", "\t", "|")
 _UNUSUAL = {";": "a semicolon", "|": "a vertical bar"}
 _SEP_LINE = re.compile(rb'"?sep=(.)"?\r?\n')
-"""The first line of a file that Excel reads with another separator."""
+"""First line of a file that gives the separator to Excel."""
 _NO_VALUE = (ValueError, OverflowError, LookupError, pa.ArrowException)
-"""What pyarrow raises where Python has no such value."""
+"""Errors of pyarrow for values that Python cannot represent."""
 
 
 @dataclass(frozen=True)
 class _Style:
-    """How a CSV file is written."""
+    """The dialect of a CSV file."""
 
     delimiter: str
     begin: int = 0
-    """Bytes in front of the header."""
+    """Bytes before the header."""
     trim: bool = False
     """Whether a space follows each separator."""
     columns: tuple[str, ...] = ()
@@ -43,8 +43,8 @@ class _Style:
 class CsvSource(FileSource):
     """Records as RFC 4180 writes them: a quoted field may hold newlines.
 
-    The separator is a comma, semicolon, tab or |, whichever gives a header with known columns (or that of a line
-    sep=; in front). Where a space follows the separators of the header, it does so in the records.
+    The separator is the one of comma, semicolon, tab and | that gives a header with known columns, or that of a first
+    line sep=;. If a space follows the separators in the header, one is expected in the records, too.
     """
 
     expects = "a header with the columns image and caption (or text), and a record"
@@ -56,18 +56,19 @@ class CsvSource(FileSource):
     def _cut(self, file: int) -> str:
         check_encoding(self.files[file])
         style = self._styles[file] = self._find_style(file)
-        digest, begins, place, records = hashlib.sha256(), [], style.begin, -1  # the first is the header
+        digest, position, records = hashlib.sha256(), style.begin, -1  # the first is the header
+        begins: list[int] = []
         with open_file(self.files[file]) as content:
             digest.update(content.read(style.begin))
         for raw, blank in self._records(file, style.begin, style):
             digest.update(raw)
             if not blank:
                 if records >= 0 and records % self.part_size == 0:
-                    begins.append(place)
+                    begins.append(position)
                 records += 1
-            place += len(raw)
+            position += len(raw)
         if records > 0:
-            self._check_header(file, style.columns)  # its faults are reported before any work
+            self._check_header(file, style.columns)  # its errors are reported before any work
             if file == 0 and (style.delimiter in _UNUSUAL or style.trim):
                 separator = _UNUSUAL.get(style.delimiter, repr(style.delimiter)) + (" and space" if style.trim else "")
                 logger.info("%s: the separator of its columns (the delimiter) is %s.", self.files[file], separator)
@@ -78,7 +79,7 @@ class CsvSource(FileSource):
         name, locate = self.name_of(part.file), self._locator(part.file)
         style = self._styles[part.file]
         records = (raw for raw, blank in self._records(part.file, part.begin, style) if not blank)
-        for number, raw in zip(range(part.inputs), records, strict=False):
+        for number, raw in zip(range(part.inputs or 0), records, strict=False):
             key, source = f"{part.first + number:08d}", f"{name}:record {part.number + number + 1}"
             try:
                 values = _parse(raw, style)
@@ -95,7 +96,7 @@ class CsvSource(FileSource):
             yield make_document(dict(zip(style.columns, values, strict=True)), key, source, self.fields, locate)
 
     def _find_style(self, file: int) -> _Style:
-        """The first style in which the header has a known column, else that with the most columns."""
+        """The first style in which the header has a known column, otherwise the one with the most columns."""
         with open_file(self.files[file]) as content:
             line = content.readline(64)
         usual = "\t" if self.files[file].lower().endswith(".tsv") else ","
@@ -107,7 +108,7 @@ class CsvSource(FileSource):
         return next((style for style in styles if self.fields.are_in(style.columns)), most)
 
     def _read_header(self, file: int, style: _Style) -> _Style:
-        """`style` with the names of the columns; ValueError where they cannot be decoded."""
+        """`style` with the names of the columns; ValueError if they cannot be decoded."""
         raw, _ = next(self._records(file, style.begin, style), (b"", True))
         try:
             plain, trimmed = (
@@ -128,17 +129,17 @@ class CsvSource(FileSource):
         return replace(style, trim=trim, columns=tuple(names))
 
     def _check_header(self, file: int, columns: tuple[str, ...]) -> None:
-        """ValueError if the columns are ambiguous, or none is known."""
+        """ValueError if column names repeat, or none is known."""
         twice = sorted({name for name in columns if name and columns.count(name) > 1})
         if twice or not columns:
             fault = f"has the column {twice[0]!r} twice" if twice else "begins with a blank line, not with a header"
-            raise ValueError(f"{self.files[file]} {fault}; its first line has to name each column once.")
+            raise ValueError(f"{self.files[file]} {fault}; its first line must name each column once.")
         if not self.fields.are_in(columns):
             what = "is one column" if len(columns) == 1 else f"has {len(columns)} columns"
             raise ValueError(
                 f"{self.files[file]}: its header {what}, {shorten(', '.join(map(repr, columns)), 200)}, and none of "
                 f"them is image, caption or text. The first line must name the columns, separated by comma, semicolon, "
-                f"tab or |; other names are given by --image-field and --caption-field."
+                f"tab or |; for columns with other names, give --image-field and --caption-field."
             )
 
     def _records(self, file: int, begin: int, style: _Style) -> Iterator[tuple[bytes, bool]]:
@@ -153,31 +154,31 @@ class CsvSource(FileSource):
                     yield b"".join(lines), not row
                     lines.clear()
             except csv.Error as error:
-                cause = "a quote that is opened there is never closed?"
+                cause = "a quote in it may not be closed."
                 if "new-line" in str(error):
-                    cause = "a carriage return stands outside quotes without a line feed behind it."
+                    cause = "it has a carriage return outside quotes without a line feed after it."
                 raise ValueError(
-                    f"{self.files[file]}: the record that begins with {lines[0][:60]!r} is no CSV ({error}): {cause} "
-                    f"Mend the file."
+                    f"{self.files[file]}: the record that begins with {lines[0][:60]!r} is not valid CSV ({error}): "
+                    f"{cause} Fix the file."
                 ) from error
 
 
 def _parse(raw: bytes, style: _Style) -> list[str]:
-    """Fields of a record; UnicodeDecodeError or csv.Error where it is damaged."""
+    """Fields of a record; UnicodeDecodeError or csv.Error if it is damaged."""
     text = raw.decode("utf-8")
     rows = list(csv.reader([text], delimiter=style.delimiter, skipinitialspace=style.trim, strict=True))
     return rows[0] if rows else []
 
 
 def _note_lines(content: BinaryIO, lines: list[bytes]) -> Iterator[str]:
-    """Lines for a csv.reader, which takes no more of them than its record needs; their bytes are kept in `lines`."""
+    """Lines for a csv.reader, which reads only those of its record; their bytes are appended to `lines`."""
     while line := content.readline():
         lines.append(line)
-        yield line.decode("latin-1")  # separators and quotes are where they are in UTF-8
+        yield line.decode("latin-1")  # separators and quotes have the same positions as in UTF-8
 
 
 class ParquetSource(FileSource):
-    """Rows with a picture's path or bytes, a caption, a text or segments."""
+    """Rows with the path or bytes of an image and a caption, or with a text or segments."""
 
     expects = "a row with the columns image and caption (or text, or segments)"
 
@@ -189,29 +190,31 @@ class ParquetSource(FileSource):
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
-            self._parts.append(Part(file, -1, 0, self.count, 1))  # one input that cannot be read: quarantined
-            self.count += 1
+            count = self.count or 0
+            self._parts.append(Part(file, -1, 0, count, 1))  # one input that cannot be read: quarantined
+            self.count = count + 1
             rows = -1
         self._add_parts(file, list(range(0, rows, self.part_size)), max(rows, 0))
         return identify_file(path)
 
     def _read(self, part: Part) -> Iterator[Entry]:
         name, locate, number = self.name_of(part.file), self._locator(part.file), part.number
+        inputs = part.inputs or 0
         try:
             with open_file(self.files[part.file]) as content, pq.ParquetFile(content) as table:
                 needed = self._find_needed(table.schema_arrow.names)
-                for fields in _read_rows(table, part.begin, part.inputs):
+                for fields in _read_rows(table, part.begin, inputs):
                     key, source = f"{part.first + number - part.number:08d}", f"{name}:row {number + 1}"
                     given = {column: value for column, value in fields.items() if value is not None or column == needed}
                     yield make_document(given, key, source, self.fields, locate)
                     number += 1
         except (pa.ArrowException, OSError) as error:
-            for lost in range(number, part.number + part.inputs):  # what follows the damage cannot be read either
+            for lost in range(number, part.number + inputs):  # rows after the damage cannot be read, either
                 key, source = f"{part.first + lost - part.number:08d}", f"{name}:row {lost + 1}"
                 yield BadInput(key, source, f"damaged Parquet file: {error}")
 
     def _find_needed(self, columns: list[str]) -> str:
-        """The column of pictures where "text" holds captions: a row without a picture is no text."""
+        """The image column if "text" holds captions, "" otherwise: a caption without an image is not a text."""
         captions = [self.fields.caption] if self.fields.caption else CAPTION_FIELDS
         if any(name in columns for name in captions if name != "text"):
             return ""
@@ -220,13 +223,14 @@ class ParquetSource(FileSource):
 
 def _read_rows(table: pq.ParquetFile, begin: int, count: int) -> Iterator[dict]:
     """Rows [begin, begin + count), a few at a time, from the row groups that hold them."""
-    groups, skip, place = [], 0, 0
+    groups: list[int] = []
+    skip = position = 0
     for group in range(table.num_row_groups):
         rows = table.metadata.row_group(group).num_rows
-        if place + rows > begin and place < begin + count:
-            skip = skip if groups else begin - place
+        if position + rows > begin and position < begin + count:
+            skip = skip if groups else begin - position
             groups.append(group)
-        place += rows
+        position += rows
     with closing(table.iter_batches(_ROWS_AT_ONCE, row_groups=groups)) as batches:
         for batch in batches:
             if skip >= len(batch):
@@ -241,7 +245,7 @@ def _read_rows(table: pq.ParquetFile, begin: int, count: int) -> Iterator[dict]:
 
 
 def _to_rows(batch: pa.RecordBatch) -> list[dict]:
-    """to_pylist, with text in place of values that Python does not have (nanoseconds, years above 9999)."""
+    """As to_pylist, but with text for values that Python cannot represent (nanoseconds, years above 9999)."""
     try:
         return batch.to_pylist()
     except _NO_VALUE:
@@ -249,8 +253,8 @@ def _to_rows(batch: pa.RecordBatch) -> list[dict]:
         return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _to_value(scalar: pa.Scalar):
-    """as_py, or the nearest that there is: parts one by one, bytes of text that is not UTF-8, anything else as text."""
+def _to_value(scalar: pa.Scalar) -> Any:
+    """As as_py; where that fails: nested values one by one, text that is not UTF-8 as bytes, others as text."""
     try:
         return scalar.as_py()
     except _NO_VALUE:

@@ -1,4 +1,4 @@
-"""Files in a tar: where their bytes are, links followed. Nothing is unpacked, so a member's name can do no harm."""
+"""Files in a tar and the offsets of their bytes, with links resolved. Nothing is unpacked, so names are harmless."""
 
 import posixpath
 import tarfile
@@ -15,10 +15,10 @@ _DAMAGED = "truncated or damaged tar:"
 
 
 class DamagedTar(tarfile.TarError):
-    """The rest of a tar cannot be read."""
+    """The tar is damaged: the rest of it cannot be read."""
 
     def in_key(self, name: str) -> "DamagedTar":
-        """The same with the key whose members the damage cuts."""
+        """The same error with the name of the key whose members are incomplete."""
         return DamagedTar(str(self).replace(_DAMAGED, f"{_DAMAGED} in {name}", 1))
 
 
@@ -28,22 +28,22 @@ class Member:
 
     name: str
     offset: int = 0
-    """Of its bytes in the tar."""
+    """Offset of its bytes in the tar."""
     size: int = 0
     link: str = ""
-    """Name of the member whose bytes are meant, of a link whose target was not met before it."""
+    """Normalized name of the target, for a link whose target does not precede it."""
     sparse: tarfile.TarInfo | None = None
-    """Where its pieces belong, of a sparse file."""
+    """Header with the map of a sparse file."""
 
 
 class TarReader:
     """The members of one tar, and their bytes."""
 
     def __init__(self, content: BinaryIO) -> None:
-        """`content`: an uncompressed tar. DamagedTar where it is none."""
+        """`content`: an uncompressed tar. DamagedTar if it is not one."""
         self.content = content
-        self._places: dict[str, Member] = {}
-        """Files met so far by normalized name."""
+        self._files: dict[str, Member] = {}
+        """Members so far, by normalized name."""
         try:
             self._tar = tarfile.open(fileobj=content, mode="r:", errorlevel=2)  # noqa: SIM115 (reads `content`)
         except tarfile.TarError as error:
@@ -58,7 +58,7 @@ class TarReader:
         while True:
             try:
                 info = self._tar.next()
-                self._tar.members.clear()  # tarfile keeps every member otherwise
+                self._tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all members otherwise
                 if info is None:
                     self._check_end()
                     return
@@ -68,38 +68,40 @@ class TarReader:
                 yield self._locate(info)
 
     def read(self, member: Member) -> bytes:
-        """A member's bytes. ValueError when it has none of its own or too many; DamagedTar when some are missing."""
-        place = self.follow(member)
-        if not place and member.link == _SPECIAL:
+        """Bytes of a member. ValueError if it is not a file or too large; DamagedTar if bytes are missing."""
+        file = self.follow(member)
+        if not file and member.link == _SPECIAL:
             raise ValueError(f"{member.name} is not a regular file in the tar")
-        if not place:
+        if not file:
             raise ValueError(
                 f"{member.name} is a link to {member.link}, which is not in the tar; write it with tar --dereference "
                 f"--hard-dereference, which stores the files themselves"
             )
         try:
-            check_size(place.size)
+            check_size(file.size)
         except ValueError as error:
             raise ValueError(f"unreadable member {member.name}: {error}") from error
         try:
-            if place.sparse:
-                content = self._tar.extractfile(place.sparse).read()
+            sparse = self._tar.extractfile(file.sparse) if file.sparse else None
+            if sparse:
+                content = sparse.read()
             else:
-                self.content.seek(place.offset)
-                content = self.content.read(place.size)
+                self.content.seek(file.offset)
+                content = self.content.read(file.size)
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise DamagedTar(f"{_DAMAGED} at byte {place.offset}: {error}") from error
-        if len(content) < place.size:
-            found = f"{member.name} has {len(content)} of its {place.size} bytes"
-            raise DamagedTar(f"{_DAMAGED} at byte {place.offset}: {found}")
+            raise DamagedTar(f"{_DAMAGED} at byte {file.offset}: {error}") from error
+        if len(content) < file.size:
+            found = f"{member.name} has {len(content)} of its {file.size} bytes"
+            raise DamagedTar(f"{_DAMAGED} at byte {file.offset}: {found}")
         return content
 
     def follow(self, member: Member) -> Member | None:
-        """The file that a link means, if the members so far have it; a file itself."""
+        """The target file of a link, if it is among the members so far; for a file, the file itself."""
+        found: Member | None = member
         for _ in range(_MOST_LINKS):
-            if not member or not member.link:
-                return member
-            member = self._places.get(member.link)
+            if not found or not found.link:
+                return found
+            found = self._files.get(found.link)
         return None
 
     def _locate(self, info: tarfile.TarInfo) -> Member:
@@ -107,7 +109,7 @@ class TarReader:
         if info.islnk() or info.issym():
             base = posixpath.dirname(info.name) if info.issym() else ""
             target = posixpath.normpath(posixpath.join(base, info.linkname))
-            found = self._places.get(target)
+            found = self._files.get(target)
             # A symbolic link may point to a member that follows.
             member = Member(info.name, found.offset, found.size, found.link, found.sparse) if found else None
             member = member or Member(info.name, link=target)
@@ -115,11 +117,11 @@ class TarReader:
             member = Member(info.name, info.offset_data, info.size, sparse=info if info.issparse() else None)
         else:
             member = Member(info.name, link=_SPECIAL)
-        self._places[name] = member
+        self._files[name] = member
         return member
 
     def _check_end(self) -> None:
-        """tarfile takes a missing end and a damaged header for the end of the archive."""
+        """DamagedTar for a missing end or a damaged header, which tarfile treats as the end of the archive."""
         self.content.seek(self._tar.offset)
         block = self.content.read(tarfile.BLOCKSIZE)
         if len(block) < tarfile.BLOCKSIZE:

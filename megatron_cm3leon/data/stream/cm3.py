@@ -1,4 +1,4 @@
-"""CM3 masking: spans of a block move to its end, behind their sentinels (CM3Leon section 2.2).
+"""CM3 masking: spans of a sequence move to its end, each after its sentinel (CM3Leon section 2.2).
 
 Input:  a source, up to `length` tokens of samples, and the loss weight of each token.
 Output: `length` tokens: the source with every chosen span replaced by <sentinel:i>, then for each span
@@ -6,12 +6,11 @@ Output: `length` tokens: the source with every chosen span replaced by <sentinel
 
 The rules are those of the released training code (2023): the number of spans is Poisson(mean), clamped
 to [0, max_spans]; one span is two sorted uniforms; for n > 1, n * n candidates are drawn and up to n
-disjoint ones kept; a span that crosses a delimiter is clipped to the segment it overlaps most. Here the
+disjoint ones kept; a span that crosses a delimiter is clipped to the segment with the largest overlap. Here the
 delimiters are <break> and </s>: a moved span never holds the end of a sample.
 
-A span adds three tokens. Where the block has no room for them, the source is cut *before* spans are
-drawn, so no sentinel loses its place: its tail under packing=stream, its head (behind the leading </s>)
-under packing=query.
+A span adds three tokens. If the sequence has no room for them, the source is cut *before* spans are drawn, so no
+sentinel is lost: the tail is cut under packing=stream, the head (after the leading </s>) under packing=query.
 """
 
 from bisect import bisect_left, insort
@@ -30,29 +29,29 @@ TOKENS_PER_SPAN = 3
 
 @dataclass(frozen=True)
 class MaskDraws:
-    """What is decided for each of some blocks before its tokens are known."""
+    """Random draws for some sequences, made before their tokens are known."""
 
     spans: np.ndarray
-    """Spans wanted, int64 [blocks]; fewer may turn out to be disjoint."""
+    """Spans to move, int64 [sequences]; fewer are moved if not enough candidates are disjoint."""
     rotated: np.ndarray
-    """Whether a whole segment moves instead, bool [blocks]."""
+    """Whether a whole segment moves instead, bool [sequences]."""
     uniforms: list[list[float]]
-    """Numbers in [0, 1) for each block: pairs for candidate spans, or one that chooses the segment."""
+    """Numbers in [0, 1) for each sequence: pairs for candidate spans, or one that chooses the segment."""
 
 
 class SpanSampler:
-    """Draws how a block is masked, as a function of (seed, block number)."""
+    """Draws how a sequence is masked, as a function of (seed, sequence number)."""
 
     def __init__(self, config: CM3Config, seed: int, max_spans: int) -> None:
         self.config = config
         self.max_spans = max(0, min(config.max_spans, max_spans))
         self.table = poisson_table(config.mean_spans)
-        self.block_key = derive_key(seed, "cm3 block")
+        self.sequence_key = derive_key(seed, "cm3 block")
         self.span_key = derive_key(seed, "cm3 span")
 
     def draw(self, numbers: np.ndarray) -> MaskDraws:
-        """Decide for blocks `numbers`, int64 [blocks]."""
-        masked, rotated, count = draw_uniform(self.block_key, numbers[:, None], np.arange(3)).T
+        """Draws for sequences `numbers`, int64 [sequences]."""
+        masked, rotated, count = draw_uniform(self.sequence_key, numbers[:, None], np.arange(3)).T
         rotated = (rotated < self.config.rotation_probability) & (masked < self.config.probability)
         rotated &= self.max_spans > 0
         spans = np.maximum(np.searchsorted(self.table, count, "right"), self.config.min_spans)
@@ -69,13 +68,13 @@ class SpanSampler:
 def choose_spans(length: int, delimiters: list[int], count: int, uniforms: list[float]) -> list[tuple[int, int]]:
     """Up to `count` disjoint spans (start, end) of a source of `length` tokens, left to right.
 
-    `uniforms` holds two numbers a candidate. No span holds token 0 or a delimiter, and none is empty.
+    `uniforms` holds two numbers per candidate. No span holds token 0 or a delimiter, and none is empty.
     """
     kept: list[tuple[int, int]] = []
     for first, second in zip(uniforms[::2], uniforms[1::2], strict=True):
         start, end = 1 + int(min(first, second) * length), 1 + int(max(first, second) * length)
-        place = bisect_left(kept, (start, end))
-        free = (place == 0 or kept[place - 1][1] <= start) and (place == len(kept) or end <= kept[place][0])
+        index = bisect_left(kept, (start, end))
+        free = (index == 0 or kept[index - 1][1] <= start) and (index == len(kept) or end <= kept[index][0])
         if start < end and free:
             insort(kept, (start, end))
             if len(kept) == count:
@@ -85,7 +84,7 @@ def choose_spans(length: int, delimiters: list[int], count: int, uniforms: list[
 
 
 def _clip_to_segment(start: int, end: int, length: int, delimiters: list[int]) -> tuple[int, int]:
-    """The part of a span in the segment that holds most of it; the first of equals."""
+    """The part of a span in the segment that holds most of it; the first one of equal parts."""
     first, last = bisect_left(delimiters, start), bisect_left(delimiters, end)
     if first == last:
         return start, end
@@ -95,13 +94,13 @@ def _clip_to_segment(start: int, end: int, length: int, delimiters: list[int]) -
 
 
 def choose_segment(delimiters: list[int], start: int, uniform: float) -> list[tuple[int, int]]:
-    """One whole segment, between two delimiters, that begins at `start` or later; [] where there is none."""
+    """One complete segment between two delimiters that begins at `start` or later; [] if there is none."""
     segments = [(left + 1, right) for left, right in pairwise(delimiters) if left + 1 >= start and right > left + 1]
     return [segments[int(uniform * len(segments))]] if segments else []
 
 
 def find_delimiters(tokens: np.ndarray, vocabulary: Vocabulary) -> list[int]:
-    """Places of <break> and </s>."""
+    """Positions of <break> and </s>."""
     return ((tokens == vocabulary.break_id) | (tokens == vocabulary.eos)).nonzero()[0].tolist()
 
 
@@ -109,41 +108,41 @@ def apply_spans(
     tokens: np.ndarray, values: np.ndarray | None, spans: list[tuple[int, int]], vocabulary: Vocabulary,
     out_tokens: np.ndarray, out_values: np.ndarray | None,
 ) -> int:  # fmt: skip
-    """Write the masked source into `out_tokens` and `out_values`; returns how many places were filled.
+    """Write the masked source into `out_tokens` and `out_values`; returns the number of tokens written.
 
-    `values` [..., tokens], where there are any, travel with their tokens. A sentinel takes the value of the first
-    token of its span, <eoss> that of the last.
+    `values` [..., tokens], if given, move with their tokens. A sentinel gets the value of the first token of its span,
+    <eoss> that of the last. Either both of `values` and `out_values` are given or none.
     """
-    place = done = 0
-    pieces, marks = [], []  # (start, end, place) of what is copied; (place, token, whose value it takes)
+    position = done = 0
+    pieces, marks = [], []  # (start, end, target) of copied tokens; (target, token, position of the value it gets)
     sentinel = vocabulary.sentinel(0)
     for index, (start, end) in enumerate(spans):
-        pieces.append((done, start, place))
-        place += start - done
-        marks.append((place, sentinel + index, start))
-        place, done = place + 1, end
-    pieces.append((done, len(tokens), place))
-    place += len(tokens) - done
+        pieces.append((done, start, position))
+        position += start - done
+        marks.append((position, sentinel + index, start))
+        position, done = position + 1, end
+    pieces.append((done, len(tokens), position))
+    position += len(tokens) - done
     for index, (start, end) in enumerate(spans):
-        marks.append((place, sentinel + index, start))
-        pieces.append((start, end, place + 1))
-        place += 1 + end - start
-        marks.append((place, vocabulary.eoss, end - 1))
-        place += 1
+        marks.append((position, sentinel + index, start))
+        pieces.append((start, end, position + 1))
+        position += 1 + end - start
+        marks.append((position, vocabulary.eoss, end - 1))
+        position += 1
     for start, end, target in pieces:
         out_tokens[target : target + end - start] = tokens[start:end]
     for target, token, _ in marks:
         out_tokens[target] = token
-    if values is not None:
+    if values is not None and out_values is not None:
         for start, end, target in pieces:
             out_values[..., target : target + end - start] = values[..., start:end]
         for target, _, origin in marks:
             out_values[..., target] = values[..., origin]
-    return place
+    return position
 
 
 def cut_source(values: np.ndarray, room: int, cut: str) -> np.ndarray:
-    """At most `room` tokens (the last axis): without the tail, or ("head") without what follows token 0."""
+    """At most `room` tokens (the last axis): the tail is cut, or (cut="head") the tokens after token 0."""
     length = values.shape[-1]
     if length <= room:
         return values
@@ -154,17 +153,17 @@ def cut_source(values: np.ndarray, room: int, cut: str) -> np.ndarray:
     return kept
 
 
-def mask_block(
+def mask_sequence(
     tokens: np.ndarray, values: np.ndarray | None, query_start: int, wanted: int, rotated: bool,
     uniforms: list[float], vocabulary: Vocabulary, cut: str, out_tokens: np.ndarray, out_values: np.ndarray | None,
 ) -> tuple[int, int]:  # fmt: skip
-    """Mask one source into a block; returns how many tokens of the source had to go, and how many places it fills.
+    """Mask one source into a sequence; returns the number of tokens cut from the source, and of tokens written.
 
-    `values` [..., tokens], the loss weights and what else belongs to a token, travel with it. `out_tokens` [length]
-    comes filled with <pad>, `out_values` [..., length] with what <pad> has. `query_start` is where the
-    query document begins under `cut="head"`, where rotation chooses among its segments: the last of them
-    trains the picture from its caption, the first the caption from its picture (or the reverse, as the
-    pair stands). Under `cut="tail"` any whole segment of the block may move.
+    `values` [..., tokens], such as loss weights, move with their tokens. `out_tokens` [length] is passed filled with
+    <pad>, `out_values` [..., length] with the values of <pad>. `query_start`: under `cut="head"`, position of the
+    query document, among whose segments rotation chooses: moving the last one trains the image given its caption,
+    moving the first one the caption given its image (or the reverse, depending on the order of the pair). Under
+    `cut="tail"` any complete segment of the sequence may move.
     """
     length = len(out_tokens)
     source = cut_source(tokens, length - TOKENS_PER_SPAN * wanted, cut)
@@ -176,9 +175,9 @@ def mask_block(
             spans = choose_segment(delimiters, query_start - shift, uniforms[0])
         else:
             spans = choose_spans(len(source), delimiters, wanted, uniforms)
-    whole = cut_source(tokens, length - TOKENS_PER_SPAN * len(spans), cut)  # spans not found give room back
-    if shift and len(whole) > len(source):
-        spans = [(start + len(whole) - len(source), end + len(whole) - len(source)) for start, end in spans]
-    kept_values = None if values is None else cut_source(values, len(whole), cut)
-    filled = apply_spans(whole, kept_values, spans, vocabulary, out_tokens, out_values)
-    return len(tokens) - len(whole), filled
+    kept = cut_source(tokens, length - TOKENS_PER_SPAN * len(spans), cut)  # spans that were not found free their room
+    if shift and len(kept) > len(source):
+        spans = [(start + len(kept) - len(source), end + len(kept) - len(source)) for start, end in spans]
+    kept_values = None if values is None else cut_source(values, len(kept), cut)
+    filled = apply_spans(kept, kept_values, spans, vocabulary, out_tokens, out_values)
+    return len(tokens) - len(kept), filled

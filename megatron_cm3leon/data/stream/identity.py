@@ -1,8 +1,8 @@
-"""Identity of a stream: a hash of all that determines its sequences. A run records it, and compares it on resuming.
+"""Identity of a stream: a hash of everything that determines its sequences. A run records it and checks it on resume.
 
-A field of the configuration that is at its default changes no identity, so that fields can be added. Version 1 (until
-0.1.0) also covered train.global_batch_size, which decides how many sequences a batch has, not which ones there are; it
-is computed as it was, to compare the runs that recorded it.
+A configuration field at its default value is not part of the hash, so fields can be added. Version 1 (until 0.1.0) also
+covered train.global_batch_size, which changes the number of sequences per batch but not the sequences; it is still
+computed, to check the runs that recorded it.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from megatron_cm3leon.data.stream.samples import Samples, SourceSamples
 
 VERSION = 2
 STREAM_VERSION = 1
-"""Raised by any change of the code that changes a sequence."""
+"""Must be increased by every change of the code that changes a sequence."""
 _ALWAYS = {
     "data": (
         "seq_length", "packing", "attention", "image_first_probability", "text_loss_weight", "image_loss_weight",
@@ -28,11 +28,11 @@ _ALWAYS = {
     ),
     "retrieval": ("documents", "choice", "loss_weight"),
 }  # fmt: skip
-"""Fields that are part of an identity whatever their value. Fields that came later are, where not at their default."""
+"""Fields that are always part of the hash. Fields added later are part of it if they are not at their default."""
 
 
 def identify(sources: dict, config: Config, version: int = VERSION) -> str:
-    """The identity of the stream of `sources` (of describe_sources) under `config`, 32 hexadecimal digits."""
+    """The identity of the stream of `sources` (from describe_sources) under `config`, 32 hexadecimal digits."""
     parts = {
         "version": sources["stream_version"],
         "sources": sources["sources"],
@@ -49,9 +49,9 @@ def identify(sources: dict, config: Config, version: int = VERSION) -> str:
 
 
 def describe_sources(samples: Samples, config: Config) -> dict:
-    """What an identity covers beside the configuration, as a run's state records it (TrainState.stream_parts).
+    """The parts of an identity besides the configuration, as a run's state records them (TrainState.stream_parts).
 
-    `sources`: hashes of each source's documents and, with retrieval, of its bank and of its neighbor table.
+    "sources": hashes of each source's documents and, with retrieval, of its bank and its neighbor table.
     """
     return {
         "version": VERSION,
@@ -62,32 +62,32 @@ def describe_sources(samples: Samples, config: Config) -> dict:
 
 
 def compare_sources(recorded: dict, present: dict, config: Config, folder: Path) -> tuple[str, str]:
-    """How the sources of a stream differ from those that the checkpoint `folder` recorded, in words.
+    """How the sources of a stream differ from those recorded in the checkpoint `folder`: (sentence, config field).
 
-    Comes with the field of `config` that names what differs; ("", "") where nothing does. Both are of describe_sources.
+    ("", "") if they do not differ. `recorded` and `present` are from describe_sources.
     """
-    several = bool(config.data.sources)
-    shards_field, index_field = ("data.sources",) * 2 if several else ("data.shards", "retrieval.index")
+    mixed = bool(config.data.sources)
+    shards_field, index_field = ("data.sources",) * 2 if mixed else ("data.shards", "retrieval.index")
     now, before = present["stream_version"], recorded["stream_version"]
     if now != before:
-        what = f"this version of the code makes other sequences of the same data (stream version {now})"
-        return f"{what} than the one that wrote {folder} (stream version {before})", shards_field
+        what = f"this version of the code builds different sequences from the same data (stream version {now})"
+        return f"{what} than the version that wrote {folder} (stream version {before})", shards_field
     now, before = len(present["sources"]), len(recorded["sources"])
     if now != before:
         return f"the data have {now} source{'s' * (now > 1)}, and had {before} in {folder}", shards_field
     now, before = present["weights"], recorded["weights"]
     if now != before:
-        return f"the weights of data.sources are in the ratio {now}, and were {before} in {folder}", shards_field
-    places = config.data.sources or [SourceConfig(shards=config.data.shards, index=config.retrieval.index)]
-    for place, before, now in zip(places, recorded["sources"], present["sources"], strict=True):
+        return f"the weights of data.sources have the ratio {now}, and had {before} in {folder}", shards_field
+    configured = config.data.sources or [SourceConfig(shards=config.data.shards, index=config.retrieval.index)]
+    for source, before, now in zip(configured, recorded["sources"], present["sources"], strict=True):
         if before[0] != now[0]:
-            return f"the shards at {place.shards} are not those of {folder}", shards_field
+            return f"the shards at {source.shards} are not those of {folder}", shards_field
         if before[1:] != now[1:] and config.retrieval.documents:
             if not now[1:]:
-                return f"{place.shards} has no index, and had one in {folder}", index_field
+                return f"{source.shards} has no index, and had one in {folder}", index_field
             if not before[1:]:
-                return f"{place.shards} has the index {place.index}, and had none in {folder}", index_field
-            return f"the index at {place.index} is not that of {folder}", index_field
+                return f"{source.shards} has the index {source.index}, and had none in {folder}", index_field
+            return f"the index at {source.index} is not that of {folder}", index_field
     return "", ""
 
 
@@ -98,14 +98,14 @@ def _hash_source(source: SourceSamples, config: Config) -> list[str]:
 
 
 def _hash_table(table: np.ndarray) -> str:
-    """Hash of the neighbor table's shape and of up to 4,096 of its rows, evenly spaced."""
+    """Hash of the neighbor table's shape and of up to 4,096 evenly spaced rows."""
     rows = np.linspace(0, len(table) - 1, min(len(table), 4096)).astype(np.int64)
     sampled = np.ascontiguousarray(table[rows], np.int64)
     return hashlib.sha256(repr(table.shape).encode() + sampled.tobytes()).hexdigest()
 
 
 def _describe_section(config: Config, name: str) -> dict:
-    """The fields of a section that are part of the identity."""
+    """The fields of a config section that are part of the identity."""
     section = getattr(config, name)
     defaults = asdict(type(section)())
     return {

@@ -1,62 +1,63 @@
-"""Layout of some blocks before masking: which documents and separators stand where; and writing the tokens.
+"""Layout of sequences before masking: positions of documents and separators; and writing the tokens.
 
-A packing makes a Layout from lengths and draws alone, for many blocks at once. `write_layout` reads the documents
-and puts them in place. Rows are the blocks asked for; a place is a token of a block, from 0.
+A packing computes a Layout from lengths and random draws alone, for many sequences at once. `write_layout` reads the
+documents and copies their tokens to these positions. Rows are the requested sequences; positions in a sequence count
+from 0.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_cm3leon.data.stream.concat import Library
+from megatron_cm3leon.data.stream.concat import ConcatCorpus
 from megatron_cm3leon.data.stream.samples import shorten_document
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 
 @dataclass
 class Layout:
-    """Where everything stands in some blocks."""
+    """Positions of documents and separators in some sequences."""
 
     length: int
-    """Tokens of a block."""
+    """Tokens of a sequence."""
     numbers: np.ndarray
-    """Numbers of the blocks, int64 [rows]."""
+    """Numbers of the sequences, int64 [rows]."""
     epochs: np.ndarray
-    """Epoch of the first sample of each block, int64 [rows]."""
+    """Epoch of the first sample of each sequence, int64 [rows]."""
     filled: np.ndarray
-    """Tokens of each block's source, int64 [rows]; the rest is <pad>."""
+    """Tokens of each sequence before masking, int64 [rows]; the rest is <pad>."""
     query_starts: np.ndarray
     """First token of the query document (packing=query), else 0; int64 [rows]."""
     trimmed: np.ndarray
-    """Tokens that the block cannot hold whatever masking does, int64 [rows]."""
+    """Tokens that the packing cuts, whatever masking does, int64 [rows]."""
     rows: np.ndarray
-    """Block of each document, int64 [documents], not falling."""
+    """Row of each document, int64 [documents], in ascending order."""
     documents: np.ndarray
-    """Number in the library, int64 [documents]."""
+    """Number in the ConcatCorpus, int64 [documents]."""
     image_first: np.ndarray
-    """Whether the picture of a pair comes first, bool [documents]."""
+    """Whether the image of a pair comes first, bool [documents]."""
     retrieved: np.ndarray
     """Whether it is a retrieved document, bool [documents]."""
-    places: np.ndarray
-    """Where its first token stands; negative where its head is in an earlier block or cut; int64 [documents]."""
+    starts: np.ndarray
+    """Position of its first token; negative if its head is cut or in an earlier sequence; int64 [documents]."""
     lengths: np.ndarray
-    """Its tokens; fewer than the library's where its text is shortened; int64 [documents]."""
+    """Its tokens; fewer than in the corpus if its text is shortened; int64 [documents]."""
     eos: np.ndarray
-    """Where </s> stands, as row * length + place; int64."""
+    """Positions of </s>, as row * length + position; int64."""
     breaks: np.ndarray
-    """Where <break> stands behind a retrieved document, as row * length + place; int64."""
+    """Positions of the <break> after each retrieved document, as row * length + position; int64."""
 
     def of_row(self, row: int) -> slice:
-        """The documents of one block."""
+        """The documents of one row."""
         return slice(*np.searchsorted(self.rows, [row, row + 1]).tolist())
 
 
-def write_layout(layout: Layout, library: Library, out: np.ndarray) -> None:
-    """Write the tokens of a layout into `out` [rows, length], of the library's dtype, which comes filled with <pad>."""
-    vocabulary = library.vocabulary
+def write_layout(layout: Layout, corpus: ConcatCorpus, out: np.ndarray) -> None:
+    """Write the tokens of a layout into `out` [rows, length], of the corpus's dtype and filled with <pad>."""
+    vocabulary = corpus.vocabulary
     flat_out = out.reshape(-1)
     if len(layout.documents):
-        ids, which = _read(layout, library)
+        ids, which = _read(layout, corpus)
         starts, stops, sources, breaks = _pieces(layout, ids, which, vocabulary)
         for start, stop, source in zip(starts.tolist(), stops.tolist(), sources.tolist(), strict=True):
             flat_out[start:stop] = ids[source : source + stop - start]
@@ -65,31 +66,31 @@ def write_layout(layout: Layout, library: Library, out: np.ndarray) -> None:
     flat_out[layout.eos] = vocabulary.eos
 
 
-def _read(layout: Layout, library: Library) -> tuple[np.ndarray, np.ndarray]:
-    """All documents one behind the other, and which of them each of the layout's is.
+def _read(layout: Layout, corpus: ConcatCorpus) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all documents, concatenated, and the index of each of the layout's documents among them.
 
-    Those planned shorter than they are lose text. One that goes on in the next block is read once.
+    Documents planned shorter than they are lose text. A document that continues in the next sequence is read once.
     """
     documents, lengths = layout.documents, layout.lengths
     first = np.ones(len(documents), bool)
     first[1:] = (documents[1:] != documents[:-1]) | (lengths[1:] != lengths[:-1])
     numbers, planned = documents[first], lengths[first]
-    ids, lengths = library.read_many(numbers), library.lengths[numbers]
+    ids, lengths = corpus.read_many(numbers), corpus.lengths[numbers]
     short = np.flatnonzero(planned < lengths)
     if len(short):
         parts = np.split(ids, np.cumsum(lengths, dtype=np.int64)[:-1])
-        for place in short.tolist():
-            parts[place] = shorten_document(parts[place], int(planned[place]), library.vocabulary)
+        for index in short.tolist():
+            parts[index] = shorten_document(parts[index], int(planned[index]), corpus.vocabulary)
         ids = np.concatenate(parts)
     return ids, np.cumsum(first) - 1
 
 
 def _pieces(layout: Layout, ids: np.ndarray, which: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, ...]:
-    """What to copy, as starts and stops in the blocks (row * length + place) and starts in `ids`, the documents.
+    """Pieces to copy: starts and stops in the output (row * length + position), and starts in `ids`.
 
-    A pair that is turned round is two pieces; the last array says where its <break> stands then.
+    A pair whose modalities are swapped is two pieces; the last array holds the new positions of its <break>.
     """
-    lengths, places = layout.lengths, layout.places
+    lengths, first_tokens = layout.lengths, layout.starts
     sizes = np.empty(which[-1] + 1, np.int64)
     sizes[which] = lengths
     ends = np.cumsum(sizes)
@@ -97,29 +98,29 @@ def _pieces(layout: Layout, ids: np.ndarray, which: np.ndarray, vocabulary: Voca
     breaks = np.flatnonzero(ids == vocabulary.break_id)
     owners = np.searchsorted(firsts, breaks, "right") - 1
     middle = firsts.copy()
-    middle[owners] = breaks  # of a document with one <break>: where it is
+    middle[owners] = breaks  # position of the <break>, for a document with one
     image_before = (middle > firsts) & vocabulary.is_image(ids[firsts])
-    image_behind = (middle < ends - 1) & vocabulary.is_image(ids[ends - 1])
-    pair = (np.bincount(owners, minlength=len(sizes)) == 1) & (image_before != image_behind)
-    turned = pair[which] & (image_before[which] != layout.image_first)
-    straight, turned = np.flatnonzero(~turned), np.flatnonzero(turned)
+    image_after = (middle < ends - 1) & vocabulary.is_image(ids[ends - 1])
+    pair = (np.bincount(owners, minlength=len(sizes)) == 1) & (image_before != image_after)
+    is_swapped = pair[which] & (image_before[which] != layout.image_first)
+    kept, swapped = np.flatnonzero(~is_swapped), np.flatnonzero(is_swapped)
     firsts, middle, ends = firsts[which], middle[which], ends[which]
-    before, behind = middle[turned] - firsts[turned], ends[turned] - middle[turned] - 1
+    before, after = middle[swapped] - firsts[swapped], ends[swapped] - middle[swapped] - 1
 
     bases = layout.rows * layout.length
-    sources = np.concatenate([firsts[straight], middle[turned] + 1, firsts[turned]])
-    counts = np.concatenate([lengths[straight], behind, before])
-    targets = np.concatenate([places[straight], places[turned], places[turned] + behind + 1])
-    owners = np.concatenate([straight, turned, turned])
+    sources = np.concatenate([firsts[kept], middle[swapped] + 1, firsts[swapped]])
+    counts = np.concatenate([lengths[kept], after, before])
+    targets = np.concatenate([first_tokens[kept], first_tokens[swapped], first_tokens[swapped] + after + 1])
+    owners = np.concatenate([kept, swapped, swapped])
     base, room = bases[owners], layout.filled[layout.rows[owners]]
     heads = np.maximum(-targets, 0)
     starts, stops = targets + heads, np.minimum(targets + counts, room)
     inside = np.flatnonzero(stops > starts)
-    new_breaks = places[turned] + behind
-    visible = (new_breaks >= 0) & (new_breaks < layout.filled[layout.rows[turned]])
+    new_breaks = first_tokens[swapped] + after
+    visible = (new_breaks >= 0) & (new_breaks < layout.filled[layout.rows[swapped]])
     return (
         (base + starts)[inside],
         (base + stops)[inside],
         (sources + heads)[inside],
-        (bases[turned] + new_breaks)[visible],
+        (bases[swapped] + new_breaks)[visible],
     )

@@ -4,12 +4,12 @@
 
 Batch b + 1 is the G sequences after those of batch b; `start_sequence` is the first of `start_batch`. Rank r of `size`
 gets G / size of them in order, from the (r * G / size)-th on. Worker w of W prepares batches start + w, start + w + W
-...: the order is fixed, and a worker holds nothing that a batch depends on.
+...: the order is fixed, and no batch depends on the state of a worker.
 
-Workers are forked and hand batches over in anonymous shared memory (a ring of `prefetch` slots each), which
-leaves no name behind and does not count against /dev/shm. One that dies is noticed at the next batch it
-owes; workers end with `close()`, with the interpreter, or within seconds of the training process's death.
-They ignore SIGTERM and SIGUSR1: a scheduler's signal to the whole job lets the last steps be finished.
+Workers are forked and return batches in anonymous shared memory (a ring of `prefetch` slots per worker), which has no
+name to clean up and does not count against /dev/shm. A worker that dies is detected at its next batch. Workers end with
+`close()`, with the interpreter, or within seconds after the training process dies. They ignore SIGTERM and SIGUSR1, so
+that the last steps can be finished when the scheduler signals the whole job.
 """
 
 import atexit
@@ -25,19 +25,20 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 
 import numpy as np
 import torch
 
-from megatron_cm3leon.data.stream.stream import Blocks, Plan, Stream
+from megatron_cm3leon.data.stream.stream import SequenceBatch, SequencePlan, Stream
 
 _PARENT_CHECK_SECONDS = 1.0
-_BLOCKS_AT_ONCE = 64
+_SEQUENCES_AT_ONCE = 64
 
 
 @dataclass
 class MicroBatch:
-    """Blocks of one forward pass; token t + 1 of a block is the label of token t."""
+    """Sequences of one forward pass; token t + 1 of a sequence is the label of token t."""
 
     tokens: torch.Tensor
     """int64 [micro_batch_size, seq_length]."""
@@ -46,16 +47,16 @@ class MicroBatch:
     loss_weights: torch.Tensor
     """Weight of each label's loss, float32 [micro_batch_size, seq_length]."""
     position_ids: torch.Tensor
-    """0, 1, 2 ... in every row, or in every sample; int64 [micro_batch_size, seq_length]."""
+    """0, 1, 2 ... in each row (data.attention=sample: in each sample), int64 [micro_batch_size, seq_length]."""
     samples: torch.Tensor | None
-    """Under data.attention=sample: the sample each token is of, int64 [micro_batch_size, seq_length]."""
+    """Under data.attention=sample: the sample of each token, int64 [micro_batch_size, seq_length]."""
     trimmed: int
-    """Source tokens that masking pushed out of these blocks."""
+    """Tokens cut from these sequences because masking adds tokens, or by the packing."""
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """The blocks of each batch that one rank gets."""
+    """The sequences of each batch that one rank gets."""
 
     stream: Stream
     global_batch_size: int
@@ -63,66 +64,72 @@ class _Slice:
     start_sequence: int
     """First sequence of batch `start_batch`."""
     first: int
-    blocks: int
+    """The rank's first sequence within a batch."""
+    sequences: int
+    """Sequences per batch and rank."""
 
     def numbers(self, batch: int) -> np.ndarray:
-        """This rank's blocks of a batch, int64."""
+        """Numbers of this rank's sequences of a batch, int64."""
         start = self.start_sequence + (batch - self.start_batch) * self.global_batch_size + self.first
-        return np.arange(start, start + self.blocks)
+        return np.arange(start, start + self.sequences)
 
 
 class _Filler:
-    """Fills batches start, start + step ..., several at a time: what numpy costs a call is shared by many blocks.
+    """Fills batches start, start + step ..., several at a time: many sequences share the overhead of a numpy call.
 
-    It plans one time more than it fills, and asks for the documents of that plan: they are read meanwhile.
+    It plans one group of batches ahead and prefetches their documents, which are read while the group before is filled.
     """
 
     def __init__(self, part: _Slice, start: int, step: int) -> None:
         self.part, self.step = part, step
-        self.together = max(1, _BLOCKS_AT_ONCE // part.blocks)
+        self.batches_per_fill = max(1, _SEQUENCES_AT_ONCE // part.sequences)
         self.batch, self.planned = start, start
-        self.plans: deque[tuple[int, Plan]] = deque()
-        self.ready: Blocks | None = None
+        self.plans: deque[tuple[int, SequencePlan]] = deque()
+        self.ready: SequenceBatch | None = None
         self.row = 0
 
-    def __next__(self) -> Blocks:
+    def __next__(self) -> SequenceBatch:
         """The next batch."""
         if self.ready is None or self.row == len(self.ready.tokens):
-            self._fill()
-        rows = slice(self.row, self.row + self.part.blocks)
+            self.ready, self.row = self._fill(), 0
+        rows = slice(self.row, self.row + self.part.sequences)
         self.row = rows.stop
         self.batch += self.step
         return self.ready.rows(rows)
 
-    def _fill(self) -> None:
+    def _fill(self) -> SequenceBatch:
         while len(self.plans) < 2:
             self._plan()
         batches, plan = self.plans.popleft()
         try:
-            self.ready = self.part.stream.fill(plan)
+            return self.part.stream.fill(plan)
         except (ValueError, OSError):
             if batches == 1:
                 raise
-            self.together, self.planned = 1, self.batch  # again one by one: the batch that fails is the one to blame
+            self.batches_per_fill, self.planned = 1, self.batch  # retry one by one, to report the batch that fails
             self.plans.clear()
             return self._fill()
-        self.row = 0
 
     def _plan(self) -> None:
-        batches = range(self.planned, self.planned + self.together * self.step, self.step)
+        batches = range(self.planned, self.planned + self.batches_per_fill * self.step, self.step)
         plan = self.part.stream.plan(np.concatenate([self.part.numbers(batch) for batch in batches]))
         self.part.stream.prefetch(plan)
         self.plans.append((len(batches), plan))
-        self.planned += self.together * self.step
+        self.planned += self.batches_per_fill * self.step
 
 
 class _Slot:
     """Memory of one batch, shared between a worker and the training process."""
 
-    def __init__(self, blocks: int, length: int, dtype: np.dtype, by_sample: bool) -> None:
-        size = blocks * length
-        kinds = [np.dtype(np.int64), np.dtype(np.float32), *[np.dtype(np.int32)] * (2 * by_sample), dtype]
-        counts = [blocks, *[size] * (len(kinds) - 1)]
+    def __init__(self, rows: int, length: int, dtype: np.dtype, by_sample: bool) -> None:
+        size = rows * length
+        kinds: list[np.dtype] = [
+            np.dtype(np.int64),
+            np.dtype(np.float32),
+            *[np.dtype(np.int32)] * (2 * by_sample),
+            dtype,
+        ]
+        counts = [rows, *[size] * (len(kinds) - 1)]
         parts = [count * kind.itemsize for count, kind in zip(counts, kinds, strict=True)]
         memory = mmap.mmap(-1, sum(parts))  # anonymous, shared with forked children
         starts = itertools.accumulate(parts, initial=0)
@@ -130,15 +137,17 @@ class _Slot:
             np.frombuffer(memory, kind, count, start) for kind, count, start in zip(kinds, counts, starts, strict=False)
         ]
         self.trimmed = arrays[0]
-        shaped = [array.reshape(blocks, length) for array in arrays[1:]]
+        shaped = [array.reshape(rows, length) for array in arrays[1:]]
         self.weights, self.tokens = shaped[0], shaped[-1]
+        self.samples: np.ndarray | None
+        self.positions: np.ndarray | None
         self.samples, self.positions = shaped[1:3] if by_sample else (None, None)
 
-    def take(self, blocks: Blocks) -> None:
+    def store(self, batch: SequenceBatch) -> None:
         """Copy a batch into this memory."""
-        self.tokens[:], self.weights[:], self.trimmed[:] = blocks.tokens, blocks.weights, blocks.trimmed
-        if self.samples is not None:
-            self.samples[:], self.positions[:] = blocks.samples, blocks.positions
+        self.tokens[:], self.weights[:], self.trimmed[:] = batch.tokens, batch.weights, batch.trimmed
+        if self.samples is not None and self.positions is not None:
+            self.samples[:], self.positions[:] = batch.samples, batch.positions
 
 
 class _Worker:
@@ -147,19 +156,22 @@ class _Worker:
     def __init__(self, part: _Slice, start: int, step: int, slots: list[_Slot]) -> None:
         context = multiprocessing.get_context("fork")
         self.slots = itertools.cycle(slots)
-        self.connection, theirs = context.Pipe()
-        arguments = (part, start, step, slots, theirs, os.getpid())
+        self.connection, worker_end = context.Pipe()
+        arguments = (part, start, step, slots, worker_end, os.getpid())
         self.process = context.Process(target=_fill_slots, args=arguments, daemon=True, name="loader")
         self.process.start()
-        theirs.close()  # so that the worker's end closes with the worker
+        worker_end.close()  # so that this end is closed when the worker dies
 
     def receive(self, batch: int) -> tuple[_Slot, dict]:
-        """Wait for the next batch and its cursor; ValueError or OSError of the data, RuntimeError when it died."""
+        """Wait for the next batch and its cursor.
+
+        Raises ValueError or OSError for errors of the data, RuntimeError if the worker died.
+        """
         wait([self.connection, self.process.sentinel])
         try:
             message = self.connection.recv_bytes()
         except (EOFError, ConnectionResetError):
-            raise RuntimeError(_death(self.process, batch)) from None
+            raise RuntimeError(_explain_death(self.process, batch)) from None
         answer = json.loads(message)
         if "cursor" in answer:
             return next(self.slots), answer["cursor"]
@@ -167,12 +179,12 @@ class _Worker:
         raise kinds.get(answer["kind"], RuntimeError)(f"batch {batch}: {answer['message']}")
 
     def release(self) -> None:
-        """Give the slot of the last batch back; a worker that died is noticed by `receive`."""
+        """Return the slot of the last batch to the worker; if the worker died, the next `receive` reports it."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send_bytes(b"")
 
 
-def _death(process: multiprocessing.Process, batch: int) -> str:
+def _explain_death(process: ForkProcess, batch: int) -> str:
     process.join(5)
     code = process.exitcode
     cause = f"exit status {code}"
@@ -181,7 +193,7 @@ def _death(process: multiprocessing.Process, batch: int) -> str:
     return (
         f"the loader worker (process {process.pid}) that was preparing batch {batch} died: {cause}. SIGKILL usually "
         f"means that the machine ran out of memory (lower data.workers or data.prefetch), SIGBUS that a shard was "
-        f"cut short or its disk failed. Then start the run again: it resumes from its last checkpoint."
+        f"truncated or its disk failed. Then start the run again: it resumes from its last checkpoint."
     )
 
 
@@ -198,10 +210,10 @@ def _fill_slots(part: _Slice, start: int, step: int, slots: list[_Slot], connect
                         return
                 connection.recv_bytes()
             first = part.numbers(filler.batch)[0]
-            slot.take(next(filler))
+            slot.store(next(filler))
             connection.send_bytes(json.dumps({"cursor": part.stream.cursor(int(first))}).encode())
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the training process is gone
+        return  # the training process has ended
     except (ValueError, OSError) as error:
         kind = "ValueError" if isinstance(error, ValueError) else "OSError"
         connection.send_bytes(json.dumps({"kind": kind, "message": str(error)}).encode())
@@ -221,7 +233,7 @@ def _end_all_workers() -> None:
 
 def _end_workers(workers: list[_Worker]) -> None:
     for worker in workers:
-        worker.process.kill()  # it holds nothing that could be lost
+        worker.process.kill()  # it has no state that could be lost
     for worker in workers:
         worker.process.join()
         worker.connection.close()
@@ -230,7 +242,7 @@ def _end_workers(workers: list[_Worker]) -> None:
 
 
 class Loader:
-    """Iterates (b, [MicroBatch, ...]) from `start_batch` on, without end."""
+    """Iterates over (b, [MicroBatch, ...]) from `start_batch` on, without end."""
 
     def __init__(
         self, stream: Stream, *, rank: int = 0, size: int = 1, micro_batch_size: int = 1,
@@ -239,8 +251,9 @@ class Loader:
     ) -> None:  # fmt: skip
         """`rank` of `size` data-parallel ranks; each worker prepares up to `prefetch` batches ahead.
 
-        `start_sequence`: the first sequence of `start_batch`; None where all batches before had as many as this one.
-        `pin_memory` gives page-locked tensors, which a GPU copies while it computes.
+        `start_sequence`: the first sequence of `start_batch`; None if all earlier batches have `global_batch_size`
+        sequences. `pin_memory` returns page-locked tensors, which can be copied to a GPU while it computes. Raises
+        ValueError if the global batch size is not divisible by ranks x micro-batch size.
         """
         total = global_batch_size or stream.global_batch_size
         assert 0 <= rank < size, f"rank {rank} is not one of {size}"
@@ -254,17 +267,20 @@ class Loader:
         if start_sequence is None:
             start_sequence = start_batch * total
         self.part = _Slice(stream, total, start_batch, start_sequence, rank * (total // size), total // size)
-        self.closed, self.workers = False, []
+        self.closed = False
+        self.workers: list[_Worker] = []
         self.cursor: dict = {}
-        """Where the last batch begins, for a checkpoint (Stream.resume)."""
+        """Start of the last batch, for a checkpoint (Stream.resume)."""
         self.pin_memory = pin_memory
         by_sample = stream.config.data.attention == "sample"
-        stream.cursor(int(self.part.numbers(start_batch)[0]))  # before forking, so that workers begin from there
+        stream.cursor(
+            int(self.part.numbers(start_batch)[0])
+        )  # before forking, so that the workers inherit the position
         self.filler = None if workers else _Filler(self.part, start_batch, 1)
         self._end = weakref.finalize(self, _end_workers, self.workers)
         _open_workers.append(self.workers)
         for offset in range(workers):
-            shape = (self.part.blocks, stream.length, stream.vocabulary.dtype, by_sample)
+            shape = (self.part.sequences, stream.length, stream.vocabulary.dtype, by_sample)
             slots = [_Slot(*shape) for _ in range(prefetch)]
             self.workers.append(_Worker(self.part, start_batch + offset, workers, slots))
 
@@ -277,7 +293,7 @@ class Loader:
         number = self.number
         try:
             if self.filler:
-                micro_batches = self._split(self._fill_here(number))
+                micro_batches = self._split(self._fill_in_process(self.filler, number))
             else:
                 worker = self.workers[(number - self.start) % len(self.workers)]
                 slot, self.cursor = worker.receive(number)
@@ -289,19 +305,19 @@ class Loader:
         self.number += 1
         return number, micro_batches
 
-    def _fill_here(self, number: int) -> Blocks:
+    def _fill_in_process(self, filler: _Filler, number: int) -> SequenceBatch:
         try:
-            blocks = next(self.filler)
+            batch = next(filler)
         except ValueError as error:
             raise ValueError(f"batch {number}: {error}") from error
         self.cursor = self.part.stream.cursor(int(self.part.numbers(number)[0]))
-        return blocks
+        return batch
 
-    def _split(self, batch: "_Slot | Blocks") -> list[MicroBatch]:
-        """Copy a batch into micro-batches; nothing refers to a slot's memory afterwards."""
+    def _split(self, batch: "_Slot | SequenceBatch") -> list[MicroBatch]:
+        """Copy a batch into micro-batches, which do not refer to a slot's memory."""
         micro_batches = []
-        by_sample = batch.samples is not None
-        for start in range(0, self.part.blocks, self.micro_batch_size):
+        samples, positions = batch.samples, batch.positions if batch.samples is not None else None
+        for start in range(0, self.part.sequences, self.micro_batch_size):
             rows = slice(start, start + self.micro_batch_size)
             weights = batch.weights[rows, 1:]
             tensors = {
@@ -309,17 +325,25 @@ class Loader:
                 "labels": torch.from_numpy(batch.tokens[rows, 1:].astype(np.int64)),
                 "loss_weights": torch.from_numpy(weights.copy() if self.workers else weights),
             }
-            if by_sample:
-                tensors["position_ids"] = torch.from_numpy(batch.positions[rows, :-1].astype(np.int64))
-                tensors["samples"] = torch.from_numpy(batch.samples[rows, :-1].astype(np.int64))
+            if samples is not None and positions is not None:
+                tensors["position_ids"] = torch.from_numpy(positions[rows, :-1].astype(np.int64))
+                tensors["samples"] = torch.from_numpy(samples[rows, :-1].astype(np.int64))
             if self.pin_memory:
                 tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-            shared = {} if by_sample else {"position_ids": self.position_ids, "samples": None}
-            micro_batches.append(MicroBatch(**tensors, **shared, trimmed=int(batch.trimmed[rows].sum())))
+            micro_batches.append(
+                MicroBatch(
+                    tokens=tensors["tokens"],
+                    labels=tensors["labels"],
+                    loss_weights=tensors["loss_weights"],
+                    position_ids=tensors.get("position_ids", self.position_ids),
+                    samples=tensors.get("samples"),
+                    trimmed=int(batch.trimmed[rows].sum()),
+                )
+            )
         return micro_batches
 
     def close(self) -> None:
-        """End the workers; a second call does nothing."""
+        """Stop the workers; a second call does nothing."""
         self.closed = True
         self._end()
 

@@ -1,8 +1,8 @@
-"""Mixture: which source each sample of the stream is of, exact to one sample at every step.
+"""Mixture: the source of each sample of the stream, with exact shares at every step.
 
-The weights are whole numbers w_1 .. w_S (0.7, 0.2, 0.1 become 7, 2, 1). The sources follow one another in a cycle of
-w_1 + .. + w_S samples: after any number of samples, each source has had its share to less than one sample (Tijdeman's
-chairman assignment: among the sources that may go, the one whose time runs out first).
+The weights are integers w_1 .. w_S (0.7, 0.2, 0.1 become 7, 2, 1). The sources alternate in a cycle of w_1 + .. + w_S
+samples: after any number of samples, the count of each source differs from its share by less than one sample
+(Tijdeman's chairman assignment: of the sources that are allowed to be next, the one with the earliest deadline).
 """
 
 import math
@@ -10,22 +10,22 @@ from fractions import Fraction
 
 import numpy as np
 
-LONGEST_CYCLE = 1 << 16
+MAX_CYCLE = 1 << 16
 
 
-def whole_weights(weights: list[float]) -> list[int]:
-    """The smallest whole numbers in the ratio of the weights, read as decimals; ValueError where they are too large."""
+def compute_integer_weights(weights: list[float]) -> list[int]:
+    """The smallest integers in the ratio of the weights, read as decimals; ValueError if they are too large."""
     parts = [Fraction(str(weight)) for weight in weights]
     unit = math.lcm(*(part.denominator for part in parts))
-    whole = [int(part * unit) for part in parts]
-    divisor = math.gcd(*whole)
-    whole = [number // divisor for number in whole]
-    if sum(whole) > LONGEST_CYCLE:
+    integers = [int(part * unit) for part in parts]
+    divisor = math.gcd(*integers)
+    integers = [number // divisor for number in integers]
+    if sum(integers) > MAX_CYCLE:
         raise ValueError(
             f"the weights of data.sources ({', '.join(f'{weight:g}' for weight in weights)}) repeat only after "
-            f"{sum(whole)} samples; at most {LONGEST_CYCLE} are supported: write them with fewer digits."
+            f"{sum(integers)} samples; at most {MAX_CYCLE} are supported: write them with fewer digits."
         )
-    return whole
+    return integers
 
 
 def build_cycle(weights: list[int]) -> np.ndarray:
@@ -33,7 +33,7 @@ def build_cycle(weights: list[int]) -> np.ndarray:
     sources, total = len(weights), sum(weights)
     if sources == 1:
         return np.zeros(total, np.int64)
-    # In units of 1 / (total * slack): a source may go when its share is ahead of its count by 1 / slack or more.
+    # In units of 1 / (total * slack): a source may be next if its share exceeds its count by 1 / slack or more.
     slack = 2 * sources - 2
     counts, cycle = [0] * sources, np.empty(total, np.int64)
     for step in range(1, total + 1):
@@ -43,22 +43,22 @@ def build_cycle(weights: list[int]) -> np.ndarray:
         chosen = min(allowed, key=lambda source: Fraction(limit - ahead[source], weights[source]))
         counts[chosen] += 1
         cycle[step - 1] = chosen
-    assert counts == weights, "a cycle gives every source its weight"
+    assert counts == weights, f"{counts} samples per cycle instead of {weights}"
     return cycle
 
 
 class Mixture:
-    """Source of any sample, and how many samples that source has had before it."""
+    """Source of any sample, and the number of samples of that source before it."""
 
     def __init__(self, weights: list[float]) -> None:
-        self.weights = whole_weights(weights)
+        self.weights = compute_integer_weights(weights)
         self.cycle = build_cycle(self.weights)
         self.length = len(self.cycle)
         marks = self.cycle[:, None] == np.arange(len(self.weights))
         self.before = (np.cumsum(marks, 0) - marks)[np.arange(self.length), self.cycle]
 
     def split(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source of samples `numbers`, and the number that each has within its source; both int64."""
-        cycles, places = np.divmod(numbers, self.length)
-        sources = self.cycle[places]
-        return sources, cycles * np.array(self.weights)[sources] + self.before[places]
+        """Source of samples `numbers` (int64), and the number of each within its source; both int64."""
+        cycles, positions = np.divmod(numbers, self.length)
+        sources = self.cycle[positions]
+        return sources, cycles * np.array(self.weights)[sources] + self.before[positions]

@@ -1,8 +1,8 @@
-"""Global order and random draws of the stream: pure functions, no generator has a state to lose.
+"""Global order and random draws of the stream: pure functions, without any generator state.
 
-Every draw is a hash of (seed, purpose, source, epoch) and of counters such as a position or a document
-number, so any batch of any run can be drawn again alone. `permute` is a keyed bijection of 0..count-1
-(a Feistel network, cycle walking back into the range): the order of an epoch without a table.
+Every draw is a hash of (seed, purpose, source, epoch) and of counters such as a position or a document number, so any
+batch of any run can be drawn again by itself. `permute` is a keyed bijection of 0..count-1 (a Feistel network with
+cycle walking back into the range): it gives the order of an epoch without a table.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ def derive_key(seed: int, purpose: str, *parts: int | str) -> int:
 
 
 def _mix(bits: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: every bit of the result depends on every bit of the argument."""
-    mixed = bits >> np.uint64(30)  # in place from here on: half the time for long arrays
+    """The finalizer of splitmix64: every bit of the result depends on every bit of the argument."""
+    mixed = bits >> np.uint64(30)  # in place from here on, which halves the time for long arrays
     mixed ^= bits
     mixed *= _MIX_1
     mixed ^= mixed >> np.uint64(27)
@@ -52,7 +52,7 @@ def draw_integers(key: int, count, *counters) -> np.ndarray:
 
 
 def permute(positions, count: int, key: int) -> np.ndarray:
-    """Where a keyed permutation of 0..count-1 sends `positions`; int64, O(1) a position."""
+    """Images of `positions` under a keyed permutation of 0..count-1; int64, O(1) per position."""
     width = max(1, (count - 1).bit_length())
     low_bits = np.uint64(width - width // 2)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)

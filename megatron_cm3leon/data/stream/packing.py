@@ -1,95 +1,116 @@
-"""Packings: where samples stand in blocks of `length` = seq_length + 1 tokens.
+"""Packings: how samples fill sequences of `length` = seq_length + 1 tokens.
 
-query                Block p is sample p: as many of its *last* tokens as fit, so the query document stands whole at
-                     the end and the farthest retrieved document loses its head. Token 0 is always </s>: where the
-                     head is cut, </s> takes the first place again, so every block begins as a prompt does. A shorter
-                     sample leaves room, which becomes <pad>.
-stream               All samples are concatenated and cut every `length` tokens; a block may begin and end anywhere,
-                     and the last one of an epoch goes on into the next epoch: nothing is dropped.
-stream_whole_images  As stream, but a block whose cut falls inside a picture begins behind that picture: what the
-                     block before cannot hold of it is dropped and counted, the block itself ends earlier, in <pad>.
-documents            Whole samples, best fit within windows of samples (best_fit.py).
+query                Sequence p is sample p: as many of its *last* tokens as fit, so the query document is complete at
+                     the end, and the least similar retrieved document loses its head. Token 0 is always </s>, also
+                     if the head is cut, so every sequence begins as a prompt does. A shorter sample is padded.
+stream               All samples are concatenated and cut every `length` tokens; a sequence may begin and end anywhere,
+                     and the last sequence of an epoch continues into the next epoch: no token is dropped.
+stream_whole_images  As stream, but a sequence whose cut falls inside an image begins after that image: the tokens
+                     of the image that the previous sequence cannot hold are dropped and counted, and the sequence
+                     itself ends earlier, in <pad>.
+documents            Complete samples, best fit within windows of samples (best_fit.py).
 
-All are random access: `lay_out(numbers, growth)` needs no block but those asked for.
+All packings are random access: `lay_out(numbers, growth)` computes the requested sequences alone.
 """
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_cm3leon.data.stream.layout import Layout
-from megatron_cm3leon.data.stream.samples import Lineup, Samples, turn_document
-from megatron_cm3leon.data.stream.seek import Anchor, Prefix
+from megatron_cm3leon.data.stream.samples import SampleDocuments, Samples, order_modalities
+from megatron_cm3leon.data.stream.seek import Anchor, PrefixSums
 
 _GROUPS_KEPT = 8
 
 
-class QueryPacking:
-    """One query document a block, at its end."""
+class Packing(ABC):
+    """How samples fill sequences of `length` tokens."""
 
-    cut = "head"
-    prefix = None
+    cut: str
+    """Side that masking cuts to make room: "head" or "tail" (cm3.cut_source)."""
+    prefix_sums: PrefixSums | None = None
+    """Finds the samples of a sequence; None if sequence n is sample n."""
 
     def __init__(self, samples: Samples, length: int) -> None:
         self.samples, self.length = samples, length
 
     @property
+    @abstractmethod
     def max_growth(self) -> int:
-        """Tokens masking may add and still leave </s> text <break> picture </s> with one token of text."""
-        return self.length - self.samples.library.vocabulary.image_tokens - 4
+        """Maximum tokens that masking may add to a sequence; negative if `length` is too short for the data."""
+
+    @abstractmethod
+    def lay_out(self, numbers: np.ndarray, growth: np.ndarray) -> Layout:
+        """Layout of sequences `numbers` (int64); `growth`: how many tokens masking may add to each (int64)."""
+
+    def anchor(self, number: int) -> Anchor | None:
+        """Position of sequence `number` for a cursor; None if it needs none."""
+        return None
+
+
+class QueryPacking(Packing):
+    """One query document per sequence, at its end."""
+
+    cut = "head"
+
+    @property
+    def max_growth(self) -> int:
+        """Maximum tokens that masking may add: </s> text <break> image </s> must fit with one token of text."""
+        return self.length - self.samples.corpus.vocabulary.image_tokens - 4
 
     def lay_out(self, numbers: np.ndarray, growth: np.ndarray) -> Layout:
-        """Layout of blocks `numbers` (int64); `growth` is how many tokens masking may add to each."""
+        """Layout of sequences `numbers` (int64); `growth`: how many tokens masking may add to each (int64)."""
         return lay_out_samples(self.samples, numbers, np.full(len(numbers), self.length), growth, self.length)
 
 
 def lay_out_samples(
     samples: Samples, numbers: np.ndarray, rooms: np.ndarray, growth: np.ndarray, length: int
 ) -> Layout:
-    """One sample a row, each cut to its room as packing=query has it; arrays int64 [samples]."""
-    lineup, lengths = samples.line_up(numbers), samples.library.lengths
-    rows, columns = lineup.retrieved.shape
-    whole = lengths[lineup.queries].astype(np.int64)
-    query = np.minimum(whole, rooms - growth - 2)
-    # Places counted from the end of the room, </s> last: the query, then retrieved documents, nearest first.
-    places = np.empty((rows, columns + 1), np.int64)
+    """One sample per row, each cut to its room (tokens) as under packing=query; arrays int64 [samples]."""
+    chosen, lengths = samples.choose_documents(numbers), samples.corpus.lengths
+    rows, columns = chosen.retrieved.shape
+    complete = lengths[chosen.queries].astype(np.int64)
+    query = np.minimum(complete, rooms - growth - 2)
+    # Computed from the end of the room backward, </s> last: the query, then retrieved documents, most similar first.
+    first_tokens = np.empty((rows, columns + 1), np.int64)
     sizes = np.empty((rows, columns + 1), np.int64)
-    places[:, columns], sizes[:, columns] = rooms - 1 - query, query
+    first_tokens[:, columns], sizes[:, columns] = rooms - 1 - query, query
     used = np.ones((rows, columns + 1), bool)
     for column in range(columns - 1, -1, -1):
-        number = lineup.retrieved[:, column]
-        used[:, column] = (number >= 0) & (places[:, column + 1] > 1)  # place 0 is </s>'s
+        number = chosen.retrieved[:, column]
+        used[:, column] = (number >= 0) & (first_tokens[:, column + 1] > 1)  # position 0 holds </s>
         sizes[:, column] = np.where(used[:, column], lengths[number].astype(np.int64), -1)
-        places[:, column] = places[:, column + 1] - 1 - sizes[:, column]
-    firsts = np.maximum(places[:, 0] - 1, 0)  # a sample shorter than its room begins it
-    places -= firsts[:, None]
+        first_tokens[:, column] = first_tokens[:, column + 1] - 1 - sizes[:, column]
+    firsts = np.maximum(first_tokens[:, 0] - 1, 0)  # a sample shorter than its room moves to its beginning
+    first_tokens -= firsts[:, None]
     filled = rooms - firsts
     starts = np.arange(rows) * length
-    own_rows, own_columns = np.nonzero(used)
-    behind = used[:, :columns]
-    ends = (starts[:, None] + places + sizes)[:, :columns]
+    used_rows, used_columns = np.nonzero(used)
+    ends = (starts[:, None] + first_tokens + sizes)[:, :columns]
     return Layout(
         length=length,
         numbers=numbers,
-        epochs=lineup.epochs,
+        epochs=chosen.epochs,
         filled=filled,
-        query_starts=places[:, columns],
-        trimmed=whole - query,
-        rows=own_rows,
-        documents=np.concatenate([lineup.retrieved, lineup.queries[:, None]], 1)[used],
-        image_first=np.concatenate([lineup.retrieved_image_first, lineup.query_image_first[:, None]], 1)[used],
-        retrieved=own_columns < columns,
-        places=places[used],
+        query_starts=first_tokens[:, columns],
+        trimmed=complete - query,
+        rows=used_rows,
+        documents=np.concatenate([chosen.retrieved, chosen.queries[:, None]], 1)[used],
+        image_first=np.concatenate([chosen.retrieved_image_first, chosen.query_image_first[:, None]], 1)[used],
+        retrieved=used_columns < columns,
+        starts=first_tokens[used],
         lengths=sizes[used],
         eos=np.concatenate([starts, starts + filled - 1]),
-        breaks=ends[behind],
+        breaks=ends[used[:, :columns]],
     )
 
 
 @dataclass
 class _Group:
-    """Where everything stands in consecutive whole samples, in tokens of the whole stream."""
+    """Positions of documents and separators of consecutive samples, counted in tokens of the whole stream."""
 
     anchor: Anchor
     start: int
@@ -102,17 +123,17 @@ class _Group:
     starts: np.ndarray
     """First token of each document."""
     ends: np.ndarray
-    """Token behind its last."""
+    """One past its last token."""
     eos: np.ndarray
     breaks: np.ndarray
 
 
-def _build_group(lineup: Lineup, lengths: np.ndarray, anchor: Anchor) -> _Group:
+def _build_group(chosen: SampleDocuments, lengths: np.ndarray, anchor: Anchor) -> _Group:
     start = anchor.start
-    documents = np.concatenate([lineup.retrieved, lineup.queries[:, None]], 1)
-    image_first = np.concatenate([lineup.retrieved_image_first, lineup.query_image_first[:, None]], 1)
+    documents = np.concatenate([chosen.retrieved, chosen.queries[:, None]], 1)
+    image_first = np.concatenate([chosen.retrieved_image_first, chosen.query_image_first[:, None]], 1)
     present = documents >= 0
-    sizes = np.where(present, lengths[documents].astype(np.int64) + 1, 0)  # with the separator behind
+    sizes = np.where(present, lengths[documents].astype(np.int64) + 1, 0)  # with the separator after it
     totals = sizes.sum(1) + 1
     ends = start + np.cumsum(totals)
     sample_starts = ends - totals
@@ -123,7 +144,7 @@ def _build_group(lineup: Lineup, lengths: np.ndarray, anchor: Anchor) -> _Group:
         start=start,
         end=int(ends[-1]),
         sample_starts=sample_starts,
-        sample_epochs=lineup.epochs,
+        sample_epochs=chosen.epochs,
         documents=documents[present],
         image_first=image_first[present],
         retrieved=retrieved,
@@ -134,31 +155,32 @@ def _build_group(lineup: Lineup, lengths: np.ndarray, anchor: Anchor) -> _Group:
     )
 
 
-class StreamPacking:
+class StreamPacking(Packing):
     """Samples concatenated over all epochs and cut every `length` tokens."""
 
     cut = "tail"
+    prefix_sums: PrefixSums
 
     def __init__(self, samples: Samples, length: int) -> None:
-        self.samples, self.length = samples, length
-        same = None
+        super().__init__(samples, length)
+        span_tokens = None
         if samples.repeats:
-            same = int(samples.library.lengths.sum(dtype=np.int64)) + 2 * samples.span
-        self.prefix = Prefix(samples.span, self._measure, same)
+            span_tokens = int(samples.corpus.lengths.sum(dtype=np.int64)) + 2 * samples.span
+        self.prefix_sums = PrefixSums(samples.span, self._measure, span_tokens)
         self._groups: OrderedDict[int, _Group] = OrderedDict()
 
     @property
     def max_growth(self) -> int:
-        """Tokens masking may add: one token of the source has to stay."""
+        """Maximum tokens that masking may add: at least one token of the source must remain."""
         return self.length - 1
 
     def lay_out(self, numbers: np.ndarray, growth: np.ndarray) -> Layout:
-        """Layout of blocks `numbers` (int64); `growth` is not needed."""
+        """Layout of sequences `numbers` (int64); `growth` is not used."""
         starts = [number * self.length for number in numbers.tolist()]
         return self._lay_out(numbers, starts, [start + self.length for start in starts])
 
     def anchor(self, number: int) -> Anchor:
-        """The group in which block `number` begins."""
+        """The group in which sequence `number` begins."""
         return self._group(number * self.length).anchor
 
     def _measure(self, starts: list[int]) -> list[int]:
@@ -166,9 +188,9 @@ class StreamPacking:
         return np.add.reduceat(lengths, np.array(starts[:-1]) - starts[0]).tolist()
 
     def _lay_out(self, numbers: np.ndarray, starts: list[int], ends: list[int]) -> Layout:
-        """Layout of blocks that hold tokens starts..ends-1 of the whole stream, at most `length` each."""
+        """Layout of sequences that hold tokens starts..ends-1 of the whole stream, at most `length` each."""
         group = self._group(starts[0])
-        ranges: list[tuple[_Group, list]] = [(group, [])]
+        ranges: list[tuple[_Group, list[tuple[int, int, int, int]]]] = [(group, [])]
         for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
             token = start
             while token < end:
@@ -178,15 +200,15 @@ class StreamPacking:
                 ranges[-1][1].append((row, token, min(end, group.end), start))
                 token = group.end
         parts = [_take_ranges(group, np.array(rows), self.length) for group, rows in ranges if rows]
-        epochs, rows, documents, image_first, retrieved, places, lengths, eos, breaks = (
+        epochs, rows, documents, image_first, retrieved, first_tokens, lengths, eos, breaks = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )
         filled = np.array(ends) - np.array(starts)
-        nothing = np.zeros(len(numbers), np.int64)
+        zeros = np.zeros(len(numbers), np.int64)
         return Layout(
-            length=self.length, numbers=numbers, epochs=epochs, filled=filled, query_starts=nothing, trimmed=nothing,
-            rows=rows, documents=documents, image_first=image_first, retrieved=retrieved, places=places,
-            lengths=lengths, eos=eos, breaks=breaks,
+            length=self.length, numbers=numbers, epochs=epochs, filled=filled, query_starts=zeros, trimmed=zeros,
+            rows=rows, documents=documents, image_first=image_first, retrieved=retrieved,
+            starts=first_tokens, lengths=lengths, eos=eos, breaks=breaks,
         )  # fmt: skip
 
     def _group(self, token: int) -> _Group:
@@ -194,9 +216,9 @@ class StreamPacking:
         for group in reversed(self._groups.values()):
             if group.start <= token < group.end:
                 return group
-        anchor = self.prefix.find(token)
-        numbers = np.arange(*self.prefix.samples(anchor.span, anchor.group))
-        group = _build_group(self.samples.line_up(numbers), self.samples.library.lengths, anchor)
+        anchor = self.prefix_sums.find(token)
+        numbers = np.arange(*self.prefix_sums.samples(anchor.span, anchor.group))
+        group = _build_group(self.samples.choose_documents(numbers), self.samples.corpus.lengths, anchor)
         self._groups[anchor.start] = group
         if len(self._groups) > _GROUPS_KEPT:
             self._groups.popitem(last=False)
@@ -204,9 +226,9 @@ class StreamPacking:
 
 
 def _take_ranges(group: _Group, ranges: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
-    """What stands in ranges of a group's tokens: rows of (row, first token, token behind the last, block's start).
+    """Documents and separators in ranges of a group's tokens; range: (row, first token, end, start of the sequence).
 
-    Returns the epochs of the rows that begin here, then Layout's arrays from `rows` on.
+    Returns the epochs of the rows that begin in this group, then the arrays of Layout from `rows` on.
     """
     rows, firsts, lasts, origins = ranges.T
     chosen, owners = _between(group.ends, group.starts, firsts, lasts)
@@ -228,26 +250,26 @@ def _take_ranges(group: _Group, ranges: np.ndarray, length: int) -> tuple[np.nda
     )
 
 
-def _between(ends: np.ndarray, starts: np.ndarray, firsts: np.ndarray, lasts: np.ndarray):
-    """Of things that stand at starts..ends-1, in order, those that touch each range firsts..lasts-1; and its number."""
+def _between(ends: np.ndarray, starts: np.ndarray, firsts: np.ndarray, lasts: np.ndarray) -> list[np.ndarray]:
+    """Indices of the sorted intervals [starts, ends) that overlap each range [firsts, lasts), and the range of each."""
     low, high = np.searchsorted(ends, firsts, "right"), np.searchsorted(starts, lasts, "left")
     counts = high - low
     offsets = np.cumsum(counts) - counts
     owners = np.repeat(np.arange(len(firsts)), counts)
-    return np.arange(counts.sum()) + (low - offsets)[owners], owners
+    return [np.arange(counts.sum()) + (low - offsets)[owners], owners]
 
 
 class WholeImagesPacking(StreamPacking):
-    """As stream, but no block begins inside a picture."""
+    """As stream, but no sequence begins inside an image."""
 
     @property
     def max_growth(self) -> int:
-        """As under stream; negative where a picture is longer than a block."""
-        needed = self.samples.library.vocabulary.image_tokens + 4
+        """As under stream; negative if an image does not fit into a sequence."""
+        needed = self.samples.corpus.vocabulary.image_tokens + 4
         return self.length - 1 if self.length >= needed else self.length - needed
 
     def lay_out(self, numbers: np.ndarray, growth: np.ndarray) -> Layout:
-        """Layout of blocks `numbers` (int64); `growth` is not needed."""
+        """Layout of sequences `numbers` (int64); `growth` is not used."""
         cuts = {int(n): self._begin(int(n)) for number in numbers.tolist() for n in (number, number + 1)}
         starts = [cuts[number] for number in numbers.tolist()]
         stops = [cuts[number + 1] for number in numbers.tolist()]
@@ -257,18 +279,18 @@ class WholeImagesPacking(StreamPacking):
         return layout
 
     def _begin(self, number: int) -> int:
-        """Token of the whole stream at which a block begins: the cut, or the end of the picture it falls inside."""
+        """Token of the whole stream at which a sequence begins: the cut, or the end of the image that it falls in."""
         token = number * self.length
         group = self._group(token)
-        place = int(np.searchsorted(group.ends, token, "right"))
-        if place == len(group.ends) or group.starts[place] >= token:
+        index = int(np.searchsorted(group.ends, token, "right"))
+        if index == len(group.ends) or group.starts[index] >= token:
             return token
-        library = self.samples.library
-        ids = library.read(int(group.documents[place]))
-        ids = np.concatenate(turn_document(ids, bool(group.image_first[place]), library.vocabulary))
-        inside = token - int(group.starts[place])
-        image = library.vocabulary.is_image(ids[inside - 1 :])
-        if not image[:2].all():  # the cut is not between two tokens of one picture
+        corpus = self.samples.corpus
+        ids = corpus.read(int(group.documents[index]))
+        ids = np.concatenate(order_modalities(ids, bool(group.image_first[index]), corpus.vocabulary))
+        inside = token - int(group.starts[index])
+        image = corpus.vocabulary.is_image(ids[inside - 1 :])
+        if not image[:2].all():  # the cut is not between two tokens of one image
             return token
         others = np.flatnonzero(~image)
         return token + (int(others[0]) if len(others) else len(image)) - 1

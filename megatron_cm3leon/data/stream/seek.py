@@ -1,12 +1,13 @@
-"""Prefix: in which group of samples a unit of the stream stands (a token, or a block), at any distance.
+"""Prefix sums for random access: token or sequence -> group of samples.
 
-Samples are taken in groups of GROUP; how many units a group has is known only by measuring it. Groups restart at each
-span (an epoch). Three ways lead to a unit, tried in this order:
+A unit of the stream is a token or a sequence, as the packing chooses. Samples are divided into groups of GROUP; the
+number of units in a group is known only after measuring it. Groups restart at each span (an epoch). The group of a
+unit is found with one of these, tried in this order:
 
-    an anchor   a place found before, or the cursor of a checkpoint: groups are measured from there on
-    a table     the units before each group of a span, one number a group: built when a unit is far from every
-                anchor, kept in memory and, where a folder is given, on disk under the stream's hash
-    arithmetic  where every span has the same units, whole spans are skipped by division
+    an anchor   a position found before, or the cursor of a checkpoint: groups are measured from there on
+    a table     the units before each group of a span, one number per group: built when a unit is far from every
+                anchor, kept in memory and, if a folder is given, on disk under the stream's hash
+    arithmetic  if every span has the same number of units, complete spans are skipped by division
 
 Reading forward needs no table, and resuming measures at most the groups of a few batches.
 """
@@ -23,16 +24,16 @@ from pathlib import Path
 import numpy as np
 
 GROUP = 4096
-"""Samples of a group."""
+"""Samples per group."""
 _WALK = 64
-"""Groups measured from an anchor before a table is built instead."""
+"""Groups that are measured from an anchor before a table is built instead."""
 _ANCHORS_KEPT, _TABLES_KEPT = 1024, 4
-_THREADS, _TOGETHER = 8, 4
+_THREADS, _GROUPS_PER_CALL = 8, 4
 
 
 @dataclass(frozen=True, order=True)
 class Anchor:
-    """Unit at which a group begins."""
+    """The first unit of a group of samples, as its number in the stream, and the group (`group` of span `span`)."""
 
     start: int
     span: int
@@ -44,24 +45,26 @@ class Anchor:
 
     @classmethod
     def from_dict(cls, cursor: dict) -> "Anchor":
+        """The anchor of a cursor."""
         return cls(cursor["start"], cursor["span"], cursor["group"])
 
 
-class Prefix:
-    """Units of the groups of a stream whose spans have `span` samples each."""
+class PrefixSums:
+    """Finds units of a stream whose spans have `span` samples each."""
 
     def __init__(
         self,
         span: int,
         measure: Callable[[list[int]], list[int]],
         span_units: int | None = None,
-        together: int = _TOGETHER,
+        groups_per_call: int = _GROUPS_PER_CALL,
     ) -> None:
-        """`measure([first, .., last])` counts the units of consecutive groups, given their first samples.
+        """`measure([first, .., last])` counts the units of consecutive groups, given their first samples and the end.
 
-        `span_units`: units of every span, where they are all the same; `together`: groups measured in one call.
+        `span_units`: units per span, if it is the same for every span; `groups_per_call`: groups measured in one call.
         """
-        self.span, self.measure, self.span_units, self.together = span, measure, span_units, together
+        self.span, self.measure, self.span_units = span, measure, span_units
+        self.groups_per_call = groups_per_call
         self.groups = -(-span // GROUP)
         self.folder: Path | None = None
         self.name = ""
@@ -69,16 +72,16 @@ class Prefix:
         self._tables: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def keep_tables(self, folder: Path, name: str) -> None:
-        """Keep tables in `folder` under `name`, which has to name all that determines them."""
+        """Store tables in `folder` under `name`, which must identify everything that determines them."""
         self.folder, self.name = folder, name
 
     def samples(self, span: int, group: int) -> tuple[int, int]:
-        """First sample of a group and the one behind its last."""
+        """First sample of a group, and one past its last."""
         first = span * self.span + group * GROUP
         return first, min(first + GROUP, (span + 1) * self.span)
 
     def find(self, unit: int) -> Anchor:
-        """The group that holds a unit."""
+        """The anchor of the group that holds a unit."""
         while True:
             anchor = self._nearest(unit)
             table = self._tables.get(anchor.span)
@@ -95,11 +98,11 @@ class Prefix:
             self._add(Anchor(start + int(table[-1]), anchor.span + 1, 0))
 
     def add_cursor(self, cursor: dict) -> None:
-        """Begin at a checkpoint's cursor as if it had been found before."""
+        """Add the anchor of a checkpoint's cursor."""
         self._add(Anchor.from_dict(cursor))
 
     def _nearest(self, unit: int) -> Anchor:
-        """The last place known at or before a unit."""
+        """The last known anchor at or before a unit."""
         anchor = self._anchors[bisect_right(self._anchors, Anchor(unit, 1 << 62, 0)) - 1]
         if self.span_units:
             span = unit // self.span_units
@@ -108,7 +111,7 @@ class Prefix:
         return anchor
 
     def _walk(self, anchor: Anchor, unit: int) -> Anchor | None:
-        """Measure groups from an anchor on; None where the unit is beyond _WALK of them."""
+        """Measure groups from an anchor on; None if the unit is more than _WALK groups away."""
         for _ in range(_WALK):
             end = anchor.start + self.measure([*self.samples(anchor.span, anchor.group)])[0]
             if unit < end:
@@ -119,35 +122,37 @@ class Prefix:
         return None
 
     def _add(self, anchor: Anchor) -> None:
-        place = bisect_right(self._anchors, anchor)
-        if self._anchors[place - 1] != anchor:
-            self._anchors.insert(place, anchor)
+        index = bisect_right(self._anchors, anchor)
+        if self._anchors[index - 1] != anchor:
+            self._anchors.insert(index, anchor)
             if len(self._anchors) > _ANCHORS_KEPT:
                 del self._anchors[1]  # the first is the beginning of the stream
 
     def _build(self, span: int) -> np.ndarray:
-        """Units before each group of a span, and those of the span; int64 [groups + 1]."""
+        """Units before each group of a span, and in the whole span; int64 [groups + 1]."""
         first, last = span * self.span, (span + 1) * self.span
         starts = [*range(first, last, GROUP), last]
-        parts = [starts[place : place + self.together + 1] for place in range(0, self.groups, self.together)]
+        step = self.groups_per_call
+        parts = [starts[first_group : first_group + step + 1] for first_group in range(0, self.groups, step)]
         threads = min(_THREADS, len(os.sched_getaffinity(0)))  # numpy computes without the interpreter's lock
         with ThreadPoolExecutor(threads) as pool:
             table = np.cumsum([0, *chain.from_iterable(pool.map(self.measure, parts))], dtype=np.int64)
-        if self.folder and self.groups > _WALK:  # a smaller one is as quickly measured, and there are many spans of it
+        if self.folder and self.groups > _WALK:  # a small table is measured as fast as it is read, and there are many
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f".{self.name}-{span:06d}.{os.getpid()}.tmp"
             with open(temporary, "wb") as file:
                 np.save(file, table)
-            os.replace(temporary, self._path(span))
+            os.replace(temporary, self.folder / self._file_name(span))
         return self._keep(span, table)
 
     def _load(self, span: int) -> np.ndarray | None:
-        """A table that this or another process kept; None where there is none."""
-        if not self.folder or not self._path(span).is_file():
+        """A table that this or another process stored; None if there is none. ValueError if it is damaged."""
+        path = self.folder / self._file_name(span) if self.folder else None
+        if not path or not path.is_file():
             return None
-        table = np.load(self._path(span), allow_pickle=False)
+        table = np.load(path, allow_pickle=False)
         if table.shape != (self.groups + 1,) or table.dtype != np.int64:
-            raise ValueError(f"{self._path(span)} is no table of {self.groups + 1} numbers; delete it.")
+            raise ValueError(f"{path} is not a table of {self.groups + 1} integers; delete it, it will be built again.")
         return self._keep(span, table)
 
     def _keep(self, span: int, table: np.ndarray) -> np.ndarray:
@@ -156,5 +161,5 @@ class Prefix:
             self._tables.popitem(last=False)
         return table
 
-    def _path(self, span: int) -> Path:
-        return self.folder / f"{self.name}-{span:06d}.npy"
+    def _file_name(self, span: int) -> str:
+        return f"{self.name}-{span:06d}.npy"

@@ -1,13 +1,14 @@
-"""The stream: block and batch numbers -> tokens, as a pure function of data, settings and seed.
+"""The stream: sequence and batch numbers -> tokens, as a pure function of data, settings and seed.
 
-    shards + neighbour tables -> samples (samples.py) -> layouts (packing.py) -> masked blocks (cm3.py)
+    shards + neighbor tables -> samples (samples.py) -> layouts (packing.py) -> masked sequences (cm3.py)
 
-`stream.block(n)` is the same for any number of ranks, workers or nodes, whenever it is asked for.
-Batch b is blocks [b * G, (b + 1) * G), G = train.global_batch_size, in a run that never changed G (positions.py);
-epochs follow one another without end.
+`stream.sequence(n)` is the same for any number of ranks, workers or nodes, and at any time.
+Batch b is sequences [b * G, (b + 1) * G), G = train.global_batch_size, in a run that never changed G
+(monitoring/positions.py). Epochs follow one another without end.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,23 +18,24 @@ from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.config.schema import SourceConfig
 from megatron_cm3leon.data.shards.reader import Corpus, open_shards
 from megatron_cm3leon.data.stream.best_fit import DocumentsPacking
-from megatron_cm3leon.data.stream.cm3 import TOKENS_PER_SPAN, MaskDraws, SpanSampler, mask_block
+from megatron_cm3leon.data.stream.cm3 import TOKENS_PER_SPAN, MaskDraws, SpanSampler, mask_sequence
 from megatron_cm3leon.data.stream.identity import describe_sources, identify
 from megatron_cm3leon.data.stream.layout import Layout, write_layout
-from megatron_cm3leon.data.stream.packing import QueryPacking, StreamPacking, WholeImagesPacking
-from megatron_cm3leon.data.stream.samples import DataSource, Samples
+from megatron_cm3leon.data.stream.packing import Packing, QueryPacking, StreamPacking, WholeImagesPacking
+from megatron_cm3leon.data.stream.samples import DataSource, NeighborTable, Samples
 
-PACKINGS = {
+PACKINGS: dict[str, Callable[[Samples, int], Packing]] = {
     "query": QueryPacking,
     "stream": StreamPacking,
     "stream_whole_images": WholeImagesPacking,
     "documents": DocumentsPacking,
 }
-_OF_PADDING = np.array([0, -1], np.float32)  # loss weight, number of the sample
+PADDING_VALUES = np.array([0, -1], np.float32)
+"""Loss weight and number of the sample, of <pad>."""
 
 
 @dataclass
-class Block:
+class TokenSequence:
     """One training sequence of seq_length + 1 tokens."""
 
     tokens: np.ndarray
@@ -41,56 +43,61 @@ class Block:
     weights: np.ndarray
     """Loss weight of each token as a target, float32 [seq_length + 1]; 0 for <pad>."""
     samples: np.ndarray | None
-    """Which sample of the block a token is of, int64 [seq_length + 1], -1 for <pad>; None under attention=causal."""
+    """Sample that each token belongs to, from 0 in each sequence, int64 [seq_length + 1], -1 for <pad>; None under
+    attention=causal."""
     trimmed: int
-    """Tokens of the source that masking pushed out, or of a query too long for a block."""
+    """Tokens cut because masking adds tokens, or because a query is longer than a sequence."""
     documents: np.ndarray
-    """Query documents in this block, by their number in the stream's library, int64."""
+    """Query documents in this sequence, by their number in stream.corpus, int64."""
     retrieved: np.ndarray
-    """Retrieved documents in this block, by their number in the stream's library, int64."""
+    """Retrieved documents in this sequence, by their number in stream.corpus, int64."""
     epoch: int
     """Epoch of the first token, from 0; with several sources, of its source."""
 
 
 @dataclass
-class Plan:
-    """What is known of some blocks before their documents are read."""
+class SequencePlan:
+    """The decisions for some sequences that need no document's tokens."""
 
     layout: Layout
     draws: MaskDraws
 
 
 @dataclass
-class Blocks:
-    """Some blocks, row by row."""
+class SequenceBatch:
+    """Several sequences, one per row."""
 
     tokens: np.ndarray
-    """[rows, seq_length + 1], after CM3 masking, of the shards' type (uint16 or uint32)."""
+    """[rows, seq_length + 1], after CM3 masking, of the shards' dtype (uint16 or uint32)."""
     weights: np.ndarray
-    """float32 [rows, seq_length + 1], as in Block."""
+    """float32 [rows, seq_length + 1], as in TokenSequence."""
     samples: np.ndarray | None
-    """int32 [rows, seq_length + 1], as in Block."""
+    """int32 [rows, seq_length + 1], as in TokenSequence."""
     trimmed: np.ndarray
-    """int64 [rows], as in Block."""
+    """int64 [rows], as in TokenSequence."""
 
     @property
     def positions(self) -> np.ndarray:
-        """Under attention=sample: how many tokens of its own sample stand before each, int64 [rows, length]."""
+        """Under attention=sample: position of each token in its sample, from 0; int64 [rows, seq_length + 1]."""
+        assert self.samples is not None, "data.attention is not sample"
         return np.stack([positions_in_samples(samples) for samples in self.samples])
 
-    def rows(self, rows: slice) -> "Blocks":
-        """Some of them; views."""
+    def rows(self, rows: slice) -> "SequenceBatch":
+        """Some of the rows, as views."""
         samples = None if self.samples is None else self.samples[rows]
-        return Blocks(self.tokens[rows], self.weights[rows], samples, self.trimmed[rows])
+        return SequenceBatch(self.tokens[rows], self.weights[rows], samples, self.trimmed[rows])
 
 
 class Stream:
-    """Blocks of one or several corpora under the settings of a Config."""
+    """Sequences of one or several corpora under the settings of a Config."""
 
-    def __init__(self, config: Config, sources: Corpus | list[DataSource], neighbors=None) -> None:
-        """`sources`: a corpus with its `neighbors` (.table, .bank), or several DataSources.
+    def __init__(
+        self, config: Config, sources: Corpus | list[DataSource], neighbors: NeighborTable | None = None
+    ) -> None:
+        """`sources`: a corpus and its neighbor table, or several DataSources.
 
-        Neighbours put config.retrieval.documents in front of each query document.
+        With a neighbor table, config.retrieval.documents retrieved documents precede each query document. Raises
+        ValueError if data.seq_length cannot hold an image.
         """
         if isinstance(sources, Corpus):
             sources = [DataSource(sources, neighbors)]
@@ -102,48 +109,48 @@ class Stream:
             choice=config.retrieval.choice,
             image_first_probability=config.data.image_first_probability,
         )
-        self.library = self.samples.library
-        self.vocabulary = self.library.vocabulary
+        self.corpus = self.samples.corpus
+        self.vocabulary = self.corpus.vocabulary
         self.length = config.data.seq_length + 1
         self.global_batch_size = config.train.global_batch_size
         self.packing = PACKINGS[config.data.packing](self.samples, self.length)
         if self.packing.max_growth < 0:
             needed = self.length - 1 - self.packing.max_growth
             raise ValueError(
-                f"data.seq_length ({config.data.seq_length}) cannot hold a picture of "
+                f"data.seq_length ({config.data.seq_length}) cannot hold an image of "
                 f"{self.vocabulary.image_tokens} tokens with </s>, <break> and text, which "
-                f"packing={config.data.packing} needs; give at least {needed}, or use packing=stream or an image "
-                f"tokenizer with fewer tokens."
+                f"packing={config.data.packing} requires; set it to at least {needed}, or use packing=stream or an "
+                f"image tokenizer with fewer tokens."
             )
         limit = min(self.vocabulary.sentinels, self.packing.max_growth // TOKENS_PER_SPAN)
         self.sampler = SpanSampler(config.cm3, config.seed, limit)
 
-    def plan(self, numbers: np.ndarray) -> Plan:
-        """Decide all of blocks `numbers` (int64) that needs no document's tokens; cheapest for many at once."""
+    def plan(self, numbers: np.ndarray) -> SequencePlan:
+        """Decide all of sequences `numbers` (int64) that needs no document's tokens; cheapest for many at once."""
         draws = self.sampler.draw(numbers)
-        return Plan(self.packing.lay_out(numbers, TOKENS_PER_SPAN * draws.spans), draws)
+        return SequencePlan(self.packing.lay_out(numbers, TOKENS_PER_SPAN * draws.spans), draws)
 
-    def prefetch(self, plan: Plan) -> None:
-        """Ask for the documents of a plan ahead of `fill`."""
-        self.library.prefetch(np.unique(plan.layout.documents))
+    def prefetch(self, plan: SequencePlan) -> None:
+        """Let the kernel read the documents of a plan ahead of `fill`."""
+        self.corpus.prefetch(np.unique(plan.layout.documents))
 
-    def fill(self, plan: Plan) -> Blocks:
-        """Read the documents of a plan and mask the blocks."""
+    def fill(self, plan: SequencePlan) -> SequenceBatch:
+        """Read the documents of a plan and apply CM3 masking (CM3Leon section 2.2)."""
         layout, draws, vocabulary = plan.layout, plan.draws, self.vocabulary
         tokens = np.full((len(layout.numbers), self.length), vocabulary.pad, vocabulary.dtype)
-        write_layout(layout, self.library, tokens)
+        write_layout(layout, self.corpus, tokens)
         filled, trimmed = layout.filled.copy(), layout.trimmed.copy()
         values = self._values(layout, tokens)
         for row in np.flatnonzero(draws.spans).tolist():
             count = int(layout.filled[row])
-            source, own = tokens[row, :count].copy(), None
+            source, source_values = tokens[row, :count].copy(), None
             if values is not None:
-                own = values[:, row, :count].copy()
-                values[:, row] = _OF_PADDING[: len(values), None]
+                source_values = values[:, row, :count].copy()
+                values[:, row] = PADDING_VALUES[: len(values), None]
             tokens[row] = vocabulary.pad
-            gone, filled[row] = mask_block(
+            n_trimmed, filled[row] = mask_sequence(
                 source,
-                own,
+                source_values,
                 int(layout.query_starts[row]),
                 int(draws.spans[row]),
                 bool(draws.rotated[row]),
@@ -151,14 +158,14 @@ class Stream:
                 vocabulary,
                 self.packing.cut,
                 tokens[row],
-                None if own is None else values[:, row],
+                None if values is None else values[:, row],
             )
-            trimmed[row] += gone
+            trimmed[row] += n_trimmed
         weights, samples = self._weigh(tokens, filled, values)
-        return Blocks(tokens, weights, samples, trimmed)
+        return SequenceBatch(tokens, weights, samples, trimmed)
 
     def _values(self, layout: Layout, tokens: np.ndarray) -> np.ndarray | None:
-        """What travels with the tokens, float32 [1 or 2, rows, length]: loss weight, number of the sample."""
+        """Values that move with their tokens, float32 [1 or 2, rows, length]: loss weight, number of the sample."""
         by_sample, weight = self.config.data.attention == "sample", self.config.retrieval.loss_weight
         if not by_sample and (weight == 1 or not self.samples.documents):
             return None
@@ -166,18 +173,20 @@ class Stream:
         if weight != 1:
             chosen = np.flatnonzero(layout.retrieved)
             values[0].reshape(-1)[layout.breaks] = weight
-            stops = layout.places[chosen] + layout.lengths[chosen]
-            starts = np.maximum(layout.places[chosen], self.packing.cut == "head")  # there </s> has place 0
+            stops = layout.starts[chosen] + layout.lengths[chosen]
+            starts = np.maximum(layout.starts[chosen], self.packing.cut == "head")  # there, position 0 holds </s>
             for row, start, stop in zip(layout.rows[chosen].tolist(), starts.tolist(), stops.tolist(), strict=True):
                 values[0, row, start:stop] = weight
         if by_sample:
             values[1] = number_samples(tokens, self.vocabulary.eos)
         for row, count in enumerate(layout.filled.tolist()):
-            values[:, row, count:] = _OF_PADDING[: len(values), None]
+            values[:, row, count:] = PADDING_VALUES[: len(values), None]
         return values
 
-    def _weigh(self, tokens: np.ndarray, filled: np.ndarray, values: np.ndarray | None):
-        """Loss weights float32 and, under attention=sample, samples int32 of masked blocks."""
+    def _weigh(
+        self, tokens: np.ndarray, filled: np.ndarray, values: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Loss weights (float32) and, under attention=sample, samples (int32) of masked sequences."""
         weights, samples = np.ones(tokens.shape, np.float32), None
         if values is None:
             for row in np.flatnonzero(filled < self.length).tolist():
@@ -186,7 +195,7 @@ class Stream:
             weights = values[0]
             if len(values) == 2:
                 samples = values[1].astype(np.int32)
-                # A span moved behind another sample begins behind a token that does not see its sample.
+                # The token before a span that was moved after another sample cannot attend to the sample of the span.
                 unseen = (samples[:, 1:] != samples[:, :-1]) & (tokens[:, 1:] != self.vocabulary.eos)
                 weights[:, 1:][unseen] = 0
         data, cm3 = self.config.data, self.config.cm3
@@ -199,23 +208,23 @@ class Stream:
                 weights[kind(tokens)] *= factor
         return weights, samples
 
-    def blocks(self, start: int, stop: int) -> list[Block]:
-        """Blocks start..stop-1."""
-        assert 0 <= start <= stop, f"there are no blocks {start}..{stop}"
+    def sequences(self, start: int, stop: int) -> list[TokenSequence]:
+        """Sequences start..stop-1, 0 <= start <= stop."""
+        assert 0 <= start <= stop, f"there are no sequences {start}..{stop}"
         if start == stop:
             return []
         plan = self.plan(np.arange(start, stop))
-        layout, blocks = plan.layout, self.fill(plan)
+        layout, batch = plan.layout, self.fill(plan)
         result = []
         for row in range(stop - start):
-            own = layout.of_row(row)
-            documents, retrieved = layout.documents[own], layout.retrieved[own]
+            in_row = layout.of_row(row)
+            documents, retrieved = layout.documents[in_row], layout.retrieved[in_row]
             result.append(
-                Block(
-                    tokens=blocks.tokens[row].astype(np.int64),
-                    weights=blocks.weights[row],
-                    samples=None if blocks.samples is None else blocks.samples[row].astype(np.int64),
-                    trimmed=int(blocks.trimmed[row]),
+                TokenSequence(
+                    tokens=batch.tokens[row].astype(np.int64),
+                    weights=batch.weights[row],
+                    samples=None if batch.samples is None else batch.samples[row].astype(np.int64),
+                    trimmed=int(batch.trimmed[row]),
                     documents=documents[~retrieved],
                     retrieved=documents[retrieved],
                     epoch=int(layout.epochs[row]),
@@ -223,40 +232,39 @@ class Stream:
             )
         return result
 
-    def block(self, number: int) -> Block:
-        """One block; the same as in any batch."""
-        return self.blocks(number, number + 1)[0]
+    def sequence(self, number: int) -> TokenSequence:
+        """One sequence; the same as in any batch."""
+        return self.sequences(number, number + 1)[0]
 
-    def batch(self, number: int) -> list[Block]:
-        """Batch b of the whole run, over all ranks."""
-        return self.blocks(number * self.global_batch_size, (number + 1) * self.global_batch_size)
+    def batch(self, number: int) -> list[TokenSequence]:
+        """Batch `number`, of all ranks, at the global batch size of the config."""
+        return self.sequences(number * self.global_batch_size, (number + 1) * self.global_batch_size)
 
     def cursor(self, number: int) -> dict:
-        """Where block `number` stands, for a checkpoint: with it, `resume` costs the same at any step."""
-        if not self.packing.prefix:
-            return {}
-        return self.packing.anchor(number).to_dict()
+        """Position of sequence `number`, for a checkpoint: with it, `resume` takes the same time at any step."""
+        anchor = self.packing.anchor(number)
+        return anchor.to_dict() if anchor else {}
 
     def resume(self, cursor: dict) -> None:
-        """Take up a cursor of this stream (of the same identity)."""
-        if cursor and self.packing.prefix:
-            self.packing.prefix.add_cursor(cursor)
+        """Restore the position from a cursor of this stream (of the same identity)."""
+        if cursor and self.packing.prefix_sums:
+            self.packing.prefix_sums.add_cursor(cursor)
 
     def keep_tables(self, folder: Path) -> None:
-        """Keep the tables that distant blocks need in `folder`."""
-        if self.packing.prefix:
-            self.packing.prefix.keep_tables(folder, self.identity)
+        """Store the tables that are needed to reach distant sequences in `folder`."""
+        if self.packing.prefix_sums:
+            self.packing.prefix_sums.keep_tables(folder, self.identity)
 
     @property
     def identity(self) -> str:
-        """Hash of all that determines sequence n: data, neighbors, settings, seed."""
+        """Hash of everything that determines sequence n: data, neighbors, settings, seed."""
         return identify(describe_sources(self.samples, self.config), self.config)
 
 
 def number_samples(tokens: np.ndarray, eos: int) -> np.ndarray:
-    """Which sample of its unmasked source [..., tokens] a token is of, from 0.
+    """Sample that each token of an unmasked sequence [..., tokens] belongs to, from 0; int64, same shape.
 
-    One begins at each </s> behind another's last </s>.
+    A sample begins at each </s> that follows the last </s> of another.
     """
     begins = np.zeros(tokens.shape, np.int64)
     ends = tokens == eos
@@ -265,7 +273,7 @@ def number_samples(tokens: np.ndarray, eos: int) -> np.ndarray:
 
 
 def positions_in_samples(samples: np.ndarray) -> np.ndarray:
-    """For each token, how many tokens of its own sample stand before it; `samples` as in Block."""
+    """Position of each token in its sample, from 0; `samples` [tokens] as in TokenSequence; int64 [tokens]."""
     order = np.argsort(samples, kind="stable")
     ordered = samples[order]
     first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -278,7 +286,7 @@ def positions_in_samples(samples: np.ndarray) -> np.ndarray:
 def build_stream(config: Config, train: bool = True, retrieval: bool = True) -> Stream:
     """Open the training data of a Config, or with `train=False` its validation data.
 
-    `retrieval=False` leaves retrieved documents out, whatever the config says.
+    `retrieval=False` uses no retrieved documents, whatever the config says. Raises ValueError if no shards are given.
     """
     if train:
         described = config.data.sources or [SourceConfig(shards=config.data.shards, index=config.retrieval.index)]
@@ -290,7 +298,9 @@ def build_stream(config: Config, train: bool = True, retrieval: bool = True) -> 
             f"{section}.shards is empty; give the folder of shards that tools/preprocess_data.py wrote "
             f"({section}.shards=...)."
         )
-    stream = Stream(config, [_open_source(source, retrieval and config.retrieval.documents) for source in described])
+    stream = Stream(
+        config, [_open_source(source, retrieval and config.retrieval.documents > 0) for source in described]
+    )
     output = Path(config.output)
     if train and output.is_dir() and os.access(output, os.W_OK):
         stream.keep_tables(output / "stream")

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.data.inspect.shards import find_damage
+from megatron_cm3leon.data.inspect.shards import find_damaged_files
 from megatron_cm3leon.data.shards.reader import open_shards
-from tests.data.corpora import ByteTokenizers, write_pictures
+from tests.data.corpora import ByteTokenizers, write_images
 from tests.data.runs import counts_of, files_of, quarantine_of, run
 from tests.distributed.launch import child_environment
 
@@ -96,14 +96,14 @@ def test_a_tar_of_everything_that_can_be_wrong(tmp_path):
 
 
 def test_a_shard_changed_after_the_manifest_is_found(tmp_path):
-    run(write_pictures(tmp_path / "raw", 8), tmp_path / "out")
+    run(write_images(tmp_path / "raw", 8), tmp_path / "out")
     corpus = open_shards(tmp_path / "out")
-    assert find_damage(corpus) == []
+    assert find_damaged_files(corpus) == []
     tar = tmp_path / "out/shard-000001-000.tar"
     content = bytearray(tar.read_bytes())
     content[int(corpus._indexes[1]["offset"][2]) + 1] ^= 1
     tar.write_bytes(content)
-    assert find_damage(corpus) == ["shard-000001-000.tar: its sha256 is not the manifest's in documents 6"]
+    assert find_damaged_files(corpus) == ["shard-000001-000.tar: its sha256 differs from the manifest in documents 6"]
     with pytest.raises(ValueError, match=r"document 6 \(row 2 of .*shard-000001-000\.tar\) is damaged"):
         open_shards(tmp_path / "out").read(6)
 
@@ -114,7 +114,7 @@ def limit_file_size(size):
 
 def test_a_disk_that_fills_up_stops_the_run_and_more_room_finishes_it(tmp_path):
     """A limit on the size of files stands in for the disk: the write fails in the middle of a shard."""
-    pairs = write_pictures(tmp_path / "raw", 12)
+    pairs = write_images(tmp_path / "raw", 12)
     lines = pairs.read_text().splitlines()
     lines[5] = json.dumps({"image": "5.png", "caption": "x" * 200_000})
     pairs.write_text("\n".join(lines))
@@ -123,7 +123,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_more_room_finishes_it(tmp_path):
     try:
         limit_file_size(100_000)
         with pytest.raises(
-            OSError, match=r"--output .*out cannot take more: File too large. Make room and run the same"
+            OSError, match=r"--output .*out cannot be written: File too large. Free some space and run the same"
         ):
             run(pairs, tmp_path / "out")
     finally:
@@ -152,12 +152,12 @@ class SlowTokenizers(ByteTokenizers):
 
 
 def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path):
-    pairs = write_pictures(tmp_path / "raw", 40)
+    pairs = write_images(tmp_path / "raw", 40)
     run(pairs, tmp_path / "whole")
 
     def kill_a_writer():
         """SIGKILL to the worker whose temporary folder appears second."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             done = list((tmp_path / "out/.work").glob("part-*.json"))
             found = [path for path in (tmp_path / "out/.work").glob("part-*.tmp") if list(path.glob("*.tar"))]
@@ -168,7 +168,7 @@ def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path):
 
     killer = threading.Thread(target=kill_a_writer)
     killer.start()
-    with pytest.raises(OSError, match=r"a worker process was killed \(often for want of memory\).*whole are kept"):
+    with pytest.raises(OSError, match=r"a worker process was killed \(often because .*parts are kept"):
         run(pairs, tmp_path / "out", workers=2, load_tokenizers=SlowTokenizers.load)
     killer.join()
     assert not (tmp_path / "out/manifest.json").exists()
@@ -181,7 +181,7 @@ def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path):
 
 
 def test_the_whole_run_killed_at_any_moment_is_finished_by_the_same_command(tmp_path):
-    pairs = write_pictures(tmp_path / "raw", 30)
+    pairs = write_images(tmp_path / "raw", 30)
     run(pairs, tmp_path / "whole", deduplicate=("picture",))
     program = (
         "import sys; from pathlib import Path\n"

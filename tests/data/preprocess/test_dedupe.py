@@ -52,11 +52,11 @@ def test_the_result_does_not_depend_on_workers_tasks_or_interruptions(pairs, tmp
     options = {"part_size": 2, "max_bad_fraction": 0.5, "deduplicate": ("picture", "caption")}
     one = run(pairs, tmp_path / "one", **options)
     run(pairs, tmp_path / "two", workers=2, **options)
-    with pytest.raises(ValueError, match=r"takes two rounds.*--stage hash.*--stage encode, then merge"):
+    with pytest.raises(ValueError, match=r"requires two stages.*--stage hash.*--stage encode, then merge"):
         run(pairs, tmp_path / "tasks", tasks=3, task=0, **options)
     for task in (2, 0):
         run(pairs, tmp_path / "tasks", tasks=3, task=task, stage="hash", **options)
-    with pytest.raises(ValueError, match=r"2 of 7 parts have no hashes yet, such as part 1; run every task"):
+    with pytest.raises(ValueError, match=r"2 of 7 parts have no hashes yet, such as part 1; finish every task"):
         run(pairs, tmp_path / "tasks", tasks=3, task=0, stage="encode", **options)
     run(pairs, tmp_path / "tasks", tasks=3, task=1, stage="hash", **options)
     for task in (1, 0, 2):
@@ -98,7 +98,8 @@ def test_an_input_that_changed_in_between_is_refused(pairs, tmp_path):
     run(pairs, tmp_path / "out", tasks=1, stage="hash", **options)
     path = hashes_path(tmp_path / "out/.work", 0)
     np.save(path, np.load(path)[:-1])
-    with pytest.raises(ValueError, match=r"part 0 of the input has 13 inputs, but had 12 when duplicates.*--overwrite"):
+    message = r"part 0 of the input has 13 inputs, but had 12 when the duplicates.*--overwrite"
+    with pytest.raises(ValueError, match=message):
         run(pairs, tmp_path / "out", stage="encode", **options)
 
 
@@ -120,7 +121,7 @@ def test_a_mended_picture_is_compared_before_it_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"1 of the 2 inputs read are unusable.*run the same command again"):
         run(pairs, tmp_path / "out", **everything[2])
     (tmp_path / "9.png").write_bytes((tmp_path / "0.png").read_bytes())
-    with pytest.raises(ValueError, match=r"pairs\.jsonl:1 was unusable when duplicates were looked for.*--stage hash"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1 was unusable when the duplicates were .*--stage hash"):
         run(pairs, tmp_path / "out", **everything[2])
     for chosen in everything[:3]:
         run(pairs, tmp_path / "out", **chosen)

@@ -7,17 +7,17 @@ import pytest
 from megatron_cm3leon.data.neighbors import manifest_sha256
 from megatron_cm3leon.data.preprocess.merge import lock_output, merge
 from megatron_cm3leon.data.shards.reader import open_shards
-from tests.data.corpora import write_pictures
+from tests.data.corpora import write_images
 from tests.data.runs import counts_of, files_of, quarantine_of, run
 
 
 def test_tasks_of_any_number_write_what_one_run_writes(tmp_path):
-    pairs = write_pictures(tmp_path / "raw", 22)
+    pairs = write_images(tmp_path / "raw", 22)
     (tmp_path / "raw/5.png").unlink()
     options = {"max_bad_fraction": 0.2}
     one = run(pairs, tmp_path / "one", command="one", **options)
     run(pairs, tmp_path / "tasks", tasks=4, task=3, command="four", **options)
-    with pytest.raises(ValueError, match="5 of 6 parts are not done, such as part 0; run the tasks that"):
+    with pytest.raises(ValueError, match="5 of 6 parts are not done, such as part 0; finish the remaining"):
         merge(tmp_path / "tasks")
     run(pairs, tmp_path / "tasks", tasks=4, task=0, **options)
     run(pairs, tmp_path / "tasks", tasks=2, task=0, **options)  # another number of tasks goes on with the same parts
@@ -40,7 +40,7 @@ def test_tasks_of_any_number_write_what_one_run_writes(tmp_path):
 
 def test_the_share_of_unusable_inputs_is_that_of_all_tasks(tmp_path, caplog):
     """Two of twelve are allowed by a fifth, though they are half of the first task's."""
-    pairs = write_pictures(tmp_path / "raw", 12)
+    pairs = write_images(tmp_path / "raw", 12)
     for number in (0, 1):
         (tmp_path / f"raw/{number}.png").unlink()
     for task in range(3):
@@ -52,7 +52,7 @@ def test_the_share_of_unusable_inputs_is_that_of_all_tasks(tmp_path, caplog):
 
 
 def test_an_index_knows_older_manifests_by_their_bytes(tmp_path):
-    run(write_pictures(tmp_path / "raw", 3), tmp_path / "out")
+    run(write_images(tmp_path / "raw", 3), tmp_path / "out")
     path = tmp_path / "out/manifest.json"
     manifest = json.loads(path.read_text())
     now = manifest_sha256(open_shards(tmp_path / "out"))
@@ -62,32 +62,32 @@ def test_an_index_knows_older_manifests_by_their_bytes(tmp_path):
 
 
 def test_a_damaged_shard_is_not_merged(tmp_path):
-    pairs = write_pictures(tmp_path / "raw", 8)
+    pairs = write_images(tmp_path / "raw", 8)
     for task in range(2):
         run(pairs, tmp_path / "out", tasks=2, task=task)
     with (tmp_path / "out/shard-000001-000.tar").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ValueError, match=r"shard-000001-000\.tar is missing or not as it was written; run the task"):
+    with pytest.raises(ValueError, match=r"shard-000001-000\.tar is missing or was changed after it was written"):
         merge(tmp_path / "out")
     run(pairs, tmp_path / "out", tasks=2, task=1)
     merge(tmp_path / "out")
 
 
 def test_tasks_work_side_by_side_and_a_whole_run_waits_for_them(tmp_path):
-    pairs = write_pictures(tmp_path / "raw", 8)
+    pairs = write_images(tmp_path / "raw", 8)
     (tmp_path / "out").mkdir()
     with lock_output(tmp_path / "out", shared=True):
         run(pairs, tmp_path / "out", tasks=2, task=0)
-        with pytest.raises(ValueError, match=r"another run is writing --output .*out; wait for it or end it"):
+        with pytest.raises(ValueError, match=r"another run is writing --output .*out; wait for it to finish"):
             run(pairs, tmp_path / "out")
         with pytest.raises(ValueError, match="another run is writing"):
             merge(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"holds no tasks' work to merge; run tools/preprocess_data\.py --output"):
+    with pytest.raises(ValueError, match=r"holds no parts to merge; run tools/preprocess_data\.py --output"):
         merge(tmp_path / "raw")
     for settings, message in (
         ({"tasks": 2, "task": 2}, r"--task-id \(2\) must be 0 to 1, below --num-tasks \(2\)"),
-        ({"stage": "hash"}, "--stage hash belongs to --deduplicate, which is not given"),
-        ({"tasks": 2, "overwrite": True}, "--overwrite with several tasks would remove what other tasks write"),
+        ({"stage": "hash"}, "--stage hash requires --deduplicate, which is not given"),
+        ({"tasks": 2, "overwrite": True}, "--overwrite with several tasks would remove files of the other tasks"),
     ):
         with pytest.raises(ValueError, match=message):
             run(pairs, tmp_path / "out", **settings)

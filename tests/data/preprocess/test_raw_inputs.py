@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_cm3leon.data.preprocess.raw_inputs import ImageLoader, RawInputs
-from megatron_cm3leon.data.sources import read_picture
+from megatron_cm3leon.data.sources import read_image_bytes
 from tests.data.sources.test_fields import write_lines
 from tests.data.sources.test_sources import FORMS, forms, picture  # noqa: F401 (a fixture)
 
@@ -23,8 +23,8 @@ def test_every_format_gives_the_same_texts_images_and_pairs(forms):  # noqa: F81
         texts, images, pairs = (RawInputs(forms / name, part=part) for part in ("texts", "images", "pairs"))
         found = (
             list(texts.texts()),
-            [read_picture(image) for image in images.images()],
-            [(pair.caption, read_picture(pair.pictures[0])) for pair in pairs.pairs()],
+            [read_image_bytes(image) for image in images.images()],
+            [(pair.caption, read_image_bytes(pair.images[0])) for pair in pairs.pairs()],
         )
         expected = expected or found
         assert found == expected and len(found[2]) == 6, name
@@ -48,7 +48,7 @@ def test_tars_without_captions_or_images(tmp_path):
         for name in ("0.png", "1.txt"):
             tar.add(tmp_path / name, name)
     assert list(RawInputs(tmp_path / "x.tar", part="texts").texts()) == ["alone"]
-    assert [read_picture(image) for image in RawInputs(tmp_path / "x.tar", part="images").images()] == [picture()]
+    assert [read_image_bytes(image) for image in RawInputs(tmp_path / "x.tar", part="images").images()] == [picture()]
 
 
 def test_a_folder_of_images_and_one_of_texts(tmp_path):
@@ -80,7 +80,7 @@ def test_of_images_without_files_an_even_share_stays(tmp_path):
     rows = [{"image": picture(n), "caption": "c"} for n in range(40)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     inputs = RawInputs(tmp_path / "x.parquet", part="images")
-    kept = [read_picture(image) for image in inputs.images(kept_bytes=12 * len(picture()))]
+    kept = [read_image_bytes(image) for image in inputs.images(kept_bytes=12 * len(picture()))]
     assert kept == [picture(n) for n in range(0, 40, 4)]
     assert "30 of 40 inputs were skipped: 30 x more images than fit into memory" in inputs.explain_skipped()
 

@@ -10,7 +10,7 @@ from PIL import Image
 from megatron_cm3leon.data.preprocess import worker as parts
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.data.sources import open_source
-from tests.data.corpora import ByteTokenizers, write_pictures
+from tests.data.corpora import ByteTokenizers, write_images
 from tests.data.runs import counts_of, files_of, quarantine_of, run
 
 
@@ -42,7 +42,7 @@ def test_a_hand_written_pair_has_exactly_these_ids_and_files(tmp_path):
 
 
 def test_the_bytes_do_not_depend_on_who_does_the_work(tmp_path):
-    pairs = write_pictures(tmp_path / "raw", 22)
+    pairs = write_images(tmp_path / "raw", 22)
     run(pairs, tmp_path / "one")
     run(pairs, tmp_path / "two", workers=2)
     one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
@@ -53,7 +53,7 @@ def test_the_bytes_do_not_depend_on_who_does_the_work(tmp_path):
 
 def test_webdataset_reads_the_shards(tmp_path):
     webdataset = pytest.importorskip("webdataset")
-    run(write_pictures(tmp_path / "raw", 9), tmp_path / "out")
+    run(write_images(tmp_path / "raw", 9), tmp_path / "out")
     corpus = open_shards(tmp_path / "out")
     urls = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
@@ -64,7 +64,7 @@ def test_webdataset_reads_the_shards(tmp_path):
 
 def test_a_folder_of_pictures_and_captions(tmp_path):
     raw = tmp_path / "raw"
-    write_pictures(raw / "a", 2)
+    write_images(raw / "a", 2)
     (raw / "a/pairs.jsonl").unlink()
     (raw / "a/0.txt").write_text("first\n")
     (raw / "lonely.txt").write_text("no picture")
@@ -80,7 +80,7 @@ def test_a_folder_of_pictures_and_captions(tmp_path):
 
 
 def test_two_captions_of_one_picture_are_one_too_many(tmp_path):
-    write_pictures(tmp_path / "raw", 2)
+    write_images(tmp_path / "raw", 2)
     for name in ("0.txt", "0.TXT", "1.TXT"):
         (tmp_path / "raw" / name).write_text(name)
     (tmp_path / "raw/pairs.jsonl").unlink()
@@ -129,7 +129,7 @@ BAD_LINES = {
 
 def test_every_bad_input_is_named_and_the_rest_goes_on(tmp_path):
     raw = tmp_path / "raw"
-    lines = write_pictures(raw, 5).read_bytes().splitlines()
+    lines = write_images(raw, 5).read_bytes().splitlines()
     (raw / "text.png").write_text("not a picture")
     (raw / "empty.png").touch()
     generator = np.random.default_rng(0)
@@ -189,7 +189,7 @@ def test_too_many_bad_inputs_of_tars_stop_the_run_before_its_end(tmp_path):
 
 def test_too_many_bad_inputs_stop_the_run_and_mending_them_finishes_it(tmp_path):
     raw = tmp_path / "raw"
-    pairs = write_pictures(raw, 12)
+    pairs = write_images(raw, 12)
     (raw / "1.png").rename(raw / "hidden")
     (raw / "9.png").rename(raw / "hidden9")
     with pytest.raises(
@@ -207,7 +207,7 @@ def test_too_many_bad_inputs_stop_the_run_and_mending_them_finishes_it(tmp_path)
 
 
 def test_an_interrupted_run_is_finished_and_keeps_whole_parts(tmp_path, monkeypatch):
-    pairs = write_pictures(tmp_path / "raw", 14)
+    pairs = write_images(tmp_path / "raw", 14)
     run(pairs, tmp_path / "whole")
     write, written = parts.PartEncoder.run, []
 
@@ -220,7 +220,7 @@ def test_an_interrupted_run_is_finished_and_keeps_whole_parts(tmp_path, monkeypa
     monkeypatch.setattr(parts.PartEncoder, "run", die_in_the_third_part)
     with pytest.raises(KeyboardInterrupt):
         run(pairs, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"no manifest\.json.*tools/preprocess_data\.py.*finishes what is missing"):
+    with pytest.raises(ValueError, match=r"no manifest\.json.*tools/preprocess_data\.py.*again, if it was interrupted"):
         open_shards(tmp_path / "out")
     (tmp_path / "out/shard-000000-000.idx.npy").unlink()  # a part that is no longer whole
     run(pairs, tmp_path / "out")
@@ -229,7 +229,7 @@ def test_an_interrupted_run_is_finished_and_keeps_whole_parts(tmp_path, monkeypa
 
 
 def test_a_complete_folder_is_left_alone_and_other_options_are_refused(tmp_path):
-    pairs = write_pictures(tmp_path / "raw", 6)
+    pairs = write_images(tmp_path / "raw", 6)
     run(pairs, tmp_path / "out")
     before = files_of(tmp_path / "out")
     assert run(pairs, tmp_path / "out", workers=2)["already_complete"]
@@ -238,7 +238,7 @@ def test_a_complete_folder_is_left_alone_and_other_options_are_refused(tmp_path)
         run(pairs, tmp_path / "out", part_size=5)
     text = pairs.read_text()
     pairs.write_text(text.replace("picture 3", "picture X"))
-    with pytest.raises(ValueError, match=r"the input has changed, or is another: input_sha256: .*--overwrite"):
+    with pytest.raises(ValueError, match=r"the input has changed, or is a different one: input_sha256: .*--overwrite"):
         run(pairs, tmp_path / "out")
     pairs.write_text(text)
     assert files_of(tmp_path / "out") == before
@@ -251,7 +251,7 @@ def test_a_complete_folder_is_left_alone_and_other_options_are_refused(tmp_path)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
-    pairs = write_pictures(tmp_path / "raw", 2)
+    pairs = write_images(tmp_path / "raw", 2)
     with pytest.raises(ValueError, match=r"holds other files \(0\.png, 1\.png, pairs\.jsonl\) and no shards"):
         run(pairs, tmp_path / "raw")
     assert not (tmp_path / "raw/.work").exists()
@@ -259,7 +259,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 
 def test_nothing_usable_and_nothing_there(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"image": "no.png", "caption": "x"}\n')
-    with pytest.raises(ValueError, match="none of the 1 inputs was written: 0 duplicates, 0 filtered, 1 unusable"):
+    with pytest.raises(ValueError, match="none of the 1 inputs could be written: 0 duplicates, 0 filtered, 1 unusable"):
         run(tmp_path / "pairs.jsonl", tmp_path / "out", max_bad_fraction=1.0)
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match=r"empty\.jsonl holds no pair; expected a line"):

@@ -131,14 +131,15 @@ def test_files_that_do_not_match_the_manifest_are_refused(folder, tmp_path):
     size = (folder / f"{name}.idx.npy").stat().st_size
     refused("idx.npy is unreadable", lambda copy: (copy / f"{name}.idx.npy").write_bytes(b"x" * size))
     refused(
-        "it counts 31 documents, the files 30", lambda copy: change_manifest(copy, lambda m: m.update(documents=31))
+        "it lists 31 documents, the index",
+        lambda copy: change_manifest(copy, lambda m: m.update(documents=31)),
     )
     refused(
         "has format 2; this version reads format 1", lambda copy: change_manifest(copy, lambda m: m.update(format=2))
     )
-    refused("is no manifest of shards", lambda copy: (copy / "manifest.json").write_text("{"))
-    refused("is no manifest of shards", lambda copy: change_manifest(copy, lambda m: m.pop("shards")))
-    refused("outside its own folder", lambda copy: change_manifest(copy, lambda m: m["shards"][0].update(name="../x")))
+    refused("is not a valid manifest of shards", lambda copy: (copy / "manifest.json").write_text("{"))
+    refused("is not a valid manifest of shards", lambda copy: change_manifest(copy, lambda m: m.pop("shards")))
+    refused("outside its folder", lambda copy: change_manifest(copy, lambda m: m["shards"][0].update(name="../x")))
     refused("vocabulary hash", lambda copy: change_manifest(copy, lambda m: m["vocabulary"].update(text_size=7)))
     refused(r"has no manifest\.json, which is written last", lambda copy: (copy / "manifest.json").unlink())
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_cm3leon.data.preprocess.document_reader import read_image
-from megatron_cm3leon.data.sources import BadInput, Fields, RawPair, RawText, open_source, read_picture
+from megatron_cm3leon.data.sources import BadInput, Fields, RawPair, RawText, open_source, read_image_bytes
 from megatron_cm3leon.data.sources.embedded import shorten
 from tests.data.runs import counts_of, quarantine_of, read_all, run
 from tests.data.sources.test_sources import picture
@@ -28,17 +28,17 @@ def test_file_name_is_the_image_where_it_ends_as_one(tmp_path, caplog):
     rows = [{"file_name": f"{n}.jpg", "text": f"caption {n}"} for n in range(2)]
     caplog.set_level("INFO", "megatron_cm3leon")
     pairs = read_rows(tmp_path, rows)
-    assert [(type(pair), pair.image, pair.caption) for pair in pairs] == [
+    assert [(type(pair), pair.image_name, pair.caption) for pair in pairs] == [
         (RawPair, f"{n}.jpg", f"caption {n}") for n in range(2)
     ]
-    assert "rows.jsonl: field file_name is the image; --image-field gives another." in caplog.text
+    assert "rows.jsonl: field file_name is the image; --image-field chooses another." in caplog.text
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    assert [pair.image for pair in read_all(open_source(tmp_path / "rows.parquet", 10))] == ["0.jpg", "1.jpg"]
+    assert [pair.image_name for pair in read_all(open_source(tmp_path / "rows.parquet", 10))] == ["0.jpg", "1.jpg"]
     (tmp_path / "rows.csv").write_text("file_name,text\n0.JPG,a\n")
-    assert read_all(open_source(tmp_path / "rows.csv", 10))[0].image == "0.JPG"
+    assert read_all(open_source(tmp_path / "rows.csv", 10))[0].image_name == "0.JPG"
     text, pair = read_rows(tmp_path, [{"file_name": "a.txt", "text": "b"}, {"file_name": "0.png", "caption": "c"}])
-    assert text.segments == ["b"] and text.extra == '{"file_name": "a.txt"}' and pair.image == "0.png"
-    assert read_rows(tmp_path, [{"image": "1.png", "file_name": "0.png", "caption": "c"}])[0].image == "1.png"
+    assert text.segments == ["b"] and text.extra == '{"file_name": "a.txt"}' and pair.image_name == "0.png"
+    assert read_rows(tmp_path, [{"image": "1.png", "file_name": "0.png", "caption": "c"}])[0].image_name == "1.png"
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,16 @@ def test_images_in_base64_are_read(tmp_path):
     urlsafe = base64.urlsafe_b64encode(picture(9)).decode().rstrip("=")
     values = [f"data:image/jpeg;base64,{plain}", plain, f"DATA:image/png;charset=x;base64,{wrapped}", wrapped, urlsafe]
     pairs = read_rows(tmp_path, [{"image": value, "caption": "c", "mask": value} for value in values])
-    assert [read_picture(pair.pictures[0]) for pair in pairs] == [content, content, picture(7), picture(7), picture(9)]
-    assert pairs[0].image == "00000000.image" and len(pairs[0].extra) < 200
+    assert [read_image_bytes(pair.images[0]) for pair in pairs] == [
+        content,
+        content,
+        picture(7),
+        picture(7),
+        picture(9),
+    ]
+    assert pairs[0].image_name == "00000000.image" and len(pairs[0].extra) < 200
     (document,) = read_rows(tmp_path, [{"segments": [{"text": "a"}, {"image": values[0]}]}])
-    assert read_picture(document.pictures[0]) == content
+    assert read_image_bytes(document.images[0]) == content
     manifest = run(tmp_path / "rows.jsonl", tmp_path / "out")
     assert counts_of(manifest) == (1, 1, 0, 0, 0) and manifest["kinds"] == {"interleaved": 1}
 
@@ -137,11 +143,11 @@ def test_backslashes_in_a_path_are_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"missing picture: a\\0\.png: its path has backslashes, where this system has /"
     ):
-        read_image(pairs[0].pictures[0])
+        read_image(pairs[0].images[0])
     with pytest.raises(ValueError, match=r"missing picture: a/gone\.png$"):
-        read_image(pairs[1].pictures[0])
+        read_image(pairs[1].images[0])
     (tmp_path / "a\\0.png").write_bytes(picture())
-    assert read_image(pairs[0].pictures[0])[0].size == (10, 8)
+    assert read_image(pairs[0].images[0])[0].size == (10, 8)
 
 
 def test_what_is_sound_of_a_bad_row_is_kept_for_the_tokenizers(tmp_path):
@@ -164,8 +170,8 @@ ROW = '{"image": "0.png", "caption": "a"}'
         (f"\ufeff [{ROW}]\n\n", "is one JSON array"),
         (f"[\n{ROW},\n{ROW}\n]", "is one JSON array"),
         ('[\n  {\n    "image": "0.png"\n  }\n]', "is one JSON array"),
-        ('{\n  "image": "0.png",\n  "caption": "a"\n}\n{\n  "image"', "objects of several lines; one object per line"),
-        ('{"image": "0.png",\n "caption": "a"}\n', "holds JSON objects of several lines"),
+        ('{\n  "image": "0.png",\n  "caption": "a"\n}\n{\n  "image"', "objects over several lines; one object"),
+        ('{"image": "0.png",\n "caption": "a"}\n', "holds JSON objects over several lines"),
         (f'{{"info": {{}}, "images": [{ROW}]}}', r"is one JSON object for the whole file \(its fields: info, images\)"),
         (f'{{\n"info": {{}},\n"annotations": [{ROW}]\n}}', "is one JSON object for the whole file"),
         ('{"image": {"0": "0.png"}, "caption": {"0": "a"}}', "is one JSON object for the whole file"),

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_cm3leon.data.sources import BadInput, Fields, RawPair, open_source, read_picture
-from megatron_cm3leon.data.sources.files import is_url, join_listed, list_folder, make_absolute
+from megatron_cm3leon.data.sources import BadInput, Fields, RawPair, open_source, read_image_bytes
+from megatron_cm3leon.data.sources.files import is_url, join_path, list_folder, make_absolute
 from tests.data.runs import read_all
 from tests.data.sources.test_sources import picture, write_tar
 
@@ -33,8 +33,8 @@ def pairs_of(source) -> dict[str, str]:
     """Captions by the image's name; fails if an input is not a pair."""
     entries = read_all(source)
     assert all(isinstance(entry, RawPair) for entry in entries), entries
-    assert all(read_picture(entry.pictures[0]) == IMAGE for entry in entries)
-    return {entry.image: entry.caption for entry in entries}
+    assert all(read_image_bytes(entry.images[0]) == IMAGE for entry in entries)
+    return {entry.image_name: entry.caption for entry in entries}
 
 
 def reasons_of(source) -> dict[str, str]:
@@ -55,9 +55,7 @@ def test_linked_folders_are_followed_once_and_loops_end(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         source = open_source(tmp_path / "in", 4)
     assert pairs_of(source) == {"disk/deep/1.png": "b", "one.png": "c", "real/0.png": "a"}
-    assert (
-        "2 files are read through the link" in caplog.text and "in/up is a link to a folder that holds" in caplog.text
-    )
+    assert "2 files are read through the link" in caplog.text and "in/up is a link to a folder that" in caplog.text
     (tmp_path / "linked").symlink_to("in/real")
     assert pairs_of(open_source(tmp_path / "linked", 4)) == {"0.png": "a"}
 
@@ -65,7 +63,10 @@ def test_linked_folders_are_followed_once_and_loops_end(tmp_path, caplog):
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
     write_files(tmp_path, **{"0.png": True, "0.txt": "a", "1.txt": "b"})
     (tmp_path / "1.png").symlink_to("/nowhere/1.png")
-    assert [entry.image for entry in read_all(open_source(tmp_path, 4))] == ["0.png", "1.png"]  # 1.png: missing image
+    assert [entry.image_name for entry in read_all(open_source(tmp_path, 4))] == [
+        "0.png",
+        "1.png",
+    ]  # 1.png: missing image
     (tmp_path / "disk").symlink_to("/nowhere/images")
     with pytest.raises(ValueError, match=r"disk is a link to /nowhere/images, which does not exist; mount or restore"):
         open_source(tmp_path, 4)
@@ -88,7 +89,7 @@ def test_names_in_another_unicode_form_belong_together(tmp_path, images, texts):
     expected = [f"caption {number}" for number in range(4)]
     source = open_source(tmp_path / "in", 10)
     assert sorted(pairs_of(source).values()) == expected
-    assert [json.loads(entry.extra) for entry in read_all(source) if "caf" in entry.image] == [{"id": 5}]
+    assert [json.loads(entry.extra) for entry in read_all(source) if "caf" in entry.image_name] == [{"id": 5}]
     assert sorted(pairs_of(open_source(tmp_path / "list.jsonl", 10)).values()) == expected
 
 
@@ -141,9 +142,9 @@ def test_what_a_url_is():
         assert is_url(url), url
     for name in ("/in/std::vec.png", "std::vec.png", "zip::a.png", "C:\\x.png", "a:b"):
         assert not is_url(name), name
-    assert join_listed("simplecache::s3://b/in", "0.png") == "simplecache::s3://b/in/0.png"
-    assert join_listed("zip://::/x.zip", "0.png") == "zip://0.png::/x.zip"
-    assert join_listed("zip://in::x.zip", "0.png") == "zip://in/0.png::x.zip"
+    assert join_path("simplecache::s3://b/in", "0.png") == "simplecache::s3://b/in/0.png"
+    assert join_path("zip://::/x.zip", "0.png") == "zip://0.png::/x.zip"
+    assert join_path("zip://in::x.zip", "0.png") == "zip://in/0.png::x.zip"
     assert make_absolute("file:///data/x") == "/data/x"
 
 
@@ -161,7 +162,7 @@ def test_parquet_files_that_describe_images_beside_captions_are_no_input(tmp_pat
     pq.write_table(pa.table({"url": ["x"], "caption": ["a"], "key": ["0"]}), tmp_path / "00000.parquet")
     with caplog.at_level(logging.INFO):
         assert pairs_of(open_source(tmp_path, 4)) == {"00000/0.jpg": "a"}
-    assert "00000.parquet without images; read as with --format folder" in caplog.text
+    assert "00000.parquet without images; read as --format folder" in caplog.text
     assert len(read_all(open_source(tmp_path, 4, "parquet"))) == 1  # as asked
     pq.write_table(pa.table({"jpg": [IMAGE], "caption": ["b"]}), tmp_path / "00001.parquet")
     assert [entry.source for entry in read_all(open_source(tmp_path, 4))][1:] == ["00001.parquet:row 1"]
@@ -195,7 +196,7 @@ def test_imagefolder_is_read_by_its_metadata(tmp_path, ending, caplog):
     assert not caplog.records
     write_files(tmp_path / "train", **{"2.png": True})
     open_source(tmp_path, 10)
-    assert "5 images, but 4 rows in the metadata file: an image without a row is not read" in caplog.text
+    assert "5 images, but 4 rows in the metadata file: images without a row are not read" in caplog.text
     write_files(tmp_path / "train", **{"2.txt": "beside"})  # captions beside images go first, as ever
     assert open_source(tmp_path / "train", 10).count == 3
 
@@ -212,16 +213,16 @@ def test_a_table_beside_images_is_named(tmp_path):
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["d.tar.gz", "README.txt"], r"d\.tar\.gz is compressed; unpack it first, as parts begin in the middle"),
+        (["d.tar.gz", "README.txt"], r"d\.tar\.gz is compressed; unpack it first, because parts begin in"),
         (["d.TGZ"], r"d\.TGZ is compressed; unpack it first"),
         (
             ["data-00000.arrow", "state.json"],
             r"data-00000\.arrow is an Arrow file, which is not read; convert it to Pa",
         ),
-        (["a.jsonl", "b.jsonl.gz"], r"holds no image and no tar, but a\.jsonl; --format jsonl reads these"),
-        (["a.csv"], r"but a\.csv; --format csv reads these as tables"),
-        (["a.txt", "b.txt"], r"holds no image, but a\.txt, b\.txt; --format texts reads each as a document"),
-        (["a.mp4", "b.mp4", "c"], r"holds \.mp4 \(2\), no ending \(1\), which are not read; expected images \(\.png"),
+        (["a.jsonl", "b.jsonl.gz"], r"holds no image and no tar, but a\.jsonl; --format jsonl reads them"),
+        (["a.csv"], r"but a\.csv; --format csv reads them as tables"),
+        (["a.txt", "b.txt"], r"holds no image, but a\.txt, b\.txt; --format texts reads each one as a document"),
+        (["a.mp4", "b.mp4", "c"], r"holds \.mp4 \(2\), no extension \(1\), which are not read; expected images \("),
         ([], r"holds no file, which are not read"),
     ],
 )
@@ -236,7 +237,7 @@ def test_a_folder_of_nothing_that_is_read_says_what_is_there(tmp_path, names, me
     [
         ("d.tar.gz", r"d\.tar\.gz is compressed; unpack it first"),
         ("data.arrow", r"data\.arrow is an Arrow file, which is not read"),
-        ("data.npz", r"data\.npz ends with \.npz, which is none of the formats that are read; convert it, or name its"),
+        ("data.npz", r"data\.npz ends with \.npz, which is none of the formats that are read; convert it, or give its"),
         ("data", r"data has no ending, which is none of the formats"),
     ],
 )
@@ -253,7 +254,7 @@ def test_what_is_not_read_beside_what_is_read_is_logged(tmp_path, caplog):
     write_files(tmp_path, **{"b.tar.gz": "x", "1.png": True})
     assert len(pairs_of(open_source(tmp_path, 4))) == 1
     assert "1 compressed files are not read; unpack them first (b.tar.gz)" in caplog.text
-    assert "1 images beside the tars are not read; --format folder reads these (1.png)" in caplog.text
+    assert "1 images next to the tars are not read; --format folder reads them (1.png)" in caplog.text
 
 
 def test_quoted_patterns_stand_for_what_they_match(tmp_path, monkeypatch, caplog):

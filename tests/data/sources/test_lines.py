@@ -19,13 +19,13 @@ LINES = [
 @pytest.mark.parametrize("ending", ["jsonl", "txt"])
 def test_lines_read_together_are_as_lines_read_one_by_one(tmp_path, monkeypatch, ending):
     draws, path = random.Random(0), tmp_path / f"corpus.{ending}"
-    monkeypatch.setattr(lines, "TEXT_BLOCK", 60)
+    monkeypatch.setattr(lines, "TEXT_BATCH_CHARACTERS", 60)
     together = 0
     for number in range(400):
         chosen = draws.choices(LINES[: draws.choice((1, 3, 6, len(LINES)))], k=draws.randrange(1, 12))
         path.write_bytes((b"\xef\xbb\xbf" if number % 5 == 0 else b"") + b"\n".join(chosen) + b"\n" * (number % 2))
         source = open_source(path, draws.randrange(1, 12), "lines" if ending == "txt" else "jsonl")
-        blocks = [block for part in range(source.parts) for block in source.read_blocks(part)]
+        blocks = [block for part in range(source.parts) for block in source.read_batches(part)]
         flat = [entry for block in blocks for entry in (block if isinstance(block, RawTexts) else [block])]
         assert flat == read_all(source)
         together += any(isinstance(block, RawTexts) and len(block) > 1 for block in blocks)

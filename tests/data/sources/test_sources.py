@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.data.sources import BadInput, Fields, Filtered, RawPair, RawText, open_source, read_picture
+from megatron_cm3leon.data.sources import BadInput, Fields, Filtered, RawPair, RawText, open_source, read_image_bytes
 from tests.data.runs import read_all
 
 
@@ -24,7 +24,7 @@ def picture(grey=0, kind="PNG") -> bytes:
 
 def contents(source):
     """(caption, bytes) of every pair."""
-    return [(pair.caption, read_picture(pair.pictures[0])) for pair in read_all(source)]
+    return [(pair.caption, read_image_bytes(pair.images[0])) for pair in read_all(source)]
 
 
 CAPTIONS = ['plain "quoted", commas', "two\nlines", "ünï 🎈", " padded ", "<break>", "7"]
@@ -82,7 +82,7 @@ def test_several_files_are_one_input_with_keys_of_its_own(forms):
         assert source.folder == str(forms) and pairs[6].source.startswith(f"b/{name}")
         assert contents(source)[6:] == contents(source)[:6]
         if not name.endswith("tar"):
-            assert pairs[6].image == "b/pictures/0.png"
+            assert pairs[6].image_name == "b/pictures/0.png"
         assert open_source(files[:1], 4).identity != source.identity != open_source(files[::-1], 4).identity
     with pytest.raises(ValueError, match=r"files of several formats \(pairs\.jsonl: jsonl, pairs\.tar: tar\)"):
         open_source([forms / "pairs.jsonl", forms / "pairs.tar"], 4)
@@ -165,7 +165,7 @@ def test_texts_and_interleaved_documents(tmp_path):
     )
     document, text, *bad = read_all(open_source(tmp_path / "mixed.jsonl", 10))
     assert document.texts == ["one", "two"] and document.kind == "interleaved" and document.extra == '{"id": 5}'
-    assert [segment.path for segment in document.pictures] == [str(tmp_path / f"{n}.png") for n in range(2)]
+    assert [segment.path for segment in document.images] == [str(tmp_path / f"{n}.png") for n in range(2)]
     assert text.segments == ["alone"] and text.kind == "text" and text.extra == '{"id": 6}'
     assert [entry.reason for entry in bad] == [
         'field "segments" is empty, not a list of texts and pictures',
@@ -196,8 +196,8 @@ def test_a_caption_whose_picture_is_missing_is_no_text(tmp_path):
 def test_columns_of_other_names(tmp_path):
     (tmp_path / "odd.csv").write_text("URL,TEXT\n0.png,hello\n")
     (pair,) = read_all(open_source(tmp_path / "odd.csv", 10, fields=Fields("URL", "TEXT")))
-    assert isinstance(pair, RawPair) and (pair.caption, pair.image) == ("hello", "0.png")
-    with pytest.raises(ValueError, match=r"header has 2 columns, 'URL', 'TEXT'.*given by --image-field and"):
+    assert isinstance(pair, RawPair) and (pair.caption, pair.image_name) == ("hello", "0.png")
+    with pytest.raises(ValueError, match=r"header has 2 columns, 'URL', 'TEXT'.*give --image-field and"):
         open_source(tmp_path / "odd.csv", 10)
 
 
@@ -315,7 +315,7 @@ def test_only_a_line_feed_ends_a_record(tmp_path):
         ("image,caption\n0.png,x\n".encode("utf-16"), r"x\.csv is UTF-16, not UTF-8; convert it: iconv -f UTF-16"),
         (b"image,caption,caption\n0.png,x,y\n", r"x\.csv has the column 'caption' twice"),
         (b"\nimage,caption\n0.png,x\n", r"x\.csv begins with a blank line, not with a header"),
-        (b"image,caption\r0.png,x\r", r"carriage return stands outside quotes without a line feed behind it"),
+        (b"image,caption\r0.png,x\r", r"carriage return outside quotes without a line feed after it"),
     ],
 )
 def test_a_table_that_cannot_be_read_as_such_is_refused(tmp_path, content, message):
@@ -333,7 +333,7 @@ def test_what_there_is_to_read_is_checked_first(tmp_path):
         open_source(tmp_path / "a.jsonl.GZ", 4)
     with pytest.raises(ValueError, match=r"holds no \.csv or \.tsv file, which --format csv reads"):
         open_source(tmp_path, 4, "csv")
-    with pytest.raises(ValueError, match="give one folder, or files; these are 2 of which one is a folder"):
+    with pytest.raises(ValueError, match="must be one folder, or files; of its 2 values, one is a folder"):
         open_source([tmp_path, tmp_path / "a.tar"], 4)
     with pytest.raises(ValueError, match=r"--part-size \(0\) must be at least 1"):
         open_source(tmp_path, 0)

@@ -26,7 +26,7 @@ def test_separators_are_found_in_the_header(tmp_path, separator, ending, head):
     for names in (("image", "caption"), ('"image"', '"caption"')):
         path = write_csv(tmp_path / f"x.{ending}", separator, head, names=names)
         for size in (1, 2, 10):
-            assert [(pair.image, pair.caption) for pair in read_all(open_source(path, size))] == ROWS, names
+            assert [(pair.image_name, pair.caption) for pair in read_all(open_source(path, size))] == ROWS, names
 
 
 def test_a_separator_that_is_declared(tmp_path):
@@ -35,7 +35,7 @@ def test_a_separator_that_is_declared(tmp_path):
         path = write_csv(tmp_path / "x.csv", separator, head)
         for size in (1, 10):
             pairs = read_all(open_source(path, size))
-            assert [(pair.image, pair.caption) for pair in pairs] == ROWS and pairs[0].source == "x.csv:record 1"
+            assert [(pair.image_name, pair.caption) for pair in pairs] == ROWS and pairs[0].source == "x.csv:record 1"
 
 
 def test_what_was_found_is_reported(tmp_path, caplog):
@@ -52,7 +52,7 @@ def test_spaces_stay_where_the_header_has_none(tmp_path):
     (pair,) = read_all(open_source(tmp_path / "x.csv", 10))
     assert pair.caption == " padded " and json.loads(pair.extra) == {"other column ": "3"}
     (tmp_path / "y.csv").write_text("image ,caption\n0.jpg,a\n")
-    assert read_all(open_source(tmp_path / "y.csv", 10))[0].image == "0.jpg"
+    assert read_all(open_source(tmp_path / "y.csv", 10))[0].image_name == "0.jpg"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_spaces_stay_where_the_header_has_none(tmp_path):
     [
         ("a red square\t0.jpg\nb\t1.jpg\n", r"header has 2 columns, 'a red square', '0\.jpg', and none of them is"),
         ("image:caption\n0.jpg:a\n", r"is one column, 'image:caption', and none.*by comma, semicolon, tab or \|"),
-        ("Image,Caption\n0.jpg,a\n", r"'Image', 'Caption', and none.*other names are given by --image-field"),
+        ("Image,Caption\n0.jpg,a\n", r"'Image', 'Caption', and none.*with other names, give --image-field"),
     ],
 )  # fmt: skip
 def test_a_header_without_a_known_column_is_refused(tmp_path, content, message):
@@ -78,7 +78,7 @@ def test_a_header_that_is_not_utf_8_is_refused_with_the_remedy(tmp_path):
 def test_a_column_that_is_given_by_name_decides_the_separator(tmp_path):
     (tmp_path / "x.csv").write_text("URL;TITLE\n0.jpg;a, b\n")
     (pair,) = read_all(open_source(tmp_path / "x.csv", 10, fields=Fields("URL", "TITLE")))
-    assert (pair.image, pair.caption) == ("0.jpg", "a, b")
+    assert (pair.image_name, pair.caption) == ("0.jpg", "a, b")
 
 
 def test_values_that_python_does_not_have_are_kept_as_text(tmp_path):

@@ -1,4 +1,4 @@
-"""Tars as users have them: members of other programs, members that are apart, dots in names, links."""
+"""Tars as users have them: members of other programs, members of a key that are not adjacent, dots in names, links."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import unicodedata
 
 import pytest
 
-from megatron_cm3leon.data.sources import BadInput, RawPair, open_source, read_picture
+from megatron_cm3leon.data.sources import BadInput, RawPair, open_source, read_image_bytes
 from tests.data.runs import read_all
 from tests.data.sources.test_sources import picture, write_tar
 
@@ -21,7 +21,7 @@ def captions_of(path) -> dict[str, str]:
     entries = read_all(open_source(path, 10))
     assert all(isinstance(entry, RawPair) for entry in entries), entries
     for entry in entries:
-        assert read_picture(entry.pictures[0]) == IMAGES[int(entry.caption)]
+        assert read_image_bytes(entry.images[0]) == IMAGES[int(entry.caption)]
     return {entry.source.partition("/")[2]: entry.caption for entry in entries}
 
 
@@ -61,11 +61,13 @@ def test_members_in_any_order_are_the_pairs_of_a_sorted_tar(tmp_path, seed, capl
     random.Random(seed).shuffle(members)
     with caplog.at_level(logging.INFO):
         entries = read_all(open_source(write_tar(tmp_path / "x.tar", members), 10))
-    assert "x.tar: members of a key are apart, which takes longer; tar --sort=name keeps them together" in caplog.text
+    assert "x.tar: members of a key are not adjacent, which takes longer to read; tar --sort=name" in caplog.text
     assert len({entry.key for entry in entries}) == 12
 
     def show(entries):
-        return sorted((entry.source, entry.segments[0], entry.image, entry.segments[1].content) for entry in entries)
+        return sorted(
+            (entry.source, entry.segments[0], entry.image_name, entry.segments[1].content) for entry in entries
+        )
 
     assert show(entries) == show(whole)
     extras = {entry.source: entry.extra for entry in entries}
@@ -128,7 +130,7 @@ def test_images_in_other_formats_and_without(tmp_path):
         ("3.jpg", image), ("3.heic", b"x"), ("3.ico", b"x"), ("3.txt", b"0"), ("4.mp4", b"x"), ("4.txt", b"x"),
     ]  # fmt: skip
     path = write_tar(tmp_path / "x.tar", members)
-    assert [entry.image for entry in read_all(open_source(path, 10)) if isinstance(entry, RawPair)] == [
+    assert [entry.image_name for entry in read_all(open_source(path, 10)) if isinstance(entry, RawPair)] == [
         "x.tar/0.jfif", "x.tar/1.jp2", "x.tar/2.heic", "x.tar/3.jpg",
     ]  # fmt: skip
     assert reasons_of(path) == ["no image among the members: 4 (.mp4, .txt)"]

@@ -11,7 +11,7 @@ from megatron_cm3leon.data.stream.cm3 import (
     choose_spans,
     cut_source,
     find_delimiters,
-    mask_block,
+    mask_sequence,
 )
 from tests.data.corpora import make_vocabulary
 
@@ -31,7 +31,7 @@ def apply(source, spans, length, weights=None):
 
 def mask(source, length, wanted, uniforms, cut, rotated=False, query_start=1):
     tokens, weights = np.full(length, PAD), np.zeros(length, np.float32)
-    trimmed, filled = mask_block(
+    trimmed, filled = mask_sequence(
         np.array(source), np.ones(len(source)), query_start, wanted, rotated, uniforms, V, cut, tokens, weights
     )
     assert (weights > 0).sum() == filled

@@ -63,7 +63,7 @@ def test_starting_at_a_batch_equals_continuing_over_epochs(stream):
     later = take(Loader(stream, micro_batch_size=8, start_batch=23, workers=2, prefetch=2), 7)
     for (b, batches), (c, others) in zip(whole[23:], later, strict=True):
         assert b == c and torch.equal(batches[0].tokens, others[0].tokens)
-    assert stream.block(29 * 8).epoch > 0
+    assert stream.sequence(29 * 8).epoch > 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -83,7 +83,7 @@ def test_another_batch_size_goes_on_at_the_next_sequence(stream, workers):
         batch.tokens for parts in ((first, second), (third, fourth)) for pair in zip(*parts, strict=True)
         for _, batches in pair for batch in batches
     ]  # fmt: skip
-    expected = np.stack([block.tokens[:-1] for block in stream.blocks(24, 64)])
+    expected = np.stack([block.tokens[:-1] for block in stream.sequences(24, 64)])
     assert np.array_equal(torch.cat(tokens).numpy(), expected)
 
 
@@ -96,7 +96,7 @@ def test_a_cursor_leads_a_new_stream_to_the_next_batch(stream, corpus, workers, 
     take(loader, 20)
     resumed = Stream(stream.config, corpus, make_neighbors(corpus))
     resumed.resume(json.loads(json.dumps(loader.cursor)))
-    monkeypatch.setattr("megatron_cm3leon.data.stream.seek.Prefix._build", None)  # no table: the cursor has to do
+    monkeypatch.setattr("megatron_cm3leon.data.stream.seek.PrefixSums._build", None)  # no table: the cursor has to do
     monkeypatch.setattr("megatron_cm3leon.data.stream.seek._WALK", 12)
     batch = take(Loader(resumed, micro_batch_size=8, start_batch=20), 1)[0][1][0]
     assert torch.equal(batch.tokens, expected.tokens) and torch.equal(batch.labels, expected.labels)

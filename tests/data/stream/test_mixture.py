@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_cm3leon.data.stream.mixture import Mixture, build_cycle, whole_weights
+from megatron_cm3leon.data.stream.mixture import Mixture, build_cycle, compute_integer_weights
 
 
 @pytest.mark.parametrize("weights", [[1], [7, 2, 1], [0.5, 0.25, 0.125, 0.125], [13, 11, 3, 2, 2, 1, 1], [1, 1000, 30]])
@@ -28,10 +28,10 @@ def test_any_sample_alone_is_the_same():
 
 
 def test_weights_are_read_as_decimals():
-    assert whole_weights([0.7, 0.2, 0.1]) == [7, 2, 1]
-    assert whole_weights([30.0, 20.0]) == [3, 2]
+    assert compute_integer_weights([0.7, 0.2, 0.1]) == [7, 2, 1]
+    assert compute_integer_weights([30.0, 20.0]) == [3, 2]
     assert build_cycle([1]).tolist() == [0]
     with pytest.raises(
         ValueError, match=r"the weights of data.sources \(0.123457, 0.876543\) repeat only after 1000000"
     ):
-        whole_weights([0.123457, 0.876543])
+        compute_integer_weights([0.123457, 0.876543])

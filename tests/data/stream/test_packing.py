@@ -55,9 +55,9 @@ def inside_a_picture(before, after):
 def test_whole_images_is_the_stream_but_for_the_ends_of_cut_pictures(corpus, retrieval):
     plain = make_stream(corpus, "stream", retrieval)
     whole = make_stream(corpus, "stream_whole_images", retrieval)
-    expected = np.concatenate([block.tokens for block in plain.blocks(0, 62)])
+    expected = np.concatenate([block.tokens for block in plain.sequences(0, 62)])
     place = dropped = padded = 0
-    for block in whole.blocks(0, 60):
+    for block in whole.sequences(0, 60):
         tokens = source(block)
         assert block.tokens.tolist() == tokens.tolist() + [V.pad] * (65 - len(tokens))
         assert tokens.tolist() == expected[place : place + len(tokens)].tolist()
@@ -67,8 +67,8 @@ def test_whole_images_is_the_stream_but_for_the_ends_of_cut_pictures(corpus, ret
         place, dropped, padded = place + block.trimmed, dropped + block.trimmed, padded + 65 - len(tokens)
     assert dropped > 50 and padded > 50
     for number in (59, 7, 31):
-        other = make_stream(corpus, "stream_whole_images", retrieval).block(number)
-        assert other.tokens.tolist() == whole.block(number).tokens.tolist()
+        other = make_stream(corpus, "stream_whole_images", retrieval).sequence(number)
+        assert other.tokens.tolist() == whole.sequence(number).tokens.tolist()
 
 
 @pytest.mark.parametrize("retrieval", [False, True])
@@ -76,11 +76,11 @@ def test_documents_are_whole_samples_each_once_an_epoch(corpus, retrieval):
     stream = make_stream(corpus, "documents", retrieval, seq_length=160, data__attention="sample")
     wanted = {}
     query = make_stream(corpus, "query", retrieval, seq_length=160)
-    for block in query.blocks(0, corpus.documents):
+    for block in query.sequences(0, corpus.documents):
         wanted[int(block.documents[0])] = source(block).tolist()
     found, number = {}, 0
     while len(found) < corpus.documents:
-        block = stream.block(number)
+        block = stream.sequence(number)
         tokens = source(block)
         assert np.array_equal(block.samples[: len(tokens)], number_samples(tokens, V.eos))
         assert (block.samples[len(tokens) :] == -1).all() and block.epoch == 0 and block.trimmed == 0
@@ -89,14 +89,14 @@ def test_documents_are_whole_samples_each_once_an_epoch(corpus, retrieval):
             assert document not in found and own.tolist() == wanted[document]
             found[document] = number
         number += 1
-    assert stream.block(number).epoch == 1
+    assert stream.sequence(number).epoch == 1
     assert retrieval or number < corpus.documents / 2
 
 
 def test_a_sample_longer_than_a_block_stands_alone_and_its_loss_is_counted(tmp_path):
     text, picture = list(range(90)), list(range(V.image_start, V.image_start + 16))
     corpus = write_shards(tmp_path, [[*text, V.break_id, *picture], [1, 2, 3]], V)
-    blocks = make_stream(corpus, "documents", seq_length=40, data__image_first_probability=0.0).blocks(0, 2)
+    blocks = make_stream(corpus, "documents", seq_length=40, data__image_first_probability=0.0).sequences(0, 2)
     long, short = sorted(blocks, key=lambda block: -block.trimmed)
     assert long.tokens.tolist() == [V.eos, *text[:22], V.break_id, *picture, V.eos] and long.trimmed == 68
     assert source(short).tolist() == [V.eos, 1, 2, 3, V.eos] and short.trimmed == 0
@@ -104,7 +104,7 @@ def test_a_sample_longer_than_a_block_stands_alone_and_its_loss_is_counted(tmp_p
 
 @pytest.mark.parametrize("packing", ["stream_whole_images", "documents"])
 def test_a_picture_longer_than_a_block_is_refused(corpus, packing):
-    with pytest.raises(ValueError, match=rf"cannot hold a picture of 16 tokens.*packing={packing}.*at least 19"):
+    with pytest.raises(ValueError, match=rf"cannot hold an image of 16 tokens.*packing={packing}.*at least 19"):
         make_stream(corpus, packing, seq_length=15)
 
 
@@ -112,7 +112,7 @@ def test_a_picture_longer_than_a_block_is_refused(corpus, packing):
 def test_masking_keeps_sentinels_in_pairs_under_every_packing(corpus, packing):
     stream = make_stream(corpus, packing, True, cm3__probability=1.0, cm3__mean_spans=2.0)
     masked = 0
-    for block in stream.blocks(0, 80):
+    for block in stream.sequences(0, 80):
         for index in range(V.sentinels):
             assert (block.tokens == V.sentinel(index)).sum() in (0, 2)
         masked += V.sentinel(0) in block.tokens
@@ -168,7 +168,7 @@ def test_any_block_by_any_way(corpus, packing, way, monkeypatch, tmp_path):
     """Small groups, so that an epoch has many: reading on, a table, one on disk and a cursor lead to the same block."""
     monkeypatch.setattr("megatron_cm3leon.data.stream.seek.GROUP", 8)
     whole = make_stream(corpus, packing, True)
-    blocks = whole.blocks(0, 300)
+    blocks = whole.sequences(0, 300)
     assert blocks[299].epoch >= 1
     monkeypatch.setattr("megatron_cm3leon.data.stream.seek._WALK", 2 if "table" in way else 10**6)
     for number in (299, 20, 130, 0):
@@ -178,11 +178,11 @@ def test_any_block_by_any_way(corpus, packing, way, monkeypatch, tmp_path):
         if way == "cursor":
             fresh.resume(whole.cursor(max(0, number - 3)))
             measured = []
-            measure = fresh.packing.prefix.measure
-            fresh.packing.prefix.measure = lambda starts, measure=measure, log=measured: (
+            measure = fresh.packing.prefix_sums.measure
+            fresh.packing.prefix_sums.measure = lambda starts, measure=measure, log=measured: (
                 log.append(1) or measure(starts)
             )
-        block = fresh.block(number)
+        block = fresh.sequence(number)
         assert block.tokens.tolist() == blocks[number].tokens.tolist()
         assert block.weights.tolist() == blocks[number].weights.tolist()
         if way == "cursor":
@@ -195,7 +195,7 @@ def test_far_epochs_of_a_small_corpus_leave_no_files(corpus, packing, tmp_path):
     """An epoch of a few groups is walked through; a table for each epoch would be a file for each."""
     stream = make_stream(corpus, packing, False)
     stream.keep_tables(tmp_path)
-    assert stream.block(10_000).epoch > 64 and not list(tmp_path.iterdir())
+    assert stream.sequence(10_000).epoch > 64 and not list(tmp_path.iterdir())
 
 
 def test_a_table_of_another_size_is_refused(corpus, tmp_path, monkeypatch):
@@ -203,8 +203,8 @@ def test_a_table_of_another_size_is_refused(corpus, tmp_path, monkeypatch):
     stream = make_stream(corpus, "stream", True)
     stream.keep_tables(tmp_path)
     np.save(tmp_path / f"{stream.identity}-000000.npy", np.zeros(7, np.int64))
-    with pytest.raises(ValueError, match=r"-000000.npy is no table of 2 numbers; delete it"):
-        stream.block(0)
+    with pytest.raises(ValueError, match=r"-000000.npy is not a table of 2 integers; delete it"):
+        stream.sequence(0)
 
 
 def test_mixed_sources_stand_in_one_stream(corpus, tmp_path):
@@ -214,7 +214,7 @@ def test_mixed_sources_stand_in_one_stream(corpus, tmp_path):
         config = make_config(packing, 160)
         stream = Stream(config, sources)
         assert stream.samples.mixture.weights == [3, 1]
-        seen = [number for block in stream.blocks(0, 200) for number in block.documents.tolist()]
+        seen = [number for block in stream.sequences(0, 200) for number in block.documents.tolist()]
         if packing == "query":
             of_texts = np.array(seen) >= corpus.documents
             assert (np.abs(np.cumsum(of_texts) - np.arange(1, 201) / 4) < 1).all()
@@ -222,9 +222,9 @@ def test_mixed_sources_stand_in_one_stream(corpus, tmp_path):
             assert all(sorted(mine[start : start + 7]) == list(range(7)) for start in range(0, 49, 7))
             own = np.array(seen)[~of_texts][:90]
             assert sorted(own) == list(range(90))
-            assert stream.library.locate(corpus.documents + 3) == (texts, 3)
-            block = stream.block(int(np.flatnonzero(of_texts)[0]))
+            assert stream.corpus.locate(corpus.documents + 3) == (texts, 3)
+            block = stream.sequence(int(np.flatnonzero(of_texts)[0]))
             assert len(block.retrieved) == 0
         again = Stream(config, sources)
-        assert again.block(150).tokens.tolist() == stream.block(150).tokens.tolist()
+        assert again.sequence(150).tokens.tolist() == stream.sequence(150).tokens.tolist()
         assert Stream(config, [sources[0], DataSource(texts, None, 0.5)]).identity != stream.identity

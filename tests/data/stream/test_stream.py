@@ -7,7 +7,7 @@ import pytest
 
 from megatron_cm3leon.config.loading import Config, load_config, save_config
 from megatron_cm3leon.config.validation import validate_config
-from megatron_cm3leon.data.stream.samples import turn_document
+from megatron_cm3leon.data.stream.samples import order_modalities
 from megatron_cm3leon.data.stream.stream import Stream, build_stream, number_samples, positions_in_samples
 from tests.data.corpora import make_neighbors, make_pairs, make_vocabulary, write_shards
 
@@ -31,16 +31,16 @@ def make_stream(corpus, retrieval=True, packing="query", seq_length=64, **change
 
 def write_sample(stream, epoch, position):
     """A sample written out the long way: tokens, and which of them are of retrieved documents."""
-    lineup = stream.samples.line_up(np.array([epoch * stream.samples.span + position]))
+    lineup = stream.samples.choose_documents(np.array([epoch * stream.samples.span + position]))
     tokens, marks = [VOCABULARY.eos], [False]
     pairs = zip(lineup.retrieved[0], lineup.retrieved_image_first[0], strict=True)
     for number, image_first in pairs:
         if number >= 0:
-            ids = np.concatenate(turn_document(stream.library.read(number), image_first, VOCABULARY)).tolist()
+            ids = np.concatenate(order_modalities(stream.corpus.read(number), image_first, VOCABULARY)).tolist()
             tokens += [*ids, VOCABULARY.break_id]
             marks += [True] * (len(ids) + 1)
-    query = stream.library.read(lineup.queries[0])
-    tokens += np.concatenate(turn_document(query, lineup.query_image_first[0], VOCABULARY)).tolist()
+    query = stream.corpus.read(lineup.queries[0])
+    tokens += np.concatenate(order_modalities(query, lineup.query_image_first[0], VOCABULARY)).tolist()
     tokens += [VOCABULARY.eos]
     return tokens, marks + [False] * (len(tokens) - len(marks))
 
@@ -51,15 +51,15 @@ def test_a_hand_written_pair_becomes_exactly_these_tokens(tmp_path):
     pair = [3, 1, 4, brk, code + 5, code + 0, code + 2, code + 2]
     corpus = write_shards(tmp_path, [pair], vocabulary)
     settings = {"retrieval": False, "seq_length": 11, "cm3__probability": 0.0}
-    text_first = make_stream(corpus, data__image_first_probability=0.0, **settings).block(0)
+    text_first = make_stream(corpus, data__image_first_probability=0.0, **settings).sequence(0)
     assert text_first.tokens.tolist() == [eos, *pair, eos, pad, pad]
     assert text_first.weights.tolist() == [1] * 10 + [0, 0]
-    image_first = make_stream(corpus, data__image_first_probability=1.0, **settings).block(0)
+    image_first = make_stream(corpus, data__image_first_probability=1.0, **settings).sequence(0)
     assert image_first.tokens.tolist() == [eos, *pair[4:], brk, 3, 1, 4, eos, pad, pad]
     stream = make_stream(corpus, packing="stream", data__image_first_probability=0.0, **settings)
-    assert stream.block(0).tokens.tolist() == [eos, *pair, eos, eos, 3]
-    assert stream.block(1).tokens.tolist() == [1, 4, *pair[3:], eos, eos, 3, 1, 4]
-    assert stream.block(1).epoch == 1
+    assert stream.sequence(0).tokens.tolist() == [eos, *pair, eos, eos, 3]
+    assert stream.sequence(1).tokens.tolist() == [1, 4, *pair[3:], eos, eos, 3, 1, 4]
+    assert stream.sequence(1).epoch == 1
 
 
 @pytest.mark.parametrize("retrieval", [False, True])
@@ -75,37 +75,39 @@ def test_stream_packing_is_the_samples_in_order_nothing_skipped_or_repeated(corp
             expected += tokens
             marks += retrieved
         queries.append(
-            sorted(stream.samples.line_up(epoch * corpus.documents + np.arange(corpus.documents)).queries.tolist())
+            sorted(
+                stream.samples.choose_documents(epoch * corpus.documents + np.arange(corpus.documents)).queries.tolist()
+            )
         )
     assert queries == [list(range(corpus.documents))] * 3
     count = len(expected) // 65
-    blocks = stream.blocks(0, count)
+    blocks = stream.sequences(0, count)
     assert np.concatenate([block.tokens for block in blocks]).tolist() == expected[: count * 65]
     weights = np.where(marks, 0.25, 1.0)[: count * 65]
     assert np.concatenate([block.weights for block in blocks]).tolist() == weights.tolist()
     assert {number for block in blocks for number in block.documents.tolist()} == set(range(corpus.documents))
     fresh = make_stream(corpus, retrieval, "stream", cm3__probability=0.0, retrieval__choice=choice)
     for number in (count - 1, 3, count // 2, 0):  # a fresh stream that reads at random
-        assert fresh.block(number).tokens.tolist() == blocks[number].tokens.tolist()
+        assert fresh.sequence(number).tokens.tolist() == blocks[number].tokens.tolist()
 
 
 def test_stream_packing_reaches_any_group_of_the_prefix_table(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_cm3leon.data.stream.seek.GROUP", 8)
     corpus = write_shards(tmp_path, make_pairs(45, VOCABULARY), VOCABULARY)
-    whole = make_stream(corpus, packing="stream").blocks(0, 150)
+    whole = make_stream(corpus, packing="stream").sequences(0, 150)
     for number in (149, 17, 60, 0, 148):
-        assert make_stream(corpus, packing="stream").block(number).tokens.tolist() == whole[number].tokens.tolist()
+        assert make_stream(corpus, packing="stream").sequence(number).tokens.tolist() == whole[number].tokens.tolist()
 
 
 @pytest.mark.parametrize("packing", ["query", "stream"])
 def test_a_far_block_costs_no_more_than_a_near_one(corpus, packing):
     stream = make_stream(corpus, packing == "query", packing)
-    assert stream.block(10**12).epoch > 10**9
+    assert stream.sequence(10**12).epoch > 10**9
 
 
 def test_a_block_longer_than_many_epochs(tmp_path):
     corpus = write_shards(tmp_path, make_pairs(2, VOCABULARY), VOCABULARY)
-    block = make_stream(corpus, False, "stream", 400, cm3__probability=0.0).block(3)
+    block = make_stream(corpus, False, "stream", 400, cm3__probability=0.0).sequence(3)
     assert (block.tokens == VOCABULARY.eos).sum() > 20
 
 
@@ -114,7 +116,7 @@ def test_query_packing_is_the_end_of_each_sample_behind_its_eos(corpus, retrieva
     stream = make_stream(corpus, retrieval, cm3__probability=0.0, retrieval__loss_weight=0.25)
     seen = []
     for number in range(2 * corpus.documents):
-        block = stream.block(number)
+        block = stream.sequence(number)
         tokens, marks = write_sample(stream, *divmod(number, corpus.documents))
         if len(tokens) > 65:
             tokens, marks = [tokens[0], *tokens[-64:]], [False, *marks[-64:]]
@@ -131,7 +133,7 @@ def test_query_packing_is_the_end_of_each_sample_behind_its_eos(corpus, retrieva
 def test_masked_blocks_keep_the_query_picture_and_have_no_orphan_sentinels(corpus, packing):
     stream = make_stream(corpus, packing=packing, cm3__mean_spans=2.0, cm3__rotation_probability=0.2)
     masked = 0
-    for block in stream.blocks(0, 200):
+    for block in stream.sequences(0, 200):
         tokens = block.tokens
         for index in range(VOCABULARY.sentinels):
             assert (tokens == VOCABULARY.sentinel(index)).sum() in (0, 2)
@@ -151,7 +153,7 @@ def test_masked_blocks_keep_the_query_picture_and_have_no_orphan_sentinels(corpu
 def test_rotation_moves_a_whole_segment_of_the_query(corpus):
     stream = make_stream(corpus, cm3__rotation_probability=1.0, data__image_first_probability=0.0)
     kinds = {"text": 0, "picture": 0}
-    for block in stream.blocks(0, 100):
+    for block in stream.sequences(0, 100):
         tokens = block.tokens[block.tokens != VOCABULARY.pad].tolist()
         sentinel = VOCABULARY.sentinel(0)
         first, second = [place for place, token in enumerate(tokens) if token == sentinel]
@@ -173,16 +175,16 @@ def test_a_caption_too_long_for_the_block_loses_its_end_and_is_counted(tmp_path)
     text, picture = list(range(90)), list(range(VOCABULARY.image_start, VOCABULARY.image_start + 16))
     corpus = write_shards(tmp_path, [[*text, VOCABULARY.break_id, *picture]], VOCABULARY)
     settings = {"retrieval": False, "seq_length": 40}
-    block = make_stream(corpus, data__image_first_probability=0.0, cm3__probability=0.0, **settings).block(0)
+    block = make_stream(corpus, data__image_first_probability=0.0, cm3__probability=0.0, **settings).sequence(0)
     expected = [VOCABULARY.eos, *text[:22], VOCABULARY.break_id, *picture, VOCABULARY.eos]
     assert block.tokens.tolist() == expected and block.trimmed == 68
-    for masked in make_stream(corpus, **settings).blocks(0, 60):
+    for masked in make_stream(corpus, **settings).sequences(0, 60):
         assert sum(VOCABULARY.is_image(token) for token in masked.tokens.tolist()) == 16
         assert masked.trimmed + (masked.weights > 0).sum() - 3 * (masked.tokens == VOCABULARY.eoss).sum() == 109
 
 
 def test_a_picture_that_no_block_can_hold_is_refused(corpus):
-    with pytest.raises(ValueError, match=r"data.seq_length \(15\) cannot hold a picture of 16 tokens.*at least 19"):
+    with pytest.raises(ValueError, match=r"data.seq_length \(15\) cannot hold an image of 16 tokens.*at least 19"):
         make_stream(corpus, seq_length=15)
 
 
@@ -204,8 +206,8 @@ def test_retrieved_documents_are_drawn_from_the_table_row(corpus):
     assert ((fixed >= 0).sum(1) == np.minimum((table >= 0).sum(1), 3)).all()
 
 
-def test_an_index_with_too_few_neighbours_is_refused(corpus):
-    with pytest.raises(ValueError, match=r"retrieval.documents \(7\) exceeds the 5 neighbours"):
+def test_an_index_with_too_few_neighbors_is_refused(corpus):
+    with pytest.raises(ValueError, match=r"retrieval.documents \(7\) exceeds the 5 neighbors"):
         make_stream(corpus, retrieval__documents=7)
 
 
@@ -230,7 +232,7 @@ def test_build_stream_names_the_missing_field(corpus):
         build_stream(Config(), train=False)
     config = Config()
     config.data.shards = str(corpus.folder)
-    assert build_stream(config).block(0).tokens.shape == (4097,)
+    assert build_stream(config).sequence(0).tokens.shape == (4097,)
 
 
 def test_samples_and_positions_by_hand():
@@ -249,7 +251,7 @@ def test_moved_spans_stay_with_their_sample(corpus):
     stream, plain = make_stream(corpus, **settings), make_stream(corpus, packing="stream", retrieval=False)
     several = 0
     for number in range(40):
-        block, other = stream.block(number), plain.block(number)
+        block, other = stream.sequence(number), plain.sequence(number)
         assert np.array_equal(block.tokens, other.tokens)  # the mask of attention changes no token
         assert other.samples is None
         first_sentinels = {}
@@ -271,9 +273,9 @@ def test_moved_spans_stay_with_their_sample(corpus):
 def test_loss_weights_of_modalities_and_sentinels(corpus):
     """CM3 (2201.07520, A.1) gives sentinels no loss; the ends of spans keep theirs."""
     settings = {"packing": "stream", "retrieval__loss_weight": 0.5, "cm3__min_spans": 1}
-    plain = make_stream(corpus, **settings).blocks(0, 40)
+    plain = make_stream(corpus, **settings).sequences(0, 40)
     factors = {"data__text_loss_weight": 2.0, "data__image_loss_weight": 0.25, "cm3__sentinel_loss_weight": 0.0}
-    weighted = make_stream(corpus, **settings, **factors).blocks(0, 40)
+    weighted = make_stream(corpus, **settings, **factors).sequences(0, 40)
     sentinels = 0
     for block, other in zip(plain, weighted, strict=True):
         tokens = block.tokens

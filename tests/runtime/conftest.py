@@ -1,4 +1,4 @@
-"""A corpus and a configuration whose steps take milliseconds, and the run that nothing disturbed."""
+"""A corpus, a configuration whose steps take milliseconds, and the losses of an undisturbed run."""
 
 import pytest
 
@@ -26,9 +26,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def straight(folder):
-    """Losses of the undisturbed run of two ranks."""
+    """Losses of an undisturbed run with two ranks."""
     world = World(folder, "straight", 2)
-    assert world.wait() == [0, 0], world.said()
+    assert world.wait() == [0, 0], world.output()
     return losses(folder / "straight")
 
 
