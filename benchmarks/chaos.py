@@ -29,6 +29,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it also runs as a script
+
 from benchmarks.failure_simulation import replay
 from megatron_cm3leon.checkpoint.damage import find_damage
 from megatron_cm3leon.checkpoint.format import list_checkpoints
@@ -38,8 +40,6 @@ from megatron_cm3leon.monitoring.goodput import read_time_breakdown
 from megatron_cm3leon.monitoring.history import read_lines, read_metrics
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 MOMENTS = ("start-up", "load", "save", "step")
 LONGEST_END = 30.0
 """Seconds from a rank's death to the end of the last process of its attempt."""

@@ -13,6 +13,10 @@ in 54 days on 2,048 nodes (arXiv 2407.21783 section 3.3.4).
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a script
 
 from benchmarks.failure_simulation import (
     SECONDS_A_DAY,

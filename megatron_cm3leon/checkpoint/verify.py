@@ -18,7 +18,7 @@ from megatron_cm3leon.checkpoint.format import (
 )
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.distributed.launch import gather_objects
-from megatron_cm3leon.model.builder import Placement
+from megatron_cm3leon.model.weights import Placement
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
 Gather = Callable[[object], list]

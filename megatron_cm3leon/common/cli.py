@@ -43,9 +43,11 @@ def run_tool(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # who reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
-    except (ValueError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename
-        print(f"error: {f'{error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
+        status = 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from threading import Lock
 
@@ -33,7 +33,7 @@ class Meter:
         self.done += units
         self.note = note
         now = time.monotonic()
-        if self.bar:
+        if self.bar and self.task is not None:
             self.bar.update(self.task, advance=units, rate=f"{self.rate(now)} {note}")
         elif now - self.printed >= self.interval:
             self.printed = now
@@ -96,7 +96,7 @@ def meter(total: int | None, label: str, unit: str, quiet: bool = False) -> Iter
 
 def track(items: Iterable, *, label: str, unit: str, total: int | None = None) -> Iterator:
     """Yield `items` while showing how many are done."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with meter(total, label, unit) as progress:
         for item in items:

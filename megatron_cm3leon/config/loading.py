@@ -115,6 +115,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
                 raise ValueError(f"preset ({tree.preset!r}) must be one of: {', '.join(sizes)}.")
             tree = OmegaConf.merge(OmegaConf.structured(Config), sizes.get(tree.preset, {}), *layers)
         config = OmegaConf.to_object(tree)
+        assert isinstance(config, Config)  # the type of its first layer
         return expand_config(config) if expand else config
     except TypeError as error:
         raise ValueError(

@@ -24,7 +24,7 @@ from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING
 from megatron_cm3leon.engine.groups import destroy_groups
 from megatron_cm3leon.engine.timer import ComputeTimer
-from megatron_cm3leon.model.builder import Placement
+from megatron_cm3leon.model.weights import Placement
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

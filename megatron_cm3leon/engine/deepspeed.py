@@ -27,7 +27,8 @@ from megatron_cm3leon.engine.deepspeed_settings import build_settings
 from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import clip_gradients, squared_norm
 from megatron_cm3leon.engine.step import build_metrics, compute_loss_scale, seed_dropout, sum_losses
-from megatron_cm3leon.model.builder import CM3LeonModel, Placement, build_stage, locate_parameters
+from megatron_cm3leon.model.builder import CM3LeonModel, build_stage, locate_parameters
+from megatron_cm3leon.model.weights import Placement
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)

@@ -33,8 +33,9 @@ from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import choose_adamw, clip_gradients, global_squared_norm, load_moments
 from megatron_cm3leon.engine.step import build_metrics, compute_loss_scale, seed_dropout, sum_losses
 from megatron_cm3leon.model.attention import context_positions
-from megatron_cm3leon.model.builder import CM3LeonModel, Placement, build_stage, locate_parameters
+from megatron_cm3leon.model.builder import CM3LeonModel, build_stage, locate_parameters
 from megatron_cm3leon.model.linear import mark_accumulated
+from megatron_cm3leon.model.weights import Placement
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)

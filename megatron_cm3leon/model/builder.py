@@ -6,7 +6,6 @@ only its part (initialization.py), and every layout starts from the same values.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ from megatron_cm3leon.model.linear import multiply_in_fp8
 from megatron_cm3leon.model.loss import cross_entropy
 from megatron_cm3leon.model.rotary import compute_rotary_angles
 from megatron_cm3leon.model.sample_attention import LayerInputs, build_sample_mask, uses_flex
-from megatron_cm3leon.model.weights import OUTPUT_HEAD, WORD_EMBEDDINGS, draw_initial_weight, layer_name
+from megatron_cm3leon.model.weights import OUTPUT_HEAD, WORD_EMBEDDINGS, Placement, draw_initial_weight, layer_name
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
@@ -205,25 +204,6 @@ def _mark_partitions(model: CM3LeonModel) -> None:
             continue
         if module.weight is not None:  # a tied head on the stage of the embedding has none
             set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Position of a local parameter in the whole model."""
-
-    name: str
-    """Canonical name, independent of the layout."""
-    shape: tuple[int, ...]
-    """Shape of the whole tensor, without vocabulary padding."""
-    offset: tuple[int, ...]
-    """Index of the local tensor's first element in the whole tensor."""
-    local_shape: tuple[int, ...]
-    """Shape of the local tensor with vocabulary padding; it may split the parameter's first dimension."""
-
-    @property
-    def kept_rows(self) -> int:
-        """Leading rows of the local tensor that are not vocabulary padding."""
-        return min(max(self.shape[0] - self.offset[0], 0), self.local_shape[0])
 
 
 def locate_parameters(model: CM3LeonModel) -> Iterator[tuple[torch.nn.Parameter, Placement]]:

@@ -12,6 +12,7 @@ output_layer.weight                                [vocabulary, H]              
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -87,3 +88,22 @@ def draw_initial_weight(
         for start, length in list_runs(shape, offset, part)
     ]
     return torch.cat(runs).view(part) if len(runs) > 1 else runs[0].view(part)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Position of a local parameter in the whole model."""
+
+    name: str
+    """Canonical name, independent of the layout."""
+    shape: tuple[int, ...]
+    """Shape of the whole tensor, without vocabulary padding."""
+    offset: tuple[int, ...]
+    """Index of the local tensor's first element in the whole tensor."""
+    local_shape: tuple[int, ...]
+    """Shape of the local tensor with vocabulary padding; it may split the parameter's first dimension."""
+
+    @property
+    def kept_rows(self) -> int:
+        """Leading rows of the local tensor that are not vocabulary padding."""
+        return min(max(self.shape[0] - self.offset[0], 0), self.local_shape[0])

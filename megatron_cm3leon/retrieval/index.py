@@ -1,4 +1,4 @@
-"""Nearest-neighbour indexes over unit vectors by inner product: the only file that imports FAISS.
+"""Nearest-neighbor indexes over unit vectors by inner product: the only file that imports FAISS.
 
 Vectors are arrays or memory maps [documents, width] of float16 or float32, and are processed in pieces of bounded size.
 If FAISS supports GPUs they are used for training, and to search the index types that FAISS can search there.

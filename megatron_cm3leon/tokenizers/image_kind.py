@@ -34,8 +34,8 @@ _OTHER_FILES = {
     b"\0\5\x16\7": "an AppleDouble file, which holds the attributes that macOS keeps of another file",
     b"version https://git-lfs": "a pointer of Git LFS; fetch the file with git lfs pull",
     b"/annex/objects": "a pointer of git-annex; fetch the file with git annex get",
-    b"\x89PNG\n": "a PNG whose line ends were converted, as by a transfer in text mode",
-    b"\x89PNG\r\r\n": "a PNG whose line ends were converted, as by a transfer in text mode",
+    b"\x89PNG\n": "a PNG whose line ends were converted, as a transfer in text mode does",
+    b"\x89PNG\r\r\n": "a PNG whose line ends were converted, as a transfer in text mode does",
     b"\xc2\x89PNG": "a PNG that was saved as text in UTF-8",
     b"\xef\xbf\xbd": "a file that was saved as text in UTF-8, which lost bytes",
 }
@@ -45,7 +45,7 @@ def explain_no_image(data: bytes, formats: tuple[str, ...]) -> str:
     """Why none of the decoders of `formats` (Pillow's names) accepts these bytes, in a few words."""
     other = _find_other_format(data)
     if other:
-        return f"its format is {other}, which is not supported; convert it to PNG or JPEG"
+        return f"its format is {other}, which is not decoded; convert it to PNG or JPEG"
     damage = _find_damage(data, formats)
     if damage:
         return damage

@@ -4,7 +4,8 @@
 shows, alpha over white. It raises ValueError with the reason if a file cannot be read as an image.
 Pixels are float32 [3, H, W] in [-1, 1].
 
-Color profiles are ignored; the first frame of an animation is read.
+Color profiles are ignored; the first frame of an animation is read. The reasons are written into the quarantine list of
+preprocessing, so their wording is part of a file format.
 """
 
 import io
@@ -62,7 +63,7 @@ def _decode(data: bytes) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS:,}")
+            raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are read")
         image.load()
         return _apply_orientation(image)
 
@@ -81,7 +82,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _gray_to_8_bits(image)
     if image.mode == "LAB":
-        raise ValueError("its colors are LAB, which is not supported; convert it to RGB")
+        raise ValueError("its colours are LAB, which is not read; convert it to RGB")
     if image.mode in ("La", "LA", "PA", "RGBa", "RGBA") or "transparency" in image.info:
         if image.mode == "La":
             image = image.convert("LA")
@@ -97,7 +98,7 @@ def _gray_to_8_bits(image: Image.Image) -> Image.Image:
     top = 1.0 if image.mode == "F" else 65535.0
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= top):
         raise ValueError(
-            f"gray values from {values.min():g} to {values.max():g} in mode {image.mode} are outside 0..{top:g}"
+            f"grey values from {values.min():g} to {values.max():g} in mode {image.mode} are outside 0..{top:g}"
         )
     return Image.fromarray(np.round(values * (255.0 / top)).astype(np.uint8))
 

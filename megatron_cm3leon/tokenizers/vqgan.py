@@ -205,7 +205,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution (`size` pixels), each with attention if the config says so; then a resampling."""
+    """Residual blocks of one resolution (`size` pixels), each with attention if configured, then a resampling."""
 
     downsample: Downsample
     """In the encoder, on all levels but the lowest."""

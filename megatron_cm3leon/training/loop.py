@@ -121,7 +121,7 @@ class TrainingLoop:
         advance(state, metrics, config)
         state.cursor = self.loader.cursor
         seconds = time.perf_counter() - started
-        extra = {} if metrics.stepped else {"skipped": NON_FINITE}
+        extra: dict[str, object] = {} if metrics.stepped else {"skipped": NON_FINITE}
         extra |= self.stragglers.add(waited, self.engine.compute_seconds())
         if self.validation and state.step % config.validation.interval == 0:
             self.watch.progress(f"validation at step {state.step}")

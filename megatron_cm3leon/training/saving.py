@@ -68,7 +68,7 @@ class RunSaver:
     def _complete(self) -> None:
         """Record the complete checkpoint, and delete those that are no longer kept."""
         self.in_progress = False
-        if self.first:
+        if self.first and self.saved is not None:
             folder = step_folder(Path(self.config.output), self.saved)
             seconds = time.monotonic() - self.started
             values = {"checkpoint": folder.name, "seconds": round(seconds, 3), "bytes": count_bytes(folder)}

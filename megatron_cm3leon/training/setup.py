@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from megatron_cm3leon.data.stream.mixture import compute_integer_weights
 from megatron_cm3leon.data.stream.stream import Stream
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, Engine
 from megatron_cm3leon.model.weights import canonical_shapes
-from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
+from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def check_dropout_seeding(folder: Path, config: Config, state: TrainState) -> No
         )
 
 
-def engine_class(config: Config) -> type[Engine]:
+def engine_class(config: Config) -> Callable[[Config, Vocabulary, torch.device], Engine]:
     """The class that `train.engine` names; the packages of the other engine are not imported."""
     if config.train.engine == "deepspeed":
         from megatron_cm3leon.engine.deepspeed import DeepSpeedEngine

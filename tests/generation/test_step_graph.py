@@ -244,8 +244,8 @@ def test_one_cache_is_alive_at_a_time(folder, vocabulary, monkeypatch, on_gpu):
 
 
 def test_equal_prompts_are_read_once(decoder, monkeypatch):
-    read, attend = [], Decoder._attend_whole
-    monkeypatch.setattr(Decoder, "_attend_whole", lambda *given: read.append(len(given[2])) or attend(*given))
+    read, run_layer = [], Decoder._run_layer
+    monkeypatch.setattr(Decoder, "_run_layer", lambda *given: read.append(len(given[2])) or run_layer(*given))
     state, cache = decoder.start([[27, 1], [27, 3, 28], [27, 1]], 4)
     assert set(read) == {2} and torch.equal(state[0], state[2])
     for row, prompt in enumerate([[27, 1], [27, 3, 28], [27, 1]]):
@@ -332,5 +332,5 @@ def test_margins_are_of_drawn_tokens_alone(decoder, vocabulary):
 
 @pytest.mark.parametrize("sampling", [Sampling(guidance=2.0), Sampling(contrast_k=2)], ids=["guidance", "contrast_k"])
 def test_guidance_without_the_other_stream_is_refused(decoder, vocabulary, sampling):
-    with pytest.raises(ValueError, match="there are none; give `unconditional`, or set guidance to 1"):
+    with pytest.raises(ValueError, match="require prompts without the condition; give `unconditional`, or"):
         decode_segments(decoder, GIVEN, image_segment(vocabulary), sampling, SEEDS)

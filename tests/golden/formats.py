@@ -127,7 +127,7 @@ def describe_exports(folder: Path) -> dict:
     clip.mkdir()
     text.save(clip / TEXT_MODEL)
     save_clip(build_tiny_clip(text.size, 8, 8, 8, 1), clip)
-    options = IndexOptions(neighbors=1, pictures="tokens", tokenizer=str(folder / "tok"), device="cpu")
+    options = IndexOptions(neighbors=1, images="tokens", tokenizer=str(folder / "tok"), device="cpu")
     index = build_index_folder(folder / "index", folder / "shards", clip, options=options)
     return {
         "cm3leon.json": dict.fromkeys(export)

@@ -110,7 +110,9 @@ def test_version_2_says_which_of_the_data_differ(corpora):
     assert not resume(stream, state, config, "retrieval.index")
     state = record(make_stream(config, corpora[0]))
     state.stream_parts["stream_version"] = 0
-    with pytest.raises(ValueError, match=r"other sequences of the same data \(stream version 1\) than .* version 0\)"):
+    with pytest.raises(
+        ValueError, match=r"different sequences from the same data \(stream version 1\) than .* version 0\)"
+    ):
         resume(stream, state, config)
 
 

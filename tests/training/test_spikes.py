@@ -122,13 +122,13 @@ def test_a_resumed_run_decides_and_remembers_like_one_that_never_stopped(folder)
 def test_the_last_rollback_ends_the_run_with_a_sentence(folder):
     done = train(folder, "limited", GUARDED, "train.max_rollbacks=0")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"batch {garbage_batch(folder)}: loss " in done.stderr and "(train.max_rollbacks); look at it" in done.stderr
+    assert f"batch {garbage_batch(folder)}: loss " in done.stderr and "(train.max_rollbacks); print it" in done.stderr
 
 
 def test_a_spike_before_any_checkpoint_ends_the_run_with_a_sentence(folder):
     done = train(folder, "early", GUARDED, "checkpoint.interval=1000")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "there is no checkpoint yet to go back to" in done.stderr
+    assert "there is no checkpoint yet to roll back to" in done.stderr
     assert f"train.skip_batches={garbage_batch(folder)}" in done.stderr
 
 

@@ -98,8 +98,7 @@ def test_an_input_that_changed_in_between_is_refused(pairs, tmp_path):
     run(pairs, tmp_path / "out", tasks=1, stage="hash", **options)
     path = hashes_path(tmp_path / "out/.work", 0)
     np.save(path, np.load(path)[:-1])
-    message = r"part 0 of the input has 13 inputs, but had 12 when the duplicates.*--overwrite"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"part 0 of the input has 13 inputs, but had 12 when .*--overwrite"):
         run(pairs, tmp_path / "out", stage="encode", **options)
 
 
