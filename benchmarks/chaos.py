@@ -32,8 +32,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it also runs as a script
 
 from benchmarks.failure_simulation import replay
+from megatron_cm3leon.checkpoint.damage import find_damage
 from megatron_cm3leon.checkpoint.format import list_checkpoints
-from megatron_cm3leon.checkpoint.verify import find_damage
 from megatron_cm3leon.common.cli import run_tool
 from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.monitoring.goodput import read_time_breakdown

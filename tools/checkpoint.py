@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_cm3leon.checkpoint.damage import find_damage
 from megatron_cm3leon.checkpoint.format import count_bytes
 from megatron_cm3leon.checkpoint.summary import describe_checkpoint, describe_run, find_checkpoints
-from megatron_cm3leon.checkpoint.verify import find_damage
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.common.progress import meter
 

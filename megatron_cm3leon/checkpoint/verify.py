@@ -1,4 +1,4 @@
-"""Verification of a checkpoint's checksums: during loading, shared among the ranks of a node, and on command.
+"""Verification of a checkpoint's checksums during loading, shared among the ranks of a node.
 
 On loading, every file that the ranks of a node read is hashed once on that node, by one of its ranks, in threads
 parallel to the reading: the bytes come from the disk once, and the second reader finds them in the page cache.
@@ -15,9 +15,6 @@ from pathlib import Path
 from megatron_cm3leon.checkpoint.format import (
     CheckpointFolder,
     damage_error,
-    find_content_damage,
-    read_manifest,
-    suggest_previous,
 )
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.distributed.launch import gather_objects
@@ -72,29 +69,6 @@ def _divide_files(reader: CheckpointFolder, files: set[str], gather: Gather) -> 
     union.sort(key=lambda name: -reader.manifest["files"][name]["bytes"])
     index = [rank for rank, _ in peers].index(identity)
     return union[index :: len(peers)], len(peers)
-
-
-def find_damage(folder: Path, report: Callable[[int], None] = lambda size: None, threads: int = 0) -> list[str]:
-    """Every problem of a checkpoint, one sentence each; `report` is called with the bytes read, from any thread.
-
-    `threads` files are read at once; 0 uses every core.
-    """
-    try:
-        manifest = read_manifest(folder)
-    except ValueError as error:
-        return [str(error)]
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
-        files = manifest["files"].items()
-        checks = pool.map(lambda file: find_content_damage(folder, file[0], file[1], report), files)
-        problems = [problem for problem in checks if problem]
-    if not problems:
-        try:
-            missing = CheckpointFolder(folder).find_missing_numbers()
-        except ValueError as error:
-            return [str(error)]
-        problems = [missing] if missing else []
-    sentences = [f"checkpoint {folder} is damaged: {problem}." for problem in problems]
-    return [*sentences[:-1], sentences[-1] + suggest_previous(folder)] if sentences else []
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Data-parallel ranks wait for the slowest one in every step, so their steps take equally long. What is compared is
 therefore the time before a rank waits for others: the time its loader takes, and the compute time that the engine
-measures (Engine.own_seconds says what each engine can measure). Ranks of one replica (tensor, context and pipeline
+measures (Engine.compute_seconds says what each engine can measure). Ranks of one replica (tensor, context and pipeline
 parallel) wait for each other within their passes and cannot be told apart: the rank that is reported represents its
 replica. Under parallel.zero=3 the passes wait for weights, so only a slow loader is found.
 """

@@ -102,7 +102,7 @@ def test_a_users_json_is_merged(tmp_path):
         ({"zero_optimization": True}, "zero_optimization (True) must be an object of settings; correct it."),
         ({"bf16": True}, "bf16 (True) must be an object of settings; correct it."),
         ("{", "is not valid JSON"),
-        ("[1]", "must contain an object of settings, not [1]."),
+        ("[1]", "must contain an object of settings, not [1]; correct the file."),
     ],
 )
 def test_a_contradiction_is_rejected_by_name(tmp_path, extra, sentence):
@@ -174,7 +174,7 @@ def test_combinations_that_no_engine_supports_are_rejected(overrides, sentence):
     assert sentence in str(error.value)
 
 
-def test_a_missing_package_is_named_where_a_run_starts(monkeypatch):
+def test_a_missing_package_is_named_when_a_run_starts(monkeypatch):
     monkeypatch.setattr(validation, "find_spec", lambda name: None)
     config = load_config(None, BASE)
     validate_config(config)  # reading a checkpoint needs no package

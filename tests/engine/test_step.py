@@ -60,7 +60,7 @@ def test_an_older_seeding_of_dropout_is_logged_and_a_newer_one_rejected(caplog):
     check_dropout_seeding(folder, without, TrainState())
     assert not caplog.messages
     check_dropout_seeding(folder, config, TrainState())
-    assert "keep the seeding that this run began with (version 1:" in caplog.text
+    assert "keep the seeding of the start of this run (version 1:" in caplog.text
     with pytest.raises(ValueError, match=r"dropout_seeding \(3\) in run/step-00000002/state.json must be at most 2"):
         check_dropout_seeding(folder, config, TrainState(dropout_seeding=3))
 

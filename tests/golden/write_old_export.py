@@ -16,7 +16,7 @@ def main() -> None:
         importlib.import_module,  # names of that commit, which the tree of today does not have
         (
             "megatron_cm3leon.checkpoint.convert",
-            "tests.checkpoint.made",
+            "tests.checkpoint.builders",
             "tests.data.corpora",
             "megatron_cm3leon.tokenizers.vocab",
         ),

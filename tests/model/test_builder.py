@@ -25,7 +25,7 @@ def test_initial_weights_follow_the_paper():
     config = load_config(None, ["preset=350m"])
     validate_config(config)
     words = draw_initial_weight("embedding.word_embeddings.weight", (4096, 256), config)
-    assert abs(words.std() / 0.006 - 0.9866) < 0.01  # a normal cut at 3 has 0.9866 of its deviation
+    assert abs(words.std() / 0.006 - 0.9866) < 0.01  # standard deviation of a normal truncated at 3
     assert words.abs().max() <= 0.018 * (1 + 1e-5)
     positions = draw_initial_weight("embedding.position_embeddings.weight", (4096, 256), config)
     assert abs(positions.std() / 0.0002 - 0.9866) < 0.01

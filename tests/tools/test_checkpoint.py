@@ -58,7 +58,7 @@ def test_verify_finds_one_flipped_byte(run):
     assert call("verify", run / "checkpoints/step-00000005", "--threads", 1).returncode == 0
     (run / "checkpoints/step-00000005/manifest.json").unlink()
     done = call("verify", run / "checkpoints/step-00000005")
-    assert done.returncode == 1 and "no complete checkpoint" in done.stderr
+    assert done.returncode == 1 and "not a complete checkpoint" in done.stderr
 
 
 def test_inspect(run):
