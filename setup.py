@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 DEEPSPEED = "deepspeed==0.19.8"  # engine/deepspeed.py finds fp32 weights where this version keeps them
 RETRIEVAL = ["faiss-cpu"]
+TRACKERS = ["wandb", "mlflow-skinny"]
 TEST = ["import-linter", "mypy", "pytest", "pytest-timeout", "ruff", "webdataset"]
 DOCS = ["mkdocs", "mkdocstrings[python]"]
 
@@ -69,9 +70,10 @@ setup(
         "retrieval": RETRIEVAL,
         "gpu": ["faiss-gpu", "transformer-engine[pytorch]", "flash-attn"],
         "deepspeed": [DEEPSPEED],
+        "trackers": TRACKERS,
         "test": TEST,
         "docs": DOCS,
         # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
-        "dev": [DEEPSPEED, *RETRIEVAL, *TEST, *DOCS, "triton"],
+        "dev": [DEEPSPEED, *RETRIEVAL, *TRACKERS, *TEST, *DOCS, "triton"],
     },
 )

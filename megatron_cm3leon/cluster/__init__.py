@@ -1,1 +1,1 @@
-"""Former names of two commands, for job scripts that were submitted before 0.1.0; removed in 0.3.0."""
+"""Old names of two commands, kept for job scripts that were submitted before 0.1.0; to be removed in 0.3.0."""

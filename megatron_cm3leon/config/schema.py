@@ -286,6 +286,17 @@ class ClusterConfig:
 
 
 @dataclass(kw_only=True)
+class MonitoringConfig:
+    """Where the metrics of a run go beside metrics.jsonl."""
+
+    trackers: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"setting": Setting(choices=("tensorboard", "wandb", "mlflow"))},
+    )
+    """Any of tensorboard, wandb and mlflow (monitoring/trackers.py); [] for none."""
+
+
+@dataclass(kw_only=True)
 class Config:
     """Configuration of one run."""
 
@@ -307,6 +318,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks of `world_size` ranks."""

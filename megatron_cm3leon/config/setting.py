@@ -27,9 +27,10 @@ class Setting:
     """Whether ~ and $VARIABLE are expanded."""
 
     def check(self, name: str, value: object) -> None:
-        """Raise ValueError when `value` is not one of the choices or lies outside the bounds."""
-        if self.choices and value not in self.choices:
-            raise ValueError(f"{name} ({value!r}) must be one of: {', '.join(map(str, self.choices))}.")
+        """Raise ValueError when `value`, or an entry of a list, is not one of the choices or is outside the bounds."""
+        for each in value if isinstance(value, list) else [value]:
+            if self.choices and each not in self.choices:
+                raise ValueError(f"{name} ({each!r}) must be one of: {', '.join(map(str, self.choices))}.")
         if self.minimum is None:
             return
         too_low = not value >= self.minimum  # type: ignore[operator]  # a field with bounds is a number; refuses NaN

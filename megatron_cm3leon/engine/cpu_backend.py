@@ -60,7 +60,7 @@ _installed = False
 
 
 class _CpuEvent:
-    """An event of the default stream; on a CPU all work before it is done."""
+    """Replaces a CUDA event: a CPU runs synchronously, so all earlier work is already complete."""
 
     def __init__(self, *args, **kwargs) -> None:
         pass

@@ -157,7 +157,7 @@ class _Completion:
             one.state = "image" if self.vocabulary.is_image(token) else "text"
 
     def _finish_image(self, group: list[_PartialDocument]) -> None:
-        """The codes after the first one."""
+        """Generate the remaining image codes of each document in `group`, decode the images and append them."""
         length = self.vocabulary.image_tokens - 1
         rows = np.zeros((len(group), 0), np.int64)
         if length:

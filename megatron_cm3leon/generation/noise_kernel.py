@@ -48,6 +48,9 @@ def gumbel_kernel(keys_ptr, position_ptr, groups_ptr, noise_ptr, count, BLOCK: t
 
 
 def write_noise(keys: Tensor, position: Tensor, groups: Tensor, noise: Tensor) -> None:
-    """Fill `noise` [B, 4 G] for keys [B, 2] and groups [G] of ids at `position`, a tensor [1]."""
+    """Write Gumbel noise for one position into `noise` [B, 4 G].
+
+    keys [B, 2]: one per sequence; groups [G]: of 4 ids each; position: a tensor [1].
+    """
     count = len(groups)
     gumbel_kernel[(triton.cdiv(count, BLOCK), len(keys))](keys, position, groups, noise, count, BLOCK=BLOCK)

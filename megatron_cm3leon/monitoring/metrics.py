@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events, and the progress line on the terminal."""
+"""Metrics of a run: metrics.jsonl, trackers such as TensorBoard, and the progress line on the terminal."""
 
 import json
 import math
@@ -6,13 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from megatron_cm3leon.common.jsonl import drop_truncated_line
 from megatron_cm3leon.common.progress import Meter
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.model.weights import POSITION_EMBEDDINGS, WORD_EMBEDDINGS, canonical_shapes
 from megatron_cm3leon.monitoring.history import METRICS
+from megatron_cm3leon.monitoring.trackers import open_trackers
 
 
 def flops_per_token(config: Config, vocabulary_size: int) -> int:
@@ -36,18 +35,13 @@ class MetricsLogger:
     def __init__(
         self, run: Path, config: Config, vocabulary_size: int, ranks: int, progress: Meter, step: int = 0
     ) -> None:
-        """`step`: last step of the loaded checkpoint; TensorBoard drops later steps that an earlier attempt logged."""
+        """`step`: last step of the loaded checkpoint; ValueError for a tracker that is not installed."""
+        self.trackers = open_trackers(run, config, step)
         self.file = open(run / METRICS, "a+", buffering=1)  # noqa: SIM115 - closed by close()
         drop_truncated_line(self.file.fileno())
-        self.run = run
-        self.board = self._open_board(step)
         self.progress = progress
         self.tokens_per_step = config.train.global_batch_size * config.data.seq_length
         self.tera_per_token = flops_per_token(config, vocabulary_size) / ranks / 1e12
-
-    def _open_board(self, step: int) -> SummaryWriter:
-        """A TensorBoard file that begins after `step` and hides later steps in earlier files of the run."""
-        return SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
 
     def log(self, step_seconds: float, **values: Any) -> None:
         """Record one batch on which the run has trained; NaN and infinity are written as null.
@@ -65,10 +59,10 @@ class MetricsLogger:
         }
         line = {name: plain(value) for name, value in values.items()} | {"time": round(time.time(), 3)}
         self.file.write(json.dumps(line) + "\n")
-        plotted = {} if "skipped" in values else values  # no step was taken: `step` is that of the previous batch
-        for name, value in plotted.items():
-            if isinstance(value, float) and math.isfinite(value):
-                self.board.add_scalar(name, value, values["step"])
+        if "skipped" not in values:  # else no step was taken: `step` is that of the previous batch
+            finite = {name: each for name, each in values.items() if isinstance(each, float) and math.isfinite(each)}
+            for tracker in self.trackers:
+                tracker.log(values["step"], finite)
         note = (
             f"loss {values['loss']:.3f} (text {values['loss_text']:.3f}, image {values['loss_image']:.3f}), "
             f"{rate:.0f} tokens/s"
@@ -96,14 +90,15 @@ class MetricsLogger:
             }
             self.file.write(json.dumps(line) + "\n")
         if steps_back:
-            self.board.close()
-            self.board = self._open_board(step)
+            for tracker in self.trackers:
+                tracker.roll_back(step)
         self.progress.advance(-steps_back, note=f"batches {batches[0]} to {batches[-1]} skipped ({reason})")
 
     def close(self) -> None:
-        """Close metrics.jsonl and the TensorBoard file."""
+        """Close metrics.jsonl and the trackers."""
         self.file.close()
-        self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def plain(value: Any) -> Any:

@@ -151,7 +151,10 @@ def move_to_gpus(index):
 
 
 def search_index(index, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores float32 and numbers int64, both [n, count], of the best `count`; number -1 if the index finds fewer."""
+    """The `count` nearest documents of each query: scores (float32) and document numbers (int64), both [n, count].
+
+    -1 fills the row if fewer are found.
+    """
     scores, numbers = index.search(np.ascontiguousarray(queries, np.float32), count)
     return scores, numbers
 

@@ -171,7 +171,10 @@ class StepBuilder:
 
 
 def build_chain(pipeline: Pipeline, site: Site) -> Chain:
-    """The missing jobs; ValueError if finished folders were made from another input or with other options."""
+    """The jobs whose output folders do not exist yet.
+
+    Raises ValueError if an existing folder was made from another input or with other options.
+    """
     builder = StepBuilder(pipeline, site)
     steps = list(builder.build_all())
     names = {step.name for step in steps}

@@ -19,7 +19,11 @@ from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.data.stream.identity import describe_sources, identify
 from megatron_cm3leon.data.stream.stream import build_stream
+from megatron_cm3leon.export import export_checkpoint, import_export
+from megatron_cm3leon.generation.generator import Generator
+from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.monitoring.history import read_metrics
+from megatron_cm3leon.tokenizers.vocab import Vocabulary
 from tests.distributed.launch import child_environment
 from tests.tools.call import call_tool
 
@@ -105,3 +109,19 @@ def test_other_batch_sizes_neither_skip_nor_repeat_a_sequence(folders, monkeypat
         shown = call_tool("show_batch", "run", *chosen.split(), "--blocks", 1).stdout
         assert f": sequences {numbers}, stream " in shown, (chosen, shown)
         assert f"\nsequence {numbers.split('.')[0]} " in shown
+
+
+def test_an_old_export_generates_and_comes_back(tmp_path):
+    """Of commit ad3992f: imported and exported again it has the same bytes of weights."""
+    with tarfile.open(Path(__file__).with_name("ad3992f-export.tar.xz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    export = tmp_path / "old-export"
+    [image] = Generator.load(export).images(["a b"], Sampling(temperature=0))
+    assert len(image.codes) == Vocabulary.load(export).image_tokens
+    checkpoint, comparison = import_export(export, tmp_path / "run")
+    assert comparison.passed
+    export_checkpoint(checkpoint, export, tmp_path / "again")
+    again = tmp_path / "again"
+    assert (again / "model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
+    for name in ("config.json", "tokenizer.json"):
+        assert json.loads((again / name).read_text()) == json.loads((export / name).read_text()), name

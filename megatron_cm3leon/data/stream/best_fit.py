@@ -103,10 +103,10 @@ def pack_closing(lengths: list[int], room: int) -> list[list[int]]:
 
 
 def count_bins(lengths: np.ndarray, firsts: np.ndarray, room: int) -> np.ndarray:
-    """`len(pack_window(..))` of consecutive windows that begin at `firsts`, int64 [windows].
+    """Number of bins that pack_window() uses for each window, int64 [windows]; window i begins at item `firsts[i]`.
 
-    All windows are packed in order at once. Windows for which this is optimal, such as pairs of one image size, need
-    no other packer.
+    First, vectorized code packs all windows together, with items in their given order (pack_in_order). Where that
+    reaches the lower bound, as with pairs of one image size, pack_window() is not called.
     """
     ends = np.concatenate([[0], np.cumsum(lengths)])
     starts, stops = firsts.copy(), np.append(firsts[1:], len(lengths))

@@ -1,8 +1,8 @@
 """Identity of a stream: a hash of everything that determines its sequences. A run records it and checks it on resume.
 
 A configuration field at its default value is not part of the hash, so fields can be added. Version 1 (until 0.1.0) also
-covered train.global_batch_size, which changes the number of sequences per batch but not the sequences; it is still
-computed, to check the runs that recorded it.
+included train.global_batch_size, although that does not change the sequences; its hash is still computed, to
+check runs that recorded it.
 """
 
 import hashlib

@@ -1,0 +1,56 @@
+"""Weights & Biases and MLflow, offline: a resumed run continues the same run; what is not installed is named."""
+
+import pytest
+
+from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
+from megatron_cm3leon.monitoring import trackers
+from megatron_cm3leon.monitoring.trackers import MLFLOW_RUN, open_trackers
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch, tmp_path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def record(run, name, steps):
+    """Open a tracker after the step before, log a loss of each step, and close it."""
+    [tracker] = open_trackers(run, load_config(None, [f"monitoring.trackers=[{name}]"]), steps[0] - 1)
+    for step in steps:
+        tracker.log(step, {"loss": 1.0 / step})
+    tracker.close()
+
+
+def test_mlflow_continues_one_run_in_the_run_folder(tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    record(tmp_path, "mlflow", [1, 2, 3])
+    record(tmp_path, "mlflow", [3, 4])
+    client = mlflow.MlflowClient((tmp_path / "mlflow").as_uri())
+    number = (tmp_path / MLFLOW_RUN).read_text().strip()
+    found = [(each.step, each.value) for each in client.get_metric_history(number, "loss")]
+    assert sorted(found) == [(1, 1.0), (2, 0.5), (3, 1 / 3), (3, 1 / 3), (4, 0.25)]
+    run = client.get_run(number)
+    assert run.data.params["train.steps"] == "1000" and run.info.status == "FINISHED"
+
+
+def test_wandb_is_offline_without_a_key_and_keeps_its_number(tmp_path):
+    pytest.importorskip("wandb")
+    record(tmp_path, "wandb", [1, 2])
+    record(tmp_path, "wandb", [3])
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and len({path.name for path in files}) == 1
+    assert all(path.stat().st_size > 0 for path in files)
+
+
+def test_an_unknown_tracker_is_named():
+    with pytest.raises(ValueError, match=r"monitoring.trackers \('tensorbord'\) must be one of: tensorboard, wandb"):
+        validate_config(load_config(None, ["monitoring.trackers=[tensorboard, tensorbord]"]))
+
+
+def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    config = load_config(None, ["monitoring.trackers=[wandb]"])
+    with pytest.raises(ValueError, match=r"needs the package wandb, which is not installed; run .*\[trackers\]"):
+        open_trackers(tmp_path, config, 0)

@@ -1,0 +1,40 @@
+"""The public API: every name is importable and documented, and importing the package changes nothing in the process."""
+
+import subprocess
+import sys
+
+import megatron_cm3leon
+from tests.distributed.launch import child_environment
+
+IMPORT_ALL = """
+import os, pkgutil, sys, warnings
+import torch, transformers  # what these change themselves is not ours
+from importlib import import_module
+before = dict(os.environ), list(warnings.filters)
+import megatron_cm3leon
+loaded = {name for name in sys.modules if name.startswith("megatron_cm3leon.")}
+assert loaded <= {"megatron_cm3leon.common", "megatron_cm3leon.common.version"}, loaded
+commands = ("megatron_cm3leon.train", "megatron_cm3leon.cluster", "megatron_cm3leon.export", "megatron_cm3leon.engine")
+gpu = ("megatron_cm3leon.generation.",)
+for module in pkgutil.walk_packages(megatron_cm3leon.__path__, "megatron_cm3leon."):
+    if not module.name.startswith((*commands, *gpu, "megatron_cm3leon.model")):
+        import_module(module.name)
+assert dict(os.environ) == before[0], set(dict(os.environ).items()) ^ set(before[0].items())
+assert "matplotlib.pyplot" not in sys.modules
+added = [each for each in warnings.filters if each not in before[1]]
+assert not [each for each in added if each[0] == "ignore"], added
+"""
+
+
+def test_every_public_name_is_importable_and_documented():
+    for name in megatron_cm3leon.__all__:
+        assert getattr(megatron_cm3leon, name).__doc__, name
+    assert set(megatron_cm3leon.__all__) <= set(dir(megatron_cm3leon))
+    assert not hasattr(megatron_cm3leon, "no_such_name")
+
+
+def test_importing_has_no_side_effects():
+    """Without the folders that import megatron-core and Triton, which change the process themselves."""
+    command = [sys.executable, "-c", IMPORT_ALL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=child_environment())
+    assert done.returncode == 0, done.stderr
