@@ -48,7 +48,9 @@ def _multiply(input_SBI: torch.Tensor, weight_OI: torch.Tensor, in_fp8: bool) ->
         return input_SBI @ weight_OI.t()
     input = quantize(input_SBI.reshape(-1, input_SBI.shape[-1]), FORWARD)
     output = multiply(input, quantize(weight_OI, FORWARD), input_SBI.dtype, fast=True)
-    return output.view(*input_SBI.shape[:-1], -1)
+    # No view, as torch's own product is none: megatron-core adds to it in place without gradients, and then wants to
+    # separate a view from what it looks at, which no compiled layer can.
+    return torch.ops.aten._unsafe_view(output, (*input_SBI.shape[:-1], output.shape[-1]))
 
 
 def _product(
