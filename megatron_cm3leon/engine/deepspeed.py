@@ -24,13 +24,14 @@ from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
-from megatron_cm3leon.engine.compile import compile_layers
+from megatron_cm3leon.engine.compile import compile_layers, convert_before_layers
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
 from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import clip_gradients, squared_norm
 from megatron_cm3leon.engine.parallel import destroy_groups, open_verified
 from megatron_cm3leon.engine.work_clock import WorkClock
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
+from megatron_cm3leon.model.linear import forget_converted_weights, keep_converted_weights
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,10 @@ class DeepSpeedEngine:
         [model] = build_stage(config, vocabulary)
         self.placements = list(place_parameters(model))  # now: stage 3 takes the parameters' shapes
         self.compiled = compile_layers([model], config, device)
+        # Stage 3 gathers a layer's weights for its passes alone: a copy that stays would undo that.
+        self.converted = keep_converted_weights(model) if config.parallel.zero < 3 else []
+        if self.compiled and self.converted:
+            convert_before_layers([model])
         self._sum_shared_gradients(model)
         if config.parallel.zero == 3 and config.model.tied_embeddings:
             # The head reads the word embedding outside the module that owns it.
@@ -187,6 +192,7 @@ class DeepSpeedEngine:
     def _run(self, micro_batches: list[MicroBatch], training: bool) -> torch.Tensor:
         """Forward (and backward and step) over the micro-batches; the global sums that `to_metrics` reads, fp64."""
         scale = loss_scale(micro_batches, self.device, self.data_group) * self.data_size
+        forget_converted_weights(self.converted)
         total = torch.zeros(8, dtype=torch.float64, device=self.device)
         self.clock.reset()
         for batch in micro_batches:

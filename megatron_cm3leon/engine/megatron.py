@@ -30,14 +30,14 @@ from megatron_cm3leon.config import Config
 from megatron_cm3leon.data.loader import MicroBatch
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, StepMetrics
 from megatron_cm3leon.engine.batch import loss_scale, seed_dropout, sum_losses, to_metrics
-from megatron_cm3leon.engine.compile import compile_layers, gather_before_layers
+from megatron_cm3leon.engine.compile import compile_layers, convert_before_layers, gather_before_layers
 from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import choose_adamw, clip_gradients, global_squared_norm, load_moments
 from megatron_cm3leon.engine.parallel import destroy_groups, open_verified
 from megatron_cm3leon.engine.work_clock import WorkClock
 from megatron_cm3leon.model.attention import context_places
 from megatron_cm3leon.model.builder import Placement, build_stage, place_parameters
-from megatron_cm3leon.model.linear import mark_accumulated
+from megatron_cm3leon.model.linear import forget_converted_weights, keep_converted_weights, mark_accumulated
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,9 @@ class MegatronEngine:
         self.compiled = compile_layers(chunks, config, device)
         if self.compiled:
             gather_before_layers(self.model)
+        self.converted = [layer for chunk in chunks for layer in keep_converted_weights(chunk)]
+        if self.compiled and self.converted:
+            convert_before_layers(chunks)
         self.optimizer = self._build_optimizer()
         self.kernels = describe_kernels(config, device, type(self.optimizer.optimizer), self.compiled, True)
         logger.info("kernels: %s", "; ".join(f"{work}: {kernel}" for work, kernel in self.kernels.items()))
@@ -185,6 +188,7 @@ class MegatronEngine:
     def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> torch.Tensor:
         """Forward (and backward) over the micro-batches; the global sums that `to_metrics` reads, fp64."""
         scale = loss_scale(micro_batches, self.device, self.data_group)
+        forget_converted_weights(self.converted)
         if not forward_only:
             self.clock.reset()
             self.clock.start()
