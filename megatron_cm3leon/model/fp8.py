@@ -26,6 +26,7 @@ MULTIPLE = 16
 """torch._scaled_mm's kernels need sizes divisible by this."""
 _SMALLEST = 2.0**-64
 """Tensors whose largest number is below it are scaled as if it were this."""
+_CHUNK = 1 << 20
 
 
 class Quantized(NamedTuple):
@@ -120,8 +121,12 @@ def _decode(values: torch.Tensor) -> torch.Tensor:
     """fp8 as bf16; looked up, which on a CPU takes a sixth of torch's conversion of e4m3."""
     if torch.compiler.is_compiling():
         return values.bfloat16()
-    numbers = values.contiguous().view(torch.uint8).view(-1).int()
-    return _all_numbers(values.dtype).index_select(0, numbers).view(values.shape)
+    numbers = values.contiguous().view(torch.uint8).view(-1)
+    decoded = torch.empty(numbers.shape, dtype=torch.bfloat16)
+    for start in range(0, len(numbers), _CHUNK):  # indices take four times the memory
+        part = slice(start, start + _CHUNK)
+        torch.index_select(_all_numbers(values.dtype), 0, numbers[part].int(), out=decoded[part])
+    return decoded.view(values.shape)
 
 
 @lru_cache

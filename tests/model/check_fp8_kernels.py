@@ -11,7 +11,6 @@ from triton.runtime import interpreter
 
 from megatron_cm3leon.model import fp8, fp8_kernels
 
-
 KINDS = {tl.float8e4nv: fp8.FORWARD, tl.float8e5: fp8.BACKWARD}
 
 
