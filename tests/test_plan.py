@@ -24,7 +24,6 @@ SIZE = """model.layers=4 model.hidden_size=512 model.heads=8 data.seq_length=512
         (2, "parallel.tensor=2"),
         (2, "parallel.zero=1 model.family=llama"),
         (1, "train.micro_batch_size=4 model.family=llama model.qk_norm=true train.precision=bf16"),
-        (1, "train.micro_batch_size=4 model.family=llama train.precision=bf16 train.fp8=true"),
     ],
 )
 def test_planned_bytes_are_within_a_tenth_of_the_peak(ranks, layout, monkeypatch):
