@@ -4,10 +4,10 @@
         engine = MegatronEngine(config, vocabulary, CUDA)
         engine.train_step(batches, 0, 1e-4)
 
-Nothing is computed (torch's FakeTensorMode). The package's own code and torch's optimizers see `device.type == "cuda"`,
-so that they choose what they choose on a GPU; megatron-core runs through the substitutes of engine/cpu_backend.py.
-A number that is read back (`float(norm)`) is 1. Attention and RMSNorm are one operator each, as libraries have them.
-Collectives of the only rank do nothing. torch.compile traces, and `trace` runs its graphs.
+Nothing is computed (torch's FakeTensorMode). The package's own code, compiled or not, and torch's optimizers see
+`device.type == "cuda"`, so that they choose what they choose on a GPU; megatron-core runs through the substitutes of
+engine/cpu_backend.py. A number that is read back (`float(norm)`) is 1. Attention and RMSNorm are one operator each, as
+libraries have them. Collectives of the only rank do nothing. torch.compile traces, and `trace` runs its graphs.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from operator_trace import OperatorTrace
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.variables import ConstantVariable, TensorVariable
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
@@ -223,6 +224,7 @@ def pretend_cuda(trace: OperatorTrace) -> Iterator[None]:
             (torch.cuda, "synchronize", lambda *arguments: None),
             (FakeTensor, "device", property(seen_device)),
             (torch.Tensor, "is_cuda", property(seen_is_cuda)),
+            (TensorVariable, "method_attr_is_cuda", lambda variable, tx: ConstantVariable.create(True)),
             (torch.nn.Module, "_apply", _apply_in_place),
             (torch, "compile", _compile_to_graphs(trace, fake, torch.compile)),
             (F, "scaled_dot_product_attention", _scaled_dot_product_attention),

@@ -137,7 +137,7 @@ def build_config(row: dict, layers: int):
     values = [
         f"preset={row['preset']}", f"model.family={row['family']}", f"data.seq_length={row['sequence']}",
         f"train.micro_batch_size={row['micro_batch']}", f"train.global_batch_size={count}", "train.precision=bf16",
-        f"model.layers={layers}", *row["compared"],
+        f"model.layers={layers}", *row["compared"], *row["settings"],
     ]  # fmt: skip
     known = load_config(None, values)
     validate_config(known, 1)
@@ -210,19 +210,23 @@ def predict_generation(family: str, size: str, weights: str, prompts: int, gpu: 
 
 
 def group_recordings(path: Path, tree: str) -> dict[str, list[dict]]:
-    """Name of a measured row -> its recordings, the shallower first; the last recording of a model counts."""
+    """Name of a measured row -> its recordings, the shallower first; of a model's, the last one counts, or `tree`'s."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     trees = list(dict.fromkeys(row["tree"] for row in rows))
     if not rows or (tree and tree not in trees):
         raise ValueError(
             f"--tree ({tree}) must be one of those in {path}: {', '.join(trees)}; operator_record.py adds one."
         )
-    tree = tree or rows[-1]["tree"]
-    latest = {(row["model"], tuple(row["settings"])): row for row in rows if row["tree"] == tree}
+    latest = {(row["model"], tuple(row["settings"])): row for row in rows if tree in ("", row["tree"])}
     groups: dict[str, list[dict]] = {}
     for row in latest.values():
         name = ", ".join([f"{row['family']} {row['preset']}", *row["settings"]])
         groups.setdefault(name, []).append(row)
+    for name, found in groups.items():
+        if len({row["tree"] for row in found}) > 1:
+            raise ValueError(
+                f"{name} has depths of two trees in {path}; record both with one tree or name it by --tree."
+            )
     return {name: sorted(rows, key=lambda row: row["layers"]) for name, rows in groups.items()}
 
 
@@ -238,6 +242,17 @@ def predict(groups: dict[str, list[dict]], gpus: list[str]) -> list[dict]:
         for size in ("7b", "350m"):
             rows.append({"gpu": name, **predict_generation("llama", size, "bf16", 1, GPUS[name])})
     return rows
+
+
+def describe_trees(rows: list[dict]) -> str:
+    """Which rows are of which recorded tree; the one of most rows comes first, without their names."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row["kind"] == "training":
+            names.setdefault(row["tree"], []).append(row["name"])
+    first, *others = sorted(names, key=lambda tree: -len(names[tree]))
+    exceptions = "".join(f"; of {tree}: {'; '.join(dict.fromkeys(names[tree]))}" for tree in others)
+    return f"Training of the tree {first}, as operator_record.py has recorded it{exceptions}.\n\n"
 
 
 def build_tables(rows: list[dict], gpus: list[str]) -> str:
@@ -263,7 +278,7 @@ def show(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recorded", type=Path, default=RESULTS / "operator_record.jsonl", help="recordings")
-    parser.add_argument("--tree", default="", help="tree of the recordings (default: the last one recorded)")
+    parser.add_argument("--tree", default="", help="tree of the recordings (default: each model's last)")
     parser.add_argument("--gpus", nargs="+", default=list(GPUS), choices=list(GPUS), help="default: all")
     parser.add_argument(
         "--output", default=str(RESULTS / "gpu_predicted.jsonl"), help="JSON Lines to write, - for none"
@@ -276,9 +291,7 @@ def main() -> None:
     tables = build_tables(rows, options.gpus)
     print(tables, end="")
     if options.write:
-        tree = next(row["tree"] for row in rows if "tree" in row)
-        note = f"Training of the tree {tree}, as operator_record.py has recorded it.\n\n"
-        write_between_marks(options.write, "benchmarks/gpu_prediction.py", note + tables)
+        write_between_marks(options.write, "benchmarks/gpu_prediction.py", describe_trees(rows) + tables)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,10 @@ def record(name: str, options: argparse.Namespace) -> dict:
 
 
 def mark_sections(trace, engine, builder) -> None:
-    """Tell the trace which operators are the loss's, which the optimizer's, and where gradients are summed."""
+    """Tell the trace which operators are the loss's, which the optimizer's, and where gradients are summed.
+
+    What happens once in a step, however many micro-batches it has, is the optimizer's: conversions of weights, too.
+    """
     for model in engine.model:
         trace.gradients |= {trace.number(one.main_grad) for one in model.parameters() if hasattr(one, "main_grad")}
     passes, step = engine.forward_backward, engine.train_step
@@ -114,6 +117,15 @@ def mark_sections(trace, engine, builder) -> None:
         trace.section = "optimizer"
         return step(*arguments)
 
+    def marked_conversion(convert):
+        def call(layer):
+            with trace.mark("optimizer"):
+                convert(layer)
+
+        return call
+
+    for layer in getattr(engine, "converted", []):  # trees from before have none
+        layer.convert_weight = marked_conversion(type(layer).convert_weight).__get__(layer)
     builder.cross_entropy = marked(builder.cross_entropy, True)
     for module in engine.model[-1].modules():  # train.head_chunk
         if hasattr(module, "chunked_losses"):

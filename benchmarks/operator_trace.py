@@ -102,7 +102,7 @@ class OperatorTrace(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
         options = options or {}
         if operator.name() in COMPOSED:
-            with self:
+            with self, self._in_graph(0):  # what it calls is eager, in a compiled graph as well
                 return OPDEFS[operator.name()]._init_fn(*arguments, **options)
         if operator.name() == "aten::matmul":  # below autograd nothing has divided it
             with self:
@@ -189,13 +189,17 @@ class OperatorTrace(TorchDispatchMode):
     def run_graph(self, graph, arguments: list):
         """Execute a traced graph whose operators inductor would fuse."""
         self._graphs += 1
-        self._graph = self._graphs
         entered = self in _get_current_dispatch_mode_stack()
+        with self._in_graph(self._graphs), contextlib.nullcontext() if entered else self:
+            return graph(*arguments)
+
+    @contextlib.contextmanager
+    def _in_graph(self, number: int) -> Iterator[None]:
+        before, self._graph = self._graph, number
         try:
-            with contextlib.nullcontext() if entered else self:
-                return graph(*arguments)
+            yield
         finally:
-            self._graph = 0
+            self._graph = before
 
     def restart(self) -> None:
         """Forget the operations so far; what is alive stays alive, from the beginning on."""
@@ -278,7 +282,8 @@ class OperatorTrace(TorchDispatchMode):
 
 
 def _is_fusable(operation: Operation) -> bool:
-    return not operation.flops and operation.name not in {"embedding_dense_backward", "sort", "topk"}
+    custom = {name.split("::")[1] for name in OPDEFS if name.startswith("megatron_cm3leon::")}
+    return not operation.flops and operation.name not in {"embedding_dense_backward", "sort", "topk", *custom}
 
 
 def _touched(tensor: torch.Tensor) -> int:

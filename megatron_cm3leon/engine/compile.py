@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_cm3leon.config.loading import Config
+from megatron_cm3leon.model.linear import ColumnLinear, RowLinear
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,21 @@ def gather_before_layers(models: list[DistributedDataParallel]) -> None:
         if model.use_forward_hook:
             for layer in [module for module in model.modules() if isinstance(module, TransformerLayer)]:
                 _gather_before(model, layer)
+
+
+def convert_before_layers(models: list[torch.nn.Module]) -> None:
+    """Convert the weights of a compiled layer to fp8 in front of it, once in a step: its graph is given the result.
+
+    After gather_before_layers(), whose hooks come first.
+    """
+    for layer in (module for model in models for module in model.modules() if isinstance(module, TransformerLayer)):
+        inner = [module for module in layer.modules() if isinstance(module, (ColumnLinear, RowLinear))]
+
+        def convert(*_, inner=inner) -> None:
+            for module in inner:
+                module.convert_weight()
+
+        layer.register_forward_pre_hook(convert)
 
 
 def _gather_before(model: DistributedDataParallel, layer: TransformerLayer) -> None:

@@ -22,12 +22,13 @@ from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.data.stream.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.checkpointing import MOMENTS, CheckpointedEngine, StateRange, is_first_copy
-from megatron_cm3leon.engine.compile import compile_layers
+from megatron_cm3leon.engine.compile import compile_layers, convert_before_layers
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
 from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import clip_gradients, squared_norm
 from megatron_cm3leon.engine.step import build_metrics, compute_loss_scale, seed_dropout, sum_losses
 from megatron_cm3leon.model.builder import CM3LeonModel, build_stage, locate_parameters
+from megatron_cm3leon.model.linear import forget_converted_weights, keep_converted_weights
 from megatron_cm3leon.model.weights import Placement
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
@@ -108,6 +109,10 @@ class DeepSpeedEngine(CheckpointedEngine):
         [model] = build_stage(config, vocabulary)
         self.placements = list(locate_parameters(model))  # before stage 3 replaces the parameters by empty tensors
         self.compiled = compile_layers([model], config, device)
+        # Stage 3 gathers a layer's weights for its passes alone: a copy that stays would undo that.
+        self.converted = keep_converted_weights(model) if config.parallel.zero < 3 else []
+        if self.compiled and self.converted:
+            convert_before_layers([model])
         self._sum_shared_gradients(model)
         if config.parallel.zero == 3 and config.model.tied_embeddings:
             # The head reads the word embedding, which is a parameter of another module.
@@ -177,6 +182,7 @@ class DeepSpeedEngine(CheckpointedEngine):
     def _run(self, micro_batches: list[MicroBatch], training: bool) -> torch.Tensor:
         """Run forward (and backward and step) over the micro-batches; returns the `build_metrics` sums, fp64 [8]."""
         scale = compute_loss_scale(micro_batches, self.device, self.data_group) * self.data_size
+        forget_converted_weights(self.converted)
         total = torch.zeros(8, dtype=torch.float64, device=self.device)
         self.timer.reset()
         for batch in micro_batches:

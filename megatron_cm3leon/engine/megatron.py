@@ -28,13 +28,13 @@ from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.data.stream.loader import MicroBatch
 from megatron_cm3leon.engine.base import StepMetrics
 from megatron_cm3leon.engine.checkpointing import MOMENTS, CheckpointedEngine, StateRange, is_first_copy
-from megatron_cm3leon.engine.compile import compile_layers, gather_before_layers
+from megatron_cm3leon.engine.compile import compile_layers, convert_before_layers, gather_before_layers
 from megatron_cm3leon.engine.kernels import describe_kernels
 from megatron_cm3leon.engine.optimizer import choose_adamw, clip_gradients, global_squared_norm, load_moments
 from megatron_cm3leon.engine.step import build_metrics, compute_loss_scale, seed_dropout, sum_losses
 from megatron_cm3leon.model.attention import context_positions
 from megatron_cm3leon.model.builder import CM3LeonModel, build_stage, locate_parameters
-from megatron_cm3leon.model.linear import mark_accumulated
+from megatron_cm3leon.model.linear import forget_converted_weights, keep_converted_weights, mark_accumulated
 from megatron_cm3leon.model.weights import Placement
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
@@ -58,6 +58,9 @@ class MegatronEngine(CheckpointedEngine):
         self.compiled = compile_layers(chunks, config, device)
         if self.compiled:
             gather_before_layers(self.model)
+        self.converted = [layer for chunk in chunks for layer in keep_converted_weights(chunk)]
+        if self.compiled and self.converted:
+            convert_before_layers(chunks)
         self.optimizer = self._build_optimizer()
         self.adam = self.optimizer.optimizer
         self.kernels = describe_kernels(config, device, type(self.adam), self.compiled, True)
@@ -175,6 +178,7 @@ class MegatronEngine(CheckpointedEngine):
     def _run(self, micro_batches: list[MicroBatch], forward_only: bool) -> torch.Tensor:
         """Run forward (and backward) over the micro-batches; returns the global sums for `build_metrics`, fp64 [8]."""
         scale = compute_loss_scale(micro_batches, self.device, self.data_group)
+        forget_converted_weights(self.converted)
         if not forward_only:
             self.timer.reset()
             self.timer.start()

@@ -8,6 +8,10 @@ a number's 8 bits do not depend on which rank's part of a tensor it is in, but f
 On CUDA (sm_89 or later) the product is torch._scaled_mm; on a CPU, whose _scaled_mm is a thousand times slower, the
 same numbers are multiplied in bf16, so that a training run can be tried there.
 
+A matrix is read twice: for its largest number, which inside a compiled layer comes out of the kernel that made the
+matrix, and by the conversion, one kernel (fp8_kernels.py), which also writes the transposed copy where one is wanted.
+_scaled_mm sums along contiguous rows of both operands: each of a layer's three matrices is needed both ways.
+
 Layout legend: M, N, K rows of both operands and the dimension summed over.
 """
 
@@ -22,6 +26,7 @@ MULTIPLE = 16
 """torch._scaled_mm's kernels need sizes divisible by this."""
 _SMALLEST = 2.0**-64
 """Tensors whose largest number is below it are scaled as if it were this."""
+_CHUNK = 1 << 20
 
 
 class Quantized(NamedTuple):
@@ -32,15 +37,34 @@ class Quantized(NamedTuple):
     inverse: torch.Tensor
     """fp32, a scalar and a power of two."""
 
-    def transposed(self) -> "Quantized":
-        """The same numbers with rows and columns exchanged; a copy of one byte per number."""
-        return Quantized(self.values.t().contiguous(), self.inverse)
+
+def quantize(matrix: torch.Tensor, dtype: torch.dtype, largest: torch.Tensor | None = None) -> Quantized:
+    """A bf16 or fp32 matrix in fp8; infinities and NaN stay no numbers. `largest`: find_largest() of it."""
+    largest = find_largest(matrix) if largest is None else largest
+    values, _, inverse = _convert(matrix.contiguous(), largest, dtype, True, False)
+    return Quantized(values, inverse)
 
 
-def quantize(matrix: torch.Tensor, dtype: torch.dtype) -> Quantized:
-    """A bf16 or fp32 matrix in fp8; infinities and NaN stay no numbers."""
-    scale = _quantize if not matrix.is_cuda or torch.compiler.is_compiling() else _compiled_quantize()
-    return Quantized(*scale(matrix, dtype))
+def quantize_transposed(matrix: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    """quantize() of the matrix with rows and columns exchanged."""
+    _, transposed, inverse = _convert(matrix.contiguous(), find_largest(matrix), dtype, False, True)
+    return Quantized(transposed, inverse)
+
+
+def quantize_both_ways(
+    matrix: torch.Tensor, dtype: torch.dtype, largest: torch.Tensor | None = None
+) -> tuple[Quantized, Quantized]:
+    """quantize() and quantize_transposed(), written in one pass."""
+    largest = find_largest(matrix) if largest is None else largest
+    values, transposed, inverse = _convert(matrix.contiguous(), largest, dtype, True, True)
+    return Quantized(values, inverse), Quantized(transposed, inverse)
+
+
+def find_largest(matrix: torch.Tensor) -> torch.Tensor:
+    """The largest absolute value, a scalar; NaN where there is one."""
+    if torch.compiler.is_compiling():  # by rows first: such a sum joins the kernel of a norm or of an activation
+        return matrix.abs().amax(-1).amax()
+    return torch.linalg.vector_norm(matrix, torch.inf)
 
 
 def multiply(left_MK: Quantized, right_NK: Quantized, dtype: torch.dtype, fast: bool = False) -> torch.Tensor:
@@ -63,28 +87,48 @@ def require_fp8(capability: tuple[int, int]) -> None:
         )
 
 
-def _quantize(matrix: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    largest = matrix.abs().amax().float().clamp(min=_SMALLEST)
+@torch.library.custom_op("megatron_cm3leon::convert_to_fp8", mutates_args=())
+def _convert(
+    matrix: torch.Tensor, largest: torch.Tensor, dtype: torch.dtype, rows: bool, columns: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """fp8 in rows, fp8 transposed, and the inverse of the scale; one that is not wanted is empty."""
+    values, transposed, inverse = _allocate(matrix, largest, dtype, rows, columns)
+    if matrix.is_cuda:
+        from megatron_cm3leon.model import fp8_kernels
+
+        outputs = values if rows else None, transposed if columns else None
+        fp8_kernels.convert(matrix, largest, _SMALLEST, *outputs, inverse)
+        return values, transposed, inverse
     # The power of two at or below the ratio: its exponent's bits alone. Of an infinite number the scale is 0, of NaN
     # infinite, so that the values become NaN.
-    scale = ((torch.finfo(dtype).max / largest).view(torch.int32) & 0x7F800000).view(torch.float32)
-    return (matrix * scale.to(matrix.dtype)).to(dtype), scale.reciprocal()
+    ratio = torch.finfo(dtype).max / largest.float().clamp(min=_SMALLEST)
+    scale = (ratio.view(torch.int32) & 0x7F800000).view(torch.float32)
+    converted = (matrix * scale.to(matrix.dtype)).to(dtype)
+    if columns:
+        transposed.copy_(converted.t())
+    return converted if rows else values, transposed, scale.reciprocal()
+
+
+@_convert.register_fake
+def _allocate(matrix, largest, dtype, rows, columns):
+    height, width = matrix.shape
+    values = matrix.new_empty((height, width) if rows else (0, 0), dtype=dtype)
+    transposed = matrix.new_empty((width, height) if columns else (0, 0), dtype=dtype)
+    return values, transposed, largest.new_empty((), dtype=torch.float32)
 
 
 def _decode(values: torch.Tensor) -> torch.Tensor:
     """fp8 as bf16; looked up, which on a CPU takes a sixth of torch's conversion of e4m3."""
     if torch.compiler.is_compiling():
         return values.bfloat16()
-    numbers = values.contiguous().view(torch.uint8).view(-1).int()
-    return _all_numbers(values.dtype).index_select(0, numbers).view(values.shape)
+    numbers = values.contiguous().view(torch.uint8).view(-1)
+    decoded = torch.empty(numbers.shape, dtype=torch.bfloat16)
+    for start in range(0, len(numbers), _CHUNK):  # indices take four times the memory
+        part = slice(start, start + _CHUNK)
+        torch.index_select(_all_numbers(values.dtype), 0, numbers[part].int(), out=decoded[part])
+    return decoded.view(values.shape)
 
 
 @lru_cache
 def _all_numbers(dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype).bfloat16()
-
-
-@lru_cache(maxsize=1)
-def _compiled_quantize():
-    """One kernel for the largest number, one for scaling and conversion; of any shape."""
-    return torch.compile(_quantize, dynamic=True)

@@ -8,7 +8,9 @@ Weight gradients: with `accumulates` (the megatron engine's weights) the product
 by one kernel on CUDA and for fp32, and autograd is given an uninitialized gradient that nobody reads. See
 `mark_accumulated`.
 
-With `in_fp8` (train.fp8) the three products are those of fp8.py; communication and `main_grad` stay as they are.
+With `in_fp8` (train.fp8) the three products are those of fp8.py; communication and `main_grad` stay as they are. The
+input is converted once: the backward pass keeps its transposed copy in fp8 (of an input that it gathers again, this
+rank's part in bf16). With `keeps_weight` a weight is converted once in a step, too: see keep_converted_weights().
 
 Layout legend: S sequence (of this rank under sequence parallelism), B batch, I and O features in and out.
 """
@@ -22,7 +24,16 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from megatron_cm3leon.model.collectives import gather, scatter_sum
-from megatron_cm3leon.model.fp8 import BACKWARD, FORWARD, multiply, quantize
+from megatron_cm3leon.model.fp8 import (
+    BACKWARD,
+    FORWARD,
+    Quantized,
+    find_largest,
+    multiply,
+    quantize,
+    quantize_both_ways,
+    quantize_transposed,
+)
 
 ALONE, COLUMN, COLUMN_SEQUENCE, ROW, ROW_SEQUENCE = "alone", "column", "column_sequence", "row", "row_sequence"
 """How a layer communicates. column: the input's gradients are summed. row: the outputs are summed. With sequence:
@@ -43,23 +54,49 @@ def accumulate_weight_gradient(main_grad: torch.Tensor, grad: torch.Tensor, inpu
         main_grad.add_(grad.t() @ input)
 
 
-def _multiply(input_SBI: torch.Tensor, weight_OI: torch.Tensor, in_fp8: bool) -> torch.Tensor:
+def _multiply(
+    input_SBI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    in_fp8: bool,
+    input_inverse: torch.Tensor | None,
+    weight_inverse: torch.Tensor | None,
+) -> torch.Tensor:
     if not in_fp8:
         return input_SBI @ weight_OI.t()
-    input = quantize(input_SBI.reshape(-1, input_SBI.shape[-1]), FORWARD)
-    output = multiply(input, quantize(weight_OI, FORWARD), input_SBI.dtype, fast=True)
-    return output.view(*input_SBI.shape[:-1], -1)
+    input = _as_fp8(input_SBI.reshape(-1, input_SBI.shape[-1]), input_inverse)
+    output = multiply(input, _as_fp8(weight_OI, weight_inverse), torch.bfloat16, fast=True)
+    # No view, as torch's own product is none: megatron-core adds to it in place without gradients, and then wants to
+    # separate a view from what it looks at, which no compiled layer can.
+    return torch.ops.aten._unsafe_view(output, (*input_SBI.shape[:-1], output.shape[-1]))
+
+
+def _as_fp8(matrix: torch.Tensor, inverse: torch.Tensor | None) -> Quantized:
+    """A matrix in fp8: as it comes, with the inverse of its scale, or converted."""
+    return quantize(matrix, FORWARD) if inverse is None else Quantized(matrix, inverse)
+
+
+def _as_transposed_fp8(matrix: torch.Tensor, inverse: torch.Tensor | None) -> Quantized:
+    """A matrix transposed in fp8: it comes so, with the inverse of its scale, or is converted."""
+    return quantize_transposed(matrix, FORWARD) if inverse is None else Quantized(matrix, inverse)
 
 
 def _product(
-    input_SBI: torch.Tensor, weight_OI: torch.Tensor, kind: str, group_name: str, in_fp8: bool
+    input_SBI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    kind: str,
+    group_name: str,
+    in_fp8: bool,
+    input_inverse: torch.Tensor | None,
+    weight_inverse: torch.Tensor | None,
 ) -> torch.Tensor:
+    """The output. In fp8, input and weight come converted where there is an inverse of their scale."""
+    options = in_fp8, input_inverse, weight_inverse
     if kind in (ALONE, COLUMN):
-        return _multiply(input_SBI, weight_OI, in_fp8)
+        return _multiply(input_SBI, weight_OI, *options)
     group = _resolve_process_group(group_name)
     if kind == COLUMN_SEQUENCE:
-        return _multiply(gather(input_SBI, group), weight_OI, in_fp8)
-    output = _multiply(input_SBI, weight_OI, in_fp8)
+        return _multiply(gather(input_SBI, group), weight_OI, *options)
+    output = _multiply(input_SBI, weight_OI, *options)
     if kind == ROW_SEQUENCE:
         return scatter_sum(output, group)
     dist.all_reduce(output, group=group)
@@ -68,14 +105,20 @@ def _product(
 
 def _gradients(
     grad_SBO: torch.Tensor,
-    input_SBI: torch.Tensor,
-    weight_OI: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
     main_grad: torch.Tensor | None,
     kind: str,
     group_name: str,
     in_fp8: bool,
+    input_inverse: torch.Tensor | None,
+    weight_inverse: torch.Tensor | None,
+    largest: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of input and weight; the second is uninitialized memory where `main_grad` took it.
+
+    input [S, B, I] and weight [O, I]; in fp8 they come converted and transposed, [I, S x B] and [I, O], where there is
+    an inverse of their scale. `largest`: find_largest() of the gradient, where it is known.
 
     Communication runs beside the products: the gather beside the input's, the sum beside the weight's.
     """
@@ -84,13 +127,14 @@ def _gradients(
     if kind == ROW_SEQUENCE:
         grad_SBO = gather(grad_SBO, group)
     elif kind == COLUMN_SEQUENCE:
-        input_SBI, work = gather(input_SBI, group, asynchronous=True)
+        input, work = gather(input, group, asynchronous=True)
+    grad = grad_SBO.reshape(-1, grad_SBO.shape[-1])
     if in_fp8:
-        grad_fp8 = quantize(grad_SBO.reshape(-1, grad_SBO.shape[-1]), BACKWARD)
-        grad_input = multiply(grad_fp8, quantize(weight_OI, FORWARD).transposed(), grad_SBO.dtype)
+        grad_fp8, transposed_grad = quantize_both_ways(grad, BACKWARD, largest)
+        grad_input = multiply(grad_fp8, _as_transposed_fp8(weight, weight_inverse), torch.bfloat16)
         grad_input = grad_input.view(*grad_SBO.shape[:-1], -1)
     else:
-        grad_input = grad_SBO @ weight_OI
+        grad_input = grad_SBO @ weight
     if work is not None:
         work.wait()
     if kind == COLUMN:
@@ -98,18 +142,18 @@ def _gradients(
     elif kind == COLUMN_SEQUENCE:
         whole = grad_input  # read until the wait below
         grad_input, work = scatter_sum(whole, group, asynchronous=True)
-    grad, input = grad_SBO.reshape(-1, grad_SBO.shape[-1]), input_SBI.reshape(-1, input_SBI.shape[-1])
     if in_fp8:
-        dtype = weight_OI.dtype if main_grad is None else main_grad.dtype
-        grad_weight = multiply(grad_fp8.transposed(), quantize(input, FORWARD).transposed(), dtype)
+        rows = input if input_inverse is not None else input.reshape(-1, input.shape[-1])
+        dtype = torch.bfloat16 if main_grad is None else main_grad.dtype
+        grad_weight = multiply(transposed_grad, _as_transposed_fp8(rows, input_inverse), dtype)
         if main_grad is not None:
             main_grad.add_(grad_weight)
-            grad_weight = torch.empty_like(weight_OI)
     elif main_grad is None:
-        grad_weight = grad.t() @ input
+        grad_weight = grad.t() @ input.reshape(-1, input.shape[-1])
     else:
-        accumulate_weight_gradient(main_grad, grad, input)
-        grad_weight = torch.empty_like(weight_OI)
+        accumulate_weight_gradient(main_grad, grad, input.reshape(-1, input.shape[-1]))
+    if main_grad is not None:
+        grad_weight = torch.empty_like(main_grad, dtype=grad_SBO.dtype)
     if work is not None:
         work.wait()
     return grad_input, grad_weight
@@ -121,12 +165,15 @@ _compiled_product = torch.library.custom_op("megatron_cm3leon::product", _produc
 @torch.library.custom_op("megatron_cm3leon::gradients", mutates_args=())
 def _compiled_gradients(
     grad_SBO: torch.Tensor,
-    input_SBI: torch.Tensor,
-    weight_OI: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
     main_grad: torch.Tensor | None,
     kind: str,
     group_name: str,
     in_fp8: bool,
+    input_inverse: torch.Tensor | None,
+    weight_inverse: torch.Tensor | None,
+    largest: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """_gradients(). That it adds to `main_grad` is not declared, and counts no version of it.
 
@@ -135,55 +182,100 @@ def _compiled_gradients(
     """
     kept = nullcontext() if main_grad is None else _unsafe_preserve_version_counter(main_grad)
     with kept:
-        return _gradients(grad_SBO, input_SBI, weight_OI, main_grad, kind, group_name, in_fp8)
+        return _gradients(
+            grad_SBO, input, weight, main_grad, kind, group_name, in_fp8, input_inverse, weight_inverse, largest
+        )
 
 
 @_compiled_product.register_fake
-def _(input_SBI, weight_OI, kind, group_name, in_fp8):
+def _(input_SBI, weight_OI, kind, group_name, in_fp8, input_inverse, weight_inverse):
     length, ranks = input_SBI.shape[0], _resolve_process_group(group_name).size()
     length = length * ranks if kind == COLUMN_SEQUENCE else length // ranks if kind == ROW_SEQUENCE else length
-    return input_SBI.new_empty((length, *input_SBI.shape[1:-1], weight_OI.shape[0]))
+    dtype = torch.bfloat16 if in_fp8 else input_SBI.dtype
+    return input_SBI.new_empty((length, *input_SBI.shape[1:-1], weight_OI.shape[0]), dtype=dtype)
 
 
 @_compiled_gradients.register_fake
-def _(grad_SBO, input_SBI, weight_OI, main_grad, kind, group_name, in_fp8):
-    return input_SBI.new_empty(input_SBI.shape), torch.empty_like(weight_OI)
+def _(grad_SBO, input, weight, main_grad, kind, group_name, in_fp8, input_inverse, weight_inverse, largest):
+    length, ranks = grad_SBO.shape[0], 1 if kind == ALONE else _resolve_process_group(group_name).size()
+    length = length * ranks if kind == ROW_SEQUENCE else length // ranks if kind == COLUMN_SEQUENCE else length
+    features, inputs = grad_SBO.shape[-1], weight.shape[1] if weight_inverse is None else weight.shape[0]
+    of_input = grad_SBO.new_empty((length, *grad_SBO.shape[1:-1], inputs))
+    return of_input, grad_SBO.new_empty((features, inputs))
 
 
 class _Linear(torch.autograd.Function):
-    """The product with its communication. `main_grad` is not saved: other micro-batches add to it in between."""
+    """The product with its communication. `main_grad` is not saved: other micro-batches add to it in between.
+
+    In fp8, `kept` are the two forms of a weight that is converted already, and `trains` is False where there will be no
+    backward pass.
+    """
 
     @staticmethod
-    def forward(ctx, input, weight, main_grad, kind, group_name, shared, in_fp8=False):
-        ctx.save_for_backward(input, weight)
-        ctx.in_fp8 = in_fp8
+    def forward(ctx, input, weight, main_grad, kind, group_name, shared, in_fp8=False, trains=True, *kept):
+        ctx.in_fp8, ctx.keeps_weight = in_fp8, bool(kept)
         ctx.main_grad, ctx.kind, ctx.group_name, ctx.shared = main_grad, kind, group_name, shared
+        left, left_inverse, saved_input, right, right_inverse, saved_weight = input, None, input, weight, None, weight
+        if in_fp8 and kind != COLUMN_SEQUENCE:
+            left, left_inverse, saved_input = _convert_input(input, trains)
+        if kept:
+            right, saved_weight, right_inverse = kept
+        ctx.save_for_backward(saved_input, saved_weight, left_inverse, right_inverse)
         product = _product
         if torch.compiler.is_compiling() and kind not in (ALONE, COLUMN):
             product = _compiled_product
-        return product(input, weight, kind, group_name, in_fp8)
+        return product(left, right, kind, group_name, in_fp8, left_inverse, right_inverse)
 
     @staticmethod
     def backward(ctx, gradient):
-        input, weight = ctx.saved_tensors
-        gradients = _gradients
+        input, weight, input_inverse, weight_inverse = ctx.saved_tensors
+        gradients, largest = _gradients, None
         if torch.compiler.is_compiling() and not (ctx.kind == ALONE and ctx.main_grad is None):
             gradients = _compiled_gradients
-        arguments = input, weight, ctx.main_grad, ctx.kind, ctx.group_name, ctx.in_fp8
-        of_input, of_weight = gradients(gradient, *arguments)
-        return of_input, None if ctx.shared else of_weight, *[None] * 5
+            if ctx.in_fp8 and ctx.kind != ROW_SEQUENCE:  # where it joins the kernel that made the gradient
+                largest = find_largest(gradient.reshape(-1, gradient.shape[-1]))
+        options = ctx.kind, ctx.group_name, ctx.in_fp8, input_inverse, weight_inverse, largest
+        of_input, of_weight = gradients(gradient, input, weight, ctx.main_grad, *options)
+        return of_input, None if ctx.shared else of_weight, *[None] * (9 if ctx.keeps_weight else 6)
+
+
+def _convert_input(input_SBI: torch.Tensor, trains: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """In fp8: the input, the inverse of its scale, and what the backward pass needs, [I, S x B]."""
+    rows = input_SBI.reshape(-1, input_SBI.shape[-1])
+    if not trains:
+        values, inverse = quantize(rows, FORWARD)
+        return values.view(input_SBI.shape), inverse, values
+    (values, inverse), (transposed, _) = quantize_both_ways(rows, FORWARD)
+    return values.view(input_SBI.shape), inverse, transposed
 
 
 class _OwnForward:
-    """What both layers share: `accumulates` is set by mark_accumulated(), `in_fp8` by multiply_in_fp8()."""
+    """What both layers share.
 
-    accumulates = in_fp8 = False
+    `accumulates` is set by mark_accumulated(), `in_fp8` by multiply_in_fp8(), `keeps_weight` by
+    keep_converted_weights(). `weight_fp8`: the weight in fp8, the same transposed, and the inverse of the scale.
+    """
+
+    accumulates = in_fp8 = keeps_weight = is_current = False
+    weight_fp8: tuple[torch.Tensor, ...] = ()
 
     def _multiply(self, input_SBI: torch.Tensor, weight_OI: torch.Tensor, kind: str) -> torch.Tensor:
         main_grad = weight_OI.gradient_sum if self.accumulates and torch.is_grad_enabled() else None
         # The embedding looks up rows of the same weight: its gradient alone goes through autograd.
         shared = main_grad is not None and getattr(weight_OI, "zero_out_wgrad", False)
-        return _Linear.apply(input_SBI, weight_OI, main_grad, kind, self.tp_group.group_name, shared, self.in_fp8)
+        if not torch.compiler.is_compiling():  # engine/compile.py does it before a compiled layer
+            self.convert_weight()
+        options = kind, self.tp_group.group_name, shared, self.in_fp8, torch.is_grad_enabled()
+        return _Linear.apply(input_SBI, weight_OI, main_grad, *options, *self.weight_fp8)
+
+    @torch.no_grad()
+    def convert_weight(self) -> None:
+        """Have the weight in fp8, where it is kept; once after each forget_converted_weights()."""
+        if self.keeps_weight and not self.is_current:
+            self.weight_fp8 = ()  # its memory is what the new one gets
+            (values, inverse), (transposed, _) = quantize_both_ways(self.weight, FORWARD)
+            self.weight_fp8 = values, transposed, inverse
+            self.is_current = True
 
 
 class ColumnLinear(_OwnForward, ColumnParallelLinear):
@@ -209,6 +301,23 @@ def multiply_in_fp8(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _OwnForward):
             module.in_fp8 = True
+
+
+def keep_converted_weights(model: torch.nn.Module) -> list[_OwnForward]:
+    """Let the fp8 layers of `model` convert their weights once in a step; returns these layers.
+
+    The caller passes them to forget_converted_weights() whenever weights may have changed.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _OwnForward) and module.in_fp8]
+    for layer in layers:
+        layer.keeps_weight = True
+    return layers
+
+
+def forget_converted_weights(layers: list[_OwnForward]) -> None:
+    """Let the weights be converted again at their next use."""
+    for layer in layers:
+        layer.is_current = False
 
 
 def mark_accumulated(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -78,6 +78,17 @@ def count_stage_parameters(config: Config, vocabulary_size: int, stage: int) -> 
     return total
 
 
+def _count_fp8_weights(config: Config, vocabulary_size: int, stage: int) -> int:
+    """Weights of the stage's layers that are kept in fp8, and transposed in fp8, on each tensor-parallel rank."""
+    return sum(
+        math.prod(shape) // config.parallel.tensor
+        for name, shape in canonical_shapes(config, vocabulary_size).items()
+        if name.startswith("decoder.layers.")
+        and len(shape) > 1
+        and _stage_of_layer(config, int(name.split(".")[2])) == stage
+    )
+
+
 def _stage_of_layer(config: Config, layer: int) -> int:
     chunk = config.model.layers // (config.parallel.pipeline * config.parallel.interleave)
     return layer // chunk % config.parallel.pipeline
@@ -94,6 +105,8 @@ def estimate_memory(config: Config, vocabulary_size: int, world_size: int, stage
     shards = config.data_parallel_size(world_size) * config.parallel.context
     shard = -(-parameters // shards)
     weights = (shard if zero == 3 else parameters) * (2 if bf16 else 4)
+    if config.train.fp8 and zero < 3:
+        weights += 2 * _count_fp8_weights(config, vocabulary_size, stage)
     return Memory(
         parameters=parameters,
         weights=0 if offload.offload_parameters else weights,
@@ -158,7 +171,25 @@ def _layer_bytes(config: Config, tokens: int, width: int) -> tuple[float, float]
         if model.family == "llama" and _is_compiled(config):  # rotated queries and keys are recomputed, too
             attention -= hidden + keys
     partitioned = (attention + feed_forward) / parallel.tensor
-    return tokens * width * (residual / along_sequence + partitioned), tokens * width * hidden / along_sequence
+    layer = width * (residual / along_sequence + partitioned)
+    if config.train.fp8:
+        layer += _fp8_bytes(config)
+    return tokens * layer, tokens * width * hidden / along_sequence
+
+
+def _fp8_bytes(config: Config) -> float:
+    """Bytes per token that a layer keeps more with train.fp8 (fewer if negative): its products keep inputs in fp8.
+
+    Where nothing else keeps the input in bf16, its two bytes go.
+    """
+    model, parallel = config.model, config.parallel
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    norms = 0 if parallel.sequence and parallel.tensor > 1 else -2 * hidden  # gathered again, from bf16
+    attention = -hidden if model.family == "llama" else hidden  # the attention keeps its output
+    feed_forward = -ffn
+    if model.activation == "relu":
+        feed_forward = 0 if _is_compiled(config) else ffn  # ReLU keeps its output, or compiled one byte of it
+    return norms + (attention + feed_forward) / parallel.tensor
 
 
 def _is_compiled(config: Config) -> bool:

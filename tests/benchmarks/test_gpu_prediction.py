@@ -64,8 +64,28 @@ def test_rows_go_by_the_names_of_the_measured_ones(tmp_path):
     assert training["ms"] == pytest.approx(4 * 1e3 / 3.8, rel=0.01) and training["shares"]["loss"] > 0.99
     assert training["tflops_low"] <= training["tflops"] <= training["tflops_high"]
     assert f"| cm3leon 350m | {training['tflops']:.0f} (" in gpu_prediction.build_tables(predicted, ["H200"])
+    assert gpu_prediction.describe_trees(predicted).startswith("Training of the tree abc, as operator_record.py has")
+    for row in predicted[:1]:
+        row["tree"] = "old"
+    assert "recorded it; of old: cm3leon 350m.\n" in gpu_prediction.describe_trees([*predicted, *predicted[1:]])
     with pytest.raises(ValueError, match=r"--tree \(none\) must be one of those in .*: old, abc; operator_record.py"):
         gpu_prediction.group_recordings(recorded, "none")
+
+
+def test_depths_of_two_trees_are_refused(tmp_path):
+    recorded = tmp_path / "rows.jsonl"
+    rows = make_row(tree="old", model="cm3leon 7b, 8 layers", layers=8), make_row(model="cm3leon 7b, 16 layers")
+    recorded.write_text("".join(json.dumps(row | {"preset": "7b"}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"cm3leon 7b has depths of two trees in .*; record both with one tree"):
+        gpu_prediction.group_recordings(recorded, "")
+    assert len(gpu_prediction.group_recordings(recorded, "old")["cm3leon 7b"]) == 1
+
+
+def test_layers_that_fit_are_those_of_the_rows_settings():
+    row = make_row(model="cm3leon 7b", preset="7b", micro_batch=1)
+    assert gpu_prediction.fit_layers(row | {"settings": ["train.fp8=true"]}, H200) < gpu_prediction.fit_layers(
+        row, H200
+    )
 
 
 def test_fp8_is_refused_where_there_is_none():

@@ -1,7 +1,7 @@
 """Compiled layers: graphs and graph breaks counted by dynamo, and losses; `torchrun check_compile.py CASE ...`.
 
 Traced and differentiated as in a run, but executed without the code generator, which takes seconds and does not affect
-graphs. Prints "results " and a JSON object: case -> graphs, breaks, losses.
+graphs. Prints "results " and a JSON object: case -> graphs, breaks, losses, the loss of an evaluation after them.
 """
 
 import functools
@@ -27,6 +27,7 @@ CASES = {  # name -> overrides
     "recompute=selective": ["parallel.recompute=selective"],
     "recompute=full": ["parallel.recompute=full"],
     "dropout": ["model.dropout=0.1"],
+    "fp8": ["train.precision=bf16", "train.fp8=true"],
     "zero=1": ["parallel.zero=1"],
 }
 
@@ -50,9 +51,10 @@ def run(overrides: list[str], rank: Rank, buckets: int) -> dict:
     batches = make_batches(config, make_vocabulary(), 4 // rank.world_size)
     losses = [engine.train_step(batches, step, 1e-2).loss for step in range(3)]
     counters = torch._dynamo.utils.counters
+    breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+    evaluated = engine.eval_step(batches).loss
     parallel_state.destroy_model_parallel()
-    breaks = sum(counters["graph_break"].values())
-    return {"graphs": counters["stats"]["unique_graphs"], "breaks": breaks, "losses": losses}
+    return {"graphs": graphs, "breaks": breaks, "losses": losses, "evaluated": evaluated}
 
 
 def main() -> None:

@@ -17,15 +17,16 @@ def run(ranks: int, *cases: str) -> dict:
 
 @pytest.fixture(scope="module")
 def results():
-    return run(1, "llama", "recompute=selective", "recompute=full", "dropout")
+    return run(1, "llama", "recompute=selective", "recompute=full", "dropout", "fp8")
 
 
-@pytest.mark.parametrize("case", ["llama", "recompute=selective"])
+@pytest.mark.parametrize("case", ["llama", "recompute=selective", "fp8"])
 def test_one_graph_serves_all_layers(results, case):
     compiled, plain = results[f"{case} true"], results[f"{case} false"]
     assert (compiled["graphs"], compiled["breaks"]) == (1, 0)
     assert plain["graphs"] == 0
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    assert compiled["evaluated"] == pytest.approx(plain["evaluated"], rel=1e-6)
 
 
 def test_recomputation_of_layers_adds_the_graph_without_gradients(results):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_cm3leon.model.fp8 import BACKWARD, FORWARD, multiply, quantize
+from megatron_cm3leon.model.fp8 import BACKWARD, FORWARD, multiply, quantize_both_ways
 from megatron_cm3leon.model.loss import cross_entropy
 from megatron_cm3leon.model.sample_attention import attend_samples, build_sample_mask
 from tests.flex_on_cpu import flex_on_cpu
@@ -86,11 +86,11 @@ def test_fp8_products_equal_those_of_the_cpu(device, left, dtype):
     matrices = [torch.randn(shape, generator=generator).bfloat16() for shape in ((64, 256), (96, 256))]
     both = []
     for where in (torch.device("cpu"), device):
-        of_left, of_right = (
-            quantize(each.to(where), kind) for each, kind in zip(matrices, (left, FORWARD), strict=True)
+        (of_left, left_turned), (of_right, right_turned) = (
+            quantize_both_ways(each.to(where), kind) for each, kind in zip(matrices, (left, FORWARD), strict=True)
         )
-        both.append((of_left, of_right, multiply(of_left, of_right, dtype).cpu()))
-    for ours, theirs in zip(*(each[:2] for each in both), strict=True):
+        both.append((of_left, of_right, left_turned, right_turned, multiply(of_left, of_right, dtype).cpu()))
+    for ours, theirs in zip(*(each[:4] for each in both), strict=True):
         assert torch.equal(ours.values.float().cpu(), theirs.values.float().cpu())
         assert ours.inverse.cpu() == theirs.inverse.cpu()
-    torch.testing.assert_close(both[1][2], both[0][2], rtol=1e-2, atol=1e-2 * float(both[0][2].std()))
+    torch.testing.assert_close(both[1][4], both[0][4], rtol=1e-2, atol=1e-2 * float(both[0][4].std()))

@@ -1,12 +1,29 @@
 """fp8 products: what is rounded and how, torch's own product as the oracle, and where they are refused."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import validate_config
-from megatron_cm3leon.model.fp8 import BACKWARD, FORWARD, multiply, quantize, require_fp8
+from megatron_cm3leon.model.fp8 import (
+    BACKWARD,
+    FORWARD,
+    multiply,
+    quantize,
+    quantize_both_ways,
+    quantize_transposed,
+    require_fp8,
+)
 from megatron_cm3leon.model.linear import ALONE, _Linear
+
+ROOT = Path(__file__).parents[2]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
 def random_matrix(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -71,6 +88,59 @@ def test_output_and_gradients_are_near_the_exact_ones(accumulates):
     ):
         error = (mine.detach().double() - exact).norm() / exact.norm()
         assert 0.005 < error < 0.08, error
+
+
+def test_both_ways_are_the_matrix_and_its_transpose():
+    matrix = random_matrix(48, 32)[:, ::2]  # not contiguous
+    rows, columns = quantize_both_ways(matrix, FORWARD)
+    assert torch.equal(rows.values.view(torch.uint8), columns.values.t().view(torch.uint8))
+    for found, expected in ((quantize(matrix, FORWARD), rows), (quantize_transposed(matrix, FORWARD), columns)):
+        assert found.values.is_contiguous() and found.values.shape == expected.values.shape
+        assert torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
+        assert found.inverse == expected.inverse
+
+
+def test_a_kept_weight_gives_the_bits_of_one_that_is_converted():
+    results = []
+    for keeps in (False, True):
+        input, weight = random_matrix(32, 2, 128).requires_grad_(), random_matrix(96, 128, seed=1).requires_grad_()
+        (values, inverse), (transposed, _) = quantize_both_ways(weight.detach(), FORWARD)
+        kept = (values, transposed, inverse) if keeps else ()
+        output = _Linear.apply(input, weight, None, ALONE, "", False, True, True, *kept)
+        output.backward(random_matrix(32, 2, 96, seed=2))
+        results.append((output, input.grad, weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_input_is_kept_in_fp8():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        _Linear.apply(random_matrix(32, 128), random_matrix(96, 128).requires_grad_(), None, ALONE, "", False, True)
+    assert (FORWARD, (128, 32)) in [(each.dtype, tuple(each.shape)) for each in saved]
+    assert (torch.bfloat16, (32, 128)) not in [(each.dtype, tuple(each.shape)) for each in saved]
+
+
+@needs_triton
+def test_cuda_kernel_writes_the_cpus_bits():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when triton is imported
+    command = [sys.executable, "-m", "tests.model.check_fp8_kernels"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "kernels agree" in done.stdout, done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["*fp8e4nv", "*fp8e5"])
+def test_cuda_kernel_compiles_for_a_gpu(kind):
+    from megatron_cm3leon.model import fp8_kernels
+    from tests.generation.test_triton import compile_kernel
+
+    types = {"matrix": "*bf16", "largest": "*bf16", "values": kind, "transposed": kind, "inverse": "*fp32"}
+    types |= {"rows": "i32", "columns": "i32"}
+    constants = {"TOP": 448.0, "SMALLEST": 2.0**-64, "ROWS": True, "TRANSPOSED": True, "TILE": fp8_kernels.TILE}
+    assembly = compile_kernel(fp8_kernels._convert, f"conversion to {kind}", types, constants, fp8_kernels.WARPS)
+    assert "cvt.rn.satfinite" in assembly  # one instruction, to the nearest
+    assert "ld.global.v4" in assembly and "st.global.v4" in assembly
 
 
 @pytest.mark.parametrize(

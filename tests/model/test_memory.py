@@ -1,6 +1,8 @@
 """Dry run: groups equal those of megatron-core, parameter counts are exact, bytes are close to measured ones."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.train import main
 from tests.distributed.launch import torchrun
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZE = """model.layers=4 model.hidden_size=512 model.heads=8 data.seq_length=512 train.global_batch_size=4
           train.micro_batch_size=2 train.precision=fp32"""
 
@@ -61,6 +64,26 @@ def test_each_stage_of_zero_partitions_more():
     offloaded = f"{base} parallel.zero=3 deepspeed.offload_optimizer=true deepspeed.offload_parameters=true"
     plan = estimate_memory(load(offloaded, 4), 65_536, 4, 0)
     assert plan.optimizer == plan.weights == 0 < plan.gradients
+
+
+@pytest.mark.parametrize("model", ["cm3leon 350m", "cm3leon 760m", "llama 350m"])
+def test_fp8_on_a_gpu_takes_what_was_recorded(model):
+    """Peaks of benchmarks/operator_record.py; a CPU's emulation decodes operands, which takes memory of its own."""
+    lines = (ROOT / "benchmarks/results/operator_record.jsonl").read_text().splitlines()
+    recorded = [row for row in map(json.loads, lines) if (row["model"], row["settings"]) == (model, ["train.fp8=true"])]
+    family, preset = model.split()
+    config = f"preset={preset} model.family={family} train.micro_batch_size=4 train.global_batch_size=4"
+    config += " data.seq_length=4096 train.precision=bf16 train.fp8=true train.compile=true"
+    assert estimate_memory(load(config, 1), 65_536, 1, 0).total == pytest.approx(recorded[-1]["peak_bytes"], rel=0.02)
+
+
+def test_weights_in_fp8_come_twice_beside_bf16():
+    base = "preset=350m train.precision=bf16 parallel.tensor=2 parallel.pipeline=2 train.fp8="
+    plans = [estimate_memory(load(base + value, 4), 65_536, 4, 1) for value in ("false", "true")]
+    assert plans[1].weights - plans[0].weights == 2 * 12 * 1024**2 * 24 // 4
+    base = "preset=350m train.engine=deepspeed parallel.zero=3 train.precision=bf16 train.fp8="  # converts at every use
+    plans = [estimate_memory(load(base + value, 4), 65_536, 4, 0) for value in ("false", "true")]
+    assert plans[1].weights == plans[0].weights
 
 
 def test_groups_differ_in_one_coordinate():
