@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_cm3leon.config.loading import Config
+from megatron_cm3leon.model.builder import CM3LeonModel
 from megatron_cm3leon.model.linear import ColumnLinear, RowLinear
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def try_compiler(device: torch.device) -> str:
     return ""
 
 
-def compile_layers(chunks: list[torch.nn.Module], config: Config, device: torch.device) -> bool:
+def compile_layers(chunks: list[CM3LeonModel], config: Config, device: torch.device) -> bool:
     """Compile the layers of all chunks where `config` wants it; returns whether they are.
 
     ValueError when train.compile=true and this machine's compiler does not work; by default the run goes on without.

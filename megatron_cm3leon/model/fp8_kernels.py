@@ -54,6 +54,7 @@ def convert(
     rows, columns = matrix.shape
     programs = triton.cdiv(rows, TILE) * triton.cdiv(columns, TILE)
     some = transposed if values is None else values
+    assert some is not None
     with torch.cuda.device(matrix.device) if matrix.is_cuda else contextlib.nullcontext():
         _convert[(programs,)](
             matrix,

@@ -93,7 +93,7 @@ def _product(
     options = in_fp8, input_inverse, weight_inverse
     if kind in (ALONE, COLUMN):
         return _multiply(input_SBI, weight_OI, *options)
-    group = _resolve_process_group(group_name)
+    group = _find_group(group_name)
     if kind == COLUMN_SEQUENCE:
         return _multiply(gather(input_SBI, group), weight_OI, *options)
     output = _multiply(input_SBI, weight_OI, *options)
@@ -101,6 +101,10 @@ def _product(
         return scatter_sum(output, group)
     dist.all_reduce(output, group=group)
     return output
+
+
+def _find_group(name: str) -> dist.ProcessGroup:
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # since torch 2.13 a NewType of str
 
 
 def _gradients(
@@ -122,12 +126,11 @@ def _gradients(
 
     Communication runs beside the products: the gather beside the input's, the sum beside the weight's.
     """
-    group = None if kind == ALONE else _resolve_process_group(group_name)
     work = None
     if kind == ROW_SEQUENCE:
-        grad_SBO = gather(grad_SBO, group)
+        grad_SBO = gather(grad_SBO, _find_group(group_name))
     elif kind == COLUMN_SEQUENCE:
-        input, work = gather(input, group, asynchronous=True)
+        input, work = gather(input, _find_group(group_name), asynchronous=True)
     grad = grad_SBO.reshape(-1, grad_SBO.shape[-1])
     if in_fp8:
         grad_fp8, transposed_grad = quantize_both_ways(grad, BACKWARD, largest)
@@ -138,10 +141,10 @@ def _gradients(
     if work is not None:
         work.wait()
     if kind == COLUMN:
-        work = dist.all_reduce(grad_input, group=group, async_op=True)
+        work = dist.all_reduce(grad_input, group=_find_group(group_name), async_op=True)
     elif kind == COLUMN_SEQUENCE:
         whole = grad_input  # read until the wait below
-        grad_input, work = scatter_sum(whole, group, asynchronous=True)
+        grad_input, work = scatter_sum(whole, _find_group(group_name), asynchronous=True)
     if in_fp8:
         rows = input if input_inverse is not None else input.reshape(-1, input.shape[-1])
         dtype = torch.bfloat16 if main_grad is None else main_grad.dtype
@@ -250,7 +253,7 @@ def _convert_input(input_SBI: torch.Tensor, trains: bool) -> tuple[torch.Tensor,
 
 
 class _OwnForward:
-    """What both layers share.
+    """The common part of both layers.
 
     `accumulates` is set by mark_accumulated(), `in_fp8` by multiply_in_fp8(), `keeps_weight` by
     keep_converted_weights(). `weight_fp8`: the weight in fp8, the same transposed, and the inverse of the scale.
@@ -258,9 +261,12 @@ class _OwnForward:
 
     accumulates = in_fp8 = keeps_weight = is_current = False
     weight_fp8: tuple[torch.Tensor, ...] = ()
+    weight: torch.nn.Parameter
+    tp_group: dist.ProcessGroup
 
     def _multiply(self, input_SBI: torch.Tensor, weight_OI: torch.Tensor, kind: str) -> torch.Tensor:
-        main_grad = weight_OI.gradient_sum if self.accumulates and torch.is_grad_enabled() else None
+        accumulates = self.accumulates and torch.is_grad_enabled()
+        main_grad = weight_OI.gradient_sum if accumulates else None  # type: ignore[attr-defined]  # mark_accumulated
         # The embedding looks up rows of the same weight: its gradient alone goes through autograd.
         shared = main_grad is not None and getattr(weight_OI, "zero_out_wgrad", False)
         if not torch.compiler.is_compiling():  # engine/compile.py does it before a compiled layer
@@ -308,7 +314,8 @@ def keep_converted_weights(model: torch.nn.Module) -> list[_OwnForward]:
 
     The caller passes them to forget_converted_weights() whenever weights may have changed.
     """
-    layers = [module for module in model.modules() if isinstance(module, _OwnForward) and module.in_fp8]
+    layers: list[_OwnForward] = []
+    layers += [module for module in model.modules() if isinstance(module, _OwnForward) and module.in_fp8]
     for layer in layers:
         layer.keeps_weight = True
     return layers
@@ -326,10 +333,10 @@ def mark_accumulated(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     Before every step the caller sets `grad_added_to_main_grad` on them, which megatron-core's hooks read. The products
     add through `gradient_sum`, the same memory: megatron-core's own additions then count no version of it.
     """
-    layers = [module for module in model.modules() if isinstance(module, _OwnForward)]
+    layers: list[_OwnForward] = [module for module in model.modules() if isinstance(module, _OwnForward)]
     weights = [layer.weight for layer in layers if layer.weight is not None]
     for parameter in model.parameters():  # the tied head is given the embedding's
-        parameter.gradient_sum = parameter.main_grad.data
+        parameter.gradient_sum = parameter.main_grad.data  # type: ignore[attr-defined]  # of megatron-core's buffer
     for layer in layers:
         layer.accumulates = True
     return weights

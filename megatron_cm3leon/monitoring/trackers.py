@@ -8,7 +8,9 @@ without it the run is in RUN/mlflow. A resumed run continues the same run of eac
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -37,7 +39,11 @@ def open_trackers(run: Path, config: Config, step: int) -> list[Tracker]:
 
     Raises ValueError, with the command that installs it, for one whose package is missing.
     """
-    kinds = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker, "mlflow": MlflowTracker}
+    kinds: dict[str, Callable[[Path, Config, int], Tracker]] = {
+        "tensorboard": TensorBoardTracker,
+        "wandb": WandbTracker,
+        "mlflow": MlflowTracker,
+    }
     for name in config.monitoring.trackers:
         if find_spec(name) is None:
             raise ValueError(
@@ -51,8 +57,10 @@ class TensorBoardTracker:
     """Event files; steps after `step` that an earlier attempt or a rolled back part of the run wrote are hidden."""
 
     def __init__(self, run: Path, config: Config, step: int) -> None:
-        self.folder = str(run / "tensorboard")
-        self.roll_back(step)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.open = partial(SummaryWriter, str(run / "tensorboard"))
+        self.writer = self.open(purge_step=step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -60,11 +68,8 @@ class TensorBoardTracker:
 
     def roll_back(self, step: int) -> None:
         """Begin a file that hides later steps of earlier files."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if hasattr(self, "writer"):
-            self.writer.close()
-        self.writer = SummaryWriter(self.folder, purge_step=step + 1)
+        self.writer.close()
+        self.writer = self.open(purge_step=step + 1)
 
     def close(self) -> None:
         self.writer.close()
@@ -80,10 +85,10 @@ class WandbTracker:
         import wandb
 
         number = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        offline = "WANDB_MODE" not in os.environ and "WANDB_API_KEY" not in os.environ
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "megatron_cm3leon"), id=number, name=run.name, dir=str(run),
-            resume="allow", mode=mode, config=asdict(config),
+            resume="allow", mode="offline" if offline else None, config=asdict(config),
         )  # fmt: skip
         self.run.define_metric("*", step_metric="step")
 
