@@ -18,16 +18,16 @@ print(f"{config.model.layers} layers of width {config.model.hidden_size}, sequen
 
 # %% Tokenized documents: a caption, <break>, and the codes of its image
 corpus = cm3.open_shards(config.data.shards)
-text = cm3.TextTokenizer.load(folder / "tokenizer")
+text = cm3.TextTokenizer.load(folder / "tokenizer/text.model")
 images = cm3.ImageTokenizer.load(folder / "tokenizer/image")
 vocabulary = cm3.Vocabulary.load(folder / "tokenizer")
 document = corpus.read(0)
 caption = text.decode(int(token) for token in document if vocabulary.is_text(token))
-print(f"document 0 of {len(corpus)}: {caption!r} and {vocabulary.is_image(document).sum()} image tokens")
+print(f"document 0 of {corpus.documents}: {caption!r} and {vocabulary.is_image(document).sum()} image tokens")
 
 # %% The exact stream: sequence n is a function of the data, the settings, the seed and n
 stream = cm3.build_stream(config)
-sequence = stream.block(1000)
+sequence = stream.sequence(1000)
 print(f"sequence 1000 begins with {sequence.tokens[:8].tolist()}; the stream is {stream.identity[:12]}")
 
 # %% Micro-batches of one of two data-parallel ranks
@@ -39,12 +39,13 @@ with cm3.Loader(stream, rank=1, size=2, workers=0, **sizes) as loader:
 # %% The trained model in plain PyTorch: what does it expect next?
 checkpoint = sorted((folder / "train/checkpoints").glob("step-*"))[-1]
 model = cm3.load_reference_model(checkpoint)
-logits = model(torch.tensor([sequence.tokens[:-1].astype(int)]))
-loss = torch.nn.functional.cross_entropy(logits[0], torch.tensor(sequence.tokens[1:].astype(int)))
-print(f"mean loss of sequence 1000, all tokens alike: {loss:.3f}")
+ids = torch.from_numpy(sequence.tokens.astype("int64"))
+[logits] = model(ids[None, :-1])
+loss = torch.nn.functional.cross_entropy(logits, ids[1:])
+print(f"mean loss of the tokens of sequence 1000: {loss:.3f}")
 
 # %% Documents that fit a caption
-retriever = cm3.Retriever.load(folder / "index")
+retriever = cm3.Retriever.load(folder / "index/train")
 [neighbors] = retriever.search(texts=["a large red circle"], k=2)
 captions = corpus.metadata(["caption"])["caption"]
 print("retrieved:", [captions[int(number)].as_py() for number in neighbors])

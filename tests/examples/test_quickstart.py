@@ -1,11 +1,14 @@
-"""The quickstart's own script on its smallest setting: every station, and the report it promises."""
+"""The quickstart's own script on its smallest setting: every stage, and the report it promises."""
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
 from megatron_cm3leon.monitoring.history import read_metrics
+from tests.distributed.launch import ROOT, child_environment
 from tests.examples.run import run_example
 
 ACCURACIES = {"colour", "shape", "size", "position", "background", "all"}
@@ -51,6 +54,14 @@ def test_pictures_captions_and_infills_are_there(run):
     for folder in ("generated", "generated-with-retrieval", "infilled"):
         assert list((out / folder).glob("*.png")), folder
     assert "=== a batch as the model sees it" in printed
+
+
+def test_the_example_of_the_python_api_runs_on_its_folders(run):
+    out, _ = run
+    command = [sys.executable, str(ROOT / "examples/python_api.py"), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=child_environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "mean loss of the tokens of sequence 1000" in done.stdout and (out / "python-api.png").is_file()
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
