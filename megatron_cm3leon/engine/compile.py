@@ -1,8 +1,8 @@
 """train.compile: the transformer layers through torch.compile, one graph for all of them.
 
-All layers run the same code on tensors of the same shapes, with their weights as inputs of the graph: what the compiler
-makes of the first one serves the others, of every chunk of an interleaved pipeline. Embeddings, head and loss stay as
-they are.
+All layers run the same code on tensors of the same shapes, with their weights as inputs of the graph: the code compiled
+for the first layer is used for all others, in every chunk of an interleaved pipeline. Embeddings, output layer and loss
+are not compiled.
 """
 
 import logging
@@ -18,7 +18,7 @@ from megatron_cm3leon.model.linear import ColumnLinear, RowLinear
 logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
-"""torch.compile's; tests that count graphs take one without a code generator."""
+"""Backend of torch.compile; tests that count graphs use one without a code generator."""
 
 
 def wants_compile(config: Config, device: torch.device) -> bool:
@@ -29,7 +29,7 @@ def wants_compile(config: Config, device: torch.device) -> bool:
 
 
 def try_compiler(device: torch.device) -> str:
-    """Compile and run one small function on `device`; what went wrong, in one line, or nothing."""
+    """Compile and run one small function on `device`; returns the error in one line, or ""."""
     try:
         torch.compile(lambda x: x.sin() + 1, backend=BACKEND, dynamic=False)(torch.zeros(64, device=device))
     except Exception as error:  # compilers fail in many ways, none of which is the user's model
@@ -38,13 +38,14 @@ def try_compiler(device: torch.device) -> str:
 
 
 def compile_layers(chunks: list[CM3LeonModel], config: Config, device: torch.device) -> bool:
-    """Compile the layers of all chunks where `config` wants it; returns whether they are.
+    """Compile the layers of all chunks if `config` says so; returns whether they are compiled.
 
-    ValueError when train.compile=true and this machine's compiler does not work; by default the run goes on without.
+    Raises ValueError if train.compile=true and the compiler of this machine does not work; with the default the run
+    continues without compilation.
     """
     if not wants_compile(config, device):
         return False
-    torch.compiler.reset()  # graphs of an engine that this process had before count against a limit
+    torch.compiler.reset()  # graphs of an earlier engine of this process would count against a limit
     if problem := try_compiler(device):
         remedy = "install g++ or name a compiler in CXX" if device.type == "cpu" else "install triton and a C compiler"
         if config.train.compile:
@@ -54,10 +55,10 @@ def compile_layers(chunks: list[CM3LeonModel], config: Config, device: torch.dev
             )
         logger.warning("layers are not compiled: a trial on %s ended with %s; %s.", device, problem, remedy)
         return False
-    whole = not config.model.dropout  # in the attention it keeps states of random numbers, which divide the graph
+    whole = not config.model.dropout  # dropout in the attention saves generator states, which breaks the graph
     for chunk in chunks:
         if chunk.pre_process:
-            # One micro-batch of one sequence comes with the strides of a transposed tensor: a second graph otherwise.
+            # A micro-batch of one sequence has the strides of a transposed tensor, which would need a second graph.
             chunk.embedding.register_forward_hook(lambda module, inputs, hidden: hidden.view(hidden.shape))
     for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
         layer.forward = torch.compile(layer.forward, backend=BACKEND, dynamic=False, fullgraph=whole)
@@ -65,9 +66,9 @@ def compile_layers(chunks: list[CM3LeonModel], config: Config, device: torch.dev
 
 
 def gather_before_layers(models: list[DistributedDataParallel]) -> None:
-    """Wait for the gathered parameters of a compiled layer in front of it.
+    """Wait for the gathered parameters of a compiled layer before the layer runs.
 
-    megatron-core waits in a hook of every module; inside a graph these hooks would run once, while it is traced.
+    megatron-core waits in a hook of every module; inside a graph these hooks would run only once, during tracing.
     """
     for model in models:
         if model.use_forward_hook:
@@ -76,9 +77,9 @@ def gather_before_layers(models: list[DistributedDataParallel]) -> None:
 
 
 def convert_before_layers(models: list[torch.nn.Module]) -> None:
-    """Convert the weights of a compiled layer to fp8 in front of it, once in a step: its graph is given the result.
+    """Convert the weights of a compiled layer to fp8 before the layer runs, once per step; its graph reads the result.
 
-    After gather_before_layers(), whose hooks come first.
+    Call gather_before_layers() first: its hooks must run before these.
     """
     for layer in (module for model in models for module in model.modules() if isinstance(module, TransformerLayer)):
         inner = [module for module in layer.modules() if isinstance(module, (ColumnLinear, RowLinear))]

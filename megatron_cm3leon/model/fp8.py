@@ -3,14 +3,14 @@
 The recipe is torchao's default for training ("tensorwise": torchao/float8/config.py, which torchtitan uses too): inputs
 and weights in e4m3, gradients in e5m2, each scaled so that its largest number is near the type's; fast accumulation in
 the forward product alone. Scales are powers of two (torchao's round_scales_to_power_of_2): scaling rounds nothing, and
-a number's 8 bits do not depend on which rank's part of a tensor it is in, but for the smallest and largest numbers.
+a number's 8 bits do not depend on which rank's part of a tensor it is in, except for the smallest and largest numbers.
 
 On CUDA (sm_89 or later) the product is torch._scaled_mm; on a CPU, whose _scaled_mm is a thousand times slower, the
 same numbers are multiplied in bf16, so that a training run can be tried there.
 
-A matrix is read twice: for its largest number, which inside a compiled layer comes out of the kernel that made the
-matrix, and by the conversion, one kernel (fp8_kernels.py), which also writes the transposed copy where one is wanted.
-_scaled_mm sums along contiguous rows of both operands: each of a layer's three matrices is needed both ways.
+A matrix is read twice: for its largest number, which inside a compiled layer is computed by the kernel that writes the
+matrix, and by the conversion, one kernel (fp8_kernels.py), which also writes the transposed copy where it is needed.
+_scaled_mm sums along contiguous rows of both operands: each of a layer's three matrices is needed in both forms.
 
 Layout legend: M, N, K rows of both operands and the dimension summed over.
 """
@@ -25,7 +25,7 @@ FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
 """torch._scaled_mm's kernels need sizes divisible by this."""
 _SMALLEST = 2.0**-64
-"""Tensors whose largest number is below it are scaled as if it were this."""
+"""Tensors whose largest number is smaller are scaled as if it were this."""
 _CHUNK = 1 << 20
 
 
@@ -39,7 +39,7 @@ class Quantized(NamedTuple):
 
 
 def quantize(matrix: torch.Tensor, dtype: torch.dtype, largest: torch.Tensor | None = None) -> Quantized:
-    """A bf16 or fp32 matrix in fp8; infinities and NaN stay no numbers. `largest`: find_largest() of it."""
+    """A bf16 or fp32 matrix in fp8; infinities and NaN become NaN. `largest`: find_largest() of `matrix`."""
     largest = find_largest(matrix) if largest is None else largest
     values, _, inverse = _convert(matrix.contiguous(), largest, dtype, True, False)
     return Quantized(values, inverse)
@@ -61,14 +61,14 @@ def quantize_both_ways(
 
 
 def find_largest(matrix: torch.Tensor) -> torch.Tensor:
-    """The largest absolute value, a scalar; NaN where there is one."""
-    if torch.compiler.is_compiling():  # by rows first: such a sum joins the kernel of a norm or of an activation
+    """The largest absolute value, a scalar; NaN if there is a NaN."""
+    if torch.compiler.is_compiling():  # by rows first: this form is fused with the kernel of a norm or activation
         return matrix.abs().amax(-1).amax()
     return torch.linalg.vector_norm(matrix, torch.inf)
 
 
 def multiply(left_MK: Quantized, right_NK: Quantized, dtype: torch.dtype, fast: bool = False) -> torch.Tensor:
-    """left x right transposed, [M, N] of `dtype`; `fast`: Hopper's sums of fewer bits."""
+    """left x right transposed, [M, N] of `dtype`; `fast`: accumulation with fewer bits (Hopper)."""
     if left_MK.values.is_cuda:
         scales = {"scale_a": left_MK.inverse, "scale_b": right_NK.inverse}
         return torch._scaled_mm(
@@ -91,7 +91,7 @@ def require_fp8(capability: tuple[int, int]) -> None:
 def _convert(
     matrix: torch.Tensor, largest: torch.Tensor, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """fp8 in rows, fp8 transposed, and the inverse of the scale; one that is not wanted is empty."""
+    """fp8 in rows, fp8 transposed, and the inverse of the scale; what is not requested is empty."""
     values, transposed, inverse = _allocate(matrix, largest, dtype, rows, columns)
     if matrix.is_cuda:
         from megatron_cm3leon.model import fp8_kernels
@@ -99,7 +99,7 @@ def _convert(
         outputs = values if rows else None, transposed if columns else None
         fp8_kernels.convert(matrix, largest, _SMALLEST, *outputs, inverse)
         return values, transposed, inverse
-    # The power of two at or below the ratio: its exponent's bits alone. Of an infinite number the scale is 0, of NaN
+    # The power of two at or below the ratio: only the bits of its exponent. For infinity the scale is 0, for NaN
     # infinite, so that the values become NaN.
     ratio = torch.finfo(dtype).max / largest.float().clamp(min=_SMALLEST)
     scale = (ratio.view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -118,7 +118,7 @@ def _allocate(matrix, largest, dtype, rows, columns):
 
 
 def _decode(values: torch.Tensor) -> torch.Tensor:
-    """fp8 as bf16; looked up, which on a CPU takes a sixth of torch's conversion of e4m3."""
+    """fp8 as bf16, by table look-up: on a CPU this takes a sixth of the time of torch's conversion of e4m3."""
     if torch.compiler.is_compiling():
         return values.bfloat16()
     numbers = values.contiguous().view(torch.uint8).view(-1)

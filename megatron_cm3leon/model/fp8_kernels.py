@@ -1,6 +1,6 @@
 """Conversion of a matrix to fp8 on CUDA, in Triton: read once, written in rows and, in the same pass, transposed.
 
-fp8.py says which numbers come out. Also runs in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1), as tests do.
+The numbers are those of fp8.py. Also runs in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1), as tests do.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ def _convert(
     matrix, largest, values, transposed, inverse, rows, columns,
     TOP: tl.constexpr, SMALLEST: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile. The scale is the power of two at or below TOP / largest: its exponent's bits alone."""
+    """One tile. The scale is the power of two at or below TOP / largest: only the bits of its exponent."""
     tile = tl.program_id(0)
     across = tl.cdiv(columns, TILE)
     row = (tile // across * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
     column = (tile % across * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :]
     inside = (row < rows) & (column < columns)
     found = tl.load(largest).to(tl.float32)
-    is_finite = found < float("inf")  # not of NaN either
+    is_finite = found < float("inf")  # False for NaN, too
     ratio = tl.div_rn(TOP, tl.where(found < SMALLEST, SMALLEST, found))
     scale = (ratio.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     numbers = tl.load(matrix + row * columns + column, mask=inside, other=0.0).to(tl.float32) * scale
-    # A GPU's conversion would make an infinite number the largest of the type.
+    # The conversion of a GPU would turn infinity into the largest number of the type.
     numbers = tl.where(is_finite, numbers, float("nan"))
     converted = numbers.to(values.dtype.element_ty)  # to the nearest, ties to even
     if ROWS:

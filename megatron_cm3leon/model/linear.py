@@ -1,16 +1,16 @@
 """Matrix products over tensor-parallel ranks: megatron-core's layers, in one form for eager and compiled execution.
 
 One autograd function holds the product, its communication and both gradients. Inside a compiled layer everything that
-communicates, or adds to a gradient buffer, is one custom op: the compiler neither looks into it nor keeps what it
+communicates, or adds to a gradient buffer, is one custom op: the compiler does not trace it and does not save what it
 gathers, so a sequence-parallel input is gathered again in the backward pass, as without compilation.
 
 Weight gradients: with `accumulates` (the megatron engine's weights) the product adds to the fp32 `weight.main_grad`,
-by one kernel on CUDA and for fp32, and autograd is given an uninitialized gradient that nobody reads. See
+by one kernel on CUDA and for fp32, and autograd receives an uninitialized gradient that nothing reads. See
 `mark_accumulated`.
 
 With `in_fp8` (train.fp8) the three products are those of fp8.py; communication and `main_grad` stay as they are. The
 input is converted once: the backward pass keeps its transposed copy in fp8 (of an input that it gathers again, this
-rank's part in bf16). With `keeps_weight` a weight is converted once in a step, too: see keep_converted_weights().
+rank's part in bf16). With `keeps_weight` a weight is converted once per step, too: see keep_converted_weights().
 
 Layout legend: S sequence (of this rank under sequence parallelism), B batch, I and O features in and out.
 """
@@ -65,18 +65,18 @@ def _multiply(
         return input_SBI @ weight_OI.t()
     input = _as_fp8(input_SBI.reshape(-1, input_SBI.shape[-1]), input_inverse)
     output = multiply(input, _as_fp8(weight_OI, weight_inverse), torch.bfloat16, fast=True)
-    # No view, as torch's own product is none: megatron-core adds to it in place without gradients, and then wants to
-    # separate a view from what it looks at, which no compiled layer can.
+    # Not a view, like the result of torch's own product: megatron-core adds to it in place without gradients, which
+    # compiled layers cannot do to a view.
     return torch.ops.aten._unsafe_view(output, (*input_SBI.shape[:-1], output.shape[-1]))
 
 
 def _as_fp8(matrix: torch.Tensor, inverse: torch.Tensor | None) -> Quantized:
-    """A matrix in fp8: as it comes, with the inverse of its scale, or converted."""
+    """A matrix in fp8: already converted if there is an inverse of its scale, else converted here."""
     return quantize(matrix, FORWARD) if inverse is None else Quantized(matrix, inverse)
 
 
 def _as_transposed_fp8(matrix: torch.Tensor, inverse: torch.Tensor | None) -> Quantized:
-    """A matrix transposed in fp8: it comes so, with the inverse of its scale, or is converted."""
+    """A matrix transposed, in fp8: already converted if there is an inverse of its scale, else converted here."""
     return quantize_transposed(matrix, FORWARD) if inverse is None else Quantized(matrix, inverse)
 
 
@@ -89,7 +89,7 @@ def _product(
     input_inverse: torch.Tensor | None,
     weight_inverse: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The output. In fp8, input and weight come converted where there is an inverse of their scale."""
+    """The output. In fp8, input and weight are already converted where there is an inverse of their scale."""
     options = in_fp8, input_inverse, weight_inverse
     if kind in (ALONE, COLUMN):
         return _multiply(input_SBI, weight_OI, *options)
@@ -119,12 +119,12 @@ def _gradients(
     weight_inverse: torch.Tensor | None,
     largest: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of input and weight; the second is uninitialized memory where `main_grad` took it.
+    """Gradients of input and weight; the second is uninitialized memory if it was added to `main_grad`.
 
-    input [S, B, I] and weight [O, I]; in fp8 they come converted and transposed, [I, S x B] and [I, O], where there is
-    an inverse of their scale. `largest`: find_largest() of the gradient, where it is known.
+    input [S, B, I] and weight [O, I]; in fp8 they are already converted and transposed, [I, S x B] and [I, O], where
+    there is an inverse of their scale. `largest`: find_largest() of the gradient, where it is known.
 
-    Communication runs beside the products: the gather beside the input's, the sum beside the weight's.
+    Communication overlaps with the products: the gather with the input's, the sum with the weight's.
     """
     work = None
     if kind == ROW_SEQUENCE:
@@ -178,10 +178,10 @@ def _compiled_gradients(
     weight_inverse: torch.Tensor | None,
     largest: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """_gradients(). That it adds to `main_grad` is not declared, and counts no version of it.
+    """_gradients(). The addition to `main_grad` is not declared, and does not change its version counter.
 
-    A compiled layer saves `main_grad` for its backward pass, once a micro-batch under way: by the rules of saved
-    tensors the first addition would make it stale for the others. No graph reads it but here.
+    A compiled layer saves `main_grad` for its backward pass, once per micro-batch in progress: by the rules of saved
+    tensors, the first addition would invalidate it for the others. No graph reads it except here.
     """
     kept = nullcontext() if main_grad is None else _unsafe_preserve_version_counter(main_grad)
     with kept:
@@ -210,8 +210,8 @@ def _(grad_SBO, input, weight, main_grad, kind, group_name, in_fp8, input_invers
 class _Linear(torch.autograd.Function):
     """The product with its communication. `main_grad` is not saved: other micro-batches add to it in between.
 
-    In fp8, `kept` are the two forms of a weight that is converted already, and `trains` is False where there will be no
-    backward pass.
+    In fp8, `kept` are the two forms of a weight that is already converted; `trains` is False if no backward pass
+    follows.
     """
 
     @staticmethod
@@ -235,7 +235,9 @@ class _Linear(torch.autograd.Function):
         gradients, largest = _gradients, None
         if torch.compiler.is_compiling() and not (ctx.kind == ALONE and ctx.main_grad is None):
             gradients = _compiled_gradients
-            if ctx.in_fp8 and ctx.kind != ROW_SEQUENCE:  # where it joins the kernel that made the gradient
+            if (
+                ctx.in_fp8 and ctx.kind != ROW_SEQUENCE
+            ):  # here, so that it is fused with the kernel that computed the gradient
                 largest = find_largest(gradient.reshape(-1, gradient.shape[-1]))
         options = ctx.kind, ctx.group_name, ctx.in_fp8, input_inverse, weight_inverse, largest
         of_input, of_weight = gradients(gradient, input, weight, ctx.main_grad, *options)
@@ -267,7 +269,7 @@ class _OwnForward:
     def _multiply(self, input_SBI: torch.Tensor, weight_OI: torch.Tensor, kind: str) -> torch.Tensor:
         accumulates = self.accumulates and torch.is_grad_enabled()
         main_grad = weight_OI.gradient_sum if accumulates else None  # type: ignore[attr-defined]  # mark_accumulated
-        # The embedding looks up rows of the same weight: its gradient alone goes through autograd.
+        # The embedding reads rows of the same weight: only its gradient goes through autograd.
         shared = main_grad is not None and getattr(weight_OI, "zero_out_wgrad", False)
         if not torch.compiler.is_compiling():  # engine/compile.py does it before a compiled layer
             self.convert_weight()
@@ -276,9 +278,9 @@ class _OwnForward:
 
     @torch.no_grad()
     def convert_weight(self) -> None:
-        """Have the weight in fp8, where it is kept; once after each forget_converted_weights()."""
+        """Convert the weight to fp8 if it is kept and not current; once after each forget_converted_weights()."""
         if self.keeps_weight and not self.is_current:
-            self.weight_fp8 = ()  # its memory is what the new one gets
+            self.weight_fp8 = ()  # frees its memory for the new one
             (values, inverse), (transposed, _) = quantize_both_ways(self.weight, FORWARD)
             self.weight_fp8 = values, transposed, inverse
             self.is_current = True
@@ -303,14 +305,14 @@ class RowLinear(_OwnForward, RowParallelLinear):
 
 
 def multiply_in_fp8(model: torch.nn.Module) -> None:
-    """Let the products of all layers in `model` be those of fp8.py."""
+    """Make all layers in `model` compute their products by fp8.py."""
     for module in model.modules():
         if isinstance(module, _OwnForward):
             module.in_fp8 = True
 
 
 def keep_converted_weights(model: torch.nn.Module) -> list[_OwnForward]:
-    """Let the fp8 layers of `model` convert their weights once in a step; returns these layers.
+    """Make the fp8 layers of `model` convert their weights once per step; returns these layers.
 
     The caller passes them to forget_converted_weights() whenever weights may have changed.
     """
@@ -322,16 +324,16 @@ def keep_converted_weights(model: torch.nn.Module) -> list[_OwnForward]:
 
 
 def forget_converted_weights(layers: list[_OwnForward]) -> None:
-    """Let the weights be converted again at their next use."""
+    """Make each weight be converted again at its next use."""
     for layer in layers:
         layer.is_current = False
 
 
 def mark_accumulated(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Let the products of `model` add to `main_grad`, which each weight has by now; returns these weights.
+    """Make the products of `model` add to `main_grad`, which each weight must already have; returns these weights.
 
     Before every step the caller sets `grad_added_to_main_grad` on them, which megatron-core's hooks read. The products
-    add through `gradient_sum`, the same memory: megatron-core's own additions then count no version of it.
+    add through `gradient_sum`, the same memory, whose version counter megatron-core's own additions do not change.
     """
     layers: list[_OwnForward] = [module for module in model.modules() if isinstance(module, _OwnForward)]
     weights = [layer.weight for layer in layers if layer.weight is not None]
