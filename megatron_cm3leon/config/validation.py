@@ -267,6 +267,12 @@ def _check_installed(config: Config) -> None:
             "train.engine (deepspeed) needs the package deepspeed, which is not installed; run `pip install -e "
             ".[deepspeed]` or use train.engine=megatron."
         )
+    for name in config.monitoring.trackers:
+        if find_spec(name) is None:
+            raise ValueError(
+                f"monitoring.trackers ({name}) needs the package {name}, which is not installed; run `pip install -e "
+                f".[trackers]` or remove it from the list."
+            )
 
 
 def _check_checkpoints(config: Config) -> None:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -35,21 +34,12 @@ class Tracker(Protocol):
 
 
 def open_trackers(run: Path, config: Config, step: int) -> list[Tracker]:
-    """The trackers of monitoring.trackers for a run that continues after `step`.
-
-    Raises ValueError, with the command that installs it, for one whose package is missing.
-    """
+    """The trackers of monitoring.trackers for a run that continues after `step` (validate_config checks packages)."""
     kinds: dict[str, Callable[[Path, Config, int], Tracker]] = {
         "tensorboard": TensorBoardTracker,
         "wandb": WandbTracker,
         "mlflow": MlflowTracker,
     }
-    for name in config.monitoring.trackers:
-        if find_spec(name) is None:
-            raise ValueError(
-                f"monitoring.trackers ({name}) needs the package {name}, which is not installed; run `pip install -e "
-                f".[trackers]` or remove it from the list."
-            )
     return [kinds[name](run, config, step) for name in config.monitoring.trackers]
 
 

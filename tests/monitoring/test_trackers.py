@@ -2,9 +2,9 @@
 
 import pytest
 
+from megatron_cm3leon.config import validation
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import validate_config
-from megatron_cm3leon.monitoring import trackers
 from megatron_cm3leon.monitoring.trackers import MLFLOW_RUN, open_trackers
 
 
@@ -49,8 +49,9 @@ def test_an_unknown_tracker_is_named():
         validate_config(load_config(None, ["monitoring.trackers=[tensorboard, tensorbord]"]))
 
 
-def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+def test_a_missing_package_is_named_before_a_run_starts(monkeypatch):
+    monkeypatch.setattr(validation, "find_spec", lambda name: None)
     config = load_config(None, ["monitoring.trackers=[wandb]"])
+    validate_config(config)  # reading a checkpoint needs no package
     with pytest.raises(ValueError, match=r"needs the package wandb, which is not installed; run .*\[trackers\]"):
-        open_trackers(tmp_path, config, 0)
+        validate_config(config, 1)
