@@ -10,6 +10,7 @@ With "masks" the dropout masks of each rank are written to NAME-RANK.npz (masks.
 With "roll_back" ([from, to]) the checkpoint of step `to` is loaded once, at step `from`, and training continues there.
 """
 
+import gc
 import json
 import math
 import sys
@@ -124,6 +125,7 @@ def main() -> None:
         flex = "train.sample_attention=flex" in case["overrides"] and not torch.cuda.is_available()
         with flex_on_cpu() if flex else nullcontext():
             run_case(case, rank, cases.parent)
+        gc.collect()  # the engine's cycles keep its groups, and their threads, alive
     dist.destroy_process_group()
 
 
