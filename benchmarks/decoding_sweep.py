@@ -4,10 +4,10 @@
         --checker examples/shapes/checker.py --output docs/images/decoding_sweep.png    (paths shortened)
 
 Sweeps one setting at a time, without and (given --index) with retrieved documents, on the same held-out captions and
-seeds: guidance at temperature 0.7, temperature at the default guidance 2, CD-K's alpha at k = 4, and its k at alpha 0.5,
-both at temperature 0.7. Accuracy is the share of images in which the checker finds all attributes correct; its standard
-error is at most 0.5 / sqrt(captions). The reference line is the accuracy of the true images, encoded and decoded by the
-image tokenizer: the upper bound for every setting.
+seeds: guidance at temperature 0.7, temperature at the default guidance 2, CD-K's alpha at k = 4, and its k at alpha
+0.5, both at temperature 0.7. Accuracy is the share of images in which the checker finds all attributes correct; its
+standard error is at most 0.5 / sqrt(captions). The reference line is the accuracy of the true images, encoded and
+decoded by the image tokenizer: the upper bound for every setting.
 """
 
 import argparse
