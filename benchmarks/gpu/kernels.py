@@ -143,7 +143,7 @@ SAMPLE_TOKENS = 1066
 
 @group(50)
 def training_attention(device, tiny: bool) -> Iterator[dict]:
-    """Attention over 4,096 tokens, forward and both passes: causal with SDPA's kernels; per sample with mask or Flex."""
+    """Attention over 4,096 tokens, forward and both passes: causal with SDPA's kernels; per sample by mask or Flex."""
     import torch
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel

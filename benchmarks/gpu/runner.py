@@ -37,7 +37,7 @@ SHARE_TO_START = 0.35
 """Share of a row's time limit; if less time is left, the row is skipped."""
 ERROR_CHARACTERS = 2000
 ENVIRONMENT = {
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # a row that nearly fills the memory must not fail because of fragmentation
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # a row that nearly fills the memory must not fail by fragmentation
     "NCCL_SOCKET_IFNAME": "lo",  # a node without network access has no other interface
     "GLOO_SOCKET_IFNAME": "lo",
     "TOKENIZERS_PARALLELISM": "false",
@@ -79,7 +79,7 @@ def run_driver(
     show: Callable[[dict], str] = json.dumps,
     again: Callable[[dict], dict | None] = lambda result: None,
 ) -> int:
-    """The `main` of a driver with its parsed options; exit status 0 if all chosen rows were measured, 2 for a usage error.
+    """The `main` of a driver, given its options; exit status 0 if all chosen rows were measured, 2 for a usage error.
 
     `show` returns the line that is printed for a result, `again` the row to try after a failed one, or None.
     """

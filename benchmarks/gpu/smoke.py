@@ -73,7 +73,7 @@ def rates(device) -> Iterator[dict]:
 
 @check(60)
 def attention(device) -> Iterator[dict]:
-    """For each shape in ATTENTION the kernel that SDPA selects, and the errors of output and gradients against the CPU."""
+    """For each shape in ATTENTION the kernel that SDPA selects, and the errors of output and gradients."""
     found, wrong = {"cases": {}}, []
     for name, case in ATTENTION.items():
         try:

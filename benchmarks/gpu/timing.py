@@ -1,4 +1,4 @@
-"""Measure times on the device: of calls, of replays of a captured graph, of kernels (profiler), and memory bandwidth."""
+"""Measure times on the device: of calls, of replays of a captured graph and of kernels; and the memory bandwidth."""
 
 import statistics
 import time
@@ -46,7 +46,7 @@ def time_graph(call: Callable[[], object], rounds: int = 20) -> float:
 
 
 def list_kernels(call: Callable[[], object], steps: int = 1, longest: int = 30) -> dict:
-    """`kernels`: [name, calls per step, ms per step] of the kernels with the longest time; `kernel_ms`: of all kernels."""
+    """`kernels`: [name, calls per step, ms per step] of the longest kernels; `kernel_ms`: of all kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:

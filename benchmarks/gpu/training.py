@@ -133,7 +133,7 @@ def fit_layers(row: dict, memory: int) -> int:
 
 @contextlib.contextmanager
 def weights_drawn_on(device) -> Iterator[None]:
-    """The engine builds its model on `device` with normally distributed weights: on a CPU thread, 7b takes 30 seconds."""
+    """The engine builds its model on `device` with normally distributed weights: one CPU thread takes 30 s for 7b."""
     import torch
 
     from megatron_cm3leon.engine import megatron
