@@ -37,7 +37,7 @@ SHARE_TO_START = 0.35
 """Share of a row's time limit; if less time is left, the row is skipped."""
 ERROR_CHARACTERS = 2000
 ENVIRONMENT = {
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # a row that nearly fills the memory must not fail by fragmentation
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # for rows that nearly fill the memory
     "NCCL_SOCKET_IFNAME": "lo",  # a node without network access has no other interface
     "GLOO_SOCKET_IFNAME": "lo",
     "TOKENIZERS_PARALLELISM": "false",
