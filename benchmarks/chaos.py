@@ -1,18 +1,18 @@
-"""Kill a random rank at a random moment, start the run again, and see that nothing had happened.
+"""Kill a random rank at a random moment, restart the run, and check that it equals an undisturbed run.
 
     python benchmarks/chaos.py --runs 50
 
-First one run that nothing disturbs, then --runs runs under torchrun, in each of which one rank gets SIGKILL: at
-start-up (while it imports, meets the others or builds the model), while a checkpoint is loaded (such a run is stopped
-half way first, on request), while one is saved, or in a step. The same command starts it again until it is done. Each
-run must then have the losses of the undisturbed one bit for bit, each batch once and in order, checkpoints that all
-verify, and no process left; every attempt that was killed must have ended within 30 s.
+First one undisturbed run, then --runs runs under torchrun. In each of these, one rank gets SIGKILL: at start-up (while
+it imports, joins the rendezvous or builds the model), while a checkpoint is loaded (such a run is first stopped half
+way by a signal), while a checkpoint is saved, or in a step. The same command then restarts the run until it completes.
+Each run must have bit-identical losses to the undisturbed run, each batch once and in order, only checkpoints that
+verify, and no remaining process; every killed attempt must end within 30 s.
 
-Goodput: seconds of the steps that were kept / wall time from the first start to the last end. From death to step: from
-the kill to the first step that a restart finished; what it costs to end, start and load again.
-The simulator (benchmarks/failure_simulation.py) is given each run's kills, restarts and mean costs; the goodput of the
-same steps in its time stands beside that by the run folder (monitoring/goodput.py), which begins with the first event.
-Prints a table, and exits 1 when anything differs.
+Goodput: seconds of the kept steps / wall time from the first start to the last end. "To step": seconds from the kill to
+the first step of the restart, which includes ending the attempt, starting again and loading. The simulator
+(benchmarks/failure_simulation.py) replays each run's kills, restarts and mean costs; its goodput is compared with the
+goodput according to the run folder (monitoring/goodput.py), whose wall time begins with the first event. Prints a table
+and exits with status 1 if anything differs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it also runs as a script
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for running this file as a script
 
 from benchmarks.failure_simulation import replay
 from megatron_cm3leon.checkpoint.damage import find_damage
@@ -42,9 +42,9 @@ from megatron_cm3leon.monitoring.history import read_lines, read_metrics
 ROOT = Path(__file__).parents[1]
 MOMENTS = ("start-up", "load", "save", "step")
 LONGEST_END = 30.0
-"""Seconds from a rank's death to the end of the last process of its attempt."""
+"""Maximum seconds from the kill of a rank to the end of the last process of its attempt."""
 MARK = "CHAOS_RUN"
-"""Environment variable by which the processes of a run are found."""
+"""Environment variable that identifies the processes of a run."""
 CONFIG = """
 model: {layers: 2, hidden_size: 64, heads: 4, init_std: 0.02}
 data: {seq_length: 64, packing: stream, workers: 1}
@@ -56,21 +56,21 @@ checkpoint: {keep_last: 0}
 
 @dataclass
 class Result:
-    """One run: what was done to it, and how it came out."""
+    """One disturbed run: its kill and its outcome."""
 
     number: int
     moment: str
     rank: int
     killed_at: str = ""
-    """The last thing on record when the rank was killed."""
+    """Last event and number of recorded steps when the rank was killed."""
     attempts: int = 0
     end_seconds: float = 0.0
     """From the kill to the end of the attempt's last process."""
     step_seconds: float = 0.0
-    """From the kill to the first step that a restart finished."""
+    """From the kill to the first completed step of the restart."""
     goodput: float = 0.0
     breakdown_goodput: float = 0.0
-    """By the run folder alone."""
+    """According to the run folder."""
     simulated_goodput: float = 0.0
     faults: list[str] = field(default_factory=list)
 
@@ -96,20 +96,20 @@ class Run:
             )
 
     def finish(self) -> int:
-        """Start attempts until one ends well; how many it took. RuntimeError after three."""
+        """Start attempts until one succeeds, and return their number. RuntimeError after three failures."""
         for attempt in range(3):
             if self.start().wait(600) == 0:
                 return attempt + 1
-        raise RuntimeError(f"{self.run} does not end well: {self.log.read_text()[-2000:]}")
+        raise RuntimeError(f"{self.run} failed three times; end of its log: {self.log.read_text()[-2000:]}")
 
     def processes(self) -> dict[int, int]:
-        """The living processes of the run: process -> rank, -1 for the launcher and for loaders."""
+        """The running processes of the run: process id -> rank; -1 for the launcher and for loader workers."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (path / "environ").read_bytes().split(b"\0")
                 words = (path / "cmdline").read_bytes()
-            except OSError:  # it has ended
+            except OSError:  # the process has ended
                 continue
             if f"{MARK}={self.run}".encode() in environment and environment != [b""]:
                 rank = next((int(each[5:]) for each in environment if each.startswith(b"RANK=")), -1)
@@ -135,11 +135,11 @@ def _parent(process: int) -> int:
 
 
 def wait_for(condition, seconds: float, what: str) -> None:
-    """Return when `condition()` holds; RuntimeError when it does not in time."""
+    """Return once `condition()` is true; RuntimeError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{what} did not come within {seconds:.0f} s")
+            raise RuntimeError(f"timed out after {seconds:.0f} s waiting for {what}")
         time.sleep(0.002)
 
 
@@ -148,7 +148,7 @@ def count_events(run: Run, name: str) -> int:
 
 
 def stop_half_way(run: Run) -> None:
-    """An attempt that a signal ends somewhere after its first checkpoint."""
+    """Run one attempt and stop it with a signal after its first checkpoint."""
     process = run.start()
     wait_for(lambda: count_events(run, "saved") or process.poll() is not None, 300, "the first checkpoint")
     for process_id, rank in run.processes().items():
@@ -158,7 +158,7 @@ def stop_half_way(run: Run) -> None:
 
 
 def wait_for_moment(run: Run, moment: str, draw: random.Random, start_seconds: float) -> None:
-    """Return at a random moment of the kind."""
+    """Wait for a random moment of the kind `moment` (one of MOMENTS)."""
     if moment == "start-up":
         starts, until = count_events(run, "start"), time.monotonic() + draw.random() * start_seconds
         wait_for(lambda: time.monotonic() > until or count_events(run, "start") > starts, 300, "the start")
@@ -178,7 +178,7 @@ def wait_for_moment(run: Run, moment: str, draw: random.Random, start_seconds: f
 
 
 def kill_once(run: Run, result: Result, draw: random.Random, start_seconds: float) -> float:
-    """Start an attempt, kill a rank in it, and wait until nothing of it is left; the time of the kill."""
+    """Start an attempt, kill one of its ranks, and wait until all its processes have ended; returns the kill time."""
     launcher = run.start()
     wait_for(lambda: result.rank in run.processes().values(), 300, f"rank {result.rank}")
     wait_for_moment(run, result.moment, draw, start_seconds)
@@ -190,19 +190,19 @@ def kill_once(run: Run, result: Result, draw: random.Random, start_seconds: floa
         os.kill(process, signal.SIGKILL)
     died, killed = time.time(), time.monotonic()
     if not victims:
-        result.killed_at += " (had ended)"
+        result.killed_at += " (already ended)"
     launcher.wait(300)
     wait_for(lambda: not run.processes(), 300, "the end of all processes")
     result.end_seconds = time.monotonic() - killed
     return died
 
 
-def check(run: Run, result: Result, straight: list[tuple], steps: int) -> None:
-    """Fill result.faults with everything in which the run differs from an undisturbed one."""
-    if run.losses() != straight:
+def check(run: Run, result: Result, expected: list[tuple], steps: int) -> None:
+    """Append every difference from the undisturbed run, whose losses are `expected`, to result.faults."""
+    if run.losses() != expected:
         result.faults.append("losses differ")
     if [line["batch"] for line, _ in read_lines(run.run)] != list(range(steps)):
-        result.faults.append("batches are not each there once")
+        result.faults.append("not every batch is present exactly once")
     for attempt in {line["attempt"] for line in _all_lines(run)}:
         batches = [line["batch"] for line in _all_lines(run) if line["attempt"] == attempt]
         if batches != list(range(batches[0], batches[0] + len(batches))):
@@ -210,7 +210,7 @@ def check(run: Run, result: Result, straight: list[tuple], steps: int) -> None:
     for folder in list_checkpoints(run.run):
         result.faults += [f"{folder.name}: {damage}" for damage in find_damage(folder, threads=1)]
     if run.processes():
-        result.faults.append(f"processes are left: {sorted(run.processes())}")
+        result.faults.append(f"processes are still running: {sorted(run.processes())}")
     if result.end_seconds > LONGEST_END:
         result.faults.append(f"the attempt ended {result.end_seconds:.0f} s after the kill")
 
@@ -220,9 +220,9 @@ def _all_lines(run: Run) -> list[dict]:
 
 
 def run_once(
-    folder: Path, number: int, options: argparse.Namespace, straight: list[tuple], start_seconds: float
+    folder: Path, number: int, options: argparse.Namespace, expected: list[tuple], start_seconds: float
 ) -> Result:
-    """One disturbed run."""
+    """Execute one disturbed run and check it."""
     draw = random.Random(f"{options.seed} {number}")
     result = Result(number, MOMENTS[number % len(MOMENTS)], draw.randrange(options.ranks))
     run = Run(folder, f"run-{number}", options)
@@ -239,14 +239,14 @@ def run_once(
     times = read_time_breakdown(run.run)
     result.breakdown_goodput = times.goodput
     result.simulated_goodput = times.seconds["kept"] / replay(times, options.steps, interval(options)).wall
-    check(run, result, straight, options.steps)
+    check(run, result, expected, options.steps)
     if not result.faults and not options.keep:
         shutil.rmtree(run.run)
     return result
 
 
 def prepare(folder: Path) -> None:
-    """Shards and configuration of all runs."""
+    """Write the shards and the configuration of all runs."""
     from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 
     write_shards(folder / "shards", make_pairs(200, make_vocabulary()), make_vocabulary())
@@ -254,7 +254,7 @@ def prepare(folder: Path) -> None:
 
 
 def show(results: list[Result]) -> None:
-    """The table, one line a kind of moment."""
+    """Print the table, one line per kind of moment, and the faults."""
     print(f"{'killed in':10} {'runs':>5} {'faults':>7} {'goodput':>8} {'end s':>6} {'to step s':>9} {'longest':>8}")
     for moment in (*MOMENTS, "all"):
         some = [each for each in results if moment in (each.moment, "all")]
@@ -266,8 +266,8 @@ def show(results: list[Result]) -> None:
                 f"{max(each.end_seconds for each in some):6.1f} {statistics.median(to_step):9.1f} {max(to_step):8.1f}"
             )
     found, simulated = (statistics.mean(getattr(each, f"{name}_goodput") for each in results)
-                        for name in ("account", "simulated"))  # fmt: skip
-    print(f"goodput by the run folders {found:.1%}, simulated {simulated:.1%}: {simulated / found:.3f} of it")
+                        for name in ("breakdown", "simulated"))  # fmt: skip
+    print(f"goodput according to the run folders {found:.1%}, simulated {simulated:.1%}, ratio {simulated / found:.3f}")
     for each in results:
         for fault in each.faults:
             print(f"run {each.number}, rank {each.rank} killed in {each.moment} ({each.killed_at}): {fault}")
@@ -275,15 +275,17 @@ def show(results: list[Result]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=50, help="disturbed runs (default 50)")
+    parser.add_argument("--runs", type=int, default=50, help="number of disturbed runs (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of moments and ranks (default 0)")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks of a run (default 2)")
-    parser.add_argument("--steps", type=int, default=40, help="steps of a run, 8 checkpoints (default 40)")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks per run (default 2)")
+    parser.add_argument("--steps", type=int, default=40, help="steps per run, with 8 checkpoints (default 40)")
     parser.add_argument("--json", type=Path, help="file for the results of every run")
-    parser.add_argument("--keep", type=Path, help="folder for the runs, which are kept (default: a temporary one)")
+    parser.add_argument("--keep", type=Path, help="folder to keep the runs in (default: a temporary folder)")
     options = parser.parse_args()
     if options.runs < 1 or options.ranks < 1 or options.steps < 8:
-        raise ValueError(f"--runs ({options.runs}) and --ranks ({options.ranks}) need 1, --steps ({options.steps}) 8.")
+        raise ValueError(
+            f"--runs ({options.runs}) and --ranks ({options.ranks}) must be at least 1, --steps ({options.steps}) 8."
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -292,12 +294,12 @@ def main() -> int:
         began = time.time()
         undisturbed.finish()
         wall = time.time() - began
-        straight, started = undisturbed.losses(), _all_lines(undisturbed)[0]["time"] - began
+        expected, started = undisturbed.losses(), _all_lines(undisturbed)[0]["time"] - began
         kept = sum(line["step_seconds"] for line in read_metrics(undisturbed.run))
         print(f"undisturbed: first step after {started:.1f} s, goodput {kept / wall:.1%} of {wall:.1f} s", flush=True)
         results = []
         for number in range(options.runs):
-            result = run_once(folder, number, options, straight, started)
+            result = run_once(folder, number, options, expected, started)
             results.append(result)
             verdict = "; ".join(result.faults) or "same"
             print(

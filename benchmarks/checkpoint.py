@@ -1,15 +1,15 @@
-"""Saving and loading a checkpoint: the stall of an asynchronous save, and our rates beside plain torch.save.
+"""Saving and loading a checkpoint: the stall of an asynchronous save, and rates compared with plain torch.save.
 
     python benchmarks/checkpoint.py --megabytes 200
     torchrun --standalone --nproc-per-node 2 benchmarks/checkpoint.py
 
-The bytes are weights and Adam's two moments, fp32, three times --megabytes; every rank writes its share. A round times
-each contender once, each round in another order, into new files on the same idle disk; all savers wait until the bytes
-are on the disk (fsync), and all loads find the files in the page cache. Ours writes and compares a SHA-256 of every
-byte, which torch does not. The stall is what training stands still for an asynchronous save: the call, and what is left
-to wait for the copy behind the forward and backward pass that follows (here matrix products of --pass-seconds). That
-pass is timed too: hashing and writing share the CPU's cores with it. Ratios are of the fastest rounds, and medians of
-the pairs within a round.
+The data are weights and Adam's two moments in fp32, three times --megabytes; every rank writes its share. A round times
+each contender once, in an order that changes from round to round, with new files on the same idle disk. All saves wait
+until the bytes are on the disk (fsync); all loads find the files in the page cache. Our saves and loads compute a
+SHA-256 of every byte, those of torch do not. The stall is the time for which an asynchronous save stops training: the
+call itself, plus the wait for the rest of the copy after the next forward and backward pass (here: matrix products of
+--pass-seconds). That pass is timed, too, because hashing and writing share the CPU's cores with it. Ratios are those of
+the fastest rounds, and medians of the pairs within a round.
 """
 
 import argparse
@@ -41,11 +41,11 @@ PASS = "forward and backward pass"
 BESIDE = "... beside an asynchronous save"
 COLUMNS = 1024
 ROWS = 4096
-"""A tensor of 16 MiB, as a 760m model's largest layers have."""
+"""Rows of a tensor of 16 MiB, the size of a 760m model's largest tensors."""
 
 
 def make_tensors(megabytes: float, rank: Rank) -> dict[str, torch.Tensor]:
-    """This rank's rows of every tensor, named as in the checkpoint: `kind/name`."""
+    """This rank's rows of every tensor, by `kind/name` as in a checkpoint."""
     count = max(1, round(megabytes * 1e6 / (4 * ROWS * COLUMNS)))
     rows = ROWS // rank.world_size
     generator = torch.Generator().manual_seed(rank.rank)
@@ -73,7 +73,7 @@ def synced_torch_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 class Contenders:
-    """What is timed; every method is called by all ranks at once."""
+    """The operations that are timed; all ranks call each method together."""
 
     def __init__(self, folder: Path, tensors: dict[str, torch.Tensor], rank: Rank, pass_seconds: float) -> None:
         self.folder, self.tensors, self.rank = folder, tensors, rank
@@ -98,42 +98,42 @@ class Contenders:
         [self.products, *_] = gather_objects(self.products)
 
     def save(self, asynchronous: bool) -> None:
-        """Returns when all is written, or as soon as an asynchronous save is under way."""
+        """Save; returns when all is written, or as soon as an asynchronous save has started."""
         folder = step_folder(self.folder / str(asynchronous), 1)
         writer = self.writers[asynchronous]
         writer.save(folder, self.pieces, self.config, self.vocabulary, TrainState(step=1), {})
 
     def compute(self) -> None:
-        """A forward and backward pass, as long as --pass-seconds on idle cores."""
+        """Simulate a forward and backward pass, which takes --pass-seconds on idle cores."""
         for _ in range(self.products):
             torch.mm(self.matrix, self.matrix, out=self.product)
 
-    def save_and_go_on(self, compute: bool) -> None:
-        """Returns when the optimizer may step; what training stood still is added to `stood`."""
+    def save_and_continue(self, compute: bool) -> None:
+        """Save asynchronously; returns when the optimizer may step and sets `stall_seconds`."""
         start = time.perf_counter()
         self.save(True)
-        self.stood = time.perf_counter() - start
+        self.stall_seconds = time.perf_counter() - start
         if compute:
             self.compute()
         start = time.perf_counter()
         self.writers[True].wait_for_copy()
-        self.stood += time.perf_counter() - start
+        self.stall_seconds += time.perf_counter() - start
 
     def clean(self) -> None:
-        """Delete what was written."""
+        """Delete all files that were written."""
         if self.rank.rank == 0:
             for path in self.folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def wait(self) -> None:
-        """Until the asynchronous checkpoint is on the disk."""
+        """Wait until the asynchronous checkpoint is on the disk."""
         self.writers[True].wait()
 
     def load(self, check: bool) -> None:
-        """Read, and verify unless `check` is False, what this rank wrote."""
+        """Read what this rank wrote; verify the checksums if `check`."""
         reader = CheckpointReader(step_folder(self.folder / "False", 1))
         if not check:
-            reader.damage = lambda name: ""
+            reader.find_damage = lambda name: ""
         parts = [(piece.name, piece.offset, piece.part) for piece, _ in self.pieces if piece.kind == "weight"]
         with verify_while_reading(reader, reader.list_files(parts), gather_objects):
             loaded = {
@@ -154,8 +154,8 @@ class Contenders:
 
 
 def timed(function: Callable[[], None]) -> float:
-    """Seconds from the moment all ranks are there, and the disk is idle, until all are done."""
-    os.sync()  # what the one before deleted is also work for the disk
+    """Seconds that a call takes on all ranks, from a barrier to a barrier, starting with an idle disk."""
+    os.sync()  # the deletions of the previous call are also written to the disk
     dist.barrier()
     start = time.perf_counter()
     function()
@@ -164,14 +164,14 @@ def timed(function: Callable[[], None]) -> float:
 
 
 def measure(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; the first round, in which memory is new, comes first."""
+    """Seconds of each contender in each round; the first round, which allocates memory, is the first entry."""
     seconds: dict[str, list[float]] = {}
     savers = {
         "torch.save, fsync": contenders.torch_save,
         "synchronous save": lambda: contenders.save(False),
         PASS: contenders.compute,
-        BESIDE: lambda: contenders.save_and_go_on(compute=True),
-        WAIT: lambda: contenders.save_and_go_on(compute=False),
+        BESIDE: lambda: contenders.save_and_continue(compute=True),
+        WAIT: lambda: contenders.save_and_continue(compute=False),
     }
     loaders = {
         "load, SHA-256 compared": lambda: contenders.load(True),
@@ -187,14 +187,14 @@ def measure(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
             for name in names[first:] + names[:first]:
                 seconds.setdefault(name, []).append(timed(group[name]))
                 if name == BESIDE:
-                    seconds.setdefault(STALL, []).append(max(gather_objects(contenders.stood)))
+                    seconds.setdefault(STALL, []).append(max(gather_objects(contenders.stall_seconds)))
                 if name in (BESIDE, WAIT):
                     start = time.perf_counter()
                     contenders.wait()
                     dist.barrier()
-                    whole = seconds[name][-1] + time.perf_counter() - start
+                    until_written = seconds[name][-1] + time.perf_counter() - start
                     if name == WAIT:
-                        seconds.setdefault("... until it is on the disk", []).append(whole)
+                        seconds.setdefault("... until it is on the disk", []).append(until_written)
     return seconds
 
 
@@ -206,13 +206,13 @@ def print_table(seconds: dict[str, list[float]], size: float) -> None:
         print(f"{name:32}{times[0]:10.3f}{min(later):12.3f}{middle:11.3f}{size / middle / 1e9:14.2f}")
 
     def ratio(one: str, other: str) -> str:
-        mine, theirs = seconds[one][1:], seconds[other][1:]
-        pairs = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-        return f"{min(mine) / min(theirs):.2f} fastest, {pairs:.2f} median of pairs"
+        first_times, other_times = seconds[one][1:], seconds[other][1:]
+        pairs = statistics.median(a / b for a, b in zip(first_times, other_times, strict=True))
+        return f"{min(first_times) / min(other_times):.2f} fastest, {pairs:.2f} median of pairs"
 
     synchronous = "synchronous save"
     first = seconds[STALL][0] / seconds[synchronous][0]
-    print(f"stall / synchronous save: {ratio(STALL, synchronous)}, first save {first:.2f}; at most 0.1 is wanted")
+    print(f"stall / synchronous save: {ratio(STALL, synchronous)}, first save {first:.2f}; the target is at most 0.1")
     print(f"stall without a pass / synchronous save: {ratio(WAIT, synchronous)}")
     print(f"save rate / torch.save's: {ratio('torch.save, fsync', synchronous)}")
     checked, unchecked = "load, SHA-256 compared", "load without that"
@@ -224,10 +224,16 @@ def print_table(seconds: dict[str, list[float]], size: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=200, help="fp32 weights of all ranks (default: 200)")
-    parser.add_argument("--rounds", type=int, default=5, help="after a first one that is told apart (default: 5)")
-    parser.add_argument("--pass-seconds", type=float, default=1, help="of a forward and backward pass (default: 1)")
-    parser.add_argument("--folder", type=Path, help="where to write and delete (default: a new temporary folder)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads a rank; 0 shares the cores (default: 0)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds after the first one, which is reported separately (default: 5)"
+    )
+    parser.add_argument(
+        "--pass-seconds", type=float, default=1, help="duration of the simulated forward and backward pass (default: 1)"
+    )
+    parser.add_argument("--folder", type=Path, help="folder to write the temporary files in (default: the system's)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads per rank; 0 divides the cores among the ranks (default: 0)"
+    )
     options = parser.parse_args()
     rank = Rank.from_environment()
     set_threads(options.threads, rank)

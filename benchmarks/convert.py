@@ -1,11 +1,11 @@
-"""Converting a model of a preset: peak memory and time of export and import, beside the limits that were promised.
+"""Conversion of a model of a preset: peak memory and time of export and import, and the documented memory limit.
 
     python benchmarks/convert.py --preset 7b --dtype bf16 --shard-size 5GB --scratch /a/disk/with/50GB
 
-A checkpoint of the preset with random weights is written layer by layer (fp32, weights alone, one file a layer), and
-a tokenizer folder of the paper's size beside it. Then tools/convert_checkpoint.py export runs, and import from what it
-wrote, each in a process of its own whose peak resident memory is the kernel's count; 1.3 times the largest file of
-weights plus 2 GB are allowed. The disk must hold the checkpoint (7b: 27 GB) and an export; all is removed at the end.
+Writes a checkpoint of the preset with random weights layer by layer (fp32, only weights, one file per layer), and a
+tokenizer folder of the paper's size. Then runs tools/convert_checkpoint.py export, and import from its output, each in
+its own process, whose peak resident memory is reported by the kernel. The limit is 1.3 times the largest file of
+weights plus 2 GB. The disk must hold the checkpoint (7b: 27 GB) and an export; all files are removed at the end.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def write_tokenizers(folder: Path) -> Vocabulary:
 
 
 def write_checkpoint(run: Path, config: Config, vocabulary: Vocabulary) -> Path:
-    """Random weights, one file a layer: no more than a layer is in memory."""
+    """Write random weights, one file per layer, so that only one layer is in memory."""
     folder = step_folder(run, 1)
     sharded.begin_checkpoint(folder)
     groups: dict[str, list] = {}
@@ -69,7 +69,7 @@ def write_checkpoint(run: Path, config: Config, vocabulary: Vocabulary) -> Path:
 
 
 def measure(label: str, files: Path, *arguments) -> None:
-    """Run the tool once; prints its time, its peak resident memory and the limit by the largest file of `files`."""
+    """Run the tool once; print its time, peak resident memory, and the limit given by the largest file in `files`."""
     before = time.perf_counter()
     process = subprocess.Popen([sys.executable, TOOL, *map(str, arguments)], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
@@ -79,7 +79,7 @@ def measure(label: str, files: Path, *arguments) -> None:
     largest = max(path.stat().st_size for path in files.glob("*.safetensors")) / 1e9
     peak = usage.ru_maxrss * 1024 / 1e9
     print(
-        f"{label}: {seconds:.0f} s ({usage.ru_utime:.0f} s computing, {usage.ru_stime:.0f} s in the system), peak "
+        f"{label}: {seconds:.0f} s ({usage.ru_utime:.0f} s user, {usage.ru_stime:.0f} s system), peak "
         f"{peak:.2f} GB; largest file {largest:.2f} GB, limit {1.3 * largest + 2:.2f} GB",
         flush=True,
     )
@@ -90,8 +90,8 @@ def main() -> None:
     parser.add_argument("--preset", default="350m", help="350m, 760m or 7b")
     parser.add_argument("--family", default="cm3leon", help="cm3leon or llama")
     parser.add_argument("--dtype", default="bf16", help="fp32, bf16 or fp16")
-    parser.add_argument("--shard-size", default="5GB", help="most bytes of a file of weights")
-    parser.add_argument("--scratch", help="folder for the files (default: the system's)")
+    parser.add_argument("--shard-size", default="5GB", help="maximum size of a file of weights")
+    parser.add_argument("--scratch", help="folder to create a temporary folder in (default: the system's)")
     arguments = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="convert-", dir=arguments.scratch))
     try:

@@ -1,13 +1,13 @@
-"""How decoding settings change what an exported model draws: a checker's accuracy, one table and one plot.
+"""Accuracy of generated images by decoding settings, according to a checker: one table and one plot.
 
     python benchmarks/decoding_sweep.py --model exported --shards shards/heldout --index index/heldout
         --checker examples/shapes/checker.py --output docs/images/decoding_sweep.png    (paths shortened)
 
-Swept one at a time, each with and without retrieved documents (with --index), on the same held-out captions and seeds:
-guidance at temperature 0.7, temperature at the default guidance 2, CD-K's alpha at k = 4, and its k at alpha 0.5, both
-at temperature 0.7. Accuracy is the share of pictures that the checker reads right in every attribute; its standard
-error is at most 0.5 / sqrt(captions). A last line draws the captions' own pictures, as the image tokenizer decodes
-them: no setting can be better.
+Sweeps one setting at a time, without and (given --index) with retrieved documents, on the same held-out captions and
+seeds: guidance at temperature 0.7, temperature at the default guidance 2, CD-K's alpha at k = 4, and its k at alpha
+0.5, both at temperature 0.7. Accuracy is the share of images in which the checker finds all attributes correct; its
+standard error is at most 0.5 / sqrt(captions). The reference line is the accuracy of the true images, encoded and
+decoded by the image tokenizer: the upper bound for every setting.
 """
 
 import argparse
@@ -40,44 +40,44 @@ LABELS = {
 
 
 def measure(options: argparse.Namespace) -> tuple[list[dict], float]:
-    """One row a setting, and the checker's accuracy on what the image tokenizer makes of the true pictures."""
+    """One row per setting, and the checker's accuracy on the image tokenizer's reconstructions of the true images."""
     checker, generator = load_checker(options.checker), Generator.load(options.model)
     pairs = read_heldout(open_shards(options.shards), options.captions, options.seed, checker)
-    wanted = parse_captions(checker, pairs.captions)
+    expected = parse_captions(checker, pairs.captions)
     arms = {"none": None}
     if options.index:
         source = DocumentSource.load(options.index, generator.vocabulary)
         found = source.read(source.find(generator.training_documents, texts=pairs.captions))
         context = generator.decoder.context
         arms["retrieved"] = [
-            keep_nearest(documents, len(own) + PROMPT_TOKENS, context)
-            for documents, own in zip(found, pairs.documents, strict=True)
+            keep_nearest(documents, len(document) + PROMPT_TOKENS, context)
+            for documents, document in zip(found, pairs.documents, strict=True)
         ]
     jobs = [(name, setting, arm) for name, settings in SWEEPS.items() for setting in settings for arm in arms]
     rows = []
-    for name, setting, arm in track(jobs, label="drawing", unit="settings"):
+    for name, setting, arm in track(jobs, label="generation", unit="settings"):
         guidance = default_guidance(setting.get("contrast_k", 0))
         fields = {"temperature": TEMPERATURE, "guidance": guidance, "seed": options.seed, **setting}
-        made = generator.images(pairs.captions, Sampling(**fields), retrieved=arms[arm])
-        shares = compute_accuracy(judge_images(checker, [one.image for one in made], wanted))
+        generated = generator.images(pairs.captions, Sampling(**fields), retrieved=arms[arm])
+        shares = compute_accuracy(judge_images(checker, [each.image for each in generated], expected))
         rows.append({"sweep": name, "value": setting[name], "documents": arm, **shares})
-    true = judge_images(checker, generator.codec.decode_images(pairs.codes), wanted)
+    true = judge_images(checker, generator.codec.decode_images(pairs.codes), expected)
     return rows, compute_accuracy(true)["all"]
 
 
 def print_table(rows: list[dict], ceiling: float, captions: int) -> None:
-    """Markdown: a line a setting, a column an arm."""
+    """Print a Markdown table with one line per setting and one column per arm."""
     arms = list(dict.fromkeys(row["documents"] for row in rows))
     titles = {"none": "no documents", "retrieved": "retrieved documents"}
     print(f"| | value | {' | '.join(titles[arm] for arm in arms)} |\n|---|---|{'---|' * len(arms)}")
     for name, value in dict.fromkeys((row["sweep"], row["value"]) for row in rows):
         found = {row["documents"]: row["all"] for row in rows if (row["sweep"], row["value"]) == (name, value)}
         print(f"| {LABELS[name]} | {value:g} | {' | '.join(f'{100 * found[arm]:.0f} %' for arm in arms)} |")
-    print(f"\n{captions} captions; reconstructions of the true pictures: {100 * ceiling:.0f} %.")
+    print(f"\n{captions} captions; reconstructions of the true images: {100 * ceiling:.0f} %.")
 
 
 def draw_plot(rows: list[dict], ceiling: float, path: Path) -> None:
-    """Four panels of one scale, PNG."""
+    """Write the plot, four panels with a common scale, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
@@ -87,13 +87,13 @@ def draw_plot(rows: list[dict], ceiling: float, path: Path) -> None:
             points = [row for row in rows if row["sweep"] == name and row["documents"] == arm]
             if points:
                 axis.plot([p["value"] for p in points], [100 * p["all"] for p in points], marker="o", label=label)
-        axis.axhline(100 * ceiling, color="grey", linestyle=":", label="true pictures, reconstructed")
+        axis.axhline(100 * ceiling, color="grey", linestyle=":", label="true images, reconstructed")
         axis.set_title(LABELS[name], fontsize=9)
         axis.set_ylim(0, 100)
         axis.grid(alpha=0.3)
         if name == "contrast_k":
             axis.set_xscale("log", base=2)
-    axes[0].set_ylabel("drawn right in every attribute, %")
+    axes[0].set_ylabel("correct in all attributes, %")
     axes[0].legend(fontsize=7, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -105,9 +105,11 @@ def main() -> None:
     parser.add_argument("--shards", required=True, help="held-out shards")
     parser.add_argument("--checker", required=True, help="Python file with classify and parse_caption")
     parser.add_argument("--index", help="index folder, for the arm with retrieved documents")
-    parser.add_argument("--captions", type=int, default=144, help="held-out captions, one picture of each a setting")
+    parser.add_argument(
+        "--captions", type=int, default=144, help="number of held-out captions; one image per caption and setting"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", required=True, help="PNG of the plot; the rows go beside it as .json")
+    parser.add_argument("--output", required=True, help="PNG file of the plot; the rows are written beside it as .json")
     options = parser.parse_args()
     output = Path(options.output)
     if output.suffix != ".png":

@@ -1,13 +1,13 @@
-"""A training engine at real shapes without memory: fake tensors on a CPU that pass for CUDA tensors.
+"""Run a training engine at real shapes without memory: fake tensors on a CPU that claim to be CUDA tensors.
 
     with pretend_cuda(trace):
         engine = MegatronEngine(config, vocabulary, CUDA)
         engine.train_step(batches, 0, 1e-4)
 
-Nothing is computed (torch's FakeTensorMode). The package's own code, compiled or not, and torch's optimizers see
-`device.type == "cuda"`, so that they choose what they choose on a GPU; megatron-core runs through the substitutes of
+Nothing is computed (torch's FakeTensorMode). This package's code, compiled or not, and torch's optimizers see
+`device.type == "cuda"`, so they take the same branches as on a GPU; megatron-core runs with the substitutes of
 engine/cpu_backend.py. A number that is read back (`float(norm)`) is 1. Attention and RMSNorm are one operator each, as
-libraries have them. Collectives of the only rank do nothing. torch.compile traces, and `trace` runs its graphs.
+in GPU libraries. Collectives of the single rank do nothing. torch.compile traces, and `trace` runs its graphs.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-_BELIEVERS = ("megatron_cm3leon", "torch.optim")
-"""Modules to which a fake tensor says that it is on a GPU."""
+_CUDA_MODULES = ("megatron_cm3leon", "torch.optim")
+"""Modules for which a fake tensor reports a CUDA device."""
 _READS = {
     torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__, torch.Tensor.__int__,
 }  # fmt: skip
 
 
 class _RedirectCuda(TorchFunctionMode):
-    """Whatever is to be made on a GPU is made as a fake CPU tensor; numbers that are read back are 1."""
+    """Create tensors of a CUDA device as fake CPU tensors; return 1 for numbers that are read back."""
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = options or {}
@@ -56,7 +56,7 @@ class _RedirectCuda(TorchFunctionMode):
 
 @torch.no_grad()
 def _apply_in_place(module, function, recurse=True):
-    """Module._apply, which makes new parameters of fake ones: whoever holds the old ones would not see the change."""
+    """Replaces Module._apply, which creates new parameters if they are fake, so that references would be outdated."""
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = function(tensor.data)
     return module
@@ -80,7 +80,7 @@ _OPERATORS = torch.ops.operator_record
 
 @torch.library.register_fake("operator_record::attention", lib=_LIBRARY)
 def _(query, key, value, mask):
-    # The libraries keep the order of the projection, [B, S, N, D]: what follows needs no copy.
+    # GPU libraries keep the order of the projection, [B, S, N, D], so the next operator needs no copy.
     batch, heads, length, _ = query.shape
     output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
     return output, query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -133,7 +133,7 @@ def _scaled_dot_product_attention(query, key, value, attn_mask=None, **options):
 
 def _rms_norm_of(original):
     def rms_norm(hidden, shape, weight=None, eps=None):
-        """One kernel on a GPU, several operators elsewhere; inductor fuses those."""
+        """One kernel on a GPU, several operators elsewhere, which inductor fuses."""
         if weight is None or torch.compiler.is_compiling():
             return original(hidden, shape, weight, eps)
         return _OPERATORS.rms_norm(hidden, weight)[0]
@@ -142,7 +142,7 @@ def _rms_norm_of(original):
 
 
 class _Event:
-    """Stands for a CUDA event and a stream on which everything has happened."""
+    """Replaces a CUDA event, and a stream without pending work."""
 
     def __init__(self, *arguments, **options) -> None:
         pass
@@ -153,7 +153,7 @@ class _Event:
 
 @contextlib.contextmanager
 def _without_modes(fake: FakeTensorMode) -> Iterator[None]:
-    """Nothing is recorded or redirected in here: the compiler would trace that too."""
+    """Disable recording and redirection inside: otherwise the compiler would trace them."""
     stack = []
     while torch._C._len_torch_function_stack():
         stack.append(_pop_mode())
@@ -166,7 +166,7 @@ def _without_modes(fake: FakeTensorMode) -> Iterator[None]:
 
 
 def _compile_to_graphs(trace: OperatorTrace, fake: FakeTensorMode, original):
-    """torch.compile with inductor's decompositions and its choice of what to keep, and `trace` for its kernels."""
+    """torch.compile with inductor's decompositions and its choice of saved tensors; `trace` runs the graphs."""
 
     def keep(graph, inputs):
         def run(*arguments):
@@ -198,7 +198,7 @@ def _compile_to_graphs(trace: OperatorTrace, fake: FakeTensorMode, original):
 
 @contextlib.contextmanager
 def pretend_cuda(trace: OperatorTrace) -> Iterator[None]:
-    """Fake tensors pass for CUDA tensors, and `trace` records what runs on them."""
+    """Make fake tensors claim to be CUDA tensors, and record with `trace` what runs on them."""
     from megatron.core import optimizer
 
     device, fake = FakeTensor.device, FakeTensorMode(allow_non_fake_inputs=True)
@@ -206,15 +206,15 @@ def pretend_cuda(trace: OperatorTrace) -> Iterator[None]:
     def seen_device(tensor):
         true = device.__get__(tensor)
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return CUDA if true.type == "cpu" and caller.startswith(_BELIEVERS) else true
+        return CUDA if true.type == "cpu" and caller.startswith(_CUDA_MODULES) else true
 
     def seen_is_cuda(tensor):
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return caller.startswith(_BELIEVERS)
+        return caller.startswith(_CUDA_MODULES)
 
-    stand_ins = {name: (lambda *a, **k: _Event()) for name in ("current_stream", "default_stream", "Event", "Stream")}
+    substitutes = {name: (lambda *a, **k: _Event()) for name in ("current_stream", "default_stream", "Event", "Stream")}
     with contextlib.ExitStack() as stack:
-        for name, value in stand_ins.items():
+        for name, value in substitutes.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         for target, name, value in (
             (dist, "all_reduce", lambda *arguments, **options: None),
@@ -234,7 +234,7 @@ def pretend_cuda(trace: OperatorTrace) -> Iterator[None]:
                 "_foreach_supported_types",
                 [torch.Tensor, torch.nn.Parameter, FakeTensor],
             ),
-            # As megatron-core finds them on a GPU without TransformerEngine and apex.
+            # The values of megatron-core on a GPU without TransformerEngine and apex.
             (optimizer, "USING_PYTORCH_OPTIMIZER", True),
             (optimizer, "Adam", torch.optim.AdamW),
         ):

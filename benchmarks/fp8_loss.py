@@ -1,14 +1,14 @@
-"""Training with train.fp8 beside bf16: the quickstart's model and batches on its corpus, one row per finished run.
+"""Training loss with train.fp8 and with bf16: the quickstart's model and batches, one row per finished run.
 
-Compared is the mean loss of all steps: that of the last steps alone differs by 3 % between two runs in bf16 that round
-differently. How far such runs are apart is shown by a third kind of run: the same batches in micro-batches of 16
-instead of 8. train.fp8 passes where the mean difference over the seeds is within 0.5 %.
+The mean loss of all steps is compared, because the mean of the last steps alone differs by 3 % between two bf16 runs
+that round differently. A third kind of run shows the spread of such runs: the same batches in micro-batches of 16
+instead of 8. train.fp8 passes if the mean difference over the seeds is within 0.5 %.
 
-    python benchmarks/fp8_loss.py                     500 steps, 4 seeds of each; continues where it was stopped
+    python benchmarks/fp8_loss.py                     500 steps, 4 seeds of each kind; continues an interrupted run
     python benchmarks/fp8_loss.py --seeds 1 --steps 100 --results /tmp/rows.jsonl
 
-The corpus (coloured shapes, without retrieval) and its tokenizers are made in the folder --work, if they are not there.
-On a CPU the fp8 products are emulated: the losses are of interest, not the speed.
+The corpus (colored shapes, without retrieval) and its tokenizers are created in the folder --work if they do not exist.
+On a CPU, fp8 products are emulated: the losses are meaningful, the speed is not.
 """
 
 import argparse
@@ -22,13 +22,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "examples/quickstart/train.yaml"
-KINDS = {  # what differs from the quickstart's configuration
+KINDS = {  # differences from the quickstart's configuration
     "bf16": {},
     "fp8": {"train.fp8": True},
     "bf16, other rounding": {"train.micro_batch_size": 16},
 }
 LAST = 100
-"""Steps of the second mean."""
+"""Number of last steps in the second mean."""
 
 
 def run(*command: object) -> None:
@@ -36,7 +36,7 @@ def run(*command: object) -> None:
 
 
 def prepare(work: Path, pairs: int) -> Path:
-    """Shards of `pairs` pairs, about an eighth of what the quickstart has."""
+    """Write shards of `pairs` pairs, unless they exist; by default about an eighth of the quickstart's."""
     shards, tokenizer, source = work / "shards", work / "tokenizer", work / "pairs"
     if (shards / "manifest.json").exists():
         return shards
@@ -51,7 +51,7 @@ def prepare(work: Path, pairs: int) -> Path:
 
 
 def train(work: Path, shards: Path, kind: str, seed: int, steps: int) -> dict:
-    """One run; its row."""
+    """Execute one run; returns its row."""
     output = work / f"{kind.replace(', ', '-').replace(' ', '-')}-{seed}-{steps}"
     settings = {
         "data.shards": shards, "output": output, "seed": seed, "train.steps": steps, "train.precision": "bf16",
@@ -72,11 +72,15 @@ def train(work: Path, shards: Path, kind: str, seed: int, steps: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500, help=f"of each run, at least {LAST} (default: 500)")
-    parser.add_argument("--seeds", type=int, default=4, help="runs of each kind (default: 4)")
-    parser.add_argument("--pairs", type=int, default=1200, help="of the corpus (default: 1200)")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs/fp8_loss", help="default: runs/fp8_loss")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/fp8_loss.jsonl", help="JSON Lines")
+    parser.add_argument("--steps", type=int, default=500, help=f"steps per run, at least {LAST} (default: 500)")
+    parser.add_argument("--seeds", type=int, default=4, help="runs per kind (default: 4)")
+    parser.add_argument("--pairs", type=int, default=1200, help="pairs of the corpus (default: 1200)")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs/fp8_loss", help="folder of corpus and runs (default: runs/fp8_loss)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks/results/fp8_loss.jsonl", help="JSON Lines of the rows"
+    )
     options = parser.parse_args()
     options.results.parent.mkdir(parents=True, exist_ok=True)
     lines = options.results.read_text().splitlines() if options.results.exists() else []
@@ -93,9 +97,9 @@ def main() -> None:
 
 
 def show(rows: list[dict], seeds: int) -> None:
-    """Print both means of each run, and their differences from bf16's."""
+    """Print both mean losses of each run, and their differences from those of bf16."""
     for name in ("mean_loss", "loss_of_last_steps"):
-        print(f"\n{name}, and its difference from that of bf16")
+        print(f"\n{name}, and its relative difference from bf16")
         print(f"| seed | {' | '.join(KINDS)} |\n|---{'|---' * len(KINDS)}|")
         differences = {kind: [] for kind in KINDS}
         for seed in range(seeds):

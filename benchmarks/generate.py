@@ -1,21 +1,22 @@
-"""Generation with our decoder beside transformers.generate, the same random weights, interleaved in one run.
+"""Generation with our decoder and with transformers.generate: the same random weights, interleaved in one run.
 
     python benchmarks/generate.py                     the quickstart's size and 350m, as in docs/generation.md
     python benchmarks/generate.py --size quickstart --family llama --rounds 8
     python benchmarks/generate.py --size 350m --batch 1 --guidance 1 --tokens 16 --only ours-bf16 ours-int8 ours-int4
 
-Contenders draw image tokens behind a caption, pixels not included; transformers with its default cache and its static
-one, each with its own guidance (a second pass a step) where guidance is on. A peer's time over ours is above 1 where
-ours is faster: of the fastest rounds, and the median of pairs within a round. CPU seconds, of all threads, say the same
-on a machine that others use, too, where a round's wall clock counts what they do. The share of the bandwidth is what a
-step has to read (weights, the head's rows that can be drawn, the filled cache) over its CPU time a thread and a copy's.
+Contenders sample image tokens after a caption, without decoding to pixels; transformers with its default cache and with
+its static cache, each with its own guidance (a second forward pass per step) if guidance is on. Ratios are a peer's
+time divided by ours, so above 1 ours is faster: of the fastest rounds, and the median of pairs within a round. Ratios
+of CPU time (all threads) are meaningful on a busy machine, too; those of the wall clock include other processes. The
+bandwidth share is the number of bytes that a step must read (weights, the rows of the head that may be sampled, the
+filled part of the cache), divided by its CPU time per thread and by the rate of a copy.
 
     python benchmarks/generate.py --quality exported/ shards/heldout/
 
-What the smaller types cost: the loss on held-out documents, and the greatest and the root mean square difference of
-logits from fp32's, over the latter's standard deviation.
+Quality of the smaller types: the loss on held-out documents, and the largest and the root mean square difference of the
+logits from those of fp32, divided by the standard deviation of the latter.
 
-One GPU is measured by benchmarks/gpu/generation.py.
+benchmarks/gpu/generation.py measures a GPU.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def make_shape(size: str, family: str, vocabulary: Vocabulary, context: int) -> 
 
 
 def make_weights(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The same random weights each time, in `dtype`."""
+    """Random weights in `dtype`, the same for every call."""
     generator = torch.Generator(device).manual_seed(0)
     weights = {}
     for name, size in stock_weights(shape).items():
@@ -88,7 +89,7 @@ def make_weights(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[
 
 @cache
 def build_transformers(shape: Shape, dtype: torch.dtype):
-    """The stock class with our weights."""
+    """The stock transformers class with our weights."""
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
     shared = {
@@ -97,27 +98,27 @@ def build_transformers(shape: Shape, dtype: torch.dtype):
         "tie_word_embeddings": shape.tied, "attn_implementation": "sdpa", "pad_token_id": 0,
     }  # fmt: skip
     if shape.learned_positions:
-        own = {
+        specific = {
             "ffn_dim": shape.inner, "word_embed_proj_dim": shape.hidden, "activation_function": shape.activation,
             "enable_bias": False, "layer_norm_elementwise_affine": False, "dropout": 0.0,
         }  # fmt: skip
-        model = OPTForCausalLM(OPTConfig(**shared, **own))
+        model = OPTForCausalLM(OPTConfig(**shared, **specific))
     else:
-        own = {"intermediate_size": shape.inner, "num_key_value_heads": shape.kv_heads, "head_dim": shape.width,
-               "rms_norm_eps": shape.epsilon}  # fmt: skip
-        model = LlamaForCausalLM(LlamaConfig(**shared, **own))
+        specific = {"intermediate_size": shape.inner, "num_key_value_heads": shape.kv_heads, "head_dim": shape.width,
+                    "rms_norm_eps": shape.epsilon}  # fmt: skip
+        model = LlamaForCausalLM(LlamaConfig(**shared, **specific))
     missing, unknown = model.to(dtype).load_state_dict(make_weights(shape, dtype), strict=False)
     assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)
     return model.eval()
 
 
 def build(name: str, shape: Shape, vocabulary: Vocabulary, tokens: int) -> Callable[[int, float], None]:
-    """A contender: draws `tokens` image tokens for so many prompts, with this guidance."""
+    """A contender: a function of (prompts per batch, guidance) that samples `tokens` image tokens per prompt."""
     kind = name.rsplit("-", 1)[1]
     dtype = torch.bfloat16 if kind == "int4" else DTYPES.get(kind, torch.float32)
     if name in OURS:
         decoder = Decoder(make_weights(shape, dtype), shape, None if kind in DTYPES else kind)
-        ours = partial(draw_pictures, decoder, vocabulary)
+        ours = partial(sample_images, decoder, vocabulary)
         ours.decoder = ours.args[0]
         return ours
     model = build_transformers(shape, dtype)
@@ -130,19 +131,19 @@ def build(name: str, shape: Shape, vocabulary: Vocabulary, tokens: int) -> Calla
         if guidance != 1:
             without = torch.tensor(make_unconditional(batch, vocabulary))
             guided = {"guidance_scale": guidance, "negative_prompt_ids": without}
-        made = model.generate(
+        generated = model.generate(
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=tokens, min_new_tokens=tokens,
             do_sample=True, top_k=0, eos_token_id=None, **static, **guided,
         )  # fmt: skip
-        assert made.shape[1] == prompts.shape[1] + tokens
+        assert generated.shape[1] == prompts.shape[1] + tokens
 
     return peer
 
 
-def draw_pictures(
+def sample_images(
     decoder: Decoder, vocabulary: Vocabulary, batch: int, guidance: float, tokens: int | None = None
 ) -> None:
-    """Draw an image, or its first `tokens`, for each of `batch` prompts."""
+    """Sample the tokens of an image, or its first `tokens`, for each of `batch` prompts."""
     decode_segments(
         decoder,
         make_prompts(batch, vocabulary),
@@ -164,21 +165,21 @@ def make_unconditional(batch: int, vocabulary: Vocabulary) -> list[list[int]]:
 
 
 def measure_copy() -> float:
-    """Bytes a second of CPU time that a copy of 512 MB reads and writes."""
+    """Bytes per second of CPU time that a copy of 512 MB reads and writes."""
     source = torch.zeros(1 << 27)
     target = torch.empty_like(source)
     return max(2 * source.nbytes / time_once(lambda: target.copy_(source))[1] for _ in range(6))
 
 
 def time_once(call: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of the wall clock, and CPU seconds a thread."""
+    """Seconds of wall-clock time, and CPU seconds per thread."""
     wall, cpu = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - wall, (time.process_time() - cpu) / torch.get_num_threads()
 
 
 def measure(options: argparse.Namespace, size: str) -> list[dict]:
-    """One row a contender, batch and guidance."""
+    """One row per contender, batch size and guidance."""
     tokens = options.tokens or (64 if size == "quickstart" else 24)
     vocabulary = make_vocabulary(size, tokens)
     shape = make_shape(size, options.family, vocabulary, 160 if size == "quickstart" else 1152)
@@ -188,10 +189,10 @@ def measure(options: argparse.Namespace, size: str) -> list[dict]:
     for batch in options.batch:
         for guidance in options.guidance:
             seconds = {name: [] for name in names}
-            for turn in range(options.rounds + 1):
+            for round_number in range(options.rounds + 1):
                 for name, call in contenders.items():
                     spent = time_once(lambda call=call: call(batch, guidance))  # noqa: B023 - called at once
-                    if turn:  # the first warms up
+                    if round_number:  # round 0 is the warm-up
                         seconds[name].append(spent)
             rows += describe(size, options.family, batch, guidance, tokens, seconds, contenders, bandwidth)
             for row in rows[-len(names) :]:
@@ -200,6 +201,7 @@ def measure(options: argparse.Namespace, size: str) -> list[dict]:
 
 
 def describe(size, family, batch, guidance, tokens, seconds, contenders, bandwidth) -> list[dict]:
+    """Rows of all contenders for one batch size and guidance; `seconds`: contender -> [(wall, CPU) per round]."""
     rows = []
     wall = {name: [one[0] for one in times] for name, times in seconds.items()}
     cpu = {name: [one[1] for one in times] for name, times in seconds.items()}
@@ -207,12 +209,12 @@ def describe(size, family, batch, guidance, tokens, seconds, contenders, bandwid
         row = {"model": f"{family} {size}", "batch": batch, "guidance": guidance, "contender": name}
         row |= {"tokens_per_second": batch * tokens / min(wall[name])}
         row |= {"tokens_per_cpu_second": batch * tokens / min(cpu[name])}
-        ours = f"ours-{name.rsplit('-', 1)[1]}"
-        if name in PEERS and ours in seconds:
+        counterpart = f"ours-{name.rsplit('-', 1)[1]}"
+        if name in PEERS and counterpart in seconds:
             for clock, times in (("wall", wall), ("cpu", cpu)):
-                row[f"over_ours_{clock}"] = min(times[name]) / min(times[ours])
-                pairs = zip(times[name], times[ours], strict=True)
-                row[f"over_ours_{clock}_pairs"] = statistics.median(peer / own for peer, own in pairs)
+                row[f"over_ours_{clock}"] = min(times[name]) / min(times[counterpart])
+                pairs = zip(times[name], times[counterpart], strict=True)
+                row[f"over_ours_{clock}_pairs"] = statistics.median(peer / ours for peer, ours in pairs)
         if name in OURS[2:]:
             others = [min(cpu[other]) for other in OURS[:2] if other in cpu]
             if others:
@@ -233,7 +235,7 @@ def _image_range(decoder: Decoder) -> tuple[int, int]:
 
 
 def measure_quality(model: str, shards: str, documents: int = 128) -> None:
-    """Loss and logits of every type on held-out documents."""
+    """Print loss and logit differences of every type on held-out documents."""
     corpus = open_shards(shards)
     chosen = [corpus.read(number).astype(int).tolist() for number in range(min(documents, corpus.documents))]
     reference = None
@@ -251,12 +253,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--size", nargs="+", choices=list(SIZES), default=["quickstart", "350m"])
     parser.add_argument("--family", choices=["cm3leon", "llama"], default="cm3leon")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts at once")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0], help="1: none")
-    parser.add_argument("--tokens", type=int, help="image tokens a prompt; 64 at the quickstart's size, else 24")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts per batch")
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[1.0, 3.0], help="guidance weights; 1 turns guidance off"
+    )
+    parser.add_argument(
+        "--tokens", type=int, help="image tokens per prompt; default: 64 at the quickstart's size, else 24"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=[*OURS, *PEERS], help="contenders; all by default")
-    parser.add_argument("--quality", nargs=2, metavar=("MODEL", "SHARDS"), help="measure what types cost, no speed")
+    parser.add_argument(
+        "--quality", nargs=2, metavar=("MODEL", "SHARDS"), help="measure the quality of the types instead of the speed"
+    )
     options = parser.parse_args()
     if options.quality:
         measure_quality(*options.quality)

@@ -1,25 +1,25 @@
-"""Which checkpoint interval to choose, and what goodput to expect from clusters of several sizes.
+"""The best checkpoint interval and the expected goodput for clusters of several sizes.
 
     python benchmarks/goodput.py
     python benchmarks/goodput.py --failures-per-node-day 0.005 --save-seconds 2 --write-seconds 60 \
         --restart-seconds 600 --step-seconds 5 --nodes 8 64 512 --plot goodput.png
     python benchmarks/goodput.py --run runs/x
 
-The table has, for each number of nodes: the time between failures of the whole run; the interval of Young's first-order
-formula and of Daly's, in steps; the interval with the highest simulated goodput (mean of --seeds runs, the same
-failures for any interval) and that goodput. --run simulates a finished run with its own failures and costs, and
-compares its measured goodput. The default of 0.004 failures a node and day is Llama 3's: 419 unexpected interruptions
-in 54 days on 2,048 nodes (arXiv 2407.21783 section 3.3.4).
+Prints for each number of nodes: the mean time between failures of the run; the intervals of Young's first-order formula
+and of Daly's formula, in steps; the interval with the highest simulated goodput (mean of --seeds runs, with the same
+failures for every interval) and that goodput. --run simulates a finished run with its own failures and costs, and
+compares this with its measured goodput. The default of 0.004 failures per node and day is Llama 3's: 419 unexpected
+interruptions in 54 days on 2,048 nodes (arXiv 2407.21783, section 3.3.4).
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for running this file as a script
 
 from benchmarks.failure_simulation import (
-    SECONDS_A_DAY,
+    SECONDS_PER_DAY,
     Costs,
     best_interval,
     first_order,
@@ -36,16 +36,27 @@ from megatron_cm3leon.monitoring.status import show_seconds
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[8, 64, 512], help="sizes of clusters (8 64 512)")
-    parser.add_argument("--failures-per-node-day", type=float, default=0.004, help="failures that end a run (0.004)")
-    parser.add_argument("--step-seconds", type=float, default=5.0, help="one optimizer step (5)")
-    parser.add_argument("--save-seconds", type=float, default=1.0, help="training stands still for a save (1)")
-    parser.add_argument("--write-seconds", type=float, default=60.0, help="from there until it is whole (60)")
-    parser.add_argument("--restart-seconds", type=float, default=600.0, help="failure to first step (600)")
-    parser.add_argument("--failures", type=int, default=100, help="expected in each simulated run: its length (100)")
-    parser.add_argument("--seeds", type=int, default=20, help="simulated runs behind each mean (20)")
-    parser.add_argument("--plot", metavar="FILE", help="also draw goodput by interval, as PNG, SVG or PDF")
-    parser.add_argument("--run", help="a finished run folder: compare its goodput with the simulated one")
+    parser.add_argument(
+        "--nodes", type=int, nargs="+", default=[8, 64, 512], help="sizes of the clusters, in nodes (8 64 512)"
+    )
+    parser.add_argument(
+        "--failures-per-node-day", type=float, default=0.004, help="failures that end a run, per node and day (0.004)"
+    )
+    parser.add_argument("--step-seconds", type=float, default=5.0, help="time of an optimizer step (5)")
+    parser.add_argument("--save-seconds", type=float, default=1.0, help="stall of training per save (1)")
+    parser.add_argument(
+        "--write-seconds",
+        type=float,
+        default=60.0,
+        help="from the end of the stall until the checkpoint is complete (60)",
+    )
+    parser.add_argument("--restart-seconds", type=float, default=600.0, help="from a failure to the next step (600)")
+    parser.add_argument(
+        "--failures", type=int, default=100, help="expected failures per simulated run, which set its length (100)"
+    )
+    parser.add_argument("--seeds", type=int, default=20, help="simulated runs per mean (20)")
+    parser.add_argument("--plot", metavar="FILE", help="also plot goodput by interval, as PNG, SVG or PDF")
+    parser.add_argument("--run", help="folder of a finished run, whose goodput is compared with the simulated one")
     arguments = parser.parse_args()
     for name in ("failures_per_node_day", "step_seconds", "restart_seconds", "failures", "seeds"):
         if getattr(arguments, name) <= 0:
@@ -54,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def compare(run: str) -> None:
+    """Print the measured and the simulated goodput of a finished run."""
     times, config = read_time_breakdown(run), load_config(f"{run}/config.yaml")
     found = replay(times, config.train.steps, config.checkpoint.interval)
     ratio = found.goodput / times.goodput
@@ -71,10 +83,11 @@ def count_steps(arguments: argparse.Namespace, costs: Costs, between: float) -> 
 
 
 def advise(arguments: argparse.Namespace, costs: Costs) -> None:
+    """Print the table of intervals, one line per cluster."""
     print(
-        f"{arguments.failures_per_node_day:g} failures a node and day, steps of {costs.step_seconds:g} s, stalls of "
+        f"{arguments.failures_per_node_day:g} failures per node and day, steps of {costs.step_seconds:g} s, stalls of "
         f"{costs.save_seconds:g} s, {costs.write_seconds:g} s of writing, restarts of {costs.restart_seconds:g} s; "
-        f"{arguments.seeds} runs of {arguments.failures} failures or so\n"
+        f"{arguments.seeds} runs of about {arguments.failures} failures\n"
     )
     print("nodes  between failures  Young (goodput)   Daly (goodput)    best interval   goodput")
     for nodes in arguments.nodes:
@@ -90,7 +103,7 @@ def advise(arguments: argparse.Namespace, costs: Costs) -> None:
 
 
 def draw(arguments: argparse.Namespace, costs: Costs) -> None:
-    """Goodput by interval, a curve a cluster."""
+    """Plot goodput by interval, one curve per cluster."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -98,7 +111,7 @@ def draw(arguments: argparse.Namespace, costs: Costs) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6.5, 4))
     least = max(costs.step_seconds, costs.save_seconds, costs.write_seconds)
-    seconds = [1.3**power for power in range(60) if least < 1.3**power < SECONDS_A_DAY]
+    seconds = [1.3**power for power in range(60) if least < 1.3**power < SECONDS_PER_DAY]
     intervals = list(dict.fromkeys(round(each / costs.step_seconds) for each in seconds))
     for nodes in arguments.nodes:
         between = seconds_between_failures(nodes, arguments.failures_per_node_day)

@@ -1,34 +1,38 @@
-"""What a GPU should reach, written down before anybody measures it: training TFLOP/s, seconds per image.
+"""Predicted performance of a GPU, recorded before a measurement: training TFLOP/s, seconds per image.
 
     python benchmarks/gpu_prediction.py                       every recorded row, into results/gpu_predicted.jsonl
     python benchmarks/gpu_prediction.py --tree ad3992f --output -
     python benchmarks/gpu_prediction.py --write docs/benchmarks.md
 
-A roofline over results/operator_record.jsonl (operator_record.py) and the shapes of generation's models. A prediction
-is a range: its low end takes the first of a constant's two values, its high end the second, the figure is their middle.
+A roofline model over results/operator_record.jsonl (operator_record.py) and the shapes of the models of generation. A
+prediction is a range: its low end uses the first value of each pair of constants, its high end the second; the figure
+is the middle of the range.
 
 Training. Seconds of a step = micro-batches x (products + attention + rest) + optimizer:
 
-  products    tiles of 128 x 256, 256 x 128, or 128 x 128 at 0.9 of the rate, split over K where that is faster; each
-              pays 96 more columns of K for filling its pipeline and writing its result, and a wave of tiles that has
-              begun is paid whole. H100 and H200 reach 790 TFLOP/s in cuBLAS at 8192^3, 680 to 740 under the power limit
-              of a full load; B200's and A100's share of their peak is the same. Never less than the time of the bytes
+  products    tiles of 128 x 256, 256 x 128, or 128 x 128 at 0.9 of the rate, split over K where this is faster. Each
+              tile costs 96 more columns of K for filling its pipeline and writing its result; a partial wave of tiles
+              costs as much as a full one. H100 and H200 reach 790 TFLOP/s in cuBLAS at 8192^3, 680 to 740 under the
+              power limit of a full load; B200 and A100 reach the same share of their peak. At least the time of the
+              bytes
   attention   FLOPs of the causal half at published rates: FlashAttention-3 (arXiv 2407.08608, figures 5 and 6) and
-              cuDNN on Hopper, FlashAttention-2 (arXiv 2307.08691) on A100; those of B200 are guesses
+              cuDNN on Hopper, FlashAttention-2 (arXiv 2307.08691) on A100; the rates of B200 are guesses
   rest        bytes over the bandwidth that elementwise kernels reach (0.8 of the data sheet); a launch takes at least
               2.5 microseconds. The host is faster than the device at these sizes: its time is not counted
 
-TFLOP/s are by metrics.flops_per_token. 7b has the layers that plan.estimate_memory fits into 0.92 of the device; its
-recordings of two depths give every depth. Micro-batches per step: 8 for 7b, else 4.
+TFLOP/s are computed with monitoring.metrics.flops_per_token. 7b has as many layers as fit into 0.92 of the device's
+memory according to model.memory.estimate_memory; recordings of two depths are interpolated linearly. Micro-batches per
+step: 8 for 7b, else 4.
 
-Decoding by the captured step with its own kernels, as it is designed (nothing is recorded); guidance (two sequences per
-prompt), 1,024 tokens after a prompt of 26:
+Decoding uses the captured step with its own kernels, as designed (not recorded): guidance (two sequences per prompt),
+1,024 tokens after a prompt of 26:
 
   seconds = 1,024 x (bytes / (0.97 x read bandwidth) + launches x 1.5 to 2.5 microseconds (start, ramp and drain))
 
-bytes: every matrix once (2, or 1 in int8 and fp8, with fp32 scales of rows), the head's 8,192 rows of image ids, the
-filled part of the cache, half of it on average. Launches: 6 per layer and 8 per step for up to 4 rows; above that 11
-per layer, and products count FLOPs at half the products' rate where that is longer.
+bytes: every matrix once (2 bytes per weight, or 1 in int8 and fp8, plus fp32 scales of rows), the head's 8,192 rows of
+image ids, and the filled part of the cache, on average half of it. Launches: 6 per layer and 8 per step for up to 4
+rows (sequences). For more rows 11 per layer, and products take at least the time of their FLOPs at half the rate of
+training.
 """
 
 import argparse
@@ -48,9 +52,9 @@ MICRO_BATCHES = {"350m": 4, "760m": 4, "7b": 8}
 TOKENS, PROMPT, IMAGE_IDS = 1024, 26, 8192
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.9))
 FILL = 96
-"""Columns of K whose time each tile takes for filling its pipeline and writing its result."""
+"""Columns of K that take as long as a tile's filling of its pipeline and writing of its result."""
 LAUNCH = 2.5e-6
-"""Seconds that a kernel of training takes at least."""
+"""Minimum seconds of a kernel of training."""
 GRAPH_LAUNCH = (2.5e-6, 1.5e-6)
 READ_SHARE = 0.97
 DECODED = [("7b", kind, 1) for kind in ("bf16", "int8", "fp8")] + [("760m", "bf16", 1), ("760m", "int8", 1)]
@@ -60,14 +64,14 @@ DECODED += [("350m", "bf16", prompts) for prompts in (8, 32, 64)]
 
 @dataclass(frozen=True)
 class Gpu:
-    """Constants of a card; rates in TFLOP/s, bandwidths in TB/s, pairs are (low, high)."""
+    """Constants of a GPU; rates in TFLOP/s, bandwidths in TB/s; pairs are (low, high)."""
 
     multiprocessors: int
     memory_gib: float
     bandwidth: float
-    """What elementwise kernels reach."""
+    """Bandwidth of elementwise kernels."""
     read: float
-    """What a plain read reaches."""
+    """Bandwidth of reading alone."""
     product: tuple[float, float]
     fp8: tuple[float, float] | None
     attention: dict[int, tuple[float, float]]
@@ -101,7 +105,7 @@ def product_seconds(shape: list[int], gpu: Gpu, rate: float) -> float:
 
 
 def step_seconds(row: dict, gpu: Gpu, end: int) -> dict[str, float]:
-    """Seconds by class: one micro-batch, and `optimizer` once. `end` 0 is the low end of the range, 1 the high one."""
+    """Seconds per class of a micro-batch, and of the optimizer step; `end`: 0 is the low end of a range, 1 the high."""
     seconds = {}
     for kind, found in row["classes"].items():
         moved = (found["read"] + found["written"]) / (gpu.bandwidth * 1e12)
@@ -110,7 +114,9 @@ def step_seconds(row: dict, gpu: Gpu, end: int) -> dict[str, float]:
     for *shape, count in row["shapes"]["gemm"]:
         rates = gpu.fp8 if shape[4] == 1 else gpu.product
         if rates is None:
-            raise ValueError(f"{row['model']} has products in fp8, which this GPU lacks; leave it out with --gpus.")
+            raise ValueError(
+                f"{row['model']} has products in fp8, which this GPU lacks; choose other GPUs with --gpus."
+            )
         seconds["gemm"] += count * product_seconds(shape, gpu, rates[end])
     seconds["attention"] = 0.0
     for batch, heads, _, length, width, direction, count in row["shapes"]["attention"]:
@@ -145,12 +151,12 @@ def build_config(row: dict, layers: int):
 
 
 def fit_layers(row: dict, gpu: Gpu) -> int:
-    """Layers of a 7b that the plan lets into the device; of other models, those recorded."""
+    """Number of layers: of 7b, as many as fit into the device's memory; of other models, those recorded."""
     from megatron_cm3leon.model.memory import estimate_memory
 
     layers = 32 if row["preset"] == "7b" else row["layers"]
-    room = RESERVE * gpu.memory_gib * 2**30
-    while layers > 1 and estimate_memory(build_config(row, layers), row["vocabulary"], 1, 0).total > room:
+    limit = RESERVE * gpu.memory_gib * 2**30
+    while layers > 1 and estimate_memory(build_config(row, layers), row["vocabulary"], 1, 0).total > limit:
         layers -= 1
     return layers
 
@@ -198,9 +204,9 @@ def predict_generation(family: str, size: str, weights: str, prompts: int, gpu: 
             products = max(products, 2 * numbers * sequences / (gpu.product[end] / 2 * 1e12))
         seconds.append(TOKENS * (products + cache / (READ_SHARE * gpu.read * 1e12) + launches * GRAPH_LAUNCH[end]))
     middle = sum(seconds) / 2
-    many = "prompts" if prompts > 1 else "prompt"
+    plural = "s" if prompts > 1 else ""
     return {
-        "kind": "generation", "name": f"{family} {size} {weights}, {prompts} {many}", "seconds": middle,
+        "kind": "generation", "name": f"{family} {size} {weights}, {prompts} prompt{plural}", "seconds": middle,
         "seconds_low": seconds[1], "seconds_high": seconds[0], "images_per_s": prompts / middle, "step_bytes": read,
         "cache_bytes": int(cache),
     }  # fmt: skip
@@ -210,7 +216,7 @@ def predict_generation(family: str, size: str, weights: str, prompts: int, gpu: 
 
 
 def group_recordings(path: Path, tree: str) -> dict[str, list[dict]]:
-    """Name of a measured row -> its recordings, the shallower first; of a model's, the last one counts, or `tree`'s."""
+    """Name of a measured row -> its recordings by depth, ascending; the last one of each model, or that of `tree`."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     trees = list(dict.fromkeys(row["tree"] for row in rows))
     if not rows or (tree and tree not in trees):
@@ -225,7 +231,8 @@ def group_recordings(path: Path, tree: str) -> dict[str, list[dict]]:
     for name, found in groups.items():
         if len({row["tree"] for row in found}) > 1:
             raise ValueError(
-                f"{name} has depths of two trees in {path}; record both with one tree or name it by --tree."
+                f"{path} has recordings of {name} of two trees; record both depths with one "
+                f"tree, or select it with --tree."
             )
     return {name: sorted(rows, key=lambda row: row["layers"]) for name, rows in groups.items()}
 
@@ -245,7 +252,7 @@ def predict(groups: dict[str, list[dict]], gpus: list[str]) -> list[dict]:
 
 
 def describe_trees(rows: list[dict]) -> str:
-    """Which rows are of which recorded tree; the one of most rows comes first, without their names."""
+    """A sentence on the recorded trees: the most frequent one, then the others with the names of their rows."""
     names: dict[str, list[str]] = {}
     for row in rows:
         if row["kind"] == "training":
@@ -278,12 +285,14 @@ def show(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recorded", type=Path, default=RESULTS / "operator_record.jsonl", help="recordings")
-    parser.add_argument("--tree", default="", help="tree of the recordings (default: each model's last)")
-    parser.add_argument("--gpus", nargs="+", default=list(GPUS), choices=list(GPUS), help="default: all")
+    parser.add_argument("--tree", default="", help="tree of the recordings (default: the last one of each model)")
     parser.add_argument(
-        "--output", default=str(RESULTS / "gpu_predicted.jsonl"), help="JSON Lines to write, - for none"
+        "--gpus", nargs="+", default=list(GPUS), choices=list(GPUS), help="GPUs to predict (default: all)"
     )
-    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown with this script's marks")
+    parser.add_argument(
+        "--output", default=str(RESULTS / "gpu_predicted.jsonl"), help="JSON Lines file to write; - writes none"
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file with the marks of this script")
     options = parser.parse_args()
     rows = predict(group_recordings(options.recorded, options.tree), options.gpus)
     if options.output != "-":

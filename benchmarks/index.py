@@ -1,17 +1,17 @@
-"""FAISS options for the neighbours of a whole corpus: build, recall@10, time for all documents, memory.
+"""FAISS options for the neighbors of all documents of a corpus: build, recall@10, search time, memory.
 
     python benchmarks/index.py --folder /scratch/vectors                 1,000,000 x 512
     python benchmarks/index.py --folder /scratch/vectors --documents 100000
 
-Vectors are made once, in `--folder`: 20,000 clusters whose centres, and whose members' distances from them, have
-variances falling as i^-0.5 over 512 directions turned at random (a spectrum as CLIP's is taken to be; --spectrum 1 is
-harder: neighbours then often belong to other clusters), cosine of a vector to its centre about 0.74. Each option runs
-in a process of its own, on `--threads` threads: it trains, adds all vectors in pieces, chooses its probes by measured
-recall, and is measured on other queries. In rounds it then searches `--queries` documents of the corpus, in turn with
-exact search (faiss.knn) of some of them; times for the whole corpus are extrapolated from these. `x exact` is exact
-search of all documents over build and search of all documents.
-`table` is what tools/build_index.py does with the index: two searches a document, and the filters.
-Seconds are of CPU time, all threads added up, so that other work on the machine counts little.
+Vectors are created once, in `--folder`: 20,000 clusters. The centers, and the offsets of vectors from their centers,
+have variances that fall as i^-0.5 over 512 randomly rotated directions (an assumption about CLIP's spectrum; --spectrum
+1 is harder, because neighbors then often belong to other clusters). The cosine of a vector to its center is about 0.74.
+Each option runs in its own process with `--threads` threads: it trains the index, adds all vectors in pieces, chooses
+the search parameters by measured recall, and measures recall on other queries. Then it searches `--queries` documents
+of the corpus in rounds, alternating with exact search (faiss.knn) of some of them; times for all documents are
+extrapolated from these. `x exact` is the time of exact search divided by the time of build and search, for all
+documents. `table` is the work of tools/build_index.py with the index: two searches per document, and the filters.
+Seconds are CPU time of all threads, so other work on the machine has little influence.
 """
 
 import argparse
@@ -39,46 +39,47 @@ from megatron_cm3leon.retrieval.index import (
     tune_search,
 )
 
-CLUSTERS, COSINE_TO_CENTRE = 20_000, 0.74
+CLUSTERS, COSINE_TO_CENTER = 20_000, 0.74
 PIECE = 50_000
 RECALL_QUERIES = 1000
 OPTIONS = ("IVF4096,Flat", "IVF4096,SQ8", "HNSW32,SQfp16", "IVF4096,PQ64")
 
 
 def make_vectors(folder: Path, documents: int, width: int, spectrum: float, seed: int) -> Path:
-    """Write unit vectors, float16 [documents, width], piece by piece; kept from run to run."""
+    """Write unit vectors, float16 [documents, width], piece by piece, unless the file exists; returns its path."""
     path = folder / f"vectors-{documents}-{width}-{spectrum}-{seed}.npy"
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     deviations = np.arange(1, width + 1, dtype=np.float32) ** (-spectrum / 2)
-    turn = np.linalg.qr(random.standard_normal((width, width)))[0].astype(np.float32)
-    centres = unit(random.standard_normal((CLUSTERS, width), np.float32) * deviations)
+    rotation = np.linalg.qr(random.standard_normal((width, width)))[0].astype(np.float32)
+    centers = unit(random.standard_normal((CLUSTERS, width), np.float32) * deviations)
     temporary = path.with_suffix(".tmp")
     array = np.lib.format.open_memmap(temporary, "w+", np.float16, (documents, width))
     for start in range(0, documents, PIECE):
         rows = slice(start, min(start + PIECE, documents))
-        members = centres[random.integers(0, CLUSTERS, rows.stop - start)]
-        apart = unit(random.standard_normal(members.shape, np.float32) * deviations)
-        vectors = COSINE_TO_CENTRE * members + (1 - COSINE_TO_CENTRE**2) ** 0.5 * apart
-        array[rows] = unit(vectors) @ turn
+        chosen = centers[random.integers(0, CLUSTERS, rows.stop - start)]
+        offsets = unit(random.standard_normal(chosen.shape, np.float32) * deviations)
+        vectors = COSINE_TO_CENTER * chosen + (1 - COSINE_TO_CENTER**2) ** 0.5 * offsets
+        array[rows] = unit(vectors) @ rotation
     array.flush()
     os.replace(temporary, path)
     return path
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
+    """Normalize each row to length 1."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def peak_gigabytes() -> float:
-    """Largest resident memory of this process so far, mapped pages of files among it."""
+    """Peak resident memory of this process, including mapped pages of files."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def measure_option(path: Path, factory: str, options: argparse.Namespace) -> dict:
-    """Everything about one factory string, as a row of the table."""
+    """Measure one factory string; returns its row of the table."""
     faiss.omp_set_num_threads(options.threads)
     vectors = np.load(path, mmap_mode="r")
     documents = len(vectors)
@@ -125,7 +126,7 @@ def measure_option(path: Path, factory: str, options: argparse.Namespace) -> dic
 
 
 def measure_table(index, vectors: np.ndarray, chosen: np.ndarray) -> float:
-    """Seconds a document of the neighbour table: 32 candidates of each of two views, and the filters."""
+    """Seconds per document of the neighbor table: two searches for 32 candidates each, and the filters."""
     chosen = np.sort(chosen)
     identities = np.arange(2 * len(vectors), dtype=np.uint64).reshape(-1, 1, 2)
     queries = np.array(vectors[chosen])
@@ -141,21 +142,25 @@ def measure_table(index, vectors: np.ndarray, chosen: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the vectors are made and kept")
+    parser.add_argument("--folder", type=Path, required=True, help="folder to create and keep the vectors in")
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--spectrum", type=float, default=0.5, help="variances fall as i to the minus this")
-    parser.add_argument("--factory", nargs="*", default=[], help="options (empty: the one chosen by size, and others)")
+    parser.add_argument("--spectrum", type=float, default=0.5, help="exponent s of the variances i^-s")
+    parser.add_argument(
+        "--factory", nargs="*", default=[], help="FAISS factory strings (empty: the one chosen by size, and others)"
+    )
     parser.add_argument("--search", default="", help="search parameters (empty: chosen by measured recall)")
-    parser.add_argument("--recall", type=float, default=0.95, help="recall@10 that the probes are chosen for")
+    parser.add_argument(
+        "--recall", type=float, default=0.95, help="target recall@10 for choosing the search parameters"
+    )
     parser.add_argument("--queries", type=int, default=8000, help="documents searched for the extrapolation")
-    parser.add_argument("--exact-queries", type=int, default=2000, help="of them searched exactly, a round")
+    parser.add_argument("--exact-queries", type=int, default=2000, help="number of them searched exactly per round")
     parser.add_argument("--table-queries", type=int, default=1024, help="documents whose row of the table is timed")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--count", type=int, default=10, help="neighbours asked for when timing")
+    parser.add_argument("--count", type=int, default=10, help="neighbors per query of the timed searches")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="append each row to this file")
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # this process is the one of an option
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # set in the process that measures one option
     options = parser.parse_args()
     path = make_vectors(options.folder, options.documents, options.width, options.spectrum, seed=0)
     if options.only:
@@ -172,7 +177,7 @@ def main() -> None:
         "x exact",
         "table, s",
     )
-    columns += ("bytes a vector", "peak GB")
+    columns += ("bytes per vector", "peak GB")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for factory in options.factory or (choose_factory(options.documents, options.width), *OPTIONS):
         done = subprocess.run([sys.executable, *sys.argv, "--only", factory], stdout=subprocess.PIPE, text=True)

@@ -1,15 +1,15 @@
-"""The loader's rate beside megatron-core's GPTDataset on the same tokens, interleaved in one run.
+"""Rates of the loader and of megatron-core's GPTDataset on the same tokens, interleaved in one run.
 
     python benchmarks/loader.py --folder scratch/
 
-Pairs of 1,066 tokens on average (a caption and 1,024 picture codes; uint16 shards), blocks of 4,096 tokens, int64
-batches of 8. Rates are millions of tokens a second. A round times each contender once; the table gives the fastest
-round, the median, and the ratio to GPTDataset as a median of pairs of one round. `--what` chooses what is measured:
+Pairs of 1,066 tokens on average (a caption and 1,024 image codes; uint16 shards), sequences of 4,096 tokens, int64
+batches of 8. Rates are millions of tokens per second. A round times each contender once; the table has the fastest
+round, the median, and the ratio to GPTDataset, the median over pairs within a round. `--what` selects the measurements:
 
-    rates    one process, page cache warm: retrieval of three and masking, either, neither; GPTDataset
+    rates    one process, warm page cache: three retrieved documents and CM3 masks, only one of them, none; GPTDataset
     worker   one worker process: ours, and GPTDataset in a torch DataLoader
-    cold     the shards dropped from the page cache before each round
-    slow     1 ms added to every read, as of a distant file system; reads may overlap
+    cold     the shards are dropped from the page cache before each round
+    slow     1 ms is added to every read, to simulate a remote file system; reads may overlap
     memory   private memory of a worker over a million samples of a small corpus
 """
 
@@ -39,7 +39,7 @@ SHARD_DOCUMENTS = 10_000
 
 
 def make_corpus(folder: Path, documents: int, vocabulary: Vocabulary, caption: float) -> Corpus:
-    """Random pairs with captions of `caption` tokens on average (geometric), written once and kept."""
+    """Write random pairs with captions of `caption` tokens on average (geometric), unless they exist; open them."""
     if not (folder / MANIFEST).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         generator, entries = np.random.default_rng(0), []
@@ -58,7 +58,7 @@ def make_corpus(folder: Path, documents: int, vocabulary: Vocabulary, caption: f
 
 
 def make_neighbors(corpus: Corpus) -> Neighbors:
-    """Eight random neighbours a document, with checksums as an index has them."""
+    """A table of eight random neighbors per document, with checksums as in an index."""
     table = np.random.default_rng(1).integers(0, corpus.documents, (corpus.documents, 8))
     return Neighbors(table=table, bank=corpus, path=corpus.folder / "random", checksums=checksum_rows(table))
 
@@ -69,7 +69,7 @@ def make_config(packing: str, masks: bool, *overrides: str) -> Config:
 
 
 class Ours:
-    """Our loader; goes on where it stopped."""
+    """Our loader; each call of `take` continues after the previous one."""
 
     def __init__(self, corpus: Corpus, neighbors, packing: str, masks: bool, workers: int = 0) -> None:
         stream = Stream(make_config(packing, masks), corpus, neighbors)
@@ -81,9 +81,9 @@ class Ours:
 
 
 class Theirs:
-    """GPTDataset over the documents of a corpus; `workers`: in a torch DataLoader of batches."""
+    """GPTDataset over the documents of a corpus; with `workers`, in a torch DataLoader that makes batches."""
 
-    def __init__(self, corpus: Corpus, folder: Path, blocks: int, workers: int = 0) -> None:
+    def __init__(self, corpus: Corpus, folder: Path, sequences: int, workers: int = 0) -> None:
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
         from megatron.core.datasets.indexed_dataset import IndexedDataset
         from megatron.core.datasets.utils import Split
@@ -96,7 +96,7 @@ class Theirs:
         )  # fmt: skip
         documents = np.arange(corpus.documents, dtype=np.int32)
         indexed = IndexedDataset(str(prefix), mmap=True)
-        self.dataset = GPTDataset(indexed, None, documents, blocks, Split.train, config)
+        self.dataset = GPTDataset(indexed, None, documents, sequences, Split.train, config)
         self.samples = iter(self.dataset)
         if workers:
             loader = DataLoader(self.dataset, BATCH, num_workers=workers, prefetch_factor=8)
@@ -113,7 +113,7 @@ class Theirs:
 
 
 class _Tokenizer:
-    """What GPTDataset asks of a tokenizer."""
+    """The attributes of a tokenizer that GPTDataset reads."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.eod = self.pad = vocabulary.eos
@@ -122,7 +122,7 @@ class _Tokenizer:
 
 
 def write_indexed(corpus: Corpus, folder: Path) -> Path:
-    """The documents of a corpus, each with </s> behind it, as megatron-core's .bin and .idx."""
+    """Write the documents of a corpus, each followed by </s>, as megatron-core's .bin and .idx; returns the prefix."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix = folder / "indexed"
@@ -139,7 +139,7 @@ def write_indexed(corpus: Corpus, folder: Path) -> Path:
 
 
 def time_rounds(contenders: dict, rounds: int, batches: int, before=lambda: None) -> dict[str, list[float]]:
-    """Millions of tokens a second of each contender in each round."""
+    """Millions of tokens per second of each contender in each round; `before` is called before each timing."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():
         contender.take(batches)  # page cache, lazily built tables
@@ -155,12 +155,12 @@ def time_rounds(contenders: dict, rounds: int, batches: int, before=lambda: None
 def print_rates(rates: dict[str, list[float]], peer: str) -> None:
     print("| | fastest | median | over GPTDataset |\n|---|---|---|---|")
     for name, values in rates.items():
-        ratio = statistics.median(own / other for own, other in zip(values, rates[peer], strict=True))
+        ratio = statistics.median(ours / other for ours, other in zip(values, rates[peer], strict=True))
         print(f"| {name} | {max(values):.1f} | {statistics.median(values):.1f} | {ratio:.2f} |", flush=True)
 
 
 def measure_rates(corpus: Corpus, options: argparse.Namespace) -> None:
-    neighbors, blocks = make_neighbors(corpus), (options.rounds + 1) * options.batches * BATCH
+    neighbors, sequences = make_neighbors(corpus), (options.rounds + 1) * options.batches * BATCH
     print_rates(
         time_rounds(
             {
@@ -169,7 +169,7 @@ def measure_rates(corpus: Corpus, options: argparse.Namespace) -> None:
                 "retrieval (stream)": Ours(corpus, neighbors, "stream", False),
                 "masks (stream)": Ours(corpus, None, "stream", True),
                 "neither (stream)": Ours(corpus, None, "stream", False),
-                "GPTDataset": Theirs(corpus, options.folder, blocks),
+                "GPTDataset": Theirs(corpus, options.folder, sequences),
             },
             options.rounds,
             options.batches,
@@ -179,18 +179,18 @@ def measure_rates(corpus: Corpus, options: argparse.Namespace) -> None:
 
 
 def measure_worker(corpus: Corpus, options: argparse.Namespace) -> None:
-    neighbors, blocks = make_neighbors(corpus), (options.rounds + 2) * options.batches * BATCH + 1000
+    neighbors, sequences = make_neighbors(corpus), (options.rounds + 2) * options.batches * BATCH + 1000
     contenders = {
         "retrieval, masks (query), 1 worker": Ours(corpus, neighbors, "query", True, workers=1),
         "retrieval, masks (stream), 1 worker": Ours(corpus, neighbors, "stream", True, workers=1),
         "neither (stream), 1 worker": Ours(corpus, None, "stream", False, workers=1),
-        "GPTDataset, 1 worker": Theirs(corpus, options.folder, blocks, workers=1),
+        "GPTDataset, 1 worker": Theirs(corpus, options.folder, sequences, workers=1),
     }
     print_rates(time_rounds(contenders, options.rounds, options.batches), "GPTDataset, 1 worker")
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Ask the kernel to forget the pages of all shards; those that a process has mapped stay."""
+    """Drop the pages of all shards from the page cache, except those that a process has mapped."""
     for path in folder.glob("*.tar"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -202,7 +202,7 @@ def measure_cold(corpus: Corpus, options: argparse.Namespace) -> None:
     for packing in ("query", "stream"):
         rates = []
         for _ in range(options.rounds):
-            fresh = open_shards(corpus.folder)  # nothing of it is mapped
+            fresh = open_shards(corpus.folder)  # none of its pages is mapped
             ours = Ours(fresh, replace(neighbors, bank=fresh), packing, True)
             drop_from_cache(corpus.folder)
             started = time.perf_counter()
@@ -212,7 +212,7 @@ def measure_cold(corpus: Corpus, options: argparse.Namespace) -> None:
 
 
 class DistantCorpus(Corpus):
-    """A corpus whose every read takes `delay` seconds more; reads that were asked for ahead overlap."""
+    """A corpus with `delay` seconds more per read; the delays of prefetched reads overlap."""
 
     delay = 0.001
 
@@ -237,7 +237,7 @@ def measure_slow(corpus: Corpus, options: argparse.Namespace) -> None:
     distant = DistantCorpus(corpus.folder)
     neighbors = replace(make_neighbors(corpus), bank=distant)
     contenders = {
-        f"1 ms a read ({packing})": Ours(distant, neighbors, packing, True) for packing in ("query", "stream")
+        f"1 ms per read ({packing})": Ours(distant, neighbors, packing, True) for packing in ("query", "stream")
     }
     rates = time_rounds(contenders, options.rounds, options.batches)
     print("| | fastest | median |\n|---|---|---|")
@@ -265,10 +265,10 @@ def measure_memory(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder, about 1 GB; kept for the next run")
-    parser.add_argument("--what", nargs="+", default=["rates", "worker", "cold", "slow", "memory"])
+    parser.add_argument("--what", nargs="+", default=["rates", "worker", "cold", "slow", "memory"], help="measurements")
     parser.add_argument("--documents", type=int, default=220_000, help="documents of the corpus")
-    parser.add_argument("--rounds", type=int, default=7, help="times each is measured")
-    parser.add_argument("--batches", type=int, default=200, help="batches of 8 blocks a time")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds per measurement")
+    parser.add_argument("--batches", type=int, default=200, help="batches of 8 sequences per round")
     parser.add_argument("--samples", type=int, default=1_000_000, help="samples of `memory`")
     options = parser.parse_args(arguments)
     vocabulary = Vocabulary(

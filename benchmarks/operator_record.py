@@ -1,15 +1,15 @@
-"""Every operator of a training step at real shapes, recorded on a CPU without memory: FLOPs, bytes, live bytes.
+"""Record every operator of a training step at real shapes, on a CPU and without memory: FLOPs, bytes, live bytes.
 
     python benchmarks/operator_record.py                                    all models, as a table and JSON Lines
     python benchmarks/operator_record.py --models "llama 350m" --output -   one of them, JSON on the terminal
     python benchmarks/operator_record.py --tree ../other                    the package of another checkout
 
-Forward and backward passes of one micro-batch and the optimizer's step of MegatronEngine, bf16, on fake tensors that
-pass for CUDA tensors (fake_gpu.py); what a library keeps to itself (workspaces, attention's inner buffers) is not
-seen. operator_trace.py says how bytes are counted, and how kernels of torch.compile are: `--set train.compile=true`.
-A row holds, by class of operators, launches, FLOPs, bytes read and written; every matrix product and attention with its
-shape and count; the peak of live bytes; and of the loss, bytes moved and alive for each logit (the logits themselves
-and their gradient included).
+Forward and backward passes of one micro-batch and the optimizer step of MegatronEngine, bf16, on fake tensors that
+claim to be CUDA tensors (fake_gpu.py). Memory inside a library (workspaces, attention's internal buffers) is not
+counted. operator_trace.py describes how bytes, and kernels of torch.compile (`--set train.compile=true`), are counted.
+A row has per class of operators the launches, FLOPs, bytes read and written; every matrix product and attention with
+its shape and count; the peak of live bytes; and for the loss, the bytes moved and the live bytes per logit (including
+the logits and their gradient).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/operator_record.jsonl"
 COLUMNS = ("launches", "flops", "read", "written")
-MODELS = {  # family, preset, layers (0: the preset's), sequences of a micro-batch; a 7b's rows are linear in its layers
+MODELS = {  # family, preset, layers (0: the preset's), micro-batch size; the values of 7b are linear in its layers
     "cm3leon 7b, 8 layers": ("cm3leon", "7b", 8, 1),
     "cm3leon 7b, 16 layers": ("cm3leon", "7b", 16, 1),
     "cm3leon 760m": ("cm3leon", "760m", 0, 4),
@@ -33,19 +33,19 @@ MODELS = {  # family, preset, layers (0: the preset's), sequences of a micro-bat
     "llama 350m": ("llama", "350m", 0, 4),
 }
 COMPARED = ("model.dropout=0", "train.z_loss=0", "checkpoint.asynchronous=false", "optimizer.rule=none")
-"""As in the measurements: Hugging Face's models have no z-loss."""
+"""Settings of the GPU measurements: Hugging Face's models have no z-loss."""
 
 
 def describe_tree(folder: Path) -> str:
-    """Commit of a checkout, with + where files differ from it."""
-    ask = ["git", "-C", str(folder)]
-    commit = subprocess.run([*ask, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    changed = subprocess.run([*ask, "diff", "--quiet", "HEAD", "--", "megatron_cm3leon"]).returncode
+    """Commit of a checkout, followed by + if the package differs from it."""
+    git = ["git", "-C", str(folder)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "megatron_cm3leon"]).returncode
     return commit.stdout.strip() + ("+" if changed else "")
 
 
 def record(name: str, options: argparse.Namespace) -> dict:
-    """One row: a step of a model, recorded."""
+    """Record a step of a model; returns its row."""
     import torch
     from fake_gpu import CUDA, pretend_cuda
     from operator_trace import OperatorTrace
@@ -76,7 +76,7 @@ def record(name: str, options: argparse.Namespace) -> dict:
         batches = make_batches(options.vocabulary, micro_batch, options.sequence, 1)
         engine = MegatronEngine(config, make_vocabulary(options.vocabulary), CUDA)
         mark_sections(trace, engine, builder)
-        engine.train_step(batches, 0, 1e-4)  # compiles, and makes the optimizer's state
+        engine.train_step(batches, 0, 1e-4)  # compiles, and creates the optimizer's state
         trace.recording = True
         trace.restart()
         engine.train_step(batches, 0, 1e-4)
@@ -90,9 +90,10 @@ def record(name: str, options: argparse.Namespace) -> dict:
 
 
 def mark_sections(trace, engine, builder) -> None:
-    """Tell the trace which operators are the loss's, which the optimizer's, and where gradients are summed.
+    """Mark the operators of the loss and of the optimizer, and the buffers that gradients are added to, for the trace.
 
-    What happens once in a step, however many micro-batches it has, is the optimizer's: conversions of weights, too.
+    Operators that run once per step, independent of the number of micro-batches, belong to the optimizer; this includes
+    conversions of weights.
     """
     for model in engine.model:
         trace.gradients |= {trace.number(one.main_grad) for one in model.parameters() if hasattr(one, "main_grad")}
@@ -124,7 +125,7 @@ def mark_sections(trace, engine, builder) -> None:
 
         return call
 
-    for layer in getattr(engine, "converted", []):  # trees from before have none
+    for layer in getattr(engine, "converted", []):  # older trees have none
         layer.convert_weight = marked_conversion(type(layer).convert_weight).__get__(layer)
     builder.cross_entropy = marked(builder.cross_entropy, True)
     for module in engine.model[-1].modules():  # train.head_chunk
@@ -134,7 +135,7 @@ def mark_sections(trace, engine, builder) -> None:
 
 
 def measure(trace, logits: int) -> dict:
-    """What the trace holds, as a row has it."""
+    """The fields of a row that come from the trace; `logits`: number of logits."""
     kernels = trace.kernels()
     classes = {total.kind: {key: getattr(total, key) for key in COLUMNS} for total in trace.summarize()}
     shapes = {
@@ -168,28 +169,32 @@ def print_row(row: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="M")
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the configuration")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="checkout whose package is recorded (default: this)")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="further fields of the configuration"
+    )
+    parser.add_argument(
+        "--tree", type=Path, default=ROOT, help="checkout whose package is recorded (default: this one)"
+    )
     parser.add_argument("--label", default="", help="name of the tree in the rows (default: its commit)")
     parser.add_argument(
-        "--output", default=str(RESULTS), help="JSON Lines to append to, - for none (default: %(default)s)"
+        "--output", default=str(RESULTS), help="JSON Lines file to append to; - writes none (default: %(default)s)"
     )
-    parser.add_argument("--layers", type=int, default=0, help="instead of the model's")
-    parser.add_argument("--micro-batch", type=int, default=0, help="sequences of a micro-batch (default: by model)")
-    parser.add_argument("--sequence", type=int, default=4096, help="tokens of a sequence (default: 4096)")
-    parser.add_argument("--vocabulary", type=int, default=65_536, help="default: 65536")
+    parser.add_argument("--layers", type=int, default=0, help="number of layers (default: the model's)")
+    parser.add_argument("--micro-batch", type=int, default=0, help="sequences per micro-batch (default: by model)")
+    parser.add_argument("--sequence", type=int, default=4096, help="tokens per sequence (default: 4096)")
+    parser.add_argument("--vocabulary", type=int, default=65_536, help="size of the vocabulary (default: 65536)")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path[:0] = [str(options.tree.resolve()), str(ROOT / "benchmarks")]
     if options.one:
         print(json.dumps(record(options.one, options)))
         return
-    for name in options.models:  # megatron-core's groups are made once in a process
+    for name in options.models:  # a process can create megatron-core's groups only once
         command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
         quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=quiet)
         if done.returncode:
-            raise SystemExit(f"error: {name} could not be recorded; the cause stands above.")
+            raise SystemExit(f"error: {name} could not be recorded; the cause is printed above.")
         row = json.loads(done.stdout.splitlines()[-1])
         print_row(row)
         if options.output != "-":

@@ -1,7 +1,7 @@
-"""The table of docs/benchmarks.md from what operator_record.py has recorded, tree beside tree.
+"""Write the table of docs/benchmarks.md from the recordings of operator_record.py, trees of one model together.
 
 python benchmarks/operator_table.py                              prints it
-python benchmarks/operator_table.py --write docs/benchmarks.md   puts it between its two marks
+python benchmarks/operator_table.py --write docs/benchmarks.md   writes it between its two marks
 """
 
 import argparse
@@ -19,7 +19,7 @@ PARTS = {  # column -> classes of operators
 
 
 def build_table(rows: list[dict]) -> str:
-    """A row per model and tree, in the order in which models were first recorded; a later recording replaces one."""
+    """One row per model and tree, in the order of the first recordings; a later recording replaces an earlier one."""
     latest = {(row["model"], tuple(row["settings"]), row["tree"]): row for row in rows}
     names = list(dict.fromkeys((row["model"], tuple(row["settings"])) for row in rows))
     columns = [f"{name}, GB" for name in PARTS]
@@ -42,11 +42,11 @@ def _show(row: dict) -> list[str]:
 
 
 def write_between_marks(path: Path, script: str, text: str) -> None:
-    """Replace what stands in a Markdown file between the two marks of a script; ValueError where it has none."""
+    """Replace the text between the two marks of a script in a Markdown file; ValueError if it does not have them."""
     begin, end = (f"<!-- tables of {script}: {word} -->" for word in ("begin", "end"))
     page = path.read_text()
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
-        raise ValueError(f"{path} must hold the lines {begin} and {end}, once each and in this order; add them.")
+        raise ValueError(f"{path} must contain the lines {begin} and {end}, once each and in this order; add them.")
     before, rest = page.split(begin)
     path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{rest.split(end)[1]}")
 
@@ -54,7 +54,7 @@ def write_between_marks(path: Path, script: str, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recorded", type=Path, default=RECORDED, help="recordings (default: %(default)s)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown with this script's marks")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file with the marks of this script")
     options = parser.parse_args()
     table = build_table([json.loads(line) for line in options.recorded.read_text().splitlines()])
     print(table, end="")

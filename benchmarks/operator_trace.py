@@ -1,16 +1,17 @@
-"""Records every operator that runs on fake tensors: floating-point operations, bytes read and written, live bytes.
+"""Record every operator that runs on fake tensors: floating-point operations, bytes read and written, live bytes.
 
     with OperatorTrace() as trace:
         ...                                   # anything on fake tensors
     for total in trace.summarize(fused=True): ...
 
-Bytes of an operator are those of its inputs and of what it writes, each tensor once, an expanded dimension as one
-element, a view as nothing. A look-up of rows (embedding, gather) reads the rows that it returns.
+The bytes of an operator are those of its inputs and of its outputs. Each tensor counts once, an expanded dimension as
+one element, a view as nothing. A look-up of rows (embedding, gather) reads the rows that it returns.
 
-Eager code is counted operator by operator. A graph that `run_graph` executes (what torch.compile has traced) is counted
-by kernels: operators between two that inductor leaves to libraries (matrix products, attention, custom operators) are
-one kernel, which reads each tensor from outside once and writes once what anything outside reads later. Inductor splits
-such a run where loops differ (a reduction over rows and one over columns), so its traffic is a lower bound.
+Eager code is counted per operator. A graph that `run_graph` executes (a graph that torch.compile has traced) is counted
+per kernel: all operators between two that inductor leaves to libraries (matrix products, attention, custom operators)
+are one kernel, which reads each external tensor once and writes each tensor once that is read outside of it later.
+Inductor splits such a group where loops differ (a reduction over rows and one over columns), so the counted traffic is
+a lower bound.
 """
 
 import contextlib
@@ -27,41 +28,39 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 KINDS = ("gemm", "attention", "loss", "elementwise", "copy", "weight_gradient_add", "optimizer")
-"""Order of a table's rows. `elementwise` includes norms and look-ups, `copy` what only moves or converts numbers."""
+"""Kinds, in the order of a table's rows. `elementwise` includes norms and look-ups, `copy` moves and conversions."""
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_mm"}
 COPIES = {"clone", "copy_", "_to_copy", "cat", "stack", "_foreach_copy_", "constant_pad_nd", "split_with_sizes_copy"}
 UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 LOOKUPS = {"embedding", "index", "index_select", "gather"}
 OVERWRITES = {"copy_", "zero_", "fill_", "_foreach_zero_", "_foreach_copy_", "normal_", "uniform_", "random_"}
-"""They write their first argument without reading it."""
-
-
+"""Operators that write their first argument without reading it."""
 COMPOSED = {"megatron_cm3leon::product", "megatron_cm3leon::gradients"}
-"""Custom operators that call others (model/linear.py), which are recorded in their place; the rest are one kernel."""
+"""Custom operators that call others (model/linear.py), which are recorded instead; all other ones are one kernel."""
 OLDER = -1
-"""`born` of a storage from before the recording."""
+"""`born` of a storage that is older than the recording."""
 
 
 @dataclass
 class Operation:
-    """One operator, or one fused kernel. Storages are numbered in the order in which the trace met them."""
+    """One operator, or one fused kernel. Storages are numbered in the order of their first use."""
 
     name: str
     kind: str
     flops: int = 0
     reads: dict[int, int] = field(default_factory=dict)
-    """Storage -> bytes."""
+    """Number of the storage -> bytes."""
     writes: dict[int, int] = field(default_factory=dict)
     graph: int = 0
-    """Number of the execution of a compiled graph that it belongs to; 0 for eager code."""
+    """Number of the execution of a compiled graph that contains it; 0 for eager code."""
     shape: tuple = ()
-    """Of a product: M, N, K, batch, bytes of an element, all bytes. Of attention: batch, heads, groups, S, D, pass."""
+    """Product: M, N, K, batch, bytes per element, all bytes. Attention: batch, heads, groups, S, D, pass."""
 
 
 @dataclass
 class Lifetime:
-    """A storage between the operations `born` and `died`; `died` is None for one that is still there."""
+    """A storage that exists from operation `born` to operation `died`; `died` is None if it still exists."""
 
     bytes: int
     born: int
@@ -80,7 +79,7 @@ class Total:
 
 
 class OperatorTrace(TorchDispatchMode):
-    """Records while it is entered and `recording`; storages are followed all the time."""
+    """Records operators while it is active and `recording`; tracks storages whenever it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +87,7 @@ class OperatorTrace(TorchDispatchMode):
         self.lifetimes: dict[int, Lifetime] = {}
         self.recording = True
         self.section = ""
-        """Kind that overrides an elementwise operator's own: what `mark` has set."""
+        """Kind of elementwise operators, set by `mark`; empty: by operator."""
         self.gradients: set[int] = set()
         """Storages that weight gradients are added to."""
         self._count = 0
@@ -102,9 +101,9 @@ class OperatorTrace(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
         options = options or {}
         if operator.name() in COMPOSED:
-            with self, self._in_graph(0):  # what it calls is eager, in a compiled graph as well
+            with self, self._in_graph(0):  # the operators that it calls are eager, also in a compiled graph
                 return OPDEFS[operator.name()]._init_fn(*arguments, **options)
-        if operator.name() == "aten::matmul":  # below autograd nothing has divided it
+        if operator.name() == "aten::matmul":  # nothing below autograd has decomposed it
             with self:
                 return operator.decompose(*arguments, **options)
         inputs = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, FakeTensor)]
@@ -133,7 +132,7 @@ class OperatorTrace(TorchDispatchMode):
         return self._numbers[key]
 
     def _record(self, operator, arguments, options, inputs: list, fresh: dict[int, int]) -> None:
-        """`fresh`: bytes of the storages that the operator has made."""
+        """Append the operation; `fresh`: new storages -> bytes."""
         name = operator._schema.name.split("::")[1]
         changed = _changed_arguments(operator, arguments, options)
         if not changed and (not fresh or name in UNWRITTEN):
@@ -147,7 +146,10 @@ class OperatorTrace(TorchDispatchMode):
             reads -= Counter(writes)
         if name in LOOKUPS and inputs:
             reads[self.number(inputs[0])] = sum(fresh.values())
-        if name in ("_fused_adamw_", "_fused_adam_"):  # the schema marks gradients as changed: only a scaler does
+        if name in (
+            "_fused_adamw_",
+            "_fused_adam_",
+        ):  # the schema marks gradients as written, but only a scaler writes them
             for leaf in arguments[1]:
                 del writes[self.number(leaf)]
         flops, shape = _count_work(operator, name, arguments)
@@ -170,7 +172,7 @@ class OperatorTrace(TorchDispatchMode):
 
     @contextlib.contextmanager
     def mark(self, section: str) -> Iterator[None]:
-        """Operators in here, and those of their backward pass, are of this kind; products and attention stay theirs."""
+        """Operators inside, and those of their backward pass, get this kind; products and attention keep their own."""
         start, before = torch.autograd._get_sequence_nr(), self.section
         self.section = section
         try:
@@ -187,7 +189,7 @@ class OperatorTrace(TorchDispatchMode):
         return next((section for start, stop, section in self._forwards if start <= number < stop), "")
 
     def run_graph(self, graph, arguments: list):
-        """Execute a traced graph whose operators inductor would fuse."""
+        """Execute a traced graph; its operators are counted as inductor would fuse them."""
         self._graphs += 1
         entered = self in _get_current_dispatch_mode_stack()
         with self._in_graph(self._graphs), contextlib.nullcontext() if entered else self:
@@ -202,7 +204,7 @@ class OperatorTrace(TorchDispatchMode):
             self._graph = before
 
     def restart(self) -> None:
-        """Forget the operations so far; what is alive stays alive, from the beginning on."""
+        """Delete the operations so far; storages that exist are kept, as older than the recording."""
         self.operations.clear()
         self._forwards.clear()
         self.lifetimes = {n: Lifetime(life.bytes, OLDER) for n, life in self.lifetimes.items() if life.died is None}
@@ -210,7 +212,7 @@ class OperatorTrace(TorchDispatchMode):
     # ----------------------------------------------------------------- results
 
     def kernels(self) -> list[Operation]:
-        """The operations, with those of compiled graphs fused."""
+        """All operations; those of compiled graphs are fused."""
         return [group[0] if len(group) == 1 else self._fuse(group) for group in self._group()]
 
     def _group(self) -> list[list[Operation]]:
@@ -237,7 +239,7 @@ class OperatorTrace(TorchDispatchMode):
         return Operation("fused", kind, 0, reads, kept, group[0].graph)
 
     def _read_outside(self, inside: set[int]) -> set[int]:
-        """Storages that an operation outside reads, or that are older or live on."""
+        """Storages that an operation outside reads, or that are older than the recording or still exist."""
         if not hasattr(self, "_readers") or self._readers[0] != len(self.operations):
             readers: dict[int, set[int]] = {}
             for operation in self.operations:
@@ -259,26 +261,26 @@ class OperatorTrace(TorchDispatchMode):
         return list(totals.values())
 
     def peak_bytes(self, kind: str = "") -> tuple[int, int]:
-        """Largest sum of live bytes, and the one before the first operation; with `kind`, of its operations alone.
+        """(peak of live bytes, live bytes before the first operation); with `kind`, only over operations of that kind.
 
         Tensors inside a fused kernel take no memory.
         """
         groups = self._group()
         stored = {n for group in groups for n in (self._fuse(group) if len(group) > 1 else group[0]).writes}
         inner = {n for group in groups if len(group) > 1 for o in group for n in o.writes} - stored
-        changes, places = Counter(), [i for i, o in enumerate(self.operations) if kind in ("", o.kind)]
+        changes, positions = Counter(), [i for i, o in enumerate(self.operations) if kind in ("", o.kind)]
         for number, life in self.lifetimes.items():
             if number not in inner:
                 changes[life.born] += life.bytes
                 if life.died is not None:
                     changes[life.died] -= life.bytes
         live, total = [], changes[OLDER]
-        for place in range(len(self.operations) + 1):
-            total += changes[place]
+        for position in range(len(self.operations) + 1):
+            total += changes[position]
             live.append(total)
-        if not places:
+        if not positions:
             return 0, 0
-        return max(live[place] for place in places), live[places[0] - 1] if places[0] else changes[OLDER]
+        return max(live[i] for i in positions), live[positions[0] - 1] if positions[0] else changes[OLDER]
 
 
 def _is_fusable(operation: Operation) -> bool:
@@ -287,23 +289,23 @@ def _is_fusable(operation: Operation) -> bool:
 
 
 def _touched(tensor: torch.Tensor) -> int:
-    """Bytes of the elements of a tensor; an expanded dimension counts once."""
+    """Bytes of the elements of a tensor; an expanded dimension counts as one element."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(size for size, stride in sizes if stride or not size) * tensor.element_size()
 
 
 def _changed_arguments(operator, arguments, options) -> list[FakeTensor]:
-    """Tensors among the arguments that the operator's schema says it writes."""
+    """Tensors among the arguments that the operator writes according to its schema."""
     found = []
-    for place, argument in enumerate(operator._schema.arguments):
+    for position, argument in enumerate(operator._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            given = arguments[place] if place < len(arguments) else options.get(argument.name)
+            given = arguments[position] if position < len(arguments) else options.get(argument.name)
             found += [leaf for leaf in tree_leaves(given) if isinstance(leaf, FakeTensor)]
     return found
 
 
 def _count_work(operator, name: str, arguments) -> tuple[int, tuple]:
-    """Floating-point operations of a product or of attention, and its shape; (0, ()) for all else."""
+    """Floating-point operations of a product or of attention, and its shape; (0, ()) for other operators."""
     tensors = [leaf for leaf in arguments if isinstance(leaf, torch.Tensor)]
     if name in PRODUCTS:
         left, right = tensors[1:3] if name.startswith(("addmm", "baddbmm")) else tensors[:2]
@@ -313,7 +315,7 @@ def _count_work(operator, name: str, arguments) -> tuple[int, tuple]:
     if operator.namespace == "operator_record" and name.startswith("attention"):
         query, key = tensors[:2]
         batch, heads, length, width = query.shape
-        share = 1 if len(tensors) in (4, 7) else 0.5  # with a mask the whole square is computed
+        share = 1 if len(tensors) in (4, 7) else 0.5  # with a mask, the complete square is computed
         backward = name.endswith("backward")
         flops = (10 if backward else 4) * batch * heads * length * key.shape[2] * width * share
         return int(flops), (batch, heads, key.shape[1], length, width, "backward" if backward else "forward")

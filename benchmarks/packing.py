@@ -1,11 +1,12 @@
-"""Reaching any batch of an epoch of 10^8 documents, resuming there, and what the packings waste.
+"""Access to any batch of an epoch of 10^8 documents, resumption there, and the padding of the packings.
 
     python benchmarks/packing.py seek --documents 100000000 --folder scratch/
     python benchmarks/packing.py waste
 
-`seek` uses a synthetic table of lengths (captions geometric, 1,024 picture codes; with `--text`, texts alone) and, with
-`--neighbors`, eight synthetic neighbours a document, three of which are drawn: a packing's arithmetic without tokens.
-`waste` packs drawn lengths: padding of packing=documents beside packing whole samples in order.
+`seek` uses a synthetic table of lengths (captions of geometric length, 1,024 image codes; with `--text`, only texts)
+and, with `--neighbors`, eight synthetic neighbors per document, three of which are drawn: it measures the arithmetic of
+a packing, without tokens. `waste` packs random lengths: padding of packing=documents, and of packing complete samples
+in order.
 """
 
 import argparse
@@ -29,7 +30,7 @@ TEXT = "text, log-normal, median 350"
 
 
 class Lengths:
-    """A corpus that has lengths alone."""
+    """A corpus that has only lengths."""
 
     identity, folder, vocabulary = "synthetic", "synthetic", PAPER
 
@@ -43,7 +44,7 @@ class Lengths:
 
 
 class HashedTable:
-    """Eight neighbours a document, computed when a row is asked for: a table of 10^8 rows would be 6.4 GB."""
+    """Eight neighbors per document, computed when a row is read: a table of 10^8 rows would take 6.4 GB."""
 
     def __init__(self, documents: int) -> None:
         self.shape, self.count = (documents, 8), documents
@@ -61,7 +62,7 @@ class HashedNeighbors:
         self.table, self.bank = HashedTable(corpus.documents), corpus
 
     def check(self, rows: np.ndarray) -> None:
-        """Nothing on a disk, nothing to be damaged."""
+        """Nothing to check: no file exists."""
 
 
 def make_stream(corpus: Lengths, options: argparse.Namespace, folder: Path | None = None) -> Stream:
@@ -83,10 +84,10 @@ def measure_seek(options: argparse.Namespace) -> None:
     corpus = Lengths(options.documents, options.text)
     tokens = int(corpus.lengths.sum(dtype=np.int64)) * (1 + 3 * options.neighbors)
     last = tokens // 4097 - 2048 * 4  # a batch at the end of the epoch
-    print(f"{options.documents:,} documents, {tokens // 4097:,} blocks of tokens an epoch\n| | s |\n|---|---|")
+    print(f"{options.documents:,} documents, {tokens // 4097:,} sequences per epoch\n| | s |\n|---|---|")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         stream = make_stream(corpus, options, Path(folder))
-        timed("block 0 of a new stream", lambda: stream.plan(np.array([0])))
+        timed("sequence 0 of a new stream", lambda: stream.plan(np.array([0])))
         timed("a batch at the end of the epoch, the first time", lambda: stream.plan(np.array([last])))
         generator, seconds = np.random.default_rng(2), []
         for number in generator.integers(0, last, 50):
@@ -96,21 +97,23 @@ def measure_seek(options: argparse.Namespace) -> None:
         print(f"| any other batch, median of 50 (slowest) | {np.median(seconds):.4f} ({max(seconds):.4f}) |")
         cursor = stream.cursor(last - 5000)
         again = make_stream(corpus, options, Path(folder))
-        timed("the same batch by another process, from the kept table", lambda: again.plan(np.array([last])))
+        timed("the same batch in another process, from the stored table", lambda: again.plan(np.array([last])))
         resumed = make_stream(corpus, options)
         resumed.resume(cursor)
         plan = timed("the same batch from a checkpoint's cursor", lambda: resumed.plan(np.array([last])))
         assert np.array_equal(plan.layout.documents, stream.plan(np.array([last])).layout.documents)
     if options.packing == "stream":
         far = make_stream(corpus, options)
-        far.resume({"start": 200 * tokens, "span": 200, "group": 0})  # a made-up place: counting would take 200 tables
+        far.resume(
+            {"start": 200 * tokens, "span": 200, "group": 0}
+        )  # an arbitrary position: computing it would take 200 tables
         timed("a batch of epoch 200 from a cursor", lambda: far.plan(np.array([200 * tokens // 4097 + 2048])))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"\npeak memory {peak:.2f} GB, of which lengths {corpus.lengths.nbytes / 1e9:.2f} GB")
 
 
 def draw_lengths(name: str, generator: np.random.Generator, samples: int) -> np.ndarray:
-    """Tokens of whole samples, at most a block's."""
+    """Random lengths of samples in tokens, at most the length of a sequence."""
     if name == TEXT:
         lengths = generator.lognormal(np.log(350), 1.0, samples).astype(np.int64) + 2
     elif name == "30 % of the tokens text":
@@ -125,28 +128,30 @@ def draw_lengths(name: str, generator: np.random.Generator, samples: int) -> np.
 
 
 def measure_waste(options: argparse.Namespace) -> None:
-    """Padding of whole samples in blocks of 4,097, and how fast windows are packed."""
+    """Print the padding of complete samples in sequences of 4,097 tokens, and the rate of packing."""
     generator, windows = np.random.default_rng(0), 20
     names = [f"{image} image tokens" for image in (64, 256, 1024)]
     print("| samples | in order | best fit | documents/s |\n|---|---|---|---|")
     for name in [*names, "30 % of the tokens text", TEXT]:
         drawn = [draw_lengths(name, generator, 4096) for _ in range(windows)]
-        room = sum(lengths.sum() for lengths in drawn) / 4097
+        least = sum(lengths.sum() for lengths in drawn) / 4097
         started = time.perf_counter()
         fitted = sum(len(pack_window(lengths, 4097)) for lengths in drawn)
         rate = windows * 4096 / (time.perf_counter() - started)
         ordered = sum(len(pack_in_order(lengths.tolist(), 4097)) for lengths in drawn)
-        print(f"| {name} | {1 - room / ordered:.2%} | {1 - room / fitted:.2%} | {rate:,.0f} |")
+        print(f"| {name} | {1 - least / ordered:.2%} | {1 - least / fitted:.2%} | {rate:,.0f} |")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("what", choices=["seek", "waste"])
+    parser.add_argument("what", choices=["seek", "waste"], help="measurement")
     parser.add_argument("--documents", type=int, default=100_000_000, help="documents of the epoch")
     parser.add_argument("--packing", choices=["stream", "documents"], default="stream")
-    parser.add_argument("--text", action="store_true", help="documents of text alone")
+    parser.add_argument("--text", action="store_true", help="documents that are only text")
     parser.add_argument("--neighbors", action="store_true", help="three retrieved documents in each sample")
-    parser.add_argument("--folder", type=Path, help="where the table is kept while this runs; default: the system's")
+    parser.add_argument(
+        "--folder", type=Path, help="folder for a temporary folder with the table (default: the system's)"
+    )
     options = parser.parse_args(arguments)
     (measure_seek if options.what == "seek" else measure_waste)(options)
     return 0

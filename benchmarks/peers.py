@@ -1,7 +1,7 @@
-"""The same model and training step as users would write them: plain PyTorch, and Hugging Face's classes.
+"""The same model and training step as users would write them, in plain PyTorch and with Hugging Face's classes.
 
-Both families, in the shapes of a ModelConfig; fused AdamW, clipping at 1.0, fp32 main weights (bf16: under autocast).
-None has a z-loss: what is compared with them must have none either.
+Both families, with the shapes of a ModelConfig; fused AdamW, clipping at 1.0, fp32 main weights (bf16: under autocast).
+They have no z-loss, so a model that is compared with them must not have one either.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Step = Callable[[list[MicroBatch]], float]
 
 
 class PlainLayer(torch.nn.Module):
-    """A transformer layer of either family as one would write it by hand. Layout: B batch, S sequence, H width."""
+    """A transformer layer of either family. Layout: B batch, S sequence, H width."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -78,8 +78,8 @@ class PlainModel(torch.nn.Module):
         else:
             width = self.model.hidden_size // self.model.heads
             rates = self.model.rope_base ** (torch.arange(0, width, 2, device=tokens_BS.device).float() / -width)
-            both = (positions_BS[0, :, None].float() * rates).repeat(1, 2)
-            angles = both.cos(), both.sin()
+            angles_SD = (positions_BS[0, :, None].float() * rates).repeat(1, 2)
+            angles = angles_SD.cos(), angles_SD.sin()
         for layer in self.layers:
             x_BSH = layer(x_BSH, angles)
         return self.head(self.norm(x_BSH))
@@ -119,17 +119,17 @@ def build_hugging_face(model: ModelConfig, vocabulary: int, length: int) -> torc
 
 
 def token_losses(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of every token, flat."""
+    """Cross-entropy of every token, [B * S]."""
     return F.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten(), reduction="none")
 
 
 def torch_step(
-    model: torch.nn.Module, logits_of: Callable, bf16: bool, device: torch.device, compiled_loss: bool = False
+    model: torch.nn.Module, compute_logits: Callable, bf16: bool, device: torch.device, compiled_loss: bool = False
 ) -> Step:
     """Step function of a torch model: forward, weighted loss, backward, clip, fused AdamW."""
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    losses_of = torch.compile(token_losses, dynamic=False) if compiled_loss else token_losses
+    compute_losses = torch.compile(token_losses, dynamic=False) if compiled_loss else token_losses
 
     def step(batches: list[MicroBatch]) -> float:
         total = sum(batch.loss_weights.sum() for batch in batches)
@@ -140,15 +140,15 @@ def torch_step(
                 for tensor in (batch.tokens, batch.labels, batch.loss_weights, batch.position_ids)
             )
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = logits_of(model, tokens, positions)
-            losses = losses_of(logits, labels)
+                logits = compute_logits(model, tokens, positions)
+            losses = compute_losses(logits, labels)
             loss = (losses * weights.flatten()).sum() / total
             loss.backward()
             loss_sum += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss_sum)  # the device has finished
+        return float(loss_sum)  # waits for the device
 
     return step
 
@@ -167,13 +167,13 @@ def hugging_face_step(
     compiled: bool = False,
     compiled_loss: bool = False,
 ) -> Step:
-    """`compiled`: the model by torch.compile, the loss stays eager; `compiled_loss`: the loss, too."""
-    with torch.device(device):  # weights are drawn there
+    """`compiled`: compile the model with torch.compile, not the loss; `compiled_loss`: also compile the loss."""
+    with torch.device(device):  # weights are initialized on the device
         module = build_hugging_face(model, vocabulary, length)
     if compiled:
         module = torch.compile(module)
 
-    def logits_of(module: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def compute_logits(module: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return module(tokens, use_cache=False).logits
 
-    return torch_step(module, logits_of, bf16, device, compiled_loss)
+    return torch_step(module, compute_logits, bf16, device, compiled_loss)

@@ -1,20 +1,20 @@
-"""Preprocessing: text beside Megatron's approach, the share of the image tokenizer, memory by corpus size.
+"""Preprocessing: text compared with Megatron's approach, the image tokenizer's share, memory by corpus size.
 
     python benchmarks/preprocess.py --work /tmp/preprocess text
     python benchmarks/preprocess.py --work /tmp/preprocess pictures
     python benchmarks/preprocess.py --work /tmp/preprocess memory
 
-text: MB of text a second of CPU time, over all processes, from the same JSONL file to ids on the disk. Megatron's
-approach is a pool whose workers call SentencePiece once a document and whose parent writes .bin and .idx. Ours is
-one worker of tools/preprocess_data.py, which also checks every line and writes checksums and metadata. Loading is left
-out of both. The text is prose of this machine: paragraphs of docstrings, documentation and manual pages, each once;
-captions are its sentences of 20 to 100 bytes, documents are 2 kB of its paragraphs; the BPE model is trained on all.
-`cold`: the first half of the file with no word remembered; `warm`: the other half, after it.
+text: MB of text per second of CPU time, all processes added up, from the same JSONL file to ids on the disk. Megatron's
+approach is a pool whose workers call SentencePiece once per document and whose parent writes .bin and .idx. Ours is
+one worker of tools/preprocess_data.py, which also checks every line and writes checksums and metadata. Neither includes
+loading. The text is prose from this machine: paragraphs of docstrings, documentation and manual pages, each once.
+Captions are its sentences of 20 to 100 bytes, documents are 2 kB of its paragraphs; the BPE model is trained on all of
+it. `cold`: the first half of the file, with an empty word cache; `warm`: the second half, after the first.
 
-pictures: where the time of a pair goes, from a JPEG of 683 x 512 pixels to the shard, in one worker on one core, with
-the public VQGAN's shape (f8, 8,192 codes) or a smaller one.
+pictures: time of a pair of image and caption by step, from a JPEG of 683 x 512 pixels to the shard, in one worker on
+one core, with the shape of the public VQGAN (f8, 8,192 codes) or a smaller one.
 
-memory: largest resident set of a run of its own over corpora of two sizes.
+memory: largest resident set of a separate process, for corpora of two sizes.
 """
 
 import argparse
@@ -60,7 +60,7 @@ KINDS = ("captions", "documents")
 
 
 def read_paragraphs() -> Iterator[str]:
-    """Prose of this machine, each paragraph on one line: docstrings, documentation and manual pages."""
+    """Prose from this machine, one paragraph per line: docstrings, documentation and manual pages."""
     for text in read_files():
         for paragraph in re.split(r"\n\s*\n|\n\.[A-Z].*|\n[ \t]*[-*] ", text):
             words = " ".join(paragraph.split())
@@ -84,7 +84,7 @@ def read_files() -> Iterator[str]:
 def read_docstrings(path: Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # some packages hold templates and tests of syntax errors
+    except (SyntaxError, ValueError):  # some packages contain templates and tests of syntax errors
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -92,7 +92,7 @@ def read_docstrings(path: Path) -> Iterator[str]:
 
 
 def write_texts(work: Path) -> None:
-    """captions.jsonl, documents.jsonl and text.model in `work`, unless they are there."""
+    """Write captions.jsonl, documents.jsonl and text.model to `work`, unless they exist."""
     if (work / "text.model").is_file():
         return
     seen, size, paragraphs = set(), 0, []
@@ -141,7 +141,7 @@ TINY = VQGANConfig(
 # Megatron's approach
 
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, code of uint16, sequences, documents."""
+"""Magic, version, code of uint16, number of sequences, number of documents."""
 _processor: sentencepiece.SentencePieceProcessor
 
 
@@ -155,7 +155,7 @@ def encode_megatron(line: str) -> tuple[list[int], int]:
 
 
 def run_megatron(lines: Path, model: Path, output: Path, workers: int) -> float:
-    """CPU seconds of parent and workers: Pool.imap in chunks of 32, uint16 .bin and .idx written by the parent."""
+    """CPU seconds of parent and workers: Pool.imap in chunks of 32; the parent writes uint16 .bin and .idx."""
     with multiprocessing.get_context("fork").Pool(workers, start_megatron, (str(model),)) as pool:
         pool.map(encode_megatron, ['{"text": "ready"}'] * workers)
         started = time.process_time() + children_seconds()
@@ -185,7 +185,7 @@ class QuietMeter:
 
 
 def start_worker(source, folder: Path, output: Path, batch_size: int = 32) -> Worker:
-    """A worker of tools/preprocess_data.py in this process."""
+    """Start a worker of tools/preprocess_data.py in this process."""
     shared = SharedCounters.create(multiprocessing.get_context("spawn"))
     shutil.rmtree(output, ignore_errors=True)
     (output / WORK).mkdir(parents=True)
@@ -193,7 +193,7 @@ def start_worker(source, folder: Path, output: Path, batch_size: int = 32) -> Wo
 
 
 def run_ours(halves: list[Path], folder: Path, output: Path) -> list[float]:
-    """CPU seconds of each half, one after the other in one worker."""
+    """CPU seconds of each half, both in one worker."""
     seconds = []
     for number, half in enumerate(halves):
         started = time.process_time()
@@ -223,7 +223,7 @@ def halve(path: Path) -> list[Path]:
 
 def time_text(work: Path, rounds: int, workers: int) -> None:
     folder = write_tokenizer(work, TINY)
-    print("\n| MB/s a core | Megatron's approach | ours cold | ours warm | cold / Megatron | warm / Megatron |")
+    print("\n| MB/s per core | Megatron's approach | ours cold | ours warm | cold / Megatron | warm / Megatron |")
     print("|---|---|---|---|---|---|")
     for name in KINDS:
         halves = halve(work / f"{name}.jsonl")
@@ -231,8 +231,8 @@ def time_text(work: Path, rounds: int, workers: int) -> None:
         rates = []
         for _ in range(rounds):
             megatron = [run_megatron(half, work / "text.model", work / "megatron", workers) for half in halves]
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:  # as a worker is
-                ours = own.submit(run_ours, halves, folder, work / "ours").result()
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a new process, like a worker
+                ours = pool.submit(run_ours, halves, folder, work / "ours").result()
             check_same_ids(work, halves[1])
             rates.append([sum(sizes) / sum(megatron), sizes[0] / ours[0], sizes[1] / ours[1]])
         middle = [statistics.median(column) for column in zip(*rates, strict=True)]
@@ -245,10 +245,10 @@ def time_text(work: Path, rounds: int, workers: int) -> None:
 
 
 def check_same_ids(work: Path, half: Path) -> None:
-    """The ids on the disk are the same, document by document.
+    """Assert that the ids of both approaches on the disk are identical, document by document.
 
-    SentencePiece takes the mark that it has for spaces (U+2581) for a space. The project's tokenizer keeps it, so a
-    document that holds it is compared with TextTokenizer's ids.
+    SentencePiece replaces its space marker (U+2581) in a text by a space. This project's tokenizer keeps it, so a
+    document that contains it is compared with TextTokenizer's ids.
     """
     tokenizer = TextTokenizer.load(work / "text.model")
     lengths = np.fromfile(work / "megatron.idx", np.int32, offset=_INDEX_HEADER.size)
@@ -263,14 +263,14 @@ def check_same_ids(work: Path, half: Path) -> None:
     for number, (text, found, expected) in enumerate(zip(texts, ours, theirs, strict=True)):
         if SPACE_MARK in text:
             expected = np.array(tokenizer.encode(text), np.uint16)
-        assert np.array_equal(found, expected), f"other ids than SentencePiece's in document {number} of {half}"
+        assert np.array_equal(found, expected), f"the ids of document {number} of {half} differ from SentencePiece's"
 
 
-# Pictures
+# Images
 
 
-def write_pictures(folder: Path, count: int, side: int = 512) -> Path:
-    """JPEG pictures with detail at all scales, and pairs.jsonl."""
+def write_images(folder: Path, count: int, side: int = 512) -> Path:
+    """Write JPEG images with detail at all scales, unless they exist, and a JSONL file of pairs; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     generator, lines = np.random.default_rng(0), []
     for number in range(count):
@@ -285,10 +285,10 @@ def write_pictures(folder: Path, count: int, side: int = 512) -> Path:
     return pairs
 
 
-def time_pictures(work: Path, count: int, size: int, batch_size: int, channels: int) -> None:
+def time_images(work: Path, count: int, size: int, batch_size: int, channels: int) -> None:
     config = VQGANConfig(image_size=size, base_channels=channels)
     folder = write_tokenizer(work, config)
-    pairs = write_pictures(work / "pictures", count)
+    pairs = write_images(work / "pictures", count)
     source = open_source(pairs, 10_000)
     worker = start_worker(source, folder, work / "ours", batch_size)
     tokenizer, forward = worker.tokenizers.image, []
@@ -304,9 +304,9 @@ def time_pictures(work: Path, count: int, size: int, batch_size: int, channels: 
     tokenizer.encode = timed
     started = time.perf_counter()
     worker.encode_part(0)
-    whole = time.perf_counter() - started
-    print("\n| pairs | size | s a pair | forward's share |\n|---|---|---|---|")
-    print(f"| {count} | {size} | {whole / count:.3f} | {sum(forward) / whole:.1%} |")
+    total = time.perf_counter() - started
+    print("\n| pairs | size | s per pair | forward's share |\n|---|---|---|---|")
+    print(f"| {count} | {size} | {total / count:.3f} | {sum(forward) / total:.1%} |")
 
 
 # Memory
@@ -315,14 +315,14 @@ def time_pictures(work: Path, count: int, size: int, batch_size: int, channels: 
 def measure_memory(work: Path, counts: list[int]) -> None:
     folder = write_tokenizer(work, TINY)
     captions = (work / "captions.jsonl").read_text().splitlines(keepends=True)
-    pictures = write_pictures(work / "pictures", 64).read_text().splitlines(keepends=True)
+    images = write_images(work / "pictures", 64).read_text().splitlines(keepends=True)
     print("\n| input | inputs | largest resident set, MB |\n|---|---|---|")
-    for name, lines, factor in (("text", captions, 1), ("pairs", pictures, 1 / 200)):
+    for name, lines, factor in (("text", captions, 1), ("pairs", images, 1 / 200)):
         for count in counts:
             corpus = (work if name == "text" else work / "pictures") / f"memory-{name}.jsonl"
-            wanted = int(count * factor)
+            n_inputs = int(count * factor)
             with corpus.open("w") as file:
-                for number in range(wanted):
+                for number in range(n_inputs):
                     file.write(lines[number % len(lines)])
             output = work / "memory"
             shutil.rmtree(output, ignore_errors=True)
@@ -334,27 +334,29 @@ def measure_memory(work: Path, counts: list[int]) -> None:
             )
             command = [sys.executable, "-c", program, *arguments, "--part-size", str(min(10_000, counts[0]))]
             result = subprocess.run(command, capture_output=True, text=True, check=True)
-            print(f"| {name} | {wanted} | {int(result.stdout.split()[-1]) / 1024:.0f} |", flush=True)
+            print(f"| {name} | {n_inputs} | {int(result.stdout.split()[-1]) / 1024:.0f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("text", "pictures", "memory"))
-    parser.add_argument("--work", type=Path, required=True, help="folder of inputs and outputs; inputs are kept")
+    parser.add_argument("what", choices=("text", "pictures", "memory"), help="measurement")
+    parser.add_argument("--work", type=Path, required=True, help="folder of inputs and outputs; inputs are reused")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1, help="of Megatron's pool")
+    parser.add_argument("--workers", type=int, default=1, help="workers of Megatron's pool")
     parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--size", type=int, default=256, help="of the pictures, pixels")
-    parser.add_argument("--channels", type=int, default=128, help="of the VQGAN's first level")
+    parser.add_argument("--size", type=int, default=256, help="size of the images, pixels")
+    parser.add_argument("--channels", type=int, default=128, help="channels of the VQGAN's first level")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--counts", type=int, nargs="+", default=[50_000, 500_000], help="inputs of `memory`")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=[50_000, 500_000], help="numbers of inputs of `memory`"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     write_texts(args.work)
     {
         "text": functools.partial(time_text, args.work, args.rounds, args.workers),
-        "pictures": functools.partial(time_pictures, args.work, args.pairs, args.size, args.batch_size, args.channels),
+        "pictures": functools.partial(time_images, args.work, args.pairs, args.size, args.batch_size, args.channels),
         "memory": functools.partial(measure_memory, args.work, args.counts),
     }[args.what]()
 

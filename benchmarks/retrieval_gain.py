@@ -1,16 +1,16 @@
-"""What retrieval is worth: held-out loss with 0, 1, 2, 3 retrieved documents, and with random ones instead.
+"""Effect of retrieval on the held-out loss: with 0, 1, 2 and 3 retrieved documents, and with random documents.
 
     python benchmarks/retrieval_gain.py --corpora shapes emoji --steps 3000 --output runs/retrieval_gain
 
-For each corpus the tools make pairs, tokenizers, shards, a CLIP encoder and indexes, as examples/quickstart.sh and
-examples/emoji.sh do, once; `--prepared NAME=FOLDER` takes the output folder of such a script instead. For each family
-and seed a model is trained with K retrieved documents, K uniform in 0..3 (RA-CM3's choice, so that it has seen every
-number), and exported. Counted is the loss a token of held-out query documents, the same tokens every time, behind K
-documents: the nearest of their row of the table (found by text and by picture, as in training), the nearest by their
-text alone (as for a prompt), and random ones of the memory bank. Only held-out documents that have three neighbours
-take part. What is done is kept: the same command goes on where it stopped.
+For each corpus the tools create pairs, tokenizers, shards, a CLIP encoder and indexes once, as examples/quickstart.sh
+and examples/emoji.sh do; `--prepared NAME=FOLDER` uses the output folder of such a script instead. For each family and
+seed, a model is trained with K retrieved documents, K uniform in 0..3 (as in RA-CM3, so that it is trained on every
+number), and exported. Measured is the loss per token of held-out query documents, always of the same tokens, with K
+documents in context: the nearest of their row of the neighbor table (found by text and by image, as in training), the
+nearest by text alone (as for a prompt), and random documents of the memory bank. Only held-out documents with three
+neighbors are used. Finished parts are kept: the same command continues an interrupted run.
 
-Writes figures.json, gain.png, and prints the table.
+Writes figures.json and gain.png, and prints the table.
 """
 
 import argparse
@@ -39,9 +39,9 @@ from matplotlib import pyplot
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"nearest": "#2f6fd0", "nearest by text": "#2e8b57", "random": "#c2630a"}
 FAMILIES = {"cm3leon": [], "llama": ["model.family=llama", "model.activation=swiglu"]}
-"""Families of models, by what they change of the corpus's recipe."""
+"""Model family -> changes of the corpus's recipe."""
 MOST = 3
-"""Retrieved documents at most (CM3Leon's three)."""
+"""Maximum number of retrieved documents, as in CM3Leon."""
 CORPORA = {
     "shapes": {
         "generate": "examples/shapes/generate.py",
@@ -68,42 +68,50 @@ CORPORA = {
         "config": "examples/emoji/train.yaml",
     },
 }
-"""As the two scripts of examples/ have them."""
+"""The settings of the two scripts in examples/."""
 
 
 def run(*arguments) -> None:
-    """One of the project's own commands in a process of its own; ValueError when it fails."""
+    """Run one of the project's commands in its own process; ValueError if it fails."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, *map(str, arguments)]
     if subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode:
-        raise ValueError(f"{' '.join(command)} failed; mend the cause and give the same command again.")
+        raise ValueError(f"{' '.join(command)} failed; fix the cause and run the same command again.")
 
 
 def prepare(name: str, folder: Path, options: argparse.Namespace) -> Path:
-    """Pairs, tokenizers, shards, encoder and indexes; each station is left out where its result is there."""
+    """Create pairs, tokenizers, shards, encoder and indexes; a stage whose result exists is skipped."""
     corpus, tokenizer, train = CORPORA[name], folder / "tokenizer", folder / "pairs/train.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     image_steps, clip_steps = (max(2, round(corpus[key] * options.scale)) for key in ("image_steps", "clip_steps"))
     pairs = options.pairs or corpus["pairs"]
     run_once(train, corpus["generate"], corpus["count"], pairs, "--output", folder / "pairs", *corpus["more"])
-    learn = ("tools/train_tokenizer.py", "{kind}", "--input", train, "--output", tokenizer, *corpus["specials"])
-    text, image = ([str(part).format(kind=kind) for part in learn] for kind in ("text", "image"))
+    train_tokenizer = (
+        "tools/train_tokenizer.py",
+        "{kind}",
+        "--input",
+        train,
+        "--output",
+        tokenizer,
+        *corpus["specials"],
+    )
+    text, image = ([str(part).format(kind=kind) for part in train_tokenizer] for kind in ("text", "image"))
     run_once(tokenizer / "text.model", *text, *corpus["text"])
     run_once(tokenizer / "vocab.json", *image, *corpus["image"], "--steps", image_steps)
     shards, clip, index = folder / "shards", folder / "clip", folder / "index"
     for split in ("train", "heldout"):
-        read = ("--input", folder / "pairs" / f"{split}.jsonl", "--tokenizer", tokenizer)
-        run_once(shards / split / "manifest.json", "tools/preprocess_data.py", *read, "--output", shards / split)
-    read = ("--input", train, "--text-model", tokenizer / "text.model")
-    run_once(clip / "model.safetensors", "tools/train_clip.py", *read, "--output", clip, "--steps", clip_steps)
+        inputs = ("--input", folder / "pairs" / f"{split}.jsonl", "--tokenizer", tokenizer)
+        run_once(shards / split / "manifest.json", "tools/preprocess_data.py", *inputs, "--output", shards / split)
+    inputs = ("--input", train, "--text-model", tokenizer / "text.model")
+    run_once(clip / "model.safetensors", "tools/train_clip.py", *inputs, "--output", clip, "--steps", clip_steps)
     for split, bank in (("train", ()), ("heldout", ("--bank", index / "train"))):
-        read = ("--shards", shards / split, *bank, "--encoder", clip)
-        run_once(index / split / "index.json", "tools/build_index.py", *read, "--output", index / split)
+        inputs = ("--shards", shards / split, *bank, "--encoder", clip)
+        run_once(index / split / "index.json", "tools/build_index.py", *inputs, "--output", index / split)
     return folder
 
 
 def run_once(result: Path, *command) -> None:
-    """Run a command unless its result, the file it writes last, is there."""
+    """Run a command unless `result`, the file that it writes last, exists."""
     if not result.is_file():
         run(*command)
 
@@ -115,23 +123,23 @@ def train_model(name: str, family: str, seed: int, prepared: Path, folder: Path,
     overrides = [f"data.shards={prepared}/shards/train", f"retrieval.index={prepared}/index/train", f"seed={seed}"]
     overrides += [f"retrieval.documents={MOST}", "retrieval.choice=uniform", f"data.seq_length={context}"]
     overrides += [f"train.steps={options.steps}", f"checkpoint.interval={options.steps}", f"output={folder}/run"]
-    wanted = load_config(ROOT / CORPORA[name]["config"], overrides + FAMILIES[family] + options.set)
-    if config.is_file() and load_config(config) != wanted:
+    expected = load_config(ROOT / CORPORA[name]["config"], overrides + FAMILIES[family] + options.set)
+    if config.is_file() and load_config(config) != expected:
         raise ValueError(f"{folder} was trained with other settings ({config}); give another --output.")
     if (exported / "config.json").is_file():
         return exported
     folder.mkdir(parents=True, exist_ok=True)
-    save_config(wanted, config)
+    save_config(expected, config)
     run("-m", "megatron_cm3leon.train", config)
     shutil.rmtree(exported, ignore_errors=True)
     latest = folder / "run/checkpoints" / (folder / "run/latest").read_text().strip()
-    read = ("--checkpoint", latest, "--tokenizer", prepared / "tokenizer")
-    run("tools/convert_checkpoint.py", "export", *read, "--output", exported)
+    inputs = ("--checkpoint", latest, "--tokenizer", prepared / "tokenizer")
+    run("tools/convert_checkpoint.py", "export", *inputs, "--output", exported)
     return exported
 
 
 def find_context(prepared: Path) -> int:
-    """Room for a query and three documents of nearly any length, in whole 32s, with some for masking."""
+    """Sequence length for a query and three documents of nearly any length, and for masking; a multiple of 32."""
     corpora = [open_shards(prepared / "shards" / split) for split in ("train", "heldout")]
     query = max(int(corpus.lengths.max()) for corpus in corpora)
     others = MOST * (int(np.quantile(corpora[0].lengths, 0.95)) + 1)
@@ -139,7 +147,7 @@ def find_context(prepared: Path) -> int:
 
 
 def measure(exported: Path, prepared: Path, seed: int, options: argparse.Namespace) -> dict[str, dict]:
-    """Losses of held-out queries behind K documents of each kind, by name such as `nearest 2`."""
+    """Losses of held-out queries with K documents of each kind in context, by name such as `nearest 2`."""
     decoder = Decoder.load(exported)
     heldout = open_shards(prepared / "shards/heldout")
     neighbors = load_neighbors(prepared / "index/heldout", heldout)
@@ -148,7 +156,9 @@ def measure(exported: Path, prepared: Path, seed: int, options: argparse.Namespa
     full = (neighbors.table[:, :MOST] >= 0).all(axis=1) & (by_text >= 0).all(axis=1)
     chosen = np.flatnonzero(full)[: options.queries]
     if not len(chosen):
-        raise ValueError(f"no held-out document of {heldout.folder} has {MOST} neighbours; train a better encoder.")
+        raise ValueError(
+            f"no held-out document of {heldout.folder} has the required {MOST} neighbors; train a better encoder."
+        )
     random = np.random.default_rng(seed)
     drawn = np.stack([random.choice(neighbors.bank.documents, MOST, replace=False) for _ in chosen])
     tables = dict(zip(KINDS, (neighbors.table[chosen, :MOST], by_text[chosen], drawn), strict=True))
@@ -161,8 +171,8 @@ def measure(exported: Path, prepared: Path, seed: int, options: argparse.Namespa
     return losses
 
 
-def summarise(results: dict) -> str:
-    """A table: mean over seeds, with the spread of the seeds' differences from no retrieved document."""
+def summarize(results: dict) -> str:
+    """A Markdown table: means over the seeds, and the range of the differences from the loss with no document."""
     lines = ["| corpus, family | retrieved | loss | text | image | less than with none |", "|---|---|---|---|---|---|"]
     for corpus, seeds in results.items():
         for name in next(iter(seeds.values())):
@@ -175,18 +185,18 @@ def summarise(results: dict) -> str:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Loss by the number of retrieved documents, a panel a corpus and family; thin lines: seeds, thick ones: means."""
+    """Plot the loss by number of documents, one panel per corpus and family; thin lines are seeds, thick ones means."""
     columns = min(2, len(results))
     rows = -(-len(results) // columns)
     figure, panels = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False)
     for axes, (corpus, seeds) in zip(panels.flat, results.items(), strict=False):
-        for kind, colour in KINDS.items():
+        for kind, color in KINDS.items():
             names = ["none", *(f"{kind} {count}" for count in range(1, MOST + 1))]
             curves = np.array([[losses[name]["loss"] for name in names] for losses in seeds.values()])
             for curve in curves:
-                axes.plot(range(MOST + 1), curve, color=colour, alpha=0.3, linewidth=1)
-            axes.plot(range(MOST + 1), curves.mean(axis=0), color=colour, linewidth=2.2, marker="o", label=kind)
-        axes.set(title=corpus, xlabel="retrieved documents", ylabel="held-out loss, nats a token")
+                axes.plot(range(MOST + 1), curve, color=color, alpha=0.3, linewidth=1)
+            axes.plot(range(MOST + 1), curves.mean(axis=0), color=color, linewidth=2.2, marker="o", label=kind)
+        axes.set(title=corpus, xlabel="retrieved documents", ylabel="held-out loss, nats per token")
         axes.set_xticks(range(MOST + 1))
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
@@ -199,16 +209,20 @@ def draw(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/retrieval_gain"), help="where everything goes")
+    parser.add_argument("--output", type=Path, default=Path("runs/retrieval_gain"), help="folder of all results")
     parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the models")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the models")
     parser.add_argument("--steps", type=int, default=3000, help="training steps of each model")
-    parser.add_argument("--queries", type=int, default=1000, help="held-out documents measured, at most")
-    parser.add_argument("--prepared", nargs="*", default=[], metavar="NAME=FOLDER", help="made by examples/*.sh")
-    parser.add_argument("--scale", type=float, default=1.0, help="times the steps of image tokenizer and encoder")
-    parser.add_argument("--pairs", type=int, default=0, help="pairs of shapes, or emoji (0: as the examples have)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="more fields of the config")
+    parser.add_argument("--queries", type=int, default=1000, help="maximum number of held-out documents to measure")
+    parser.add_argument(
+        "--prepared", nargs="*", default=[], metavar="NAME=FOLDER", help="output folders of examples/*.sh"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the steps of image tokenizer and encoder")
+    parser.add_argument("--pairs", type=int, default=0, help="pairs of shapes, or emoji (0: as in the examples)")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="section.key=value", help="further fields of the configuration"
+    )
     options = parser.parse_args()
     given = dict(entry.split("=", 1) for entry in options.prepared)
     output = options.output.resolve()
@@ -223,7 +237,7 @@ def main() -> None:
                 measured[seed] = measure(exported, prepared, seed, options)
     (output / "figures.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(results, output / "gain.png")
-    print(summarise(results))
+    print(summarize(results))
     print(f"wrote {output}/figures.json and gain.png")
 
 

@@ -1,13 +1,15 @@
-"""One training step of ours beside plain PyTorch and Hugging Face, the same model, interleaved in one run.
+"""A training step of this project, of plain PyTorch and of Hugging Face: the same model, interleaved in one run.
 
     python benchmarks/train_step.py                                       both families, fp32 and bf16, 512 and 2048
-    python benchmarks/train_step.py --compile true                        ours with compiled layers; the peers as before
-    python benchmarks/train_step.py --family llama --precision bf16 --sequence 512 --layers 4 --hidden 192 --heads 4
+    python benchmarks/train_step.py --compile true                        this project with compiled layers; peers
+    unchanged python benchmarks/train_step.py --family llama --precision bf16 --sequence 512 --layers 4 --hidden 192
+    --heads 4
 
-Every contender takes the same shapes and the same batch, AdamW with clipping at 1.0, fp32 main weights (bf16: the two
-peers under autocast), in a process of its own: ours as training starts it, the peers as torch comes. A round times one
-step of each; a peer's time over ours is above 1 where ours is faster, of the fastest rounds and as the median of pairs
-within a round. Start-up is interpreter, imports, building and two steps.
+All contenders have the same shapes and the same batch, AdamW with clipping at 1.0 and fp32 main weights (bf16: the two
+peers under autocast). Each runs in its own process: ours with the settings of a training process, the peers with
+torch's defaults. A round times one step of each. The ratio is a peer's time divided by ours, so above 1 ours is faster:
+of the fastest rounds, and the median of pairs within a round. Start-up includes interpreter, imports, building the
+model and two steps.
 """
 
 import argparse
@@ -58,7 +60,7 @@ def make_vocabulary(size: int) -> Vocabulary:
 
 
 def build(name: str, config: Config, vocabulary: Vocabulary, device: torch.device) -> Step:
-    """A contender's step: global batch -> loss."""
+    """The step function of a contender: global batch -> loss."""
     if name == OURS:
         from megatron_cm3leon.engine.megatron import MegatronEngine
 
@@ -68,16 +70,17 @@ def build(name: str, config: Config, vocabulary: Vocabulary, device: torch.devic
     return plain_step(*arguments) if name == PLAIN else hugging_face_step(*arguments)
 
 
-def make_batches(vocabulary: int, blocks: int, length: int, accumulate: int) -> list[MicroBatch]:
+def make_batches(vocabulary: int, sequences: int, length: int, accumulate: int) -> list[MicroBatch]:
+    """`accumulate` micro-batches of random tokens, [sequences, length]."""
     batches = []
     for _ in range(accumulate):
-        block = torch.randint(0, vocabulary, (blocks, length + 1))
+        tokens = torch.randint(0, vocabulary, (sequences, length + 1))
         batches.append(
             MicroBatch(
-                tokens=block[:, :-1].contiguous(),
-                labels=block[:, 1:].contiguous(),
-                loss_weights=torch.ones(blocks, length),
-                position_ids=torch.arange(length).expand(blocks, -1),
+                tokens=tokens[:, :-1].contiguous(),
+                labels=tokens[:, 1:].contiguous(),
+                loss_weights=torch.ones(sequences, length),
+                position_ids=torch.arange(length).expand(sequences, -1),
                 samples=None,
                 trimmed=0,
             )
@@ -86,15 +89,15 @@ def make_batches(vocabulary: int, blocks: int, length: int, accumulate: int) -> 
 
 
 def serve(options: argparse.Namespace, name: str) -> None:
-    """Build one contender; for every line on standard input take a step and print its seconds and this peak memory."""
+    """Build a contender; for every line on standard input, do a step and print its seconds and the peak memory."""
     rank, config, vocabulary = Rank.from_environment(), make_config(options), make_vocabulary(options.vocabulary)
     device = choose_device("auto", rank)
     set_threads(options.threads, rank)
     if name == OURS:
         initialize_groups(config, rank, device)
     step = build(name, config, vocabulary, device)
-    blocks = max(1, options.tokens // options.sequence)
-    batches = make_batches(vocabulary.size, blocks, options.sequence, options.accumulate)
+    sequences = max(1, options.tokens // options.sequence)
+    batches = make_batches(vocabulary.size, sequences, options.sequence, options.accumulate)
     for _ in sys.stdin:
         start = time.perf_counter()
         step(batches)
@@ -105,7 +108,7 @@ def serve(options: argparse.Namespace, name: str) -> None:
 
 
 class Contender:
-    """A process that holds one contender, idle until it is asked for a step."""
+    """A process with one contender, which is idle between the steps."""
 
     def __init__(self, options: argparse.Namespace, name: str) -> None:
         arguments = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items()]
@@ -125,7 +128,7 @@ class Contender:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise ValueError(f"a contender ended with exit status {self.process.wait()}; its error stands above.")
+            raise ValueError(f"a contender ended with exit status {self.process.wait()}; its error is printed above.")
         seconds, self.memory = json.loads(answer)
         self.seconds.append(seconds)
 
@@ -135,7 +138,7 @@ class Contender:
 
 
 def print_rows(options: argparse.Namespace) -> list[float]:
-    """Measure one point and print its rows; the faster peer's time over ours, of the fastest rounds and of pairs."""
+    """Measure one configuration and print its rows; returns the lowest ratios, of the fastest rounds and of pairs."""
     contenders = {}
     try:
         for name in CONTENDERS:
@@ -151,7 +154,7 @@ def print_rows(options: argparse.Namespace) -> list[float]:
     for name, contender in contenders.items():
         times = contender.seconds
         fastest = min(times) / min(ours)
-        pairs = statistics.median(theirs / mine for theirs, mine in zip(times, ours, strict=True))
+        pairs = statistics.median(peer / reference for peer, reference in zip(times, ours, strict=True))
         if name != OURS:
             worst = [min(worst[0], fastest), min(worst[1], pairs)]
         print(
@@ -167,19 +170,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=("cm3leon", "llama"), help="default: both")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: both")
-    parser.add_argument("--sequence", type=int, help="tokens a block (default: 512 and 2048)")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens in one forward pass (default: 2048)")
-    parser.add_argument("--accumulate", type=int, default=1, help="forward passes a step (default: 1)")
-    parser.add_argument("--layers", type=int, default=6, help="default: 6")
+    parser.add_argument("--sequence", type=int, help="tokens per sequence (default: 512 and 2048)")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per forward pass (default: 2048)")
+    parser.add_argument("--accumulate", type=int, default=1, help="forward passes per step (default: 1)")
+    parser.add_argument("--layers", type=int, default=6, help="number of layers (default: 6)")
     parser.add_argument("--hidden", type=int, default=256, help="width of the residual stream (default: 256)")
-    parser.add_argument("--heads", type=int, default=8, help="default: 8; keys and values of llama have half of them")
+    parser.add_argument(
+        "--heads", type=int, default=8, help="attention heads; llama has half as many for keys and values (default: 8)"
+    )
     parser.add_argument("--vocabulary", type=int, default=4096, help="a multiple of 128 (default: 4096)")
     parser.add_argument("--zero", type=int, choices=(0, 1), default=0, help="parallel.zero of ours (default: 0)")
     parser.add_argument(
         "--compile", choices=("auto", "true", "false"), default="auto", help="train.compile of ours (default: auto)"
     )
-    parser.add_argument("--rounds", type=int, default=12, help="default: 12")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes every core (default: 0)")
+    parser.add_argument("--rounds", type=int, default=12, help="timed steps per contender (default: 12)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 uses all cores (default: 0)")
     parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     contender = vars(options).pop("serve")
@@ -197,7 +202,7 @@ def main() -> None:
                     **{**vars(options), "family": family, "precision": precision, "sequence": sequence}
                 )
                 worst = [min(pair) for pair in zip(worst, print_rows(point), strict=True)]
-    print(f"the faster peer's time over ours, at its lowest: {worst[0]:.3f} fastest, {worst[1]:.3f} median of pairs")
+    print(f"lowest ratio of a peer's time to ours: {worst[0]:.3f} fastest, {worst[1]:.3f} median of pairs")
 
 
 if __name__ == "__main__":

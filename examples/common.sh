@@ -1,4 +1,4 @@
-# Shared by the scripts of this project: the environment, and stages with their times. Sourced by bash.
+# Functions that the example scripts share: create the environment, run and time stages. Sourced by bash.
 #
 #   PYTHON  interpreter that creates the virtual environment (default: python3)
 #   VENV    the virtual environment; created and filled if it does not exist (default: .venv)
@@ -36,7 +36,7 @@ install_package() {
     fingerprint >"$VENV/.installed-for"
 }
 
-# What the environment was created from: the package is installed again when this changes.
+# Everything that determines the environment: the package is installed again when this changes.
 fingerprint() {
     echo "$ROOT"
     cat "$ROOT/setup.py" "$ROOT/constraints.txt"
@@ -52,10 +52,10 @@ prepare_environment() {
     export PATH="$VENV/bin:$PATH" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 }
 
-# as_ranks N ARGUMENTS...: torchrun on this machine, on a free port.
+# as_ranks N ARGUMENTS...: torchrun with N ranks on this machine, on a free port.
 as_ranks() {
     local ranks=$1
     shift
-    # One OpenMP thread per rank until train.threads sets the number; torchrun has the same default, with a warning.
+    # One OpenMP thread per rank until train.threads sets the number; this is torchrun's default, without its warning.
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} torchrun --standalone --nproc-per-node "$ranks" "$@"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same path on a real set of images: every Noto color emoji with its CLDR name and keywords.
+# The stages of quickstart.sh on a real set of images: every Noto color emoji with its CLDR name and keywords.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$ROOT/examples/pipeline.sh"
 
@@ -7,12 +7,12 @@ usage() {
     cat <<'TXT'
 usage: bash examples/emoji.sh [--out DIR] [--small]
 
-Renders every Noto color emoji, then runs what examples/quickstart.sh runs, without a checker:
-held-out emoji are shown beside the images generated for their captions. It needs the Debian packages
-fonts-noto-color-emoji, unicode-data and unicode-cldr-core: tests/examples/install_emoji.sh installs them.
+Renders every Noto color emoji, then runs the stages of examples/quickstart.sh, without a checker:
+the report shows held-out emoji beside the images generated for their captions. Requires the Debian packages
+fonts-noto-color-emoji, unicode-data and unicode-cldr-core, which tests/examples/install_emoji.sh installs.
 
   --out DIR   output folder (default: runs/emoji); a second run starts from the beginning
-  --small     a few steps of everything, to see that it runs; the images mean nothing
+  --small     a few steps per stage, to check that every stage runs; the images are meaningless
   PYTHON, VENV (environment)   interpreter and virtual environment (default: python3, .venv)
 TXT
 }

@@ -1,11 +1,11 @@
-# The whole path from pairs to a report, stage by stage, on any corpus of pairs. Sourced by bash.
+# All stages from pairs to a report, for any corpus of pairs. Sourced by bash.
 #
 # Before `run_pipeline` the caller sets
 #   OUT      folder of all results; CONFIG  the training YAML
 #   PAIRS    command that writes $OUT/pairs/{train,heldout}.jsonl and their images
-#   TEXT IMAGE CLIP TRAIN EVALUATE   arrays: further options of the tools
-#   SPECIALS                         options with the number of special tokens, the same for both tokenizers
-#   CAPTION                          a caption to generate images for, not necessarily in the corpus
+#   TEXT IMAGE CLIP TRAIN EVALUATE   arrays of further options of the tools
+#   SPECIALS                         options for the number of special tokens, the same for both tokenizers
+#   CAPTION                          a caption to generate images for; it need not be in the corpus
 #   FIRST_LEG_STEPS                  steps of the first leg;  TITLE  title of the report
 
 run_pipeline() {
@@ -52,15 +52,15 @@ make_indexes() {
         --encoder "$OUT/clip" --output "$OUT/index/heldout"
 }
 
-# Each direction once from the command line: an image, its caption, and a part of the image generated again.
+# Each task once from the command line: generate images, caption one of them, and regenerate a part of it.
 generate_examples() {
     python tools/generate.py image --model "$1" "$CAPTION" --candidates 4 --output "$OUT/generated"
     python tools/generate.py image --model "$1" "$CAPTION" --candidates 4 --retrieve "$OUT/index/train" \
         --output "$OUT/generated-with-retrieval"
-    local picture
-    picture=$(find "$OUT/generated" -name '*.png' ! -name '*sheet*' | sort | head -n 1)
-    python tools/generate.py caption --model "$1" "$picture"
-    python tools/generate.py infill --model "$1" --picture "$picture" --box 2 2 6 6 --caption "$CAPTION" \
+    local image
+    image=$(find "$OUT/generated" -name '*.png' ! -name '*sheet*' | sort | head -n 1)
+    python tools/generate.py caption --model "$1" "$image"
+    python tools/generate.py infill --model "$1" --image "$image" --box 2 2 6 6 --caption "$CAPTION" \
         --output "$OUT/infilled"
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From pairs to generated images: the whole path on colored shapes, on two CPU cores.
+# From pairs to generated images: all stages on colored shapes, on two CPU cores.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$ROOT/examples/pipeline.sh"
 
@@ -12,8 +12,8 @@ Creates colored shapes with captions, trains both tokenizers, a retrieval encode
 captions, and writes DIR/report.html and DIR/report.json.
 
   --out DIR   output folder (default: runs/quickstart); a second run starts from the beginning
-  --long      more steps: half an hour instead of a quarter
-  --small     a few steps of everything, to see that it runs; the images mean nothing
+  --long      more steps: 30 minutes instead of 15
+  --small     a few steps per stage, to check that every stage runs; the images are meaningless
   PYTHON, VENV (environment)   interpreter and virtual environment (default: python3, .venv)
 TXT
 }

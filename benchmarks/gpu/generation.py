@@ -1,14 +1,14 @@
-"""Generation on one GPU: seconds per image, images per second, and the share of the memory's rate that a step reaches.
+"""Generation on one GPU: seconds per image, images per second, and the share of memory bandwidth of a step.
 
     python benchmarks/gpu/generation.py --seconds 220 --output generation.jsonl
     python benchmarks/gpu/generation.py --only "7b bf16" --seconds 120
-    python benchmarks/gpu/generation.py --device cpu            a tiny size: shows that it runs
+    python benchmarks/gpu/generation.py --device cpu            a tiny size, to check that it runs
 
 1,024 image tokens after a caption of 24, guidance 3 (two sequences per prompt), random weights drawn on the device;
-pixels are not included. A row has the seconds of the first call in its process (`first_s`: what is captured or compiled
-is in it) and of a later one (`seconds`), `graph_ms`, the time that the replayed CUDA graphs take per token, and `tb_s`,
-the bytes that a step must read (weights, the head's rows that can be drawn, half of the final cache) over it, beside
-`read_tb_s`, what a plain sum reaches on this card. runner.py says how rows are run and written.
+decoding to pixels is not included. A row has the seconds of the first call in its process (`first_s`, including capture
+and compilation) and of a later call (`seconds`); `graph_ms`, the time of the replayed CUDA graphs per token; `tb_s`,
+the bytes that a step must read (weights, the rows of the head that may be sampled, half of the final cache) divided by
+that time; and `read_tb_s`, the rate of a plain sum on this GPU. runner.py describes how rows are run and written.
 """
 
 import statistics
@@ -22,7 +22,7 @@ MODULES = ("generate",)
 TOKENS, CONTEXT, GUIDANCE = 1024, 4096, 3.0
 TINY_TOKENS, TINY_CONTEXT = 16, 160
 PROFILED_TOKENS = 16
-AGAIN = 5.0
+REPEAT_BELOW = 5.0
 """Calls of fewer seconds are measured three times, longer ones once."""
 
 
@@ -65,7 +65,7 @@ def make_rows(device: str) -> list[dict]:
 
 
 def build_decoder(row: dict, device: str):
-    """A decoder with random weights and its vocabulary; ValueError for a type that this tree does not know."""
+    """A decoder with random weights, and its vocabulary; ValueError for an unknown type of weights."""
     import torch
     from generate import make_shape, make_vocabulary, make_weights
 
@@ -81,9 +81,9 @@ def build_decoder(row: dict, device: str):
 
 
 class ReplayTimer:
-    """Milliseconds of every replay of a CUDA graph inside a `with` block, on the device and in order.
+    """Milliseconds on the device of every replay of a CUDA graph inside a `with` block, in order.
 
-    Made before the first graph is recorded: whoever records one may keep its `replay`.
+    Create it before the first graph is recorded, because the recording code may keep a reference to `replay`.
     """
 
     def __init__(self) -> None:
@@ -117,9 +117,9 @@ class ReplayTimer:
 
 
 def measure(row: dict) -> Iterator[dict]:
-    """States of a row: after the first call, after the measured ones and those with timed replays, with the kernels."""
+    """States of a row: after building, after the first call, after the measured calls, and with the kernels."""
     import torch
-    from generate import CAPTION_TOKENS, draw_pictures
+    from generate import CAPTION_TOKENS, sample_images
     from timing import list_kernels, measure_read_rate
 
     cuda = row["device"] == "cuda"
@@ -133,32 +133,33 @@ def measure(row: dict) -> Iterator[dict]:
     result |= {"build_s": time.perf_counter() - begin, "step_bytes": weights, "cache_bytes": cache}
     yield result
 
-    def draw(tokens: int = 0) -> float:
+    def time_sampling(tokens: int = 0) -> float:
         begin = time.perf_counter()
-        draw_pictures(decoder, vocabulary, row["prompts"], row["guidance"], tokens or None)  # ends on the host
+        sample_images(decoder, vocabulary, row["prompts"], row["guidance"], tokens or None)  # waits for the device
         return time.perf_counter() - begin
 
-    result["first_s"] = draw()
+    result["first_s"] = time_sampling()
     yield result
     if cuda:
         with timer:
-            draw()
+            time_sampling()
         if timer.times:
             result |= {"graph_ms": sum(timer.times) / row["tokens"], "replays": len(timer.times)}
             result["tb_s"] = (weights + cache / 2) / result["graph_ms"] / 1e9
             result["bandwidth_share"] = result["tb_s"] / result["read_tb_s"]
-    calls = [draw()]
-    while len(calls) < 3 and calls[0] < AGAIN:
-        calls.append(draw())
-    result |= rates(row, calls)
+    calls = [time_sampling()]
+    while len(calls) < 3 and calls[0] < REPEAT_BELOW:
+        calls.append(time_sampling())
+    result |= compute_rates(row, calls)
     if cuda:
         result |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
     yield result
     if cuda:
-        yield result | list_kernels(lambda: draw(PROFILED_TOKENS), PROFILED_TOKENS)
+        yield result | list_kernels(lambda: time_sampling(PROFILED_TOKENS), PROFILED_TOKENS)
 
 
-def rates(row: dict, calls: list[float]) -> dict:
+def compute_rates(row: dict, calls: list[float]) -> dict:
+    """The fields of a row that follow from the seconds of its calls."""
     seconds = statistics.median(calls)
     return {
         "seconds": seconds,
@@ -171,10 +172,10 @@ def rates(row: dict, calls: list[float]) -> dict:
 
 
 def show(result: dict) -> str:
-    """One line about a result."""
+    """One line that describes a result."""
     if "first_s" not in result:
-        why = result.get("skipped") or result.get("cut") or result.get("failed", "").strip().splitlines()[-1][:300]
-        return f"{result['name']}: {'out of memory' if result.get('out_of_memory') else why}"
+        reason = result.get("skipped") or result.get("cut") or result.get("failed", "").strip().splitlines()[-1][:300]
+        return f"{result['name']}: {'out of memory' if result.get('out_of_memory') else reason}"
     parts = [f"first {result['first_s']:.2f} s"]
     if "seconds" in result:
         parts += [f"{result['seconds']:.3f} s", f"{result['images_per_s']:.2f} images/s"]

@@ -1,12 +1,13 @@
-"""Single kernels on one GPU: what each part of a training or decoding step reaches, to choose what is worth building.
+"""Single kernels on one GPU: the rate of each part of a training or decoding step, to decide what to optimize.
 
     python benchmarks/gpu/kernels.py --seconds 120 --output kernels.jsonl
     python benchmarks/gpu/kernels.py --only products
-    python benchmarks/gpu/kernels.py --device cpu            tiny sizes: shows that it runs
+    python benchmarks/gpu/kernels.py --device cpu            tiny sizes, to check that it runs
 
-Every group below is a process of its own and writes a row per kernel. Times are medians of CUDA events, of the decoding
-step's kernels over replays of a graph that holds those of all layers; data is random and larger than the cache. Rates:
-`tflops` counts 2 operations per multiply-add (causal attention: half of the square), `tb_s` the bytes that must move.
+Each group below runs in its own process and writes one row per kernel. Times are medians of CUDA events; those of the
+decoding step are of replays of a graph with the kernels of all layers. Data is random and larger than the cache. Rates:
+`tflops` counts 2 operations per multiply-add (causal attention: half of the square), `tb_s` the bytes that must be
+moved.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from runner import parse_options, run_driver
 MODULES = ("torch._dynamo", "megatron_cm3leon.generation.decoder", "megatron_cm3leon.engine.groups")
 
 GROUPS: dict[str, tuple[int, Callable[[object, bool], Iterator[dict]]]] = {}
-"""Name -> seconds at most, and a generator of rows that takes the device and whether sizes are tiny."""
+"""Name -> time limit in seconds, and a generator of rows with the arguments device and tiny sizes or not."""
 
 
 def group(limit_s: int) -> Callable:
@@ -54,7 +55,7 @@ def attempt(kernel: str, describe: Callable[[], dict]) -> dict:
 
 @group(40)
 def decoding_matrices(device, tiny: bool) -> Iterator[dict]:
-    """The four matrices of eight 7b layers by 1, 2 and 8 rows: cuBLAS, torch's int8, and the decoder's own classes."""
+    """The four matrices of eight 7b layers times 1, 2 and 8 rows: cuBLAS, torch's int8, and the decoder's classes."""
     import torch
     from timing import relative_error, time_graph
 
@@ -100,7 +101,7 @@ def decoding_matrices(device, tiny: bool) -> Iterator[dict]:
 
 @group(30)
 def decoding_attention(device, tiny: bool) -> Iterator[dict]:
-    """One query per head over 1,050 positions, two sequences, 32 heads of 128: SDPA's kernels over 32 layers."""
+    """One query per head over 1,050 positions, two sequences, 32 heads of width 128, 32 layers: SDPA's kernels."""
     import torch
     import torch.nn.functional as F
     from timing import time_graph
@@ -137,12 +138,12 @@ def decoding_attention(device, tiny: bool) -> Iterator[dict]:
 
 
 SAMPLE_TOKENS = 1066
-"""Of a pair of the paper: about four samples in a sequence."""
+"""Tokens of a pair of the paper: about four samples per sequence."""
 
 
 @group(50)
 def training_attention(device, tiny: bool) -> Iterator[dict]:
-    """Attention over 4,096 tokens, forward and both passes: causal by SDPA's kernels; by sample, masked and Flex."""
+    """Attention over 4,096 tokens, forward and both passes: causal with SDPA's kernels; per sample by mask or Flex."""
     import torch
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -170,7 +171,7 @@ def training_attention(device, tiny: bool) -> Iterator[dict]:
         f"causal, {name}": causal_by(name) for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION")
     }
     kernels["by sample, masked"] = masked
-    if not tiny:  # the compiler of a CPU takes longer than all else
+    if not tiny:  # compiling for a CPU takes longer than everything else
         blocks = create_block_mask(
             lambda b, h, q, k: (q >= k) & (sample[q] == sample[k]), None, None, length, length, device=device
         )
@@ -185,7 +186,7 @@ def training_attention(device, tiny: bool) -> Iterator[dict]:
 
 
 def time_attention(attend: Callable, shape: tuple[int, int, int, int], device) -> dict:
-    """TFLOP/s with half of the square counted, whatever the mask."""
+    """TFLOP/s, counting half of the square for every mask."""
     import torch
     from timing import time_call
 
@@ -210,7 +211,7 @@ def time_attention(attend: Callable, shape: tuple[int, int, int, int], device) -
 
 @group(40)
 def products(device, tiny: bool) -> Iterator[dict]:
-    """A layer's matrix products, TFLOP/s: forward, gradients of input and weight (added up in fp32); fp8 at 7b."""
+    """A layer's matrix products, TFLOP/s: forward, gradients of input and weight (accumulated in fp32); fp8 at 7b."""
     import torch
     from timing import time_call
 
@@ -249,7 +250,7 @@ def products(device, tiny: bool) -> Iterator[dict]:
 
 @group(40)
 def cross_entropy(device, tiny: bool) -> Iterator[dict]:
-    """Loss over 65,536 columns of 16,384 tokens and its gradient: this project's, torch's eager and compiled."""
+    """Loss of 16,384 tokens over 65,536 columns and its gradient: this project's, torch's eager and compiled."""
     import torch
     import torch.nn.functional as F
     from timing import time_call
@@ -275,10 +276,10 @@ def cross_entropy(device, tiny: bool) -> Iterator[dict]:
     def plain(logits, targets):
         return F.cross_entropy(logits.float(), targets, reduction="none")
 
-    def timed(losses_of: Callable) -> dict:
+    def timed(compute_losses: Callable) -> dict:
         def both() -> None:
             logits.grad = None
-            losses_of(logits, targets).backward(gradient)
+            compute_losses(logits, targets).backward(gradient)
 
         both()
         found = {}
@@ -296,14 +297,14 @@ def cross_entropy(device, tiny: bool) -> Iterator[dict]:
         "torch, eager": plain,
         "torch, compiled": torch.compile(plain, dynamic=False),
     }
-    for name, losses_of in kernels.items():
-        if not (tiny and "compiled" in name):  # the compiler of a CPU takes longer than all else
-            yield attempt(name, lambda losses_of=losses_of: timed(losses_of))
+    for name, compute_losses in kernels.items():
+        if not (tiny and "compiled" in name):  # compiling for a CPU takes longer than everything else
+            yield attempt(name, lambda compute_losses=compute_losses: timed(compute_losses))
 
 
 @group(30)
 def optimizer(device, tiny: bool) -> Iterator[dict]:
-    """AdamW over 10^9 fp32 weights in 200 tensors, foreach and fused, and the gradient norm, by tensor and at once."""
+    """AdamW of 10^9 fp32 weights in 200 tensors, foreach and fused; gradient norm per tensor and with foreach."""
     import torch
     from timing import time_call
 

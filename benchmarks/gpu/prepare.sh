@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Everything that a GPU node without a network needs to measure this project. Run it on a machine with a network:
+# Collect everything that a GPU node without network access needs to measure this project. Run it on a machine with
+# network access:
 #
-#     bash benchmarks/gpu/prepare.sh      wheels into the ignored folder .whl, then the commands to run on the node
+#     bash benchmarks/gpu/prepare.sh      writes wheels to the ignored folder .whl, prints the commands to run on the node
 #
-# The node has torch with CUDA, Python 3.12 and the packages of PROVIDED; what the project needs beyond them, in the
-# versions of constraints.txt, travels as wheels. Run it again after any change: it fetches only what is missing.
+# The node has torch with CUDA, Python 3.12 and the packages of PROVIDED; all other required packages are copied as
+# wheels, in the versions of constraints.txt. Run it again after any change: it downloads only missing wheels.
 #
-#   PYTHON_VERSION   of the node (default: 3.12)
-#   NAMES            packages to carry (default below)
-#   PROVIDED         packages that the node has; none of them may travel in another version (default below)
-#   LIMIT_MIB        most that project and wheels together may take (default: 64)
+#   PYTHON_VERSION   Python version of the node (default: 3.12)
+#   NAMES            packages to copy (default below)
+#   PROVIDED         packages that the node has; none of them may be copied in another version (default below)
+#   LIMIT_MIB        maximum size of project and wheels together (default: 64)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -31,7 +32,7 @@ fetch() { # fetch NAME==VERSION: one wheel for the node
         "${platforms[@]}" --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d .whl "$1"
 }
 
-build() { # build NAME==VERSION: published as source alone; without its compiled parts it is a wheel for every Python
+build() { # build NAME==VERSION: published only as source; without its compiled parts, the wheel fits every Python
     DS_BUILD_OPS=0 pip_quietly wheel -w .whl "$1"
 }
 
@@ -39,12 +40,12 @@ for name in $NAMES; do
     wanted=$(grep -i "^$name==" constraints.txt) || { echo "error: constraints.txt names no version of $name; add it there." >&2; exit 2; }
     version=${wanted#*==} file=${name//-/_}
     compgen -G ".whl/$file-$version-*.whl" >/dev/null && continue
-    rm -f .whl/"$file"-[0-9]*.whl # two versions of one package stop the whole installation
+    rm -f .whl/"$file"-[0-9]*.whl # two versions of one package make the installation fail
     if [ "$name" = deepspeed ]; then build "$wanted"; else fetch "$wanted"; fi
 done
 
 python3 - <<'CHECK'
-"""Every wheel suits the node's Python, none is of a package the node has, and what each needs is there or travels."""
+"""Check that every wheel fits the node's Python, that none is of a package of the node, and all requirements are met."""
 import os
 import re
 import sys
@@ -71,21 +72,21 @@ for path in wheels.values():
                 if need not in provided and need not in wheels:
                     wrong.append(f"{path.name} needs {need}: add it to NAMES, or to PROVIDED if the node has it")
     print(f"  {path.name}  {path.stat().st_size / 1e6:.2f} MB")
-sys.exit("\n".join(["error: the wheels do not suit the node", *wrong]) if wrong else 0)
+sys.exit("\n".join(["error: the wheels do not fit the node:", *wrong]) if wrong else 0)
 CHECK
 
 tree=$({ git ls-files -z; git ls-files -z --others --exclude-standard; } | xargs -0 -r du -cb --apparent-size 2>/dev/null |
     tail -1 | cut -f1)
 wheels=$(du -sb .whl | cut -f1)
 echo "project $((tree / 1048576)) MiB + .whl $((wheels / 1048576)) MiB of $LIMIT_MIB MiB"
-[ $((tree + wheels)) -lt $((LIMIT_MIB * 1048576)) ] || { echo "error: more than LIMIT_MIB to carry" >&2; exit 1; }
+[ $((tree + wheels)) -lt $((LIMIT_MIB * 1048576)) ] || { echo "error: project and wheels are larger than LIMIT_MIB; raise it or shorten NAMES" >&2; exit 1; }
 
 cat <<'TEXT'
 
-On the GPU node, in a copy of this folder with .whl in it; 14 minutes together. Every row is on the disk when it is
-measured, so a command that is cut loses only its last row. Stop after (a) if smoke.py says that something failed.
+Run these on the GPU node, in a copy of this folder that includes .whl; 14 minutes in total. Every row is on the disk as
+soon as it is measured, so an interrupted command loses only its last row. Stop after (a) if smoke.py reports a failure.
 
-(a) 170 s: whether the kernels compute right; the tests of a GPU run beside it on other cores
+(a) 170 s: correctness of the kernels; the GPU tests run at the same time on other cores
 source benchmarks/gpu/setup.sh; (timeout -k 5 160 python3 -m pytest -q -m gpu tests/gpu -p no:cacheprovider > $OUT/pytest.txt 2>&1) & python3 benchmarks/gpu/smoke.py --seconds 120 --output $OUT/smoke.jsonl; wait; tail -25 $OUT/pytest.txt
 
 (b) 330 s: training
@@ -97,6 +98,6 @@ source benchmarks/gpu/setup.sh; timeout -k 5 220 python3 benchmarks/gpu/generati
 (d) 120 s: single kernels
 source benchmarks/gpu/setup.sh; timeout -k 5 120 python3 benchmarks/gpu/kernels.py --seconds 110 --output $OUT/kernels.jsonl
 
-A row again: python3 benchmarks/gpu/training.py --seconds 120 --only "cm3leon 760m" --output $OUT/training.jsonl
-Afterwards, with the results copied back: python benchmarks/gpu/table.py $OUT/*.jsonl --write docs/benchmarks.md
+To repeat a row: python3 benchmarks/gpu/training.py --seconds 120 --only "cm3leon 760m" --output $OUT/training.jsonl
+Then copy the results back and run: python benchmarks/gpu/table.py $OUT/*.jsonl --write docs/benchmarks.md
 TEXT

@@ -1,19 +1,19 @@
-"""Runs the rows of a driver, each in a process of its own, and writes every finished row to disk at once.
+"""Run the rows of a driver, each in its own process, and write every row to disk as soon as it is finished.
 
-A driver lists its rows, the most valuable first: dictionaries with at least `name`, `kind` and `limit_s`, the seconds
-that a row may take. It also gives what only its worker processes use:
+A driver lists its rows, the most important first: dictionaries with at least `name`, `kind` and `limit_s`, the time
+limit in seconds. It also provides what its worker processes use:
 
-    modules        what a row imports: a worker does so while the row before it is being measured
-    measure(row)   a generator of the row's states, each holding what is known by then; the last one is the result
+    modules        modules that a row imports; a worker imports them while the previous row is measured
+    measure(row)   a generator of states of the row, each with all results so far; the last one is the result
 
-With `several`, each state is a row of its own. What can happen to a row:
+With `several`, each state is a separate row. Instead of a result, a row may have:
 
-    failed         it raised, or its process ended: the end of the error; `out_of_memory` says which kind
-    cut            its time was up: the row holds the last state
+    failed         it raised an exception, or its process ended: the end of the error, with `out_of_memory` if so
+    cut            it exceeded its time limit: the row has the last state
     skipped        too little of `--seconds` was left to start it
 
-The file is JSON Lines: what is known of the machine, then a line per row, flushed and fsynced. A driver that is killed
-takes its workers along. Only the standard library is needed here: the driver itself never opens the device.
+The file is JSON Lines: a line that describes the machine, then a line per row, flushed and fsynced. When a driver is
+killed, its workers end with it. Only the standard library is required here: the driver itself never opens the device.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARE_TO_START = 0.35
-"""Of a row's time limit: with less left, the row is skipped."""
+"""Share of a row's time limit; if less time is left, the row is skipped."""
 ERROR_CHARACTERS = 2000
 ENVIRONMENT = {
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # a row that nearly fills the memory must not fail by fragments
-    "NCCL_SOCKET_IFNAME": "lo",  # a node without a network has no other interface
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # for rows that nearly fill the memory
+    "NCCL_SOCKET_IFNAME": "lo",  # a node without network access has no other interface
     "GLOO_SOCKET_IFNAME": "lo",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
@@ -51,13 +51,19 @@ Measure = Callable[[dict], Iterator[dict]]
 
 
 def parse_options(description: str, seconds: float, output: str) -> argparse.Namespace:
-    """The options of every driver."""
+    """Parse the options, which are the same for every driver."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=seconds, help=f"for all rows (default: {seconds:.0f})")
-    parser.add_argument("--output", type=Path, default=Path(output), help=f"JSON Lines, appended to ({output})")
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name holds one of these")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, shows that it runs")
-    parser.add_argument("--list", action="store_true", help="print the rows with their time limits")
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help=f"time limit of all rows (default: {seconds:.0f})"
+    )
+    parser.add_argument("--output", type=Path, default=Path(output), help=f"JSON Lines file to append to ({output})")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="run only rows whose name contains one of these"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, to check that it runs"
+    )
+    parser.add_argument("--list", action="store_true", help="print the rows with their time limits and exit")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -73,16 +79,16 @@ def run_driver(
     show: Callable[[dict], str] = json.dumps,
     again: Callable[[dict], dict | None] = lambda result: None,
 ) -> int:
-    """A driver's `main` after its options; exit status 0 where every chosen row was measured, 2 for a usage error.
+    """The `main` of a driver, given its options; exit status 0 if all chosen rows were measured, 2 for a usage error.
 
-    `show` gives the line that is printed for a result; `again` the row to try in place of one, or None.
+    `show` returns the line that is printed for a result, `again` the row to try after a failed one, or None.
     """
     if options.worker is not None:
         return serve(options.worker, options.device, modules, measure)
     chosen = [row for row in rows if not options.only or any(text in row["name"] for text in options.only)]
     if not chosen:
         names = ", ".join(row["name"] for row in rows)
-        print(f"error: --only ({' '.join(options.only)}) matches none of the rows: {names}.", file=sys.stderr)
+        print(f"error: --only ({' '.join(options.only)}) matches no row; the rows are: {names}.", file=sys.stderr)
         return 2
     if options.list:
         print("\n".join(f"{row['limit_s']:5.0f} s  {row['name']}" for row in chosen))
@@ -92,7 +98,7 @@ def run_driver(
 
 
 class Driver:
-    """The workers and the file of one run."""
+    """The workers and the output file of one run."""
 
     def __init__(self, script: str, options: argparse.Namespace, several: bool) -> None:
         self.command, self.several = [sys.executable, script, "--device", options.device], several
@@ -114,7 +120,7 @@ class Driver:
         return self.seconds - (time.monotonic() - self.started)
 
     def write(self, row: dict) -> dict:
-        """Append a row, on the disk when this returns."""
+        """Append a row; it is on the disk when this returns."""
         row = _rounded({**row, "at_s": time.monotonic() - self.started})
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
@@ -122,7 +128,7 @@ class Driver:
         return row
 
     def run(self, rows: list[dict], show: Callable[[dict], str], again: Callable[[dict], dict | None]) -> int:
-        """Measure the rows in order; 0 where all were measured, else 1."""
+        """Measure the rows in order; returns 0 if all were measured, else 1."""
         for machine in self.measure({"name": "machine", "kind": MACHINE, "limit_s": 60}, bool(rows)):
             print(json.dumps(machine), flush=True)
             if "failed" in machine or "cut" in machine:
@@ -141,11 +147,11 @@ class Driver:
                     waiting.insert(0, other)
                 elif "failed" in result or "cut" in result:
                     unmeasured.append(row["name"])
-        print(f"{len(unmeasured)} rows not measured: {', '.join(unmeasured)}" if unmeasured else "every row measured")
+        print(f"{len(unmeasured)} rows not measured: {', '.join(unmeasured)}" if unmeasured else "all rows measured")
         return 1 if unmeasured else 0
 
     def measure(self, row: dict, more: bool) -> Iterator[dict]:
-        """The rows that come of `row`, each on the disk when it is yielded; `more`: another row follows."""
+        """Yield the results of `row`, each once it is on the disk; `more`: another row follows."""
         worker, self.spare = self.spare or Worker(self.command), None
         started, limit = time.monotonic(), row["limit_s"]
         if row["kind"] != MACHINE:
@@ -171,11 +177,11 @@ class Driver:
 
 
 class Worker:
-    """A process that imports what rows need, then measures the row that it is given."""
+    """A process that imports the modules of the rows, then measures the row that it receives."""
 
     def __init__(self, command: list[str]) -> None:
         self.results, write = os.pipe()
-        # Of its own: a compiler that is killed leaves half a file, which the next row would load.
+        # Separate caches: a killed compiler leaves an incomplete file, which the next row would load.
         self.caches = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - read once the process has ended
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -187,7 +193,7 @@ class Worker:
         os.close(write)
 
     def start(self, row: dict) -> None:
-        """Give it its row."""
+        """Send the row to the process."""
         try:
             self.process.stdin.write(json.dumps(row).encode() + b"\n")
             self.process.stdin.close()
@@ -195,7 +201,7 @@ class Worker:
             pass
 
     def messages(self, seconds: float) -> Iterator[dict]:
-        """What it says, for so many seconds; {"failed": ""} where its process ended before its row did."""
+        """Messages of the process, for at most `seconds`; {"failed": ""} if it ended before its row was complete."""
         deadline, buffer = time.monotonic() + seconds, b""
         while (left := deadline - time.monotonic()) > 0:
             if not select.select([self.results], [], [], left)[0]:
@@ -212,7 +218,7 @@ class Worker:
                     return
 
     def stop(self) -> None:
-        """End it and all it started."""
+        """Kill the process and all processes that it started."""
         with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -220,7 +226,7 @@ class Worker:
         self.caches.cleanup()
 
     def end_of_log(self) -> str:
-        """The last of what it printed."""
+        """The end of the output of the process."""
         size = self.log.seek(0, os.SEEK_END)
         self.log.seek(max(0, size - ERROR_CHARACTERS))
         return self.log.read().decode(errors="replace")
@@ -230,13 +236,13 @@ class Worker:
 
 
 def serve(results: int, device: str, modules: tuple[str, ...], measure: Measure) -> int:
-    """Measure the row that comes on standard input; every state goes into the pipe `results` at once."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # with the driver, however it ends
+    """Measure the row that is read from standard input; write every state to the pipe `results` immediately."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the driver, also if it is killed
     sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
     for name in modules:
         importlib.import_module(name)
     line = sys.stdin.readline()
-    if not line:  # the driver has no row for it
+    if not line:  # the driver has no more rows
         return 0
     row = json.loads(line)
 
@@ -252,11 +258,11 @@ def serve(results: int, device: str, modules: tuple[str, ...], measure: Measure)
     else:
         send({"done": True})
     sys.stdout.flush()
-    os._exit(0)  # neither a process group nor a lost CUDA context may hold up the end
+    os._exit(0)  # neither a process group nor a lost CUDA context may delay the exit
 
 
 def describe_machine(device: str) -> Iterator[dict]:
-    """The row about the machine: the card and the versions of what runs on it."""
+    """The row that describes the machine: the GPU and the versions of the software."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -274,7 +280,7 @@ def describe_machine(device: str) -> Iterator[dict]:
     if device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
-                "--device (cuda) needs a CUDA device, and torch sees none; --device cpu shows that it runs."
+                "--device (cuda) requires a CUDA device, but torch finds none; use --device cpu to check that it runs."
             )
         properties = torch.cuda.get_device_properties(0)
         facts |= {
@@ -284,12 +290,12 @@ def describe_machine(device: str) -> Iterator[dict]:
             "capability": f"{properties.major}.{properties.minor}",
             "cudnn": torch.backends.cudnn.version(),
         }
-        facts |= _ask_driver()
+        facts |= _query_nvidia_smi()
     yield facts
 
 
-def _ask_driver() -> dict[str, str]:
-    """Version of the driver, the card's limits of power and clock; empty without nvidia-smi."""
+def _query_nvidia_smi() -> dict[str, str]:
+    """Version of the GPU's driver, limits of power and clock; empty without nvidia-smi."""
     names = {"driver": "driver_version", "power_limit": "power.limit", "clock": "clocks.max.sm"}
     query = ["nvidia-smi", f"--query-gpu={','.join(names.values())}", "--format=csv,noheader", "--id=0"]
     try:
@@ -301,7 +307,7 @@ def _ask_driver() -> dict[str, str]:
 
 
 def _plain(row: dict) -> dict:
-    """A row without what only the driver reads."""
+    """A row without the fields that only the driver reads."""
     return {key: value for key, value in row.items() if key != "limit_s"}
 
 

@@ -1,8 +1,8 @@
-# Sourced on the GPU node, in the project's folder: installs the wheels that prepare.sh brought, without a network.
+# Sourced on the GPU node, in the project's folder: installs the wheels of prepare.sh, without network access.
 #
 #   OUT    folder of the results (default: gpu-results)
-#   SITE   folder the packages are installed to (default: cm3leon-site beside other temporary files); python3 finds them
-#          by PYTHONPATH, so nothing of the node's own installation changes
+#   SITE   folder to install the packages in (default: cm3leon-site in the folder of temporary files); python3 finds them
+#          by PYTHONPATH, so the node's own installation is not changed
 export OUT=${OUT:-$PWD/gpu-results} SITE=${SITE:-${TMPDIR:-/tmp}/cm3leon-site}
 if [ ! -f "$SITE/.complete" ]; then
     python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" \

@@ -1,11 +1,11 @@
-"""A quick look at one GPU before anything is measured: its rates, and whether each kernel we rely on computes right.
+"""A quick check of one GPU before measurements: its rates, and the correctness of the kernels that are used.
 
     python benchmarks/gpu/smoke.py --seconds 120 --output smoke.jsonl
-    python benchmarks/gpu/smoke.py --device cpu            shows that it runs
+    python benchmarks/gpu/smoke.py --device cpu            to check that it runs
 
-Every check is a process of its own; one that fails or loses the CUDA context does not hide the others. A wrong result
-raises, so its row says `failed`, and the exit status is 1. Training and decoding are compared with the CPU by
-`pytest -m gpu`, which can run beside this on other cores. runner.py says how rows are run and written.
+Each check runs in its own process, so one that fails or loses the CUDA context does not affect the others. A wrong
+result raises an exception: its row has `failed`, and the exit status is 1. `pytest -m gpu` compares training and
+decoding with the CPU; it can run at the same time on other cores. runner.py describes how rows are run and written.
 """
 
 import time
@@ -16,7 +16,7 @@ from runner import parse_options, run_driver
 MODULES = ("train_step", "megatron_cm3leon.runtime.preflight", "megatron_cm3leon.engine.megatron")
 
 CHECKS: dict[str, tuple[int, Callable]] = {}
-"""Name -> seconds at most, and a generator of the row's states that takes the device."""
+"""Name -> time limit in seconds, and a generator of the row's states with the argument device."""
 SDPA_KERNELS = {-1: "error", 0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
 ATTENTION = {  # name: (batch, heads, heads of keys, queries, keys, width, mask)
     "350m causal": (2, 4, 4, 512, 512, 64, "causal"),
@@ -55,7 +55,7 @@ def measure(row: dict) -> Iterator[dict]:
 
 @check(40)
 def rates(device) -> Iterator[dict]:
-    """Bytes per second of a copy and of a sum, and TFLOP/s of products: what everything else is compared with."""
+    """Bytes per second of a copy and of a sum, and TFLOP/s of products, as references for all other rates."""
     import torch
     from timing import measure_read_rate, time_call
 
@@ -73,7 +73,7 @@ def rates(device) -> Iterator[dict]:
 
 @check(60)
 def attention(device) -> Iterator[dict]:
-    """For each shape of ours the kernel that SDPA takes, its error and its gradients' against fp32 on the CPU."""
+    """For each shape in ATTENTION the kernel that SDPA selects, and the errors of output and gradients."""
     found, wrong = {"cases": {}}, []
     for name, case in ATTENTION.items():
         try:
@@ -91,7 +91,7 @@ def attention(device) -> Iterator[dict]:
 def compare_attention(
     device, batch: int, heads: int, groups: int, queries: int, keys: int, width: int, kind: str
 ) -> dict:
-    """The kernel that SDPA takes for one of ATTENTION, and its relative errors."""
+    """The kernel that SDPA selects for one of ATTENTION, and its errors relative to fp32 on the CPU."""
     import torch
     import torch.nn.functional as F
     from timing import relative_error
@@ -125,7 +125,7 @@ def compare_attention(
 
 @check(60)
 def images(device) -> Iterator[dict]:
-    """Image codes beside the CPU's, and the time of encoding and decoding eight images at the paper's size."""
+    """Image codes compared with the CPU's, and the rates of encoding and decoding images of the paper's size."""
     import torch
     from timing import time_call
 
@@ -146,12 +146,12 @@ def images(device) -> Iterator[dict]:
         found["repeatable"] = bool((full.encode(pixels) == codes).all())
         yield found
     if found["same_codes"] < 0.99:
-        raise ValueError(f"image codes are wrong: {found['same_codes']:.3f} of them are the CPU's")
+        raise ValueError(f"image codes are wrong: only {found['same_codes']:.3f} of them equal the CPU's")
 
 
 @check(30)
 def preflight(device) -> Iterator[dict]:
-    """The product test with which every training run begins."""
+    """The test of matrix products that every training run starts with."""
     from megatron_cm3leon.runtime.preflight import find_device_fault
 
     fault = find_device_fault(device)
@@ -162,7 +162,7 @@ def preflight(device) -> Iterator[dict]:
 
 @check(40)
 def clip(device) -> Iterator[dict]:
-    """Vectors of a tiny CLIP beside the CPU's."""
+    """Embeddings of a tiny CLIP model compared with the CPU's."""
     import torch
     from timing import relative_error
 
@@ -176,12 +176,12 @@ def clip(device) -> Iterator[dict]:
     error = relative_error(found, expected)
     yield {"error": error}
     if not error < 1e-3:
-        raise ValueError(f"CLIP's vectors are wrong: relative error {error}")
+        raise ValueError(f"CLIP's embeddings are wrong: relative error {error}")
 
 
 @check(60)
 def first_step(device) -> Iterator[dict]:
-    """Seconds from a configuration to the third step of a tiny model, with the kernels and compiler of the defaults."""
+    """Seconds from a configuration to the third step of a tiny model, with the default kernels and compiler."""
     import torch
     from train_step import make_batches, make_vocabulary
     from training import build_config, build_step, make_rows
@@ -202,7 +202,7 @@ def first_step(device) -> Iterator[dict]:
         found["losses"].append(loss)
         yield found
     if not found["losses"][2] < found["losses"][0]:
-        raise ValueError(f"the loss did not fall: {found['losses']}")
+        raise ValueError(f"the loss did not decrease: {found['losses']}")
 
 
 def main() -> int:

@@ -1,12 +1,13 @@
-"""The tables of docs/benchmarks.md from the files that the drivers wrote, beside what was predicted before.
+"""Write the tables of docs/benchmarks.md from the files of the drivers, with the earlier predictions.
 
     python benchmarks/gpu/table.py gpu-results/*.jsonl                                 prints them
-    python benchmarks/gpu/table.py gpu-results/*.jsonl --write docs/benchmarks.md      puts them between its two marks
-    python benchmarks/gpu/table.py --write docs/benchmarks.md                          the predictions alone
+    python benchmarks/gpu/table.py gpu-results/*.jsonl --write docs/benchmarks.md      writes them between its two marks
+    python benchmarks/gpu/table.py --write docs/benchmarks.md                          only the predictions
 
-Rows stand as they were measured, those out of memory, late or failed, too; of several with one name on one card the
-last counts. A prediction is a JSON line with the `kind` and `name` of a row, `gpu`, a part of the card's name, and
-`tflops` (training) or `seconds` (generation), alone or with their bounds, such as `tflops_low` and `tflops_high`.
+All rows are listed, including those that ran out of memory, exceeded their time or failed; of several rows with the
+same name on the same GPU, the last one is used. A prediction is a JSON line with the `kind` and `name` of a row, `gpu`,
+a part of the GPU's name, and `tflops` (training) or `seconds` (generation), with or without bounds such as `tflops_low`
+and `tflops_high`.
 """
 
 import argparse
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PREDICTED = ROOT / "benchmarks" / "results" / "gpu_predicted.jsonl"
 BEGIN, END = "<!-- tables of benchmarks/gpu/table.py: begin -->", "<!-- tables of benchmarks/gpu/table.py: end -->"
 VALUE = {"training": ("tflops", 0), "generation": ("seconds", 2)}
-"""Kind -> the field that is predicted, and its decimal places."""
+"""Kind -> predicted field, and its decimal places."""
 HEADERS = {
     "training": (
         "model", "layers", "M parameters", "ms", "tokens/s", "TFLOP/s", "predicted", "MFU", "peak GiB", "planned GiB",
@@ -32,7 +33,7 @@ CARD = ("driver", "torch", "cuda", "cudnn", "triton", "megatron-core", "transfor
 
 
 def read_files(paths: list[Path]) -> dict[str, dict[str, list[dict]]]:
-    """Card -> kind -> its rows, the last of each name; kind `machine` are the descriptions of the card."""
+    """GPU -> kind -> its rows, the last one of each name; the rows of kind `machine` describe the GPU."""
     cards: dict[str, dict[str, dict]] = {}
     for path in paths:
         card = None
@@ -43,12 +44,16 @@ def read_files(paths: list[Path]) -> dict[str, dict[str, list[dict]]]:
             except ValueError as error:
                 if number == len(lines):
                     continue  # the driver was killed while it wrote this line
-                raise ValueError(f"{path}, line {number} is not JSON ({error}); give files of the drivers.") from error
+                raise ValueError(
+                    f"{path}, line {number} is not JSON ({error}); give files that the drivers wrote."
+                ) from error
             if row.get("kind") == "machine":
                 card = cards.setdefault(row["gpu"], {})
             if card is None:
-                raise ValueError(f"{path} does not begin with a row about the machine; give files of the drivers.")
-            # A kernel is one of several rows of its group; what ran out of memory was tried again with fewer layers.
+                raise ValueError(
+                    f"{path} does not begin with a row about the machine; give files that the drivers wrote."
+                )
+            # A group has several rows, one per kernel; a row that ran out of memory was repeated with fewer layers.
             layers = row.get("layers") if row.get("out_of_memory") else None
             key = row["name"], row.get("kernel"), row.get("model"), row.get("rows"), layers
             rows = card.setdefault(row["kind"], {})
@@ -59,12 +64,12 @@ def read_files(paths: list[Path]) -> dict[str, dict[str, list[dict]]]:
 
 
 def read_predictions(path: Path) -> list[dict]:
-    """The lines of a file of predictions; none where there is no file."""
+    """The lines of a file of predictions; empty if the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
 
 
 def show_prediction(prediction: dict | None) -> str:
-    """Its bounds where it has them, else its value."""
+    """The bounds of a prediction if it has them, else its value."""
     if not prediction:
         return ""
     field, places = VALUE[prediction["kind"]]
@@ -82,7 +87,7 @@ def gib(value: int | None) -> str:
 
 
 def reason(row: dict) -> str:
-    """Why a row holds no measurement, in a few words; empty where it does."""
+    """Why a row has no measurement, in a few words; empty if it has one."""
     if row.get("out_of_memory"):
         return "out of memory"
     if "failed" in row:
@@ -118,7 +123,7 @@ def markdown(headers: tuple[str, ...] | list[str], rows: list[list[str]]) -> lis
 
 
 def compare(kind: str, rows: list[dict], predictions: list[dict]) -> list[str]:
-    """The table of one kind: every measured row, then the predictions of rows that were not."""
+    """The table of one kind: all measured rows, then the predictions of rows that were not measured."""
     cells = {"training": training_cells, "generation": generation_cells}[kind]
     predicted = {each["name"]: each for each in predictions if each["kind"] == kind}
     lines = [cells(row, show_prediction(predicted.get(row["name"]))) for row in rows]
@@ -131,7 +136,7 @@ def compare(kind: str, rows: list[dict], predictions: list[dict]) -> list[str]:
 
 
 def kernel_tables(rows: list[dict]) -> list[str]:
-    """A table per group, with the columns that its rows have."""
+    """One table per group, with the columns of its rows."""
     lines = []
     for name in dict.fromkeys(row["name"] for row in rows):
         group = [row for row in rows if row["name"] == name]
@@ -140,14 +145,14 @@ def kernel_tables(rows: list[dict]) -> list[str]:
         body = []
         for row in group:
             cells = [f"{row[key]:.4g}" if isinstance(row.get(key), float) else str(row.get(key, "")) for key in columns]
-            trouble = row.get("raised", "") or reason(row)
-            body.append([*cells[:-1], cells[-1] or trouble[:120]] if columns else [trouble[:120]])
+            problem = row.get("raised", "") or reason(row)
+            body.append([*cells[:-1], cells[-1] or problem[:120]] if columns else [problem[:120]])
         lines += [f"`{name}`", "", *markdown([each.replace("_", " ") for each in columns] or [name], body)]
     return lines
 
 
 def most_time(rows: list[dict], longest: int = 6) -> list[str]:
-    """Per training row, the kernels that take most of a step."""
+    """For each training row, the kernels that take most of the time of a step."""
     lines = []
     for row in rows:
         if row.get("kernels"):
@@ -163,7 +168,7 @@ def write_tables(cards: dict[str, dict[str, list[dict]]], predictions: list[dict
         machine = kinds["machine"][-1]
         memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in machine else ""
         facts = ", ".join(f"{key} {machine[key]}" for key in CARD if machine.get(key))
-        own = [each for each in predictions if each["gpu"] in card]
+        of_card = [each for each in predictions if each["gpu"] in card]
         lines += [f"### {card}{memory}", "", f"{facts}.", ""]
         for smoke in kinds.get("smoke", []):
             if "read_tb_s" in smoke:
@@ -171,7 +176,7 @@ def write_tables(cards: dict[str, dict[str, list[dict]]], predictions: list[dict
                 rates = ", ".join(f"{name.replace('_', ' ')} {smoke[name]:.4g}" for name in names)
                 lines += [f"Reached by plain kernels: {rates}.", ""]
         for kind in HEADERS:
-            lines += compare(kind, kinds.get(kind, []), own if kinds.get(kind) else [])
+            lines += compare(kind, kinds.get(kind, []), of_card if kinds.get(kind) else [])
         lines += most_time(kinds.get("training", []))
         lines += kernel_tables(kinds.get("kernels", []))
     for gpu in dict.fromkeys(each["gpu"] for each in predictions):
@@ -183,11 +188,11 @@ def write_tables(cards: dict[str, dict[str, list[dict]]], predictions: list[dict
 
 
 def replace_between_marks(path: Path, text: str) -> None:
-    """Put `text` between the marks of a page; ValueError where it has none."""
+    """Write `text` between the marks of a page; ValueError if it does not have them."""
     page = path.read_text()
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(
-            f"--write ({path}) must hold the lines {BEGIN} and {END} once; add them where the tables belong."
+            f"--write ({path}) must contain the lines {BEGIN} and {END} once; add them where the tables belong."
         )
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -196,9 +201,11 @@ def replace_between_marks(path: Path, text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", help="JSON Lines of the drivers")
-    parser.add_argument("--predicted", type=Path, default=PREDICTED, help=f"default: {PREDICTED.relative_to(ROOT)}")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="a page with the two marks")
+    parser.add_argument("files", type=Path, nargs="*", help="JSON Lines files of the drivers")
+    parser.add_argument(
+        "--predicted", type=Path, default=PREDICTED, help=f"predictions (default: {PREDICTED.relative_to(ROOT)})"
+    )
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="Markdown file with the two marks")
     options = parser.parse_args()
     try:
         text = write_tables(read_files(options.files), read_predictions(options.predicted))

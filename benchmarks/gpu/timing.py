@@ -1,4 +1,4 @@
-"""Times on the device: events, replays of a captured graph, kernels by the profiler, and the rates of the memory."""
+"""Measure times on the device: of calls, of replays of a captured graph and of kernels; and the memory bandwidth."""
 
 import statistics
 import time
@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 READ_BYTES = 2 << 30
-"""Read to measure the memory's rate: far more than a cache holds."""
+"""Bytes that are read to measure the memory bandwidth: much more than a cache holds."""
 
 
 def time_call(call: Callable[[], object], rounds: int = 10, warm_up: int = 3) -> float:
-    """Seconds of one call: the median of `rounds`; on a CPU of one."""
+    """Seconds of one call: the median of `rounds` calls; on a CPU, of a single call."""
     for _ in range(warm_up):
         call()
     if not torch.cuda.is_available():
@@ -30,7 +30,7 @@ def time_call(call: Callable[[], object], rounds: int = 10, warm_up: int = 3) ->
 
 
 def time_graph(call: Callable[[], object], rounds: int = 20) -> float:
-    """Seconds of one replay of all that `call` launches; on a CPU of one call."""
+    """Seconds of one replay of a graph with all kernels of `call`; on a CPU, of a call."""
     if not torch.cuda.is_available():
         return time_call(call)
     side = torch.cuda.Stream()
@@ -46,7 +46,7 @@ def time_graph(call: Callable[[], object], rounds: int = 20) -> float:
 
 
 def list_kernels(call: Callable[[], object], steps: int = 1, longest: int = 30) -> dict:
-    """`kernels`: [name, calls per step, ms per step] of those that take most; `kernel_ms`: all of them per step."""
+    """`kernels`: [name, calls per step, ms per step] of the longest kernels; `kernel_ms`: of all kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -60,12 +60,12 @@ def list_kernels(call: Callable[[], object], steps: int = 1, longest: int = 30) 
 
 
 def measure_read_rate(device: torch.device) -> float:
-    """Bytes per second that a sum reads: the limit of a decoding step."""
+    """Bytes per second that a sum reads: the upper bound of a decoding step."""
     source = torch.ones(READ_BYTES // 4 if device.type == "cuda" else 1 << 22, dtype=torch.int32, device=device)
     return source.nbytes / time_call(lambda: source.sum(dtype=torch.int32), 12)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Norm of the difference divided by the norm of the expected tensor."""
     found, expected = found.detach().float().cpu(), expected.detach().float().cpu()
     return float((found - expected).norm() / expected.norm())

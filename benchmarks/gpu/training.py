@@ -1,16 +1,17 @@
-"""Training on one GPU: TFLOP/s, MFU and peak memory of this project beside Hugging Face's models with SDPA.
+"""Training on one GPU: TFLOP/s, MFU and peak memory of this project and of Hugging Face's models with SDPA.
 
     python benchmarks/gpu/training.py --seconds 300 --output training.jsonl
     python benchmarks/gpu/training.py --only "cm3leon 7b" --seconds 120
-    python benchmarks/gpu/training.py --device cpu            tiny sizes: shows that it runs
+    python benchmarks/gpu/training.py --device cpu            tiny sizes, to check that it runs
 
-bf16 with fp32 main weights, random tokens, AdamW and clipping; 7b has as many layers as the plan lets into the device's
-memory. A row of PLAN is this project with overrides of its configuration, or a peer at the same sizes. Peers have no
-z-loss, so no compared row has one. Weights are drawn on the device, and nothing is page-locked for checkpoints.
+bf16 with fp32 main weights, random tokens, AdamW and clipping; 7b has as many layers as fit into the device's memory
+according to model.memory.estimate_memory. A row of PLAN is this project with overrides of its configuration, or a peer
+at the same sizes. Peers have no z-loss, so no row that is compared with them has one. Weights are drawn on the device,
+and no memory is page-locked for checkpoints.
 
-A row has the step's time (median and fastest), tokens/s, TFLOP/s by `metrics.flops_per_token`, MFU of the dense bf16
-peak (in fp8, too), the allocator's peak beside the bytes of `plan.estimate_memory`, the losses, and for this project
-the kernels that take most of one step. runner.py says how rows are run and written.
+A row has the step's time (median and fastest), tokens/s, TFLOP/s computed with monitoring.metrics.flops_per_token, MFU
+relative to the dense bf16 peak (also for fp8), the allocator's peak and the estimated bytes, the losses, and for this
+project the kernels that take most of a step. runner.py describes how rows are run and written.
 """
 
 import contextlib
@@ -36,13 +37,13 @@ MICRO_BATCHES = {"350m": 4, "760m": 4, "7b": 8}
 STEPS = {"350m": 6, "760m": 6, "7b": 4}
 WARM_UP = 2
 SAMPLE_TOKENS = 1066
-"""Of a sample under data.attention=sample: a caption and an image of the paper. TFLOP/s count the whole sequence."""
+"""Tokens per sample under data.attention=sample: a pair of the paper. TFLOP/s count attention over the sequence."""
 DENSE_BF16_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "B200": 2250}
 """Peak rates of NVIDIA's data sheets (SXM), without sparsity."""
 RESERVE = 0.92
-"""Share of the device's memory that the plan may fill: buffers and fragmentation come on top."""
-FEWER = 0.85
-"""Share of the layers that a row which ran out of memory is tried with again."""
+"""Share of the device's memory that the estimate may fill; buffers and fragmentation are not part of it."""
+RETRY_SHARE = 0.85
+"""Share of the layers with which a row that ran out of memory is repeated."""
 COMPARED = ("model.dropout=0", "train.z_loss=0", "checkpoint.asynchronous=false", "optimizer.rule=none")
 TINY = ("model.layers=2", "model.hidden_size=64", "model.heads=4", "model.ffn_hidden_size=0")
 
@@ -99,7 +100,7 @@ def make_rows(device: str) -> list[dict]:
 
 
 def build_config(row: dict):
-    """The configuration of a row, validated; ValueError for an override that this tree does not know."""
+    """The validated configuration of a row; ValueError for an unknown field in its overrides."""
     from megatron_cm3leon.config.loading import load_config
     from megatron_cm3leon.config.validation import validate_config
 
@@ -121,7 +122,7 @@ def build_config(row: dict):
 
 
 def fit_layers(row: dict, memory: int) -> int:
-    """The model's layers, or as many as the plan lets into `memory` bytes."""
+    """The number of layers of the model, or as many as fit into `memory` bytes according to the estimate."""
     from megatron_cm3leon.model.memory import estimate_memory
 
     config = build_config(row)
@@ -132,7 +133,7 @@ def fit_layers(row: dict, memory: int) -> int:
 
 @contextlib.contextmanager
 def weights_drawn_on(device) -> Iterator[None]:
-    """The engine builds its model on `device` with a plain normal: 7b takes a CPU thread half a minute."""
+    """The engine builds its model on `device` with normally distributed weights: one CPU thread takes 30 s for 7b."""
     import torch
 
     from megatron_cm3leon.engine import megatron
@@ -143,12 +144,12 @@ def weights_drawn_on(device) -> Iterator[None]:
         for parameter in model.parameters():
             parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(std=config.model.init_std)
 
-    def build_there(config, vocabulary):
+    def build_on_device(config, vocabulary):
         with torch.device(device):
             return build(config, vocabulary)
 
     build, initialize = megatron.build_stage, builder.initialize_weights
-    megatron.build_stage, builder.initialize_weights = build_there, draw
+    megatron.build_stage, builder.initialize_weights = build_on_device, draw
     try:
         yield
     finally:
@@ -156,7 +157,7 @@ def weights_drawn_on(device) -> Iterator[None]:
 
 
 def build_step(row: dict, config, vocabulary, device) -> Callable:
-    """A contender's step: global batch -> (loss, gradient norm or None)."""
+    """The step function of a contender: global batch -> (loss, gradient norm or None)."""
     if row["contender"] == OURS:
         from megatron_cm3leon.distributed.launch import Rank
         from megatron_cm3leon.engine.groups import initialize_groups
@@ -179,7 +180,7 @@ def build_step(row: dict, config, vocabulary, device) -> Callable:
 
 
 def measure(row: dict) -> Iterator[dict]:
-    """States of a row: what it is, then after each measured step the rates so far, then the kernels."""
+    """States of a row: its sizes, then the rates so far after each measured step, then the kernels."""
     import torch
     from timing import list_kernels
     from train_step import make_batches, make_vocabulary
@@ -204,14 +205,14 @@ def measure(row: dict) -> Iterator[dict]:
     seconds = []
     for number in range(WARM_UP + row["steps"]):
         start = time.perf_counter()
-        loss, result["grad_norm"] = step(batches)  # floats: the device has finished
+        loss, result["grad_norm"] = step(batches)  # reading floats waits for the device
         spent = time.perf_counter() - start
         result["losses"].append(loss)
         if number < WARM_UP:
             result["warm_up_s"].append(spent)
         else:
             seconds.append(spent)
-            result |= rates(result, seconds)
+            result |= compute_rates(result, seconds)
         if cuda:
             result["peak_bytes"] = torch.cuda.max_memory_allocated()
             result["reserved_bytes"] = torch.cuda.max_memory_reserved()
@@ -222,14 +223,14 @@ def measure(row: dict) -> Iterator[dict]:
 
 
 def divide_into_samples(batch):
-    """The same batch, of samples of SAMPLE_TOKENS, or of half a sequence where that is shorter."""
+    """The same batch, divided into samples of SAMPLE_TOKENS, or of half a sequence if that is shorter."""
     length = min(SAMPLE_TOKENS, batch.tokens.shape[1] // 2)
     samples, positions = batch.position_ids // length, batch.position_ids % length
     return dataclasses.replace(batch, samples=samples.contiguous(), position_ids=positions.contiguous())
 
 
 def describe(config, row: dict) -> dict:
-    """Sizes of a row, its operations per step, and the bytes that the plan expects of this project."""
+    """Sizes of a row, its operations per step, and for this project the estimated bytes."""
     from megatron_cm3leon.model.memory import estimate_memory
     from megatron_cm3leon.model.weights import canonical_shapes
     from megatron_cm3leon.monitoring.metrics import flops_per_token
@@ -246,7 +247,8 @@ def describe(config, row: dict) -> dict:
     return found
 
 
-def rates(result: dict, seconds: list[float]) -> dict:
+def compute_rates(result: dict, seconds: list[float]) -> dict:
+    """The fields of a row that follow from the seconds of its steps."""
     middle = statistics.median(seconds)
     return {
         "ms": middle * 1e3, "ms_fastest": min(seconds) * 1e3, "steps_measured": len(seconds),
@@ -255,25 +257,25 @@ def rates(result: dict, seconds: list[float]) -> dict:
 
 
 def model_flops_utilization(tflops: float | None, gpu: str) -> float | None:
-    """Share of the card's dense bf16 peak; None where it is not known."""
+    """Share of the GPU's dense bf16 peak; None if the peak is not known."""
     known = [peak for name, peak in DENSE_BF16_TFLOPS.items() if name in gpu]
     return tflops / known[0] if tflops and known else None
 
 
 def fewer_layers(result: dict) -> dict | None:
-    """The row to try after one that ran out of memory."""
+    """The row to try after a row that ran out of memory, or None."""
     if not result.get("out_of_memory") or result["model"] != "7b" or result.get("layers", 0) < 2:
         return None
     sizes = ("sequence", "vocabulary", "micro_batch", "micro_batches", "steps", "device")
     row = {key: result[key] for key in ("name", "kind", "family", "model", "contender", "overrides", *sizes)}
-    return row | {"layers": int(FEWER * result["layers"]), "limit_s": 100}
+    return row | {"layers": int(RETRY_SHARE * result["layers"]), "limit_s": 100}
 
 
 def show(result: dict) -> str:
-    """One line about a result."""
+    """One line that describes a result."""
     if "tflops" not in result:
-        why = result.get("skipped") or result.get("cut") or result.get("failed", "").strip().splitlines()[-1][:300]
-        return f"{result['name']}: {'out of memory' if result.get('out_of_memory') else why}"
+        reason = result.get("skipped") or result.get("cut") or result.get("failed", "").strip().splitlines()[-1][:300]
+        return f"{result['name']}: {'out of memory' if result.get('out_of_memory') else reason}"
     memory = f", peak {result['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in result else ""
     cut = f" ({result['cut']})" if "cut" in result else ""
     return (

@@ -1,13 +1,13 @@
-"""Write a corpus of coloured shapes: train/ and heldout/ pictures with captions, as folders and as JSONL.
+"""Write a corpus of colored shapes: images with captions, split into train/ and heldout/, as folders and as JSONL.
 
     python examples/shapes/generate.py --output shapes/ --pairs 6000 --size 32 --seed 0
 
-    shapes/train/000000.png, 000000.txt ...   the folder form
-    shapes/train.jsonl                        {"image", "caption", "attributes"} a line, the JSONL form
-    shapes/heldout/ and heldout.jsonl         the same, of attribute combinations that train/ never shows
+    shapes/train/000000.png, 000000.txt ...   the folder format
+    shapes/train.jsonl                        the JSONL format: one {"image", "caption", "attributes"} per line
+    shapes/heldout/ and heldout.jsonl         the same for attribute combinations that do not occur in train/
 
-A tenth of the 1,440 combinations is held out, every attribute value equally often, so that a model that
-draws them right has learnt the attributes and not the pictures.
+A tenth of the 1,440 combinations is held out, each attribute value equally often: a model that draws them correctly has
+learned the attributes and has not memorized images.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it also runs as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for running this file as a script
 
 from examples.shapes.drawing import (
     ATTRIBUTES,
+    IMAGE_SIZES,
     JITTERS,
     PHRASINGS,
-    PICTURE_SIZES,
     all_combinations,
-    draw_picture,
+    draw_image,
     write_caption,
 )
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool
@@ -37,13 +37,13 @@ HELDOUT_SHARE = 0.1
 
 
 def split_combinations(seed: int) -> tuple[list[dict], list[dict]]:
-    """Split the combinations into (train, heldout), each attribute value balanced among the held-out ones."""
+    """Split the combinations into (train, heldout), with balanced attribute values in heldout."""
     combinations = all_combinations()
     order = np.random.default_rng((seed, 0)).permutation(len(combinations))
     counts = {name: dict.fromkeys(values, 0) for name, values in ATTRIBUTES.items()}
     heldout: set[int] = set()
     for _ in range(HELDOUT_COMBINATIONS):
-        # Greedy: the combination whose values are the least held out so far, relative to their fair share.
+        # Greedy: the combination whose values were held out least often so far, relative to their share.
         chosen = min(
             (number for number in order if number not in heldout),
             key=lambda number: sum(
@@ -60,58 +60,58 @@ def split_combinations(seed: int) -> tuple[list[dict], list[dict]]:
 def choose_pairs(combinations: list[dict], pairs: int, seed: int) -> list[tuple[dict, tuple[int, int], int]]:
     """Choose (attributes, jitter, phrasing) of each pair.
 
-    All combinations come once before any comes twice, and one combination goes through its nine jitters
-    before it repeats a picture.
+    Every combination is used once before any is used twice, and a combination uses its nine jitters before it repeats
+    an image.
     """
     random = np.random.default_rng((seed, 1, len(combinations)))
     jitters = np.stack([random.permutation(len(JITTERS)) for _ in combinations])
     chosen = []
     for number in range(pairs):
-        turn, place = divmod(number, len(combinations))
-        if place == 0:
+        repetition, position = divmod(number, len(combinations))
+        if position == 0:
             order = random.permutation(len(combinations))
-        combination = order[place]
-        jitter = JITTERS[jitters[combination, turn % len(JITTERS)]]
+        combination = order[position]
+        jitter = JITTERS[jitters[combination, repetition % len(JITTERS)]]
         chosen.append((combinations[combination], jitter, int(random.integers(PHRASINGS))))
     return chosen
 
 
-def write_split(output: Path, name: str, pairs: list, picture_size: int) -> None:
-    """Write one split: pictures and captions in a folder, and the JSONL file beside it."""
+def write_split(output: Path, name: str, pairs: list, image_size: int) -> None:
+    """Write one split: images and captions in a folder, and the JSONL file beside it."""
     folder = output / name
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give another --output or remove it first.")
     with (output / f"{name}.jsonl").open("w") as lines:
-        for number, (attributes, jitter, phrasing) in enumerate(track(pairs, label=name, unit="pictures")):
+        for number, (attributes, jitter, phrasing) in enumerate(track(pairs, label=name, unit="images")):
             caption = write_caption(attributes, phrasing)
-            picture = folder / f"{number:06d}.png"
-            Image.fromarray(draw_picture(attributes, jitter, picture_size)).save(picture)
-            picture.with_suffix(".txt").write_text(caption + "\n")
-            fields = {"image": f"{name}/{picture.name}", "caption": caption, "attributes": attributes}
+            path = folder / f"{number:06d}.png"
+            Image.fromarray(draw_image(attributes, jitter, image_size)).save(path)
+            path.with_suffix(".txt").write_text(caption + "\n")
+            fields = {"image": f"{name}/{path.name}", "caption": caption, "attributes": attributes}
             lines.write(json.dumps(fields) + "\n")
 
 
-def generate(output: str | Path, pairs: int, picture_size: int, seed: int) -> tuple[int, int]:
-    """Write the corpus; returns the number of (training, held-out) pairs, `pairs` together."""
+def generate(output: str | Path, pairs: int, image_size: int, seed: int) -> tuple[int, int]:
+    """Write the corpus of `pairs` pairs; returns the numbers of training and of held-out pairs."""
     if pairs < 10:
         raise ValueError(f"--pairs ({pairs}) must be at least 10: a tenth of them is held out.")
     heldout_pairs = round(pairs * HELDOUT_SHARE)
     train, heldout = split_combinations(seed)
-    write_split(Path(output), "train", choose_pairs(train, pairs - heldout_pairs, seed), picture_size)
-    write_split(Path(output), "heldout", choose_pairs(heldout, heldout_pairs, seed), picture_size)
+    write_split(Path(output), "train", choose_pairs(train, pairs - heldout_pairs, seed), image_size)
+    write_split(Path(output), "heldout", choose_pairs(heldout, heldout_pairs, seed), image_size)
     return pairs - heldout_pairs, heldout_pairs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Write a corpus of coloured shapes, a tenth of the attribute combinations held out.",
+        description="Write a corpus of colored shapes; a tenth of the attribute combinations is held out.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--output", required=True, help="folder to write train/, heldout/ and their JSONL files to")
-    parser.add_argument("--pairs", type=int, default=6000, help="pairs in all; a tenth of them is held out")
-    parser.add_argument("--size", type=int, default=32, choices=PICTURE_SIZES, help="picture size in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split, the jitter and the phrasings")
+    parser.add_argument("--pairs", type=int, default=6000, help="number of pairs; a tenth of them is held out")
+    parser.add_argument("--size", type=int, default=32, choices=IMAGE_SIZES, help="image size in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split, the jitters and the phrasings")
     options = parser.parse_args()
     train, heldout = generate(options.output, options.pairs, options.size, options.seed)
     print(f"wrote {train} training and {heldout} held-out pairs of {options.size} pixels to {options.output}")

@@ -76,7 +76,9 @@ def test_depths_of_two_trees_are_refused(tmp_path):
     recorded = tmp_path / "rows.jsonl"
     rows = make_row(tree="old", model="cm3leon 7b, 8 layers", layers=8), make_row(model="cm3leon 7b, 16 layers")
     recorded.write_text("".join(json.dumps(row | {"preset": "7b"}) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=r"cm3leon 7b has depths of two trees in .*; record both with one tree"):
+    with pytest.raises(
+        ValueError, match=r"has recordings of cm3leon 7b of two trees; record both depths with one tree"
+    ):
         gpu_prediction.group_recordings(recorded, "")
     assert len(gpu_prediction.group_recordings(recorded, "old")["cm3leon 7b"]) == 1
 
@@ -91,7 +93,7 @@ def test_layers_that_fit_are_those_of_the_rows_settings():
 def test_fp8_is_refused_where_there_is_none():
     row = make_row(shapes={"gemm": [[128, 128, 128, 1, 1, 0, 1]], "attention": []})
     assert gpu_prediction.step_seconds(row, H200, 0)["gemm"] == LAUNCH
-    with pytest.raises(ValueError, match=r"cm3leon 350m has products in fp8, which this GPU lacks; leave it out"):
+    with pytest.raises(ValueError, match=r"cm3leon 350m has products in fp8, which this GPU lacks; choose other GPUs"):
         gpu_prediction.step_seconds(row, GPUS["A100"], 0)
 
 
@@ -123,5 +125,7 @@ def test_tables_are_written_between_marks(tmp_path):
     page.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
     operator_table.write_between_marks(page, "benchmarks/x.py", table)
     assert page.read_text() == f"above\n{begin}\n\n{table}\n{end}\nbelow\n"
-    with pytest.raises(ValueError, match=r"page.md must hold the lines <!-- tables of benchmarks/y.py: begin --> and"):
+    with pytest.raises(
+        ValueError, match=r"page.md must contain the lines <!-- tables of benchmarks/y.py: begin --> and"
+    ):
         operator_table.write_between_marks(page, "benchmarks/y.py", table)

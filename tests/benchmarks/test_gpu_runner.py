@@ -126,4 +126,4 @@ def test_a_name_that_no_row_has_is_refused(tmp_path):
     process = start(tmp_path, "--only", "second")
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "error: --only (second) matches none of the rows: first, raises, dies, late, memory, last" in printed
+    assert "error: --only (second) matches no row; the rows are: first, raises, dies, late, memory, last" in printed

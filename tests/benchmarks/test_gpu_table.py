@@ -67,7 +67,7 @@ def test_a_page_is_written_between_its_marks_and_nowhere_else(tmp_path):
     page.write_text("before\n")
     refused = make_table(rows, "--write", page)
     marks = [f"<!-- tables of benchmarks/gpu/table.py: {name} -->" for name in ("begin", "end")]
-    assert refused.returncode == 2 and f"must hold the lines {marks[0]} and {marks[1]} once" in refused.stderr
+    assert refused.returncode == 2 and f"must contain the lines {marks[0]} and {marks[1]} once" in refused.stderr
     page.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
     for _ in range(2):
         assert make_table(rows, "--write", page, "--predicted", tmp_path / "none").returncode == 0

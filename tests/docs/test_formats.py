@@ -196,7 +196,7 @@ def test_generated(written, generation_world, tmp_path):  # noqa: F811
 def test_evaluation(evaluation_world, monkeypatch):  # noqa: F811
     world = evaluation_world
     monkeypatch.setattr(DocumentSource, "load", classmethod(lambda *_: world.source))
-    options = EvaluationOptions(pictures=12, sweep_pictures=6, guidance=[1.0, 2.0], examples=3)
+    options = EvaluationOptions(images=12, sweep_images=6, guidance=[1.0, 2.0], examples=3)
     found = evaluate_model(world.model, world.shards, world.path / "out", options, checker=world.checker, index="index")
     plain = evaluate_model(world.model, world.shards, world.path / "plain", options)
     check_keys("`evaluation.json`", found, plain)

@@ -64,10 +64,10 @@ def test_annotations_name_and_keywords(tmp_path):
     assert waving.captions() == ["waving hand"]  # CLDR has nothing: the list's own name
 
 
-def test_split_holds_out_a_tenth_of_the_pictures():
-    train, heldout = generate.split_pictures(50, 0)
+def test_split_holds_out_a_tenth_of_the_images():
+    train, heldout = generate.split_images(50, 0)
     assert len(heldout) == 5 and sorted(train + heldout) == list(range(50))
-    assert generate.split_pictures(50, 0) == (train, heldout) != generate.split_pictures(50, 1)
+    assert generate.split_images(50, 0) == (train, heldout) != generate.split_images(50, 1)
 
 
 def test_missing_data_names_the_packages(tmp_path):
@@ -86,7 +86,7 @@ def test_options_out_of_range_and_no_font(tmp_path):
     with pytest.raises(ValueError, match=r"--limit \(-1\) must be 0"):
         generate.parse_options(["--output", str(tmp_path), "--limit", "-1"])
     (tmp_path / "font.ttf").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"font.ttf is no font with colour bitmaps of 109 pixels"):
+    with pytest.raises(ValueError, match=r"font.ttf is not a font with color bitmaps of 109 pixels"):
         generate.load_font(tmp_path / "font.ttf")
 
 
@@ -111,19 +111,19 @@ def corpus(fonts, tmp_path_factory):
 
 def test_the_corpus_in_both_forms(corpus):
     folder, counts = corpus
-    assert counts["emoji"] == 60 and counts["missing"] == 0 and counts["pictures"] <= 60
+    assert counts["emoji"] == 60 and counts["missing"] == 0 and counts["images"] <= 60
     seen = set()
     for split, share in (("train", 0.9), ("heldout", 0.1)):
         lines = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
-        pictures = sorted((folder / split).glob("*.png"))
-        assert len(lines) == counts[split] and len(pictures) == round(share * counts["pictures"])
-        assert {fields["image"] for fields in lines} == {f"{split}/{path.name}" for path in pictures}
-        for path in pictures:
-            with Image.open(path) as picture:
-                assert picture.size == (32, 32) and picture.mode == "RGB"
-                assert np.asarray(picture).std() > 10  # it shows something
-                content = picture.tobytes()
-            assert content not in seen  # no picture twice, above all not in both splits
+        images = sorted((folder / split).glob("*.png"))
+        assert len(lines) == counts[split] and len(images) == round(share * counts["images"])
+        assert {fields["image"] for fields in lines} == {f"{split}/{path.name}" for path in images}
+        for path in images:
+            with Image.open(path) as image:
+                assert image.size == (32, 32) and image.mode == "RGB"
+                assert np.asarray(image).std() > 10  # it shows something
+                content = image.tobytes()
+            assert content not in seen  # no image twice, above all not in both splits
             seen.add(content)
             assert path.with_suffix(".txt").read_text().strip()
     first = json.loads((folder / "train.jsonl").read_text().splitlines()[0])
@@ -132,10 +132,10 @@ def test_the_corpus_in_both_forms(corpus):
 
 def test_the_grinning_face_is_yellow(corpus):
     font = generate.load_font(generate.find_file("font", None, generate.font_places()))
-    picture = generate.render(generate.Emoji(text="\U0001f600", name="", group=""), font, 32)
-    red, green, blue = np.asarray(picture)[10, 16].tolist()
+    image = generate.render(generate.Emoji(text="\U0001f600", name="", group=""), font, 32)
+    red, green, blue = np.asarray(image)[10, 16].tolist()
     assert red > 200 and green > 150 and blue < 120
-    assert np.asarray(picture)[0, 0].tolist() == [255, 255, 255]
+    assert np.asarray(image)[0, 0].tolist() == [255, 255, 255]
     assert generate.render(generate.Emoji(text="\U0001f600\U0001f600", name="", group=""), font, 32) is None
 
 

@@ -1,4 +1,4 @@
-"""The quickstart's own script on its smallest setting: every stage, and the report it promises."""
+"""The quickstart's own script with its smallest setting: every stage, and the report."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def test_two_legs_under_two_layouts_are_one_run(run):
     assert "resumed from" in printed or (out / "train" / "latest").read_text() == "step-00000012\n"
 
 
-def test_pictures_captions_and_infills_are_there(run):
+def test_images_captions_and_infills_are_there(run):
     out, printed = run
     for folder in ("generated", "generated-with-retrieval", "infilled"):
         assert list((out / folder).glob("*.png")), folder

@@ -1,4 +1,4 @@
-"""Coloured shapes: captions and pictures say the same, the split is balanced, the checker sees it."""
+"""Colored shapes: captions and images agree, the split is balanced, the checker sees it."""
 
 import json
 import subprocess
@@ -18,20 +18,20 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_there_are_1440_combinations_drawn_apart():
     combinations = drawing.all_combinations()
     assert len(combinations) == 1440
-    pictures = {
-        drawing.draw_picture(attributes, jitter, 32).tobytes()
+    images = {
+        drawing.draw_image(attributes, jitter, 32).tobytes()
         for attributes in combinations
         for jitter in drawing.JITTERS
     }
-    assert len(pictures) == 1440 * 9
+    assert len(images) == 1440 * 9
 
 
-@pytest.mark.parametrize("picture_size", drawing.PICTURE_SIZES)
-def test_no_shape_leaves_the_picture(picture_size):
+@pytest.mark.parametrize("image_size", drawing.IMAGE_SIZES)
+def test_no_shape_leaves_the_image(image_size):
     for shape in drawing.SHAPES:
         for size in drawing.EXTENTS:
             areas = {
-                int(drawing.draw_mask(shape, size, position, jitter, picture_size).sum())
+                int(drawing.draw_mask(shape, size, position, jitter, image_size).sum())
                 for position in drawing.POSITIONS
                 for jitter in drawing.JITTERS
             }
@@ -72,11 +72,11 @@ def test_captions_that_do_not_name_five_attributes_once(text):
     assert checker.parse_caption(text) is None
 
 
-@pytest.mark.parametrize("picture_size", drawing.PICTURE_SIZES)
-def test_checker_reads_every_clean_picture(picture_size):
+@pytest.mark.parametrize("image_size", drawing.IMAGE_SIZES)
+def test_checker_reads_every_clean_image(image_size):
     for number, attributes in enumerate(drawing.all_combinations()):
         jitter = drawing.JITTERS[number % 9]
-        found, error = checker.classify_with_error(drawing.draw_picture(attributes, jitter, picture_size))
+        found, error = checker.classify_with_error(drawing.draw_image(attributes, jitter, image_size))
         assert found == attributes
         assert error < 1
 
@@ -86,17 +86,17 @@ def test_checker_survives_blur_and_wrong_colours():
     pairs = []
     for attributes in drawing.all_combinations()[::5]:
         jitter = drawing.JITTERS[random.integers(9)]
-        array = drawing.draw_picture(attributes, jitter, 32).astype(np.float64)
+        array = drawing.draw_image(attributes, jitter, 32).astype(np.float64)
         array = array * random.uniform(0.9, 1) + random.normal(0, 15, array.shape) + random.normal(0, 6, 3)
-        picture = Image.fromarray(np.clip(array, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1))
-        pairs.append((attributes, checker.classify(picture)))
+        image = Image.fromarray(np.clip(array, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1))
+        pairs.append((attributes, checker.classify(image)))
     agreement = checker.measure_agreement(pairs)
     assert agreement["all"] >= 0.98, agreement
 
 
-def test_checker_takes_other_forms_of_a_picture():
+def test_checker_takes_other_forms_of_an_image():
     attributes = drawing.all_combinations()[700]
-    array = drawing.draw_picture(attributes, (0, 1), 64)
+    array = drawing.draw_image(attributes, (0, 1), 64)
     assert checker.classify(Image.fromarray(array).convert("RGBA")) == attributes
     assert checker.classify(array / 255.0) == attributes
     assert checker.classify(Image.fromarray(array).resize((256, 256))) == attributes
@@ -138,9 +138,9 @@ def test_generate_writes_both_forms_the_same_every_time(tmp_path):
         assert len(lines) == count == len(list((one / split).glob("*.png")))
         assert (one / f"{split}.jsonl").read_bytes() == (two / f"{split}.jsonl").read_bytes()
         for fields in lines:
-            picture = one / fields["image"]
-            assert picture.read_bytes() == (two / fields["image"]).read_bytes()
-            assert picture.with_suffix(".txt").read_text().strip() == fields["caption"]
+            path = one / fields["image"]
+            assert path.read_bytes() == (two / fields["image"]).read_bytes()
+            assert path.with_suffix(".txt").read_text().strip() == fields["caption"]
             assert checker.parse_caption(fields["caption"]) == fields["attributes"]
         assert checker.judge_file(one / f"{split}.jsonl")["all"] == 1
 
