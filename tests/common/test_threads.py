@@ -9,7 +9,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from megatron_cm3leon.common.threads import SMALL_MODEL, one_blas_thread, one_thread_if_small
 from megatron_cm3leon.evaluation import judge
-from megatron_cm3leon.retrieval import filters as candidates
+from megatron_cm3leon.retrieval import filters
 
 
 def count_threads() -> set[int]:
@@ -37,21 +37,21 @@ def filter_some(count, width, k):
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     identities = np.arange(2, 1002, dtype=np.uint64).reshape(500, 1, 2)
     one, two, three = np.split(vectors[500:], 3)
-    queries = candidates.Queries(
+    queries = filters.Queries(
         vectors=one, identities=np.zeros((count, 1, 2), np.uint64), bank_numbers=np.arange(count), views=(two, three)
     )
-    bank = candidates.Bank(vectors=vectors[:500], identities=identities)
-    return candidates.filter_candidates(bank, queries, draw.integers(0, 500, (count, 2, k)), 8, 0.9)
+    bank = filters.Bank(vectors=vectors[:500], identities=identities)
+    return filters.filter_candidates(bank, queries, draw.integers(0, 500, (count, 2, k)), 8, 0.9)
 
 
 def test_the_filters_of_the_neighbor_table_take_one_thread_and_give_the_same_bits(two_threads, monkeypatch):
     seen, product = [], np.matmul
-    monkeypatch.setattr(candidates.np, "matmul", lambda *factors: (seen.append(count_threads()), product(*factors))[1])
-    many = [candidates.filter_candidates.__wrapped__, candidates.filter_candidates]
+    monkeypatch.setattr(filters.np, "matmul", lambda *factors: (seen.append(count_threads()), product(*factors))[1])
+    many = [filters.filter_candidates.__wrapped__, filters.filter_candidates]
     for k in (128, 200):  # all candidates with all, and with the kept ones alone
         results = []
         for function in many:
-            monkeypatch.setattr(candidates, "filter_candidates", function)
+            monkeypatch.setattr(filters, "filter_candidates", function)
             seen.clear()
             results.append(filter_some(3, 512, k))
             assert seen and set(map(tuple, seen)) == {(2,) if function is many[0] else (1,)}

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_cm3leon.generation import kernels
-from megatron_cm3leon.generation import matrices as linear
+from megatron_cm3leon.generation import matrices
 from megatron_cm3leon.generation.fused_step import sum_rows
 from megatron_cm3leon.generation.matrices import ScaledMatrix
 from megatron_cm3leon.generation.matrix_kinds import build_matrix
@@ -73,5 +73,5 @@ def test_norms_and_epilogues(width):
 def test_prompts_use_the_kernels(monkeypatch):
     decoder, ids = build_decoder("llama", quantized="int8"), torch.randint(40, (1, 9), device=DEVICE)
     made = decoder.all_logits(ids)
-    monkeypatch.setattr(linear, "uses_triton", lambda device: False)
+    monkeypatch.setattr(matrices, "uses_triton", lambda device: False)
     assert torch.allclose(made, decoder.all_logits(ids), rtol=1e-4, atol=1e-4)

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("faiss")
 
-from megatron_cm3leon.retrieval import filters as candidates
+from megatron_cm3leon.retrieval import filters
 from megatron_cm3leon.retrieval.filters import Bank, Queries, find_neighbors
 from megatron_cm3leon.retrieval.index import build_index, search_index
 
@@ -207,7 +207,7 @@ def test_many_candidates_are_filtered_as_few_are(monkeypatch):
     identities = np.arange(1, 301, dtype=np.uint64).reshape(-1, 1, 2)
     queries = Queries(vectors=vectors, identities=identities, bank_numbers=np.arange(150))
     every = np.tile(np.arange(150), (150, 1, 1))
-    few = candidates.filter_candidates(Bank(vectors=vectors, identities=identities), queries, every, 5, 0.7)
-    monkeypatch.setattr(candidates, "_MAX_ALL_PAIRS", 0)
-    many = candidates.filter_candidates(Bank(vectors=vectors, identities=identities), queries, every, 5, 0.7)
+    few = filters.filter_candidates(Bank(vectors=vectors, identities=identities), queries, every, 5, 0.7)
+    monkeypatch.setattr(filters, "_MAX_ALL_PAIRS", 0)
+    many = filters.filter_candidates(Bank(vectors=vectors, identities=identities), queries, every, 5, 0.7)
     assert (few[0] == many[0]).all() and (few[0] >= 0).all()

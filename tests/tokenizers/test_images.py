@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from megatron_cm3leon.tokenizers import images as pixels
+from megatron_cm3leon.tokenizers import images
 from megatron_cm3leon.tokenizers.images import from_pixels, load_image, to_pixels
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -233,7 +233,7 @@ def test_reasons_are_readable(tmp_path):
 
 
 def test_too_many_pixels(monkeypatch):
-    monkeypatch.setattr(pixels, "MAX_PIXELS", 100)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="11 x 10 pixels are more than the 100"):
         load_image(encode(Image.new("RGB", (11, 10))))
 

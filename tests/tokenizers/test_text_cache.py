@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_cm3leon.tokenizers import text_cache as words
+from megatron_cm3leon.tokenizers import text_cache
 from megatron_cm3leon.tokenizers.text import TextTokenizer, train_text
 from megatron_cm3leon.tokenizers.text_cache import TextEncoder, is_divisible
 
@@ -31,12 +31,12 @@ def test_the_ids_are_those_of_the_whole_text(tokenizer, dtype):
 
 
 def test_a_full_memory_starts_anew(tokenizer, monkeypatch):
-    monkeypatch.setattr(words, "MAX_WORDS", 10)
+    monkeypatch.setattr(text_cache, "MAX_WORDS", 10)
     encoder = TextEncoder(tokenizer, np.uint16)
     for number in range(100):
         text = f"w{number} {'long' * 30} x{number}"
         assert np.frombuffer(encoder.encode(text), np.uint16).tolist() == tokenizer.encode(text)
-        assert len(encoder._words) <= 10 and not any(len(word) > words.MAX_CHARACTERS for word in encoder._words)
+        assert len(encoder._words) <= 10 and not any(len(word) > text_cache.MAX_CHARACTERS for word in encoder._words)
 
 
 def test_models_whose_pieces_cross_words_are_not_cut(tmp_path):
@@ -66,9 +66,9 @@ def test_models_whose_pieces_cross_words_are_not_cut(tmp_path):
         )
 
 
-@pytest.mark.parametrize("limit", [words.MAX_WORDS, 12])
+@pytest.mark.parametrize("limit", [text_cache.MAX_WORDS, 12])
 def test_many_texts_at_once_are_as_one_after_the_other(tokenizer, monkeypatch, limit):
-    monkeypatch.setattr(words, "MAX_WORDS", limit)
+    monkeypatch.setattr(text_cache, "MAX_WORDS", limit)
     draws = random.Random(1)
     letters = [*"abcdog ,.'(\n\t", "  ", " the ", "▁", "é", "🙂", "\x00", "cat", "long" * 20]
     one, many = (TextEncoder(tokenizer, np.uint16) for _ in range(2))

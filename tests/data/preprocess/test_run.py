@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.data.preprocess import worker as parts
+from megatron_cm3leon.data.preprocess import worker
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.data.sources import open_source
 from tests.data.corpora import ByteTokenizers, write_images
@@ -209,7 +209,7 @@ def test_too_many_bad_inputs_stop_the_run_and_mending_them_finishes_it(tmp_path)
 def test_an_interrupted_run_is_finished_and_keeps_whole_parts(tmp_path, monkeypatch):
     pairs = write_images(tmp_path / "raw", 14)
     run(pairs, tmp_path / "whole")
-    write, written = parts.PartEncoder.run, []
+    write, written = worker.PartEncoder.run, []
 
     def die_in_the_third_part(self):
         written.append(self.part)
@@ -217,7 +217,7 @@ def test_an_interrupted_run_is_finished_and_keeps_whole_parts(tmp_path, monkeypa
             raise KeyboardInterrupt
         return write(self)
 
-    monkeypatch.setattr(parts.PartEncoder, "run", die_in_the_third_part)
+    monkeypatch.setattr(worker.PartEncoder, "run", die_in_the_third_part)
     with pytest.raises(KeyboardInterrupt):
         run(pairs, tmp_path / "out")
     with pytest.raises(ValueError, match=r"no manifest\.json.*tools/preprocess_data\.py.*again, if it was interrupted"):
