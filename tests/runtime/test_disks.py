@@ -50,7 +50,7 @@ def test_a_disk_that_fills_up_during_a_save_loses_only_that_save(small_disk):
     piece = make_pieces(0)[0][0]
     tensor = torch.zeros(12, 1000)
     larger = type(piece)("w", "weight", (12, 1000), (0, 0), (12, 1000), 0, tensor.numel())
-    sentence = r"step-00000002 was not written: .*rank-00000.safetensors: No space left on device; make room .*"
+    sentence = r"step-00000002 was not written: .*rank-00000.safetensors: No space left on device; free disk space .*"
     with pytest.raises(ValueError, match=sentence + r"resumes from .*step-00000001\)"):
         save(small_disk, 2, [(larger, tensor.view(-1))])
     assert torch.equal(CheckpointReader(step_folder(small_disk, 1)).read_part("w", "weight", (0, 0), (3, 4)),
