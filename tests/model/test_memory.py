@@ -13,7 +13,7 @@ from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.train import main
 from tests.distributed.launch import torchrun
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = """model.layers=4 model.hidden_size=512 model.heads=8 data.seq_length=512 train.global_batch_size=4
           train.micro_batch_size=2 train.precision=fp32"""
 
