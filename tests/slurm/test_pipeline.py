@@ -138,7 +138,7 @@ def test_duplicates_over_several_tasks_take_two_rounds(raw):
         ("input=[nothing/*.tar]", "input (nothing/*.tar) matches no file."),
         ("tokenizer=nowhere", "tokenizer (nowhere) must be an existing folder."),
         ("output=''", "output is empty, but required"),
-        ("train.options={a: 1}", "a list stands where names and values belong"),
+        ("train.options={a: 1}", "a list was found where a mapping is required"),
         ("preprocess.task=3", "there is no field preprocess.task; did you mean preprocess.tasks?"),
         ("embed.tasks=0", "embed.tasks (0) must be at least 1."),
         ("index.time=soon", "index.time: --time (soon) is not a valid SLURM time limit; write minutes"),

@@ -33,8 +33,8 @@ def test_the_option_overrides_the_variable_and_the_home_folder(tmp_path, monkeyp
         ("cpus_per_rank: many", "cpus_per_rank: Value 'many'"),
         ("cpus_per_rank: -1", "cpus_per_rank (-1) must be at least 0."),
         ("environment: {'A B': 1}", "environment: 'A B' is not a valid variable name"),
-        ("environment: [A=1]", "a list stands where names and values belong"),
-        ("sbatch: {exclusive: true}", "a list stands where names and values belong"),
+        ("environment: [A=1]", "a list was found where a mapping is required"),
+        ("sbatch: {exclusive: true}", "a list was found where a mapping is required"),
         ("partition: [", "is not valid YAML"),
     ],
 )

@@ -103,7 +103,7 @@ def test_the_reference_is_the_model_that_trains(world, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["export", "--checkpoint", ".", "--tokenizer", "tok"], "no complete checkpoint"),
+        (["export", "--checkpoint", ".", "--tokenizer", "tok"], "not a complete checkpoint"),
         (["export", "--checkpoint", "CHECKPOINT", "--tokenizer", "."], "no vocabulary at"),
         (["export", "--checkpoint", "CHECKPOINT", "--tokenizer", "tok", "--check-shards", "."], "manifest"),
         (

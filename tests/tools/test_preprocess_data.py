@@ -108,7 +108,7 @@ def test_a_job_array_and_merge(raw, monkeypatch):
     alone, array = open_shards(raw / "alone").manifest, open_shards(raw / "array").manifest
     assert alone["shards"] == array["shards"] and alone["content_sha256"] == array["content_sha256"]
     result = preprocess(*arguments, "--output", "x", "--task-id", 2)
-    assert result.returncode == 2 and "give --task-id and --num-tasks together" in result.stderr
+    assert result.returncode == 2 and "--task-id and --num-tasks must be given together" in result.stderr
 
 
 def test_usage_errors():

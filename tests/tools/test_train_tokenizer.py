@@ -59,7 +59,7 @@ def test_whichever_comes_second_writes_the_vocabulary(pairs, tmp_path, order):
         (["image", *IMAGE_FLAGS, "--downsample", 6], "--downsample (6) must be a power of 2"),
         (["image", *IMAGE_FLAGS, "--channel-multiplier", 1, 2], "--channel-multiplier has 2 numbers; --downsample 4"),
         (["image", *IMAGE_FLAGS, "--norm", "group"], "base_channels (16) must be a multiple of 32 with norm=group"),
-        (["image", *IMAGE_FLAGS, "--device", "quick"], "--device (quick) is no device of torch"),
+        (["image", *IMAGE_FLAGS, "--device", "quick"], "--device (quick) is not a valid torch device"),
         (["image", *IMAGE_FLAGS, "--steps", 1], "warmup_steps (2) must leave steps for the codebook"),
     ],
 )

@@ -136,7 +136,7 @@ def test_killed_while_a_save_is_written_it_goes_on_from_the_one_before(folder):
     assert [path.name for path in list_checkpoints(run)] == ["step-00000004"]
     done = train(folder, "cut")
     assert done.returncode == 0, done.stderr
-    assert "step-00000004 at step 4" in done.stderr and "step-00000008.tmp was not finished" in done.stderr
+    assert "step-00000004 at step 4" in done.stderr and "step-00000008.tmp is incomplete, because the run ended" in done.stderr
     assert losses(run) == losses(folder / "straight")
     assert not half.parent.exists()
 
@@ -279,7 +279,7 @@ def test_the_other_engine_goes_on_from_a_checkpoint_and_says_nothing_more(folder
     assert done.returncode == 0, done.stderr
     done = train(folder, "engines", "train.engine=deepspeed", "parallel.zero=3")
     assert done.returncode == 0, done.stderr
-    usual = ("training: ", "pre-flight: 1 rank on 1 host, cpu computes right; ")
+    usual = ("training: ", "pre-flight: 1 rank on 1 host, cpu arithmetic check passed; ")
     said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith(usual)]
     (kernels,) = [line for line in said if line.startswith("kernels: ")]
     assert "AdamW: torch, fused" in kernels and "layers: not compiled" in kernels
