@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_cm3leon.generation import kernels
-from megatron_cm3leon.generation import matrices
+from megatron_cm3leon.generation import kernels, matrices
 from megatron_cm3leon.generation.fused_step import sum_rows
 from megatron_cm3leon.generation.matrices import ScaledMatrix
 from megatron_cm3leon.generation.matrix_kinds import build_matrix

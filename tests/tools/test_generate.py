@@ -187,7 +187,10 @@ def test_a_text_that_begins_with_an_at_sign(world):
         (["image", "--from", "{world}/none.txt", "--model", "{model}"], "none.txt: No such file"),
         (["image", "--from", "{world}/0.png", "--model", "{model}"], "not UTF-8: byte 0 of --from"),
         (["image", "a\udcff", "--model", "{model}", "--output", "{world}/new"], "is not valid Unicode"),
-        (["image", "a", "--model", "{model}", "--device", "gpu", "--output", "{world}/new"], "is not a valid torch device"),
+        (
+            ["image", "a", "--model", "{model}", "--device", "gpu", "--output", "{world}/new"],
+            "is not a valid torch device",
+        ),
         (["image", "a", "--model", "{model}", "--documents", "1", "--output", "{world}/new"], "are for --retrieve"),
         (
             ["image", "a", "--model", "{model}", "--rank-with", "{model}", "--output", "{world}/new"],

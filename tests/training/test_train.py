@@ -136,7 +136,10 @@ def test_killed_while_a_save_is_written_it_goes_on_from_the_one_before(folder):
     assert [path.name for path in list_checkpoints(run)] == ["step-00000004"]
     done = train(folder, "cut")
     assert done.returncode == 0, done.stderr
-    assert "step-00000004 at step 4" in done.stderr and "step-00000008.tmp is incomplete, because the run ended" in done.stderr
+    assert (
+        "step-00000004 at step 4" in done.stderr
+        and "step-00000008.tmp is incomplete, because the run ended" in done.stderr
+    )
     assert losses(run) == losses(folder / "straight")
     assert not half.parent.exists()
 
