@@ -94,7 +94,7 @@ def test_options_out_of_range_and_no_font(tmp_path):
 def fonts():
     """The Debian packages; what needs them is skipped without."""
     try:
-        generate.find_file("font", None, generate.font_places())
+        generate.find_file("font", None, generate.list_font_paths())
         generate.find_file("emoji list", None, [generate.EMOJI_TEST])
         generate.find_file("annotations", None, [f"{generate.CLDR}/annotations/en.xml"])
     except ValueError as error:
@@ -131,7 +131,7 @@ def test_the_corpus_in_both_forms(corpus):
 
 
 def test_the_grinning_face_is_yellow(corpus):
-    font = generate.load_font(generate.find_file("font", None, generate.font_places()))
+    font = generate.load_font(generate.find_file("font", None, generate.list_font_paths()))
     image = generate.render(generate.Emoji(text="\U0001f600", name="", group=""), font, 32)
     red, green, blue = np.asarray(image)[10, 16].tolist()
     assert red > 200 and green > 150 and blue < 120
