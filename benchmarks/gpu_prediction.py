@@ -20,7 +20,7 @@ Training. Seconds of a step = micro-batches x (products + attention + rest) + op
   rest        bytes over the bandwidth that elementwise kernels reach (0.8 of the data sheet); a launch takes at least
               2.5 microseconds. The host is faster than the device at these sizes: its time is not counted
 
-TFLOP/s are computed with monitoring.metrics.flops_per_token. 7b has as many layers as fit into 0.92 of the device's
+TFLOP/s are computed with model.flops.flops_per_token. 7b has as many layers as fit into 0.92 of the device's
 memory according to model.memory.estimate_memory; recordings of two depths are interpolated linearly. Micro-batches per
 step: 8 for 7b, else 4.
 
@@ -162,7 +162,7 @@ def fit_layers(row: dict, gpu: Gpu) -> int:
 
 
 def predict_training(rows: list[dict], name: str, gpu: Gpu) -> dict:
-    from megatron_cm3leon.monitoring.metrics import flops_per_token
+    from megatron_cm3leon.model.flops import flops_per_token
 
     layers = fit_layers(rows[0], gpu)
     count = MICRO_BATCHES[rows[0]["preset"]]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from megatron_cm3leon.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from megatron_cm3leon.checkpoint.reference import load_reference_model
+    from megatron_cm3leon.checkpoint.reference_model import load_reference_model
     from megatron_cm3leon.config.loading import Config, load_config
     from megatron_cm3leon.config.validation import validate_config
     from megatron_cm3leon.data.shards.reader import open_shards
@@ -63,7 +63,7 @@ _MODULES = {
     "Vocabulary": "tokenizers.vocab",
     "build_stream": "data.stream.stream",
     "load_config": "config.loading",
-    "load_reference_model": "checkpoint.reference",
+    "load_reference_model": "checkpoint.reference_model",
     "open_shards": "data.shards.reader",
     "validate_config": "config.validation",
 }

@@ -9,7 +9,7 @@ according to model.memory.estimate_memory. A row of PLAN is this project with ov
 at the same sizes. Peers have no z-loss, so no row that is compared with them has one. Weights are drawn on the device,
 and no memory is page-locked for checkpoints.
 
-A row has the step's time (median and fastest), tokens/s, TFLOP/s computed with monitoring.metrics.flops_per_token, MFU
+A row has the step's time (median and fastest), tokens/s, TFLOP/s computed with model.flops.flops_per_token, MFU
 relative to the dense bf16 peak (also for fp8), the allocator's peak and the estimated bytes, the losses, and for this
 project the kernels that take most of a step. runner.py describes how rows are run and written.
 """
@@ -231,9 +231,9 @@ def divide_into_samples(batch):
 
 def describe(config, row: dict) -> dict:
     """Sizes of a row, its operations per step, and for this project the estimated bytes."""
+    from megatron_cm3leon.model.flops import flops_per_token
     from megatron_cm3leon.model.memory import estimate_memory
     from megatron_cm3leon.model.weights import canonical_shapes
-    from megatron_cm3leon.monitoring.metrics import flops_per_token
 
     tokens = row["micro_batch"] * row["micro_batches"] * row["sequence"]
     found = {

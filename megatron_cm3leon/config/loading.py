@@ -204,7 +204,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple]:
     """Dotted names of the fields that differ, with the old and the new value."""
-    left, right = _flatten(asdict(old)), _flatten(asdict(new))
+    left, right = flatten_config(old), flatten_config(new)
     return {name: (left.get(name), value) for name, value in right.items() if left.get(name) != value}
 
 
@@ -212,6 +212,11 @@ def is_fixed(name: str) -> bool:
     """Whether a resumed run may change the field `name` (section.key) only with --allow-change."""
     setting = _SETTINGS.get(name)
     return setting is not None and setting.resume == "fixed"
+
+
+def flatten_config(config: Config) -> dict[str, object]:
+    """Values by dotted names (section.field), in the order of the schema."""
+    return _flatten(asdict(config))
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:

@@ -1,6 +1,7 @@
 """What a configuration field says beside its default: bounds, choices, whether it is a path, its resume policy."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -21,6 +22,7 @@ class Setting:
 
     minimum: float | None = None
     maximum: float | None = None
+    """Upper bound of a field that has a minimum."""
     choices: tuple = ()
     resume: Resume = "free"
     path: bool = False
@@ -33,8 +35,8 @@ class Setting:
                 raise ValueError(f"{name} ({each!r}) must be one of: {', '.join(map(str, self.choices))}.")
         if self.minimum is None:
             return
-        too_low = not value >= self.minimum  # type: ignore[operator]  # a field with bounds is a number; refuses NaN
-        if too_low or (self.maximum is not None and value > self.maximum):  # type: ignore[operator]  # as above
+        highest = math.inf if self.maximum is None else self.maximum
+        if not self.minimum <= value <= highest:  # type: ignore[operator]  # a field with bounds is a number; also NaN
             bounds = f"at least {self.minimum}"
             if self.maximum is not None:
                 bounds = f"between {self.minimum} and {self.maximum}"

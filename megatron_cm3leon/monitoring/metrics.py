@@ -9,24 +9,9 @@ from typing import Any
 from megatron_cm3leon.common.jsonl import drop_truncated_line
 from megatron_cm3leon.common.progress import Meter
 from megatron_cm3leon.config.loading import Config
-from megatron_cm3leon.model.weights import POSITION_EMBEDDINGS, WORD_EMBEDDINGS, canonical_shapes
+from megatron_cm3leon.model.flops import flops_per_token
 from megatron_cm3leon.monitoring.history import METRICS
-from megatron_cm3leon.monitoring.trackers import open_trackers
-
-
-def flops_per_token(config: Config, vocabulary_size: int) -> int:
-    """Floating-point operations of the forward and backward pass per token, without recomputation.
-
-    6 per weight of each matrix (with the output head, tied or not; without embedding look-ups), plus 6 x layers x
-    seq_length x hidden_size for causal attention, which is half of the full attention matrix.
-    """
-    model = config.model
-    shapes = canonical_shapes(config, vocabulary_size)
-    looked_up = {WORD_EMBEDDINGS, POSITION_EMBEDDINGS}
-    weights = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) > 1 and name not in looked_up)
-    if model.tied_embeddings:
-        weights += vocabulary_size * model.hidden_size
-    return 6 * weights + 6 * model.layers * config.data.seq_length * model.hidden_size
+from megatron_cm3leon.monitoring.trackers import Trackers
 
 
 class MetricsLogger:
@@ -35,8 +20,8 @@ class MetricsLogger:
     def __init__(
         self, run: Path, config: Config, vocabulary_size: int, ranks: int, progress: Meter, step: int = 0
     ) -> None:
-        """`step`: last step of the loaded checkpoint; ValueError for a tracker that is not installed."""
-        self.trackers = open_trackers(run, config, step)
+        """`step`: last step of the loaded checkpoint."""
+        self.trackers = Trackers(run, config, step)
         self.file = open(run / METRICS, "a+", buffering=1)  # noqa: SIM115 - closed by close()
         drop_truncated_line(self.file.fileno())
         self.progress = progress
@@ -61,8 +46,7 @@ class MetricsLogger:
         self.file.write(json.dumps(line) + "\n")
         if "skipped" not in values:  # else no step was taken: `step` is that of the previous batch
             finite = {name: each for name, each in values.items() if isinstance(each, float) and math.isfinite(each)}
-            for tracker in self.trackers:
-                tracker.log(values["step"], finite)
+            self.trackers.log(values["step"], finite)
         note = (
             f"loss {values['loss']:.3f} (text {values['loss_text']:.3f}, image {values['loss_image']:.3f}), "
             f"{rate:.0f} tokens/s"
@@ -90,15 +74,13 @@ class MetricsLogger:
             }
             self.file.write(json.dumps(line) + "\n")
         if steps_back:
-            for tracker in self.trackers:
-                tracker.roll_back(step)
+            self.trackers.roll_back(step)
         self.progress.advance(-steps_back, note=f"batches {batches[0]} to {batches[-1]} skipped ({reason})")
 
     def close(self) -> None:
         """Close metrics.jsonl and the trackers."""
         self.file.close()
-        for tracker in self.trackers:
-            tracker.close()
+        self.trackers.close()
 
 
 def plain(value: Any) -> Any:

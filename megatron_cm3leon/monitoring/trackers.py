@@ -2,22 +2,28 @@
 
 tensorboard: event files in RUN/tensorboard. wandb: Weights & Biases; WANDB_MODE decides, and without it and without
 WANDB_API_KEY the run is offline, in RUN/wandb (`wandb sync` uploads it). mlflow: MLFLOW_TRACKING_URI decides, and
-without it the run is in RUN/mlflow. A resumed run continues the same run of each tracker.
+without it the run is in RUN/mlflow. A resumed run continues the same run of each tracker, by its number in
+RUN/wandb-run.txt and RUN/mlflow-run.txt.
+
+A tracker that fails, such as one whose server is down, does not stop training: it is reported and no longer used.
 """
 
-import hashlib
+import logging
 import os
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from megatron_cm3leon.config.loading import Config
+from megatron_cm3leon.config.loading import Config, flatten_config
 
-MLFLOW_RUN = "mlflow-run.txt"
-"""File in the run folder with the number of its MLflow run."""
+logger = logging.getLogger(__name__)
+
+MAX_PARAMS = 100
+"""MLflow's limit of parameters in one request."""
 
 
 class Tracker(Protocol):
@@ -33,14 +39,50 @@ class Tracker(Protocol):
         """Write what is pending and end."""
 
 
-def open_trackers(run: Path, config: Config, step: int) -> list[Tracker]:
-    """The trackers of monitoring.trackers for a run that continues after `step` (validate_config checks packages)."""
-    kinds: dict[str, Callable[[Path, Config, int], Tracker]] = {
-        "tensorboard": TensorBoardTracker,
-        "wandb": WandbTracker,
-        "mlflow": MlflowTracker,
-    }
-    return [kinds[name](run, config, step) for name in config.monitoring.trackers]
+class Trackers:
+    """The trackers of monitoring.trackers that work, for a run that continues after `step`."""
+
+    def __init__(self, run: Path, config: Config, step: int) -> None:
+        """Open them; validate_config has checked that their packages are installed."""
+        self.working: dict[str, Tracker] = {}
+        for name in config.monitoring.trackers:
+            self._try(name, partial(self._open, name, run, config, step))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record finite values of one step."""
+        self._call(lambda tracker: tracker.log(step, values))
+
+    def roll_back(self, step: int) -> None:
+        """The run continues after `step`."""
+        self._call(lambda tracker: tracker.roll_back(step))
+
+    def close(self) -> None:
+        """Write what is pending and end."""
+        self._call(lambda tracker: tracker.close())
+
+    def _open(self, name: str, run: Path, config: Config, step: int) -> None:
+        kinds: dict[str, Callable[[Path, Config, int], Tracker]] = {
+            "tensorboard": TensorBoardTracker,
+            "wandb": WandbTracker,
+            "mlflow": MlflowTracker,
+        }
+        self.working[name] = kinds[name](run, config, step)
+
+    def _call(self, action: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self.working.items()):
+            self._try(name, partial(action, tracker))
+
+    def _try(self, name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # each library has its own; metrics.jsonl has every number, so training continues
+            self.working.pop(name, None)
+            first_line = (str(error).splitlines() or [""])[0]
+            logger.warning(
+                "monitoring.trackers: %s failed (%s: %s) and is not used until the next start of this run; "
+                "metrics.jsonl has all metrics",
+                name, type(error).__name__, first_line,
+            )  # fmt: skip
 
 
 class TensorBoardTracker:
@@ -66,15 +108,12 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A Weights & Biases run whose number follows from the path of the run folder.
-
-    Repeated steps appear twice with their own time; the x axis of the charts is `step`.
-    """
+    """A Weights & Biases run. Repeated steps appear twice with their own time; the x axis of the charts is `step`."""
 
     def __init__(self, run: Path, config: Config, step: int) -> None:
         import wandb
 
-        number = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+        number = _recall_number(run / "wandb-run.txt", lambda: uuid.uuid4().hex[:16])
         offline = "WANDB_MODE" not in os.environ and "WANDB_API_KEY" not in os.environ
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "megatron_cm3leon"), id=number, name=run.name, dir=str(run),
@@ -93,29 +132,29 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """An MLflow run; its number is kept in RUN/mlflow-run.txt."""
+    """An MLflow run, with the configuration as its parameters."""
 
     def __init__(self, run: Path, config: Config, step: int) -> None:
         import mlflow
-        from mlflow.entities import Param
 
         uri = os.environ.get("MLFLOW_TRACKING_URI")
-        if not uri:  # files, which need no database; MLflow asks for this consent since version 3.7
+        if not uri:  # files, which need no database; since version 3.7 MLflow requires this consent
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
             uri = (run / "mlflow").resolve().as_uri()
         self.client = mlflow.MlflowClient(uri)
-        number = run / MLFLOW_RUN
-        if number.is_file():
-            self.run = number.read_text().strip()
-            return
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "megatron_cm3leon")
-        found = self.client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self.client.create_experiment(name)
-        self.run = self.client.create_run(experiment, run_name=run.name).info.run_id
-        params = [Param(f"{section}.{key}", str(value)) for section, fields in asdict(config).items()
-                  if isinstance(fields, dict) for key, value in fields.items()]  # fmt: skip
-        self.client.log_batch(self.run, params=params)
-        number.write_text(self.run + "\n")
+        self.run = _recall_number(run / "mlflow-run.txt", lambda: self._create_run(run.name, config))
+
+    def _create_run(self, name: str, config: Config) -> str:
+        from mlflow.entities import Param
+
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "megatron_cm3leon")
+        found = self.client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else self.client.create_experiment(experiment)
+        number = self.client.create_run(experiment_id, run_name=name).info.run_id
+        params = [Param(field, str(value)) for field, value in flatten_config(config).items()]
+        for start in range(0, len(params), MAX_PARAMS):
+            self.client.log_batch(number, params=params[start : start + MAX_PARAMS])
+        return number
 
     def log(self, step: int, values: dict[str, float]) -> None:
         from mlflow.entities import Metric
@@ -128,3 +167,12 @@ class MlflowTracker:
 
     def close(self) -> None:
         self.client.set_terminated(self.run)
+
+
+def _recall_number(path: Path, create: Callable[[], str]) -> str:
+    """The number that an earlier attempt wrote to `path`; a new one for a new run."""
+    if path.is_file():
+        return path.read_text().strip()
+    number = create()
+    path.write_text(number + "\n")
+    return number

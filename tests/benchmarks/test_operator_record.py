@@ -10,8 +10,8 @@ import pytest
 
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import validate_config
+from megatron_cm3leon.model.flops import flops_per_token
 from megatron_cm3leon.model.weights import canonical_shapes
-from megatron_cm3leon.monitoring.metrics import flops_per_token
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/operator_record.py"
 SEQUENCE, VOCABULARY, LAYERS, BLOCKS = 512, 8192, 2, 2

@@ -1,7 +1,7 @@
 """Weights converted to fp8 once in a step beside weights converted at every use; `torchrun check_fp8.py CASE ...`.
 
-Of each case both runs take two steps with an evaluation behind each, save, take one more step, load what was saved and
-take that step again, and one more. Prints a JSON object: case, kept or not -> losses as hexadecimal numbers, a hash of
+Both runs of a case take two steps with an evaluation after each, save, take one more step, load the checkpoint, repeat
+that step and take another one. Prints a JSON object: case, kept or not -> losses as hexadecimal numbers, a hash of
 this rank's weights, conversions of weights, and how many matrices there are.
 """
 

@@ -18,7 +18,7 @@ def run(folder, ranks: int, *cases: str) -> dict:
 def check(seen: dict, case: str, keeps: bool = True) -> None:
     kept, converted = seen[f"{case} True"], seen[f"{case} False"]
     assert kept["losses"] == converted["losses"] and kept["weights"] == converted["weights"]
-    assert len(set(kept["losses"])) == STEPS  # of the initial weights and behind each step, one of which came twice
+    assert len(set(kept["losses"])) == STEPS  # of the initial weights and after each step, one of which was repeated
     assert kept["losses"][4:6] == kept["losses"][6:8]  # the step from a loaded checkpoint is the step before it
     assert kept["conversions"] == STEPS * USES * kept["matrices"] and (kept["matrices"] > 0) == keeps
     assert converted["conversions"] == 0

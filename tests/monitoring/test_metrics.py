@@ -33,7 +33,7 @@ def test_steps_after_the_last_checkpoint_are_plotted_once(tmp_path, open_log):
     first = open_log(0)
     for step in range(1, 7):
         log(first, step, loss=1.0)
-    first.trackers[0].writer.flush()  # and then killed; its last checkpoint was of step 3
+    first.trackers.working["tensorboard"].writer.flush()  # and then killed; its last checkpoint was of step 3
     second = open_log(3)
     for step in range(4, 9):
         log(second, step, loss=2.0)

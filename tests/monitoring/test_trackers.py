@@ -1,11 +1,15 @@
 """Weights & Biases and MLflow, offline: a resumed run continues the same run; what is not installed is named."""
 
+import shutil
+
 import pytest
 
 from megatron_cm3leon.config import validation
-from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.loading import flatten_config, load_config
 from megatron_cm3leon.config.validation import validate_config
-from megatron_cm3leon.monitoring.trackers import MLFLOW_RUN, open_trackers
+from megatron_cm3leon.monitoring.trackers import Trackers
+
+TRACKED = ["monitoring.trackers=[mlflow]"]
 
 
 @pytest.fixture(autouse=True)
@@ -17,10 +21,11 @@ def nothing_set(monkeypatch, tmp_path):
 
 def record(run, name, steps):
     """Open a tracker after the step before, log a loss of each step, and close it."""
-    [tracker] = open_trackers(run, load_config(None, [f"monitoring.trackers=[{name}]"]), steps[0] - 1)
+    trackers = Trackers(run, load_config(None, [f"monitoring.trackers=[{name}]"]), steps[0] - 1)
     for step in steps:
-        tracker.log(step, {"loss": 1.0 / step})
-    tracker.close()
+        trackers.log(step, {"loss": 1.0 / step})
+    trackers.close()
+    assert list(trackers.working) == [name]
 
 
 def test_mlflow_continues_one_run_in_the_run_folder(tmp_path):
@@ -28,11 +33,32 @@ def test_mlflow_continues_one_run_in_the_run_folder(tmp_path):
     record(tmp_path, "mlflow", [1, 2, 3])
     record(tmp_path, "mlflow", [3, 4])
     client = mlflow.MlflowClient((tmp_path / "mlflow").as_uri())
-    number = (tmp_path / MLFLOW_RUN).read_text().strip()
+    number = (tmp_path / "mlflow-run.txt").read_text().strip()
     found = [(each.step, each.value) for each in client.get_metric_history(number, "loss")]
     assert sorted(found) == [(1, 1.0), (2, 0.5), (3, 1 / 3), (3, 1 / 3), (4, 0.25)]
     run = client.get_run(number)
-    assert run.data.params["train.steps"] == "1000" and run.info.status == "FINISHED"
+    assert run.data.params == {name: str(value) for name, value in flatten_config(load_config(None, TRACKED)).items()}
+    assert run.info.status == "FINISHED"
+
+
+def test_a_tracker_that_fails_is_reported_and_training_continues(tmp_path, monkeypatch, caplog):
+    """A server that refuses connections, and a folder that is deleted during the run."""
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = load_config(None, ["monitoring.trackers=[mlflow, tensorboard]"])
+    trackers = Trackers(tmp_path / "a", config, 0)
+    trackers.log(1, {"loss": 1.0})
+    trackers.close()
+    assert list(trackers.working) == ["tensorboard"] and not (tmp_path / "a/mlflow-run.txt").exists()
+    assert "monitoring.trackers: mlflow failed (MlflowException: " in caplog.text
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (tmp_path / "b").mkdir()
+    trackers = Trackers(tmp_path / "b", load_config(None, TRACKED), 0)
+    shutil.rmtree(tmp_path / "b/mlflow")
+    for step in (1, 2):
+        trackers.log(step, {"loss": 1.0})
+    assert trackers.working == {} and caplog.text.count("mlflow failed") == 2
 
 
 def test_wandb_is_offline_without_a_key_and_keeps_its_number(tmp_path):

@@ -13,9 +13,9 @@ import pytest
 from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import validate_config
+from megatron_cm3leon.model.flops import flops_per_token
 from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.monitoring.history import read_metrics
-from megatron_cm3leon.monitoring.metrics import flops_per_token
 from megatron_cm3leon.training.lr_schedule import follow_rule, learning_rate
 from tests.checkpoint.builders import flip_byte
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
