@@ -9,6 +9,7 @@ preprocessing, so their wording is part of a file format.
 """
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def _apply_orientation(image: Image.Image) -> Image.Image:
     """Transpose by EXIF's orientation. Nothing else of EXIF is used, so damage in other tags has no effect."""
     try:
         method = _TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged bytes raise any exception: like viewers, show the image as it is stored
+    except (SyntaxError, struct.error):  # Pillow's, for a damaged or short header: as viewers do, keep the stored form
         method = None
     return image.copy() if method is None else image.transpose(method)
 
