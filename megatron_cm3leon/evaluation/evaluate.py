@@ -84,7 +84,6 @@ def evaluate_model(
     result = {
         "format": 1,
         "figures": {name: value for part in parts for name, value in part.figures.items()},
-        "sweep": [],
         "options": options.to_dict() | {"documents": subject.documents},
         **{name: value for part in parts for name, value in part.content.items()},
         "seconds": seconds,

@@ -32,9 +32,9 @@ def generate(request: Request) -> Results:
     """
     if request.output is not None:
         check_output(request.output)
-    queries = request.task.load()
+    task = request.task.load()
     generator = Generator.load(request.model, request.dtype, request.device)
-    retrieved = retrieve_documents(request.retrieval, generator.codec, generator.training_documents, queries)
+    retrieved = retrieve_documents(request.retrieval, generator.codec, generator.training_documents, task.queries)
     with written_results(request.output, request.options) as results:
-        request.task.run(generator, retrieved, results)
+        task.generate(generator, retrieved, results)
     return results

@@ -1,11 +1,12 @@
 """What tools/generate.py can be asked for: one class per command, which reads files by path and fills `Results`.
 
-`load` reads the input files and raises ValueError for wrong input, before the model is loaded. It returns what
-documents are retrieved by, one query per prompt. `run` generates, and adds an entry per result.
+`load` reads the input files and raises ValueError for wrong input, before the model is loaded. It returns the queries
+by which documents are retrieved, one per prompt, and the function that generates and adds an entry per result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,17 +27,24 @@ MASK = "<mask>"
 """The span to fill in a text."""
 
 
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task whose input is read and checked."""
+
+    queries: Queries
+    """What documents are retrieved by, one query per prompt."""
+    generate: Callable[[Generator, Retrieved, Results], None]
+    """Generates, and adds the results."""
+
+
 class Task(Protocol):
     """What one call of tools/generate.py generates."""
 
-    def load(self) -> Queries:
-        """Read and check the input; return one query per prompt."""
-
-    def run(self, generator: Generator, retrieved: Retrieved, results: Results) -> None:
-        """Generate, and add the results."""
+    def load(self) -> LoadedTask:
+        """Read and check the input; ValueError for wrong input."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageTask:
     """Images of captions."""
 
@@ -52,35 +60,42 @@ class ImageTask:
     """CLIP folder."""
     unconditional: str = "auto"
 
-    def load(self) -> Queries:
-        self.captions = [*self.captions, *(read_captions(self.file) if self.file else [])]
-        if not self.captions:
+    def load(self) -> LoadedTask:
+        captions = [*self.captions, *(read_captions(self.file) if self.file else [])]
+        if not captions:
             raise ValueError("there are no captions; give some, or --from FILE with one per line.")
         encoder = None
         if self.rank_with:
             from megatron_cm3leon.retrieval.encoder import Encoder  # imports transformers
 
             encoder = Encoder.load(self.rank_with)
-        self._candidates = Candidates(self.candidates, encoder, self.keep)
-        return Queries(texts=list(self.captions))
+        candidates = Candidates(self.candidates, encoder, self.keep)
+        return LoadedTask(Queries(texts=captions), partial(self._generate, captions, candidates))
 
-    def run(self, generator: Generator, retrieved: Retrieved, results: Results) -> None:
-        tokens = len(self.captions) * self._candidates.count * generator.vocabulary.image_tokens
+    def _generate(
+        self,
+        captions: list[str],
+        candidates: Candidates,
+        generator: Generator,
+        retrieved: Retrieved,
+        results: Results,
+    ) -> None:
+        tokens = len(captions) * candidates.count * generator.vocabulary.image_tokens
         with meter(tokens, "generating", "tokens") as progress:
             images = generator.images(
-                self.captions,
+                captions,
                 self.sampling,
                 retrieved=retrieved.documents,
-                candidates=self._candidates,
+                candidates=candidates,
                 unconditional=self.unconditional,
                 advance=progress.advance,
             )
             for number, made in enumerate(images):
                 entry = results.save_generated(made, made.caption or "")
-                results.entries.append(retrieved.describe(entry, number // self._candidates.kept))
+                results.entries.append(retrieved.describe(entry, number // candidates.kept))
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CaptionTask:
     """A caption of each image file."""
 
@@ -90,19 +105,21 @@ class CaptionTask:
     longest: int = 64
     """Text pieces of a caption, at most."""
 
-    def load(self) -> Queries:
-        self._loaded = [load_image(path) for path in self.images]
-        return Queries(images=self._loaded)
+    def load(self) -> LoadedTask:
+        images = [load_image(path) for path in self.images]
+        return LoadedTask(Queries(images=images), partial(self._generate, images))
 
-    def run(self, generator: Generator, retrieved: Retrieved, results: Results) -> None:
+    def _generate(
+        self, images: list[Image.Image], generator: Generator, retrieved: Retrieved, results: Results
+    ) -> None:
         texts = generator.captions(
-            self._loaded, self.sampling, retrieved=retrieved.documents, form=self.form, longest=self.longest
+            images, self.sampling, retrieved=retrieved.documents, form=self.form, longest=self.longest
         )
         for number, (path, text) in enumerate(zip(self.images, texts, strict=True)):
             results.entries.append(retrieved.describe({"picture": path, "caption": text}, number))
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class AnswerTask:
     """An answer to each question about one image file."""
 
@@ -112,19 +129,21 @@ class AnswerTask:
     longest: int = 16
     """Text pieces of an answer, at most."""
 
-    def load(self) -> Queries:
-        self._loaded = [load_image(self.image)] * len(self.questions)
-        return Queries(images=self._loaded)
+    def load(self) -> LoadedTask:
+        images = [load_image(self.image)] * len(self.questions)
+        return LoadedTask(Queries(images=images), partial(self._generate, images))
 
-    def run(self, generator: Generator, retrieved: Retrieved, results: Results) -> None:
+    def _generate(
+        self, images: list[Image.Image], generator: Generator, retrieved: Retrieved, results: Results
+    ) -> None:
         texts = generator.answers(
-            self._loaded, self.questions, self.sampling, retrieved=retrieved.documents, longest=self.longest
+            images, self.questions, self.sampling, retrieved=retrieved.documents, longest=self.longest
         )
         for number, (question, text) in enumerate(zip(self.questions, texts, strict=True)):
             results.entries.append(retrieved.describe({"question": question, "answer": text}, number))
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class InfillTask:
     """The span that a mask hides, in a caption (`text`) or in an image (`box`)."""
 
@@ -140,12 +159,14 @@ class InfillTask:
     longest: int = 32
     """Text pieces of the span, at most."""
 
-    def load(self) -> Queries:
+    def load(self) -> LoadedTask:
         self._check()
-        self._loaded = [load_image(self.image)] if self.image else None
-        if self._loaded is not None:
-            return Queries(images=self._loaded)
-        return Queries(texts=[(self.text or "").replace(MASK, " ")])
+        images = [load_image(self.image)] if self.image else None
+        if self.text is not None:
+            queries = Queries(images=images) if images else Queries(texts=[self.text.replace(MASK, " ")])
+            return LoadedTask(queries, partial(self._fill_text, self.text, images))
+        assert images is not None and self.box is not None  # see `_check`
+        return LoadedTask(Queries(images=images), partial(self._fill_image, images, self.box))
 
     def _check(self) -> None:
         if (self.text is None) == (self.box is None):
@@ -161,29 +182,31 @@ class InfillTask:
         if self.sampling.needs_unconditional:
             raise ValueError("--guidance and --contrast-k are for an image with --caption; --text takes neither.")
 
-    def run(self, generator: Generator, retrieved: Retrieved, results: Results) -> None:
-        if self.text is not None:
-            before, after = self.text.split(MASK)
-            [filled] = generator.infill_text(
-                [(before, after)],
-                self.sampling,
-                images=self._loaded,
-                retrieved=retrieved.documents,
-                longest=self.longest,
-            )
-            results.entries.append(retrieved.describe({"text": self.text, "filled": filled}, 0))
-            return
-        assert self._loaded is not None and self.box is not None  # see `_check`
-        captions = None if self.caption is None else [self.caption]
-        [made] = generator.infill_images(
-            self._loaded, self.box, self.sampling, captions=captions, retrieved=retrieved.documents
+    def _fill_text(
+        self,
+        text: str,
+        images: list[Image.Image] | None,
+        generator: Generator,
+        retrieved: Retrieved,
+        results: Results,
+    ) -> None:
+        before, after = text.split(MASK)
+        [filled] = generator.infill_text(
+            [(before, after)], self.sampling, images=images, retrieved=retrieved.documents, longest=self.longest
         )
-        [decoded] = generator.codec.decode_images(generator.codec.encode_images(self._loaded))
+        results.entries.append(retrieved.describe({"text": text, "filled": filled}, 0))
+
+    def _fill_image(
+        self, images: list[Image.Image], box: Box, generator: Generator, retrieved: Retrieved, results: Results
+    ) -> None:
+        captions = None if self.caption is None else [self.caption]
+        [made] = generator.infill_images(images, box, self.sampling, captions=captions, retrieved=retrieved.documents)
+        [decoded] = generator.codec.decode_images(generator.codec.encode_images(images))
         results.save_image(decoded, "before, as the tokenizer decodes it")
         results.entries.append(results.save_generated(made, "infilled"))
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CompletionTask:
     """The texts and images that continue one document."""
 
@@ -191,12 +214,19 @@ class CompletionTask:
     """Texts, and image files as @FILE; a text that begins with @ is written with two."""
     options: CompletionOptions = field(default_factory=CompletionOptions)
 
-    def load(self) -> Queries:
-        self._loaded = [read_part(part) for part in self.parts]
-        return Queries(texts=[" ".join(part for part in self._loaded if isinstance(part, str))])
+    def load(self) -> LoadedTask:
+        document = [read_part(part) for part in self.parts]
+        text = " ".join(part for part in document if isinstance(part, str))
+        return LoadedTask(Queries(texts=[text]), partial(self._generate, document))
 
-    def run(self, generator: Generator, retrieved: Retrieved, results: Results) -> None:
-        [parts] = generator.complete([self._loaded], self.options, retrieved=retrieved.documents)
+    def _generate(
+        self,
+        document: list[str | Image.Image],
+        generator: Generator,
+        retrieved: Retrieved,
+        results: Results,
+    ) -> None:
+        [parts] = generator.complete([document], self.options, retrieved=retrieved.documents)
         for part in parts:
             entry = {"text": part} if isinstance(part, str) else results.save_generated(part, "")
             results.entries.append(retrieved.describe(entry, 0))
