@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 DEEPSPEED = "deepspeed==0.19.8"  # engine/deepspeed.py finds fp32 weights where this version keeps them
 RETRIEVAL = ["faiss-cpu"]
 TRACKERS = ["wandb", "mlflow-skinny"]
-TEST = ["import-linter", "mypy", "pytest", "pytest-timeout", "ruff", "webdataset"]
+TEST = ["import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
 DOCS = ["mkdocs", "mkdocstrings[python]"]
 
 # Script cm3leon-NAME -> file of tools/, which is installed as the package megatron_cm3leon_tools.

@@ -32,7 +32,11 @@ def learnable_pairs(count: int = 64) -> list[np.ndarray]:
 
 
 def run_layouts(folder: Path, layouts: list[Layout], resumes: list[Resume]) -> dict[str, list[dict]]:
-    """Run rows and resumes, one launch per number of ranks; returns name -> steps."""
+    """Run rows and resumes; returns name -> steps.
+
+    A launch takes longer to start than most rows, so there is one per number of ranks, which also resumes what it or an
+    earlier one saved; at most two more resume the rest.
+    """
     write_shards(folder / "shards", learnable_pairs(), make_vocabulary())
     config = folder / "config.yaml"
     config.write_text(CONFIG)
@@ -41,23 +45,30 @@ def run_layouts(folder: Path, layouts: list[Layout], resumes: list[Resume]) -> d
         paths = [f"data.shards={folder / 'shards'}", f"output={folder / output}"]
         return {"name": name, "config": str(config), "overrides": [*layout.overrides, *paths], **more}
 
-    cases: dict[int, list[dict]] = {1: [], 2: [], 4: []}
-    for layout in layouts:
-        more = {"masks": True} if layout in MASKS else {}
-        cases[layout.ranks].append(case(layout.name, layout, layout.folder, save_start=True, **more))
-    steps = {}
-    for ranks in track(cases, label="layouts", unit="launches"):
-        steps |= run_cases(folder, ranks, cases[ranks]) if cases[ranks] else {}
-    resumed: dict[int, list[dict]] = {1: [], 2: [], 4: []}
-    for number, resume in enumerate(resumes):
-        target = folder / f"resume-{number}" / "checkpoints"
+    def resumed_case(resume: Resume) -> dict:
+        output = f"resume-{RESUMES.index(resume)}"
+        target = folder / output / "checkpoints"
         target.mkdir(parents=True)
         source = step_folder(folder / BY_NAME[resume.source].folder, 10)
-        (target / source.name).symlink_to(source)
-        layout = BY_NAME[resume.target]
-        resumed[layout.ranks].append(case(resume.name, layout, f"resume-{number}"))
-    for ranks in track(resumed, label="resumes", unit="launches"):
-        steps |= run_cases(folder, ranks, resumed[ranks]) if resumed[ranks] else {}
+        (target / source.name).symlink_to(source)  # it may be written later, by the same launch
+        return case(resume.name, BY_NAME[resume.target], output)
+
+    launches, finished, remaining = [], set(), list(resumes)
+    for ranks in (4, 2, 1):
+        rows = [layout for layout in layouts if layout.ranks == ranks]
+        finished |= {row.name for row in rows}
+        ready = [each for each in remaining if each.source in finished and BY_NAME[each.target].ranks == ranks]
+        remaining = [each for each in remaining if each not in ready]
+        started = [
+            case(row.name, row, row.folder, save_start=True, **({"masks": True} if row in MASKS else {}))
+            for row in rows
+        ]
+        launches.append((ranks, started + [resumed_case(each) for each in ready]))
+    for ranks in (4, 2):
+        launches.append((ranks, [resumed_case(each) for each in remaining if BY_NAME[each.target].ranks == ranks]))
+    steps = {}
+    for ranks, cases in track([each for each in launches if each[1]], label="layouts", unit="launches"):
+        steps |= run_cases(folder, ranks, cases)
     return steps
 
 

@@ -32,38 +32,57 @@ LAYOUTS = {
     "deepspeed": (2, ["train.engine=deepspeed", "parallel.zero=1"]),
     "deepspeed-tensor": (2, ["train.engine=deepspeed", "parallel.tensor=2"]),
 }
+FAMILIES = {"cm3leon": [], "llama": ["model.family=llama", "model.qk_norm=true", "model.kv_heads=2"]}
+SOURCES = [(family, layout) for family in FAMILIES for layout in ("tensor-pipeline", "deepspeed")]
 
 
-def train(folder, layout, config, output, stop_after):
-    ranks, overrides = LAYOUTS[layout]
-    overrides = [f"output={output}", f"train.stop_after={stop_after}", *ALONE, *overrides]
-    name = f"{output.name}-{stop_after}"
-    return run_cases(folder, ranks, [{"name": name, "config": str(config), "overrides": overrides}])[name]
+def train(folder, runs):
+    """Train each (layout, config, output, stop_after) of `runs`, one launch per number of ranks; output -> steps."""
+    cases = {}
+    for layout, config, output, stop_after in runs:
+        ranks, overrides = LAYOUTS[layout]
+        overrides = [f"output={output}", f"train.stop_after={stop_after}", *ALONE, *overrides]
+        name = "-".join(output.relative_to(folder).parts)
+        cases.setdefault(ranks, []).append({"name": name, "config": str(config), "overrides": overrides})
+    found = {}
+    for ranks, several in cases.items():
+        found |= run_cases(folder, ranks, several)
+    return {output: found["-".join(output.relative_to(folder).parts)] for *_, output, _ in runs}
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory, tokenizer, shards):
+    """(folder, steps of each source's import under every layout): trained, exported, imported, trained further."""
+    folder = tmp_path_factory.mktemp("there-and-back")
+    first, second = [], []
+    for family, layout in SOURCES:
+        start = folder / f"{family}-{layout}"
+        start.mkdir()
+        save_config(family_config(f"data.shards={shards}", *SETTINGS, *FAMILIES[family]), start / "start.yaml")
+        first.append((layout, start / "start.yaml", start / "run", 2))
+    train(folder, first)
+    for *_, run, _ in first:
+        export_checkpoint(run / "checkpoints/step-00000002", tokenizer, run.parent / "export")
+        import_export(run.parent / "export", run.parent / "back")
+        for layout in LAYOUTS:
+            output = shutil.copytree(run.parent / "back", run.parent / layout)
+            second.append((layout, output / "config.yaml", output, 4))
+    return folder, train(folder, second)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["tensor-pipeline", "deepspeed"])
-@pytest.mark.parametrize(
-    "overrides", [[], ["model.family=llama", "model.qk_norm=true", "model.kv_heads=2"]], ids=["cm3leon", "llama"]
-)
-def test_there_and_back_under_every_layout(tmp_path, tokenizer, shards, source, overrides):
-    config = family_config(f"data.shards={shards}", *SETTINGS, *overrides)
-    save_config(config, tmp_path / "start.yaml")
-    train(tmp_path, source, tmp_path / "start.yaml", tmp_path / "run", 2)
-    checkpoint = tmp_path / "run/checkpoints/step-00000002"
-    export_checkpoint(checkpoint, tokenizer, tmp_path / "export")
-    folder, _ = import_export(tmp_path / "export", tmp_path / "back")
-    before, after = CheckpointReader(checkpoint), CheckpointReader(folder)
+@pytest.mark.parametrize(("family", "source"), SOURCES)
+def test_there_and_back_under_every_layout(continued, family, source):
+    folder, steps = continued[0] / f"{family}-{source}", continued[1]
+    checkpoint = folder / "run/checkpoints/step-00000002"
+    before, after = CheckpointReader(checkpoint), CheckpointReader(folder / "back/checkpoints/step-00000002")
     assert before.names == after.names and after.state == before.state
     assert all(torch.equal(before.read(name), after.read(name)) for name in before.names)
     assert before.has(before.names[0], "exp_avg") and not after.has(before.names[0], "exp_avg")
 
-    steps = {}
     for layout in LAYOUTS:
-        output = shutil.copytree(tmp_path / "back", tmp_path / layout)
-        steps[layout] = train(tmp_path, layout, output / "config.yaml", output, 4)
-    for layout, found in steps.items():
+        found = steps[folder / layout]
         assert [step["step"] for step in found] == [3, 4], layout
-        for one, other in zip(found, steps["alone"], strict=True):
+        for one, other in zip(found, steps[folder / "alone"], strict=True):
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-6), layout
             assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5), layout
