@@ -59,10 +59,8 @@ def run_layouts(folder: Path, layouts: list[Layout], resumes: list[Resume]) -> d
         finished |= {row.name for row in rows}
         ready = [each for each in remaining if each.source in finished and BY_NAME[each.target].ranks == ranks]
         remaining = [each for each in remaining if each not in ready]
-        started = [
-            case(row.name, row, row.folder, save_start=True, **({"masks": True} if row in MASKS else {}))
-            for row in rows
-        ]
+        masks = {row.name: {"masks": True} if row in MASKS else {} for row in rows}
+        started = [case(row.name, row, row.folder, save_start=True, **masks[row.name]) for row in rows]
         launches.append((ranks, started + [resumed_case(each) for each in ready]))
     for ranks in (4, 2):
         launches.append((ranks, [resumed_case(each) for each in remaining if BY_NAME[each.target].ranks == ranks]))
