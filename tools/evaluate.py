@@ -1,22 +1,29 @@
-"""Evaluate an exported model on held-out shards: accuracies, losses and examples for tools/report.py.
+"""Evaluate a model: one task per command, or the report of held-out shards without a task.
 
+    python tools/evaluate.py TASK ... --output results/      a task of the list below; TASK --help has its options
     python tools/evaluate.py --model exported/ --shards heldout-shards/ --index heldout-index/ \\
-        --checker examples/shapes/checker.py --output evaluation/
+        --checker examples/shapes/checker.py --output evaluation/      what tools/report.py shows
 """
 
 import argparse
+import sys
 from dataclasses import fields
 
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.evaluation.evaluate import evaluate_model
 from megatron_cm3leon.evaluation.options import EvaluationOptions
+from megatron_cm3leon.evaluation.tasks import TASKS, load_task
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.sampling import SAMPLERS
 
 
 def parse_arguments() -> argparse.Namespace:
     defaults = EvaluationOptions()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=HelpFormatter,
+        epilog="tasks: " + "; ".join(f"{name} ({text})" for name, text in TASKS.items()),
+    )
     add = parser.add_argument
     add("--model", type=user_path, required=True, help="folder that tools/convert_checkpoint.py export wrote")
     add("--shards", type=user_path, required=True, help="shards of held-out pairs")
@@ -40,7 +47,28 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run_task(name: str, arguments: list[str]) -> None:
+    """Run one task, print its figures and write its result."""
+    module = load_task(name)
+    parser = argparse.ArgumentParser(
+        prog=f"evaluate.py {name}", description=module.__doc__.split("\n")[0], formatter_class=HelpFormatter
+    )
+    module.add_options(parser)
+    parser.add_argument("--output", type=user_path, required=True, help=f"folder to write {name}.json to")
+    options = parser.parse_args(arguments)
+    result = module.evaluate(**vars(options))
+    for figure, value in result.figures.items():
+        print(f"{figure}: {value}")
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"wrote {result.write(options.output)}")
+
+
 def main() -> None:
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        if sys.argv[1] not in TASKS:
+            raise ValueError(f"{sys.argv[1]!r} is not a task; the tasks are {', '.join(TASKS)}.")
+        return run_task(sys.argv[1], sys.argv[2:])
     arguments = parse_arguments()
     options = EvaluationOptions(**{field.name: getattr(arguments, field.name) for field in fields(EvaluationOptions)})
     result = evaluate_model(

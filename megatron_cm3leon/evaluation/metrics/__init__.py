@@ -1,0 +1,1 @@
+"""Metrics as pure functions, each equal to its reference implementation."""

@@ -1,0 +1,176 @@
+"""The result of an evaluation task: figures with their intervals, and everything that a comparison needs.
+
+A task of tools/evaluate.py writes two files to its output folder:
+
+    TASK.json     the result: figures, settings, seed, SHA-256 of the inputs, versions
+    items.jsonl   one line per finished item, from which an interrupted task continues
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cm3leon.common.atomic_io import sha256_file, write_json
+from megatron_cm3leon.common.jsonl import drop_truncated_line, parse_lines
+
+FORMAT = 1
+PACKAGES = ("megatron_cm3leon", "torch", "numpy", "pillow")
+"""Packages whose versions every result records."""
+RESAMPLES = 1000
+"""Bootstrap resamples of an interval."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number, with the 95 % bootstrap interval over the items if there is one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    """Items that the number was computed from."""
+    unit: str = ""
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" [{self.low:.4g}, {self.high:.4g}]"
+        count = "" if self.n is None else f", n = {self.n}"
+        return f"{self.value:.4g}{interval}{f' {self.unit}' if self.unit else ''}{count}"
+
+
+def bootstrap(
+    items: Sequence | np.ndarray,
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    *,
+    seed: int = 0,
+    unit: str = "",
+    resamples: int = RESAMPLES,
+) -> Figure:
+    """`statistic` of the items, [n] or [n, ...], and its 95 % percentile interval over resampled items.
+
+    ValueError for no items, and for items that are not finite numbers.
+    """
+    values = np.asarray(items, np.float64)
+    if not len(values):
+        raise ValueError("there are no items to compute a figure from.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} values are not finite numbers.")
+    random = np.random.default_rng(seed)
+    found = [statistic(values[random.integers(0, len(values), len(values))]) for _ in range(resamples)]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return Figure(float(statistic(values)), float(low), float(high), len(values), unit)
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What a task measured, and on what."""
+
+    task: str
+    figures: dict[str, Figure]
+    settings: dict
+    """Options that change a figure."""
+    seed: int = 0
+    inputs: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of every file or folder that was read: weights, lists, references."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of further packages that the figures depend on; `write` adds those of PACKAGES."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know: metrics that are off and why, truncated captions."""
+    tables: dict = field(default_factory=dict)
+    """Further results: accuracies by group, examples."""
+
+    def write(self, output: str | Path) -> Path:
+        """Write TASK.json to the folder `output`; returns its path."""
+        path = Path(output) / f"{self.task}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = asdict(self)
+        content["versions"] = read_versions() | self.versions
+        write_json(path, {"format": FORMAT, **content})
+        return path
+
+
+def read_result(path: str | Path) -> Result:
+    """The result that `write` wrote; ValueError for any other file."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+        version = content.pop("format")
+    except FileNotFoundError as error:
+        raise ValueError(f"no result at {path}; tools/evaluate.py TASK writes one.") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not a result of tools/evaluate.py: {error!r}.") from error
+    if version > FORMAT:
+        raise ValueError(f"{path} has format {version}; this version reads up to {FORMAT}.")
+    content["figures"] = {name: Figure(**figure) for name, figure in content["figures"].items()}
+    return Result(**content)
+
+
+def read_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python and of the installed ones of `packages`."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hash_input(path: str | Path) -> str:
+    """SHA-256 of a file, or of the relative paths and contents of all files of a folder; ValueError if absent."""
+    path = Path(path)
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        raise ValueError(f"there is no file or folder at {path}.")
+    digest = hashlib.sha256()
+    for each in sorted(each for each in path.rglob("*") if each.is_file()):
+        digest.update(f"{each.relative_to(path).as_posix()}\0{sha256_file(each)}\n".encode())
+    return digest.hexdigest()
+
+
+class FinishedItems:
+    """Items of a task that are finished, in items.jsonl of its output folder: an interrupted task continues after them.
+
+    The first line holds the task's identity (settings, inputs, seed); with another identity the folder is refused.
+    """
+
+    def __init__(self, output: str | Path, identity: dict) -> None:
+        """Read what an earlier run finished; ValueError if it had another identity."""
+        self.path = Path(output) / "items.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Compared as JSON holds it: tuples become lists.
+        identity = json.loads(json.dumps(identity))
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        drop_truncated_line(self._file)
+        lines = parse_lines(self.path)
+        before = next(lines, None)
+        self.items: dict[str, dict] = {line["key"]: line["item"] for line in lines}
+        """Finished items by their key."""
+        if before is None:
+            self._append({"identity": identity})
+        elif before.get("identity") != identity:
+            self.close()
+            earlier = before.get("identity") or {}
+            changed = sorted(key for key in {*earlier, *identity} if earlier.get(key) != identity.get(key))
+            raise ValueError(
+                f"{self.path} is of a run with another {', '.join(changed)}; give another --output, or delete the file."
+            )
+
+    def add(self, key: str, item: dict) -> None:
+        """Append an item; it is on the disk, or absent, after a crash."""
+        self._append({"key": key, "item": item})
+        self.items[key] = item
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _append(self, line: dict) -> None:
+        os.lseek(self._file, 0, os.SEEK_END)
+        os.write(self._file, (json.dumps(line, ensure_ascii=False) + "\n").encode())

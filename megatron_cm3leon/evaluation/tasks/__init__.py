@@ -1,0 +1,24 @@
+"""Tasks of tools/evaluate.py, a module each: `add_options(parser)` and `evaluate(...) -> Result`.
+
+The names of the options are those of evaluate's keyword arguments. A module is imported when its task is chosen, so a
+task whose libraries (the extra `evaluation`) are not installed does not prevent the others.
+"""
+
+import importlib
+from types import ModuleType
+
+TASKS: dict[str, str] = {}
+"""Task -> what it measures, as `tools/evaluate.py --help` shows it."""
+
+
+def load_task(name: str) -> ModuleType:
+    """The module of a task; ValueError if a library that it needs is not installed."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("megatron_cm3leon"):
+            raise
+        raise ValueError(
+            f"the task {name} needs the package {error.name}, which is not installed; install it by "
+            f'pip install -c constraints.txt -e ".[evaluation]".'
+        ) from error
