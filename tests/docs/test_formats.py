@@ -19,11 +19,11 @@ from megatron_cm3leon.monitoring import events
 from tests.data.corpora import write_images
 from tests.data.runs import run as preprocess
 from tests.distributed.launch import ROOT, child_environment
-from tests.evaluation.conftest import world as evaluation_world  # noqa: F401 - a fixture
+from tests.evaluation.conftest import inputs as evaluation_world  # noqa: F401 - a fixture
 from tests.golden import formats
 from tests.golden.write_old_run import write_data
 from tests.tools.call import call_tool
-from tests.tools.test_generate import world as generation_world  # noqa: F401 - a fixture
+from tests.tools.test_generate import folder as generation_world  # noqa: F401 - a fixture
 
 PAGE = (ROOT / "docs" / "formats.md").read_text()
 CONFIG = """
