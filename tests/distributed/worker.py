@@ -5,7 +5,8 @@ steps to the folder of CASES.json. Starting processes takes most of the time, so
 number of ranks; megatron-core's groups are created and destroyed once per case.
 
 With "save_start" the initial weights are also saved. With "corrupt" (a step) that step first gets a batch whose loss
-weights are infinite on the last data-parallel rank only: no rank may step, and the run continues as without it.
+weights are infinite on the last data-parallel rank only: no rank may step, and the run must continue as if that batch
+had not existed.
 With "masks" the dropout masks of each rank are written to NAME-RANK.npz (masks.py).
 With "roll_back" ([from, to]) the checkpoint of step `to` is loaded once, at step `from`, and training continues there.
 """
@@ -67,6 +68,7 @@ def save_masks(recorder: masks.MaskRecorder, path: Path) -> None:
 
 
 def run_case(case: dict, rank: Rank, folder: Path) -> None:
+    """Train one case, save and resume as it says, and write its losses and gradient norms."""
     config = load_config(case["config"], case["overrides"])
     validate_config(config, rank.world_size)
     device = choose_device(config.train.device, rank)
@@ -108,7 +110,7 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
 
 
 def destroy_layout() -> None:
-    """End the groups of one case: each has threads of its own, and those of 60 cases are 4,000."""
+    """Destroy the groups of one case: each has its own threads, and 60 cases would have 4,000."""
     from megatron.core import parallel_state
 
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
@@ -125,7 +127,7 @@ def main() -> None:
         flex = "train.sample_attention=flex" in case["overrides"] and not torch.cuda.is_available()
         with flex_on_cpu() if flex else nullcontext():
             run_case(case, rank, cases.parent)
-        gc.collect()  # the engine's cycles keep its groups, and their threads, alive
+        gc.collect()  # reference cycles of the engine keep its groups, and their threads, alive
     dist.destroy_process_group()
 
 
