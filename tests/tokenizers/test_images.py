@@ -49,7 +49,7 @@ def test_gray_tiff_of_more_than_8_bits(mode, value, expected):
 
 
 def test_gray_values_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"grey values from 70000 to 70000 in mode I are outside 0\.\.65535"):
+    with pytest.raises(ValueError, match=r"gray values from 70000 to 70000 in mode I are outside 0\.\.65535"):
         load_image(encode(Image.new("I", (4, 4), 70000), "TIFF"))
 
 

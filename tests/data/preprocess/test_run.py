@@ -75,7 +75,7 @@ def test_a_folder_of_images_and_captions_is_read(tmp_path):
     ]
     assert [(bad["source"], bad["reason"]) for bad in read_quarantine(tmp_path / "out")] == [
         ("a/1.png", "no caption: 1.txt is missing beside the image"),
-        ("unpaired.txt", "no image beside this caption"),
+        ("unpaired.txt", "no image with the name of this caption"),
     ]
 
 

@@ -108,8 +108,8 @@ def test_every_extension_of_an_image_is_read(tmp_path):
     write_files(tmp_path, **{"0.heic": True, "film.mp4": True, "film.txt": "x", "lone.txt": "x"})
     source = open_source(tmp_path, 20)
     assert read_reasons(source) == {
-        "film.txt": "no image beside this caption: film.mp4 is not in a format of images",
-        "lone.txt": "no image beside this caption",
+        "film.txt": "no image with the name of this caption: film.mp4 is not in a format of images",
+        "lone.txt": "no image with the name of this caption",
     }
     assert source.count == 13  # 0.heic and 0.jfif are the same photo
 

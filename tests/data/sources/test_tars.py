@@ -77,7 +77,7 @@ def test_members_in_any_order_give_the_pairs_of_a_sorted_tar(tmp_path, seed, cap
 def test_members_apart_from_those_of_their_key_are_reported(tmp_path):
     members = [*make_members(2), ("0000.json", b'{"id": 5}'), ("0001.cls", b"x")]
     assert read_reasons(write_tar(tmp_path / "x.tar", members)) == [
-        "duplicate key: 0000 stands in this tar before, apart from these members (.json); tar --sort=name keeps the "
+        "duplicate key: 0000 occurs earlier in this tar, not next to these members (.json); tar --sort=name keeps the "
         "members of a key together"
     ]
     members = [("0.txt", b"0"), ("1.png", IMAGES[1]), ("2.txt", b"2"), ("1.txt", b"1"), ("2.jpg", IMAGES[2])]
