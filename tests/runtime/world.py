@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.runtime.peers import read_start_time
-from tests.distributed.launch import ROOT, child_environment
+from tests.distributed.launch import ROOT, child_environment, find_free_port
 
 MARK = "WORLD_OF_RANKS"
 """Environment variable that identifies the processes of a run."""
@@ -113,9 +112,3 @@ class World:
 
     def signal(self, number: int, rank: int) -> None:
         self.processes[rank].send_signal(number)
-
-
-def find_free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
