@@ -161,8 +161,11 @@ def run_ranks(case: dict, ranks: int, folder: Path) -> bool:
 def main() -> int:
     path, ranks = Path(sys.argv[1]), int(sys.argv[2])
     cases = json.loads(path.read_text())
-    for engine in {"megatron", *("deepspeed" for case in cases if "train.engine=deepspeed" in case["overrides"])}:
-        importlib.import_module(f"megatron_cm3leon.engine.{engine}")
+    modules = ["megatron_cm3leon.engine.megatron"]
+    if any("train.engine=deepspeed" in case["overrides"] for case in cases):
+        modules += ["deepspeed", "megatron_cm3leon.engine.deepspeed"]
+    for name in modules:
+        importlib.import_module(name)
     for case in cases:
         if not run_ranks(case, ranks, path.parent):
             print(f"case {case['name']!r} failed", file=sys.stderr)
