@@ -1,4 +1,4 @@
-"""What every test shares."""
+"""Settings and fixtures of all tests."""
 
 import os
 import shutil
@@ -9,8 +9,8 @@ import pytest
 
 from tests.slurm.cluster import Cluster, reason_unavailable
 
-# Before torch is imported: the machine's cores belong to the ranks under test; with tiny tensors a second
-# thread costs more than it brings, and it sums in another order.
+# Before torch is imported: the cores of the machine are for the ranks under test; with tiny tensors a second
+# thread costs more time than it saves, and it changes the order of sums.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A real SLURM of two virtual nodes, for all tests that ask for it."""
+    """A real SLURM of two virtual nodes, for all tests that use it."""
     if reason := reason_unavailable():
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path must be short
@@ -35,6 +35,6 @@ def cluster():
 
 @pytest.fixture
 def slurm(cluster, monkeypatch):
-    """The cluster, which SLURM's commands of this test's process find too."""
+    """The cluster, also for SLURM's commands in the process of the test, which find it by SLURM_CONF."""
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     return cluster

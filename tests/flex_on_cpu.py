@@ -1,5 +1,5 @@
-"""FlexAttention with gradients on a CPU: torch has the operator's backward pass there, as plain matrix products, and
-refuses it because inductor has no code for it. Tests take it as the oracle of the GPU's kernel.
+"""FlexAttention with gradients on a CPU. torch implements the backward pass there with plain matrix products, but
+rejects it because inductor has no code for it. Tests use it as the reference for the kernel of a GPU.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ BACKEND = "aot_eager"
 
 @contextmanager
 def flex_on_cpu() -> Iterator[None]:
-    """In here it works, in layers that train.compile compiles too."""
-    cpu_backend.install()  # before megatron-core is imported, which the next line does
+    """A context in which FlexAttention works on a CPU, also in layers that train.compile compiles."""
+    cpu_backend.install()  # before megatron-core, which the next line imports
     from megatron_cm3leon.engine import compile
 
     with (

@@ -1,4 +1,4 @@
-"""A tiny random model in an exported folder's form, and tokenizers simple enough to compute by hand."""
+"""A tiny random model in the form of an exported folder, and tokenizers simple enough to compute by hand."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 
 def save_random_opt(folder, vocabulary, *, hidden_size=32, layers=2, heads=2, positions=64, init_std=0.3):
-    """Save OPT with random weights of seed 0, in the one form that an export has and the decoder accepts."""
+    """Save OPT with random weights of seed 0, with the settings that an export has and the decoder requires."""
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=vocabulary.size,
@@ -29,8 +29,8 @@ def save_random_opt(folder, vocabulary, *, hidden_size=32, layers=2, heads=2, po
     OPTForCausalLM(config).save_pretrained(folder)
 
 
-def save_random_llama(folder, vocabulary, *, qk_norm=False, **saving):
-    """The same of family llama: two heads of keys for four of queries, untied, no norm's weight 1."""
+def save_random_llama(folder, vocabulary, *, qk_norm=False, **save_options):
+    """The same for family llama: two key heads for four query heads, untied embeddings, norm weights other than 1."""
     torch.manual_seed(0)
     shared = {
         "vocab_size": vocabulary.size,
@@ -51,11 +51,11 @@ def save_random_llama(folder, vocabulary, *, qk_norm=False, **saving):
     for name, weight in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
-    model.save_pretrained(folder, **saving)
+    model.save_pretrained(folder, **save_options)
 
 
 class WordTokenizer:
-    """One id a word, its place in `words`."""
+    """One id per word: its position in `words`."""
 
     def __init__(self, words):
         self.words = words
@@ -68,7 +68,7 @@ class WordTokenizer:
 
 
 class LevelTokenizer:
-    """One code a pixel of a grey picture: its level. Rows that the grid lacks to a square repeat its first."""
+    """One code per pixel of a gray image: its level. `decode` repeats the first rows to fill a square."""
 
     def __init__(self, vocabulary):
         self.grid = vocabulary.image_height, vocabulary.image_width
@@ -80,10 +80,10 @@ class LevelTokenizer:
 
     def decode(self, codes):
         levels = codes.reshape(-1, 1, *self.grid).float() / (self.codebook_size - 1) * 2 - 1
-        below = levels[:, :, : self.image_size - self.grid[0]]
-        return torch.cat([levels, below], dim=2).expand(-1, 3, -1, -1)
+        repeated = levels[:, :, : self.image_size - self.grid[0]]
+        return torch.cat([levels, repeated], dim=2).expand(-1, 3, -1, -1)
 
 
 def make_tokenizers(words, vocabulary):
-    """What a tokenizer folder loads as, with the two tokenizers above."""
+    """An object like a loaded tokenizer folder, with the two tokenizers above."""
     return SimpleNamespace(text=WordTokenizer(words), image=LevelTokenizer(vocabulary), vocabulary=vocabulary)

@@ -1,4 +1,4 @@
-"""What operators move through memory and keep alive, recorded while they run on a CPU: MemoryRecorder."""
+"""MemoryRecorder: bytes that operators read, write and keep allocated while they run on a CPU."""
 
 import weakref
 
@@ -6,17 +6,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_UNREAD = {"copy_", "zero_", "fill_"}
+_WRITE_ONLY = {"copy_", "zero_", "fill_"}
 """Operators that write their first argument without reading it."""
-_LOOKUPS = {"gather", "index", "embedding"}
-"""Operators that read of their first argument what they return."""
-_UNWRITTEN = {"empty", "empty_like", "new_empty", "empty_strided"}
+_PARTIAL_READS = {"gather", "index", "embedding"}
+"""Operators that read only those elements of their first argument that they return."""
+_ALLOCATE_ONLY = {"empty", "empty_like", "new_empty", "empty_strided"}
+"""Operators that allocate a tensor without writing it."""
 
 
 class MemoryRecorder(TorchDispatchMode):
-    """A context that sums the bytes of every operator in it, views excepted.
+    """A context manager that sums the bytes that operators read and write, except those that only create views.
 
-    Storages of at most `cached` bytes stay in a processor's cache: they move nothing, but count as alive.
+    Storages of at most `cached` bytes stay in the processor's cache: they are not counted as read or written, but as
+    allocated.
     """
 
     def __init__(self, cached: int = 0) -> None:
@@ -25,7 +27,7 @@ class MemoryRecorder(TorchDispatchMode):
         self.read = self.written = 0
         """Bytes."""
         self.live = self.peak = 0
-        """Bytes of the storages that have been made since the recorder was entered, and their highest sum."""
+        """Bytes of the storages that were allocated in this context and still exist, and their maximum."""
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
@@ -40,17 +42,17 @@ class MemoryRecorder(TorchDispatchMode):
         name = operator._schema.name.split("::")[1]
         changed = [
             tensor
-            for place, argument in enumerate(operator._schema.arguments)
+            for position, argument in enumerate(operator._schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
-            for tensor in _tensors(arguments[place] if place < len(arguments) else options.get(argument.name))
+            for tensor in _tensors(arguments[position] if position < len(arguments) else options.get(argument.name))
         ]
         before = {tensor.untyped_storage()._cdata for tensor in inputs}
         fresh = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in before]
-        if changed or (fresh and name not in _UNWRITTEN):
-            unread = changed if name in _UNREAD or "out" in options else []
-            unread = inputs[:1] if name in _LOOKUPS else unread
-            self.read += sum(self._size(tensor) for tensor in inputs if all(tensor is not each for each in unread))
-            self.read += sum(map(self._size, fresh)) if name in _LOOKUPS else 0
+        if changed or (fresh and name not in _ALLOCATE_ONLY):
+            not_read = changed if name in _WRITE_ONLY or "out" in options else []
+            not_read = inputs[:1] if name in _PARTIAL_READS else not_read
+            self.read += sum(self._size(tensor) for tensor in inputs if all(tensor is not each for each in not_read))
+            self.read += sum(map(self._size, fresh)) if name in _PARTIAL_READS else 0
             self.written += sum(self._size(tensor) for tensor in (changed or fresh))
         return result
 

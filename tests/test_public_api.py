@@ -8,7 +8,7 @@ from tests.distributed.launch import child_environment
 
 IMPORT_ALL = """
 import os, pkgutil, sys, warnings
-import torch, transformers  # what these change themselves is not ours
+import torch, transformers  # their own changes are not checked
 from importlib import import_module
 before = dict(os.environ), list(warnings.filters)
 import megatron_cm3leon
@@ -21,8 +21,8 @@ for module in pkgutil.walk_packages(megatron_cm3leon.__path__, "megatron_cm3leon
         import_module(module.name)
 assert dict(os.environ) == before[0], set(dict(os.environ).items()) ^ set(before[0].items())
 assert "matplotlib.pyplot" not in sys.modules
-added = [each for each in warnings.filters if each not in before[1]]
-assert not [each for each in added if each[0] == "ignore"], added
+added = [entry for entry in warnings.filters if entry not in before[1]]
+assert not [entry for entry in added if entry[0] == "ignore"], added
 """
 
 

@@ -83,7 +83,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _gray_to_8_bits(image)
     if image.mode == "LAB":
-        raise ValueError("its colours are LAB, which is not read; convert it to RGB")
+        raise ValueError("its colors are LAB, which is not read; convert it to RGB")
     if image.mode in ("La", "LA", "PA", "RGBa", "RGBA") or "transparency" in image.info:
         if image.mode == "La":
             image = image.convert("LA")
@@ -99,7 +99,7 @@ def _gray_to_8_bits(image: Image.Image) -> Image.Image:
     top = 1.0 if image.mode == "F" else 65535.0
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= top):
         raise ValueError(
-            f"grey values from {values.min():g} to {values.max():g} in mode {image.mode} are outside 0..{top:g}"
+            f"gray values from {values.min():g} to {values.max():g} in mode {image.mode} are outside 0..{top:g}"
         )
     return Image.fromarray(np.round(values * (255.0 / top)).astype(np.uint8))
 

@@ -1,4 +1,4 @@
-"""The benchmarks' own modules by name, as their scripts import them."""
+"""Makes the modules of benchmarks/ importable by name, as their scripts import them."""
 
 import sys
 from pathlib import Path

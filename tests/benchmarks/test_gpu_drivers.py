@@ -1,4 +1,4 @@
-"""The rows of benchmarks/gpu at tiny sizes on the CPU: what they hold, and rows that this tree cannot measure."""
+"""The rows of benchmarks/gpu at tiny sizes on the CPU: their fields, and rows that this source tree cannot measure."""
 
 import json
 import math
@@ -30,15 +30,15 @@ def drivers():
 
 
 @pytest.fixture
-def groups():
-    """Process groups that a row of ours makes are ended: another row makes its own."""
+def cleanup_groups():
+    """Destroys the process groups that a row has created, because the next row creates its own."""
     yield
     from megatron_cm3leon.engine.groups import destroy_groups
 
     destroy_groups()
 
 
-def row_of(module, name: str) -> dict:
+def find_row(module, name: str) -> dict:
     return next(row for row in module.make_rows("cpu") if row["name"] == name)
 
 
@@ -51,7 +51,7 @@ def test_the_most_valuable_rows_come_first(drivers):
 
 
 def test_rows_compare_the_same_loss(drivers):
-    """The peers have no z-loss, which the presets of family llama bring along."""
+    """The other libraries have no z-loss, which the presets of family llama enable."""
     training, _ = drivers
     for row in (row for row in training.make_rows("cuda") if row["model"] == "350m"):
         z_loss = [override for override in row["overrides"] if "z_loss" in override]
@@ -60,9 +60,9 @@ def test_rows_compare_the_same_loss(drivers):
         assert not config.checkpoint.asynchronous and config.model.dropout == 0
 
 
-def test_a_training_row(drivers, groups):
+def test_a_training_row_has_consistent_losses_and_rates(drivers, cleanup_groups):
     training, _ = drivers
-    *_, row = training.measure(row_of(training, "llama 350m"))
+    *_, row = training.measure(find_row(training, "llama 350m"))
     assert len(row["losses"]) == training.WARM_UP + row["steps"] and row["losses"][-1] < row["losses"][0]
     assert abs(row["losses"][0] - math.log(row["vocabulary"])) < 0.1
     assert row["tflops"] == pytest.approx(row["tera_operations"] / row["ms"] * 1e3)
@@ -74,9 +74,9 @@ def test_a_training_row(drivers, groups):
     assert (megatron.build_stage.__module__, builder.initialize_weights.__module__) == (builder.__name__,) * 2
 
 
-def test_a_row_by_sample_has_samples(drivers, groups):
+def test_a_row_with_attention_sample_divides_batches_into_samples(drivers, cleanup_groups):
     training, _ = drivers
-    row = row_of(training, "cm3leon 350m, data.attention=sample")
+    row = find_row(training, "cm3leon 350m, data.attention=sample")
     *_, result = training.measure(row | {"steps": 1})
     assert abs(result["losses"][0] - math.log(row["vocabulary"])) < 0.1
     from train_step import make_batches
@@ -85,9 +85,9 @@ def test_a_row_by_sample_has_samples(drivers, groups):
     assert batch.samples[1].tolist() == [0] * 64 + [1] * 64 and batch.position_ids[1, 62:66].tolist() == [62, 63, 0, 1]
 
 
-def test_a_peer_has_the_same_sizes(drivers):
+def test_a_hugging_face_row_has_the_same_parameters_and_operations(drivers):
     training, _ = drivers
-    row = row_of(training, "cm3leon 350m, Hugging Face, SDPA")
+    row = find_row(training, "cm3leon 350m, Hugging Face, SDPA")
     *_, result = training.measure(row)
     assert abs(result["losses"][0] - math.log(row["vocabulary"])) < 0.1 and result["losses"][-1] < result["losses"][0]
     assert "planned_bytes" not in result
@@ -95,28 +95,28 @@ def test_a_peer_has_the_same_sizes(drivers):
     assert result["parameters"] == ours["parameters"] and result["tera_operations"] == ours["tera_operations"]
 
 
-def test_an_override_that_this_tree_does_not_know_is_named(drivers):
+def test_the_error_names_an_unknown_override(drivers):
     training, _ = drivers
-    row = row_of(training, "cm3leon 350m") | {"overrides": ["train.warp=9"]}
+    row = find_row(training, "cm3leon 350m") | {"overrides": ["train.warp=9"]}
     with pytest.raises(ValueError, match=r"there is no field train\.warp"):
         list(training.measure(row))
 
 
-def test_layers_follow_from_the_memory_and_shrink_after_running_out(drivers):
+def test_layers_fit_the_memory_and_decrease_after_out_of_memory(drivers):
     training, _ = drivers
     row = training.make_rows("cuda")[0]
     small, large = (training.fit_layers(row, gib << 30) for gib in (80, 130))
     assert 8 < small < large < 32
-    again = training.fewer_layers({**row, "layers": large, "out_of_memory": True, "failed": "..."})
-    assert again["layers"] == int(0.85 * large) and training.build_config(again).model.layers == again["layers"]
+    retry = training.fewer_layers({**row, "layers": large, "out_of_memory": True, "failed": "..."})
+    assert retry["layers"] == int(0.85 * large) and training.build_config(retry).model.layers == retry["layers"]
     assert training.fewer_layers({**row, "layers": large, "failed": "..."}) is None
     assert training.model_flops_utilization(494.5, "NVIDIA H200") == 0.5
     assert training.model_flops_utilization(494.5, "another card") is None
 
 
-def test_a_generation_row(drivers):
+def test_a_generation_row_has_consistent_rates(drivers):
     _, generation = drivers
-    row = row_of(generation, "llama 350m bf16, 1 prompt")
+    row = find_row(generation, "llama 350m bf16, 1 prompt")
     states = [dict(state) for state in generation.measure(row)]
     assert "first_s" not in states[0] and "seconds" not in states[1]
     result = states[-1]
@@ -144,5 +144,5 @@ def test_a_driver_runs_on_the_cpu(tmp_path, driver, arguments, rows):
     assert written[0]["kind"] == "machine"
     measured = {row["name"] for row in written if not {"failed", "cut", "skipped"} & row.keys()}
     assert set(rows) <= measured, done.stdout
-    known = ("weights (", "there is no field train.")  # rows of what this tree may not have
-    assert all(any(text in row["failed"] for text in known) for row in written if "failed" in row), done.stdout
+    expected = ("weights (", "there is no field train.")  # features that this source tree may not have
+    assert all(any(text in row["failed"] for text in expected) for row in written if "failed" in row), done.stdout

@@ -1,4 +1,4 @@
-"""The roofline by hand, and the table from rows that were recorded."""
+"""The roofline model against values computed by hand, and the table made from recorded rows."""
 
 import json
 
@@ -11,28 +11,28 @@ H200 = GPUS["H200"]
 
 
 def make_row(**values) -> dict:
-    none = {"launches": 0, "flops": 0, "read": 0, "written": 0}
+    zero = {"launches": 0, "flops": 0, "read": 0, "written": 0}
     kinds = ("gemm", "attention", "loss", "elementwise", "copy", "weight_gradient_add", "optimizer")
     row = {
         "tree": "abc", "model": "cm3leon 350m", "family": "cm3leon", "preset": "350m", "layers": 24, "micro_batch": 4,
         "sequence": 4096, "vocabulary": 65_536, "settings": [], "compared": ["model.dropout=0", "optimizer.rule=none"],
-        "classes": {kind: dict(none) for kind in kinds}, "shapes": {"gemm": [], "attention": []},
+        "classes": {kind: dict(zero) for kind in kinds}, "shapes": {"gemm": [], "attention": []},
     }  # fmt: skip
     return row | values
 
 
-def test_a_wave_that_has_begun_is_paid_whole():
+def test_a_partial_wave_costs_nearly_as_much_as_a_full_wave():
     tile = 2 * 128 * 256 * (8192 + 96) / (700e12 / 132)
     one_wave = product_seconds([128 * 132, 256, 8192, 1, 2, 0], H200, 700)
     assert one_wave == pytest.approx(tile)
     assert product_seconds([128 * 264, 256, 8192, 1, 2, 0], H200, 700) == pytest.approx(2 * tile)
-    begun = product_seconds([128 * 132 + 1, 256, 8192, 1, 2, 0], H200, 700)
-    assert 1.3 * tile < begun <= 2 * tile  # smaller tiles or a split of K lose less than a wave
+    partial = product_seconds([128 * 132 + 1, 256, 8192, 1, 2, 0], H200, 700)
+    assert 1.3 * tile < partial <= 2 * tile  # smaller tiles or a split of K lose less than a wave
     assert product_seconds([16, 16, 16, 1, 2, 0], H200, 700) == LAUNCH
     assert product_seconds([1, 65_536, 4096, 1, 2, 10**9], H200, 700) == pytest.approx(1e9 / 3.8e12)
 
 
-def test_a_class_takes_its_bytes_or_its_launches():
+def test_the_time_of_a_class_is_bound_by_bytes_or_by_launches():
     row = make_row(shapes={"gemm": [], "attention": [[1, 2, 2, 1000, 128, "forward", 3]]})
     row["classes"]["loss"] = {"launches": 2, "flops": 0, "read": 19_000_000_000, "written": 19_000_000_000}
     row["classes"]["copy"] = {"launches": 100, "flops": 0, "read": 10, "written": 10}
@@ -41,7 +41,7 @@ def test_a_class_takes_its_bytes_or_its_launches():
     assert seconds["attention"] == pytest.approx(3 * 2 * 2 * 1000**2 * 128 / 540e12)
 
 
-def test_recordings_of_two_depths_give_every_depth():
+def test_any_depth_is_predicted_from_recordings_of_two_depths():
     rows = [make_row(layers=8), make_row(layers=16)]
     for row in rows:
         row["classes"]["elementwise"]["read"] = (100 + 10 * row["layers"]) * 10**9
@@ -49,7 +49,7 @@ def test_recordings_of_two_depths_give_every_depth():
     assert at_20["elementwise"] == pytest.approx(300e9 / 3.8e12)
 
 
-def test_rows_go_by_the_names_of_the_measured_ones(tmp_path):
+def test_predicted_rows_have_the_names_of_measured_rows(tmp_path):
     rows = [make_row(tree="old"), make_row(), make_row(settings=["train.compile=false"])]
     for row in rows:
         row["classes"]["loss"]["read"] = 10**12
@@ -72,7 +72,7 @@ def test_rows_go_by_the_names_of_the_measured_ones(tmp_path):
         gpu_prediction.group_recordings(recorded, "none")
 
 
-def test_depths_of_two_trees_are_refused(tmp_path):
+def test_recordings_of_two_source_trees_are_refused(tmp_path):
     recorded = tmp_path / "rows.jsonl"
     rows = make_row(tree="old", model="cm3leon 7b, 8 layers", layers=8), make_row(model="cm3leon 7b, 16 layers")
     recorded.write_text("".join(json.dumps(row | {"preset": "7b"}) + "\n" for row in rows))
@@ -83,14 +83,14 @@ def test_depths_of_two_trees_are_refused(tmp_path):
     assert len(gpu_prediction.group_recordings(recorded, "old")["cm3leon 7b"]) == 1
 
 
-def test_layers_that_fit_are_those_of_the_rows_settings():
+def test_the_number_of_layers_that_fit_depends_on_the_settings_of_the_row():
     row = make_row(model="cm3leon 7b", preset="7b", micro_batch=1)
     assert gpu_prediction.fit_layers(row | {"settings": ["train.fp8=true"]}, H200) < gpu_prediction.fit_layers(
         row, H200
     )
 
 
-def test_fp8_is_refused_where_there_is_none():
+def test_fp8_is_refused_on_a_gpu_without_it():
     row = make_row(shapes={"gemm": [[128, 128, 128, 1, 1, 0, 1]], "attention": []})
     assert gpu_prediction.step_seconds(row, H200, 0)["gemm"] == LAUNCH
     with pytest.raises(ValueError, match=r"cm3leon 350m has products in fp8, which this GPU lacks; choose other GPUs"):
@@ -102,8 +102,8 @@ def test_decoding_reads_the_weights_and_half_the_cache():
     assert row["name"] == "cm3leon 7b bf16, 1 prompt"
     assert row["step_bytes"] == 2 * (32 * 12 * 4096**2 + 8192 * 4096)
     assert row["cache_bytes"] == 2 * 2 * 2 * 32 * 4096 * (26 + 512)
-    floor = 1024 * (row["step_bytes"] + row["cache_bytes"]) / 4.3e12
-    assert floor < row["seconds_low"] < row["seconds"] < row["seconds_high"] < 1.25 * floor
+    lower_bound = 1024 * (row["step_bytes"] + row["cache_bytes"]) / 4.3e12
+    assert lower_bound < row["seconds_low"] < row["seconds"] < row["seconds_high"] < 1.25 * lower_bound
     int8 = gpu_prediction.predict_generation("cm3leon", "7b", "int8", 1, H200)
     assert row["step_bytes"] / 2 < int8["step_bytes"] < 0.502 * row["step_bytes"]
     many = gpu_prediction.predict_generation("cm3leon", "350m", "bf16", 64, H200)

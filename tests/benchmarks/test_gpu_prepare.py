@@ -1,4 +1,4 @@
-"""benchmarks/gpu/prepare.sh: what it refuses, and that its commands fit into fifteen minutes."""
+"""benchmarks/gpu/prepare.sh: what it refuses, and the time limits of its commands."""
 
 import os
 import re
@@ -9,14 +9,14 @@ from tests.distributed.launch import ROOT
 SCRIPT = ROOT / "benchmarks/gpu/prepare.sh"
 
 
-def test_a_package_without_a_version_is_named():
+def test_the_error_names_a_package_without_a_version():
     environment = {**os.environ, "NAMES": "no-such-package"}
     done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: constraints.txt names no version of no-such-package; add it there.\n"
 
 
-def test_the_commands_fit_into_fifteen_minutes_and_end_by_themselves():
+def test_the_commands_have_time_limits_that_fit_into_fifteen_minutes():
     text = SCRIPT.read_text()
     limits = [int(seconds) for seconds in re.findall(r"^\([a-d]\) (\d+) s", text, re.MULTILINE)]
     assert len(limits) == 4 and sum(limits) <= 15 * 60
@@ -26,7 +26,7 @@ def test_the_commands_fit_into_fifteen_minutes_and_end_by_themselves():
         assert int(limit) <= max(limits)
 
 
-def test_what_it_carries_is_in_the_constraints_and_ignored_by_git():
+def test_prepared_packages_are_in_the_constraints_and_their_folder_is_ignored_by_git():
     constraints = (ROOT / "constraints.txt").read_text()
     names = re.search(r"^NAMES=\$\{NAMES:-(.*)\}$", SCRIPT.read_text(), re.MULTILINE)[1].split()
     assert len(names) >= 8 and all(re.search(rf"^{name}==", constraints, re.MULTILINE) for name in names)

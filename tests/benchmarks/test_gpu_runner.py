@@ -1,4 +1,4 @@
-"""benchmarks/gpu/runner.py: a row that fails, that is late, that is cut; what is on the disk after SIGKILL."""
+"""benchmarks/gpu/runner.py: rows that fail, exceed their time limit or are skipped; the file on disk after SIGKILL."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def measure(row):
     if row["name"] == "raises":
         raise ValueError("this row is broken")
     if row["name"] == "dies":
-        print("a library's last words", flush=True)
+        print("last output of a library", flush=True)
         os._exit(7)
     if row["name"] == "memory" and not row.get("layers"):
         raise OutOfMemoryError("CUDA out of memory")
@@ -36,11 +36,11 @@ def measure(row):
         Path("late.pid").write_text(str(os.getpid()))
         time.sleep(60)
 
-def again(result):
+def retry(result):
     return {{"name": "memory", "kind": "test", "layers": 3, "limit_s": 30}} if "out_of_memory" in result else None
 
 rows = [{{"name": name, "kind": "test", "limit_s": LIMIT if name == "late" else 30}} for name in NAMES]
-sys.exit(run_driver(__file__, parse_options("", 60, "rows.jsonl"), rows, (), measure, again=again))
+sys.exit(run_driver(__file__, parse_options("", 60, "rows.jsonl"), rows, (), measure, again=retry))
 """
 
 
@@ -58,14 +58,14 @@ def read_rows(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """What a whole run printed and wrote; its late row has a second."""
+    """Exit status, output and rows of a complete run, whose row `late` has a time limit of one second."""
     folder = tmp_path_factory.mktemp("driver")
     process = start(folder, limit=1)
     printed, _ = process.communicate(timeout=100)
     return process.returncode, printed, read_rows(folder)
 
 
-def test_every_row_is_there_whatever_becomes_of_the_others(finished):
+def test_every_row_is_written_although_others_fail(finished):
     status, printed, rows = finished
     assert [row["name"] for row in rows] == ["machine", "first", "raises", "dies", "late", "memory", "memory", "last"]
     assert rows[0]["kind"] == "machine" and rows[0]["torch"] and rows[0]["gpu"] == "CPU"
@@ -74,24 +74,24 @@ def test_every_row_is_there_whatever_becomes_of_the_others(finished):
     assert status == 1 and "3 rows not measured: raises, dies, late" in printed
 
 
-def test_a_row_that_fails_holds_the_end_of_its_error(finished):
+def test_a_failed_row_contains_the_end_of_its_error(finished):
     _, _, rows = finished
     assert rows[2]["failed"].endswith("ValueError: this row is broken\n") and rows[2]["steps"] == 1
-    assert rows[3]["failed"].startswith("exit status 7\n") and "a library's last words" in rows[3]["failed"]
+    assert rows[3]["failed"].startswith("exit status 7\n") and "last output of a library" in rows[3]["failed"]
 
 
-def test_a_late_row_keeps_what_it_had(finished):
+def test_a_row_that_exceeds_its_time_limit_keeps_its_results(finished):
     _, _, rows = finished
     assert rows[4]["cut"] == "time limit of 1 s" and rows[4]["steps"] == 2 and rows[4]["row_s"] < 20
 
 
-def test_a_row_out_of_memory_is_tried_again_smaller(finished):
+def test_a_row_out_of_memory_is_retried_with_other_layers(finished):
     _, _, rows = finished
     assert rows[5]["out_of_memory"] is True and "layers" not in rows[5]
     assert rows[6]["layers"] == 3 and rows[6]["steps"] == 2
 
 
-def test_killed_the_file_holds_all_finished_rows_and_nothing_runs_on(tmp_path):
+def test_a_killed_driver_leaves_all_finished_rows_and_no_worker(tmp_path):
     process = start(tmp_path, "--only", "first", "late", "last")
     pid_file, deadline = tmp_path / "late.pid", time.monotonic() + 60
     while not pid_file.exists() or not pid_file.read_text():
@@ -101,12 +101,12 @@ def test_killed_the_file_holds_all_finished_rows_and_nothing_runs_on(tmp_path):
     process.communicate()
     assert [row["name"] for row in read_rows(tmp_path)] == ["machine", "first"]
     worker = int(pid_file.read_text())
-    while _runs(worker):
-        assert time.monotonic() < deadline, "the worker outlived its driver"
+    while is_running(worker):
+        assert time.monotonic() < deadline, "the worker still runs after its driver was killed"
         time.sleep(0.02)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
@@ -114,7 +114,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_rows_for_which_no_time_is_left_are_skipped(tmp_path):
+def test_rows_without_remaining_time_are_skipped(tmp_path):
     process = start(tmp_path, "--seconds", 0)
     printed, _ = process.communicate(timeout=60)
     rows = read_rows(tmp_path)
@@ -122,7 +122,7 @@ def test_rows_for_which_no_time_is_left_are_skipped(tmp_path):
     assert [row.get("skipped") for row in rows[1:]] == ["0 s were left"] * 6
 
 
-def test_a_name_that_no_row_has_is_refused(tmp_path):
+def test_an_unknown_row_name_is_refused(tmp_path):
     process = start(tmp_path, "--only", "second")
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 2

@@ -1,4 +1,4 @@
-"""benchmarks/gpu/table.py: rows as they were measured, predictions beside them, between the marks of a page."""
+"""benchmarks/gpu/table.py: measured rows next to predictions, written between the marks of a page."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def make_table(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_tables_of_measured_rows_with_predictions_beside_them(tmp_path):
+def test_tables_show_measured_rows_next_to_predictions(tmp_path):
     failed = {"kind": "training", "name": "cm3leon 7b, train.fp8=true", "failed": "Traceback\nValueError: no fp8\n"}
     memory = {"kind": "training", "name": "cm3leon 7b", "layers": 31, "failed": "x", "out_of_memory": True}
     late = {"kind": "generation", "name": "cm3leon 7b int8, 1 prompt", "first_s": 9.0, "cut": "time limit of 60 s"}
@@ -59,7 +59,7 @@ def test_tables_of_measured_rows_with_predictions_beside_them(tmp_path):
     assert lines[-5:][0] == "### H100: predicted, not measured" and "| not measured: no row | 5.20 |" in lines[-1]
 
 
-def test_a_page_is_written_between_its_marks_and_nowhere_else(tmp_path):
+def test_only_the_text_between_the_marks_of_a_page_is_replaced(tmp_path):
     rows = write_lines(
         tmp_path / "a.jsonl", MACHINE, {"kind": "kernels", "name": "products", "kernel": "7b qkv", "forward": 701.5}
     )
@@ -76,8 +76,8 @@ def test_a_page_is_written_between_its_marks_and_nowhere_else(tmp_path):
     assert "| 7b qkv | 701.5 |" in text and "old" not in text
 
 
-def test_other_files_are_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text("no JSON\n{}\n")
+def test_files_without_valid_rows_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("not JSON\n{}\n")
     refused = make_table(tmp_path / "a.jsonl")
     assert refused.returncode == 2 and "a.jsonl, line 1 is not JSON" in refused.stderr
     refused = make_table(write_lines(tmp_path / "b.jsonl", TRAINING))

@@ -1,4 +1,4 @@
-"""A recorded step of each family against the formulas of the model, in a process of its own."""
+"""A recorded step of each family against the formulas of the model, in a separate process."""
 
 import json
 import math
@@ -14,16 +14,16 @@ from megatron_cm3leon.model.flops import flops_per_token
 from megatron_cm3leon.model.weights import canonical_shapes
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/operator_record.py"
-SEQUENCE, VOCABULARY, LAYERS, BLOCKS = 512, 8192, 2, 2
-"""The sequence is longer than those whose attention a CPU writes out (model/attention.py)."""
+SEQUENCE, VOCABULARY, LAYERS, MICRO_BATCH = 512, 8192, 2, 2
+"""The sequence is longer than LONGEST_UNFUSED of model/attention.py, so that attention is one operator."""
 
 
 @pytest.mark.parametrize("family", ["cm3leon", pytest.param("llama", marks=pytest.mark.slow)])
-def test_a_step_at_real_width_counts_what_the_model_computes(tmp_path, family):
+def test_a_recorded_step_matches_the_formulas_of_the_model(tmp_path, family):
     output = tmp_path / "rows.jsonl"
     command = [
         sys.executable, SCRIPT, "--models", f"{family} 350m", "--layers", LAYERS, "--sequence", SEQUENCE,
-        "--vocabulary", VOCABULARY, "--micro-batch", BLOCKS, "--label", "here", "--output", output,
+        "--vocabulary", VOCABULARY, "--micro-batch", MICRO_BATCH, "--label", "here", "--output", output,
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -34,7 +34,7 @@ def test_a_step_at_real_width_counts_what_the_model_computes(tmp_path, family):
     values = ["preset=350m", f"model.family={family}", f"data.seq_length={SEQUENCE}", f"model.layers={LAYERS}"]
     config = load_config(None, [*values, "train.precision=bf16", "train.global_batch_size=2"])
     validate_config(config, 1)
-    tokens = BLOCKS * SEQUENCE
+    tokens = MICRO_BATCH * SEQUENCE
     attention = 6 * LAYERS * SEQUENCE * config.model.hidden_size
     classes = row["classes"]
     assert classes["gemm"]["flops"] == (flops_per_token(config, VOCABULARY) - attention) * tokens

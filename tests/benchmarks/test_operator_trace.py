@@ -19,10 +19,10 @@ def list_operations(trace: OperatorTrace) -> list[tuple]:
     return [(o.name, o.kind, o.flops, sum(o.reads.values()), sum(o.writes.values())) for o in trace.operations]
 
 
-def test_a_product_and_what_stands_around_it(traced):
+def test_a_matrix_product_and_elementwise_operations_are_counted(traced):
     trace, _ = traced
     left, right = torch.empty(3, 5, dtype=torch.bfloat16), torch.empty(7, 5, dtype=torch.bfloat16)
-    product = left @ right.t()  # the transposition is a view
+    product = left @ right.t()  # the transpose is a view
     product += torch.ones(7, dtype=torch.bfloat16)
     copy = product.float()
     copy.zero_()
@@ -36,7 +36,7 @@ def test_a_product_and_what_stands_around_it(traced):
     assert trace.operations[0].shape == (3, 7, 5, 1, 2, 2 * (15 + 35 + 21))
 
 
-def test_an_expanded_tensor_counts_once_and_a_look_up_its_rows(traced):
+def test_an_expanded_tensor_counts_once_and_an_embedding_counts_its_rows(traced):
     trace, _ = traced
     table, ids = torch.empty(1000, 4), torch.zeros(6, dtype=torch.long)
     rows = F.embedding(ids, table)
@@ -48,7 +48,7 @@ def test_an_expanded_tensor_counts_once_and_a_look_up_its_rows(traced):
     ]
 
 
-def test_live_bytes_follow_tensors(traced):
+def test_peak_bytes_follow_the_live_tensors(traced):
     trace, _ = traced
     kept = torch.empty(256)
     trace.restart()
@@ -61,7 +61,7 @@ def test_live_bytes_follow_tensors(traced):
     assert [total.launches for total in trace.summarize() if total.kind == "elementwise"] == [6]
 
 
-def test_a_marked_section_holds_its_backward_pass(traced):
+def test_a_marked_section_includes_its_backward_pass(traced):
     trace, _ = traced
     logits = torch.empty(8, 32, requires_grad=True)
     with trace.mark("loss"):
@@ -78,7 +78,7 @@ def test_the_optimizer_reads_16_and_writes_12_bytes_per_weight(traced):
     weight.grad = torch.empty(1000)
     optimizer = torch.optim.AdamW([weight], fused=True)
     optimizer.step()
-    (found,) = [one for one in list_operations(trace) if one[0] == "_fused_adamw_"]
+    (found,) = [operation for operation in list_operations(trace) if operation[0] == "_fused_adamw_"]
     assert found[3:] == (16 * 1000 + 4, 12 * 1000)
 
 
@@ -94,10 +94,12 @@ def test_a_compiled_loss_reads_logits_twice_and_writes_their_gradient(traced):
     with trace.mark("loss"):
         losses = compiled(logits, torch.zeros(512, dtype=torch.long))
     losses.sum().backward()
-    kernels = [one for one in trace.kernels() if one.name == "fused"]
-    assert [one.kind for one in kernels] == ["loss", "loss"]
-    bytes_per_logit = [(sum(one.reads.values()) / logits.numel(), sum(one.writes.values()) / logits.numel())
-                       for one in kernels]  # fmt: skip
+    kernels = [kernel for kernel in trace.kernels() if kernel.name == "fused"]
+    assert [kernel.kind for kernel in kernels] == ["loss", "loss"]
+    bytes_per_logit = [
+        (sum(kernel.reads.values()) / logits.numel(), sum(kernel.writes.values()) / logits.numel())
+        for kernel in kernels
+    ]
     assert bytes_per_logit == [pytest.approx((2, 0), abs=0.02), pytest.approx((2, 2), abs=0.02)]
     peak, before = trace.peak_bytes("loss")
     assert (peak - before) / logits.numel() == pytest.approx(2, abs=0.02)  # the gradient; no fp32 copy is stored

@@ -18,15 +18,15 @@ from megatron_cm3leon.tokenizers.vocab import Vocabulary
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 from tests.data.corpora import make_vocabulary
 
-WHOLE = torch.arange(24.0).view(6, 4)
+FULL_TENSOR = torch.arange(24.0).view(6, 4)
 
 
-def make_pieces(rank, whole=WHOLE, kinds=("weight",)):
-    """Pieces of one rank, views of `whole`: rank 0 has one half in one piece, rank 1 the other half in two."""
+def make_pieces(rank, tensor=FULL_TENSOR, kinds=("weight",)):
+    """Pieces of one rank, views of `tensor`: rank 0 has one half as one piece, rank 1 the other half as two."""
     pieces = []
     for kind in kinds:
         position = {"name": "w", "kind": kind, "shape": (6, 4), "part": (3, 4), "offset": (3 * rank, 0)}
-        half = whole[3 * rank : 3 * rank + 3].reshape(-1)
+        half = tensor[3 * rank : 3 * rank + 3].reshape(-1)
         for start, stop in ((0, 12),) if rank == 0 else ((0, 5), (5, 12)) if rank == 1 else ():
             pieces.append((Piece(**position, start=start, stop=stop), half[start:stop]))
     return pieces
@@ -108,8 +108,8 @@ def write_random_checkpoint(run, config, vocabulary, step=3, change=lambda name,
         weight = torch.randn(shape, generator=generator) * 0.2 + (1 if len(shape) == 1 else 0)
         weight = change(name, weight)
         if weight is not None:
-            whole = tuple(weight.shape)
-            piece = Piece(name, "weight", whole, (0,) * len(whole), whole, 0, weight.numel())
+            shape = tuple(weight.shape)
+            piece = Piece(name, "weight", shape, (0,) * len(shape), shape, 0, weight.numel())
             pieces[number % 2].append((piece, weight.reshape(-1)))
     for rank in (0, 1):
         sharded.write_rank_file(folder, rank, pieces[rank])

@@ -1,4 +1,4 @@
-"""Verification on command: every damaged file is reported."""
+"""find_damage() verifies a checkpoint and reports every damaged file."""
 
 from megatron_cm3leon.checkpoint.damage import find_damage
 from tests.checkpoint.builders import flip_byte, write_checkpoint
@@ -26,5 +26,5 @@ def test_all_damaged_files_are_reported(tmp_path):
 
 
 def test_numbers_that_no_rank_wrote_are_reported(tmp_path):
-    [sentence] = find_damage(write_checkpoint(tmp_path, ranks=1))
-    assert "weight of w has 12 numbers" in sentence
+    [message] = find_damage(write_checkpoint(tmp_path, ranks=1))
+    assert "weight of w has 12 numbers" in message

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: any part of any tensor is read from any pieces; a folder is complete or absent; damage."""
+"""Sharded checkpoints: parts of tensors from any pieces, only complete folders are listed, damaged files are named."""
 
 import json
 
@@ -9,22 +9,22 @@ from megatron_cm3leon.checkpoint import sharded
 from megatron_cm3leon.checkpoint.format import list_checkpoints, step_folder
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.config.loading import Config
-from tests.checkpoint.builders import WHOLE, write_checkpoint
+from tests.checkpoint.builders import FULL_TENSOR, write_checkpoint
 from tests.data.corpora import make_vocabulary
 
 
-def test_whole_tensors_and_parts_are_read(tmp_path):
+def test_full_tensors_and_parts_are_read(tmp_path):
     folder = write_checkpoint(tmp_path)
     reader = CheckpointReader(folder)
     assert reader.names == ["w"] and reader.shape("w") == (6, 4)
-    assert torch.equal(reader.read("w"), WHOLE)
-    assert torch.equal(reader.read_part("w", "weight", (2, 1), (3, 2)), WHOLE[2:5, 1:3])
+    assert torch.equal(reader.read("w"), FULL_TENSOR)
+    assert torch.equal(reader.read_part("w", "weight", (2, 1), (3, 2)), FULL_TENSOR[2:5, 1:3])
 
 
 def test_rows_beyond_the_edge_are_zero(tmp_path):
     folder = write_checkpoint(tmp_path)
     part = CheckpointReader(folder).read_part("w", "weight", (4, 0), (4, 4))
-    assert torch.equal(part[:2], WHOLE[4:]) and not part[2:].any()
+    assert torch.equal(part[:2], FULL_TENSOR[4:]) and not part[2:].any()
     assert not CheckpointReader(folder).read_part("w", "weight", (8, 0), (4, 4)).any()
 
 
@@ -36,7 +36,7 @@ def test_state_config_and_vocabulary_are_stored(tmp_path):
     assert list(reader.verify()) == list(reader.manifest["files"])
 
 
-def test_a_checkpoint_is_complete_or_absent(tmp_path):
+def test_a_checkpoint_is_listed_only_when_it_is_complete(tmp_path):
     folder = step_folder(tmp_path, 5)
     sharded.begin_checkpoint(folder)
     assert list_checkpoints(tmp_path) == []
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path):
     assert (tmp_path / "latest").read_text() == "step-00000005\n"
 
 
-def test_damage_is_named(tmp_path):
+def test_a_damaged_file_is_named(tmp_path):
     folder = write_checkpoint(tmp_path)
     file = folder / "rank-00001.safetensors"
     content = bytearray(file.read_bytes())

@@ -1,4 +1,4 @@
-"""TrainState in state.json, and states of earlier versions."""
+"""TrainState in state.json, and states of earlier and later versions."""
 
 import json
 
@@ -15,7 +15,7 @@ def test_a_state_reads_back_equal(tmp_path):
     assert all(state.to_dict().values()), "a difference in an empty field would not be found"
 
 
-def test_an_older_state_records_its_position_in_batches():
+def test_the_position_of_an_older_state_is_counted_in_batches():
     old = {key: value for key, value in make_state().to_dict().items() if key not in ("sequence", "stream_parts")}
     state = TrainState.from_dict(json.loads(json.dumps(old)), global_batch_size=8)
     assert (state.batch, state.sequence, state.stream_parts) == (14, 112, {})

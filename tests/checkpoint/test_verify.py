@@ -8,7 +8,7 @@ import torch
 from megatron_cm3leon.checkpoint import format as checkpoint_format
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.verify import verify_while_reading
-from tests.checkpoint.builders import WHOLE, flip_byte, run_ranks, write_checkpoint
+from tests.checkpoint.builders import FULL_TENSOR, flip_byte, run_ranks, write_checkpoint
 
 PARTS = [[("w", (0, 0), (6, 2))], [("w", (0, 2), (6, 2))]]  # each rank reads both files
 
@@ -49,7 +49,7 @@ def test_every_file_is_hashed_once_by_the_ranks_of_a_node(tmp_path, monkeypatch)
     hashed, hash_file = [], checkpoint_format.hash_file
     monkeypatch.setattr(checkpoint_format, "hash_file", lambda path, *more: hashed.append(path.name) or hash_file(path))
     parts = load(folder)
-    assert torch.equal(torch.cat(parts, 1), WHOLE)
+    assert torch.equal(torch.cat(parts, 1), FULL_TENSOR)
     assert sorted(hashed) == ["rank-00000.safetensors", "rank-00001.safetensors"]
 
 
@@ -58,7 +58,7 @@ def test_only_files_that_are_read_are_hashed(tmp_path):
     flip_byte(folder / "rank-00001.safetensors")
     reader = CheckpointReader(folder)
     assert reader.list_files([("w", (0, 0), (3, 4))]) == {"rank-00000.safetensors"}
-    assert torch.equal(reader.read_part("w", "weight", (0, 0), (3, 4)), WHOLE[:3])
+    assert torch.equal(reader.read_part("w", "weight", (0, 0), (3, 4)), FULL_TENSOR[:3])
     with pytest.raises(ValueError, match=r"rank-00001\.safetensors does not match its SHA-256"):
         reader.read("w")
 

@@ -14,7 +14,7 @@ from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config.loading import Config
-from tests.checkpoint.builders import WHOLE, make_pieces, run_ranks, write_checkpoint
+from tests.checkpoint.builders import FULL_TENSOR, make_pieces, run_ranks, write_checkpoint
 from tests.data.corpora import make_vocabulary
 
 
@@ -29,8 +29,8 @@ def build_writer(**options):
 
 
 @pytest.fixture
-def held(monkeypatch):
-    """Event before which no file is written."""
+def allow_writing(monkeypatch):
+    """An event: files are written only after it is set."""
     event, write = threading.Event(), sharded.write_rank_file
 
     def wait_and_write(*arguments):
@@ -42,7 +42,7 @@ def held(monkeypatch):
     event.set()
 
 
-def test_asynchronous_and_synchronous_checkpoints_are_the_same_bytes(tmp_path):
+def test_asynchronous_and_synchronous_checkpoints_have_the_same_bytes(tmp_path):
     kinds = ("weight", "exp_avg", "exp_avg_sq")
     contents = []
     for asynchronous in (True, False):
@@ -55,14 +55,14 @@ def test_asynchronous_and_synchronous_checkpoints_are_the_same_bytes(tmp_path):
 
         assert run_ranks(3, save_one) == [None] * 3
         folder = step_folder(run, 3)
-        assert torch.equal(CheckpointReader(folder).read("w", "exp_avg_sq"), WHOLE)
+        assert torch.equal(CheckpointReader(folder).read("w", "exp_avg_sq"), FULL_TENSOR)
         contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert contents[0] == contents[1]
     assert len(contents[0]) == 3 + 4
 
 
-def test_changes_after_save_are_not_written(tmp_path, held):
-    weights, state, config = WHOLE.clone(), TrainState(step=3, skipped=[1]), Config()
+def test_changes_after_save_are_not_written(tmp_path, allow_writing):
+    weights, state, config = FULL_TENSOR.clone(), TrainState(step=3, skipped=[1]), Config()
     checkpoint_writer = build_writer()
     position = make_pieces(0)[0][0]
     save(checkpoint_writer, tmp_path, pieces=[(position, weights[:3].view(-1))], state=state, config=config)
@@ -70,15 +70,15 @@ def test_changes_after_save_are_not_written(tmp_path, held):
     weights.fill_(-1)
     state.step, config.seed = 4, 5
     state.skipped.append(2)
-    held.set()
+    allow_writing.set()
     checkpoint_writer.close()
     reader = CheckpointReader(step_folder(tmp_path, 3))
-    assert torch.equal(reader.read_part("w", "weight", (0, 0), (3, 4)), WHOLE[:3])
+    assert torch.equal(reader.read_part("w", "weight", (0, 0), (3, 4)), FULL_TENSOR[:3])
     assert reader.state == TrainState(step=3, skipped=[1]) and reader.config.seed == Config().seed
 
 
-def test_tensors_may_change_only_after_they_are_copied(tmp_path, held, monkeypatch):
-    weights, copying, copy_pieces = WHOLE.clone(), threading.Event(), writer._Buffer._copy
+def test_tensors_may_change_only_after_they_are_copied(tmp_path, allow_writing, monkeypatch):
+    weights, copying, copy_pieces = FULL_TENSOR.clone(), threading.Event(), writer._Buffer._copy
 
     def copy_late(*arguments, **options):
         assert copying.wait(30)
@@ -91,21 +91,23 @@ def test_tensors_may_change_only_after_they_are_copied(tmp_path, held, monkeypat
     optimizer = threading.Thread(target=lambda: (checkpoint_writer.wait_for_copy(), weights.fill_(-1)))
     optimizer.start()
     optimizer.join(0.2)
-    assert optimizer.is_alive() and torch.equal(weights, WHOLE)
+    assert optimizer.is_alive() and torch.equal(weights, FULL_TENSOR)
     copying.set()
     optimizer.join(30)
-    assert torch.equal(weights, torch.full_like(WHOLE, -1))
-    held.set()
+    assert torch.equal(weights, torch.full_like(FULL_TENSOR, -1))
+    allow_writing.set()
     checkpoint_writer.close()
-    assert torch.equal(CheckpointReader(step_folder(tmp_path, 3)).read_part("w", "weight", (0, 0), (3, 4)), WHOLE[:3])
+    assert torch.equal(
+        CheckpointReader(step_folder(tmp_path, 3)).read_part("w", "weight", (0, 0), (3, 4)), FULL_TENSOR[:3]
+    )
 
 
-def test_save_returns_at_once_and_the_checkpoint_appears_when_complete(tmp_path, held):
+def test_save_returns_immediately_and_the_checkpoint_is_listed_when_complete(tmp_path, allow_writing):
     checkpoint_writer = build_writer()
     assert checkpoint_writer.poll()
     save(checkpoint_writer, tmp_path)
     assert not checkpoint_writer.poll() and list_checkpoints(tmp_path) == []
-    held.set()
+    allow_writing.set()
     checkpoint_writer.wait()
     assert checkpoint_writer.poll() and list_checkpoints(tmp_path) == [step_folder(tmp_path, 3)]
 
@@ -115,14 +117,14 @@ def test_a_synchronous_save_is_on_disk_when_it_returns(tmp_path):
     assert list_checkpoints(tmp_path) == [step_folder(tmp_path, 3)]
 
 
-def test_a_save_waits_for_the_previous_one(tmp_path, held):
+def test_a_save_waits_for_the_previous_one(tmp_path, allow_writing):
     checkpoint_writer = build_writer()
     save(checkpoint_writer, tmp_path, 1)
     second = threading.Thread(target=save, args=(checkpoint_writer, tmp_path, 2))
     second.start()
     time.sleep(0.05)
     assert second.is_alive() and not temporary_folder(step_folder(tmp_path, 2)).exists()
-    held.set()
+    allow_writing.set()
     second.join(30)
     assert step_folder(tmp_path, 1) in list_checkpoints(tmp_path)
     checkpoint_writer.close()
@@ -138,7 +140,7 @@ def test_memory_is_reused_and_grows_with_the_moments(tmp_path):
     assert buffers[1] == buffers[2] and [count for _, count in buffers] == [12, 24, 24]
 
 
-def full_disk(monkeypatch, name="rank-00000"):
+def simulate_full_disk(monkeypatch, name="rank-00000"):
     """Simulate a disk that is full after the header of a file whose name contains `name`."""
     write = sharded._write_fully
 
@@ -150,14 +152,14 @@ def full_disk(monkeypatch, name="rank-00000"):
     monkeypatch.setattr(sharded, "_write_fully", fail)
 
 
-def test_a_full_disk_is_raised_by_poll_with_path_and_remedy(tmp_path, monkeypatch):
+def test_poll_raises_the_error_of_a_full_disk_with_path_and_remedy(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, 1)
     checkpoint_writer = build_writer()
     with monkeypatch.context() as patch:
-        full_disk(patch)
+        simulate_full_disk(patch)
         save(checkpoint_writer, tmp_path)
-        sentence = r"rank-00000.safetensors: No space left on device; free disk space .* resumes from .*step-00000001\)"
-        with pytest.raises(ValueError, match=sentence):
+        message = r"rank-00000.safetensors: No space left on device; free disk space .* resumes from .*step-00000001\)"
+        with pytest.raises(ValueError, match=message):
             while not checkpoint_writer.poll():
                 time.sleep(0.01)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001"]
@@ -168,14 +170,14 @@ def test_a_full_disk_is_raised_by_poll_with_path_and_remedy(tmp_path, monkeypatc
     assert (tmp_path / "latest").read_text() == "step-00000003\n"
 
 
-def test_a_full_disk_of_a_synchronous_save_is_raised_by_save(tmp_path, monkeypatch):
-    full_disk(monkeypatch)
+def test_a_synchronous_save_raises_the_error_of_a_full_disk(tmp_path, monkeypatch):
+    simulate_full_disk(monkeypatch)
     with pytest.raises(ValueError, match=r"No space left on device.*the run has no checkpoint yet"):
         save(build_writer(asynchronous=False), tmp_path)
 
 
 def test_the_first_rank_reports_a_full_disk_of_another_rank(tmp_path, monkeypatch):
-    full_disk(monkeypatch, "rank-00001")
+    simulate_full_disk(monkeypatch, "rank-00001")
     barrier = threading.Barrier(2)
 
     def save_one(rank):
@@ -189,17 +191,17 @@ def test_the_first_rank_reports_a_full_disk_of_another_rank(tmp_path, monkeypatc
     assert list_checkpoints(tmp_path) == []
 
 
-def test_a_file_in_place_of_a_folder_is_named(tmp_path, held):
+def test_a_file_where_a_folder_is_required_is_named(tmp_path, allow_writing):
     checkpoint_writer = build_writer()
     save(checkpoint_writer, tmp_path)
     temporary = temporary_folder(step_folder(tmp_path, 3))
     shutil.rmtree(temporary)
-    temporary.write_text("in the way")
-    held.set()
+    temporary.write_text("a file")
+    allow_writing.set()
     with pytest.raises(ValueError, match=r"step-00000003.tmp/rank-00000.safetensors: Not a directory"):
         checkpoint_writer.wait()
     shutil.rmtree(tmp_path / "checkpoints")
-    (tmp_path / "checkpoints").write_text("in the way")
+    (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(ValueError, match=r"was not written: .*checkpoints.*choose another with output="):
         save(checkpoint_writer, tmp_path, 4)
 
@@ -213,7 +215,7 @@ def test_the_first_rank_stops_waiting_for_ranks_that_write_nothing(tmp_path, mon
 
 
 @pytest.mark.parametrize("stage", ["save_config", "add_checksum", "_sync"])
-def test_when_stopped_while_finishing_the_previous_checkpoint_stays_the_newest(tmp_path, monkeypatch, stage):
+def test_an_interrupted_finish_leaves_the_previous_checkpoint_as_the_newest(tmp_path, monkeypatch, stage):
     write_checkpoint(tmp_path, 1)
 
     def stop(*arguments):
@@ -235,6 +237,8 @@ def test_reserved_memory_is_used_by_every_save(tmp_path):
         save(checkpoint_writer, tmp_path, step, make_pieces(0, kinds=kinds))
         checkpoint_writer.wait()
         assert checkpoint_writer._buffer._numbers.numel() == 24
-    assert torch.equal(CheckpointReader(step_folder(tmp_path, 1)).read_part("w", "exp_avg", (0, 0), (3, 4)), WHOLE[:3])
+    assert torch.equal(
+        CheckpointReader(step_folder(tmp_path, 1)).read_part("w", "exp_avg", (0, 0), (3, 4)), FULL_TENSOR[:3]
+    )
     checkpoint_writer.close()
     assert checkpoint_writer._buffer._numbers.numel() == 0

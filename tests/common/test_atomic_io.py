@@ -1,4 +1,4 @@
-"""Folders that appear whole."""
+"""Folders that appear on disk only when they are complete."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ import pytest
 from megatron_cm3leon.common.atomic_io import atomic_directory
 
 
-def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+def test_a_symbolic_link_is_kept_and_its_target_is_written(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     with atomic_directory(tmp_path / "link") as folder:
@@ -17,9 +17,9 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["link", "real"]
 
 
-def test_a_full_disk_is_told_with_the_output_s_name(tmp_path):
-    with pytest.raises(OSError) as told, atomic_directory(tmp_path / "out"):
+def test_the_error_of_a_full_disk_names_the_output(tmp_path):
+    with pytest.raises(OSError) as error, atomic_directory(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert told.value.filename == str(tmp_path / "out") and not list(tmp_path.iterdir())
-    with pytest.raises(OSError, match=r"^a sentence of its own$"), atomic_directory(tmp_path / "out"):
-        raise OSError("a sentence of its own")
+    assert error.value.filename == str(tmp_path / "out") and not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match=r"^another message$"), atomic_directory(tmp_path / "out"):
+        raise OSError("another message")

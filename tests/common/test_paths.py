@@ -1,4 +1,4 @@
-"""~ and $VARIABLE in every path: fields of YAML files, and options of tools, which a shell leaves in `--output=~/x`."""
+"""~ and $VARIABLE are expanded in every path: fields of YAML files, and options (no shell expands `--output=~/x`)."""
 
 import argparse
 import importlib.util
@@ -26,7 +26,7 @@ NO_PATHS = (
     "--account --qos --constraint --memory --container-runtime --env --shard-size --deduplicate captions questions "
     "parts overrides"
 )
-"""Options of tools whose values are texts."""
+"""Options of tools whose values are texts, not paths."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +47,8 @@ def test_home_and_variables_are_expanded(home):
         assert expand_path(text) == text
 
 
-def test_what_exists_as_it_is_written_stays(tmp_path):
-    """Such as the folder that an earlier version made of output=$SCRATCH/x: its run goes on."""
+def test_a_path_that_exists_without_expansion_is_not_expanded(tmp_path):
+    """Such as a folder that an earlier version created for output=$SCRATCH/x: its run can be continued."""
     (tmp_path / "work" / "$NOT_SET" / "x").mkdir(parents=True)
     assert expand_path("$NOT_SET/x") == "$NOT_SET/x"
 
@@ -61,24 +61,24 @@ def test_what_exists_as_it_is_written_stays(tmp_path):
         ("~no-such-user/x", "~no-such-user is not a user's home folder"),
     ],
 )
-def test_what_cannot_be_expanded_is_refused(text, reason):
+def test_a_path_that_cannot_be_expanded_is_refused(text, reason):
     with pytest.raises(ValueError, match=reason):
         expand_path(text)
     with pytest.raises(argparse.ArgumentTypeError, match=reason):
         user_path(text)
 
 
-def text_fields(section=Config, prefix=""):
+def list_text_fields(section=Config, prefix=""):
     for field in fields(section):
         if is_dataclass(field.type):
-            yield from text_fields(field.type, f"{prefix}{field.name}.")
+            yield from list_text_fields(field.type, f"{prefix}{field.name}.")
         elif field.type is str:
             yield prefix + field.name
 
 
-def test_every_text_field_is_a_path_a_choice_or_known_as_text():
+def test_every_text_field_is_a_path_a_choice_or_listed_as_text():
     """A new path must be expanded too."""
-    assert {name for name in text_fields() if not SETTINGS[name].choices} == set(PATHS) | OTHER_TEXT
+    assert {name for name in list_text_fields() if not SETTINGS[name].choices} == set(PATHS) | OTHER_TEXT
 
 
 @pytest.mark.parametrize("field", PATHS)
@@ -104,7 +104,7 @@ def test_paths_of_sources_are_expanded(home):
         load_config(None, ["data.sources=[{shards: $NOT_SET}]"])
 
 
-def test_braces_name_fields_and_the_message_says_so():
+def test_the_error_of_an_interpolation_recommends_dollar_name():
     with pytest.raises(ValueError, match=r"output: Interpolation key 'SCRATCH' not found; .* write \$NAME"):
         load_config(None, ["output=${SCRATCH}/x"])
 
@@ -124,8 +124,8 @@ def test_paths_of_a_site_and_of_a_pipeline_are_expanded(home, tmp_path):
     assert (plan.tokenizer, plan.encoder, plan.output) == (home, home, "/scratch/me/out")
 
 
-def parsers_of(path, monkeypatch):
-    """Every parser that a tool makes."""
+def list_parsers(path, monkeypatch):
+    """Every parser that a tool creates, subcommands included."""
     found, original = [], argparse.ArgumentParser.parse_known_args
 
     def parse(self, *arguments, **options):
@@ -144,17 +144,17 @@ def parsers_of(path, monkeypatch):
         groups = [
             action.choices.values() for action in parser._actions if isinstance(action, argparse._SubParsersAction)
         ]
-        yield from [parser, *(each for group in groups for each in group)]
+        yield from [parser, *(subparser for group in groups for subparser in group)]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("[a-z]*.py")), ids=lambda path: path.stem)
-def test_every_option_of_a_tool_that_takes_a_text_is_a_path_or_known_as_text(path, monkeypatch):
-    seen = 0
-    for parser in parsers_of(path, monkeypatch):
+def test_every_text_option_of_a_tool_is_a_path_or_listed_as_text(path, monkeypatch):
+    paths = 0
+    for parser in list_parsers(path, monkeypatch):
         for action in parser._actions:
             name = (action.option_strings or [action.dest])[0]
             if action.type is user_path:
-                seen += 1
+                paths += 1
             elif action.nargs != 0 and action.choices is None and action.type in (None, str):
                 assert name in NO_PATHS.split(), f"{path.name}: {name} must have type=user_path, or be listed as a text"
-    assert seen
+    assert paths

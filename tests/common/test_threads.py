@@ -1,4 +1,4 @@
-"""Small products take one thread, give the same bits, and leave the setting as it was."""
+"""Small matrix products use one thread, give identical results, and restore the number of threads."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ def two_threads():
         yield
 
 
-def test_one_thread_inside_and_as_many_as_before_after_it(two_threads):
+def test_one_blas_thread_restores_the_number_of_threads(two_threads):
     with one_blas_thread():
         assert count_threads() == {1}
     assert count_threads() == {2}
@@ -31,7 +31,7 @@ def test_one_thread_inside_and_as_many_as_before_after_it(two_threads):
     assert count_threads() == {2}
 
 
-def filter_some(count, width, k):
+def filter_random_candidates(count, width, k):
     draw = np.random.default_rng(0)
     vectors = draw.normal(size=(500 + 3 * count, width)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -44,23 +44,23 @@ def filter_some(count, width, k):
     return filters.filter_candidates(bank, queries, draw.integers(0, 500, (count, 2, k)), 8, 0.9)
 
 
-def test_the_filters_of_the_neighbor_table_take_one_thread_and_give_the_same_bits(two_threads, monkeypatch):
+def test_the_filters_of_the_neighbor_table_use_one_thread_and_give_identical_results(two_threads, monkeypatch):
     seen, product = [], np.matmul
     monkeypatch.setattr(filters.np, "matmul", lambda *factors: (seen.append(count_threads()), product(*factors))[1])
-    many = [filters.filter_candidates.__wrapped__, filters.filter_candidates]
-    for k in (128, 200):  # all candidates with all, and with the kept ones alone
+    functions = [filters.filter_candidates.__wrapped__, filters.filter_candidates]
+    for k in (128, 200):  # all pairs are compared at once, and only pairs with kept candidates
         results = []
-        for function in many:
+        for function in functions:
             monkeypatch.setattr(filters, "filter_candidates", function)
             seen.clear()
-            results.append(filter_some(3, 512, k))
-            assert seen and set(map(tuple, seen)) == {(2,) if function is many[0] else (1,)}
+            results.append(filter_random_candidates(3, 512, k))
+            assert seen and set(map(tuple, seen)) == {(2,) if function is functions[0] else (1,)}
         for one, two in zip(*results, strict=True):
             assert np.array_equal(one, two)
 
 
-def test_a_checker_takes_one_thread(two_threads):
-    checker = SimpleNamespace(classify=lambda picture: {"threads": count_threads()})
+def test_a_checker_uses_one_thread(two_threads):
+    checker = SimpleNamespace(classify=lambda image: {"threads": count_threads()})
     assert judge.judge_images(checker, [None], [{"threads": {1}}]) == [{"threads": [{1}, {1}, True]}]
 
 
@@ -72,7 +72,7 @@ def two_torch_threads():
     torch.set_num_threads(before)
 
 
-def test_a_small_model_on_the_cpu_takes_one_thread(two_torch_threads):
+def test_a_small_model_on_the_cpu_uses_one_thread(two_torch_threads):
     small, large = torch.nn.Linear(8, 8), torch.nn.Linear(SMALL_MODEL, 1, device="meta")
     for model, expected in ((small, 1), (large, 2), (torch.nn.Linear(8, 8, device="meta"), 2)):
         with pytest.raises(KeyError), one_thread_if_small(model):

@@ -1,4 +1,4 @@
-"""The configuration tree: precedence, presets, and the sentences users read when a field is wrong."""
+"""The configuration tree: precedence, presets, and the error messages for invalid fields."""
 
 import ast
 import itertools
@@ -25,7 +25,7 @@ def test_command_line_wins_over_yaml_over_preset_over_defaults(tmp_path):
     assert config.optimizer.beta2 == 0.95  # default
 
 
-def test_a_saved_config_reads_back_equal(tmp_path):
+def test_a_saved_config_is_loaded_unchanged(tmp_path):
     config = load_config(None, ["preset=7b", "cm3.probability=0.25"])
     validate_config(config)
     save_config(config, tmp_path / "config.yaml")
@@ -36,7 +36,7 @@ def test_every_field_has_a_default():
     assert Config() == load_config()
 
 
-def test_every_field_is_documented_beside_itself():
+def test_every_field_has_a_docstring():
     undocumented = []
     for section in ast.parse(Path(schema.__file__).read_text()).body:
         fields = section.body if isinstance(section, ast.ClassDef) else []
@@ -47,7 +47,7 @@ def test_every_field_is_documented_beside_itself():
     assert undocumented == []
 
 
-def test_settings_stand_beside_their_fields():
+def test_settings_are_defined_with_their_fields():
     settings = dict(list_settings(Config))
     assert settings["retrieval.documents"] == Setting(minimum=0, resume="fixed")
     assert settings["data.shards"] == Setting(resume="content", path=True)
@@ -62,7 +62,7 @@ def test_settings_stand_beside_their_fields():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "ranks", "sentence"),
+    ("overrides", "ranks", "message"),
     [
         (["modle.layers=2"], 1, "there is no field modle; did you mean model?"),
         (["model.layer=2"], 1, "there is no field model.layer; did you mean model.layers?"),
@@ -119,13 +119,13 @@ def test_settings_stand_beside_their_fields():
         (["train.global_batch_size=6"], 4, "must be divisible by train.micro_batch_size (1) x data-parallel ranks (4)"),
     ],
 )
-def test_what_cannot_run_is_refused_by_name(overrides, ranks, sentence):
+def test_the_error_names_the_invalid_field(overrides, ranks, message):
     with pytest.raises(ValueError) as error:
         validate_config(load_config(None, overrides), ranks)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
-def test_a_missing_and_a_broken_file_are_named(tmp_path):
+def test_the_error_names_a_missing_or_invalid_file(tmp_path):
     with pytest.raises(ValueError, match="no configuration file at"):
         load_config(tmp_path / "absent.yaml")
     path = tmp_path / "broken.yaml"
@@ -134,7 +134,7 @@ def test_a_missing_and_a_broken_file_are_named(tmp_path):
         load_config(path)
 
 
-def test_the_family_fills_what_is_left_to_it():
+def test_the_family_sets_the_fields_that_are_not_given():
     config = load_config(None, ["preset=7b", "model.family=llama"])
     validate_config(config)
     assert (config.model.activation, config.model.ffn_hidden_size, config.model.kv_heads) == ("swiglu", 11008, 32)
@@ -144,21 +144,21 @@ def test_the_family_fills_what_is_left_to_it():
     assert (config.model.activation, config.model.ffn_hidden_size) == ("relu", 4096) and config.model.tied_embeddings
 
 
-def test_changed_fields_names_both_values():
+def test_changed_fields_returns_both_values():
     old, new = load_config(), load_config(None, ["cm3.probability=0.5", "seed=7"])
     assert changed_fields(old, new) == {"seed": (1234, 7), "cm3.probability": (1.0, 0.5)}
 
 
-RUNS = [path for path in sorted((ROOT / "examples").rglob("*.yaml")) if path.stem not in ("site", "pipeline")]
+EXAMPLES = [path for path in sorted((ROOT / "examples").rglob("*.yaml")) if path.stem not in ("site", "pipeline")]
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_example_is_valid(path):
     assert isinstance(yaml.safe_load(path.read_text()), dict)
     validate_config(load_config(path))
 
 
-def test_one_entry_of_a_list_is_not_changed_alone(tmp_path):
+def test_a_single_entry_of_a_list_cannot_be_changed(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("data: {sources: [{shards: a}, {shards: b}]}")
     with pytest.raises(ValueError, match=r"one entry of a list cannot be changed alone .* give the whole list"):
@@ -167,7 +167,7 @@ def test_one_entry_of_a_list_is_not_changed_alone(tmp_path):
     assert [(source.shards, source.weight) for source in config.data.sources] == [("a", 2), ("b", 1)]
 
 
-def test_a_value_that_yaml_would_cut_is_refused():
+def test_a_value_with_a_yaml_comment_is_refused():
     with pytest.raises(ValueError, match=r"output \(/x/hash #x\): YAML reads what follows ' #' as a comment"):
         load_config(None, ["output=/x/hash #x"])
     assert load_config(None, ["output='/x/hash #x'"]).output == "/x/hash #x"

@@ -1,4 +1,4 @@
-"""Synthetic shard folders and neighbours for the tests of the data code (and of those who train on it)."""
+"""Synthetic shard folders and neighbor tables for tests of the data code and of training."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 
 def make_vocabulary(text=100, image=32, height=4, width=4, sentinels=16, specials=32) -> Vocabulary:
-    """A vocabulary of these sizes, of no tokenizer's files."""
+    """A vocabulary of these sizes that belongs to no tokenizer files."""
     return Vocabulary(
         text_size=text,
         image_size=image,
@@ -39,7 +39,7 @@ def write_shards(folder, documents, vocabulary, shard_documents=40):
 
 
 def make_pairs(count, vocabulary, seed=0, text=(1, 12)):
-    """Random pairs: text, <break>, one picture."""
+    """Random pairs: text, <break>, one image."""
     generator = np.random.default_rng(seed)
     pairs = []
     for _ in range(count):
@@ -51,21 +51,21 @@ def make_pairs(count, vocabulary, seed=0, text=(1, 12)):
 
 @dataclass
 class Neighbors:
-    """What retrieval.neighbors.load_neighbors returns, as far as the stream uses it."""
+    """The part of the result of retrieval.neighbors.load_neighbors that the stream uses."""
 
     table: np.ndarray
     bank: object
 
     def check(self, rows):
-        """Nothing on a disk, nothing to be damaged."""
+        """The table is in memory: there is no file to check."""
 
 
 def make_neighbors(corpus, columns=5, seed=0, missing=0.1):
-    """Random neighbours in the corpus itself, some rows with fewer; -1 last."""
+    """Random neighbors from the corpus itself; rows with fewer neighbors end with -1."""
     generator = np.random.default_rng(seed)
     table = generator.integers(0, corpus.documents, (corpus.documents, columns))
-    have = generator.binomial(columns, 1 - missing, corpus.documents)
-    table[np.arange(columns) >= have[:, None]] = -1
+    counts = generator.binomial(columns, 1 - missing, corpus.documents)
+    table[np.arange(columns) >= counts[:, None]] = -1
     return Neighbors(table, corpus)
 
 
@@ -91,7 +91,7 @@ class MeanImage:
 
 
 class ByteTokenizers:
-    """Stands in for a tokenizer folder where a test asks about shards, not about tokenizers."""
+    """Replaces the tokenizers of a folder in tests of shards."""
 
     def __init__(self) -> None:
         self.text, self.image = ByteText(), MeanImage()
@@ -103,7 +103,7 @@ class ByteTokenizers:
 
 
 def write_images(folder, count):
-    """`count` small pictures, each another grey, and the lines of a pairs.jsonl; returns its path."""
+    """Write `count` small gray images and a pairs.jsonl that lists them; returns its path."""
     import json
 
     from PIL import Image

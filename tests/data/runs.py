@@ -1,4 +1,4 @@
-"""Runs of preprocessing with a stand-in for the tokenizers, and what they leave on the disk."""
+"""Runs of preprocessing with ByteTokenizers, and readers of the files that they write."""
 
 import json
 
@@ -19,17 +19,17 @@ def read_all(source):
     return [entry for part in range(source.parts) for entry in source.read_part(part)]
 
 
-def files_of(folder):
+def read_files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def quarantine_of(folder):
+def read_quarantine(folder):
     return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
 
 
-def counts_of(manifest):
-    """The account without its reasons, as (read, written, duplicates, filtered, quarantined)."""
-    accounts = manifest["accounts"]
-    assert accounts["read"] == sum(accounts[name] for name in ("written", "duplicates", "filtered", "quarantined"))
-    assert sum(accounts["reasons"].values()) == accounts["read"] - accounts["written"]
-    return tuple(accounts[name] for name in ("read", "written", "duplicates", "filtered", "quarantined"))
+def check_counts(manifest):
+    """Check the sums of the counts; returns (read, written, duplicates, filtered, quarantined)."""
+    counts = manifest["accounts"]
+    assert counts["read"] == sum(counts[name] for name in ("written", "duplicates", "filtered", "quarantined"))
+    assert sum(counts["reasons"].values()) == counts["read"] - counts["written"]
+    return tuple(counts[name] for name in ("read", "written", "duplicates", "filtered", "quarantined"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,17 @@ def run_cases(folder: Path, ranks: int, cases: list[dict]) -> dict[str, list[dic
     """Run `cases` (see worker.py) with `ranks` ranks in one launch; returns case name -> steps."""
     path = folder / f"cases-{ranks}-{cases[0]['name']}.json"
     path.write_text(json.dumps(cases))
-    worker = ROOT / "tests" / "distributed" / "worker.py"
-    torchrun(ranks, worker, path, timeout=120 + 30 * len(cases))
+    command = [sys.executable, ROOT / "tests" / "distributed" / "worker.py", path, str(ranks)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120 + 30 * len(cases), env=child_environment(), cwd=ROOT
+    )
+    if done.returncode:
+        raise AssertionError(f"exit status {done.returncode} of {path}:\n{done.stdout}\n{done.stderr}")
     return {case["name"]: json.loads((folder / f"{case['name']}.json").read_text()) for case in cases}
+
+
+def find_free_port() -> int:
+    """A port of 127.0.0.1 that nobody uses now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

@@ -8,7 +8,7 @@ CONFIG = """
 model: {layers: 4, hidden_size: 64, heads: 4, init_std: 0.02}
 data: {seq_length: 48, packing: stream, workers: 0}
 train: {steps: 20, global_batch_size: 8, micro_batch_size: 2, precision: fp32}
-optimizer: {learning_rate: 6e-4, epsilon: 1e-6}  # with 1e-8 Adam amplifies gradients that are only rounding
+optimizer: {learning_rate: 6e-4, epsilon: 1e-6}  # with 1e-8 Adam amplifies rounding errors of gradients near 0
 schedule: {warmup_steps: 20}
 checkpoint: {interval: 10}
 """
@@ -18,19 +18,19 @@ BF16 = ("train.precision=bf16",)
 DEEPSPEED = ("train.engine=deepspeed",)
 COMPILE = ("train.compile=true",)
 SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")
-# With its defaults, stage 3 does not partition weights as small as these, and its buckets are never full.
+# With DeepSpeed's defaults, stage 3 does not partition weights as small as these, and its buckets are never full.
 SMALL = (f"deepspeed.json={ROOT / 'tests' / 'distributed' / 'deepspeed.json'}",)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One row: overrides of CONFIG, compared with `reference`, the row of one process that it must equal."""
+    """One row: overrides of CONFIG. Its losses must equal those of the row `reference`, which is one process."""
 
     name: str
     ranks: int
     overrides: tuple[str, ...] = ()
     reference: str = "one process"
-    covering: bool = True
+    in_default_suite: bool = True
     """Whether the default suite runs it."""
     loss_tolerance: float = 1e-6
     """Largest allowed relative difference of a loss."""
@@ -43,15 +43,17 @@ class Layout:
         return self.name.replace(" ", "_").replace(",", "")
 
 
-def _row(name: str, ranks: int, text: str, covering: bool = True, **more) -> Layout:
-    return Layout(name, ranks, tuple(f"parallel.{item}" for item in text.split()), covering=covering, **more)
+def _build_row(name: str, ranks: int, text: str, in_default_suite: bool = True, **more) -> Layout:
+    return Layout(
+        name, ranks, tuple(f"parallel.{item}" for item in text.split()), in_default_suite=in_default_suite, **more
+    )
 
 
-def _variants() -> list[Layout]:
+def _variant_rows() -> list[Layout]:
     """Rows of other models, masks and precisions, each compared with its own row of one process."""
     layouts = [("tensor=2 sequence=true", 2), ("context=2", 2), ("tensor=2 pipeline=2 sequence=true", 4)]
     layouts += [("tensor=2 context=2 zero=1", 4), ("pipeline=2 interleave=2", 2), ("zero=1 recompute=full", 2)]
-    kinds = [  # label, overrides, rows of the default suite, tolerances
+    models = [  # label, overrides, numbers of the layouts in the default suite, tolerances
         ("llama", LLAMA, (0, 1, 2, 4), {}),
         ("by sample", SAMPLES, (1, 2), {}),
         ("llama by sample", LLAMA + SAMPLES, (3,), {}),
@@ -59,16 +61,18 @@ def _variants() -> list[Layout]:
         ("llama bf16", LLAMA + BF16, (), {"loss_tolerance": 2e-3, "norm_tolerance": 0.1}),
     ]
     rows = []
-    for label, extra, covering, tolerances in kinds:
+    for label, extra, default_numbers, tolerances in models:
         reference = f"{label}, one process"
-        rows.append(Layout(reference, 1, extra, reference, bool(covering)))
+        rows.append(Layout(reference, 1, extra, reference, bool(default_numbers)))
         for number, (text, ranks) in enumerate(layouts):
             overrides = extra + tuple(f"parallel.{item}" for item in text.split())
-            rows.append(Layout(f"{label}, {text}", ranks, overrides, reference, number in covering, **tolerances))
+            rows.append(
+                Layout(f"{label}, {text}", ranks, overrides, reference, number in default_numbers, **tolerances)
+            )
     return rows
 
 
-def _deepspeed() -> list[Layout]:
+def _deepspeed_rows() -> list[Layout]:
     """Rows of the DeepSpeed engine, compared with the megatron engine in one process; in bf16 with DeepSpeed."""
     layouts = [  # in the default suite, label, ranks, overrides
         (False, "zero=0", 1, ("parallel.zero=0",)),
@@ -115,17 +119,22 @@ def _deepspeed() -> list[Layout]:
         ("tensor=2 data 2 zero=0", 4, ("parallel.tensor=2", "parallel.zero=0")),
         ("tensor=2 data 2 zero=3", 4, ("parallel.tensor=2", "parallel.zero=3", *SMALL)),
     ]
-    rows = [Layout(f"deepspeed, {name}", *row, covering=covering) for covering, name, *row in layouts]
-    for covering, label, extra, name, ranks, more in variants:
-        rows.append(Layout(f"deepspeed {label}, {name}", ranks, extra + more, f"{label}, one process", covering))
+    rows = [
+        Layout(f"deepspeed, {name}", *row, in_default_suite=in_default_suite)
+        for in_default_suite, name, *row in layouts
+    ]
+    for in_default_suite, label, extra, name, ranks, more in variants:
+        rows.append(
+            Layout(f"deepspeed {label}, {name}", ranks, extra + more, f"{label}, one process", in_default_suite)
+        )
     rows.append(Layout(reference, 1, (*BF16, "parallel.zero=1"), reference, False))
     for name, ranks, more in bf16_rows:  # one extra Adam step at stage 0 changes the loss by 2e-3, the norm by 6e-2
-        covering = name == "data 2 zero=0"
-        rows.append(Layout(f"deepspeed bf16, {name}", ranks, BF16 + more, reference, covering, 5e-4, 1e-2))
+        in_default_suite = name == "data 2 zero=0"
+        rows.append(Layout(f"deepspeed bf16, {name}", ranks, BF16 + more, reference, in_default_suite, 5e-4, 1e-2))
     return [replace(row, overrides=DEEPSPEED + row.overrides) for row in rows]
 
 
-def _compiled() -> list[Layout]:
+def _compiled_rows() -> list[Layout]:
     """Rows with compiled layers, compared with the uncompiled model in one process."""
     layouts = [  # in the default suite, label of the model, ranks, layout
         (False, "", 1, ""),
@@ -146,14 +155,16 @@ def _compiled() -> list[Layout]:
     ]
     extra = {"": (), "llama": LLAMA, "by sample": SAMPLES, "llama by sample": LLAMA + SAMPLES}
     rows = []
-    for covering, label, ranks, text in layouts:
+    for in_default_suite, label, ranks, text in layouts:
         overrides = COMPILE + extra[label] + tuple(f"parallel.{item}" for item in text.split())
         name = ", ".join(filter(None, (f"compiled {label}".strip(), text or "one process")))
-        rows.append(Layout(name, ranks, overrides, f"{label}, one process" if label else "one process", covering))
+        rows.append(
+            Layout(name, ranks, overrides, f"{label}, one process" if label else "one process", in_default_suite)
+        )
     for label, more in (("zero=0", ()), ("data 2 zero=2", SMALL)):
         ranks, zero = (1, 0) if not more else (2, 2)
         overrides = COMPILE + DEEPSPEED + (f"parallel.zero={zero}", *more)
-        rows.append(Layout(f"compiled deepspeed, {label}", ranks, overrides, covering=False))
+        rows.append(Layout(f"compiled deepspeed, {label}", ranks, overrides, in_default_suite=False))
     overrides = COMPILE + DEEPSPEED + LLAMA + ("parallel.tensor=2", "parallel.zero=1")
     rows.append(Layout("compiled deepspeed llama, tensor=2 zero=1", 2, overrides, "llama, one process", False))
     rows.append(
@@ -162,8 +173,8 @@ def _compiled() -> list[Layout]:
     return rows
 
 
-def _flex() -> list[Layout]:
-    """Rows with attention per sample by FlexAttention, compared with the masked form in one process."""
+def _flex_rows() -> list[Layout]:
+    """Rows with attention per sample by FlexAttention, compared with masked attention in one process."""
     layouts = [  # in the default suite, label of the model, ranks, overrides
         (True, "llama by sample", 2, (*SEQUENCE, "parallel.recompute=selective", "train.head_chunk=20")),
         (False, "by sample", 1, ("parallel.recompute=selective",)),
@@ -173,15 +184,17 @@ def _flex() -> list[Layout]:
         (False, "llama by sample", 4, (*SEQUENCE, "parallel.context=2")),
     ]
     rows = []
-    for covering, label, ranks, overrides in layouts:
+    for in_default_suite, label, ranks, overrides in layouts:
         names = " ".join(each.split(".", 1)[1] for each in overrides)
         extra = (*SAMPLES, *(LLAMA if "llama" in label else ()), "train.sample_attention=flex")
-        rows.append(Layout(f"flex {label}, {names}", ranks, extra + overrides, f"{label}, one process", covering))
+        rows.append(
+            Layout(f"flex {label}, {names}", ranks, extra + overrides, f"{label}, one process", in_default_suite)
+        )
     return rows
 
 
-def _fp8() -> list[Layout]:
-    """Rows with fp8 products: two compared with bf16, the others with fp8 in one process."""
+def _fp8_rows() -> list[Layout]:
+    """Rows with fp8 matrix products: two compared with bf16, the others with fp8 in one process."""
     layouts = [
         (1, COMPILE),
         (2, ("parallel.tensor=2", *COMPILE)),
@@ -198,7 +211,7 @@ def _fp8() -> list[Layout]:
     return rows
 
 
-def _head_in_chunks() -> list[Layout]:
+def _head_chunk_rows() -> list[Layout]:
     """Rows that compute head and loss in chunks of 20 tokens, with a remainder in every row."""
     layouts = [  # in the default suite, label of the model, ranks, overrides
         (False, "", 1, ()),
@@ -211,21 +224,21 @@ def _head_in_chunks() -> list[Layout]:
         (False, "llama", 2, (*DEEPSPEED, "parallel.tensor=2", "parallel.zero=1")),
     ]
     rows = []
-    for covering, label, ranks, overrides in layouts:
+    for in_default_suite, label, ranks, overrides in layouts:
         names = [each.split(".", 1)[1] for each in overrides if not each.startswith("deepspeed.")]
         name = f"head in chunks{', ' + label if label else ''}, {' '.join(names) or 'one process'}"
         reference = f"{label}, one process" if label else "one process"
         overrides = (LLAMA if label else ()) + overrides + ("train.head_chunk=20",)
-        rows.append(Layout(name, ranks, overrides, reference, covering))
+        rows.append(Layout(name, ranks, overrides, reference, in_default_suite))
     return rows
 
 
 DROPOUT = 0.1
-MASKED = (f"model.dropout={DROPOUT}", "model.hidden_size=128", "data.seq_length=96", "train.stop_after=12")
+MASK_OVERRIDES = (f"model.dropout={DROPOUT}", "model.hidden_size=128", "data.seq_length=96", "train.stop_after=12")
 """Dropout, and sizes with which every rank draws a million entries per kind of mask in the recorded steps."""
 
 
-def _dropout() -> list[Layout]:
+def _dropout_rows() -> list[Layout]:
     """Rows with dropout. The masks of several ranks differ from those of one process, so these rows compare masks."""
     dropout, reference = (f"model.dropout={DROPOUT}",), "dropout, one process"
     rows = [Layout(reference, 1, dropout, reference, False)]
@@ -246,8 +259,8 @@ def _dropout() -> list[Layout]:
         (False, 4, "pipeline=2 zero=1 overlap=false"),
         (False, 4, "context=2 zero=1 recompute=full"),
     ]
-    for covering, ranks, text in layouts:
-        rows.append(_masked(f"dropout, {text}", ranks, text, (), covering))
+    for in_default_suite, ranks, text in layouts:
+        rows.append(_build_mask_row(f"dropout, {text}", ranks, text, (), in_default_suite))
     others = [  # in the default suite, label, ranks, other overrides, layout
         (True, "deepspeed, data 2", 2, DEEPSPEED, "zero=2 recompute=selective"),
         (False, "deepspeed, data 2", 2, (*DEEPSPEED, *SMALL), "zero=3 recompute=full"),
@@ -255,51 +268,51 @@ def _dropout() -> list[Layout]:
         (False, "deepspeed, data 2", 4, DEEPSPEED, "tensor=2 zero=2 recompute=full"),
         (False, "llama by sample", 4, LLAMA + SAMPLES, "tensor=2 pipeline=2 sequence=true recompute=selective"),
     ]
-    for covering, label, ranks, extra, text in others:
-        rows.append(_masked(f"dropout, {label} {text}", ranks, text, extra, covering))
+    for in_default_suite, label, ranks, extra, text in others:
+        rows.append(_build_mask_row(f"dropout, {label} {text}", ranks, text, extra, in_default_suite))
     return rows
 
 
-def _masked(name: str, ranks: int, text: str, extra: tuple[str, ...], covering: bool = False) -> Layout:
-    overrides = MASKED + extra + tuple(f"parallel.{item}" for item in text.split())
-    return Layout(name, ranks, overrides, name, covering)
+def _build_mask_row(name: str, ranks: int, text: str, extra: tuple[str, ...], in_default_suite: bool = False) -> Layout:
+    overrides = MASK_OVERRIDES + extra + tuple(f"parallel.{item}" for item in text.split())
+    return Layout(name, ranks, overrides, name, in_default_suite)
 
 
 LAYOUTS = [
     Layout("one process", 1),
-    Layout("micro-batches of 1", 1, ("train.micro_batch_size=1",), covering=False),
-    Layout("micro-batches of 8", 1, ("train.micro_batch_size=8",), covering=False),
-    _row("zero=1", 1, "zero=1", covering=False),
-    _row("recompute=selective", 1, "recompute=selective", covering=False),
-    _row("recompute=full", 1, "recompute=full"),
-    _row("data 2", 2, "overlap=false", covering=False),
-    _row("data 2, overlapped", 2, ""),
-    _row("data 2, zero=1", 2, "zero=1"),
-    _row("data 2, zero=1, not overlapped", 2, "zero=1 overlap=false", covering=False),
-    _row("tensor=2", 2, "tensor=2", covering=False),
-    _row("tensor=2 sequence=true", 2, "tensor=2 sequence=true"),
-    _row("pipeline=2", 2, "pipeline=2"),
-    _row("pipeline=2 interleave=2", 2, "pipeline=2 interleave=2"),
-    _row("context=2", 2, "context=2"),
-    _row("context=2 zero=1", 2, "context=2 zero=1", covering=False),
-    _row("tensor=2 pipeline=2", 4, "tensor=2 pipeline=2"),
-    _row("tensor=2 pipeline=2 interleave=2 sequence=true", 4, "tensor=2 pipeline=2 interleave=2 sequence=true"),
-    _row("tensor=2 data 2 zero=1 sequence=true", 4, "tensor=2 zero=1 sequence=true"),
-    _row("pipeline=2 data 2 zero=1", 4, "pipeline=2 zero=1", covering=False),
-    _row("pipeline=2 interleave=2 data 2 zero=1", 4, "pipeline=2 interleave=2 zero=1"),
-    _row("tensor=2 context=2 sequence=true", 4, "tensor=2 context=2 sequence=true"),
-    _row("pipeline=2 context=2", 4, "pipeline=2 context=2"),
-    _row("context=2 data 2 zero=1 recompute=full", 4, "context=2 zero=1 recompute=full", covering=False),
-    _row("tensor=4 sequence=true", 4, "tensor=4 sequence=true", covering=False),
-    _row("pipeline=4", 4, "pipeline=4", covering=False),
-    _row("data 4 zero=1", 4, "zero=1", covering=False),
-    *_dropout(),
-    *_variants(),
-    *_deepspeed(),
-    *_compiled(),
-    *_flex(),
-    *_fp8(),
-    *_head_in_chunks(),
+    Layout("micro-batches of 1", 1, ("train.micro_batch_size=1",), in_default_suite=False),
+    Layout("micro-batches of 8", 1, ("train.micro_batch_size=8",), in_default_suite=False),
+    _build_row("zero=1", 1, "zero=1", in_default_suite=False),
+    _build_row("recompute=selective", 1, "recompute=selective", in_default_suite=False),
+    _build_row("recompute=full", 1, "recompute=full"),
+    _build_row("data 2", 2, "overlap=false", in_default_suite=False),
+    _build_row("data 2, overlapped", 2, ""),
+    _build_row("data 2, zero=1", 2, "zero=1"),
+    _build_row("data 2, zero=1, not overlapped", 2, "zero=1 overlap=false", in_default_suite=False),
+    _build_row("tensor=2", 2, "tensor=2", in_default_suite=False),
+    _build_row("tensor=2 sequence=true", 2, "tensor=2 sequence=true"),
+    _build_row("pipeline=2", 2, "pipeline=2"),
+    _build_row("pipeline=2 interleave=2", 2, "pipeline=2 interleave=2"),
+    _build_row("context=2", 2, "context=2"),
+    _build_row("context=2 zero=1", 2, "context=2 zero=1", in_default_suite=False),
+    _build_row("tensor=2 pipeline=2", 4, "tensor=2 pipeline=2"),
+    _build_row("tensor=2 pipeline=2 interleave=2 sequence=true", 4, "tensor=2 pipeline=2 interleave=2 sequence=true"),
+    _build_row("tensor=2 data 2 zero=1 sequence=true", 4, "tensor=2 zero=1 sequence=true"),
+    _build_row("pipeline=2 data 2 zero=1", 4, "pipeline=2 zero=1", in_default_suite=False),
+    _build_row("pipeline=2 interleave=2 data 2 zero=1", 4, "pipeline=2 interleave=2 zero=1"),
+    _build_row("tensor=2 context=2 sequence=true", 4, "tensor=2 context=2 sequence=true"),
+    _build_row("pipeline=2 context=2", 4, "pipeline=2 context=2"),
+    _build_row("context=2 data 2 zero=1 recompute=full", 4, "context=2 zero=1 recompute=full", in_default_suite=False),
+    _build_row("tensor=4 sequence=true", 4, "tensor=4 sequence=true", in_default_suite=False),
+    _build_row("pipeline=4", 4, "pipeline=4", in_default_suite=False),
+    _build_row("data 4 zero=1", 4, "zero=1", in_default_suite=False),
+    *_dropout_rows(),
+    *_variant_rows(),
+    *_deepspeed_rows(),
+    *_compiled_rows(),
+    *_flex_rows(),
+    *_fp8_rows(),
+    *_head_chunk_rows(),
 ]
 
 
@@ -312,14 +325,14 @@ class Resume:
 
     source: str
     target: str
-    covering: bool = False
+    in_default_suite: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.source} -> {self.target}"
 
 
-MASKS = [layout for layout in LAYOUTS if layout.overrides[: len(MASKED)] == MASKED]
+MASKS = [layout for layout in LAYOUTS if layout.overrides[: len(MASK_OVERRIDES)] == MASK_OVERRIDES]
 """Rows in which the dropout masks of the ranks are compared."""
 
 RESUMES = [
@@ -350,5 +363,5 @@ RESUMES = [
     Resume("deepspeed llama, tensor=2 data 2 zero=3", "llama, context=2"),
     Resume("llama, tensor=2 sequence=true", "deepspeed llama, tensor=2 data 2 zero=0"),
     Resume("deepspeed bf16, data 2 zero=1", "deepspeed bf16, data 2 zero=1"),
-    *[Resume(layout.name, layout.name, layout.covering) for layout in MASKS],
+    *[Resume(layout.name, layout.name, layout.in_default_suite) for layout in MASKS],
 ]

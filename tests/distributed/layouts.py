@@ -1,4 +1,4 @@
-"""Run the table of layouts (layout_rows.py), compare its rows with one process, write the differences.
+"""Run the table of layouts (layout_rows.py), compare its rows with one process, and write the differences.
 
 python -m tests.distributed.layouts --write docs/layouts.md     runs every row and writes the table
 """
@@ -20,7 +20,7 @@ from tests.distributed.layout_rows import BY_NAME, CONFIG, DROPOUT, LAYOUTS, MAS
 from tests.distributed.masks import ENTRIES, STEPS, Comparison, compare_masks, load_masks
 
 
-def learnable_pairs(count: int = 64) -> list[np.ndarray]:
+def make_learnable_pairs(count: int = 64) -> list[np.ndarray]:
     """Pairs whose image is a function of the text, so that a model can learn it."""
     vocabulary, random = make_vocabulary(), np.random.default_rng(0)
     pairs = []
@@ -34,24 +34,24 @@ def learnable_pairs(count: int = 64) -> list[np.ndarray]:
 def run_layouts(folder: Path, layouts: list[Layout], resumes: list[Resume]) -> dict[str, list[dict]]:
     """Run rows and resumes; returns name -> steps.
 
-    A launch takes longer to start than most rows, so there is one per number of ranks, which also resumes what it or an
-    earlier one saved; at most two more resume the rest.
+    A launch takes longer to start than most rows take to run, so there is one launch per number of ranks. It also
+    resumes checkpoints that it or an earlier launch saved; at most two more launches resume the others.
     """
-    write_shards(folder / "shards", learnable_pairs(), make_vocabulary())
+    write_shards(folder / "shards", make_learnable_pairs(), make_vocabulary())
     config = folder / "config.yaml"
     config.write_text(CONFIG)
 
-    def case(name: str, layout: Layout, output: str, **more) -> dict:
+    def build_case(name: str, layout: Layout, output: str, **more) -> dict:
         paths = [f"data.shards={folder / 'shards'}", f"output={folder / output}"]
         return {"name": name, "config": str(config), "overrides": [*layout.overrides, *paths], **more}
 
-    def resumed_case(resume: Resume) -> dict:
+    def build_resume_case(resume: Resume) -> dict:
         output = f"resume-{RESUMES.index(resume)}"
         target = folder / output / "checkpoints"
         target.mkdir(parents=True)
         source = step_folder(folder / BY_NAME[resume.source].folder, 10)
-        (target / source.name).symlink_to(source)  # it may be written later, by the same launch
-        return case(resume.name, BY_NAME[resume.target], output)
+        (target / source.name).symlink_to(source)  # the same launch may write the checkpoint later
+        return build_case(resume.name, BY_NAME[resume.target], output)
 
     launches, finished, remaining = [], set(), list(resumes)
     for ranks in (4, 2, 1):
@@ -60,37 +60,37 @@ def run_layouts(folder: Path, layouts: list[Layout], resumes: list[Resume]) -> d
         ready = [each for each in remaining if each.source in finished and BY_NAME[each.target].ranks == ranks]
         remaining = [each for each in remaining if each not in ready]
         masks = {row.name: {"masks": True} if row in MASKS else {} for row in rows}
-        started = [case(row.name, row, row.folder, save_start=True, **masks[row.name]) for row in rows]
-        launches.append((ranks, started + [resumed_case(each) for each in ready]))
+        cases = [build_case(row.name, row, row.folder, save_start=True, **masks[row.name]) for row in rows]
+        launches.append((ranks, cases + [build_resume_case(each) for each in ready]))
     for ranks in (4, 2):
-        launches.append((ranks, [resumed_case(each) for each in remaining if BY_NAME[each.target].ranks == ranks]))
+        launches.append((ranks, [build_resume_case(each) for each in remaining if BY_NAME[each.target].ranks == ranks]))
     steps = {}
     for ranks, cases in track([each for each in launches if each[1]], label="layouts", unit="launches"):
         steps |= run_cases(folder, ranks, cases)
     return steps
 
 
-def read_masks(folder: Path, layout: Layout) -> Comparison:
+def compare_row_masks(folder: Path, layout: Layout) -> Comparison:
     """Compare the dropout masks of the ranks of a row."""
     sequence = "parallel.sequence=true" in layout.overrides
     return compare_masks(load_masks(folder, layout.name, layout.ranks), DROPOUT, sequence)
 
 
-def relative(found: list[dict], expected: list[dict], field: str) -> float:
+def relative_difference(found: list[dict], expected: list[dict], field: str) -> float:
     """Largest relative difference over the steps of `found`."""
     by_step = {step["step"]: step for step in expected}
     return max(abs(step[field] / by_step[step["step"]][field] - 1) for step in found)
 
 
 def find_differences(steps: dict[str, list[dict]]) -> list[str]:
-    """Sentences on rows and resumes whose losses or gradient norms differ by more than the tolerance."""
+    """Describe rows and resumes whose losses or gradient norms differ by more than the tolerance."""
     problems = []
     for layout in LAYOUTS:
         for field, largest in (("loss", layout.loss_tolerance), ("grad_norm", layout.norm_tolerance)):
-            found = relative(steps[layout.name], steps[layout.reference], field)
+            found = relative_difference(steps[layout.name], steps[layout.reference], field)
             problems += [f"{layout.name}: {field} differs by {found:.1e}, more than {largest:.1e}"] * (found > largest)
     for resume in RESUMES:
-        found = relative(steps[resume.name], steps[resume.source], "loss")
+        found = relative_difference(steps[resume.name], steps[resume.source], "loss")
         problems += [f"{resume.name}: loss differs by {found:.1e}, more than 1e-06"] * (found > 1e-6)
         exact = resume.source != resume.target or steps[resume.name] == steps[resume.source][10:]
         problems += [f"{resume.name}: not bit-identical when resumed under the same layout"] * (not exact)
@@ -98,28 +98,30 @@ def find_differences(steps: dict[str, list[dict]]) -> list[str]:
 
 
 def compare_all_masks(folder: Path) -> tuple[list[str], list[str]]:
-    """(lines of the table of dropout masks, sentences on masks that are not independent)."""
+    """(lines of the table of dropout masks, descriptions of masks that are not independent)."""
     lines, problems = [], []
     for layout in MASKS:
-        found = read_masks(folder, layout)
+        found = compare_row_masks(folder, layout)
         lines.append(
-            f"| {layout.name} | {layout.ranks} | {found.same} | {found.different} | {found.worst:.1f} | "
-            f"{found.replayed} |"
+            f"| {layout.name} | {layout.ranks} | {found.identical} | {found.independent} | "
+            f"{found.largest_deviation:.1f} | {found.recomputed} |"
         )
-        problems += [f"{layout.name}: masks are {found.worst:.1f} standard deviations from chance"] * (found.worst > 4)
+        problems += [f"{layout.name}: masks are {found.largest_deviation:.1f} standard deviations from chance"] * (
+            found.largest_deviation > 4
+        )
     return lines, problems
 
 
 def write_table(path: Path) -> list[str]:
-    """Run all rows and write docs/layouts.md; returns sentences on differences above the tolerance."""
-    started = time.perf_counter()
+    """Run all rows and write docs/layouts.md; returns descriptions of differences above the tolerance."""
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         steps = run_layouts(Path(folder), LAYOUTS, RESUMES)
         masks, problems = compare_all_masks(Path(folder))
     lines = [
         "# Every layout is the same run",
         "",
-        f"Written by `python -m tests.distributed.layouts --write {path}` in {time.perf_counter() - started:.0f} s on "
+        f"Written by `python -m tests.distributed.layouts --write {path}` in {time.perf_counter() - start:.0f} s on "
         f"{platform.processor() or platform.machine()}, CPU and gloo. Each row is 20 steps from the same start: 4 "
         "layers, width 64, 8 sequences of 48 tokens per step, a learnable corpus. The differences are the "
         "largest of the 20, relative to the same model in one process.",
@@ -130,7 +132,9 @@ def write_table(path: Path) -> list[str]:
     for layout in LAYOUTS:
         found, expected = steps[layout.name], steps[layout.reference]
         same = layout.name == layout.reference
-        differences = ["", ""] if same else [f"{relative(found, expected, key):.1e}" for key in ("loss", "grad_norm")]
+        differences = (
+            ["", ""] if same else [f"{relative_difference(found, expected, key):.1e}" for key in ("loss", "grad_norm")]
+        )
         lines.append(f"| {layout.name} | {layout.ranks} | {' | '.join(differences)} | {found[-1]['loss']:.4f} |")
     lines += [
         "",
@@ -156,7 +160,9 @@ def write_table(path: Path) -> list[str]:
     ]
     for resume in RESUMES:
         found, expected = steps[resume.name], steps[resume.source]
-        difference = f"{relative(found, expected, 'loss'):.1e}" if found != expected[10:] else "0, bit-identical"
+        difference = (
+            f"{relative_difference(found, expected, 'loss'):.1e}" if found != expected[10:] else "0, bit-identical"
+        )
         lines.append(f"| {resume.source} | {resume.target} | {difference} |")
     path.write_text("\n".join(lines) + "\n")
     return find_differences(steps) + problems

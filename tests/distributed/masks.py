@@ -1,7 +1,7 @@
 """Dropout masks of real training steps, recorded on every rank and compared between ranks.
 
-Ranks with the same activations must drop the same entries, all others independent ones. In two independent masks of
-probability p, a fraction (1 - p)^2 + p^2 of the entries is equal.
+Ranks with the same activations must drop the same entries, all other ranks independent entries. In two independent
+masks of probability p, a fraction (1 - p)^2 + p^2 of the entries is equal.
 """
 
 import hashlib
@@ -93,26 +93,26 @@ def deviation(left: np.ndarray, right: np.ndarray, probability: float) -> float:
 class Comparison:
     """Result of comparing all ranks of a row with each other."""
 
-    same: int
+    identical: int
     """Pairs of mask streams that must be identical, and are."""
-    different: int
+    independent: int
     """Pairs that must be independent."""
-    worst: float
+    largest_deviation: float
     """Largest deviation of independent pairs from chance, in standard deviations."""
-    replayed: int
+    recomputed: int
     """Masks drawn again by recomputation, on all ranks."""
 
 
 def compare_masks(ranks: list[RankMasks], probability: float, sequence_parallel: bool) -> Comparison:
-    """Compare all pairs of streams of a row; AssertionError for two that must be identical and differ."""
-    same, deviations = 0, []
+    """Compare all pairs of streams of a row; AssertionError if two differ that must be identical."""
+    identical, deviations = 0, []
     for left, right in itertools.combinations(ranks, 2):
         others = [key for key in left.coordinates if key != "tensor"]
         replicated = not sequence_parallel and all(left.coordinates[key] == right.coordinates[key] for key in others)
         for kind in (HIDDEN, ATTENTION):
             if replicated and kind == HIDDEN:
                 assert left.digests["forward"][kind] == right.digests["forward"][kind], (left.coordinates, kind)
-                same += 1
+                identical += 1
             else:
                 deviations.append(deviation(left.streams[kind], right.streams[kind], probability))
     for rank in ranks:
@@ -120,15 +120,17 @@ def compare_masks(ranks: list[RankMasks], probability: float, sequence_parallel:
         for kind in (HIDDEN, ATTENTION):
             chunks = [stream for key, stream in rank.streams.items() if key.startswith(f"{kind} ")]
             deviations += [deviation(*pair, probability) for pair in itertools.combinations(chunks, 2)]
-    return Comparison(same, len(deviations), max(map(abs, deviations)), sum(map(count_replayed, ranks)))
+    return Comparison(identical, len(deviations), max(map(abs, deviations)), sum(map(count_recomputed, ranks)))
 
 
-def count_replayed(rank: RankMasks) -> int:
-    """Count masks drawn again by backward passes; AssertionError for one that no forward pass drew, or drew twice."""
+def count_recomputed(rank: RankMasks) -> int:
+    """Count masks drawn again by backward passes; AssertionError if no forward pass drew one, or drew it twice."""
     count = 0
     for kind, digests in rank.digests["forward"].items():
-        drawn, again = Counter(digests), Counter(rank.digests["backward"].get(kind, []))
+        drawn, recomputed = Counter(digests), Counter(rank.digests["backward"].get(kind, []))
         assert max(drawn.values()) == 1, f"a {kind} mask was drawn {max(drawn.values())} times"
-        assert again <= drawn, f"{(again - drawn).total()} of {again.total()} {kind} masks were recomputed differently"
-        count += again.total()
+        assert recomputed <= drawn, (
+            f"{(recomputed - drawn).total()} of {recomputed.total()} {kind} masks were recomputed differently"
+        )
+        count += recomputed.total()
     return count

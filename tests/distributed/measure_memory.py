@@ -17,12 +17,12 @@ from megatron_cm3leon.model.memory import estimate_memory, locate_rank
 from tests.data.corpora import make_vocabulary
 
 
-def resident_bytes() -> int:
+def read_resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-class PeakWatch(threading.Thread):
-    """Samples the resident memory every 2 ms."""
+class PeakMemoryWatch(threading.Thread):
+    """Reads the resident memory every 2 ms and keeps its maximum."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -30,7 +30,7 @@ class PeakWatch(threading.Thread):
 
     def run(self) -> None:
         while not self.stopped:
-            self.peak = max(self.peak, resident_bytes())
+            self.peak = max(self.peak, read_resident_bytes())
             time.sleep(0.002)
 
 
@@ -73,9 +73,9 @@ def main() -> None:
     sequences = config.train.micro_batch_size * config.data_parallel_size(rank.world_size)
     batches = make_batches(config, vocabulary, config.train.global_batch_size // sequences)
     load_libraries()
-    before = resident_bytes()
+    before = read_resident_bytes()
     engine = MegatronEngine(config, vocabulary, torch.device("cpu"))
-    watch = PeakWatch()
+    watch = PeakMemoryWatch()
     watch.start()
     for step in range(2):
         engine.train_step(batches, step, 1e-4)

@@ -1,4 +1,4 @@
-"""The device of a tool: one that does not exist is an error that names it."""
+"""The device of a tool: a device that does not exist is an error that names it."""
 
 import pytest
 import torch

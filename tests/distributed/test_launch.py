@@ -1,4 +1,4 @@
-"""Processes that tests start find what the tests find."""
+"""Processes that tests start can import the same packages as the tests."""
 
 import subprocess
 import sys
@@ -8,11 +8,11 @@ import pytest
 from tests.distributed.launch import ROOT, child_environment
 
 
-def test_packages_of_pythonpath_reach_a_child(tmp_path, monkeypatch):
-    """As on a machine without a network, whose missing packages lie in a folder of PYTHONPATH."""
-    (tmp_path / "carried_package.py").write_text("VALUE = 7")
+def test_a_child_process_imports_packages_from_pythonpath(tmp_path, monkeypatch):
+    """As on a machine without a network, where missing packages are in a folder of PYTHONPATH."""
+    (tmp_path / "extra_package.py").write_text("VALUE = 7")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    program = "import carried_package, megatron_cm3leon; print(carried_package.VALUE)"
+    program = "import extra_package, megatron_cm3leon; print(extra_package.VALUE)"
     done = subprocess.run(
         [sys.executable, "-c", program], env=child_environment(), cwd=tmp_path, capture_output=True, text=True
     )
@@ -21,7 +21,7 @@ def test_packages_of_pythonpath_reach_a_child(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_tests_are_collected_without_faiss_and_webdataset():
-    """A machine that runs the tests of a GPU need not have them; None in sys.modules makes an import fail."""
+    """A machine that runs the GPU tests may lack them; None in sys.modules makes an import fail."""
     program = (
         "import sys, pytest; sys.modules.update(faiss=None, webdataset=None)\n"
         "sys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-q', '-p', 'no:cacheprovider']))"

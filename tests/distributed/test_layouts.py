@@ -6,25 +6,25 @@ import torch
 from megatron_cm3leon.checkpoint.format import step_folder
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from tests.distributed.layout_rows import BY_NAME, LAYOUTS, MASKS, RESUMES, Layout, Resume
-from tests.distributed.layouts import read_masks, relative, run_layouts
+from tests.distributed.layouts import compare_row_masks, relative_difference, run_layouts
 
 SLOW = {
     "micro-batches of 1",
     "data 2, zero=1, not overlapped",
     "deepspeed, data 2 zero=3 offload",
 }
-"""Rows that run with the marker `slow`, in addition to the covering ones: at most 40 in total, with every value of
+"""Rows that run with the marker `slow`, in addition to the default suite: at most 40 in total, with every value of
 every field in the table. `python -m tests.distributed.layouts --write docs/layouts.md` runs and checks all rows."""
-TESTED = [row for row in LAYOUTS if row.covering or row.name in SLOW]
+TESTED = [row for row in LAYOUTS if row.in_default_suite or row.name in SLOW]
 
 
-def _marked(rows: list[Layout | Resume]) -> list:
+def _parametrize(rows: list[Layout | Resume]) -> list:
     """Test parameters of the rows; a resumed run is tested when its source is."""
     names = {row.name for row in TESTED}
     return [
-        pytest.param(row, id=row.name, marks=() if row.covering else pytest.mark.slow)
+        pytest.param(row, id=row.name, marks=() if row.in_default_suite else pytest.mark.slow)
         for row in rows
-        if row.covering or (row.source if isinstance(row, Resume) else row.name) in names
+        if row.in_default_suite or (row.source if isinstance(row, Resume) else row.name) in names
     ]
 
 
@@ -43,16 +43,16 @@ def runs(request, tmp_path_factory):
 COMPARED = [row for row in LAYOUTS if row.name != row.reference]
 
 
-@pytest.mark.parametrize("layout", _marked(COMPARED))
-def test_same_losses_as_one_process(runs, layout):
+@pytest.mark.parametrize("layout", _parametrize(COMPARED))
+def test_losses_equal_those_of_one_process(runs, layout):
     _, steps = runs
     assert [step["step"] for step in steps[layout.name]] == list(range(1, 21))
-    assert relative(steps[layout.name], steps[layout.reference], "loss") <= layout.loss_tolerance
-    assert relative(steps[layout.name], steps[layout.reference], "grad_norm") <= layout.norm_tolerance
+    assert relative_difference(steps[layout.name], steps[layout.reference], "loss") <= layout.loss_tolerance
+    assert relative_difference(steps[layout.name], steps[layout.reference], "grad_norm") <= layout.norm_tolerance
 
 
-@pytest.mark.parametrize("layout", _marked(COMPARED))
-def test_same_initial_weights_as_one_process(runs, layout):
+@pytest.mark.parametrize("layout", _parametrize(COMPARED))
+def test_initial_weights_equal_those_of_one_process(runs, layout):
     folder, _ = runs
     expected = CheckpointReader(step_folder(folder / BY_NAME[layout.reference].folder, 0))
     found = CheckpointReader(step_folder(folder / layout.folder, 0))
@@ -61,39 +61,36 @@ def test_same_initial_weights_as_one_process(runs, layout):
         assert torch.equal(found.read(name), expected.read(name)), name
 
 
-@pytest.mark.parametrize("resume", _marked(RESUMES))
-def test_resumes_under_any_layout(runs, resume):
+@pytest.mark.parametrize("resume", _parametrize(RESUMES))
+def test_a_checkpoint_is_resumed_under_any_layout(runs, resume):
     _, steps = runs
     assert [step["step"] for step in steps[resume.name]] == [step["step"] for step in steps[resume.source][10:]]
     if resume.source == resume.target:
         assert steps[resume.name] == steps[resume.source][10:]  # bit-identical
-    assert relative(steps[resume.name], steps[resume.source], "loss") <= 1e-6
+    assert relative_difference(steps[resume.name], steps[resume.source], "loss") <= 1e-6
 
 
-@pytest.mark.parametrize("layout", _marked(MASKS))
+@pytest.mark.parametrize("layout", _parametrize(MASKS))
 def test_dropout_masks_are_identical_for_equal_activations_and_independent_elsewhere(runs, layout):
     folder, _ = runs
-    found = read_masks(folder, layout)
-    assert found.different and found.worst <= 4, found
+    found = compare_row_masks(folder, layout)
+    assert found.independent and found.largest_deviation <= 4, found
     replicated = "parallel.tensor=2" in layout.overrides and "parallel.sequence=true" not in layout.overrides
-    assert (found.same > 0) == replicated
-    assert (found.replayed > 0) == any(override.startswith("parallel.recompute") for override in layout.overrides)
+    assert (found.identical > 0) == replicated
+    assert (found.recomputed > 0) == any(override.startswith("parallel.recompute") for override in layout.overrides)
 
 
-def test_few_rows_cover_every_value():
-    """A value that no test covers could break without notice."""
+def test_the_tested_rows_cover_every_value():
+    """An error in a value that no test covers would not be detected."""
     assert {row.name for row in TESTED} >= SLOW
     assert len({row.name for row in TESTED} | {row.reference for row in TESTED}) <= 40
     tested = {override for row in TESTED for override in row.overrides}
     fields = {override.partition("=")[0] for row in LAYOUTS for override in row.overrides}
     assert fields == {override.partition("=")[0] for override in tested}
-    counted = (
-        "parallel.tensor",
-        "parallel.pipeline",
-        "train.micro_batch_size",
-    )  # values 4 and 8 are covered by 1 and 2
+    # Their values 4 and 8 are covered by 1 and 2.
+    counts = ("parallel.tensor", "parallel.pipeline", "train.micro_batch_size")
     uncovered = {override for row in LAYOUTS for override in row.overrides} - tested
-    assert all(override.startswith(counted) for override in uncovered), uncovered
+    assert all(override.startswith(counts) for override in uncovered), uncovered
 
 
 def test_the_loss_falls(runs):

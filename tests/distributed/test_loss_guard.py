@@ -1,6 +1,6 @@
-"""A non-finite loss on one rank: no rank steps, and the run continues as without the batch.
+"""A non-finite loss on one rank: no rank steps, and the run continues as if the batch had not existed.
 
-Rollback after a spike: a checkpoint is loaded into an engine that has trained further, and the same steps follow.
+Rollback after a spike: an engine that has trained further loads a checkpoint and repeats the same steps.
 """
 
 import pytest
@@ -8,7 +8,7 @@ import pytest
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.launch import run_cases
 from tests.distributed.layout_rows import CONFIG
-from tests.distributed.layouts import learnable_pairs
+from tests.distributed.layouts import make_learnable_pairs
 
 ENGINES = {
     "megatron": [],
@@ -28,14 +28,14 @@ ENGINES = {
     "deepspeed tensor=2": ["train.engine=deepspeed", "parallel.tensor=2"],
     "deepspeed tensor=2 bf16": ["train.engine=deepspeed", "parallel.tensor=2", "train.precision=bf16"],
 }
-COVERING = ("megatron", "deepspeed zero=2 bf16", "deepspeed zero=3")
+DEFAULT_SUITE = ("megatron", "deepspeed zero=2 bf16", "deepspeed zero=3")
 
 
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
     """Steps of each engine that the tests of this session need, with and without a corrupted batch."""
     folder = tmp_path_factory.mktemp("loss_guard")
-    write_shards(folder / "shards", learnable_pairs(), make_vocabulary())
+    write_shards(folder / "shards", make_learnable_pairs(), make_vocabulary())
     config = folder / "config.yaml"
     config.write_text(CONFIG)
     requested = {item.callspec.params.get("engine") for item in request.session.items if hasattr(item, "callspec")}
@@ -49,15 +49,15 @@ def runs(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=() if name in COVERING else pytest.mark.slow) for name in ENGINES]
+    "engine", [pytest.param(name, marks=() if name in DEFAULT_SUITE else pytest.mark.slow) for name in ENGINES]
 )
-def test_no_rank_steps_when_the_loss_of_one_is_not_finite(runs, engine):
+def test_no_rank_steps_when_the_loss_of_one_rank_is_not_finite(runs, engine):
     assert len(runs[f"{engine} clean"]) == 4
     assert runs[f"{engine} corrupted"] == runs[f"{engine} clean"]
 
 
 @pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=() if name in COVERING else pytest.mark.slow) for name in ENGINES]
+    "engine", [pytest.param(name, marks=() if name in DEFAULT_SUITE else pytest.mark.slow) for name in ENGINES]
 )
 def test_an_engine_that_rolled_back_repeats_its_steps(runs, engine):
     assert runs[f"{engine} rolled back"] == runs[f"{engine} clean"]

@@ -22,16 +22,17 @@ STEP_OF_DAEMONS = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROC
 LAUNCHERS = pytest.mark.parametrize("variables", [OPEN_MPI, INTEL, MVAPICH, CRAY], ids=["open", "intel", "mv2", "cray"])
 
 
-def read(variables):
+def find_added_variables(variables):
+    """Variables that set_mpi_variables() adds to these."""
     environment = dict(variables)
     set_mpi_variables(environment)
     return {name: value for name, value in environment.items() if name not in variables}
 
 
 @LAUNCHERS
-def test_with_an_address_processes_are_ranks(variables):
+def test_processes_with_an_address_become_ranks(variables):
     found = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert read(variables | ADDRESS) == found
+    assert find_added_variables(variables | ADDRESS) == found
 
 
 @LAUNCHERS
@@ -39,13 +40,13 @@ def test_without_an_address_the_error_names_the_remedy(variables):
     with pytest.raises(
         ValueError, match=r"SIZE \(4\) says .* mpirun .* one of 4 ranks.*`torchrun .*`srun.*MASTER_ADDR"
     ):
-        read(variables)
+        find_added_variables(variables)
 
 
 def test_mpirun_in_a_slurm_job_takes_precedence_over_the_step_of_its_daemons():
-    assert read(OPEN_MPI | ADDRESS | STEP_OF_DAEMONS)["RANK"] == "3"
+    assert find_added_variables(OPEN_MPI | ADDRESS | STEP_OF_DAEMONS)["RANK"] == "3"
     with pytest.raises(ValueError, match="mpirun"):
-        read(INTEL | STEP_OF_DAEMONS)
+        find_added_variables(INTEL | STEP_OF_DAEMONS)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_mpirun_in_a_slurm_job_takes_precedence_over_the_step_of_its_daemons():
 )
 def test_a_launcher_that_sets_too_few_variables_is_an_error(variables):
     with pytest.raises(ValueError, match=r"_RANK \(0\) says that mpirun or another .*torchrun.*, or set RANK, WORLD"):
-        read(variables)
+        find_added_variables(variables)
 
 
 @pytest.mark.parametrize(
@@ -72,49 +73,52 @@ def test_a_launcher_that_sets_too_few_variables_is_an_error(variables):
     ],
     ids=["none", "torchrun under mpirun", "srun --mpi=cray", "srun --mpi=pmix"],
 )
-def test_elsewhere_nothing_changes(variables):
-    assert read(variables) == {}
+def test_variables_of_other_launchers_change_nothing(variables):
+    assert find_added_variables(variables) == {}
 
 
 def test_one_rank_needs_no_address():
-    assert read({"PMI_RANK": "0", "PMI_SIZE": "1"})["WORLD_SIZE"] == "1"
-    assert read(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"})["WORLD_SIZE"] == "1"
+    assert find_added_variables({"PMI_RANK": "0", "PMI_SIZE": "1"})["WORLD_SIZE"] == "1"
+    assert (
+        find_added_variables(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"})["WORLD_SIZE"] == "1"
+    )
 
 
 @pytest.fixture
-def no_rank(monkeypatch):
+def without_rank(monkeypatch):
+    """monkeypatch, in an environment without the variables of a rank."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch
 
 
-def test_a_size_without_a_rank_is_an_error(no_rank):
-    no_rank.setenv("WORLD_SIZE", "2")
+def test_a_size_without_a_rank_is_an_error(without_rank):
+    without_rank.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE \(2\) is set but RANK is not"):
         Rank.from_environment()
 
 
-def test_the_variables_of_the_deepspeed_launcher_are_read(no_rank):
-    """It sets LOCAL_SIZE, and passes --local_rank before the other arguments."""
+def test_the_variables_of_the_deepspeed_launcher_are_read(without_rank):
+    """The launcher sets LOCAL_SIZE, and passes --local_rank before the other arguments."""
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "4")):
-        no_rank.setenv(name, value)
+        without_rank.setenv(name, value)
     assert Rank.from_environment() == Rank(5, 8, 1, 4)
 
 
-def test_the_command_reports_once_and_takes_local_rank(no_rank, capsys):
-    no_rank.setattr("megatron_cm3leon.train.SECONDS_FOR_FIRST_RANK", 0)
+def test_the_command_accepts_local_rank_and_reports_an_error_once(without_rank, capsys):
+    without_rank.setattr("megatron_cm3leon.train.SECONDS_FOR_FIRST_RANK", 0)
     for number in range(2):
-        no_rank.delenv("RANK", raising=False)
+        without_rank.delenv("RANK", raising=False)
         for name, value in (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": str(number)}).items():
-            no_rank.setenv(name, value)
+            without_rank.setenv(name, value)
         assert main([f"--local_rank={number}", "absent.yaml", "train.steps=1"]) == 2
         printed = capsys.readouterr().err
         assert ("torchrun" in printed) == (number == 0) and "unrecognized" not in printed
 
 
-def test_preflight_reports_in_one_sentence(no_rank, capsys):
+def test_preflight_reports_the_error_without_a_traceback(without_rank, capsys):
     for name, value in (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"}).items():
-        no_rank.setenv(name, value)
+        without_rank.setenv(name, value)
     assert preflight.main(["absent.yaml"]) == 2
     assert capsys.readouterr().err.startswith("error: OMPI_COMM_WORLD_SIZE (4)")

@@ -24,7 +24,7 @@ STEP = {
 }
 
 
-def test_a_task_of_a_step_is_a_rank():
+def test_a_task_of_a_step_becomes_a_rank():
     environment = dict(STEP)
     set_srun_variables(environment)
     found = {name: value for name, value in environment.items() if name not in STEP}
@@ -37,14 +37,14 @@ def test_a_task_of_a_step_is_a_rank():
     [{"RANK": "0"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": ""}],
     ids=["torchrun inside a step", "one task", "the shell of sbatch or salloc"],
 )
-def test_elsewhere_nothing_changes(change):
+def test_other_environments_do_not_change(change):
     environment = STEP | change
     before = dict(environment)
     set_srun_variables(environment)
     assert environment == before
 
 
-@pytest.mark.parametrize("task", [None, "1", "4194305"], ids=["not named", "another process group", "elsewhere"])
+@pytest.mark.parametrize("task", [None, "1", "4194305"], ids=["not set", "another process group", "another machine"])
 def test_an_interactive_shell_of_several_tasks_is_an_error_with_the_remedy(task):
     environment = STEP | {"SLURM_PTY_PORT": "33333"} | ({"SLURM_TASK_PID": task} if task else {})
     with pytest.raises(ValueError, match=r"\(5\) must be 1 in an interactive shell .*`torchrun .*`srun -n 5 .*RANK=0"):
@@ -60,7 +60,7 @@ def test_a_script_and_srun_in_a_shell_with_a_terminal_are_not_interactive():
     assert environment["RANK"] == "4"
 
 
-def test_an_address_that_is_set_is_kept():
+def test_an_existing_address_is_kept():
     environment = STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     set_srun_variables(environment)
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "29500")

@@ -1,20 +1,26 @@
-"""Runs several layouts in one launch: `torchrun worker.py CASES.json`.
+"""Runs several layouts in one launch: `worker.py CASES.json RANKS`.
 
 Each case is {"name", "config" (YAML), "overrides"}; rank 0 writes NAME.json with the losses and gradient norms of all
-steps to the folder of CASES.json. Starting processes takes most of the time, so one launch runs all cases with the same
-number of ranks; megatron-core's groups are created and destroyed once per case.
+steps to the folder of CASES.json. Importing the libraries takes longer than most cases, so the launch imports them
+once, and the ranks of each case are forked from it. They end with their case: a process that ran many cases would keep
+thousands of gloo's threads, because cycles of autograd nodes keep the engines of earlier cases, and their groups.
 
 With "save_start" the initial weights are also saved. With "corrupt" (a step) that step first gets a batch whose loss
-weights are infinite on the last data-parallel rank only: no rank may step, and the run continues as without it.
+weights are infinite on the last data-parallel rank only: no rank may step, and the run must continue as if that batch
+had not existed.
 With "masks" the dropout masks of each rank are written to NAME-RANK.npz (masks.py).
 With "roll_back" ([from, to]) the checkpoint of step `to` is loaded once, at step `from`, and training continues there.
 """
 
-import gc
+import ctypes
+import importlib
 import json
 import math
+import os
+import signal
 import sys
 import time
+import traceback
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +40,11 @@ from megatron_cm3leon.training.loop import advance
 from megatron_cm3leon.training.lr_schedule import learning_rate
 from megatron_cm3leon.training.setup import build_loader, open_run
 from tests.distributed import masks
+from tests.distributed.launch import find_free_port
 from tests.flex_on_cpu import flex_on_cpu
+
+PR_SET_PDEATHSIG = 1
+"""Of <sys/prctl.h>: the rank is killed when the process that forked it ends."""
 
 
 def corrupt(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
@@ -67,6 +77,7 @@ def save_masks(recorder: masks.MaskRecorder, path: Path) -> None:
 
 
 def run_case(case: dict, rank: Rank, folder: Path) -> None:
+    """Train one case, save and resume as it says, and write its losses and gradient norms."""
     config = load_config(case["config"], case["overrides"])
     validate_config(config, rank.world_size)
     device = choose_device(config.train.device, rank)
@@ -104,30 +115,63 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
     if rank.rank == 0:
         (folder / f"{case['name']}.json").write_text(json.dumps(record))
     dist.barrier()
-    destroy_layout()
 
 
-def destroy_layout() -> None:
-    """End the groups of one case: each has threads of its own, and those of 60 cases are 4,000."""
-    from megatron.core import parallel_state
-
-    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
-    parallel_state.destroy_model_parallel()
-    for group in groups:
-        dist.destroy_process_group(group)
-
-
-def main() -> None:
-    cases = Path(sys.argv[1])
-    rank = Rank.from_environment()
-    set_threads(1, rank)
-    for case in json.loads(cases.read_text()):
+def run_rank(case: dict, rank: int, ranks: int, port: int, folder: Path) -> int:
+    """Run a case as one of its ranks; returns the exit status."""
+    variables = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    try:
+        this_rank = Rank.from_environment()
+        set_threads(1, this_rank)
         flex = "train.sample_attention=flex" in case["overrides"] and not torch.cuda.is_available()
         with flex_on_cpu() if flex else nullcontext():
-            run_case(case, rank, cases.parent)
-        gc.collect()  # the engine's cycles keep its groups, and their threads, alive
-    dist.destroy_process_group()
+            run_case(case, this_rank, folder)
+        dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def run_ranks(case: dict, ranks: int, folder: Path) -> bool:
+    """Fork the ranks of a case and wait for them; when one fails, the others are killed. Whether all succeeded."""
+    port, children = find_free_port(), set()
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            status = run_rank(case, rank, ranks, port, folder)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        children.add(child)
+    succeeded = True
+    while children:
+        child, status = os.wait()
+        children.discard(child)
+        if status and succeeded:
+            succeeded = False
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return succeeded
+
+
+def main() -> int:
+    path, ranks = Path(sys.argv[1]), int(sys.argv[2])
+    cases = json.loads(path.read_text())
+    modules = ["megatron_cm3leon.engine.megatron"]
+    if any("train.engine=deepspeed" in case["overrides"] for case in cases):
+        modules += ["deepspeed", "megatron_cm3leon.engine.deepspeed"]
+    for name in modules:
+        importlib.import_module(name)
+    for case in cases:
+        if not run_ranks(case, ranks, path.parent):
+            print(f"case {case['name']!r} failed", file=sys.stderr)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

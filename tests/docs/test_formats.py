@@ -1,4 +1,4 @@
-"""docs/formats.md names the keys that are written: each of its tables against files that the code has just written."""
+"""docs/formats.md lists the keys of files: each of its tables is compared with files that the code has just written."""
 
 import json
 import os
@@ -19,11 +19,11 @@ from megatron_cm3leon.monitoring import events
 from tests.data.corpora import write_images
 from tests.data.runs import run as preprocess
 from tests.distributed.launch import ROOT, child_environment
-from tests.evaluation.conftest import world as evaluation_world  # noqa: F401 - a fixture
+from tests.evaluation.conftest import inputs as evaluation_inputs  # noqa: F401 - a fixture
 from tests.golden import formats
 from tests.golden.write_old_run import write_data
 from tests.tools.call import call_tool
-from tests.tools.test_generate import world as generation_world  # noqa: F401 - a fixture
+from tests.tools.test_generate import folder as generation_folder  # noqa: F401 - a fixture
 
 PAGE = (ROOT / "docs" / "formats.md").read_text()
 CONFIG = """
@@ -37,7 +37,7 @@ checkpoint: {interval: 2}
 
 
 def read_table(heading: str, columns: int = 1) -> dict[str, str]:
-    """Keys in backticks of the first columns of the table under a heading -> the cell after them."""
+    """Keys in backticks in the first column of the table under a heading -> the cell of column `columns`."""
     section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", PAGE, re.DOTALL | re.MULTILINE)
     assert section, f"docs/formats.md has no heading {heading!r}"
     rows = [line.split(" | ") for line in section[1].splitlines() if line.startswith("| `")]
@@ -45,13 +45,13 @@ def read_table(heading: str, columns: int = 1) -> dict[str, str]:
 
 
 def check_keys(heading: str, *written: dict) -> None:
-    """The keys of all objects together are those of the table; those of each lack none but optional ones."""
+    """Every key of the objects must be in the table; every object must have all keys that are not optional."""
     table = read_table(heading)
     required = {key for key, kind in table.items() if "optional" not in kind}
-    unknown = {key for each in written for key in each} - table.keys()
+    unknown = {key for entry in written for key in entry} - table.keys()
     assert not unknown, f"docs/formats.md, {heading}, lacks {', '.join(sorted(unknown))}"
-    for each in written:
-        missing = required - each.keys()
+    for entry in written:
+        missing = required - entry.keys()
         assert not missing, f"docs/formats.md, {heading}: {', '.join(sorted(missing))} not written"
 
 
@@ -94,12 +94,12 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def test_tokenizer_folder(written):
+def test_keys_of_a_tokenizer_folder_are_documented(written):
     check_keys("`vocab.json`", read_json(written / "tok/vocab.json"))
     check_keys("`image/config.json`", read_json(written / "tok/image/config.json"))
 
 
-def test_shards(written):
+def test_keys_of_shards_are_documented(written):
     manifest = read_json(written / "pairs/manifest.json")
     check_keys("`manifest.json` of shards", manifest)
     check_keys("an entry of `shards`", *manifest["shards"])
@@ -113,7 +113,7 @@ def test_shards(written):
     check_keys("`shard-*.parquet`", dict.fromkeys(pq.read_schema(written / f"pairs/{name}.parquet").names))
 
 
-def test_index_folder(written):
+def test_keys_and_files_of_an_index_folder_are_documented(written):
     index = written / "index"
     for name in (
         "index.json",
@@ -127,7 +127,7 @@ def test_index_folder(written):
     assert found <= read_table("Index folder").keys() | {"embeddings/queries_image.npy"}
 
 
-def test_run_folder(run):
+def test_metrics_and_files_of_a_run_folder_are_documented(run):
     assert {path.name for path in run.iterdir()} <= {name.split("/")[0] for name in read_table("Run folder")}
     lines = read_lines(run / "metrics.jsonl")
     skipped = [line for line in lines if "skipped" in line]
@@ -138,7 +138,7 @@ def test_run_folder(run):
     assert (run / "latest").read_text().strip() == list_checkpoints(run)[-1].name
 
 
-def test_events(run):
+def test_events_and_their_fields_are_documented(run):
     table = read_table("`events.jsonl`")
     assert set(re.findall(r"^\| `?(\w+)`? \|", events.__doc__, re.MULTILINE)) - {"event"} == table.keys()
     found = read_lines(run / "events.jsonl")
@@ -148,13 +148,13 @@ def test_events(run):
         assert event.keys() - {"time", "attempt", "event", "step"} == documented, event["event"]
 
 
-def test_config(run):
+def test_sections_of_a_saved_config_are_documented(run):
     import yaml
 
     check_keys("`config.yaml`", yaml.safe_load((run / "config.yaml").read_text()))
 
 
-def test_checkpoint(run):
+def test_keys_and_files_of_a_checkpoint_are_documented(run):
     folder = list_checkpoints(run)[-1]
     manifest = read_json(folder / "manifest.json")
     check_keys("`manifest.json` of a checkpoint", manifest)
@@ -167,16 +167,16 @@ def test_checkpoint(run):
     assert names == read_table("Checkpoint folder").keys()
 
 
-def test_export(written):
+def test_keys_of_an_export_are_documented(written):
     export = read_json(written / "export/cm3leon.json")
     check_keys("`cm3leon.json`", export)
     check_keys("`training`", export["training"])
     check_keys("`state.json`", export["state"])
 
 
-def test_generated(written, generation_world, tmp_path):  # noqa: F811
+def test_keys_of_generated_json_are_documented(written, generation_folder, tmp_path):  # noqa: F811
     check_keys("`generated.json`", read_json(written / "image/generated.json"))
-    image, model = tmp_path / "image/000.png", ["--model", generation_world / "exported"]
+    image, model = tmp_path / "image/000.png", ["--model", generation_folder / "exported"]
     commands = {
         "image": ["a red one"],
         "caption": [image],
@@ -184,30 +184,32 @@ def test_generated(written, generation_world, tmp_path):  # noqa: F811
         "infill": ["--text", "a <mask> one"],
         "complete": ["a red one", "--segments", "1"],
     }
-    made = []
+    entries = []
     for command, arguments in commands.items():
         done = call_tool("generate", command, *arguments, *model, "--output", tmp_path / command)
         assert done.returncode == 0, done.stderr
-        made += read_json(tmp_path / command / "generated.json")["made"]
-    others = {"score", "retrieved"}  # tests/tools/test_generate.py has these
-    assert {key for each in made for key in each} == read_table("an entry of `made`").keys() - others
+        entries += read_json(tmp_path / command / "generated.json")["made"]
+    others = {"score", "retrieved"}  # tests/tools/test_generate.py checks these
+    assert {key for entry in entries for key in entry} == read_table("an entry of `made`").keys() - others
 
 
-def test_evaluation(evaluation_world, monkeypatch):  # noqa: F811
-    world = evaluation_world
-    monkeypatch.setattr(DocumentSource, "load", classmethod(lambda *_: world.source))
+def test_keys_of_an_evaluation_are_documented(evaluation_inputs, monkeypatch):  # noqa: F811
+    inputs = evaluation_inputs
+    monkeypatch.setattr(DocumentSource, "load", classmethod(lambda *_: inputs.source))
     options = EvaluationOptions(images=12, sweep_images=6, guidance=[1.0, 2.0], examples=3)
-    found = evaluate_model(world.model, world.shards, world.path / "out", options, checker=world.checker, index="index")
-    plain = evaluate_model(world.model, world.shards, world.path / "plain", options)
+    found = evaluate_model(
+        inputs.model, inputs.shards, inputs.path / "out", options, checker=inputs.checker, index="index"
+    )
+    plain = evaluate_model(inputs.model, inputs.shards, inputs.path / "plain", options)
     check_keys("`evaluation.json`", found, plain)
     check_keys("`figures`", found["figures"], plain["figures"])
     assert found["figures"].keys() == read_table("`figures`").keys()
-    _, figures = collect_report(world.path / "out", world.model)
+    _, figures = collect_report(inputs.path / "out", inputs.model)
     check_keys("`report.json`", {key: figures[key] for key in figures.keys() - read_table("`figures`").keys()})
 
 
-def test_a_key_that_is_not_documented_is_found():
-    with pytest.raises(AssertionError, match="`accounts`, lacks mended"):
-        check_keys("`accounts`", dict.fromkeys([*read_table("`accounts`"), "mended"]))
+def test_an_undocumented_key_and_a_missing_one_are_reported():
+    with pytest.raises(AssertionError, match="`accounts`, lacks repaired"):
+        check_keys("`accounts`", dict.fromkeys([*read_table("`accounts`"), "repaired"]))
     with pytest.raises(AssertionError, match="`accounts`: filtered not written"):
         check_keys("`accounts`", {key: 0 for key in read_table("`accounts`") if key != "filtered"})

@@ -1,4 +1,4 @@
-"""Every path, module and link that a page mentions is in the tree, and every page is part of the site."""
+"""Every path, module and link that a page mentions exists, and every page is part of the site."""
 
 import re
 import subprocess
@@ -22,31 +22,32 @@ REFERENCE = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
 """A module whose docstrings a page of the API reference shows."""
 SOURCE = re.compile(r"(?<![\w./{}*-])(?:\w+/)*\w+\.(?:py|sh)\b(?!/)")
 """A source file that is named without its first folders, such as `engine/step.py`."""
-WRITTEN = {"001.sh", "corpus/submit/shards.sh"}
-"""Sources that a command writes: not in the tree."""
-EXAMPLES = {"test_NAME.py", "NAME.py"}
-"""Names that stand for others."""
+GENERATED = {"001.sh", "corpus/submit/shards.sh"}
+"""Source files that a command writes: not in the source tree."""
+PLACEHOLDERS = {"test_NAME.py", "NAME.py"}
+"""Names in pages that are to be replaced."""
 
 
 def find_code(page: str) -> str:
-    """What stands in backticks, inline or as a block."""
+    """Text in backticks, inline or as a code block."""
     return "\n".join(CODE.findall(page))
 
 
-def expand(path: str) -> list[str]:
-    """The paths of `examples/{emoji,icons}.sh`."""
+def expand_braces(path: str) -> list[str]:
+    """Paths without braces, such as the two of `examples/{emoji,icons}.sh`."""
     found = re.search(r"\{([^{}]*)\}", path)
     if not found:
         return [path]
-    return list(chain(*(expand(path[: found.start()] + part + path[found.end() :]) for part in found[1].split(","))))
+    before, after = path[: found.start()], path[found.end() :]
+    return list(chain(*(expand_braces(before + part + after) for part in found[1].split(","))))
 
 
 def find_missing(page: str) -> list[str]:
-    """Paths and modules in the code of a page that are not in the tree."""
+    """Paths and modules in the code of a page that do not exist."""
     code = find_code(page)
     missing = []
-    for path in chain(*(expand(found.rstrip(".,")) for found in PATH.findall(code))):
-        if Path(path).name not in EXAMPLES and "/FOLDER" not in path and not any(ROOT.glob(path.rstrip("/"))):
+    for path in chain(*(expand_braces(found.rstrip(".,")) for found in PATH.findall(code))):
+        if Path(path).name not in PLACEHOLDERS and "/FOLDER" not in path and not any(ROOT.glob(path.rstrip("/"))):
             missing.append(path)
     for module in MODULE.findall(code):
         names = module.split(".")
@@ -57,7 +58,8 @@ def find_missing(page: str) -> list[str]:
     known = [f"/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
     known += [f"/{path.name}" for path in ROOT.iterdir()]
     for name in SOURCE.findall(PATH.sub("", code)):
-        if name not in WRITTEN and Path(name).name not in EXAMPLES and not any(p.endswith(f"/{name}") for p in known):
+        listed = name in GENERATED or Path(name).name in PLACEHOLDERS
+        if not listed and not any(path.endswith(f"/{name}") for path in known):
             missing.append(name)
     return missing
 
@@ -68,19 +70,19 @@ def is_module(names: list[str]) -> bool:
 
 
 def find_anchors(page: str) -> set[str]:
-    """Anchors of the headings, as GitHub makes them."""
+    """Anchors of the headings, as GitHub generates them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_paths_of_a_page_are_in_the_tree(page):
+def test_paths_in_a_page_exist(page):
     missing = find_missing(page.read_text())
-    assert not missing, f"{page.relative_to(ROOT)} mentions what is not in the tree: {', '.join(missing)}"
+    assert not missing, f"{page.relative_to(ROOT)} mentions paths that do not exist: {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_of_a_page_lead_somewhere(page):
+def test_links_in_a_page_are_valid(page):
     broken = []
     for target in LINK.findall(page.read_text()):
         if re.match(r"[a-z]+:", target):
@@ -99,7 +101,7 @@ def list_nav(entries) -> list[str]:
     return list(chain(*map(list_nav, entries.values() if isinstance(entries, dict) else entries)))
 
 
-def test_every_page_is_in_the_site_once():
+def test_every_page_is_in_the_navigation_once():
     nav = list_nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     assert sorted(nav) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
@@ -118,7 +120,7 @@ def test_lines_of_the_readme_are_short():
     assert not long, f"README.md has lines of 140 characters and more: {long}"
 
 
-def test_what_is_missing_is_found():
+def test_missing_paths_are_found():
     page = "`tools/none.py`, `examples/{emoji,none}.sh`, `python -m tests.none.x`, `engine/none.py`, tools/text.py"
     page += "\n::: megatron_cm3leon.none\n::: megatron_cm3leon.config\n"
     missing = ["tools/none.py", "examples/none.sh", "tests.none.x", "engine/none.py", "megatron_cm3leon.none"]

@@ -1,7 +1,8 @@
 """Compiled layers: graphs and graph breaks counted by dynamo, and losses; `torchrun check_compile.py CASE ...`.
 
-Traced and differentiated as in a run, but executed without the code generator, which takes seconds and does not affect
-graphs. Prints "results " and a JSON object: case -> graphs, breaks, losses, the loss of an evaluation after them.
+Layers are traced and differentiated as in a run, but executed without the code generator, which takes seconds and does
+not affect graphs. Prints "results " and a JSON object: case -> graphs, breaks, losses, and the loss of an evaluation
+after them.
 """
 
 import functools
@@ -32,8 +33,8 @@ CASES = {  # name -> overrides
 }
 
 
-def run(overrides: list[str], rank: Rank, buckets: int) -> dict:
-    """Train 3 steps; `buckets`: numbers per bucket in which gradients and weights are exchanged, 0 for the default."""
+def run(overrides: list[str], rank: Rank, bucket_size: int) -> dict:
+    """Train 3 steps; `bucket_size`: elements per bucket of the exchange of gradients and weights, 0 for the default."""
     from megatron.core import parallel_state
 
     from megatron_cm3leon.engine import megatron
@@ -41,12 +42,12 @@ def run(overrides: list[str], rank: Rank, buckets: int) -> dict:
     config = load_config(None, [*SIZE, *overrides])
     validate_config(config, rank.world_size)
     initialize_groups(config, rank, torch.device("cpu"))
-    settings = megatron.DistributedDataParallelConfig
-    if buckets:
-        megatron.DistributedDataParallelConfig = functools.partial(settings, bucket_size=buckets)
+    ddp_config = megatron.DistributedDataParallelConfig
+    if bucket_size:
+        megatron.DistributedDataParallelConfig = functools.partial(ddp_config, bucket_size=bucket_size)
     engine = megatron.MegatronEngine(config, make_vocabulary(), torch.device("cpu"))
-    megatron.DistributedDataParallelConfig = settings
-    torch._dynamo.utils.counters.clear()  # without the graphs of try_compiler
+    megatron.DistributedDataParallelConfig = ddp_config
+    torch._dynamo.utils.counters.clear()  # do not count the graphs of try_compiler
     torch.manual_seed(rank.rank)
     batches = make_batches(config, make_vocabulary(), 4 // rank.world_size)
     losses = [engine.train_step(batches, step, 1e-2).loss for step in range(3)]
@@ -65,7 +66,7 @@ def main() -> None:
     for case in sys.argv[1:]:
         for compiled in ("false", "true"):
             overrides = [*CASES[case], f"train.compile={compiled}"]
-            results[f"{case} {compiled}"] = run(overrides, rank, buckets=3000 if case == "zero=1" else 0)
+            results[f"{case} {compiled}"] = run(overrides, rank, bucket_size=3000 if case == "zero=1" else 0)
     if rank.rank == 0:
         print("results " + json.dumps(results))
     torch.distributed.destroy_process_group()

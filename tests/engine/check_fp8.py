@@ -1,8 +1,8 @@
-"""Weights converted to fp8 once in a step beside weights converted at every use; `torchrun check_fp8.py CASE ...`.
+"""Compare weights converted to fp8 once per step with weights converted at every use; `torchrun check_fp8.py CASE ...`.
 
 Both runs of a case take two steps with an evaluation after each, save, take one more step, load the checkpoint, repeat
-that step and take another one. Prints a JSON object: case, kept or not -> losses as hexadecimal numbers, a hash of
-this rank's weights, conversions of weights, and how many matrices there are.
+that step and take another one. Prints "results " and a JSON object: case, kept or not -> losses as hexadecimal numbers,
+a hash of this rank's weights, the number of conversions of weights, and the number of matrices.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from tests.distributed.measure_memory import make_batches
 
 SIZE = ["model.layers=2", "model.hidden_size=32", "model.heads=4", "data.seq_length=16", "train.global_batch_size=4"]
 SIZE += ["train.micro_batch_size=1", "train.precision=bf16", "train.fp8=true", "checkpoint.asynchronous=false"]
-CASES = {  # overrides; ranks are those that were launched
+CASES = {  # name -> overrides; the number of ranks is that of the launch
     "plain": [],
     "llama": ["model.family=llama", "parallel.recompute=selective"],
     "recompute": ["parallel.recompute=full"],
@@ -50,7 +50,7 @@ def build_engine(config):
     return megatron.MegatronEngine(config, make_vocabulary(), torch.device("cpu"))
 
 
-def run(overrides: list[str], rank: Rank, keeps: bool, folder: Path) -> dict:
+def run(overrides: list[str], rank: Rank, keeps_weights: bool, folder: Path) -> dict:
     from megatron.core import parallel_state
 
     config = load_config(None, [*SIZE, *overrides])
@@ -58,7 +58,7 @@ def run(overrides: list[str], rank: Rank, keeps: bool, folder: Path) -> dict:
     initialize_groups(config, rank, torch.device("cpu"))
     engine = build_engine(config)
     matrices = len(engine.converted)
-    if not keeps:
+    if not keeps_weights:
         for layer in engine.converted:
             layer.keeps_weight = False
     torch.manual_seed(rank.rank if config.data_parallel_size(rank.world_size) > 1 else 0)
@@ -66,17 +66,17 @@ def run(overrides: list[str], rank: Rank, keeps: bool, folder: Path) -> dict:
     losses, conversions = [], 0
     original = linear._OwnForward.convert_weight
 
-    def counted(layer):
+    def convert_and_count(layer):
         nonlocal conversions
         before = layer.is_current
         original(layer)
         conversions += layer.is_current and not before
 
-    linear._OwnForward.convert_weight = counted
+    linear._OwnForward.convert_weight = convert_and_count
     for step in (0, 1, 2, 2, 3):
         if len(losses) == 4:
             engine.save(folder, TrainState(step=2))
-        if len(losses) == 6:  # the step is taken once more, from what was saved
+        if len(losses) == 6:  # repeat the step from the checkpoint
             engine.load(folder)
         losses += [engine.train_step(batches, step, 1e-2).loss, engine.eval_step(batches).loss]
     linear._OwnForward.convert_weight = original
@@ -93,16 +93,16 @@ def main() -> None:
     rank = Rank.from_environment()
     set_threads(1, rank)
     engine_compile.BACKEND = "aot_eager"
-    settings, seen = megatron.DistributedDataParallelConfig, {}
-    # Gradients and weights are exchanged in many parts.
-    megatron.DistributedDataParallelConfig = lambda **given: settings(bucket_size=3000, **given)
-    with tempfile.TemporaryDirectory() as own:
+    settings, results = megatron.DistributedDataParallelConfig, {}
+    # Small buckets: gradients and weights are exchanged in many parts.
+    megatron.DistributedDataParallelConfig = lambda **options: settings(bucket_size=3000, **options)
+    with tempfile.TemporaryDirectory() as temporary:
         for case in sys.argv[2:]:
-            for keeps in (True, False):
-                folder = Path(sys.argv[1] or own) / f"{case.replace(' ', '-')}-{keeps}"
-                seen[f"{case} {keeps}"] = run(CASES[case], rank, keeps, folder)
+            for keeps_weights in (True, False):
+                folder = Path(sys.argv[1] or temporary) / f"{case.replace(' ', '-')}-{keeps_weights}"
+                results[f"{case} {keeps_weights}"] = run(CASES[case], rank, keeps_weights, folder)
     if rank.rank == 0:
-        print("seen " + json.dumps(seen))
+        print("results " + json.dumps(results))
     torch.distributed.destroy_process_group()
 
 

@@ -36,7 +36,7 @@ class CountReads(TorchDispatchMode):
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
-    """AdamW as FusedAdam of apex and TransformerEngine: `step` belongs to the group, not to a parameter."""
+    """AdamW like FusedAdam of apex and TransformerEngine: `step` belongs to the group, not to a parameter."""
 
     def __init__(self, params, adam_w_mode=True, **options) -> None:
         assert adam_w_mode
@@ -58,7 +58,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 weight.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1**step))
 
 
-def build(*overrides: str):
+def build_small_engine(*overrides: str):
     """Build (engine, batches) of a small model."""
     from megatron_cm3leon.engine.megatron import MegatronEngine
 
@@ -72,8 +72,8 @@ def train(engine, batches, steps: range) -> list[float]:
     return [engine.train_step(batches, step, 1e-2).loss for step in steps]
 
 
-def count_reads(layers: int) -> int:
-    engine, batches = build(f"model.layers={layers}")
+def count_device_reads(layers: int) -> int:
+    engine, batches = build_small_engine(f"model.layers={layers}")
     train(engine, batches, range(1))
     with CountReads() as reads:
         train(engine, batches, range(1, 2))
@@ -81,8 +81,8 @@ def count_reads(layers: int) -> int:
 
 
 def watch_reservation() -> dict[str, bool]:
-    """Whether memory for a save is reserved: after building, long before the first save, shortly before it."""
-    engine, batches = build("model.layers=1")
+    """Whether memory for a save is reserved after building the engine, long before a save, shortly before it."""
+    engine, batches = build_small_engine("model.layers=1")
     reserved = {"built": engine.writer.reserved}
     for name, step in (("far", 0), ("near", 30)):
         train(engine, batches, range(step, step + 1))
@@ -98,7 +98,7 @@ def resume_with(saving: type, resuming: type, folder) -> list[float]:
     losses = []
     for adam, steps in ((saving, range(3)), (resuming, range(3, 6))):
         optimizer._INSTALLED = None if adam is optimizer.FusedAdamW else adam
-        engine, batches = build("model.layers=1", f"output={folder}", "checkpoint.asynchronous=false")
+        engine, batches = build_small_engine("model.layers=1", f"output={folder}", "checkpoint.asynchronous=false")
         assert type(engine.optimizer.optimizer) is adam, type(engine.optimizer.optimizer)
         if steps.start:
             engine.load(folder / "step-00000003")
@@ -114,17 +114,16 @@ def resume_with_dropout(version: int, folder) -> dict:
     from megatron_cm3leon.engine.step import seed_dropout
 
     options = ["model.layers=1", "model.dropout=0.1", f"output={folder}", "checkpoint.asynchronous=false"]
-    engine, batches = build(*options)
+    engine, batches = build_small_engine(*options)
     newest, engine.dropout_seeding = engine.dropout_seeding, version
     losses = train(engine, batches, range(2))
-    state = (
-        TrainState(step=2) if version == 1 else TrainState(step=2, dropout_seeding=version)
-    )  # version 1 was not recorded
+    recorded = {} if version == 1 else {"dropout_seeding": version}  # version 1 was not recorded
+    state = TrainState(step=2, **recorded)
     engine.save(folder / "step-00000002", state)
     losses += train(engine, batches, range(2, 4))
-    again, _ = build(*options)
-    again.load(folder / "step-00000002")
-    resumed = train(again, batches, range(2, 4))
+    resumed_engine, _ = build_small_engine(*options)
+    resumed_engine.load(folder / "step-00000002")
+    resumed = train(resumed_engine, batches, range(2, 4))
     seed_dropout(1234, 7, version)
     return {"newest": newest, "seed": torch.initial_seed(), "losses": losses, "resumed": resumed}
 
@@ -137,7 +136,11 @@ def main() -> None:
     set_threads(1, rank)
     initialize_groups(Config(), rank, torch.device("cpu"))
     torch_class, installed = optimizer.FusedAdamW, GroupStepAdamW
-    results = {"reads": [count_reads(layers) for layers in (1, 3)], "reserved": watch_reservation(), "losses": {}}
+    results = {
+        "reads": [count_device_reads(layers) for layers in (1, 3)],
+        "reserved": watch_reservation(),
+        "losses": {},
+    }
     for name, pair in {
         "torch": (torch_class, torch_class),
         "installed to torch": (installed, torch_class),
@@ -151,8 +154,8 @@ def main() -> None:
             results[f"dropout {version}"] = resume_with_dropout(version, Path(folder) / "checkpoints")
     optimizer._INSTALLED = GroupStepAdamW
     results["classes"] = SimpleNamespace(
-        auto=type(build("model.layers=1")[0].optimizer.optimizer).__name__,
-        torch=type(build("model.layers=1", "train.kernels=torch")[0].optimizer.optimizer).__name__,
+        auto=type(build_small_engine("model.layers=1")[0].optimizer.optimizer).__name__,
+        torch=type(build_small_engine("model.layers=1", "train.kernels=torch")[0].optimizer.optimizer).__name__,
     ).__dict__
     print("results " + json.dumps(results))
     dist.destroy_process_group()

@@ -21,7 +21,7 @@ def results():
 
 
 @pytest.mark.parametrize("case", ["llama", "recompute=selective", "fp8"])
-def test_one_graph_serves_all_layers(results, case):
+def test_all_layers_use_one_graph(results, case):
     compiled, plain = results[f"{case} true"], results[f"{case} false"]
     assert (compiled["graphs"], compiled["breaks"]) == (1, 0)
     assert plain["graphs"] == 0
@@ -29,26 +29,26 @@ def test_one_graph_serves_all_layers(results, case):
     assert compiled["evaluated"] == pytest.approx(plain["evaluated"], rel=1e-6)
 
 
-def test_recomputation_of_layers_adds_the_graph_without_gradients(results):
+def test_full_recomputation_adds_a_graph_without_gradients(results):
     compiled, plain = results["recompute=full true"], results["recompute=full false"]
     assert (compiled["graphs"], compiled["breaks"]) == (2, 0)
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-6)
 
 
-def test_dropout_divides_the_graph_at_the_attention_and_trains(results):
+def test_dropout_breaks_the_graph_at_attention_and_the_loss_falls(results):
     compiled = results["dropout true"]
     assert compiled["breaks"] >= 1 and compiled["graphs"] >= 2
     assert compiled["losses"][-1] < compiled["losses"][0]
 
 
 @pytest.mark.slow
-def test_gathered_weights_are_waited_for_before_a_compiled_layer():
+def test_a_compiled_layer_runs_after_its_weights_are_gathered():
     """With many buckets, megatron-core waits for weights in hooks in the layer, which a graph cannot contain."""
     results = run(2, "zero=1")
     assert results["zero=1 true"]["losses"] == pytest.approx(results["zero=1 false"]["losses"], rel=1e-6)
 
 
-def test_a_compiler_that_fails_is_named_with_the_remedy(tmp_path, monkeypatch):
+def test_a_failing_compiler_is_reported_with_the_remedy(tmp_path, monkeypatch):
     import torch._inductor.config
 
     from megatron_cm3leon.engine.compile import compile_layers
@@ -73,7 +73,7 @@ def test_a_compiler_that_fails_is_named_with_the_remedy(tmp_path, monkeypatch):
         (["train.engine=deepspeed", "parallel.zero=3"], "cuda", False),
     ],
 )
-def test_by_default_layers_are_compiled_on_a_gpu(overrides, device, expected):
+def test_layers_are_compiled_by_default_on_a_gpu(overrides, device, expected):
     from megatron_cm3leon.engine.compile import wants_compile
 
     config = load_config(None, overrides)

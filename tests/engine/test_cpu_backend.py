@@ -1,4 +1,4 @@
-"""CPU substitutes: megatron-core's RNG tracker works, and torch does not change for other callers."""
+"""CPU substitutes: megatron-core's RNG tracker works, and torch stays unchanged for other callers."""
 
 import subprocess
 import sys

@@ -13,7 +13,7 @@ from megatron_cm3leon.engine.deepspeed_settings import build_settings
 BASE = ["train.engine=deepspeed", "train.global_batch_size=32", "train.micro_batch_size=2"]
 
 
-def settings(overrides=(), data_size=2, extra=None, folder=None):
+def make_settings(overrides=(), data_size=2, extra=None, folder=None):
     overrides = [*BASE, *overrides]
     if extra is not None:
         path = folder / "user.json"
@@ -25,7 +25,7 @@ def settings(overrides=(), data_size=2, extra=None, folder=None):
 
 
 def test_settings_follow_from_the_configuration():
-    found = settings(["parallel.zero=2", "deepspeed.offload_optimizer=true", "optimizer.clip=0.5"])
+    found = make_settings(["parallel.zero=2", "deepspeed.offload_optimizer=true", "optimizer.clip=0.5"])
     assert found["train_batch_size"] == 32
     assert found["train_micro_batch_size_per_gpu"] == 2
     assert found["gradient_accumulation_steps"] == 8
@@ -36,7 +36,7 @@ def test_settings_follow_from_the_configuration():
     assert "offload_param" not in found["zero_optimization"]
 
 
-def test_a_users_json_is_merged(tmp_path):
+def test_a_json_of_the_user_is_merged(tmp_path):
     extra = {
         "zero_optimization": {"stage": 3, "stage3_max_live_parameters": 5, "offload_param": {"pin_memory": True}},
         "train_batch_size": "auto",
@@ -44,7 +44,7 @@ def test_a_users_json_is_merged(tmp_path):
         "optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95], "weight_decay": 0.1}},
         "wall_clock_breakdown": True,
     }
-    found = settings(["parallel.zero=3", "deepspeed.offload_parameters=true"], extra=extra, folder=tmp_path)
+    found = make_settings(["parallel.zero=3", "deepspeed.offload_parameters=true"], extra=extra, folder=tmp_path)
     assert found["zero_optimization"]["stage3_max_live_parameters"] == 5
     assert found["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
     assert found["wall_clock_breakdown"] is True
@@ -54,7 +54,7 @@ def test_a_users_json_is_merged(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("extra", "sentence"),
+    ("extra", "message"),
     [
         ({"train_batch_size": 64}, "train_batch_size (64) contradicts train.global_batch_size, which requires 32;"),
         (
@@ -105,10 +105,10 @@ def test_a_users_json_is_merged(tmp_path):
         ("[1]", "must contain an object of settings, not [1]; correct the file."),
     ],
 )
-def test_a_contradiction_is_rejected_by_name(tmp_path, extra, sentence):
+def test_a_contradiction_is_rejected_and_named(tmp_path, extra, message):
     with pytest.raises(ValueError) as error:
-        settings(["parallel.zero=1"], extra=extra, folder=tmp_path)
-    assert sentence in str(error.value)
+        make_settings(["parallel.zero=1"], extra=extra, folder=tmp_path)
+    assert message in str(error.value)
     assert "user.json" in str(error.value)
 
 
@@ -140,16 +140,16 @@ def test_a_contradiction_is_rejected_by_name(tmp_path, extra, sentence):
     ],
 )
 def test_keys_with_the_same_effect_are_accepted(tmp_path, overrides, data_size, extra):
-    assert settings(overrides, data_size, extra, tmp_path) == settings(overrides, data_size)
+    assert make_settings(overrides, data_size, extra, tmp_path) == make_settings(overrides, data_size)
 
 
-def test_a_missing_json_is_named():
+def test_a_missing_json_file_is_named():
     with pytest.raises(ValueError, match=r"deepspeed\.json \(absent\.json\) does not exist"):
-        settings(["deepspeed.json=absent.json"])
+        make_settings(["deepspeed.json=absent.json"])
 
 
 @pytest.mark.parametrize(
-    ("overrides", "sentence"),
+    ("overrides", "message"),
     [
         (["parallel.zero=4"], "parallel.zero (4) must be one of: 0, 1, 2, 3."),
         (["parallel.zero=2"], "use parallel.zero=1 or train.engine=deepspeed."),
@@ -168,10 +168,10 @@ def test_a_missing_json_is_named():
         ),
     ],
 )
-def test_combinations_that_no_engine_supports_are_rejected(overrides, sentence):
+def test_combinations_that_no_engine_supports_are_rejected(overrides, message):
     with pytest.raises(ValueError) as error:
         validate_config(load_config(None, overrides))
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_missing_package_is_named_when_a_run_starts(monkeypatch):
@@ -180,4 +180,4 @@ def test_a_missing_package_is_named_when_a_run_starts(monkeypatch):
     validate_config(config)  # reading a checkpoint needs no package
     with pytest.raises(ValueError, match=r"pip install -e \.\[deepspeed\]"):
         validate_config(config, 2)
-    assert util.find_spec("deepspeed"), "the test environment has it"
+    assert util.find_spec("deepspeed"), "the test environment has deepspeed"

@@ -41,23 +41,23 @@ def test_adamw_comes_from_an_installed_library_or_torch(results):
 
 
 @pytest.mark.parametrize("pair", ["installed to torch", "torch to installed"])
-def test_either_adamw_resumes_the_others_checkpoint(results, pair):
+def test_each_adamw_resumes_from_a_checkpoint_of_the_other(results, pair):
     assert results["losses"][pair] == pytest.approx(results["losses"]["torch"], rel=1e-6)
 
 
-def test_a_resumed_run_keeps_its_seeding_of_dropout(results):
-    """A change of the seeds of (seed 1234, step 7) on rank 0 requires another version."""
+def test_a_resumed_run_keeps_its_dropout_seeding(results):
+    """The seeds of (seed 1234, step 7) on rank 0 are fixed: changing them requires a new version of the seeding."""
     older, newer = results["dropout 1"], results["dropout 2"]
     assert older["resumed"] == older["losses"][2:] and newer["resumed"] == newer["losses"][2:]
     assert older["losses"] != newer["losses"] and newer["newest"] == 2
     assert (older["seed"], newer["seed"]) == (338633693, 3920288169382061327)
 
 
-def test_an_older_seeding_of_dropout_is_logged_and_a_newer_one_rejected(caplog):
+def test_an_older_dropout_seeding_is_logged_and_a_newer_one_is_rejected(caplog):
     caplog.set_level("INFO")
-    folder, config, without = Path("run/step-00000002"), load_config(None, ["model.dropout=0.1"]), load_config()
+    folder, config, without_dropout = Path("run/step-00000002"), load_config(None, ["model.dropout=0.1"]), load_config()
     check_dropout_seeding(folder, config, TrainState(dropout_seeding=DROPOUT_SEEDING))
-    check_dropout_seeding(folder, without, TrainState())
+    check_dropout_seeding(folder, without_dropout, TrainState())
     assert not caplog.messages
     check_dropout_seeding(folder, config, TrainState())
     assert "keep the seeding of the start of this run (version 1:" in caplog.text
@@ -65,7 +65,7 @@ def test_an_older_seeding_of_dropout_is_logged_and_a_newer_one_rejected(caplog):
         check_dropout_seeding(folder, config, TrainState(dropout_seeding=3))
 
 
-def test_without_the_cpu_substitutes_adamw_is_the_fused_one_of_torch():
+def test_without_the_cpu_substitutes_adamw_is_torchs_fused_adamw():
     """As on a GPU, where megatron-core would build torch's AdamW with the defaults of torch."""
     script = """
 from megatron.core import optimizer as core
@@ -90,7 +90,7 @@ def test_the_step_count_of_adam_is_on_the_device_of_the_weights():
     assert (step.device, step.dtype, step.shape) == (main.device, torch.float32, ())
 
 
-def test_norm_and_clipping_equal_torchs():
+def test_norm_and_clipping_equal_those_of_torch():
     from megatron_cm3leon.engine.optimizer import clip_gradients, squared_norm
 
     generator = torch.Generator().manual_seed(0)
@@ -106,12 +106,12 @@ def test_norm_and_clipping_equal_torchs():
         "a limit of 0, or one above the norm, must not change gradients"
     )
     clip_gradients(ours, norm, 0.5)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other.grad, rtol=1e-6, atol=0)
+    for gradient, parameter in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-6, atol=0)
     assert float(squared_norm([], torch.device("cpu"))) == 0
 
 
-class Recorded(TorchDispatchMode):
+class OperatorRecorder(TorchDispatchMode):
     """Records the names of the operators that run."""
 
     def __init__(self) -> None:
@@ -123,14 +123,14 @@ class Recorded(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_sums_of_losses_copy_nothing_to_the_device():
+def test_sum_losses_copies_nothing_to_the_device():
     from megatron_cm3leon.engine.step import sum_losses
 
     labels, weights = torch.tensor([[1, 2]]), torch.tensor([[1.0, 0.5]])
-    with Recorded() as recorded:
+    with OperatorRecorder() as recorder:
         sums = sum_losses(weights * 3, labels, weights, 2.5, make_vocabulary())
     assert sums[0] == 4.5 and sums[-1] == 2.5
-    assert "aten.lift_fresh.default" not in recorded.names, "a tensor was built from a number on the host"
+    assert "aten.lift_fresh.default" not in recorder.names, "a tensor was built from a number on the host"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_sums_of_losses_copy_nothing_to_the_device():
         (0, ("checkpoint.interval=20",), True),
     ],
 )
-def test_a_save_is_expected_by_interval_or_end(step, overrides, soon):
+def test_a_save_is_expected_before_an_interval_or_the_end(step, overrides, soon):
     config = load_config(None, ["train.steps=5000", *overrides])
     assert saves_soon(step, config) is soon
 

@@ -1,4 +1,4 @@
-"""A random exported model, held-out shards, an index and a checker: all real files, tiny."""
+"""A tiny random exported model, held-out shards, an index and a checker, all in real files."""
 
 import json
 from types import SimpleNamespace
@@ -29,18 +29,18 @@ def parse_caption(text):
 
 
 class FakeEncoder:
-    """Vectors by the brightness of a picture, or by the tone that a text names."""
+    """Vectors from the brightness of an image, or from the tone that a text names."""
 
     def encode_texts(self, texts):
         return np.array([[1.0, 0.0] if "light" in text else [0.0, 1.0] for text in texts], np.float32)
 
-    def encode_images(self, pictures):
-        light = np.array([np.asarray(picture.convert("L")).mean() / 255 for picture in pictures], np.float32)
+    def encode_images(self, images):
+        light = np.array([np.asarray(image.convert("L")).mean() / 255 for image in images], np.float32)
         return np.stack([light, 1 - light], 1)
 
 
 class FakeRetriever:
-    """Always the same documents of its bank."""
+    """Always finds the same documents of its bank."""
 
     def __init__(self, bank):
         self.bank, self.encoder = bank, FakeEncoder()
@@ -51,32 +51,32 @@ class FakeRetriever:
 
 
 def write_shards(folder, count, seed):
-    """`count` pairs of grey pictures, with their files beside the shards."""
+    """`count` pairs with gray images, whose files are in a folder next to the shards."""
     random = np.random.default_rng(seed)
-    pictures = folder.parent / f"{folder.name}-pictures"
+    images = folder.parent / f"{folder.name}-images"
     folder.mkdir(parents=True)
-    pictures.mkdir()
+    images.mkdir()
     writer = ShardWriter(folder, "shard-00000-0", VOCABULARY)
     for number in range(count):
         light = number % 2
         codes = random.integers(4, 8, 4) if light else random.integers(0, 3, 4)
-        Image.fromarray((codes.reshape(2, 2) * 36).astype(np.uint8)).save(pictures / f"{number}.png")
+        Image.fromarray((codes.reshape(2, 2) * 36).astype(np.uint8)).save(images / f"{number}.png")
         caption = f"a {WORDS[light]} picture"
         ids = [3, light, 2, VOCABULARY.break_id, *(VOCABULARY.image_start + codes)]
         fields = {"caption": caption, "image": f"{number}.png", "source": "", "picture_sha256": "", "extra": "{}"}
         writer.add(f"{number:06d}", np.array(ids), fields)
-    write_json(folder / "manifest.json", build_manifest(VOCABULARY, [writer.close()], input=str(pictures)))
+    write_json(folder / "manifest.json", build_manifest(VOCABULARY, [writer.close()], input=str(images)))
     return folder
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
+def inputs(tmp_path, monkeypatch):
     """Folders model, shards and bank, and a checker file; tokenizers and retriever are fakes."""
     model = tmp_path / "model"
     save_random_opt(model, VOCABULARY, hidden_size=16, positions=40)
-    account = {"max_abs_logit_diff": 0.0, "training": {"retrieved_documents": 2}}
-    (model / "cm3leon.json").write_text(json.dumps(account))
-    generator = Generator(Decoder.load(model), make_tokenizers(WORDS, VOCABULARY), account["training"])
+    metadata = {"max_abs_logit_diff": 0.0, "training": {"retrieved_documents": 2}}
+    (model / "cm3leon.json").write_text(json.dumps(metadata))
+    generator = Generator(Decoder.load(model), make_tokenizers(WORDS, VOCABULARY), metadata["training"])
     monkeypatch.setattr(Generator, "load", classmethod(lambda *_: generator))
     checker = tmp_path / "checker.py"
     checker.write_text(CHECKER)

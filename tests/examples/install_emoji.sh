@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what the emoji example reads (font, list of emoji, names), where this machine lets us; elsewhere say why and
-# go on: tests/examples/test_emoji.py is then skipped in part.
+# Install what the emoji example reads (font, list of emoji, names) if this machine allows it. Otherwise print the reason
+# and exit with 0: some tests of tests/examples/test_emoji.py are skipped then.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../install_packages.sh"
 

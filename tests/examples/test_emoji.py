@@ -1,4 +1,4 @@
-"""Emoji corpus: parsing on hand-written snippets always; rendering where the font and Unicode's data are."""
+"""Emoji corpus: parsing of files written by hand; rendering only where the font and Unicode data are installed."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ ANNOTATIONS = """\
 """
 
 
-def test_parsing_the_list():
+def test_the_emoji_list_is_parsed():
     found = list(generate.parse_emoji_test(EMOJI_TEST.splitlines(), skin_tones=False))
     assert [(emoji.name, emoji.group) for emoji in found] == [
         ("grinning face", "Smileys & Emotion"),
@@ -53,7 +53,7 @@ def test_parsing_the_list():
     assert [emoji.name for emoji in with_tones][3] == "waving hand: light skin tone"
 
 
-def test_annotations_name_and_keywords(tmp_path):
+def test_captions_are_names_and_keywords_of_annotations(tmp_path):
     (tmp_path / "en.xml").write_text(ANNOTATIONS, encoding="utf-8")
     known = generate.parse_annotations([tmp_path / "en.xml"])
     grinning, smiling, waving, _ = (
@@ -61,10 +61,10 @@ def test_annotations_name_and_keywords(tmp_path):
     )
     assert grinning.captions() == ["grinning face", "grinning face: face, grin"]
     assert smiling.name == "smiling face, says CLDR"  # found without the variation selector
-    assert waving.captions() == ["waving hand"]  # CLDR has nothing: the list's own name
+    assert waving.captions() == ["waving hand"]  # CLDR has no annotation: the name of the list
 
 
-def test_split_holds_out_a_tenth_of_the_images():
+def test_a_tenth_of_the_images_is_held_out():
     train, heldout = generate.split_images(50, 0)
     assert len(heldout) == 5 and sorted(train + heldout) == list(range(50))
     assert generate.split_images(50, 0) == (train, heldout) != generate.split_images(50, 1)
@@ -80,7 +80,7 @@ def test_missing_data_names_the_packages(tmp_path):
             generate.find_file(what, str(tmp_path / "nowhere"), [])
 
 
-def test_options_out_of_range_and_no_font(tmp_path):
+def test_options_out_of_range_and_an_invalid_font_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--size \(500\) must be from 8 to 136"):
         generate.parse_options(["--output", str(tmp_path), "--size", "500"])
     with pytest.raises(ValueError, match=r"--limit \(-1\) must be 0"):
@@ -92,7 +92,7 @@ def test_options_out_of_range_and_no_font(tmp_path):
 
 @pytest.fixture(scope="module")
 def fonts():
-    """The Debian packages; what needs them is skipped without."""
+    """Tests that need the Debian packages are skipped without them."""
     try:
         generate.find_file("font", None, generate.list_font_paths())
         generate.find_file("emoji list", None, [generate.EMOJI_TEST])
@@ -109,7 +109,7 @@ def corpus(fonts, tmp_path_factory):
     return folder, generate.generate(options)
 
 
-def test_the_corpus_in_both_forms(corpus):
+def test_the_corpus_has_jsonl_and_text_files(corpus):
     folder, counts = corpus
     assert counts["emoji"] == 60 and counts["missing"] == 0 and counts["images"] <= 60
     seen = set()
@@ -121,9 +121,9 @@ def test_the_corpus_in_both_forms(corpus):
         for path in images:
             with Image.open(path) as image:
                 assert image.size == (32, 32) and image.mode == "RGB"
-                assert np.asarray(image).std() > 10  # it shows something
+                assert np.asarray(image).std() > 10  # the image is not of one color
                 content = image.tobytes()
-            assert content not in seen  # no image twice, above all not in both splits
+            assert content not in seen  # no image twice, also not in both splits
             seen.add(content)
             assert path.with_suffix(".txt").read_text().strip()
     first = json.loads((folder / "train.jsonl").read_text().splitlines()[0])
@@ -147,7 +147,7 @@ def test_a_second_run_into_the_same_folder_is_refused(corpus):
 
 
 @pytest.mark.slow  # 90 s of one core
-def test_the_whole_path_without_a_checker(fonts, tmp_path):
+def test_the_example_runs_without_a_checker(fonts, tmp_path):
     done = run_example("emoji.sh", "--small", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -167,6 +167,6 @@ def test_where_nothing_can_be_installed_the_reason_is_printed(tmp_path):
     assert f"emoji: only root on Debian or Ubuntu can install {packages} here; tests of what is" in done.stdout
 
 
-def test_there_is_no_longer_setting():
+def test_the_option_long_is_refused():
     done = run_example("emoji.sh", "--long")
     assert done.returncode == 2 and "emoji.sh has no --long" in done.stderr

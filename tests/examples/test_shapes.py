@@ -1,4 +1,4 @@
-"""Colored shapes: captions and images agree, the split is balanced, the checker sees it."""
+"""Colored shapes: captions and images agree, the split is balanced, the checker recognizes the shapes."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from examples.shapes import checker, drawing, generate
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_there_are_1440_combinations_drawn_apart():
+def test_1440_combinations_give_different_images():
     combinations = drawing.all_combinations()
     assert len(combinations) == 1440
     images = {
@@ -27,7 +27,7 @@ def test_there_are_1440_combinations_drawn_apart():
 
 
 @pytest.mark.parametrize("image_size", drawing.IMAGE_SIZES)
-def test_no_shape_leaves_the_image(image_size):
+def test_every_shape_is_inside_the_image(image_size):
     for shape in drawing.SHAPES:
         for size in drawing.EXTENTS:
             areas = {
@@ -38,14 +38,14 @@ def test_no_shape_leaves_the_image(image_size):
             assert len(areas) == 1, (shape, size)
 
 
-def test_every_phrasing_reads_back():
+def test_every_phrasing_is_parsed():
     for attributes in drawing.all_combinations():
         captions = [drawing.write_caption(attributes, number) for number in range(drawing.PHRASINGS)]
         assert len(set(captions)) == drawing.PHRASINGS
         assert all(checker.parse_caption(caption) == attributes for caption in captions)
 
 
-def test_caption_by_hand():
+def test_captions_equal_those_written_by_hand():
     attributes = {
         "colour": "orange",
         "shape": "ring",
@@ -68,12 +68,12 @@ def test_caption_by_hand():
         "a small red circle in the top corner on a white background",
     ],
 )
-def test_captions_that_do_not_name_five_attributes_once(text):
+def test_captions_without_exactly_five_attributes_are_not_parsed(text):
     assert checker.parse_caption(text) is None
 
 
 @pytest.mark.parametrize("image_size", drawing.IMAGE_SIZES)
-def test_checker_reads_every_clean_image(image_size):
+def test_the_checker_recognizes_every_image(image_size):
     for number, attributes in enumerate(drawing.all_combinations()):
         jitter = drawing.JITTERS[number % 9]
         found, error = checker.classify_with_error(drawing.draw_image(attributes, jitter, image_size))
@@ -81,7 +81,7 @@ def test_checker_reads_every_clean_image(image_size):
         assert error < 1
 
 
-def test_checker_survives_blur_and_wrong_colours():
+def test_the_checker_tolerates_blur_and_inexact_colors():
     random = np.random.default_rng(0)
     pairs = []
     for attributes in drawing.all_combinations()[::5]:
@@ -94,7 +94,7 @@ def test_checker_survives_blur_and_wrong_colours():
     assert agreement["all"] >= 0.98, agreement
 
 
-def test_checker_takes_other_forms_of_an_image():
+def test_the_checker_accepts_other_forms_of_an_image():
     attributes = drawing.all_combinations()[700]
     array = drawing.draw_image(attributes, (0, 1), 64)
     assert checker.classify(Image.fromarray(array).convert("RGBA")) == attributes
@@ -104,12 +104,12 @@ def test_checker_takes_other_forms_of_an_image():
         checker.classify(np.zeros((8, 8)))
 
 
-def test_split_is_balanced_seeded_and_disjoint():
+def test_the_split_is_balanced_seeded_and_disjoint():
     train, heldout = generate.split_combinations(0)
-    as_key = [tuple(attributes.values()) for attributes in train]
+    train_keys = [tuple(attributes.values()) for attributes in train]
     heldout_keys = [tuple(attributes.values()) for attributes in heldout]
-    assert (len(as_key), len(heldout_keys)) == (1296, 144)
-    assert not set(as_key) & set(heldout_keys)
+    assert (len(train_keys), len(heldout_keys)) == (1296, 144)
+    assert not set(train_keys) & set(heldout_keys)
     for name, values in drawing.ATTRIBUTES.items():
         counts = Counter(attributes[name] for attributes in heldout)
         fair = 144 / len(values)
@@ -145,7 +145,7 @@ def test_generate_writes_both_forms_the_same_every_time(tmp_path):
         assert checker.judge_file(one / f"{split}.jsonl")["all"] == 1
 
 
-def test_messages(tmp_path):
+def test_invalid_inputs_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--pairs \(3\) must be at least 10"):
         generate.generate(tmp_path, 3, 32, 0)
     generate.generate(tmp_path, 10, 32, 0)

@@ -1,4 +1,4 @@
-"""examples/slurm: each layout can be built, needs the bytes it says, and is a job that a controller accepts."""
+"""examples/slurm: each layout can be built, needs the bytes that its file states, and is accepted by a controller."""
 
 import re
 
@@ -18,7 +18,7 @@ MODELS = ("350m", "760m", "7b")
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("ranks", [8, 16, 32, 64, 128, 256, 512])
-def test_the_layout_needs_the_bytes_it_says(model, ranks, capsys):
+def test_a_layout_needs_the_stated_bytes(model, ranks, capsys):
     assert main([str(FOLDER / f"{model}.yaml"), "--dry-run", "--ranks", str(ranks)]) == 0
     printed = re.findall(r"([\d.]+ GiB)\n", capsys.readouterr().out)
     stated = dict(re.findall(r"(\d+) GPUs ([\d.]+ GiB)", (FOLDER / f"{model}.yaml").read_text()))
@@ -29,7 +29,7 @@ def test_the_layout_needs_the_bytes_it_says(model, ranks, capsys):
 @pytest.mark.parametrize("nodes", [1, 64])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_controller_accepts_the_job(slurm, corpus, model, nodes, tmp_path):
-    """The partition `gpu` of the tests' cluster has 64 nodes of 8 GPUs, which take no jobs but plan them."""
+    """The partition `gpu` of the test cluster has 64 nodes with 8 GPUs; jobs can be planned there, but not started."""
     arguments = [FOLDER / f"{model}.yaml", f"data.shards={corpus}", f"output={tmp_path / 'run'}"]
     arguments += ["--nodes", nodes, "--gpus-per-node", 8, "--time", "24:00:00"]
     done = call_tool("submit", "train", *arguments, "--partition", "gpu", "--cpus-per-rank", 14, "--print")
@@ -45,7 +45,7 @@ def test_the_controller_accepts_the_job(slurm, corpus, model, nodes, tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Shards of some pairs; the job is not started."""
+    """Shards of a few pairs; the job is not started."""
     folder = tmp_path_factory.mktemp("corpus")
     write_shards(folder, make_pairs(4, make_vocabulary()), make_vocabulary())
     return folder

@@ -1,4 +1,4 @@
-"""Import: bit for bit what was exported, and what is not an export is refused."""
+"""Import: the same bits as exported; a folder that is not an export is refused."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.export import import_export
 
 
-def test_import_gives_every_bit_back(family, tmp_path):
+def test_import_gives_the_same_bits(family, tmp_path):
     folder, comparison = import_export(family.export, tmp_path / "back")
     assert folder == tmp_path / "back/checkpoints/step-00000003"
     reader = CheckpointReader(folder)
@@ -26,30 +26,30 @@ def test_import_gives_every_bit_back(family, tmp_path):
     assert comparison.passed and comparison.sequences == {"random": 1, "real": 1}
 
 
-OWN = ("cm3leon.json", "text.model", "vocab.json", "image")
+UNSAVED_FILES = ("cm3leon.json", "text.model", "vocab.json", "image")
 
 
-def put_back(export, folder, names=OWN):
-    """Copy what a stock class does not save."""
+def copy_unsaved(export, folder, names=UNSAVED_FILES):
+    """Copy the files that a stock class does not save."""
     for name in names:
         (shutil.copytree if (export / name).is_dir() else shutil.copy)(export / name, folder / name)
 
 
 def save_again(export, folder, change=lambda model: None, dtype=torch.float32, **options):
-    """As a stock class does after fine-tuning."""
+    """Save again as a stock class does after fine-tuning."""
     model = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=dtype)
     change(model)
     model.save_pretrained(folder, **options)
 
 
 def prepare_for_training(model):
-    """What stock trainers set."""
+    """Change the settings that stock trainers change."""
     model.config.use_cache = False
     model.config.pad_token_id = model.config.eos_token_id
     model.config.attention_dropout = 0.1
 
 
-def test_a_folder_that_a_stock_class_saved_again_is_imported(family, tmp_path):
+def test_a_folder_saved_again_by_a_stock_class_is_imported(family, tmp_path):
     folder = tmp_path / "saved"
     save_again(family.export, folder, prepare_for_training, max_shard_size="20KB")
     transformers.AutoTokenizer.from_pretrained(family.export).save_pretrained(folder)
@@ -58,7 +58,7 @@ def test_a_folder_that_a_stock_class_saved_again_is_imported(family, tmp_path):
     missing = r"lacks cm3leon.json, text.model, vocab.json, image/config.json, image/model.safetensors\. .*copy these"
     with pytest.raises(ValueError, match=missing):
         import_export(folder, tmp_path / "back")
-    put_back(family.export, folder)
+    copy_unsaved(family.export, folder)
     reader = CheckpointReader(import_export(folder, tmp_path / "back")[0])
     assert reader.names == family.reader.names and reader.state == family.reader.state
     for name in reader.names:
@@ -66,7 +66,7 @@ def test_a_folder_that_a_stock_class_saved_again_is_imported(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["opt-relu", "qwen3"], indirect=True)
-def test_configs_of_several_versions_of_transformers(family, tmp_path):
+def test_configs_of_several_versions_of_transformers_are_read(family, tmp_path):
     export = shutil.copytree(family.export, tmp_path / "export")
     config = json.loads((export / "config.json").read_text())
     for number, (removed, added) in enumerate((
@@ -84,24 +84,24 @@ def test_configs_of_several_versions_of_transformers(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["opt-relu"], indirect=True)
-def test_what_a_stock_class_changed_is_refused(family, tmp_path):
-    def fails(message, **options):
+def test_changes_by_a_stock_class_are_refused(family, tmp_path):
+    def check_refused(message, **options):
         save_again(family.export, tmp_path / "saved", **options)
-        put_back(family.export, tmp_path / "saved")
+        copy_unsaved(family.export, tmp_path / "saved")
         with pytest.raises(ValueError, match=message):
             import_export(tmp_path / "saved", tmp_path / "back")
         assert not (tmp_path / "back").exists()
         shutil.rmtree(tmp_path / "saved")
 
-    fails(r"weight of .* has type F64; one of F32, BF16, F16 is required", dtype=torch.float64)
+    check_refused(r"weight of .* has type F64; one of F32, BF16, F16 is required", dtype=torch.float64)
     vocabulary = family.reader.vocabulary.size
-    grow = lambda model: model.resize_token_embeddings(vocabulary + 8)  # noqa: E731
-    fails(rf"config.json has vocab_size {vocabulary + 8}, the .* requires {vocabulary}; one", change=grow)
+    enlarge = lambda model: model.resize_token_embeddings(vocabulary + 8)  # noqa: E731
+    check_refused(rf"config.json has vocab_size {vocabulary + 8}, the .* requires {vocabulary}; one", change=enlarge)
     save_again(family.export, tmp_path / "saved", prepare_for_training)
-    put_back(family.export, tmp_path / "saved", OWN[:3])
+    copy_unsaved(family.export, tmp_path / "saved", UNSAVED_FILES[:3])
     with pytest.raises(ValueError, match=r"lacks image/config.json, image/model.safetensors\. "):
         import_export(tmp_path / "saved", tmp_path / "back")
-    put_back(family.export, tmp_path / "saved", OWN[3:])
+    copy_unsaved(family.export, tmp_path / "saved", UNSAVED_FILES[3:])
     (tmp_path / "saved/model.safetensors").rename(tmp_path / "saved/pytorch_model.bin")
     with pytest.raises(ValueError, match=r"no \*.safetensors but pytorch_model.bin, .* safe_serialization=True"):
         import_export(tmp_path / "saved", tmp_path / "back")
@@ -123,11 +123,11 @@ def rename_first(weights):
     weights[name + "x"] = weights.pop(name)
 
 
-def spoil(weights):
+def insert_nan(weights):
     weights[sorted(weights)[3]][..., 0] = torch.nan
 
 
-def lengthen(weights):
+def double_rows(weights):
     name = sorted(weights)[0]
     weights[name] = torch.cat([weights[name], weights[name]])
 
@@ -139,11 +139,11 @@ def lengthen(weights):
         (lambda weights: weights.pop(sorted(weights)[1]), "configuration: 1 missing"),
         (lambda weights: weights.update(extra=torch.ones(3)), r"configuration: 1 unknown \(extra\)"),
         (rename_first, "1 missing .* and 1 unknown"),
-        (spoil, "has NaN or infinite values"),
-        (lengthen, r"has shape .* is required"),
+        (insert_nan, "has NaN or infinite values"),
+        (double_rows, r"has shape .* is required"),
     ],
 )
-def test_other_weights_are_refused(tmp_path, export, change, message):
+def test_unsuitable_weights_are_refused(tmp_path, export, change, message):
     change_weights(export, change)
     with pytest.raises(ValueError, match=message):
         import_export(export, tmp_path / "back")
@@ -151,8 +151,8 @@ def test_other_weights_are_refused(tmp_path, export, change, message):
 
 
 @pytest.mark.parametrize("family", ["opt-relu"], indirect=True)
-def test_what_is_no_export_is_refused(tmp_path, export):
-    def fails(message):
+def test_a_folder_that_is_not_an_export_is_refused(tmp_path, export):
+    def check_refused(message):
         with pytest.raises(ValueError, match=message):
             import_export(export, tmp_path / "back")
         assert not (tmp_path / "back").exists()
@@ -168,11 +168,11 @@ def test_what_is_no_export_is_refused(tmp_path, export):
         ({"hidden_size": "wide"}, "config.json is not valid for transformers .*hidden_size"),
     ):
         (export / "config.json").write_text(json.dumps(config | change))
-        fails(message)
+        check_refused(message)
     (export / "config.json").write_text(json.dumps(config | {"ffn_dim": 64}))
-    fails(r"config.json has ffn_dim 64, the configuration in cm3leon.json requires 128")
+    check_refused(r"config.json has ffn_dim 64, the configuration in cm3leon.json requires 128")
     (export / "config.json").write_text("{")
-    fails("config.json is not valid JSON")
+    check_refused("config.json is not valid JSON")
     (export / "config.json").write_text(json.dumps(config))
     for change, message in (
         ({"format": 1}, "has format 1, not 2"),
@@ -181,14 +181,14 @@ def test_what_is_no_export_is_refused(tmp_path, export):
         ({"state": {"steps": 3}}, "does not hold the run's configuration and state"),
     ):
         (export / "cm3leon.json").write_text(json.dumps(metadata | change))
-        fails(message)
+        check_refused(message)
     (export / "cm3leon.json").write_text(json.dumps(metadata))
     weights = (export / "model.safetensors").read_bytes()
     (export / "model.safetensors").write_bytes(weights[:-100])
-    fails("model.safetensors cannot be read")
+    check_refused("model.safetensors cannot be read")
     (export / "model.safetensors").write_bytes(weights)
     (export / "text.model").write_bytes((export / "text.model").read_bytes() + b"\x00")
-    fails("text.model")
+    check_refused("text.model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
 
 

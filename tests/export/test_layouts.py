@@ -1,4 +1,4 @@
-"""From a checkpoint of any layout and either engine, and back into any: the same bits, and training that goes on."""
+"""Export and import of checkpoints of any layout and either engine: the same bits, and training continues."""
 
 import shutil
 
@@ -18,7 +18,7 @@ SETTINGS += [
     "schedule.warmup_steps=2",
     "checkpoint.interval=2",
 ]
-ALONE = [
+SINGLE_RANK = [
     "parallel.tensor=1",
     "parallel.pipeline=1",
     "parallel.sequence=false",
@@ -26,7 +26,7 @@ ALONE = [
     "train.engine=megatron",
 ]
 LAYOUTS = {
-    "alone": (1, []),
+    "single": (1, []),
     "tensor-pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
     "zero": (2, ["parallel.zero=1"]),
     "deepspeed": (2, ["train.engine=deepspeed", "parallel.zero=1"]),
@@ -41,19 +41,19 @@ def train(folder, runs):
     cases = {}
     for layout, config, output, stop_after in runs:
         ranks, overrides = LAYOUTS[layout]
-        overrides = [f"output={output}", f"train.stop_after={stop_after}", *ALONE, *overrides]
+        overrides = [f"output={output}", f"train.stop_after={stop_after}", *SINGLE_RANK, *overrides]
         name = "-".join(output.relative_to(folder).parts)
         cases.setdefault(ranks, []).append({"name": name, "config": str(config), "overrides": overrides})
     found = {}
-    for ranks, several in cases.items():
-        found |= run_cases(folder, ranks, several)
+    for ranks, cases_of_ranks in cases.items():
+        found |= run_cases(folder, ranks, cases_of_ranks)
     return {output: found["-".join(output.relative_to(folder).parts)] for *_, output, _ in runs}
 
 
 @pytest.fixture(scope="module")
 def continued(tmp_path_factory, tokenizer, shards):
     """(folder, steps of each source's import under every layout): trained, exported, imported, trained further."""
-    folder = tmp_path_factory.mktemp("there-and-back")
+    folder = tmp_path_factory.mktemp("export-and-import")
     first, second = [], []
     for family, layout in SOURCES:
         start = folder / f"{family}-{layout}"
@@ -72,7 +72,7 @@ def continued(tmp_path_factory, tokenizer, shards):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "source"), SOURCES)
-def test_there_and_back_under_every_layout(continued, family, source):
+def test_export_and_import_under_every_layout(continued, family, source):
     folder, steps = continued[0] / f"{family}-{source}", continued[1]
     checkpoint = folder / "run/checkpoints/step-00000002"
     before, after = CheckpointReader(checkpoint), CheckpointReader(folder / "back/checkpoints/step-00000002")
@@ -83,6 +83,6 @@ def test_there_and_back_under_every_layout(continued, family, source):
     for layout in LAYOUTS:
         found = steps[folder / layout]
         assert [step["step"] for step in found] == [3, 4], layout
-        for one, other in zip(found, steps[folder / "alone"], strict=True):
+        for one, other in zip(found, steps[folder / "single"], strict=True):
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-6), layout
             assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5), layout

@@ -1,4 +1,4 @@
-"""Text with U+2581, which SentencePiece writes for a space, comes back as it was wherever it goes."""
+"""Text with U+2581, which SentencePiece uses for a space, is decoded exactly, everywhere."""
 
 import json
 
@@ -32,7 +32,7 @@ def export(tmp_path_factory, tokenizer, vocabulary):
     return folder / "export"
 
 
-def test_in_shards_and_their_metadata(tmp_path, tokenizer, vocabulary):
+def test_shards_and_their_metadata_keep_the_text(tmp_path, tokenizer, vocabulary):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     rows = [{"text": text} for text in TEXTS] + [{"image": "0.png", "caption": text} for text in TEXTS]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -44,16 +44,16 @@ def test_in_shards_and_their_metadata(tmp_path, tokenizer, vocabulary):
     assert corpus.metadata(["caption"])["caption"].to_pylist()[-len(TEXTS) :] == TEXTS
 
 
-def test_in_the_exported_tokenizer_json(export, tokenizer):
+def test_the_exported_tokenizer_keeps_the_text(export, tokenizer):
     stock, text = AutoTokenizer.from_pretrained(export), TextTokenizer.load(tokenizer / "text.model")
     for line in TEXTS:
         assert stock(line)["input_ids"] == text.encode(line)
         assert stock.decode(text.encode(line)) == line
 
 
-def test_in_generation(export):
+def test_generation_keeps_the_text(export):
     generator = Generator.load(export, device="cpu")
     assert [generator.codec.text.decode(generator.codec.encode_document([line])) for line in TEXTS] == TEXTS
     texts = [(line, other) for line, other in zip(TEXTS, reversed(TEXTS), strict=True)]
-    for (left, right), whole in zip(texts, generator.infill_text(texts, longest=4), strict=True):
-        assert whole.startswith(left.rstrip()) and whole.endswith(right.lstrip())  # spaces go to the span
+    for (left, right), infilled in zip(texts, generator.infill_text(texts, longest=4), strict=True):
+        assert infilled.startswith(left.rstrip()) and infilled.endswith(right.lstrip())  # spaces belong to the span

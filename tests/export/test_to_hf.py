@@ -1,4 +1,4 @@
-"""Export: stock classes give the trained model's logits; what cannot be exported leaves everything as it was."""
+"""Export: stock classes give the logits of the trained model; a failed export changes no file."""
 
 import errno
 import json
@@ -35,10 +35,10 @@ def test_stock_classes_give_the_trained_logits(family, vocabulary):
     found = model(ids).logits.detach()
     assert found.shape == expected.shape == (3, 20, vocabulary.size)
     assert (found - expected).abs().max() < 2e-6 * expected.abs().max()
-    assert expected.std() > 0.1  # a comparison of logits that differ from each other
+    assert expected.std() > 0.1  # the compared logits differ from each other
     parameters = {id(p): p.numel() for p in model.parameters()}
-    unread = 2 * 32 if family.stock.startswith("OPT") else 0
-    assert family.metadata["parameters"] == sum(parameters.values()) - unread
+    unused = 2 * 32 if family.stock.startswith("OPT") else 0
+    assert family.metadata["parameters"] == sum(parameters.values()) - unused
 
 
 def test_the_check_is_printed_and_recorded(family):
@@ -83,8 +83,8 @@ def test_small_shards_and_reduced_precision(tmp_path, tokenizer, vocabulary, dty
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("model-*.safetensors")}
     assert set(index["weight_map"].values()) == set(sizes) and len(sizes) > 3
-    alone = [name for name in sizes if list(index["weight_map"].values()).count(name) == 1]
-    assert all(size < 22_000 for name, size in sizes.items() if name not in alone)
+    shards_of_one_weight = [name for name in sizes if list(index["weight_map"].values()).count(name) == 1]
+    assert all(size < 22_000 for name, size in sizes.items() if name not in shards_of_one_weight)
     model = load_stock(tmp_path / "out")
     assert model.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     assert index["metadata"]["total_size"] == 2 * sum(p.numel() for p in model.parameters())
@@ -93,8 +93,8 @@ def test_small_shards_and_reduced_precision(tmp_path, tokenizer, vocabulary, dty
     assert (model.float()(ids).logits - rounded).abs().max() < 1e-5 * rounded.abs().max()
 
 
-def test_qkv_rows_are_grouped_per_head_of_keys():
-    rows = torch.arange(16.0)[:, None].expand(16, 3)  # 4 heads of width 2, 2 of keys: q q k v, q q k v
+def test_qkv_rows_are_grouped_by_key_head():
+    rows = torch.arange(16.0)[:, None].expand(16, 3)  # 4 query heads of width 2, 2 key heads: q q k v, q q k v
     query, key, value = parts.split_qkv(rows, heads=4, kv_heads=2)
     assert query[:, 0].tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
     assert key[:, 0].tolist() == [4, 5, 12, 13]
@@ -107,22 +107,22 @@ def checkpoint(tmp_path, vocabulary):
     return write_random_checkpoint(tmp_path / "run", family_config(), vocabulary)
 
 
-def test_a_wrong_arrangement_fails_and_leaves_nothing(tmp_path, tokenizer, checkpoint, monkeypatch):
+def test_a_wrong_order_of_rows_fails_and_nothing_is_written(tmp_path, tokenizer, checkpoint, monkeypatch):
     monkeypatch.setattr(parts, "split_qkv", lambda weight, heads, kv_heads: weight.chunk(3))
     with pytest.raises(ValueError, match=r"logits differ from the trained model's: .*at most 1e-05.*nothing was"):
         export_checkpoint(checkpoint, tokenizer, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_a_wrong_epsilon_fails(tmp_path, tokenizer, vocabulary, monkeypatch):
+def test_a_wrong_norm_epsilon_fails(tmp_path, tokenizer, vocabulary, monkeypatch):
     checkpoint = write_random_checkpoint(tmp_path / "run", family_config("model.family=llama"), vocabulary)
     fields = layouts.config_fields
 
-    def other_fields(*arguments):
+    def change_fields(*arguments):
         return fields(*arguments) | {"rms_norm_eps": 1e-4}
 
-    monkeypatch.setattr("megatron_cm3leon.export.to_hf.config_fields", other_fields)
-    monkeypatch.setattr("megatron_cm3leon.export.folder.config_fields", other_fields)
+    monkeypatch.setattr("megatron_cm3leon.export.to_hf.config_fields", change_fields)
+    monkeypatch.setattr("megatron_cm3leon.export.folder.config_fields", change_fields)
     with pytest.raises(ValueError, match="logits differ"):
         export_checkpoint(checkpoint, tokenizer, tmp_path / "out")
 
@@ -152,7 +152,7 @@ def test_a_flipped_bit_is_refused(tmp_path, tokenizer, checkpoint):
     assert not (tmp_path / "out").exists()
 
 
-def test_too_large_for_fp16(tmp_path, tokenizer, vocabulary):
+def test_weights_too_large_for_fp16_are_refused(tmp_path, tokenizer, vocabulary):
     config = family_config()
     checkpoint = write_random_checkpoint(tmp_path / "run", config, vocabulary, change=lambda name, weight: weight * 1e5)
     with pytest.raises(ValueError, match=r"infinite values as float16; .*or with --dtype fp32"):
@@ -173,7 +173,7 @@ def test_other_tokenizers_are_refused(tmp_path, tokenizer, checkpoint):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_there_is_kept(tmp_path, tokenizer, checkpoint):
+def test_an_existing_folder_is_kept_or_replaced_only_by_a_complete_export(tmp_path, tokenizer, checkpoint):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
     for overwrite in (False, True):
@@ -181,22 +181,22 @@ def test_what_is_there_is_kept(tmp_path, tokenizer, checkpoint):
             export_checkpoint(checkpoint, tokenizer, tmp_path / "mine", overwrite=overwrite)
     assert (tmp_path / "mine/notes.txt").read_text() == "keep"
 
-    (tmp_path / "out").mkdir()  # an empty folder is taken
+    (tmp_path / "out").mkdir()  # an empty folder is used
     export_checkpoint(checkpoint, tokenizer, tmp_path / "out")
     before = (tmp_path / "out/model.safetensors").read_bytes()
     with pytest.raises(ValueError, match=r"out already holds an export; .*--overwrite"):
         export_checkpoint(checkpoint, tokenizer, tmp_path / "out", dtype="bf16")
-    spoiled = shutil.copytree(checkpoint, tmp_path / "spoiled")
-    flip_byte(spoiled / "rank-00000.safetensors")
+    damaged = shutil.copytree(checkpoint, tmp_path / "spoiled")
+    flip_byte(damaged / "rank-00000.safetensors")
     with pytest.raises(ValueError, match="SHA-256"):
-        export_checkpoint(spoiled, tokenizer, tmp_path / "out", overwrite=True)
+        export_checkpoint(damaged, tokenizer, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
     export_checkpoint(checkpoint, tokenizer, tmp_path / "out", dtype="bf16", overwrite=True)
     assert (tmp_path / "out/model.safetensors").stat().st_size < 0.6 * len(before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run", "spoiled"]
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path, tokenizer, checkpoint, monkeypatch):
+def test_a_full_disk_does_not_change_an_existing_export(tmp_path, tokenizer, checkpoint, monkeypatch):
     export_checkpoint(checkpoint, tokenizer, tmp_path / "out")
     before = (tmp_path / "out/model.safetensors").read_bytes()
 
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, tokenizer, checkpoint, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
-def test_every_weight_has_one_place(vocabulary):
+def test_every_weight_is_exported_once(vocabulary):
     for overrides in ([], ["model.family=llama", "model.qk_norm=true"]):
         config = family_config(*overrides)
         listed = parts.list_parts(config, vocabulary.size)

@@ -1,4 +1,4 @@
-"""tokenizer.json has the ids of text.model, for whatever a user types."""
+"""tokenizer.json gives the ids of text.model for any text."""
 
 import io
 import json
@@ -21,7 +21,7 @@ def write(folder, text, **changes):
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), vocabulary
 
 
-def train_by_hand(vocab_size=320, **options):
+def train_with_options(vocab_size=320, **options):
     """A model with options that train_text does not have."""
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -40,7 +40,7 @@ def test_ids_are_those_of_sentencepiece(tmp_path):
     text = train_text(CAPTIONS + draw_lines("ab ", 300, 40, seed=1), 420)
     found, _ = write(tmp_path, text)
     lines = [*PROBES, *CAPTIONS, "\n".join(CAPTIONS) * 20]
-    lines += draw_lines("ab ", 2000, 60, seed=2)  # few characters: many ways to merge
+    lines += draw_lines("ab ", 2000, 60, seed=2)  # few different characters: many possible merges
     lines += draw_lines("aab  \t\n1▁<>é\u0301🙂漢", 1000, 60, seed=3)
     lines += ["".join(map(chr, random.Random(4).sample(range(0xD800), 50))) for _ in range(20)]
     for line in lines:
@@ -48,7 +48,7 @@ def test_ids_are_those_of_sentencepiece(tmp_path):
         assert found.decode(text.encode(line), skip_special_tokens=False) == line
 
 
-def test_stock_transformers_reads_it_and_no_text_is_special(tmp_path):
+def test_stock_transformers_reads_it_and_text_never_becomes_special_tokens(tmp_path):
     text = train_text(CAPTIONS, 330)
     _, vocabulary = write(tmp_path, text)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt"}))
@@ -64,9 +64,9 @@ def test_stock_transformers_reads_it_and_no_text_is_special(tmp_path):
 RESERVED = [f"<reserved:{number}>" for number in range(5)]
 
 
-def test_a_piece_with_the_name_of_a_special_token(tmp_path):
-    text = train_by_hand(model_type="bpe", split_by_unicode_script=False, normalization_rule_name="identity",
-                         add_dummy_prefix=False, remove_extra_whitespaces=False)  # fmt: skip
+def test_a_piece_may_have_the_name_of_a_special_token(tmp_path):
+    text = train_with_options(model_type="bpe", split_by_unicode_script=False, normalization_rule_name="identity",
+                              add_dummy_prefix=False, remove_extra_whitespaces=False)  # fmt: skip
     pieces = [text.processor.id_to_piece(number) for number in range(text.size)]
     assert "<break>" in pieces
     found, vocabulary = write(tmp_path, text)
@@ -74,8 +74,8 @@ def test_a_piece_with_the_name_of_a_special_token(tmp_path):
     assert found.encode("a <break>").ids == text.encode("a <break>")
 
 
-def test_another_kind_of_model_has_none(tmp_path):
-    text = train_by_hand(290, model_type="unigram")
+def test_a_model_other_than_bpe_has_no_tokenizer_json(tmp_path):
+    text = train_with_options(290, model_type="unigram")
     assert "not a BPE model" in write_tokenizer(tmp_path, text, make_vocabulary(text=text.size), 64)
     assert not list(tmp_path.iterdir())
 
@@ -89,7 +89,7 @@ def test_the_first_differing_line_is_named(tmp_path):
         compare_ids(tmp_path, other, read_lines(lines), "corpus")
 
 
-def test_corpora_that_cannot_be_read(tmp_path):
+def test_unreadable_corpora_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         list(read_lines(tmp_path / "gone"))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")

@@ -1,4 +1,4 @@
-"""The trained model itself, whole, in this process: what a conversion is compared with."""
+"""The trained model in one process, with which a conversion is compared."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +16,8 @@ from megatron_cm3leon.engine.groups import destroy_groups, initialize_groups
 def open_trained_model(checkpoint: str | Path) -> Iterator[Callable[[torch.Tensor, torch.dtype], torch.Tensor]]:
     """Inside the `with`: (ids int64 [B, S], dtype) -> logits [B, S, padded rows] of the megatron-core model.
 
-    Weights are the checkpoint's fp32 ones, the arithmetic is that of `dtype` (fp32 or fp64).
-    The checkpoint may be of any layout. Process groups of one rank exist inside the `with` alone.
+    Weights are the fp32 weights of the checkpoint; computation is in `dtype` (fp32 or fp64).
+    The checkpoint may be of any layout. Process groups of one rank exist only inside the `with`.
     """
     reader = CheckpointReader(checkpoint)
     config = reader.config
@@ -29,8 +29,8 @@ def open_trained_model(checkpoint: str | Path) -> Iterator[Callable[[torch.Tenso
         [stage] = build_stage(config, reader.vocabulary)
         stage.eval()
         with torch.no_grad():
-            for parameter, place in locate_parameters(stage):
-                part = reader.read_part(place.name, "weight", place.offset, place.local_shape)
+            for parameter, location in locate_parameters(stage):
+                part = reader.read_part(location.name, "weight", location.offset, location.local_shape)
                 parameter.copy_(part.view(parameter.shape))
 
         @torch.no_grad()

@@ -1,8 +1,8 @@
-"""A CPU in a GPU's place: work is recorded operation by operation and replayed without Python.
+"""A CPU instead of a GPU: operations are recorded one by one and replayed without Python.
 
-As a CUDA graph does, a replay works on the tensors of the recording, with every Python value as it was then: what
-depends on the host, and should not, gives a wrong token. As there, recording changes nothing, and is refused where the
-host reads a value or makes a tensor of its own numbers.
+As with a CUDA graph, a replay uses the tensors of the recording, and every Python value that it had: a value that must
+not depend on the host, but does, gives a wrong token. As there, recording changes no tensor, and fails where the host
+reads a value or creates a tensor from its own numbers.
 """
 
 from collections import deque
@@ -17,7 +17,7 @@ REFUSED = (*HOST_READS, "aten::lift_fresh", "aten::nonzero", "aten::masked_selec
 
 
 class Recorder:
-    """What `CudaGraphs` is on a GPU."""
+    """The interface of `CudaGraphs`, for a CPU."""
 
     def __init__(self, free: int = 1 << 30) -> None:
         self.free, self.recordings, self.released, self.waits = free, [], 0, 0
@@ -48,28 +48,28 @@ class Recorder:
 
 
 class Recording(TorchDispatchMode):
-    """Operations in their order, with the tensors they were called with."""
+    """Operations in their order, with the arguments of each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls, self.own, self.before = [], set(), {}
+        self.calls, self.allocated, self.before = [], set(), {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function._schema.name not in REFUSED, f"{function} needs the host while a step is recorded"
         kwargs = kwargs or {}
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self._keep(value)
-        given = {storage_of(tensor) for tensor in tensors_of((args, kwargs))}
-        made = function(*args, **kwargs)
-        self.own |= {storage_of(tensor) for tensor in tensors_of(made)} - given
-        self.calls.append((function, args, kwargs, made))
-        return made
+                self._save(value)
+        inputs = {storage_of(tensor) for tensor in tensors_of((args, kwargs))}
+        result = function(*args, **kwargs)
+        self.allocated |= {storage_of(tensor) for tensor in tensors_of(result)} - inputs
+        self.calls.append((function, args, kwargs, result))
+        return result
 
-    def _keep(self, tensor: Tensor) -> None:
-        """Remember what stands in memory that the recording does not own, before it is written to."""
+    def _save(self, tensor: Tensor) -> None:
+        """Save the values of memory that the recording did not allocate, before it is written to."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.own | self.before.keys():
+        if storage.data_ptr() not in self.allocated | self.before.keys():
             self.before[storage.data_ptr()] = (storage, storage.clone())
 
     def undo(self) -> None:
@@ -78,12 +78,12 @@ class Recording(TorchDispatchMode):
         self.before.clear()
 
     def replay(self) -> None:
-        found = {}
-        for function, args, kwargs, made in self.calls:
-            args, kwargs = tree_map_only(Tensor, lambda one: found.get(id(one), one), (args, kwargs))
-            again = function(*args, **kwargs)
-            pairs = zip(tensors_of(made), tensors_of(again), strict=True)
-            deque((found.update({id(old): new}) for old, new in pairs), maxlen=0)
+        replaced = {}
+        for function, args, kwargs, result in self.calls:
+            args, kwargs = tree_map_only(Tensor, lambda tensor: replaced.get(id(tensor), tensor), (args, kwargs))
+            new_result = function(*args, **kwargs)
+            pairs = zip(tensors_of(result), tensors_of(new_result), strict=True)
+            deque((replaced.update({id(old): new}) for old, new in pairs), maxlen=0)
 
 
 def tensors_of(tree) -> list[Tensor]:
@@ -91,5 +91,5 @@ def tensors_of(tree) -> list[Tensor]:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Address of its memory; 0 for a tensor in a layout of its own (oneDNN)."""
+    """Address of the memory of a tensor; 0 for a tensor in a layout of oneDNN."""
     return 0 if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Decoder: the stock class's logits, and the same tokens with the cache, without it and in ragged batches."""
+"""Decoder: the logits of the stock class; the same tokens with the cache, without it and in ragged batches."""
 
 import json
 import shutil
@@ -35,26 +35,26 @@ def decoder(folder):
 
 
 def decode_greedily(decoder, prompts, count):
-    """Tokens with the cache, and the logits each was chosen by."""
+    """Tokens with the cache, and the logits that each was chosen from."""
     state, cache = decoder.start(prompts, count)
-    tokens, seen = [], []
-    for turn in range(count):
-        seen.append(decoder.logits(state))
-        tokens.append(seen[-1].argmax(-1))
-        if turn + 1 < count:
+    tokens, logits = [], []
+    for step in range(count):
+        logits.append(decoder.logits(state))
+        tokens.append(logits[-1].argmax(-1))
+        if step + 1 < count:
             state = decoder.step(tokens[-1], cache)
-    return torch.stack(tokens, 1).tolist(), torch.stack(seen, 1)
+    return torch.stack(tokens, 1).tolist(), torch.stack(logits, 1)
 
 
-def continue_fully(logits_of, prompt, count):
-    """Tokens by a whole forward pass for each."""
+def decode_without_cache(compute_logits, prompt, count):
+    """Tokens without a cache: a forward pass over all ids for each."""
     ids = list(prompt)
     for _ in range(count):
-        ids.append(int(logits_of(torch.tensor([ids]))[0, -1].argmax()))
+        ids.append(int(compute_logits(torch.tensor([ids]))[0, -1].argmax()))
     return ids[len(prompt) :]
 
 
-def test_logits_are_the_stock_class_s(decoder, stock, vocabulary):
+def test_logits_are_those_of_the_stock_class(decoder, stock, vocabulary):
     ids = torch.randint(vocabulary.size, (3, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = stock(ids).logits
@@ -63,24 +63,24 @@ def test_logits_are_the_stock_class_s(decoder, stock, vocabulary):
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], [PROMPTS[0], [27, 9, 9, 9]], PROMPTS])
-def test_cache_equals_full_forward(decoder, prompts):
+def test_the_cache_gives_the_tokens_of_a_full_forward_pass(decoder, prompts):
     tokens, logits = decode_greedily(decoder, prompts, 20)
-    for prompt, row, seen in zip(prompts, tokens, logits, strict=True):
-        assert row == continue_fully(decoder.all_logits, prompt, 20)
-        whole = decoder.all_logits(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1]
-        assert (seen - whole).abs().max() < 1e-5 * max(1, whole.abs().max())
+    for prompt, row, step_logits in zip(prompts, tokens, logits, strict=True):
+        assert row == decode_without_cache(decoder.all_logits, prompt, 20)
+        expected_row = decoder.all_logits(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1]
+        assert (step_logits - expected_row).abs().max() < 1e-5 * max(1, expected_row.abs().max())
 
 
 def test_greedy_equals_transformers_generate(decoder, stock):
     tokens, _ = decode_greedily(decoder, PROMPTS, 16)
     for prompt, row in zip(PROMPTS, tokens, strict=True):
-        made = stock.generate(
+        generated = stock.generate(
             torch.tensor([prompt]), max_new_tokens=16, min_new_tokens=16, do_sample=False, eos_token_id=None
         )
-        assert made[0, len(prompt) :].tolist() == row
+        assert generated[0, len(prompt) :].tolist() == row
 
 
-def test_equal_prompts_go_on_apart(decoder):
+def test_equal_prompts_continue_independently(decoder):
     _, cache = decoder.start([PROMPTS[1], PROMPTS[0], PROMPTS[1]], 4)
     after = decoder.step(torch.tensor([3, 4, 5]), cache)
     for row, (prompt, token) in enumerate([(PROMPTS[1], 3), (PROMPTS[0], 4), (PROMPTS[1], 5)]):
@@ -89,16 +89,16 @@ def test_equal_prompts_go_on_apart(decoder):
 
 
 @pytest.mark.parametrize(("kind", "share"), [("bf16", 0.15), ("fp16", 0.15), ("int8", 0.15), ("fp8", 0.45)])
-def test_smaller_types_are_close(folder, decoder, kind, share):
+def test_smaller_dtypes_are_close(folder, decoder, kind, share):
     small = Decoder.load(folder, dtype=kind)
     ids = torch.tensor([PROMPTS[2]])
     expected = decoder.all_logits(ids)
     assert 0 < (small.all_logits(ids) - expected).abs().max() < share * expected.std()
     assert small.all_logits(ids).dtype == torch.float32
     tokens, logits = decode_greedily(small, PROMPTS, 8)
-    for prompt, row, seen in zip(PROMPTS, tokens, logits, strict=True):
-        whole = small.all_logits(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1]
-        assert (seen - whole).abs().max() < 0.15 * expected.std()
+    for prompt, row, step_logits in zip(PROMPTS, tokens, logits, strict=True):
+        expected_row = small.all_logits(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1]
+        assert (step_logits - expected_row).abs().max() < 0.15 * expected.std()
 
 
 def test_int8_rows_do_not_depend_on_the_batch(folder):
@@ -108,8 +108,8 @@ def test_int8_rows_do_not_depend_on_the_batch(folder):
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_a_step_of_fixed_shapes_is_the_same_step(decoder, flat):
-    """What a GPU replays: the whole cache, masked, in memory that an earlier batch has used."""
+def test_a_step_of_fixed_shapes_gives_the_same_tokens(decoder, flat):
+    """As a GPU replays it: attention over the full cache with a mask, in memory that an earlier batch has used."""
     expected, _ = decode_greedily(decoder, PROMPTS, 6)
     with torch.inference_mode():
         cache = decoder.build_cache(len(PROMPTS), 20, flat)
@@ -122,7 +122,7 @@ def test_a_step_of_fixed_shapes_is_the_same_step(decoder, flat):
     assert torch.stack(tokens, 1).tolist() == expected
 
 
-def test_a_cache_that_is_used_again_forgets_what_was_not_a_number(decoder):
+def test_a_cleared_cache_contains_no_nan(decoder):
     cache = decoder.build_cache(1, 20)
     cache.values[0].fill_(float("nan"))
     cache.clear()
@@ -130,8 +130,8 @@ def test_a_cache_that_is_used_again_forgets_what_was_not_a_number(decoder):
     assert decoder.advance(torch.tensor([3]), cache, cache.size, True).isfinite().all()
 
 
-def test_attention_on_a_gpu_builds_no_plans():
-    """cuDNN's kernels are planned for each shape, and no two prompts have the same."""
+def test_attention_on_a_gpu_does_not_use_cudnn():
+    """cuDNN plans its kernels for each shape, and almost every prompt has another shape."""
     from megatron_cm3leon.generation.decoder import attention_kernels
 
     with attention_kernels(torch.device("cuda")):
@@ -139,11 +139,11 @@ def test_attention_on_a_gpu_builds_no_plans():
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_part_of_the_head(decoder, vocabulary):
+def test_logits_of_selected_ids_use_a_part_of_the_head(decoder, vocabulary):
     state, _ = decoder.start([PROMPTS[0]], 1)
     allowed = torch.tensor([1, 5, 28])
-    some = decoder.logits(state, decoder.head(allowed))
-    assert torch.allclose(some, decoder.logits(state)[:, allowed], atol=1e-5)
+    selected = decoder.logits(state, decoder.head(allowed))
+    assert torch.allclose(selected, decoder.logits(state)[:, allowed], atol=1e-5)
     assert decoder.head(allowed) is decoder.head(allowed.clone())
 
 
@@ -157,9 +157,9 @@ def test_shards_are_read_by_their_index(folder, decoder, stock, tmp_path):
         Decoder.load(tmp_path)
 
 
-def test_the_last_position_is_usable_and_no_further(decoder):
+def test_the_last_position_is_usable_and_the_next_is_refused(decoder):
     tokens, _ = decode_greedily(decoder, [[27] * 60], 5)
-    assert tokens[0] == continue_fully(decoder.all_logits, [27] * 60, 5)
+    assert tokens[0] == decode_without_cache(decoder.all_logits, [27] * 60, 5)
     with pytest.raises(ValueError, match=r"60 tokens with 6 to generate needs 65 positions.*context has 64"):
         decoder.start([[27] * 60], 6)
 
@@ -188,7 +188,7 @@ def test_weights_are_checked(copy, change, message):
         Decoder.load(copy)
 
 
-def test_what_is_no_export_is_refused(folder, copy, tmp_path):
+def test_a_folder_that_is_not_an_export_is_refused(folder, copy, tmp_path):
     with pytest.raises(ValueError, match=r"not an exported model: it has no config.json; give a folder"):
         Decoder.load(tmp_path)
     config = json.loads((copy / "config.json").read_text())

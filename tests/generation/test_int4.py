@@ -1,4 +1,4 @@
-"""int4 matrices: rounded as by hand, the same for few and many rows, a fraction of the bytes."""
+"""int4 matrices: rounded as computed by hand, the same for few and many rows, a fraction of the bytes."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from megatron_cm3leon.generation.matrix_kinds import build_matrix
 from tests.models import save_random_opt
 
 
-def test_a_group_by_hand():
+def test_a_group_equals_one_computed_by_hand():
     """Levels 0 to 15 are spread from the smallest to the largest weight of a group; level 8 is the zero."""
     weight = torch.cat([torch.arange(32.0).clamp(max=15), torch.full((32,), 2.0)])[None]
     levels, scale, zero = quantize_groups(weight, 32)
@@ -34,7 +34,7 @@ def test_groups_divide_the_row(width, group):
 
 
 @pytest.mark.parametrize(("units", "width"), [(100, 96), (64, 48), (192, 192), (300, 256)])
-def test_it_is_the_product_of_the_rounded_matrix(units, width):
+def test_products_are_those_of_the_rounded_matrix(units, width):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(units, width, generator=generator)
     matrix = Int4Matrix(weight)
@@ -50,8 +50,8 @@ def test_it_is_the_product_of_the_rounded_matrix(units, width):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_packing_is_undone_on_every_cpu(capability):
-    """torch packs for the CPU's vectors, whose width it takes when it is loaded."""
+def test_unpacking_inverts_packing_on_every_cpu(capability):
+    """torch packs for the vector width of the CPU, which it reads when it is loaded."""
     check = (
         "import torch; from megatron_cm3leon.generation.int4 import unpack_levels\n"
         "levels = torch.randint(16, (192, 96), dtype=torch.int32)\n"
@@ -61,13 +61,13 @@ def test_packing_is_undone_on_every_cpu(capability):
     subprocess.run([sys.executable, "-c", check], env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, check=True)
 
 
-def test_levels_of_a_matrix():
+def test_unpacking_inverts_packing():
     levels = torch.randint(16, (2 * PACKED_ROWS, 64), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
     assert torch.equal(unpack_levels(packed).int(), levels)
 
 
-def test_bytes():
+def test_bytes_of_a_matrix():
     weight = torch.randn(256, 1024)
     assert build_matrix(weight, "int4").bytes == weight.numel() // 2 + weight.numel() // 128 * 4
 
@@ -77,8 +77,8 @@ def test_a_gpu_is_refused():
         build_matrix(torch.empty(64, 64, device="meta"), "int4")
 
 
-def test_a_decoder_of_int4(tmp_path, vocabulary):
-    """The layers have 4 bits, the head 8; steps agree with whole sequences."""
+def test_a_decoder_with_int4_matrices(tmp_path, vocabulary):
+    """The layers have 4 bits, the head 8; steps agree with full sequences."""
     save_random_opt(tmp_path, vocabulary, hidden_size=64, heads=4)
     exact, small = Decoder.load(tmp_path), Decoder.load(tmp_path, "int4")
     assert small.words.dtype == torch.bfloat16 and type(small.layers[0].inner) is Int4Matrix

@@ -1,4 +1,4 @@
-"""Random numbers: Philox by its published vectors and by NumPy, Gumbel noise that belongs to (seed, prompt, id)."""
+"""Random numbers: Philox equals published vectors and NumPy; Gumbel noise depends on seed, prompt and id only."""
 
 import sys
 
@@ -20,7 +20,7 @@ KERNEL = "megatron_cm3leon.generation.noise_kernel"
 
 
 def philox_by_numpy(counter, key):
-    """One block of Philox 4x32-10, written out in unsigned integers of Python."""
+    """One block of Philox 4x32-10, written out with integers of Python."""
     a, b, c, d = counter
     first, second = key
     for _ in range(10):
@@ -48,20 +48,20 @@ def noise_by_numpy(key, position, ids):
         ),
     ],
 )
-def test_published_vectors(counter, key, expected):
+def test_philox_equals_published_vectors(counter, key, expected):
     words = philox(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
     assert " ".join(f"{int(word):08x}" for word in words) == expected
     assert " ".join(f"{word:08x}" for word in philox_by_numpy(counter, key)) == expected
 
 
 @pytest.mark.parametrize("ids", [range(16), range(7, 30), [0, 1, 5, 64, 65_535]])
-def test_noise_is_numpy_s(ids):
+def test_noise_equals_that_of_numpy(ids):
     keys = torch.tensor([philox_key(seed, [1, 2]) for seed in range(3)])
-    made = GumbelNoise(torch.tensor(ids))(keys, torch.tensor([0, 5, 4095]))
-    assert made.shape == (3, 3, len(ids)) and made.dtype == torch.float32
-    for row, position in zip(made, (0, 5, 4095), strict=True):
-        for mine, key in zip(row.numpy(), keys.tolist(), strict=True):
-            np.testing.assert_array_max_ulp(mine, noise_by_numpy(key, position, ids), 2)
+    found_noise = GumbelNoise(torch.tensor(ids))(keys, torch.tensor([0, 5, 4095]))
+    assert found_noise.shape == (3, 3, len(ids)) and found_noise.dtype == torch.float32
+    for row, position in zip(found_noise, (0, 5, 4095), strict=True):
+        for found, key in zip(row.numpy(), keys.tolist(), strict=True):
+            np.testing.assert_array_max_ulp(found, noise_by_numpy(key, position, ids), 2)
 
 
 def test_the_smallest_and_the_largest_integers_give_finite_noise():
@@ -71,14 +71,14 @@ def test_the_smallest_and_the_largest_integers_give_finite_noise():
     assert (-(-uniform.log()).log()).isfinite().all()
 
 
-def test_noise_of_an_id_does_not_depend_on_which_others_may_be_drawn():
+def test_noise_of_an_id_does_not_depend_on_other_allowed_ids():
     keys, positions = torch.tensor([philox_key(1, [7])]), torch.arange(3)
-    every = GumbelNoise(torch.arange(40))(keys, positions)
-    some = torch.tensor([2, 3, 9, 21, 39])
-    assert torch.equal(GumbelNoise(some)(keys, positions), every[..., some])
+    all_noise = GumbelNoise(torch.arange(40))(keys, positions)
+    selected = torch.tensor([2, 3, 9, 21, 39])
+    assert torch.equal(GumbelNoise(selected)(keys, positions), all_noise[..., selected])
 
 
-def test_noise_is_that_of_gumbel_s_distribution():
+def test_noise_has_the_gumbel_distribution():
     noise = GumbelNoise(torch.arange(20_000))(torch.tensor([philox_key(0, [1])]), torch.arange(4)).flatten()
     ordered = noise.double().sort().values
     expected = torch.exp(-torch.exp(-ordered))
@@ -102,7 +102,7 @@ def test_a_source_gives_the_same_numbers_however_many_it_computes_at_once(ahead,
         assert torch.equal(source.at(torch.tensor([position])), expected[position])
 
 
-def test_one_launch_gives_the_same_noise(monkeypatch):
+def test_the_kernel_gives_the_same_noise(monkeypatch):
     """The kernel of a GPU, in Triton's interpreter."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -113,12 +113,12 @@ def test_one_launch_gives_the_same_noise(monkeypatch):
         one.begin([4, 5], prompts)
     for position in (0, 4095):
         expected.prepare(position)
-        made = source.at(torch.tensor([position])).numpy()
-        np.testing.assert_array_max_ulp(made, expected.at(torch.tensor([position])).numpy(), 2)
-    del sys.modules[KERNEL]  # interpreted: not for anybody else
+        found_noise = source.at(torch.tensor([position])).numpy()
+        np.testing.assert_array_max_ulp(found_noise, expected.at(torch.tensor([position])).numpy(), 2)
+    del sys.modules[KERNEL]  # other tests must not get the interpreted module
 
 
-def test_uniform_numbers_depend_on_seed_and_prompt_alone():
+def test_uniform_numbers_depend_only_on_seed_and_prompt():
     first = uniform_numbers(7, [1, 2, 3], 5)
     assert (first == uniform_numbers(7, [1, 2, 3], 9)[:5]).all()
     assert (first != uniform_numbers(8, [1, 2, 3], 5)).all()
@@ -129,8 +129,8 @@ def test_uniform_numbers_depend_on_seed_and_prompt_alone():
     assert source.at(torch.tensor([2])).tolist() == [first[2]]
 
 
-def test_numbers_of_earlier_versions():
-    """What images of before there was a choice of samplers were drawn by."""
+def test_numbers_are_those_of_earlier_versions():
+    """Images that were generated before samplers could be chosen used these numbers."""
     assert uniform_numbers(7, [1, 2, 3], 3).tolist() == [0.49585942036523967, 0.9099497274644287, 0.18014288179158588]
     assert philox_key(7, [1, 2, 3]) == [42641193, 1868560868]
 

@@ -8,7 +8,7 @@ PAD, EOS, BREAK, EOSS, MASK = 26, 27, 28, 29, 30
 DOCUMENT = [1, 3, BREAK, 10, 11, 12]
 
 
-def test_forms(vocabulary):
+def test_each_form_has_these_ids(vocabulary):
     v = vocabulary
     assert (v.pad, v.eos, v.break_id, v.eoss, v.sentinel(0)) == (PAD, EOS, BREAK, EOSS, MASK)
     assert prompts.image_prompt([1, 2], [], v) == [EOS, 1, 2, BREAK]
@@ -25,8 +25,8 @@ def test_forms(vocabulary):
     assert prompts.infill_image_prompt(codes, 0, 4, None, [], v) == [EOS, MASK, EOS, MASK]
 
 
-def test_a_masked_block_of_the_stream_begins_with_the_infilling_prompt(vocabulary):
-    """The same form as training: the masked source, then the span behind its sentinel."""
+def test_a_masked_sequence_of_the_stream_begins_with_the_infilling_prompt(vocabulary):
+    """The same form as in training: the masked source, then the span after its sentinel."""
     np = pytest.importorskip("numpy")
     cm3 = pytest.importorskip("megatron_cm3leon.data.stream.cm3")
     source = np.array([EOS, 1, 2, 3, BREAK, 10, 11, 12, EOS])
@@ -36,13 +36,13 @@ def test_a_masked_block_of_the_stream_begins_with_the_infilling_prompt(vocabular
     assert tokens.tolist()[: len(prompt) + 2] == [*prompt, 2, EOSS]
 
 
-def test_auto_follows_how_the_model_was_trained():
-    caption, without = prompts.choose_caption_form, prompts.choose_unconditional_form
+def test_auto_depends_on_the_training_settings():
+    caption, unconditional = prompts.choose_caption_form, prompts.choose_unconditional_form
     assert caption("auto", {"image_first_probability": 0.5}) == caption("auto", {}) == "image_first"
     assert caption("auto", {"image_first_probability": 0.0}) == "masked"
-    assert without("auto", [], {}) == "sentinel" and without("auto", [DOCUMENT], {}) == "dropped"
-    assert without("auto", [DOCUMENT], {"image_first_probability": 0.0}) == "sentinel"
-    assert without("auto", [], {"cm3_probability": 0.0}) == "dropped"
-    assert without("dropped", [], {}) == "dropped"
+    assert unconditional("auto", [], {}) == "sentinel" and unconditional("auto", [DOCUMENT], {}) == "dropped"
+    assert unconditional("auto", [DOCUMENT], {"image_first_probability": 0.0}) == "sentinel"
+    assert unconditional("auto", [], {"cm3_probability": 0.0}) == "dropped"
+    assert unconditional("dropped", [], {}) == "dropped"
     with pytest.raises(ValueError, match=r"form \('reverse'\) must be one of: auto, image_first, masked"):
         caption("reverse", {})

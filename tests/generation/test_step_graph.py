@@ -1,6 +1,6 @@
-"""Recorded steps: the tokens of plain ones, for every kind of sampling, with few recordings and little memory.
+"""Recorded steps: the tokens of steps that are not recorded, for every kind of sampling; few recordings, little memory.
 
-A CPU stands in for a GPU: recorder.py. Buckets are made small, so that attention's width changes within a segment.
+recorder.py replaces the GPU by a CPU. Buckets are small, so that the width of attention changes within a segment.
 """
 
 import weakref
@@ -25,8 +25,8 @@ from tests.generation.conftest import WORDS
 from tests.generation.recorder import HOST_READS, Recorder
 from tests.models import make_tokenizers, save_random_llama, save_random_opt
 
-GIVEN = [[27, 1, 5, 28], [27, 3, 28], [27, 1, 5, 28], [27, *range(9), 28]]
-WITHOUT = [[27, 30, 28]] * 4
+PROMPTS = [[27, 1, 5, 28], [27, 3, 28], [27, 1, 5, 28], [27, *range(9), 28]]
+UNCONDITIONAL = [[27, 30, 28]] * 4
 SEEDS = [4, 5, 6, 7]
 KINDS = {
     "greedy": Sampling(temperature=0),
@@ -55,20 +55,22 @@ def path(request, tmp_path_factory, vocabulary):
     return path
 
 
-def recording(path, **options):
-    """A decoder whose steps are recorded, and the recorder."""
+def load_recorded(path, **options):
+    """A decoder whose steps are recorded, and its recorder."""
     decoder, recorder = Decoder.load(path, **options), Recorder()
     decoder.graphs = StepGraphs(decoder, recorder)
     return decoder, recorder
 
 
-def decode(decoder, segment, sampling, given=GIVEN, seeds=SEEDS, **options):
-    return decode_segments(decoder, given, segment, sampling, seeds, unconditional=WITHOUT[: len(given)], **options)
+def decode(decoder, segment, sampling, given=PROMPTS, seeds=SEEDS, **options):
+    return decode_segments(
+        decoder, given, segment, sampling, seeds, unconditional=UNCONDITIONAL[: len(given)], **options
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_recorded_steps_give_the_tokens_of_plain_ones(path, kind, vocabulary):
-    plain, (recorded, recorder) = Decoder.load(path), recording(path)
+def test_recorded_steps_give_the_tokens_of_steps_that_are_not_recorded(path, kind, vocabulary):
+    plain, (recorded, recorder) = Decoder.load(path), load_recorded(path)
     segment = image_segment(vocabulary, 12)
     expected = decode(plain, segment, KINDS[kind])
     assert (decode(recorded, segment, KINDS[kind]) == expected).all()
@@ -76,7 +78,7 @@ def test_recorded_steps_give_the_tokens_of_plain_ones(path, kind, vocabulary):
 
 
 def test_the_same_recording_serves_other_prompts_seeds_and_numbers(path, vocabulary):
-    plain, (recorded, recorder) = Decoder.load(path), recording(path)
+    plain, (recorded, recorder) = Decoder.load(path), load_recorded(path)
     segment, first = image_segment(vocabulary, 12), Sampling(guidance=2.0, top_p=0.9)
     decode(recorded, segment, first)
     count = len(recorder.recordings)
@@ -90,9 +92,9 @@ def test_the_same_recording_serves_other_prompts_seeds_and_numbers(path, vocabul
     assert len({id(graph.step.cache) for graph in recorded.graphs.kept.values()}) == 1
 
 
-def test_kernels_for_few_rows_are_given_the_whole_cache(path, vocabulary, monkeypatch):
-    """A step with kernels of its own reads lengths, so that one recording serves all widths."""
-    plain, (recorded, recorder) = Decoder.load(path), recording(path)
+def test_kernels_for_few_rows_get_the_full_cache(path, vocabulary, monkeypatch):
+    """A step with special kernels reads lengths, so one recording is enough for all widths."""
+    plain, (recorded, recorder) = Decoder.load(path), load_recorded(path)
 
     class Fused:
         logits = staticmethod(plain.logits)
@@ -109,8 +111,8 @@ def test_kernels_for_few_rows_are_given_the_whole_cache(path, vocabulary, monkey
 
 
 @pytest.mark.parametrize("kind", ["int8", "bf16"])
-def test_smaller_types_are_recorded_too(path, kind, vocabulary):
-    plain, (recorded, _) = Decoder.load(path, kind), recording(path, dtype=kind)
+def test_smaller_dtypes_are_recorded(path, kind, vocabulary):
+    plain, (recorded, _) = Decoder.load(path, kind), load_recorded(path, dtype=kind)
     segment, margins = image_segment(vocabulary, 12), np.zeros((4, 12), np.float32)
     expected = decode(plain, segment, Sampling(), margins=margins)
     # A masked bf16 attention rounds differently from one without a mask.
@@ -119,19 +121,19 @@ def test_smaller_types_are_recorded_too(path, kind, vocabulary):
 
 @pytest.fixture
 def recorded(folder):
-    return recording(folder)
+    return load_recorded(folder)
 
 
-def test_text_looks_at_the_device_every_16_tokens(recorded, decoder, vocabulary):
+def test_text_reads_from_the_device_every_16_tokens(recorded, decoder, vocabulary):
     segment = Segment(torch.arange(10), 40, (vocabulary.eos,))  # one that never ends
     expected = decode(decoder, segment, Sampling())
-    decode(recorded[0], segment, Sampling())  # records, and makes its tables
+    decode(recorded[0], segment, Sampling())  # records, and creates its tables
     with HostReads() as reads:
         assert (decode(recorded[0], segment, Sampling()) == expected).all()
     assert reads.count == 40 // batch.LOOK_EVERY
 
 
-def last_of(decoder):
+def last_graph(decoder):
     return list(decoder.graphs.kept.values())[-1]
 
 
@@ -145,13 +147,13 @@ class HostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_text_that_has_ended_is_not_gone_on_with(recorded, decoder, vocabulary):
+def test_steps_stop_after_all_texts_have_ended(recorded, decoder, vocabulary):
     segment, sampling = text_segment(vocabulary, 39), Sampling(temperature=4.0)
     counted = []
-    made = decode(recorded[0], segment, sampling, advance=counted.append)
-    assert (made == decode(decoder, segment, sampling)).all()
-    assert (made >= 0).sum(1).max() < batch.LOOK_EVERY  # all end early
-    assert sum(counted) == 4 * 40 and int(last_of(recorded[0]).step.turn) == batch.LOOK_EVERY
+    result = decode(recorded[0], segment, sampling, advance=counted.append)
+    assert (result == decode(decoder, segment, sampling)).all()
+    assert (result >= 0).sum(1).max() < batch.LOOK_EVERY  # all end early
+    assert sum(counted) == 4 * 40 and int(last_graph(recorded[0]).step.turn) == batch.LOOK_EVERY
 
 
 def test_the_host_stays_a_few_tokens_ahead(recorded, vocabulary):
@@ -171,50 +173,52 @@ def test_short_segments_are_not_recorded(recorded, decoder, vocabulary, length):
 def test_a_document_is_completed_by_recorded_steps(recorded, generator):
     text, image = Sampling(temperature=2.0, seed=3), Sampling(temperature=3.0, seed=3)
     options = CompletionOptions(text=text, image=image, longest=9)
-    made = Generator(recorded[0], make_tokenizers(WORDS, generator.vocabulary)).complete([["a red"], []], options)
-    for mine, plain in zip(made, generator.complete([["a red"], []], options), strict=True):
+    result = Generator(recorded[0], make_tokenizers(WORDS, generator.vocabulary)).complete([["a red"], []], options)
+    for mine, plain in zip(result, generator.complete([["a red"], []], options), strict=True):
         assert len(mine) == len(plain) > 0
         for one, other in zip(mine, plain, strict=True):
             assert one == other if isinstance(one, str) else (one.codes == other.codes).all()
     assert recorded[1].recordings
 
 
-def test_given_ids_stay(recorded, decoder, vocabulary):
+def test_forced_ids_are_kept(recorded, decoder, vocabulary):
     segment, forced = image_segment(vocabulary, 12), np.full((4, 12), -1)
     forced[:, 3:9:2], forced[2, 11] = 14, 20
-    made = decode(recorded[0], segment, Sampling(guidance=2.0), forced=forced)
-    assert (made[forced >= 0] == forced[forced >= 0]).all()
-    assert (made == decode(decoder, segment, Sampling(guidance=2.0), forced=forced)).all()
-    forced[:] = -1  # what an earlier batch was given is forgotten
+    result = decode(recorded[0], segment, Sampling(guidance=2.0), forced=forced)
+    assert (result[forced >= 0] == forced[forced >= 0]).all()
+    assert (result == decode(decoder, segment, Sampling(guidance=2.0), forced=forced)).all()
+    forced[:] = -1  # ids that an earlier batch forced have no effect
     again = decode(recorded[0], segment, Sampling(guidance=2.0), forced=forced)
     assert (again == decode(decoder, segment, Sampling(guidance=2.0))).all()
 
 
-def test_batches_are_equal_and_the_last_is_filled_up(recorded, decoder, vocabulary):
-    """Seven prompts, of which three fit: batches of 3, 3 and 1 by one recorded step."""
+def test_batches_have_equal_sizes_and_the_last_is_padded(recorded, decoder, vocabulary):
+    """Seven prompts, three of which fit into memory: batches of 3, 3 and 1 with one recorded step."""
     segment = image_segment(vocabulary, 12)
-    given, seeds = [GIVEN[number % 4] for number in range(7)], list(range(7))
+    given, seeds = [PROMPTS[number % 4] for number in range(7)], list(range(7))
     recorded[1].free = 3.5 * decoder.cache_bytes(24) / step_graph.CACHE_SHARE
     counted = []
-    made = decode_segments(recorded[0], given, segment, Sampling(), seeds, advance=counted.append)
-    assert (made == decode_segments(decoder, given, segment, Sampling(), seeds)).all()
+    result = decode_segments(recorded[0], given, segment, Sampling(), seeds, advance=counted.append)
+    assert (result == decode_segments(decoder, given, segment, Sampling(), seeds)).all()
     assert sum(counted) == 7 * 12 and [shape.sequences for shape in recorded[0].graphs.kept] == [3]
 
 
-def test_caches_of_earlier_batches_make_room(recorded, decoder, vocabulary, monkeypatch):
-    """What is kept stays within its share of memory, and counts as free for the next batch."""
+def test_caches_of_earlier_batches_are_freed(recorded, decoder, vocabulary, monkeypatch):
+    """Kept caches stay within their share of memory, and count as free memory for the next batch."""
     graphs, recorder = recorded[0].graphs, recorded[1]
     total = 4.5 * decoder.cache_bytes(24) / step_graph.CACHE_SHARE
     monkeypatch.setattr(recorder, "free_bytes", lambda: total - graphs.cache_bytes)
     for count in (4, 3, 4, 1):
-        made = decode_segments(recorded[0], GIVEN[-count:], image_segment(vocabulary, 12), Sampling(), SEEDS[-count:])
-        assert len(made) == count
+        result = decode_segments(
+            recorded[0], PROMPTS[-count:], image_segment(vocabulary, 12), Sampling(), SEEDS[-count:]
+        )
+        assert len(result) == count
         assert graphs.cache_bytes <= step_graph.CACHE_SHARE * total
         assert list(graphs.kept)[-1].sequences == count
-    assert recorder.released == 3  # each drops the one before it: 1 would fit beside 3, but not beside 4
+    assert recorder.released == 3  # each drops the one before it: 1 would fit with 3 in memory, but not with 4
 
 
-def test_few_shapes_are_kept(recorded, vocabulary, monkeypatch):
+def test_only_a_few_shapes_are_kept(recorded, vocabulary, monkeypatch):
     monkeypatch.setattr(step_graph, "GRAPHS_KEPT", 2)
     for kind in ("greedy", "gumbel", "top-k and top-p", "gumbel", "greedy"):
         decode(recorded[0], image_segment(vocabulary, 12), KINDS[kind])
@@ -224,18 +228,18 @@ def test_few_shapes_are_kept(recorded, vocabulary, monkeypatch):
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_one_cache_is_alive_at_a_time(folder, vocabulary, monkeypatch, on_gpu):
-    decoder = recording(folder)[0] if on_gpu else Decoder.load(folder)
+    decoder = load_recorded(folder)[0] if on_gpu else Decoder.load(folder)
     alive, most, build = weakref.WeakSet(), [], Cache.build.__func__
 
-    class Watched(Cache):
+    class WatchedCache(Cache):
         __hash__ = object.__hash__
 
-    def watch(cls, *arguments):
+    def build_watched(cls, *arguments):
         most.append(len(alive))
-        alive.add(made := build(Watched, *arguments))
-        return made
+        alive.add(result := build(WatchedCache, *arguments))
+        return result
 
-    monkeypatch.setattr(Cache, "build", classmethod(watch))
+    monkeypatch.setattr(Cache, "build", classmethod(build_watched))
     monkeypatch.setattr(batch, "LARGEST_BATCH", 1)
     if on_gpu:
         decoder.graphs.backend.free = 1
@@ -243,20 +247,20 @@ def test_one_cache_is_alive_at_a_time(folder, vocabulary, monkeypatch, on_gpu):
     assert most == ([0] if on_gpu else [0, 0, 0, 0])
 
 
-def test_equal_prompts_are_read_once(decoder, monkeypatch):
+def test_equal_prompts_are_computed_once(decoder, monkeypatch):
     read, run_layer = [], Decoder._run_layer
     monkeypatch.setattr(Decoder, "_run_layer", lambda *given: read.append(len(given[2])) or run_layer(*given))
     state, cache = decoder.start([[27, 1], [27, 3, 28], [27, 1]], 4)
     assert set(read) == {2} and torch.equal(state[0], state[2])
     for row, prompt in enumerate([[27, 1], [27, 3, 28], [27, 1]]):
-        alone, own = decoder.start([prompt], 4)
-        assert torch.allclose(state[row], alone[0], atol=1e-6)
-        for keys, others in zip(cache.keys + cache.values, own.keys + own.values, strict=True):
+        single_state, single_cache = decoder.start([prompt], 4)
+        assert torch.allclose(state[row], single_state[0], atol=1e-6)
+        for keys, others in zip(cache.keys + cache.values, single_cache.keys + single_cache.values, strict=True):
             assert torch.allclose(keys[row, :, : len(prompt)], others[0, :, : len(prompt)], atol=1e-6)
 
 
-def test_a_step_writes_into_the_cache_and_makes_nothing_of_its_size(decoder):
-    """By index_put_ on the cache's own four dimensions: no view of the whole cache is written to."""
+def test_a_step_writes_into_the_cache_without_a_copy_of_it(decoder):
+    """By index_put_ on the four dimensions of the cache: no view of the full cache is written to."""
     _, cache = decoder.start([[27, 1, 5], [27, 3, 28]], 60, cache=decoder.build_cache(2, 62, flat=False))
     ids = torch.tensor([3, 4])
     with torch.inference_mode(), Operations() as seen:
@@ -265,26 +269,28 @@ def test_a_step_writes_into_the_cache_and_makes_nothing_of_its_size(decoder):
     assert [id(one) for one in written] == [
         id(part) for pair in zip(cache.keys, cache.values, strict=True) for part in pair
     ]
-    largest = max(made.numel() for _, args, made in seen.calls if made is not None and not shares_memory(made, args))
+    largest = max(
+        result.numel() for _, args, result in seen.calls if result is not None and not shares_memory(result, args)
+    )
     assert largest < cache.keys[0].numel()
 
 
 class Operations(TorchDispatchMode):
-    """Lists operations: name, arguments, the tensor made."""
+    """Lists operations: name, arguments, the resulting tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        self.calls.append((function._schema.name, args, made if isinstance(made, torch.Tensor) else None))
-        return made
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function._schema.name, args, result if isinstance(result, torch.Tensor) else None))
+        return result
 
 
-def shares_memory(made, args):
+def shares_memory(result, args):
     given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor) and not one.is_mkldnn}
-    return made.untyped_storage().data_ptr() in given
+    return result.untyped_storage().data_ptr() in given
 
 
 def test_nothing_is_compiled_at_run_time(recorded, vocabulary, monkeypatch):
@@ -302,7 +308,7 @@ def test_free_memory_counts_what_the_allocator_holds(monkeypatch):
     assert CudaGraphs.free_bytes(SimpleNamespace(device="cuda")) == 130
 
 
-def test_near_ties_explain_what_rounding_turns(recorded, decoder, vocabulary):
+def test_near_ties_explain_tokens_changed_by_rounding(recorded, decoder, vocabulary):
     segment, margins = image_segment(vocabulary, 12), np.zeros((4, 12), np.float32)
     expected = decode(decoder, segment, Sampling(), margins=margins)
     assert (margins > 0).all() and np.median(margins) > 0.1
@@ -320,10 +326,10 @@ def test_near_ties_explain_what_rounding_turns(recorded, decoder, vocabulary):
         decode(decoder, segment, Sampling(sampler="inverse-1"), margins=margins)
 
 
-def test_margins_are_of_drawn_tokens_alone(decoder, vocabulary):
+def test_only_drawn_tokens_have_margins(decoder, vocabulary):
     segment, margins = text_segment(vocabulary, 20), np.zeros((4, 21), np.float32)
-    made = decode(decoder, segment, Sampling(temperature=4.0), margins=margins)
-    assert (np.isinf(margins) == (made < 0)).all() and (made < 0).any()
+    result = decode(decoder, segment, Sampling(temperature=4.0), margins=margins)
+    assert (np.isinf(margins) == (result < 0)).all() and (result < 0).any()
     forced = np.full((4, 12), -1)
     forced[:, 2] = 11
     decode(decoder, image_segment(vocabulary, 12), Sampling(), margins=margins[:, :12], forced=forced)
@@ -331,6 +337,6 @@ def test_margins_are_of_drawn_tokens_alone(decoder, vocabulary):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(guidance=2.0), Sampling(contrast_k=2)], ids=["guidance", "contrast_k"])
-def test_guidance_without_the_other_stream_is_refused(decoder, vocabulary, sampling):
+def test_guidance_without_unconditional_prompts_is_refused(decoder, vocabulary, sampling):
     with pytest.raises(ValueError, match="require prompts without the condition; give `unconditional`, or"):
-        decode_segments(decoder, GIVEN, image_segment(vocabulary), sampling, SEEDS)
+        decode_segments(decoder, PROMPTS, image_segment(vocabulary), sampling, SEEDS)

@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: right in the interpreter, and compiled for sm_90 without spilling registers."""
+"""Triton kernels without a GPU: correct in the interpreter, and compiled for sm_90 without spilling registers."""
 
 import os
 import re
@@ -20,8 +20,8 @@ SIZES = {"350m": (1024, 16), "7b": (4096, 32)}
 WEIGHTS = {"bf16": "*bf16", "int8": "*i8", "fp8": "*fp8e4nv"}
 
 
-def interpret(marks: str) -> None:
-    """Run tests/interpreted, in a process that imports Triton as its interpreter."""
+def run_interpreted(marks: str) -> None:
+    """Run tests/interpreted in a process with the interpreter of Triton."""
     command = [
         sys.executable,
         "-m",
@@ -41,27 +41,27 @@ def interpret(marks: str) -> None:
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_the_kernels_are_right():
-    interpret("not slow")
+def test_the_kernels_are_correct():
+    run_interpreted("not slow")
 
 
 @pytest.mark.slow
-def test_the_kernels_are_right_at_width_4096():
-    interpret("slow")
+def test_the_kernels_are_correct_at_width_4096():
+    run_interpreted("slow")
 
 
 def compile_kernel(kernel, name: str, types: dict[str, str], constants: dict, warps: int, stages: int = 3) -> str:
-    """Compile for an H100, print what the kernel takes, and refuse spilled registers; the assembly."""
-    whole = [number for number, kind in enumerate(types.values()) if kind[0] == "*" or kind == "i32"]
-    attributes = {(number,): [["tt.divisibility", 16]] for number in whole if list(types)[number] != "w_ptr"}
+    """Compile for an H100, print the resources of the kernel, and fail on spilled registers; returns the assembly."""
+    aligned = [number for number, kind in enumerate(types.values()) if kind[0] == "*" or kind == "i32"]
+    attributes = {(number,): [["tt.divisibility", 16]] for number in aligned if list(types)[number] != "w_ptr"}
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(source, target=H100, options={"num_warps": warps, "num_stages": stages})
-    registers, stack, local = read_usage(made.asm["cubin"])
-    print(f"{name}: {registers} registers, {made.metadata.shared} bytes of shared memory, {stack} of stack")
+    compiled = triton.compile(source, target=H100, options={"num_warps": warps, "num_stages": stages})
+    registers, stack, local = read_usage(compiled.asm["cubin"])
+    print(f"{name}: {registers} registers, {compiled.metadata.shared} bytes of shared memory, {stack} of stack")
     assert registers <= 255 and stack == local == 0, name
-    assert made.metadata.shared <= 227 << 10, name
-    return made.asm["ptx"]
+    assert compiled.metadata.shared <= 227 << 10, name
+    return compiled.asm["ptx"]
 
 
 def read_usage(cubin: bytes) -> tuple[int, int, int]:
@@ -103,8 +103,8 @@ def compile_attention(name: str, heads: int, groups: int, width: int, qk_norm: b
     compile_kernel(attention_kernels.combine_kernel, f"combination {name}", {**types, "chunks": "i32"}, constants, 4)
 
 
-def test_compiled_for_sm_90():
-    """The kernel that takes most of a step: 7b's qkv, both streams of guidance."""
+def test_a_product_compiles_for_sm_90():
+    """The kernel that takes most of the time of a step: qkv of 7b, for both prompts of guidance."""
     plain = compile_rows("7b qkv", 3 * 4096, 4096, 2, "int8", kernels.LAYER_NORM, kernels.STORE)
     assert "griddepcontrol" not in plain
 

@@ -1,4 +1,4 @@
-"""Files of golden.json: bytes where the project writes them itself, names and values where a library does."""
+"""Files of golden.json: hashes of what the project writes itself, names and values of what a library writes."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def read_json(path: Path):
 
 
 def describe_shards(folder: Path) -> dict:
-    """A folder as preprocessing writes it. Parquet's bytes depend on the library's version: its rows are compared."""
+    """A shard folder of preprocessing. Parquet's bytes depend on the library's version, so its rows are compared."""
     source = write_images(folder / "raw", 5)
     manifest = preprocess(source, folder / "shards", part_size=3, deduplicate=("caption",))
     corpus = open_shards(folder / "shards")
@@ -63,7 +63,7 @@ def describe_shards(folder: Path) -> dict:
 
 
 def make_state() -> TrainState:
-    """A state with something in every field."""
+    """A state with a value in every field."""
     return TrainState(
         step=11,
         batch=14,
@@ -81,11 +81,11 @@ def make_state() -> TrainState:
 
 
 def describe_checkpoint(folder: Path) -> dict:
-    """One file of numbers byte for byte, and what else a checkpoint holds."""
-    whole, step = torch.arange(24.0), step_folder(folder, 11)
+    """The bytes of the file of one rank, and the other files of a checkpoint."""
+    values, step = torch.arange(24.0), step_folder(folder, 11)
     sharded.begin_checkpoint(step)
     pieces = [
-        (Piece("decoder.x.weight", kind, (6, 4), (2, 0), (4, 4), start, stop), whole[start:stop])
+        (Piece("decoder.x.weight", kind, (6, 4), (2, 0), (4, 4), start, stop), values[start:stop])
         for kind in ("weight", "exp_avg", "exp_avg_sq")
         for start, stop in ((0, 5), (5, 16))
     ]
@@ -104,7 +104,7 @@ def describe_checkpoint(folder: Path) -> dict:
 
 
 def describe_tokenizers(folder: Path) -> dict:
-    """What a tokenizer folder says of itself, and the hash of a vocabulary."""
+    """The metadata of a tokenizer folder, and the hash of a vocabulary."""
     shape = dict(image_size=8, codebook_size=16, embed_dim=4, latent_channels=8, base_channels=8, norm="pixel")
     model = VQGAN(VQGANConfig(**shape, channel_multiplier=(1, 2), num_res_blocks=1, attn_resolutions=(4,)))
     ImageTokenizer(model).save(folder, {"steps": 3})
@@ -164,13 +164,13 @@ def describe_generated(folder: Path) -> dict:
 
 
 def describe_options() -> dict:
-    """Options as shards, index, tokenizer and evaluation record them, at their defaults."""
+    """The default options as shards, index, tokenizer and evaluation record them."""
     chosen = (Filters(), IndexOptions(), ImageTrainingOptions(), EvaluationOptions())
     return {type(options).__name__: options.to_dict() for options in chosen}
 
 
 def describe_run(folder: Path) -> dict:
-    """What tools/status.py --json says of a run: its keys."""
+    """The keys that tools/status.py --json prints for a run."""
     folder.mkdir()
     save_config(Config(), folder / "config.yaml")
     line = {"attempt": 1, "step": 1, "batch": 0, "loss": 2.0, "tokens": 9, "tokens_per_second": 3.0, "time": 100.0}

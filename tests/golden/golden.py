@@ -1,10 +1,10 @@
 """Golden files: what existing run folders, shards, indexes and exports rely on, in golden.json.
 
-Integers, texts and hashes of integers, the same on every machine. Written again by
+Integers, texts and hashes of integers, the same on every machine. To regenerate it:
 
     python -m tests.golden.golden
 
-which is for reviewed changes of a format alone: the commit says why, and how files of before stay readable.
+Do this only for a reviewed change of a format: the commit says why, and how older files stay readable.
 """
 
 import json
@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).with_name("golden.json")
 
 
 def collect() -> dict:
-    """Everything that golden.json holds, as this tree has it."""
+    """The content of golden.json as this source tree generates it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         found = {
@@ -30,11 +30,11 @@ def collect() -> dict:
             "options": formats.describe_options(),
             "run": formats.describe_run(folder / "run"),
         }
-    return json.loads(json.dumps(found))  # as JSON has it: no tuples
+    return json.loads(json.dumps(found))  # lists instead of tuples
 
 
 def list_differences(golden, found, name: str = ""):
-    """Yield in words what differs. A field that golden.json does not have is new, and accepted."""
+    """Yield a description of each difference. A field that golden.json does not have is new, and accepted."""
     if isinstance(golden, dict) and isinstance(found, dict):
         for key, value in golden.items():
             if key not in found:

@@ -31,7 +31,7 @@ SETTINGS = {
     "mixture": {"data.packing": "stream", "weights": (0.7, 0.3)},
 }
 """Streams by name: what differs from a batch of 4 sequences of 96 tokens with 2 retrieved documents. `neighbors` and
-`weights` (of two sources) are no fields of the configuration."""
+`weights` (of two sources) are not fields of the configuration."""
 
 
 def hash_numbers(numbers: np.ndarray) -> str:
@@ -49,8 +49,9 @@ def make_documents(count: int, source: int) -> list[np.ndarray]:
     """Pairs: 1 to 12 text ids, <break>, one image."""
     v, documents = VOCABULARY, []
     for number in range(count):
-        words = [draw("text", source, number, place) % v.text_size for place in range(1 + draw(source, number) % 12)]
-        codes = [draw("image", source, number, place) % v.image_size for place in range(v.image_tokens)]
+        length = 1 + draw(source, number) % 12
+        words = [draw("text", source, number, position) % v.text_size for position in range(length)]
+        codes = [draw("image", source, number, position) % v.image_size for position in range(v.image_tokens)]
         documents.append(np.array([*words, v.break_id, *(v.image_start + code for code in codes)]))
     return documents
 
@@ -83,26 +84,28 @@ def make_stream(settings: dict, corpora: list) -> Stream:
 
 
 def describe_stream(stream: Stream) -> dict:
-    """Identity, first three batches and some cursors of a stream. Loss weights are counted in 1/1024."""
-    blocks, sources = stream.sequences(0, 12), describe_sources(stream.samples, stream.config)
-    batches = [blocks[start : start + 4] for start in (0, 4, 8)]
+    """Identity, first three batches and some cursors of a stream. Loss weights are in units of 1/1024."""
+    sequences, sources = stream.sequences(0, 12), describe_sources(stream.samples, stream.config)
+    batches = [sequences[start : start + 4] for start in (0, 4, 8)]
+    samples = [sequence.samples for sequence in sequences]
+    weights = [np.stack([sequence.weights * 1024 for sequence in batch]).round() for batch in batches]
     return {
         "identities": {version: identify(sources, stream.config, version) for version in (1, 2)},
         "sources": sources,
-        "first sequence": str(blocks[0].tokens.tolist()),
-        "tokens": [hash_numbers(np.stack([block.tokens for block in batch])) for batch in batches],
-        "weights": [hash_numbers(np.stack([block.weights * 1024 for block in batch]).round()) for batch in batches],
-        "samples": None if blocks[0].samples is None else hash_numbers(np.stack([block.samples for block in blocks])),
-        "documents": str([block.documents.tolist() for block in blocks]),
-        "retrieved": str([block.retrieved.tolist() for block in blocks]),
-        "trimmed": str([block.trimmed for block in blocks]),
-        "epochs": str([block.epoch for block in blocks]),
+        "first sequence": str(sequences[0].tokens.tolist()),
+        "tokens": [hash_numbers(np.stack([sequence.tokens for sequence in batch])) for batch in batches],
+        "weights": [hash_numbers(numbers) for numbers in weights],
+        "samples": None if samples[0] is None else hash_numbers(np.stack(samples)),
+        "documents": str([sequence.documents.tolist() for sequence in sequences]),
+        "retrieved": str([sequence.retrieved.tolist() for sequence in sequences]),
+        "trimmed": str([sequence.trimmed for sequence in sequences]),
+        "epochs": str([sequence.epoch for sequence in sequences]),
         "cursors": [json.dumps(stream.cursor(number)) for number in (0, 11, 5000)],
     }
 
 
 def describe_streams(folder: Path) -> dict:
-    """All of SETTINGS."""
+    """The streams of all SETTINGS."""
     counts = (90, 40)
     corpora = [
         write_shards(folder / str(source), make_documents(count, source), VOCABULARY)

@@ -1,4 +1,4 @@
-"""Streams and files are those of golden.json: what users have on their disks stays readable and resumable."""
+"""Streams and files equal golden.json: existing files stay readable, and existing runs can be resumed."""
 
 import json
 from dataclasses import MISSING, fields
@@ -20,25 +20,25 @@ EXPECTED = json.loads(GOLDEN.read_text())
 
 @pytest.fixture(scope="module")
 def found():
-    pytest.importorskip("faiss")  # of an index
+    pytest.importorskip("faiss")  # builds the index
     return collect()
 
 
 @pytest.mark.parametrize("part", EXPECTED)
-def test_formats_and_streams_are_the_golden_ones(found, part):
+def test_formats_and_streams_equal_the_golden_file(found, part):
     assert not list(list_differences(EXPECTED[part], found[part], part))
 
 
 @pytest.mark.parametrize(
     "kind", [Anchor, EvaluationOptions, Filters, ImageTrainingOptions, IndexOptions, Piece, TrainState, VQGANConfig]
 )
-def test_every_field_is_written(kind):
+def test_to_dict_contains_every_field(kind):
     required = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]
     values = dict.fromkeys(required, (1,))
     assert len(kind(**values).to_dict()) == len(fields(kind))
 
 
-def test_a_new_field_is_accepted_and_a_changed_or_missing_one_is_named():
+def test_a_new_field_is_accepted_and_a_changed_or_missing_one_is_reported():
     golden = {"a": {"b": 1, "c": [1, 2]}}
     assert not list(list_differences(golden, {"a": {"b": 1, "c": [1, 2], "new": 0}, "more": {}}))
     assert list(list_differences(golden, {"a": {"b": 2, "c": [1]}})) == [

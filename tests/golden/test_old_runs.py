@@ -1,4 +1,4 @@
-"""Runs, shards and indexes of earlier commits (write_old_run.py): read, and trained on as if nothing had changed.
+"""Runs, shards and indexes of earlier commits (write_old_run.py) are read, and training continues as before.
 
 The runs stopped at step 6 and batch 7 (batch 2 was skipped), of batches of 4 sequences.
 """
@@ -28,7 +28,7 @@ from tests.distributed.launch import child_environment
 from tests.tools.call import call_tool
 
 COMMITS = ["ad3992f", "b00d2b4"]
-TRAIN_IN_TURN = """
+TRAIN_ALL = """
 import json, os, sys
 from megatron_cm3leon.train import main
 for folder, *overrides in json.load(sys.stdin):
@@ -54,7 +54,7 @@ def folders(tmp_path_factory):
     trainings += [[*resized, *overrides, "--allow-change", field] for overrides in (first, second)]
     names = ("RANK", "WORLD_SIZE")
     environment = {name: value for name, value in child_environment().items() if name not in names}
-    command, text = [sys.executable, "-c", TRAIN_IN_TURN], json.dumps(trainings)
+    command, text = [sys.executable, "-c", TRAIN_ALL], json.dumps(trainings)
     done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     assert "no sample is skipped or repeated" in done.stderr
@@ -62,7 +62,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("commit", COMMITS)
-def test_an_old_run_goes_on_with_its_own_sequences(folders, commit):
+def test_an_old_run_continues_with_its_sequences_and_losses(folders, commit):
     run = folders / commit / "run"
     expected = json.loads((folders / commit / "expected.json").read_text())["losses"]
     lines = read_metrics(run)
@@ -87,14 +87,14 @@ def test_an_old_index_and_identity_are_accepted(folders, commit, monkeypatch):
 
 
 @pytest.mark.parametrize("commit", COMMITS)
-def test_old_shards_are_read_whole(folders, commit):
+def test_old_shards_are_read_completely(folders, commit):
     corpus = open_shards(folders / commit / "shards")
     texts = [bytes(corpus.read(number)[: corpus.lengths[number] - 5].astype(np.uint8)).decode() for number in range(24)]
     assert texts == corpus.metadata(["caption"])["caption"].to_pylist() == [f"gray number {n}" for n in range(24)]
 
 
-def test_other_batch_sizes_neither_skip_nor_repeat_a_sequence(folders, monkeypatch):
-    """Batches 0 to 6 of 4 sequences, 7 to 9 of 8 (8 skipped as asked), 10 and 11 of 2."""
+def test_a_changed_batch_size_neither_skips_nor_repeats_a_sequence(folders, monkeypatch):
+    """Batches 0 to 6 of 4 sequences, 7 to 9 of 8 (8 skipped by train.skip_batches), 10 and 11 of 2."""
     run = folders / "resized/run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][7:]
     found = [(line["step"], line["batch"], line["first_sequence"], line["sequences"]) for line in lines]
@@ -111,7 +111,7 @@ def test_other_batch_sizes_neither_skip_nor_repeat_a_sequence(folders, monkeypat
         assert f"\nsequence {numbers.split('.')[0]} " in shown
 
 
-def test_an_old_export_generates_and_comes_back(tmp_path):
+def test_an_old_export_generates_an_image_and_keeps_its_weights_when_exported_again(tmp_path):
     """Of commit ad3992f: imported and exported again it has the same bytes of weights."""
     with tarfile.open(Path(__file__).with_name("ad3992f-export.tar.xz")) as archive:
         archive.extractall(tmp_path, filter="data")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 
 def main() -> None:
-    convert, made, corpora, vocab = map(
-        importlib.import_module,  # names of that commit, which the tree of today does not have
+    convert, builders, corpora, vocab = map(
+        importlib.import_module,  # module names of that commit, which do not exist in the current source tree
         (
             "megatron_cm3leon.checkpoint.convert",
             "tests.checkpoint.builders",
@@ -22,11 +22,11 @@ def main() -> None:
         ),
     )
     folder = Path(sys.argv[1])
-    made.write_tokenizers(folder / "tokenizer")
+    builders.write_tokenizers(folder / "tokenizer")
     vocabulary = vocab.Vocabulary.load(folder / "tokenizer")
     corpora.write_shards(folder / "shards", corpora.make_pairs(6, vocabulary), vocabulary)
-    config = made.family_config(f"data.shards={folder / 'shards'}")
-    checkpoint = made.write_random_checkpoint(folder / "run", config, vocabulary)
+    config = builders.family_config(f"data.shards={folder / 'shards'}")
+    checkpoint = builders.write_random_checkpoint(folder / "run", config, vocabulary)
     convert.export_checkpoint(checkpoint, folder / "tokenizer", folder / "export")
     for path in (folder / "export").iterdir():
         path.rename(folder / ("image-tokenizer" if path.name == "image" else path.name))

@@ -1,10 +1,10 @@
-"""Writes a small run folder, its shards and its index with the tree that it is run in: a fixture of test_old_runs.py.
+"""Writes a small run folder, its shards and its index with the source tree of a commit: a fixture of test_old_runs.py.
 
     cp tests/golden/write_old_run.py /tmp && cd TREE_OF_A_COMMIT
     PYTHONPATH=$PWD python /tmp/write_old_run.py /tmp/old-run
     tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -C /tmp -cJf .../tests/golden/COMMIT.tar.xz old-run
 
-The run stops at step 6 of 8, with a checkpoint; expected.json has the losses of steps 7 and 8 as that tree goes on.
+The run stops at step 6 of 8, with a checkpoint; expected.json has the losses with which that source tree continues.
 """
 
 import json
@@ -37,7 +37,7 @@ checkpoint: {interval: 3, keep_last: 1}
 
 
 def write_pairs(folder: Path, count: int) -> Path:
-    """Images of one gray each, and captions."""
+    """Images of a single gray level each, with captions."""
     folder.mkdir()
     lines = []
     for number in range(count):
@@ -80,7 +80,7 @@ def main() -> None:
     for name in ("run", "raw", "clip", "stopped/tensorboard"):
         shutil.rmtree(name)
     os.rename("stopped", "run")
-    Path("run/lock").unlink()  # names the machine, as events do
+    Path("run/lock").unlink()  # contains the name of the machine, as events do
     events = Path("run/events.jsonl")
     events.write_text(events.read_text().replace(json.dumps(os.uname().nodename), '"node1"'))
 

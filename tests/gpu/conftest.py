@@ -1,7 +1,7 @@
 """Fixtures of the GPU tests: the device, and decoders of both families on it and on the CPU.
 
 pytest -m gpu                                 on a machine with a CUDA device; skipped elsewhere
-CM3LEON_GPU_TESTS=cpu pytest -m gpu           on the CPU instead of a GPU: checks the tests themselves
+CM3LEON_GPU_TESTS=cpu pytest -m gpu           on the CPU instead of a GPU, to check the tests themselves
 """
 
 import os

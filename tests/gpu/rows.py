@@ -1,7 +1,7 @@
-"""Runs rows of training one after the other in a worker process; when a row ends it, the next row gets a new one.
+"""Runs training rows one after the other in a worker process; if a row ends the process, the next row gets a new one.
 
-Run as a program it is the worker: it reads cases as JSON lines from standard input (see tests/distributed/worker.py)
-and writes one word to standard output after each case whose steps it has written.
+Run as a program, this module is the worker: it reads cases as JSON lines from standard input (see
+tests/distributed/worker.py) and prints DONE after each case whose steps it has written.
 """
 
 import json
@@ -16,12 +16,12 @@ from pathlib import Path
 from tests.distributed.launch import ROOT, child_environment
 
 ROW_SECONDS = 150
-"""Time limit of one row, with the imports of a new process."""
+"""Time limit of one row, including the imports of a new process."""
 DONE = "DONE"
 
 
 class RowRunner:
-    """Runs rows in the order of `submit`, in parallel to this process; `close` ends the worker."""
+    """Runs rows in the order of `submit`, concurrently with this process; `close` ends the worker."""
 
     def __init__(self, folder: Path, **variables: str) -> None:
         self.folder, self.variables = folder, variables
@@ -30,7 +30,7 @@ class RowRunner:
         self.thread = ThreadPoolExecutor(1)
 
     def submit(self, case: dict, after: Future | None = None) -> Future:
-        """Future of the steps of `case`; `after`: a row of another runner whose files it needs."""
+        """Future of the steps of `case`; `after`: a row of another runner that must end first."""
         return self.thread.submit(self._run, case, after)
 
     def _run(self, case: dict, after: Future | None) -> list[dict]:
@@ -53,8 +53,8 @@ class RowRunner:
     def _wait(self) -> bool:
         """Whether the worker reported the row as done."""
         deadline, output = time.monotonic() + ROW_SECONDS, ""
-        while (left := deadline - time.monotonic()) > 0:
-            if not select.select([self.worker.stdout], [], [], left)[0]:
+        while (remaining := deadline - time.monotonic()) > 0:
+            if not select.select([self.worker.stdout], [], [], remaining)[0]:
                 return False
             part = os.read(self.worker.stdout.fileno(), 1 << 16).decode(errors="replace")
             output += part

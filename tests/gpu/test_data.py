@@ -25,7 +25,7 @@ CONFIG = VQGANConfig(
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A folder with both tokenizers, untrained."""
+    """A folder with a text tokenizer and an untrained image tokenizer."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train_text([f"picture {number}" for number in range(50)], 280).save(folder / "text.model")
     torch.manual_seed(0)
@@ -43,17 +43,17 @@ def test_image_codes_equal_those_of_the_cpu(tokenizer, device):
     torch.testing.assert_close(found.decode(codes).cpu(), expected.decode(codes), rtol=0, atol=1e-4)
 
 
-def test_codes_do_not_depend_on_the_batch(tokenizer, device):
+def test_image_codes_do_not_depend_on_the_batch(tokenizer, device):
     image = ImageTokenizer.load(tokenizer / "image", str(device))
     pixels = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    together = image.encode(pixels)
-    assert (image.encode(pixels) == together).all()
-    assert (torch.cat([image.encode(one[None]) for one in pixels]) == together).all()
+    batched = image.encode(pixels)
+    assert (image.encode(pixels) == batched).all()
+    assert (torch.cat([image.encode(each[None]) for each in pixels]) == batched).all()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_preprocessing_writes_the_same_shards_as_on_the_cpu(tokenizer, device, tmp_path, workers):
-    """Also with worker processes, each of which opens the device."""
+    """Also with worker processes, each of which uses the device."""
     pairs = write_images(tmp_path / "raw", 6)
     for name, options_device, count in (("expected", "cpu", 0), ("found", str(device), workers)):
         options = PreprocessOptions(tokenizer=tokenizer, output=tmp_path / name, device=options_device, workers=count)

@@ -48,20 +48,20 @@ def test_greedy_tokens_equal_those_of_full_forward_passes(decoders):
     segment = SEGMENTS["image"]
     ids = batch.decode_segments(decoder, PROMPTS, segment, Sampling(temperature=0.0), SEEDS)
     for prompt, row in zip(PROMPTS, ids.tolist(), strict=True):
-        whole = torch.tensor([prompt + row], device=decoder.device)
-        logits = decoder.all_logits(whole)[0, len(prompt) - 1 : -1, segment.allowed.to(decoder.device)]
+        sequence = torch.tensor([prompt + row], device=decoder.device)
+        logits = decoder.all_logits(sequence)[0, len(prompt) - 1 : -1, segment.allowed.to(decoder.device)]
         assert (segment.allowed[logits.argmax(-1).cpu()]).tolist() == row
 
 
-def test_several_batches_in_a_call_give_the_same_tokens(decoders, monkeypatch):
+def test_several_batches_per_call_give_the_same_tokens(decoders, monkeypatch):
     _, decoder = decoders
-    together = decode(decoder, SEGMENTS["image"])
-    monkeypatch.setattr(batch, "CPU_CACHE_BYTES", 1)  # less than one prompt needs: one batch per prompt
+    expected = decode(decoder, SEGMENTS["image"])
+    monkeypatch.setattr(batch, "CPU_CACHE_BYTES", 1)  # less than one prompt requires: one batch per prompt
     monkeypatch.setattr(*SHARE, 1e-9)
     options = {"unconditional": EMPTY}
     parts = [part for part, _ in batch.decode_batches(decoder, PROMPTS, SEGMENTS["image"], GUIDED, SEEDS, **options)]
     assert parts == [slice(number, number + 1) for number in range(len(PROMPTS))]
-    assert (decode(decoder, SEGMENTS["image"]) == together).all()
+    assert (decode(decoder, SEGMENTS["image"]) == expected).all()
 
 
 def test_forced_tokens_are_kept(decoders):
@@ -73,7 +73,7 @@ def test_forced_tokens_are_kept(decoders):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
-def test_smaller_dtypes_are_close_and_repeatable(exported, decoders, device, kind):
+def test_smaller_dtypes_are_close_to_fp32_and_deterministic(exported, decoders, device, kind):
     reference, small = decoders[0], load_decoder(exported, kind, device)
     ids = torch.tensor([PROMPTS[2]])
     expected, found = reference.all_logits(ids), small.all_logits(ids.to(device)).cpu()
@@ -83,17 +83,18 @@ def test_smaller_dtypes_are_close_and_repeatable(exported, decoders, device, kin
     assert np.isin(first, SEGMENTS["image"].allowed.numpy()).all()
 
 
-def test_documents_are_completed_as_on_the_cpu(decoders):
+def test_completed_documents_equal_those_of_the_cpu(decoders):
     """Segments of one token and longer ones, prompts of many lengths, several calls."""
     documents = [["a red"], [], ["x on", "white"]]
-    hot, made = [Sampling(temperature=2.0, seed=seed) for seed in range(4)], []
+    samplings, outputs = [Sampling(temperature=2.0, seed=seed) for seed in range(4)], []
     for decoder in decoders:
         generator = Generator(decoder, make_tokenizers(WORDS, VOCABULARY))
-        calls = [generator.complete(documents, CompletionOptions(text=one, image=one, longest=4)) for one in hot]
+        options = [CompletionOptions(text=sampling, image=sampling, longest=4) for sampling in samplings]
+        calls = [generator.complete(documents, each) for each in options]
         parts = [part for call in calls for document in call for part in document]
-        made.append([part.codes.tolist() if isinstance(part, GeneratedImage) else part for part in parts])
-    assert made[0] == made[1]
-    assert {type(part) for part in made[0]} == {list, str}
+        outputs.append([part.codes.tolist() if isinstance(part, GeneratedImage) else part for part in parts])
+    assert outputs[0] == outputs[1]
+    assert {type(part) for part in outputs[0]} == {list, str}
 
 
 def test_memory_is_freed_after_a_call(decoders):

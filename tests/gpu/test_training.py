@@ -1,4 +1,4 @@
-"""Training on a GPU: same losses as on the CPU, checkpoints that either device resumes, asynchronous saves."""
+"""Training on a GPU: the losses of the CPU, checkpoints that both devices resume, asynchronous saves."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.runtime.preflight import find_device_fault
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.layout_rows import BF16, CONFIG, DEEPSPEED, LLAMA, SAMPLES, SMALL
-from tests.distributed.layouts import learnable_pairs, relative
+from tests.distributed.layouts import make_learnable_pairs, relative_difference
 from tests.gpu.rows import RowRunner
 
 pytestmark = pytest.mark.gpu
@@ -26,11 +26,11 @@ ROWS = {  # name -> overrides
 }
 UNCOMPILED = ("train.compile=false",)
 COMPILED = {"compiled": "cm3leon", "llama by sample, compiled": "llama by sample"}
-"""Name -> row whose losses on the CPU, not compiled, it must equal."""
+"""Name of a compiled row -> row whose uncompiled losses on the CPU it must equal."""
 SYNCHRONOUS = "saved synchronously"
 BROKEN = "broken"
 RESUMED = ("cm3leon", "bf16", "deepspeed zero=2")
-WAYS = [("cpu", "device"), ("device", "cpu"), ("device", "device")]
+DIRECTIONS = [("cpu", "device"), ("device", "cpu"), ("device", "device")]
 
 
 def tolerance(row: str, device: torch.device) -> float:
@@ -48,7 +48,7 @@ class Runs:
 
     def __init__(self, folder, device: torch.device) -> None:
         self.folder, self.device = folder, device
-        write_shards(folder / "shards", learnable_pairs(), make_vocabulary())
+        write_shards(folder / "shards", make_learnable_pairs(), make_vocabulary())
         (folder / "config.yaml").write_text(CONFIG)
         self.runners = {"device": RowRunner(folder), "cpu": RowRunner(folder, CUDA_VISIBLE_DEVICES="")}
         self.futures = {}
@@ -60,7 +60,7 @@ class Runs:
             self._submit(row, (*ROWS[base], "train.compile=true"), "device")
         self._submit(SYNCHRONOUS, ("checkpoint.asynchronous=false",), "device")
         for row in RESUMED:
-            for source, target in WAYS:
+            for source, target in DIRECTIONS:
                 self._submit_resumed(row, source, target)
 
     def _submit(self, row: str, overrides: tuple, side: str, after=None, name: str = "") -> None:
@@ -99,14 +99,15 @@ def runs(tmp_path_factory, device):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_same_losses_as_on_the_cpu(runs, device, row):
-    assert relative(runs.steps(f"{row} on device"), runs.steps(f"{row} on cpu"), "loss") <= tolerance(row, device)
+def test_losses_equal_those_of_the_cpu(runs, device, row):
+    found, expected = runs.steps(f"{row} on device"), runs.steps(f"{row} on cpu")
+    assert relative_difference(found, expected, "loss") <= tolerance(row, device)
 
 
 @pytest.mark.parametrize("row", COMPILED)
 def test_compiled_layers_give_the_same_losses(runs, device, row):
     found, expected = runs.steps(f"{row} on device"), runs.steps(f"{COMPILED[row]} on cpu")
-    assert relative(found, expected, "loss") <= tolerance(row, device)
+    assert relative_difference(found, expected, "loss") <= tolerance(row, device)
 
 
 def test_a_failing_row_reports_its_cause_and_does_not_affect_others(runs):
@@ -116,12 +117,12 @@ def test_a_failing_row_reports_its_cause_and_does_not_affect_others(runs):
 
 
 @pytest.mark.parametrize("row", RESUMED)
-@pytest.mark.parametrize(("source", "target"), WAYS)
-def test_either_device_resumes_the_others_checkpoint(runs, device, row, source, target):
+@pytest.mark.parametrize(("source", "target"), DIRECTIONS)
+def test_each_device_resumes_from_a_checkpoint_of_the_other(runs, device, row, source, target):
     resumed = runs.steps(f"{row} from {source} to {target}")
     assert [step["step"] for step in resumed] == list(range(11, 21))
-    largest = 1e-5 if source == target else tolerance(row, device)
-    assert relative(resumed, runs.steps(f"{row} on {source}"), "loss") <= largest
+    limit = 1e-5 if source == target else tolerance(row, device)
+    assert relative_difference(resumed, runs.steps(f"{row} on {source}"), "loss") <= limit
 
 
 def test_an_asynchronous_save_contains_the_weights_of_its_step(runs):

@@ -55,7 +55,7 @@ def test_cross_entropy_needs_no_memory_except_the_logits(single_rank, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("width", "heads", "groups"), [(64, 4, 2), (96, 2, 2), (128, 2, 1)])
-def test_attention_per_sample_equals_the_masked_form(device, dtype, width, heads, groups):
+def test_attention_per_sample_equals_masked_attention(device, dtype, width, heads, groups):
     generator, length = torch.Generator().manual_seed(0), 700
     samples = (torch.arange(length) * 4 // length)[None].clone()
     samples[:, 600:] = torch.randint(0, 4, (100,), generator=generator)  # CM3 masking moves spans to the end
@@ -72,8 +72,8 @@ def test_attention_per_sample_equals_the_masked_form(device, dtype, width, heads
         gradients = torch.autograd.grad(found, states, weights)
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5 if device.type == "cpu" else 1e-4  # three TF32 products
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    for mine, theirs in zip(gradients, torch.autograd.grad(expected, states, weights), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=4 * tolerance)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, states, weights), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=4 * tolerance)
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,15 @@ def test_fp8_products_equal_those_of_the_cpu(device, left, dtype):
         pytest.skip("this GPU has no fp8")
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(shape, generator=generator).bfloat16() for shape in ((64, 256), (96, 256))]
-    both = []
-    for where in (torch.device("cpu"), device):
-        (of_left, left_turned), (of_right, right_turned) = (
-            quantize_both_ways(each.to(where), kind) for each, kind in zip(matrices, (left, FORWARD), strict=True)
+    results = []
+    for target in (torch.device("cpu"), device):
+        (left_rows, left_transposed), (right_rows, right_transposed) = (
+            quantize_both_ways(each.to(target), kind) for each, kind in zip(matrices, (left, FORWARD), strict=True)
         )
-        both.append((of_left, of_right, left_turned, right_turned, multiply(of_left, of_right, dtype).cpu()))
-    for ours, theirs in zip(*(each[:4] for each in both), strict=True):
+        results.append(
+            (left_rows, right_rows, left_transposed, right_transposed, multiply(left_rows, right_rows, dtype).cpu())
+        )
+    for ours, theirs in zip(*(each[:4] for each in results), strict=True):
         assert torch.equal(ours.values.float().cpu(), theirs.values.float().cpu())
         assert ours.inverse.cpu() == theirs.inverse.cpu()
-    torch.testing.assert_close(both[1][4], both[0][4], rtol=1e-2, atol=1e-2 * float(both[0][4].std()))
+    torch.testing.assert_close(results[1][4], results[0][4], rtol=1e-2, atol=1e-2 * float(results[0][4].std()))

@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreted
 
-tests/generation/test_triton.py runs them in this way. Three properties of Triton 3.6's interpreter are changed here. It
+tests/generation/test_triton.py runs them like this. Three properties of Triton 3.6's interpreter are changed here. It
 patches triton.language at every call of a function in a kernel, 1 ms each: once per process is enough. Its `dot`
 multiplies bf16 numbers as the integers of their bits, and a cast of integers to bf16 keeps the bits.
 

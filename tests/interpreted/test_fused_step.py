@@ -24,8 +24,8 @@ def compare_steps(decoder, prompts, steps, tile=None):
     """Largest relative error of the states of `steps` steps, of the cache after them, and of the logits."""
     (_, expected_cache), (_, cache) = (decoder.start(prompts, steps + 1) for _ in range(2))
     fused, errors = FusedStep(decoder, tile), []
-    for turn in range(steps):
-        ids = (torch.arange(len(prompts), device=DEVICE) * 7 + turn) % decoder.vocabulary_size
+    for step_number in range(steps):
+        ids = (torch.arange(len(prompts), device=DEVICE) * 7 + step_number) % decoder.vocabulary_size
         expected, state = decoder.step(ids, expected_cache), fused.advance(ids, cache)
         errors.append(relative_error(state, expected))
     assert torch.equal(cache.lengths, expected_cache.lengths)
@@ -36,7 +36,7 @@ def compare_steps(decoder, prompts, steps, tile=None):
 
 
 @pytest.mark.parametrize(("family", "rows", "layers"), [("opt", 1, 2), ("opt", 4, 1), ("llama", 2, 1), ("qwen3", 3, 1)])
-def test_equals_the_step_of_the_decoder(family, rows, layers):
+def test_a_fused_step_equals_the_step_of_the_decoder(family, rows, layers):
     assert compare_steps(build_decoder(family, layers=layers), PROMPTS[:rows], 2) < CLOSE
 
 
@@ -50,18 +50,18 @@ def test_equals_the_step_of_the_decoder(family, rows, layers):
     ],
     ids=str,
 )
-def test_widths_that_are_not_powers_of_two(shape):
+def test_widths_may_be_other_than_powers_of_two(shape):
     assert compare_steps(build_decoder(**shape), PROMPTS[:2], 1) < CLOSE
 
 
 @pytest.mark.parametrize(("family", "quantized"), [("opt", "int8"), ("qwen3", "fp8")])
-def test_smaller_dtypes(family, quantized):
+def test_smaller_dtypes_are_equal_or_close(family, quantized):
     """With the same 8-bit weights the fp32 steps are equal; bf16 states differ by rounding."""
     assert compare_steps(build_decoder(family, quantized=quantized), PROMPTS[:2], 1) < CLOSE
     assert compare_steps(build_decoder(family, dtype=torch.bfloat16, quantized=quantized), PROMPTS[:2], 1) < 0.02
 
 
-def test_lengths_at_the_ends_of_chunks_and_of_the_cache():
+def test_lengths_may_be_at_the_ends_of_chunks_and_of_the_cache():
     """The new position is the first or the last of a chunk, or of the cache."""
     decoder = build_decoder("opt", hidden=16, heads=1)
     prompts = [[1], [1] * (CHUNK - 2), [2] * CHUNK, [3] * (2 * CHUNK - 3)]
@@ -81,26 +81,26 @@ def test_positions_beyond_a_length_are_not_read():
         assert torch.equal(found, fused.advance(ids, clean))
 
 
-def test_small_tiles():
+def test_small_tiles_give_the_same_step():
     decoder = build_decoder("opt", hidden=32, heads=2, inner=32)
     assert compare_steps(decoder, PROMPTS[:2], 1, Tile(8, 16)) < CLOSE
 
 
 @torch.inference_mode()
-def test_tokens_of_a_step_with_sampling():
+def test_sampling_gives_the_same_tokens():
     """As step.py calls it, with guidance and noise."""
-    decoder, sampling, made = build_decoder("llama", hidden=32, inner=32), Sampling(guidance=3.0), []
+    decoder, sampling, tokens = build_decoder("llama", hidden=32, inner=32), Sampling(guidance=3.0), []
     segment = Segment(torch.arange(8, 40), 3)
     shape = StepShape.of(segment, sampling, sequences=2, size=16, length=segment.length)
     for fused in (None, FusedStep(decoder)):
         cache = decoder.build_cache(4, 16, flat=False)
         step = DecodingStep(decoder, shape, segment, sampling, cache, fused)
         step.begin(BatchPrompts([[1, 2, 3], [4, 5]], [[1], [1]], [1, 2]), segment.length, sampling)
-        for turn in range(segment.length):
-            step.prepare(turn)
+        for step_number in range(segment.length):
+            step.prepare(step_number)
             step.advance(cache.size, True)
-        made.append(step.ids)
-    assert torch.equal(*made) and len(made[0].unique()) > 2
+        tokens.append(step.ids)
+    assert torch.equal(*tokens) and len(tokens[0].unique()) > 2
 
 
 def test_too_many_sequences_are_rejected():
@@ -111,7 +111,7 @@ def test_too_many_sequences_are_rejected():
 
 
 @pytest.mark.slow
-def test_width_4096(monkeypatch):
+def test_a_fused_step_of_width_4096(monkeypatch):
     """One layer with the width of 7b and guidance; the interpreter reads 20 million weights per second."""
     if DEVICE == "cpu":  # NumPy sums long rows fast
         monkeypatch.setattr(products, "lane_width", lambda width, itemsize: min(width & -width, 1024))
@@ -136,8 +136,8 @@ def test_a_graph_replays_the_step(overlap):
     with torch.cuda.graph(graph):
         state = fused.advance(ids, cache)
     cache.lengths.copy_(lengths)
-    for turn in range(8):
-        ids.fill_(turn)
+    for step_number in range(8):
+        ids.fill_(step_number)
         graph.replay()
         assert torch.equal(state, plain.advance(ids, expected_cache))
     assert torch.equal(cache.lengths, expected_cache.lengths)

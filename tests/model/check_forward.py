@@ -1,4 +1,4 @@
-"""Token losses of a built stage on one rank, compared with a forward pass in plain torch and with stock Qwen3."""
+"""Compare token losses of a stage on one rank with a forward pass in plain torch and with Qwen3 of transformers."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from tests.data.corpora import make_vocabulary
 LAYERS, WIDTH, HEADS, LENGTH = 2, 32, 4, 20
 
 
-def plain_losses(weights: dict, tokens: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def compute_plain_losses(weights: dict, tokens: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
     words = weights["embedding.word_embeddings.weight"]
     x = words[tokens] + weights["embedding.position_embeddings.weight"][: tokens.shape[1]]
     for layer in range(LAYERS):
@@ -31,7 +31,7 @@ def plain_losses(weights: dict, tokens: torch.Tensor, labels: torch.Tensor, voca
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
 
-def stock_losses(weights: dict, tokens: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def compute_stock_losses(weights: dict, tokens: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Qwen3ForCausalLM (LLaMA with RMSNorm of queries and keys) with the same weights."""
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -102,18 +102,18 @@ def check_samples(stage, vocabulary: int) -> None:
     tokens, labels = torch.randint(0, vocabulary, (2, 1, LENGTH))
     samples = (torch.arange(LENGTH) * 2 // 3 % 2)[None]
     positions = torch.where(samples == 0, (samples == 0).cumsum(1), (samples == 1).cumsum(1)) - 1
-    together = stage(tokens, positions, torch.stack([samples, positions]), labels=labels)
+    packed = stage(tokens, positions, torch.stack([samples, positions]), labels=labels)
     for sample in (0, 1):
         columns = (samples[0] == sample).nonzero()[:, 0]
-        alone = torch.arange(len(columns))[None]
-        expected = stage(tokens[:, columns], alone, None, labels=labels[:, columns])
-        torch.testing.assert_close(together[:, columns], expected, rtol=1e-5, atol=1e-5)
+        own_positions = torch.arange(len(columns))[None]
+        expected = stage(tokens[:, columns], own_positions, None, labels=labels[:, columns])
+        torch.testing.assert_close(packed[:, columns], expected, rtol=1e-5, atol=1e-5)
 
 
 def main() -> None:
     rank = Rank.from_environment()
-    check_family(rank, [], plain_losses)
-    check_family(rank, ["model.family=llama", "model.kv_heads=2", "model.qk_norm=true"], stock_losses)
+    check_family(rank, [], compute_plain_losses)
+    check_family(rank, ["model.family=llama", "model.kv_heads=2", "model.qk_norm=true"], compute_stock_losses)
     print("forward agrees")
     destroy_groups()
 

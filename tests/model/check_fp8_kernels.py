@@ -1,7 +1,7 @@
-"""The CUDA kernel that converts to fp8, in Triton's interpreter (TRITON_INTERPRET=1), writes the CPU's bits.
+"""The CUDA kernel that converts to fp8, in Triton's interpreter (TRITON_INTERPRET=1), gives the same bits as the CPU.
 
 Triton 3.6's interpreter loses the carry where it rounds to fp8 (125 becomes 64), and rounds ties up: torch's conversion
-takes its place. A GPU rounds by one instruction, to the nearest, ties to even (tests/gpu compares the bits there).
+is used instead. A GPU rounds with one instruction, to the nearest, ties to even (tests/gpu compares the bits there).
 """
 
 import numpy as np
@@ -30,26 +30,28 @@ def check(matrix: torch.Tensor, dtype: torch.dtype, rows: bool, columns: bool) -
     found = fp8._allocate(matrix, largest, dtype, rows, columns)
     outputs = found[0] if rows else None, found[1] if columns else None
     fp8_kernels.convert(matrix, largest, fp8._SMALLEST, *outputs, found[2])
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.shape == theirs.shape
-        numbers, others = mine.float(), theirs.float()
-        assert torch.equal(numbers.isnan(), others.isnan())
-        assert torch.equal(numbers.nan_to_num(), others.nan_to_num()), (numbers - others).abs().max()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        found_numbers, expected_numbers = ours.float(), theirs.float()
+        assert torch.equal(found_numbers.isnan(), expected_numbers.isnan())
+        assert torch.equal(found_numbers.nan_to_num(), expected_numbers.nan_to_num()), (
+            (found_numbers - expected_numbers).abs().max()
+        )
 
 
 def main() -> None:
     fp8_kernels.TILE = 32
     interpreter._convert_float = convert_as_torch(interpreter._convert_float)
     generator = torch.Generator().manual_seed(0)
-    for size in (1e-30, 1e-6, 0.3, 1.0, 5e4):
+    for scale in (1e-30, 1e-6, 0.3, 1.0, 5e4):
         for kind in (torch.bfloat16, torch.float32):
             for dtype in (fp8.FORWARD, fp8.BACKWARD):
-                matrix = (torch.randn(48, 80, generator=generator) * size).to(kind)
+                matrix = (torch.randn(48, 80, generator=generator) * scale).to(kind)
                 for rows, columns in ((True, True), (True, False), (False, True)):
                     check(matrix, dtype, rows, columns)
-    for top in (448.0, 224.0, 57344.0, 1.0, 0.0):  # where the ratio is a power of two itself
+    for value in (448.0, 224.0, 57344.0, 1.0, 0.0):  # the ratio is exactly a power of two
         for dtype in (fp8.FORWARD, fp8.BACKWARD):
-            check(torch.full((32, 32), top).bfloat16(), dtype, True, True)
+            check(torch.full((32, 32), value).bfloat16(), dtype, True, True)
     matrix = torch.randn(32, 32, generator=generator).bfloat16()
     matrix[3, 4] = torch.nan
     largest = fp8.find_largest(matrix)

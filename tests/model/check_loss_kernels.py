@@ -17,11 +17,11 @@ def check_both_passes(dtype: torch.dtype, columns: int) -> None:
     highest, sums = expected[:2] if columns else (torch.zeros(5), torch.ones(5))
     gradient = torch.rand(5, generator=generator)
     factors = softmax_factors(gradient, highest, sums, 1e-2)
-    mine, theirs = logits.clone(), logits.clone()
-    loss_kernels.write_gradient(mine, targets, columns, highest, factors, gradient)
+    ours, theirs = logits.clone(), logits.clone()
+    loss_kernels.write_gradient(ours, targets, columns, highest, factors, gradient)
     write_in_chunks(theirs, targets, columns, highest, factors, gradient)
-    torch.testing.assert_close(mine, theirs, rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-7)
-    assert not mine[:, columns:].any()
+    torch.testing.assert_close(ours, theirs, rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-7)
+    assert not ours[:, columns:].any()
 
 
 def check_row_that_starts_with_minus_infinity() -> None:

@@ -1,4 +1,4 @@
-"""Attention for short bf16 sequences and narrow heads on a CPU equals that of torch."""
+"""Attention on a CPU for short bf16 sequences and narrow heads equals that of torch."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ def test_unfused_attention_equals_that_of_torch(dtype, tolerance):
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=tolerance, atol=tolerance)
+    for tensor, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(tensor.grad, reference.grad, rtol=tolerance, atol=tolerance)
 
 
 def test_the_gradient_of_narrow_bf16_heads_is_computed_in_fp32():

@@ -1,4 +1,4 @@
-"""Parameter counts of the paper's presets, initial weights, losses of an independent forward pass."""
+"""Parameter counts of the presets, initial weights, and losses compared with independent forward passes."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.distributed.launch import torchrun
 @pytest.mark.parametrize(
     ("preset", "parameters"), [("350m", 373_293_056), ("760m", 786_432_000), ("7b", 6_727_663_616)]
 )
-def test_presets_have_the_papers_parameter_counts(preset, parameters):
+def test_presets_have_the_parameter_counts_of_the_paper(preset, parameters):
     from megatron_cm3leon.model.weights import count_parameters
 
     config = load_config(None, [f"preset={preset}"])
@@ -31,13 +31,13 @@ def test_initial_weights_follow_the_paper():
     assert abs(positions.std() / 0.0002 - 0.9866) < 0.01
     for name in ("self_attention.linear_proj", "mlp.linear_fc2"):
         assert not draw_initial_weight(f"decoder.layers.3.{name}.weight", (8, 8), config).any()
-    again = draw_initial_weight("embedding.word_embeddings.weight", (4096, 256), config)
-    assert torch.equal(words, again)
+    repeated = draw_initial_weight("embedding.word_embeddings.weight", (4096, 256), config)
+    assert torch.equal(words, repeated)
     config.seed = 1
     assert not torch.equal(words, draw_initial_weight("embedding.word_embeddings.weight", (4096, 256), config))
 
 
 def test_padding_changes_no_loss(tmp_path):
-    """With a vocabulary of 164 padded to 256 rows, the softmax covers the 164 rows only."""
+    """The vocabulary of 164 is padded to 256 rows; the softmax must cover only the 164 rows."""
     done = torchrun(1, "tests/model/check_forward.py")
     assert "forward agrees" in done.stdout

@@ -1,4 +1,4 @@
-"""fp8 products: what is rounded and how, torch's own product as the oracle, and where they are refused."""
+"""fp8 matrix products: rounding, comparison with the product of torch, and settings that are rejected."""
 
 import importlib.util
 import os
@@ -30,20 +30,20 @@ def random_matrix(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(FORWARD, 3), (BACKWARD, 2)])
-@pytest.mark.parametrize("size", [1e-5, 1.0, 3e4])
-def test_numbers_keep_the_types_bits(dtype, bits, size):
-    matrix = random_matrix(16, 64) * size
+@pytest.mark.parametrize(("dtype", "mantissa_bits"), [(FORWARD, 3), (BACKWARD, 2)])
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 3e4])
+def test_quantization_error_is_within_the_mantissa_of_the_type(dtype, mantissa_bits, scale):
+    matrix = random_matrix(16, 64) * scale
     found = quantize(matrix, dtype)
     assert torch.frexp(found.inverse).mantissa == 0.5  # a power of two
-    top = torch.finfo(dtype).max
-    assert top / 2 < found.values.float().abs().max() <= top
+    largest_value = torch.finfo(dtype).max
+    assert largest_value / 2 < found.values.float().abs().max() <= largest_value
     values, exact = found.values.float() * found.inverse, matrix.float()
     normal = exact.abs() > found.inverse * torch.finfo(dtype).smallest_normal
-    assert ((values - exact).abs() <= exact.abs() * 2.0 ** -(bits + 1))[normal].all()
+    assert ((values - exact).abs() <= exact.abs() * 2.0 ** -(mantissa_bits + 1))[normal].all()
 
 
-def test_zeros_stay_and_what_is_not_finite_does_not_hide():
+def test_zeros_stay_zero_and_non_finite_numbers_become_nan():
     assert not quantize(torch.zeros(2, 2), FORWARD).values.float().any()
     for value in (torch.inf, torch.nan):
         matrix = torch.ones(2, 2)
@@ -51,11 +51,11 @@ def test_zeros_stay_and_what_is_not_finite_does_not_hide():
         assert quantize(matrix, BACKWARD).values.float()[0, 1].isnan()
 
 
-def test_a_part_of_a_tensor_has_the_bits_of_the_whole():
-    whole = random_matrix(16, 64)
-    part = whole[:, :16] / 4 + 0
-    whole[:, :16] = part
-    ours, theirs = quantize(part, FORWARD), quantize(whole, FORWARD)
+def test_a_part_of_a_tensor_is_rounded_like_the_full_tensor():
+    full = random_matrix(16, 64)
+    part = full[:, :16] / 4 + 0
+    full[:, :16] = part
+    ours, theirs = quantize(part, FORWARD), quantize(full, FORWARD)
     assert ours.inverse < theirs.inverse
     values = theirs.values.float()[:, :16]
     normal = values.abs() >= torch.finfo(FORWARD).smallest_normal
@@ -64,7 +64,7 @@ def test_a_part_of_a_tensor_has_the_bits_of_the_whole():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("left_type", [FORWARD, BACKWARD])
-def test_the_cpus_product_is_torchs(left_type, dtype):
+def test_the_product_on_a_cpu_equals_that_of_torch(left_type, dtype):
     left, right = quantize(random_matrix(16, 32), left_type), quantize(random_matrix(48, 32, seed=1) * 9, FORWARD)
     options = {"scale_a": left.inverse, "scale_b": right.inverse, "out_dtype": dtype}
     expected = torch._scaled_mm(left.values, right.values.t(), **options)
@@ -72,25 +72,25 @@ def test_the_cpus_product_is_torchs(left_type, dtype):
 
 
 @pytest.mark.parametrize("accumulates", [False, True])
-def test_output_and_gradients_are_near_the_exact_ones(accumulates):
-    """Within the rounding of sums of 64 to 128 products of numbers with 3 and 2 bits behind the first."""
+def test_output_and_gradients_are_close_to_the_exact_ones(accumulates):
+    """Within the rounding error of sums of 64 to 128 products of numbers with 3 and 2 mantissa bits."""
     input, weight = random_matrix(32, 2, 128).requires_grad_(), random_matrix(96, 128, seed=1).requires_grad_()
     gradient = random_matrix(32, 2, 96, seed=2) * 1e-4
     main_grad = torch.ones(96, 128) if accumulates else None
     found = _Linear.apply(input, weight, main_grad, ALONE, "", False, True)
-    of_input, of_weight = torch.autograd.grad(found, (input, weight), gradient)
-    of_weight = main_grad - 1 if accumulates else of_weight
-    flat, of_output = input.detach().double().view(64, 128), gradient.double().view(64, 96)
-    for mine, exact in (
+    input_gradient, weight_gradient = torch.autograd.grad(found, (input, weight), gradient)
+    weight_gradient = main_grad - 1 if accumulates else weight_gradient
+    flat, output_gradient = input.detach().double().view(64, 128), gradient.double().view(64, 96)
+    for result, exact in (
         (found.view(64, 96), flat @ weight.detach().double().t()),
-        (of_input.view(64, 128), of_output @ weight.detach().double()),
-        (of_weight, of_output.t() @ flat),
+        (input_gradient.view(64, 128), output_gradient @ weight.detach().double()),
+        (weight_gradient, output_gradient.t() @ flat),
     ):
-        error = (mine.detach().double() - exact).norm() / exact.norm()
+        error = (result.detach().double() - exact).norm() / exact.norm()
         assert 0.005 < error < 0.08, error
 
 
-def test_both_ways_are_the_matrix_and_its_transpose():
+def test_quantize_both_ways_returns_the_matrix_and_its_transpose():
     matrix = random_matrix(48, 32)[:, ::2]  # not contiguous
     rows, columns = quantize_both_ways(matrix, FORWARD)
     assert torch.equal(rows.values.view(torch.uint8), columns.values.t().view(torch.uint8))
@@ -100,12 +100,12 @@ def test_both_ways_are_the_matrix_and_its_transpose():
         assert found.inverse == expected.inverse
 
 
-def test_a_kept_weight_gives_the_bits_of_one_that_is_converted():
+def test_a_weight_kept_in_fp8_gives_the_same_bits_as_a_converted_one():
     results = []
-    for keeps in (False, True):
+    for keeps_weight in (False, True):
         input, weight = random_matrix(32, 2, 128).requires_grad_(), random_matrix(96, 128, seed=1).requires_grad_()
         (values, inverse), (transposed, _) = quantize_both_ways(weight.detach(), FORWARD)
-        kept = (values, transposed, inverse) if keeps else ()
+        kept = (values, transposed, inverse) if keeps_weight else ()
         output = _Linear.apply(input, weight, None, ALONE, "", False, True, True, *kept)
         output.backward(random_matrix(32, 2, 96, seed=2))
         results.append((output, input.grad, weight.grad))
@@ -113,7 +113,7 @@ def test_a_kept_weight_gives_the_bits_of_one_that_is_converted():
         assert torch.equal(ours, theirs)
 
 
-def test_an_input_is_kept_in_fp8():
+def test_the_input_is_saved_for_the_backward_pass_in_fp8():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         _Linear.apply(random_matrix(32, 128), random_matrix(96, 128).requires_grad_(), None, ALONE, "", False, True)
@@ -122,7 +122,7 @@ def test_an_input_is_kept_in_fp8():
 
 
 @needs_triton
-def test_cuda_kernel_writes_the_cpus_bits():
+def test_the_cuda_kernel_gives_the_same_bits_as_the_cpu():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when triton is imported
     command = [sys.executable, "-m", "tests.model.check_fp8_kernels"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -131,7 +131,7 @@ def test_cuda_kernel_writes_the_cpus_bits():
 
 @needs_triton
 @pytest.mark.parametrize("kind", ["*fp8e4nv", "*fp8e5"])
-def test_cuda_kernel_compiles_for_a_gpu(kind):
+def test_the_cuda_kernel_compiles_for_a_gpu(kind):
     from megatron_cm3leon.model import fp8_kernels
     from tests.generation.test_triton import compile_kernel
 
@@ -139,7 +139,7 @@ def test_cuda_kernel_compiles_for_a_gpu(kind):
     types |= {"rows": "i32", "columns": "i32"}
     constants = {"TOP": 448.0, "SMALLEST": 2.0**-64, "ROWS": True, "TRANSPOSED": True, "TILE": fp8_kernels.TILE}
     assembly = compile_kernel(fp8_kernels._convert, f"conversion to {kind}", types, constants, fp8_kernels.WARPS)
-    assert "cvt.rn.satfinite" in assembly  # one instruction, to the nearest
+    assert "cvt.rn.satfinite" in assembly  # one instruction, rounds to the nearest
     assert "ld.global.v4" in assembly and "st.global.v4" in assembly
 
 
@@ -152,12 +152,12 @@ def test_cuda_kernel_compiles_for_a_gpu(kind):
         (["data.seq_length=40"], r"train.micro_batch_size x data.seq_length / parallel.context \(40\) must be .* 16"),
     ],
 )
-def test_refused_where_it_cannot_be(overrides, message):
+def test_fp8_is_rejected_with_unsupported_settings(overrides, message):
     with pytest.raises(ValueError, match=message):
         validate_config(load_config(None, ["train.fp8=true", *overrides]), 1)
 
 
-def test_refused_on_a_gpu_without_it():
+def test_fp8_is_rejected_on_a_gpu_that_lacks_it():
     require_fp8((8, 9))
     with pytest.raises(ValueError, match=r"train.fp8 \(True\) needs a GPU of compute capability 8.9 .* has 8.0: use"):
         require_fp8((8, 0))

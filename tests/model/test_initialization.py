@@ -1,4 +1,4 @@
-"""Initial weights: same bits on every machine, any part without the rest, truncated normal distribution."""
+"""Initial weights: the same bits on every machine, parts drawn without the rest, truncated normal distribution."""
 
 import hashlib
 import math
@@ -26,7 +26,7 @@ def draw(start: int, stop: int, seed: int = 7, name: str = "w") -> torch.Tensor:
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_the_same_bits_with_every_instruction_set(capability):
+def test_weights_have_the_same_bits_with_every_instruction_set(capability):
     """trunc_normal_, used earlier, gave different bits with `default` and `avx2`, and with torch 2.11."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-c", PRINT_SHA256], capture_output=True, text=True, env=environment)
@@ -34,38 +34,38 @@ def test_the_same_bits_with_every_instruction_set(capability):
 
 
 def test_any_part_is_drawn_without_the_rest():
-    whole = draw(0, 2 * BLOCK + 1000)
+    full = draw(0, 2 * BLOCK + 1000)
     for start, stop in [(0, 5), (40_000, 40_003), (BLOCK - 3, BLOCK + 70_000), (BLOCK, 2 * BLOCK), (5, 2 * BLOCK + 9)]:
-        assert torch.equal(draw(start, stop), whole[start:stop])
+        assert torch.equal(draw(start, stop), full[start:stop])
 
 
-def test_seed_name_and_block_each_give_other_numbers():
+def test_another_seed_name_or_block_gives_different_numbers():
     first = draw(0, 1000)
     for other in (draw(0, 1000, seed=8), draw(0, 1000, name="v"), draw(BLOCK, BLOCK + 1000)):
         assert not (first == other).any()
 
 
-def test_the_distribution_is_a_normal_truncated_at_three_deviations():
+def test_the_distribution_is_a_normal_truncated_at_three_standard_deviations():
     numbers = draw(0, 1_000_000).double()
     assert numbers.abs().max() <= 3 * (1 + 1e-5) and numbers.abs().max() > 2.99
     points = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 2.5], dtype=torch.float64)
-    inside = math.erf(3 / math.sqrt(2))
-    expected = (torch.special.ndtr(points) - 0.5) / inside + 0.5
+    probability_inside = math.erf(3 / math.sqrt(2))
+    expected = (torch.special.ndtr(points) - 0.5) / probability_inside + 0.5
     found = (numbers[:, None] <= points).double().mean(0)
     assert (found - expected).abs().max() < 4 * 0.5 / 1000  # four standard errors
 
 
 def test_runs_of_a_part_cover_its_numbers():
-    whole = torch.arange(2 * 3 * 4 * 5)
+    full = torch.arange(2 * 3 * 4 * 5)
     shape, offset, part = (2, 3, 4, 5), (0, 1, 0, 0), (2, 2, 4, 5)
-    runs = [whole[start : start + length] for start, length in list_runs(shape, offset, part)]
+    runs = [full[start : start + length] for start, length in list_runs(shape, offset, part)]
     assert len(runs) == 2
-    assert torch.equal(torch.cat(runs), whole.view(shape)[:, 1:3].reshape(-1))
-    columns = [whole[start : start + length] for start, length in list_runs((24, 5), (2, 1), (3, 2))]
-    assert torch.equal(torch.cat(columns), whole.view(24, 5)[2:5, 1:3].reshape(-1))
+    assert torch.equal(torch.cat(runs), full.view(shape)[:, 1:3].reshape(-1))
+    columns = [full[start : start + length] for start, length in list_runs((24, 5), (2, 1), (3, 2))]
+    assert torch.equal(torch.cat(columns), full.view(24, 5)[2:5, 1:3].reshape(-1))
 
 
-def test_the_version_belongs_to_these_numbers():
+def test_the_version_identifies_these_numbers():
     """Runs record the version, so a change of the numbers requires a new one."""
     assert initialization.VERSION == "pcg64-erfinv-1"
     assert hashlib.sha256(draw(0, 4).numpy().tobytes()).hexdigest()[:16] == "f207d1346cb90cff"

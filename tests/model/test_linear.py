@@ -1,6 +1,6 @@
-"""Linear layers: gradients equal torch's, and are added to the fp32 buffer, eager and inside a compiled function.
+"""Linear layers: gradients equal those of torch and are added to the fp32 buffer, eagerly and in a compiled function.
 
-What they exchange between ranks is compared by the table of layouts.
+The table of layouts (tests/distributed) compares their communication between ranks.
 """
 
 import pytest
@@ -21,7 +21,7 @@ def test_a_weight_gradient_is_added_in_fp32(dtype, tolerance):
 
 
 def differentiate(function, accumulates: bool):
-    """(output, gradient of the input, gradient that autograd gave the weight, buffer) of `function` with a weight."""
+    """(output, gradient of the input, gradient of the weight from autograd, buffer) of `function` with a weight."""
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(5, 2, 4, generator=generator).requires_grad_()
     weight = torch.nn.Parameter(torch.randn(3, 4, generator=generator))
@@ -32,18 +32,18 @@ def differentiate(function, accumulates: bool):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradients_equal_torchs(compiled):
-    def ours(input, weight, buffer):
+def test_gradients_equal_those_of_torch(compiled):
+    def apply_linear(input, weight, buffer):
         return _Linear.apply(input, weight, buffer, ALONE, "", False)
 
-    function = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
+    function = torch.compile(apply_linear, backend="aot_eager", fullgraph=True) if compiled else apply_linear
     theirs = differentiate(lambda input, weight, _: input @ weight.t(), False)
     found = differentiate(function, False)
-    for mine, other in zip(found[:3], theirs[:3], strict=True):
-        torch.testing.assert_close(mine, other)
+    for result, reference in zip(found[:3], theirs[:3], strict=True):
+        torch.testing.assert_close(result, reference)
     found = differentiate(function, True)
-    for mine, other in zip((*found[:2], found[3]), (*theirs[:2], 1 + theirs[2]), strict=True):
-        torch.testing.assert_close(mine, other)
+    for result, reference in zip((*found[:2], found[3]), (*theirs[:2], 1 + theirs[2]), strict=True):
+        torch.testing.assert_close(result, reference)
     assert found[2].shape == theirs[2].shape  # megatron-core's hooks wait for a gradient; its values are not read
 
 
@@ -52,8 +52,8 @@ def test_a_weight_shared_with_the_embedding_gets_no_second_gradient():
     assert found[2] is None and float((found[3] - 1).abs().sum()) > 0
 
 
-def test_micro_batches_under_way_at_once_all_add():
-    """Pipelines run several forward passes before the first backward one: the buffer has changed by then."""
+def test_gradients_of_all_micro_batches_in_a_pipeline_are_added():
+    """A pipeline runs several forward passes before the first backward pass; each backward pass adds to `buffer`."""
     weight = torch.nn.Parameter(torch.ones(3, 4))
     buffer = torch.zeros(3, 4)
     function = torch.compile(lambda x: _Linear.apply(x, weight, buffer, ALONE, "", False), backend="aot_eager")

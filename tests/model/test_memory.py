@@ -1,4 +1,4 @@
-"""Dry run: groups equal those of megatron-core, parameter counts are exact, bytes are close to measured ones."""
+"""Memory plan and dry run: groups of ranks, exact parameter counts, bytes close to the measured ones."""
 
 import json
 import re
@@ -27,7 +27,7 @@ SIZE = """model.layers=4 model.hidden_size=512 model.heads=8 data.seq_length=512
         (1, "train.micro_batch_size=4 model.family=llama model.qk_norm=true train.precision=bf16"),
     ],
 )
-def test_planned_bytes_are_within_a_tenth_of_the_peak(ranks, layout, monkeypatch):
+def test_planned_bytes_are_within_10_percent_of_the_peak(ranks, layout, monkeypatch):
     # Large allocations are returned to the system at once, so that resident memory is that of the tensors.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
@@ -42,7 +42,7 @@ def load(text: str, ranks: int):
     return config
 
 
-def test_stages_sum_to_the_model():
+def test_parameters_of_all_stages_sum_to_those_of_the_model():
     """Without tensor parallelism and vocabulary padding, the parameters of all stages sum to those of the model."""
     for text in (
         "preset=350m",
@@ -55,7 +55,7 @@ def test_stages_sum_to_the_model():
         assert total == count_parameters(config, 65_536) + tied_copy * 65_536 * config.model.hidden_size
 
 
-def test_each_stage_of_zero_partitions_more():
+def test_each_zero_stage_partitions_more_tensors():
     base = "preset=350m train.engine=deepspeed train.precision=fp32"
     plans = [estimate_memory(load(f"{base} parallel.zero={zero}", 4), 65_536, 4, 0) for zero in range(4)]
     assert [plan.optimizer * 4 == plans[0].optimizer for plan in plans] == [False, True, True, True]
@@ -67,8 +67,8 @@ def test_each_stage_of_zero_partitions_more():
 
 
 @pytest.mark.parametrize("model", ["cm3leon 350m", "cm3leon 760m", "llama 350m"])
-def test_fp8_on_a_gpu_takes_what_was_recorded(model):
-    """Peaks of benchmarks/operator_record.py; a CPU's emulation decodes operands, which takes memory of its own."""
+def test_the_fp8_plan_equals_the_recorded_peak_of_a_gpu(model):
+    """Peaks of benchmarks/operator_record.py; emulation on a CPU decodes operands, which takes additional memory."""
     lines = (ROOT / "benchmarks/results/operator_record.jsonl").read_text().splitlines()
     recorded = [row for row in map(json.loads, lines) if (row["model"], row["settings"]) == (model, ["train.fp8=true"])]
     family, preset = model.split()
@@ -77,7 +77,7 @@ def test_fp8_on_a_gpu_takes_what_was_recorded(model):
     assert estimate_memory(load(config, 1), 65_536, 1, 0).total == pytest.approx(recorded[-1]["peak_bytes"], rel=0.02)
 
 
-def test_weights_in_fp8_come_twice_beside_bf16():
+def test_fp8_keeps_two_copies_of_the_weights_in_addition_to_bf16():
     base = "preset=350m train.precision=bf16 parallel.tensor=2 parallel.pipeline=2 train.fp8="
     plans = [estimate_memory(load(base + value, 4), 65_536, 4, 1) for value in ("false", "true")]
     assert plans[1].weights - plans[0].weights == 2 * 12 * 1024**2 * 24 // 4
@@ -86,7 +86,7 @@ def test_weights_in_fp8_come_twice_beside_bf16():
     assert plans[1].weights == plans[0].weights
 
 
-def test_groups_differ_in_one_coordinate():
+def test_ranks_of_a_group_differ_in_one_coordinate():
     config = load("preset=350m parallel.tensor=2 parallel.context=2 parallel.pipeline=2", 16)
     groups = list_groups(config, 16)
     assert groups["tensor"][:2] == [[0, 1], [2, 3]] and groups["context"][0] == [0, 2]
@@ -101,7 +101,7 @@ def test_the_description_has_sizes_and_groups():
     assert len(re.findall(r"GiB\n", text)) == 4 and "512 micro-batches of 1" in text
 
 
-def test_dry_run_starts_nothing(tmp_path, capsys):
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(f"preset: 350m\nparallel: {{tensor: 2}}\noutput: {tmp_path / 'run'}\n")
     assert main([str(config), "--dry-run", "--ranks", "8"]) == 0

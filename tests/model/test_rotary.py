@@ -1,4 +1,4 @@
-"""Rotary positions and SwiGLU: values and gradients of the eager functions equal those of plain expressions."""
+"""Rotary positions and SwiGLU: values and gradients equal those of the plain formulas in torch."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from megatron_cm3leon.model.rotary import compute_rotary_angles, rotate
 
 
-def rotate_plainly(states_BNSD, positions_BS, base):
-    """The expression of Hugging Face's LLaMA."""
+def rotate_by_formula(states_BNSD, positions_BS, base):
+    """Rotate as LLaMA of transformers does."""
     width = states_BNSD.shape[-1]
     rates = base ** (torch.arange(0, width, 2).float() / -width)
     angles = positions_BS[:, None, :, None].float() * rates
@@ -19,13 +19,16 @@ def rotate_plainly(states_BNSD, positions_BS, base):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_rotation_equals_the_plain_expression(dtype, tolerance):
+def test_rotation_equals_the_formula(dtype, tolerance):
     generator = torch.Generator().manual_seed(0)
     ours = torch.randn(2, 3, 7, 8, generator=generator).to(dtype).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
     weights = torch.randn(2, 3, 7, 8, generator=generator)
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 2, 3, 0]])
-    found, expected = rotate(ours, compute_rotary_angles(positions, 8, 100.0)), rotate_plainly(theirs, positions, 100.0)
+    found, expected = (
+        rotate(ours, compute_rotary_angles(positions, 8, 100.0)),
+        rotate_by_formula(theirs, positions, 100.0),
+    )
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     assert found.dtype == dtype
@@ -44,7 +47,7 @@ def test_one_row_of_angles_is_used_for_every_sequence():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)])
-def test_swiglu_equals_the_plain_expression(dtype, tolerance):
+def test_swiglu_equals_the_formula(dtype, tolerance):
     from megatron_cm3leon.model.layers import swiglu
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Attention per sample by FlexAttention: its tiles; outputs and gradients equal to those of the masked form."""
+"""Attention per sample by FlexAttention: its tiles, and outputs and gradients that equal those of masked attention."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.flex_on_cpu import BACKEND, flex_on_cpu
 from tests.recording import MemoryRecorder
 
 
-def packed_samples(length: int) -> torch.Tensor:
+def make_packed_samples(length: int) -> torch.Tensor:
     """Two sequences of three samples; one ends with spans of all samples (moved by CM3 masking) and padding."""
     samples = (torch.arange(length) * 3 // length).expand(2, -1).clone()
     samples[1, length - length // 8 :] = torch.randint(0, 3, (length // 8,), generator=torch.Generator().manual_seed(0))
@@ -21,7 +21,7 @@ def packed_samples(length: int) -> torch.Tensor:
     return samples
 
 
-def allowed_pairs(samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def find_allowed_pairs(samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Pairs of query and key that may attend, bool [B, L, S]."""
     same = samples[:, positions, None] == samples[:, None]
     return same & (positions[:, None] >= torch.arange(samples.shape[1]))
@@ -32,46 +32,46 @@ def list_positions(length: int, ranks: int) -> list[torch.Tensor | None]:
 
 
 @pytest.mark.parametrize(("length", "ranks"), [(1300, 1), (1024, 2), (640, 2), (48, 1)])
-def test_tiles_contain_all_allowed_pairs_and_full_tiles_no_others(length, ranks):
-    samples, number_full = packed_samples(length), 0
+def test_tiles_contain_all_allowed_pairs_and_full_tiles_contain_no_others(length, ranks):
+    samples, n_full_tiles = make_packed_samples(length), 0
     for positions in list_positions(length, ranks):
         mask = build_sample_mask(samples, positions)
-        allowed = allowed_pairs(samples, torch.arange(length) if positions is None else positions)
+        allowed = find_allowed_pairs(samples, torch.arange(length) if positions is None else positions)
         rows, columns = allowed.shape[1:]
 
-        def pairs_in(tiles, rows=rows, columns=columns):
+        def expand_tiles(tiles, rows=rows, columns=columns):
             wide = tiles.to_dense()[:, 0].repeat_interleave(TILE, 1).repeat_interleave(TILE, 2)
             return wide[:, :rows, :columns].bool()
 
         exact = create_block_mask(mask.mask_mod, 2, None, rows, columns, device="cpu")
-        assert torch.equal(pairs_in(mask), pairs_in(exact))
-        assert not (allowed & ~pairs_in(mask)).any()
+        assert torch.equal(expand_tiles(mask), expand_tiles(exact))
+        assert not (allowed & ~expand_tiles(mask)).any()
         full = BlockMask.from_kv_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, BLOCK_SIZE=TILE)
-        assert not (pairs_in(full) & ~allowed).any()
-        number_full += int(mask.full_kv_num_blocks.sum())
-    assert (number_full > 0) == (length > 1000)  # in a shorter sequence no sample covers a tile
+        assert not (expand_tiles(full) & ~allowed).any()
+        n_full_tiles += int(mask.full_kv_num_blocks.sum())
+    assert (n_full_tiles > 0) == (length > 1000)  # in a shorter sequence no sample covers a tile
 
 
 @pytest.mark.parametrize(("width", "heads", "groups"), [(64, 4, 2), (96, 2, 2), (128, 2, 1)])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_equals_the_masked_form(width, heads, groups, ranks):
-    samples, generator = packed_samples(300), torch.Generator().manual_seed(0)
+def test_flex_attention_equals_masked_attention(width, heads, groups, ranks):
+    samples, generator = make_packed_samples(300), torch.Generator().manual_seed(0)
     for positions in list_positions(300, ranks):
         length = 300 // ranks
         shapes = [(2, heads, length, width), (2, groups, 300, width), (2, groups, 300, width)]
         states = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
         weights = torch.randn(shapes[0], generator=generator)
-        allowed = allowed_pairs(samples, torch.arange(300) if positions is None else positions)
+        allowed = find_allowed_pairs(samples, torch.arange(300) if positions is None else positions)
         expected = F.scaled_dot_product_attention(*states, attn_mask=allowed[:, None], enable_gqa=True)
         with flex_on_cpu():
             found = attend_samples(*states, build_sample_mask(samples, positions), None)
             gradients = torch.autograd.grad(found, states, weights)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        for mine, theirs in zip(gradients, torch.autograd.grad(expected, states, weights), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(gradients, torch.autograd.grad(expected, states, weights), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_compiled_layer_is_one_graph_for_all_micro_batches():
+def test_a_compiled_layer_uses_one_graph_for_all_micro_batches():
     torch._dynamo.utils.counters.clear()
     layer = torch.nn.Linear(32, 3 * 32)
 
@@ -83,18 +83,17 @@ def test_a_compiled_layer_is_one_graph_for_all_micro_batches():
         compiled = torch.compile(forward, backend=BACKEND, dynamic=False, fullgraph=True)
         for number in range(3):
             hidden = torch.randn(2, 160, 32, requires_grad=True)
-            mask = build_sample_mask(packed_samples(160).roll(50 * number, 1))
+            mask = build_sample_mask(make_packed_samples(160).roll(50 * number, 1))
             found, expected = compiled(hidden, mask), forward(hidden, mask)
             torch.testing.assert_close(found, expected)
-            mine, theirs = (torch.autograd.grad(each.square().sum(), hidden)[0] for each in (found, expected))
-            torch.testing.assert_close(mine, theirs)
-    assert (
-        torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
-    )  # the other one is FlexAttention, called outside the compiled function
+            ours, theirs = (torch.autograd.grad(each.square().sum(), hidden)[0] for each in (found, expected))
+            torch.testing.assert_close(ours, theirs)
+    # The second graph is FlexAttention, which the test calls outside the compiled function.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_no_mask_of_all_pairs_is_allocated():
-    samples = packed_samples(4096)[:1]
+    samples = make_packed_samples(4096)[:1]
     with MemoryRecorder() as recorder:
         build_sample_mask(samples)
     assert recorder.peak < 4096 * 4096 / 8

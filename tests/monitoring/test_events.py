@@ -1,4 +1,4 @@
-"""The events of a run."""
+"""The events of a run: attempts, the first cause, a truncated line."""
 
 from megatron_cm3leon.monitoring.events import next_attempt, read_events, record, record_first
 

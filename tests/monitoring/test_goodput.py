@@ -45,14 +45,14 @@ EVENTS = [
 ]
 
 
-def test_the_parts_add_up_to_the_wall_time(tmp_path):
+def test_the_parts_sum_to_the_wall_time(tmp_path):
     times = read_time_breakdown(write(tmp_path / "run", LINES, EVENTS))
     expected = {"kept": 8, "lost": 4, "start-up": 10 + 6, "between": 2 + 2, "down": 13}
     assert times.seconds == expected and times.wall == 45 == sum(times.seconds.values())
     assert times.goodput == 8 / 45 and len(times.processes) == 2
 
 
-def test_without_events_processes_are_found_from_the_metrics(tmp_path):
+def test_without_events_processes_are_found_in_the_metrics(tmp_path):
     times = read_time_breakdown(write(tmp_path / "run", LINES))
     assert times.seconds == {"kept": 8, "lost": 4, "start-up": 0, "between": 1, "down": 20}
     again = [step(1041, 1, 3, 2), step(1043, 1, 4, 3)]  # killed before the next checkpoint: the same attempt again
@@ -61,7 +61,7 @@ def test_without_events_processes_are_found_from_the_metrics(tmp_path):
     assert [(line["step"], line["time"]) for line, _ in same.lines][2:] == [(3, 1041), (4, 1043)]
 
 
-def test_steps_that_were_rolled_back_are_lost(tmp_path):
+def test_rolled_back_steps_count_as_lost(tmp_path):
     lines = [step(2, 1, 1, 0), step(4, 1, 2, 1), step(6, 1, 3, 2)]
     lines += [skip(7, 1, 1, 1), skip(7, 1, 1, 2), step(9, 1, 2, 3), step(11, 1, 2, 4, skipped="non-finite")]
     times = read_time_breakdown(write(tmp_path / "run", lines))
@@ -69,7 +69,7 @@ def test_steps_that_were_rolled_back_are_lost(tmp_path):
     assert len(times.processes) == 1
 
 
-def test_a_start_without_a_step_is_start_up(tmp_path):
+def test_an_attempt_without_a_step_counts_as_start_up(tmp_path):
     failed = [event(1026, 2, "start"), event(1028, 2, "failure", rank=0, host="a", cause="x")]
     events = [*EVENTS[:4], *failed, event(1033, 3, "start")]
     lines = [*LINES[:4], *(line | {"attempt": 3} for line in LINES[4:])]
@@ -83,7 +83,7 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
         read_time_breakdown(tmp_path)
 
 
-def test_a_run_simulated_with_its_failures_has_the_measured_goodput(tmp_path):
+def test_a_simulation_with_the_failures_of_a_run_has_its_wall_time(tmp_path):
     events = [each for each in EVENTS if each["event"] != "saved"]
     found = replay(read_time_breakdown(write(tmp_path / "run", LINES, events)), steps=4, interval=2)
     assert found.failures == 1 and found.kept == 8

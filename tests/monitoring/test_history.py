@@ -9,7 +9,7 @@ from megatron_cm3leon.monitoring.history import find_batch, read_history, read_m
 
 @pytest.fixture
 def run(tmp_path):
-    """Steps 1-4, batch 1 skipped; then resumed from step 2, whose first batch (3) is skipped; the last line is cut."""
+    """Steps 1-4, batch 1 skipped; then resumed from step 2, first batch (3) skipped; the last line is truncated."""
     lines = [(1, 1, 0), (1, 1, 1), (1, 2, 2), (1, 3, 3), (1, 4, 4), (2, 2, 3), (2, 3, 4), (2, 4, 5)]
     records = [{"attempt": a, "step": s, "batch": b, "loss": 10 * a + b} for a, s, b in lines]
     text = "\n".join(map(json.dumps, records))
@@ -17,7 +17,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_the_last_attempt_counts_and_skipped_batches_are_found(run):
+def test_the_last_attempt_is_used_and_skipped_batches_are_found(run):
     assert read_history(run) == {
         0: (1, ""),
         1: (1, "non-finite"),

@@ -1,4 +1,4 @@
-"""TensorBoard events of a run: every step once, after restarts and rollbacks too."""
+"""TensorBoard events of a run: each step once, also after restarts and rollbacks."""
 
 import math
 
@@ -23,7 +23,7 @@ def log(record, step, loss=1.0, **more):
     record.log(0.1, step=step, batch=step, **values, **more)
 
 
-def plotted(run, name):
+def read_plotted(run, name):
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
     return [(event.step, event.value) for event in board.Scalars(name)]
@@ -33,12 +33,12 @@ def test_steps_after_the_last_checkpoint_are_plotted_once(tmp_path, open_log):
     first = open_log(0)
     for step in range(1, 7):
         log(first, step, loss=1.0)
-    first.trackers.working["tensorboard"].writer.flush()  # and then killed; its last checkpoint was of step 3
+    first.trackers.working["tensorboard"].writer.flush()  # then killed; the last checkpoint is that of step 3
     second = open_log(3)
     for step in range(4, 9):
         log(second, step, loss=2.0)
     second.close()
-    assert plotted(tmp_path, "loss") == [(step, 1.0 if step <= 3 else 2.0) for step in range(1, 9)]
+    assert read_plotted(tmp_path, "loss") == [(step, 1.0 if step <= 3 else 2.0) for step in range(1, 9)]
 
 
 def test_a_run_that_restarted_from_step_0_plots_only_its_own_steps(tmp_path, open_log):
@@ -47,7 +47,7 @@ def test_a_run_that_restarted_from_step_0_plots_only_its_own_steps(tmp_path, ope
         for step in range(1, 4):
             log(record, step, loss=loss)
         record.close()
-    assert plotted(tmp_path, "loss") == [(step, 2.0) for step in range(1, 4)]
+    assert read_plotted(tmp_path, "loss") == [(step, 2.0) for step in range(1, 4)]
 
 
 def test_rolled_back_steps_are_not_plotted(tmp_path, open_log):
@@ -60,7 +60,7 @@ def test_rolled_back_steps_are_not_plotted(tmp_path, open_log):
     record.log_skipped(range(8, 9), first_sequence=32, sequences=4, attempt=1, step=8, reason="asked")
     log(record, 9, loss=2.0)
     record.close()
-    assert plotted(tmp_path, "loss") == [(step, 1.0 if step <= 4 else 2.0) for step in range(1, 10)]
+    assert read_plotted(tmp_path, "loss") == [(step, 1.0 if step <= 4 else 2.0) for step in range(1, 10)]
 
 
 def test_a_batch_without_a_step_is_not_plotted(tmp_path, open_log):
@@ -69,4 +69,4 @@ def test_a_batch_without_a_step_is_not_plotted(tmp_path, open_log):
     log(record, 1, loss=math.nan, skipped=NON_FINITE)
     log(record, 2)
     record.close()
-    assert [step for step, _ in plotted(tmp_path, "learning_rate")] == [1, 2]
+    assert [step for step, _ in read_plotted(tmp_path, "learning_rate")] == [1, 2]

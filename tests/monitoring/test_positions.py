@@ -39,7 +39,7 @@ def find(run, config, *batches):
     return [(found.start, len(found)) for found, _ in (find_sequences(run, config, batch) for batch in batches)]
 
 
-def test_a_run_of_one_size(tmp_path):
+def test_a_run_with_one_batch_size(tmp_path):
     config = make_config(4)
     assert find(tmp_path, config, 0, 3) == [(0, 4), (12, 4)]
     write_run(tmp_path / "old", config, [(1, 0), (2, 1)])
@@ -48,13 +48,13 @@ def test_a_run_of_one_size(tmp_path):
     assert find(tmp_path / "new", config, 0, 1, 2, 5) == [(0, 4), (4, 4), (8, 4), (20, 4)]
 
 
-def test_lines_have_their_positions_and_the_run_continues_from_the_last_one(tmp_path):
+def test_recorded_positions_are_used_and_continue_from_the_last_line(tmp_path):
     config = make_config(8)
     write_run(tmp_path / "run", config, [(1, 0, 0, 4), (2, 1, 4, 4), (3, 2, 8, 8), (4, 3, 16, 8)])
     assert find(tmp_path / "run", config, 1, 2, 3, 4, 6) == [(4, 4), (8, 8), (16, 8), (24, 8), (40, 8)]
 
 
-def test_old_lines_have_the_size_of_their_time(tmp_path):
+def test_lines_without_positions_use_the_batch_size_of_their_step(tmp_path):
     """Lines without positions up to step 2 with 4 sequences, to step 4 with 8: the second change is not saved yet."""
     change = {"step": 2, "field": "train.global_batch_size", "old": 4, "new": 8}
     run, lines = tmp_path / "run", [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4, 32, 16)]
@@ -62,7 +62,7 @@ def test_old_lines_have_the_size_of_their_time(tmp_path):
     assert find(run, make_config(16), 0, 1, 2, 3, 4, 5) == [(0, 4), (4, 4), (16, 8), (24, 8), (32, 16), (48, 16)]
 
 
-def test_a_batch_has_the_stream_of_its_time(tmp_path):
+def test_a_batch_uses_the_stream_settings_of_its_step(tmp_path):
     changes = [
         {"step": 1, "batch": 2, "field": "cm3.probability", "old": 1.0, "new": 0.5},
         {"step": 2, "batch": 3, "field": "cm3.probability", "old": 0.5, "new": 0.25},
@@ -76,7 +76,7 @@ def test_a_batch_has_the_stream_of_its_time(tmp_path):
     assert [each.seed for each in found] == [1, 1, 1, 2, 2, 2]
 
 
-def test_a_batch_of_other_data_is_an_error(tmp_path):
+def test_a_batch_from_other_shards_is_an_error(tmp_path):
     change = {"step": 1, "batch": 1, "field": "data.shards", "old": "hash", "new": "hash"}
     config = make_config(4)
     write_run(tmp_path / "run", config, [(1, 0, 0, 4), (2, 1, 4, 4)], checkpoint=2, changes=[change])

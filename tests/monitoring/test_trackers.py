@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow, offline: a resumed run continues the same run; what is not installed is named."""
+"""Weights & Biases and MLflow, offline: a resumed run continues the same tracker run; missing packages are named."""
 
 import shutil
 
@@ -13,14 +13,14 @@ TRACKED = ["monitoring.trackers=[mlflow]"]
 
 
 @pytest.fixture(autouse=True)
-def nothing_set(monkeypatch, tmp_path):
+def without_tracker_variables(monkeypatch, tmp_path):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 def record(run, name, steps):
-    """Open a tracker after the step before, log a loss of each step, and close it."""
+    """Open a tracker that continues after the step before `steps`, log a loss for each step, and close it."""
     trackers = Trackers(run, load_config(None, [f"monitoring.trackers=[{name}]"]), steps[0] - 1)
     for step in steps:
         trackers.log(step, {"loss": 1.0 / step})
@@ -33,10 +33,10 @@ def test_mlflow_continues_one_run_in_the_run_folder(tmp_path):
     record(tmp_path, "mlflow", [1, 2, 3])
     record(tmp_path, "mlflow", [3, 4])
     client = mlflow.MlflowClient((tmp_path / "mlflow").as_uri())
-    number = (tmp_path / "mlflow-run.txt").read_text().strip()
-    found = [(each.step, each.value) for each in client.get_metric_history(number, "loss")]
+    run_id = (tmp_path / "mlflow-run.txt").read_text().strip()
+    found = [(each.step, each.value) for each in client.get_metric_history(run_id, "loss")]
     assert sorted(found) == [(1, 1.0), (2, 0.5), (3, 1 / 3), (3, 1 / 3), (4, 0.25)]
-    run = client.get_run(number)
+    run = client.get_run(run_id)
     assert run.data.params == {name: str(value) for name, value in flatten_config(load_config(None, TRACKED)).items()}
     assert run.info.status == "FINISHED"
 
@@ -61,7 +61,7 @@ def test_a_tracker_that_fails_is_reported_and_training_continues(tmp_path, monke
     assert trackers.working == {} and caplog.text.count("mlflow failed") == 2
 
 
-def test_wandb_is_offline_without_a_key_and_keeps_its_number(tmp_path):
+def test_wandb_is_offline_without_a_key_and_keeps_its_run_id(tmp_path):
     pytest.importorskip("wandb")
     record(tmp_path, "wandb", [1, 2])
     record(tmp_path, "wandb", [3])

@@ -52,7 +52,7 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="session")
 def write_shards(text_model, vocabulary):
-    """Function (jsonl, folder, vocabulary=...) that writes the pairs as two shards; codes depend on the picture."""
+    """Function (jsonl, folder, vocabulary=...) that writes the pairs as two shards; codes depend on the image."""
     tokenizer = TextTokenizer.load(text_model)
 
     def write(jsonl: Path, folder: Path, vocabulary: Vocabulary = vocabulary) -> Path:

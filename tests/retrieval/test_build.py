@@ -1,4 +1,4 @@
-"""An index folder from shards: what is on disk, what is refused, what an interrupted build leaves."""
+"""An index folder from shards: files on disk, refused inputs, and how an interrupted build continues."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from megatron_cm3leon.retrieval.build import build_index_folder
 from megatron_cm3leon.retrieval.encoder import Encoder, combine
 from megatron_cm3leon.retrieval.options import IndexOptions
 
-OPTIONS = IndexOptions(neighbors=3, threshold=0.999)  # an untrained encoder finds everything alike
+OPTIONS = IndexOptions(neighbors=3, threshold=0.999)  # to an untrained encoder, everything is similar
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def index(shards, clip_folder, tmp_path_factory):
     return folder
 
 
-def test_the_folder_is_as_described(index, shards, clip_folder):
+def test_the_folder_has_the_documented_files_and_description(index, shards, clip_folder):
     corpus = open_shards(shards)
     description = load_description(index)
     assert description["documents"] == description["bank_documents"] == corpus.documents == 180
@@ -46,18 +46,18 @@ def test_the_folder_is_as_described(index, shards, clip_folder):
     np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=2e-3)
 
 
-def test_vectors_are_those_of_caption_and_picture(index, shards, shapes, clip_folder):
+def test_vectors_are_those_of_caption_and_image(index, shards, shapes, clip_folder):
     encoder = Encoder.load(clip_folder)
     fields = json.loads((shapes / "train.jsonl").read_text().splitlines()[100])
-    picture = encoder.encode_images([Image.open(shapes / fields["image"])])
-    expected = combine(encoder.encode_texts([fields["caption"]]), picture)
+    image = encoder.encode_images([Image.open(shapes / fields["image"])])
+    expected = combine(encoder.encode_texts([fields["caption"]]), image)
     np.testing.assert_allclose(np.load(index / "embeddings/bank.npy")[100], expected[0], atol=2e-3)
     text = encoder.encode_texts([fields["caption"]], 0.2, [(0, 100)])
     np.testing.assert_allclose(np.load(index / "embeddings/queries_text.npy")[100], text[0], atol=2e-3)
-    np.testing.assert_allclose(np.load(index / "embeddings/queries_image.npy")[100], picture[0], atol=2e-3)
+    np.testing.assert_allclose(np.load(index / "embeddings/queries_image.npy")[100], image[0], atol=2e-3)
 
 
-def test_the_table_keeps_the_filters(index, shards):
+def test_the_table_follows_the_filters(index, shards):
     corpus = open_shards(shards)
     neighbors = load_neighbors(index, corpus)
     assert neighbors.bank is corpus
@@ -76,8 +76,8 @@ def test_the_table_keeps_the_filters(index, shards):
         assert (np.diff(np.load(index / "scores.npy")[number][row >= 0]) <= 0).all()
 
 
-def test_faiss_alone_reproduces_the_neighbours(index, shards):
-    """The oracle: FAISS's own exact index over the files, and the filters as one reads them."""
+def test_faiss_and_plain_filters_give_the_same_neighbors(index, shards):
+    """The oracle: an exact FAISS index of the files, and the filters in plain Python."""
     corpus = open_shards(shards)
     checksums = corpus.metadata(["picture_sha256"]).column(0).to_pylist()
     tokens = [corpus.read(number)[-4:].tobytes() for number in range(180)]
@@ -86,27 +86,27 @@ def test_faiss_alone_reproduces_the_neighbours(index, shards):
     exact = faiss.IndexFlatIP(bank.shape[1])
     exact.add(bank)
     orders = [exact.search(view, 180)[1] for view in views]
-    table, same = load_neighbors(index, corpus).table, 0
+    table, equal = load_neighbors(index, corpus).table, 0
     for number in range(0, 180, 4):
         kept = []
 
         def fits(other, number=number, kept=kept):
             near = [bank[number], *(view[number] for view in views), *bank[kept]]
-            alike = [number, *kept]
+            excluded = [number, *kept]
             return (
                 max(vector @ bank[other] for vector in near) <= OPTIONS.threshold
-                and checksums[other] not in [checksums[one] for one in alike]
-                and tokens[other] not in [tokens[one] for one in alike]
+                and checksums[other] not in [checksums[one] for one in excluded]
+                and tokens[other] not in [tokens[one] for one in excluded]
             )
 
-        for place in range(3):
-            turn = [*orders[place % 2][number], *orders[1 - place % 2][number]]
-            kept += [other for other in [next(filter(fits, turn), None)] if other is not None]
-        same += sorted(kept) == sorted(table[number][table[number] >= 0].tolist())
-    assert same >= 44  # of 45: an untrained encoder leaves ties within rounding
+        for position in range(3):
+            candidates = [*orders[position % 2][number], *orders[1 - position % 2][number]]
+            kept += [other for other in [next(filter(fits, candidates), None)] if other is not None]
+        equal += sorted(kept) == sorted(table[number][table[number] >= 0].tolist())
+    assert equal >= 44  # of 45: an untrained encoder gives scores that are equal within rounding
 
 
-def test_a_low_recall_is_told(shards, clip_folder, tmp_path, caplog):
+def test_a_low_recall_is_reported(shards, clip_folder, tmp_path, caplog):
     options = IndexOptions(neighbors=3, threshold=0.999, factory="IVF30,Flat", search="nprobe=1")
     description = build_index_folder(tmp_path / "index", shards, clip_folder, options=options)
     assert description["recall_at_10"] < 0.9 and description["search"] == "nprobe=1"
@@ -129,8 +129,8 @@ def test_heldout_queries_retrieve_from_the_training_bank(shards, heldout_shards,
     assert neighbors.bank.read(int(neighbors.table[0, 0])).size > 4
 
 
-def test_heldout_pictures_in_the_bank_are_told(shapes, write_shards, shards, clip_folder, tmp_path, caplog):
-    """Two training pairs among the held-out ones: told, and their pictures are not retrieved for them."""
+def test_heldout_images_in_the_bank_are_reported(shapes, write_shards, shards, clip_folder, tmp_path, caplog):
+    """Two training pairs among the held-out ones are reported, and their images are not retrieved for them."""
     lines = (shapes / "heldout.jsonl").read_text().splitlines()[:3] + (shapes / "train.jsonl").read_text().splitlines()[
         7:9
     ]
@@ -142,7 +142,7 @@ def test_heldout_pictures_in_the_bank_are_told(shapes, write_shards, shards, cli
     assert not np.isin(load_neighbors(tmp_path / "index", open_shards(folder)).table[3:], [7, 8]).any()
 
 
-def test_the_bank_is_found_beside_a_moved_index(shapes, write_shards, heldout_shards, clip_folder, tmp_path):
+def test_the_bank_is_found_next_to_a_moved_index(shapes, write_shards, heldout_shards, clip_folder, tmp_path):
     bank = write_shards(shapes / "train.jsonl", tmp_path / "before/bank")
     build_index_folder(tmp_path / "before/index", heldout_shards, clip_folder, bank, OPTIONS)
     (tmp_path / "before").rename(tmp_path / "after")
@@ -160,10 +160,10 @@ def test_an_index_of_other_shards_is_refused(index, heldout_shards):
 
 def test_an_edited_manifest_is_refused(index, shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
-    load_neighbors(index, open_shards(copy))  # a copy is the same shards
+    load_neighbors(index, open_shards(copy))  # a copy has the same shards
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(add_checksum(manifest | {"command": "another path's spelling"})))
-    load_neighbors(index, open_shards(copy))  # whoever made them
+    load_neighbors(index, open_shards(copy))  # the command may differ
     next(iter(manifest["shards"][0]["files"].values()))["sha256"] = "0" * 64
     (copy / "manifest.json").write_text(json.dumps(add_checksum(manifest)))
     with pytest.raises(ValueError, match=r"built from other shards.*copy"):
@@ -181,7 +181,7 @@ def test_another_vocabulary_is_refused(index, shapes, write_shards, vocabulary, 
         build_index_folder(tmp_path / "index", shards, clip_folder, folder, OPTIONS)
 
 
-def test_damaged_index_folders(index, shards, tmp_path):
+def test_damaged_index_folders_are_refused(index, shards, tmp_path):
     corpus = open_shards(shards)
     with pytest.raises(ValueError, match=r"no index at .*: it has no index.json"):
         load_neighbors(tmp_path, corpus)
@@ -200,30 +200,30 @@ def test_damaged_index_folders(index, shards, tmp_path):
         load_neighbors(copy, corpus)
 
 
-def test_an_interrupted_build_goes_on(index, shards, clip_folder, tmp_path, monkeypatch):
+def test_an_interrupted_build_continues(index, shards, clip_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "PART_DOCUMENTS", 64)
     encoded, stop_at = [], 130
     original = Encoder.encode_images
 
-    def counting(self, pictures):
-        encoded.append(len(pictures))
+    def count(self, images):
+        encoded.append(len(images))
         if sum(encoded) > stop_at:
             raise KeyboardInterrupt
-        return original(self, pictures)
+        return original(self, images)
 
-    monkeypatch.setattr(Encoder, "encode_images", counting)
+    monkeypatch.setattr(Encoder, "encode_images", count)
     with pytest.raises(KeyboardInterrupt):
         build_index_folder(tmp_path / "index", shards, clip_folder, options=OPTIONS)
     with pytest.raises(ValueError, match="written last"):
         load_neighbors(tmp_path / "index", open_shards(shards))
     encoded.clear()
     build_index_folder(tmp_path / "index", shards, clip_folder, options=OPTIONS)
-    assert sum(encoded) == 180 - 128  # two whole parts were kept
+    assert sum(encoded) == 180 - 128  # two complete parts were kept
     for name in ("neighbors.npy", "embeddings/bank.npy", "embeddings/queries_text.npy"):
         assert (tmp_path / "index" / name).read_bytes() == (index / name).read_bytes()
 
 
-def test_finished_and_differently_begun_outputs(index, shards, clip_folder, tmp_path):
+def test_outputs_that_are_finished_or_have_other_settings_are_refused(index, shards, clip_folder, tmp_path):
     copy = shutil.copytree(index, tmp_path / "copy")
     with pytest.raises(ValueError, match=r"already holds a finished index; give another folder, or --overwrite"):
         build_index_folder(copy, shards, clip_folder, options=OPTIONS)
@@ -239,7 +239,7 @@ def test_finished_and_differently_begun_outputs(index, shards, clip_folder, tmp_
     assert description["options"]["query_dropout"] == 0.5
 
 
-def test_a_folder_with_other_files_is_left_alone(shards, clip_folder, tmp_path):
+def test_a_folder_with_other_files_is_not_changed(shards, clip_folder, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds other files \(mine.txt\); give a new or empty folder"):
         build_index_folder(tmp_path, shards, clip_folder, options=OPTIONS)
@@ -248,7 +248,7 @@ def test_a_folder_with_other_files_is_left_alone(shards, clip_folder, tmp_path):
         build_index_folder(tmp_path / "mine.txt", shards, clip_folder, options=OPTIONS)
 
 
-def test_a_changed_or_missing_picture_is_named(shapes, write_shards, clip_folder, tmp_path):
+def test_a_changed_or_missing_image_is_named(shapes, write_shards, clip_folder, tmp_path):
     source = shutil.copytree(shapes, tmp_path / "source")
     folder = write_shards(source / "heldout.jsonl", tmp_path / "shards")
     Image.new("RGB", (32, 32)).save(source / "heldout/000003.png")
@@ -271,6 +271,6 @@ def test_a_changed_or_missing_picture_is_named(shapes, write_shards, clip_folder
         (IndexOptions(images="raw"), r"--images \(raw\) must be source or tokens"),
     ],
 )
-def test_options_out_of_range(options, message):
+def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         options.validate()

@@ -1,4 +1,4 @@
-"""What the encoder sees of pairs, texts and interleaved documents, and where their pictures come from."""
+"""What the encoder gets from pairs, texts and interleaved documents, and where their images are read."""
 
 import hashlib
 import io
@@ -23,12 +23,12 @@ from megatron_cm3leon.retrieval.options import IndexOptions
 from megatron_cm3leon.tokenizers.text import TextTokenizer
 from tests.data.runs import run
 
-COLOURS = ("red", "blue", "green", "yellow", "black", "purple")
+COLORS = ("red", "blue", "green", "yellow", "black", "purple")
 
 
-def png(colour: str) -> bytes:
+def encode_png(color: str) -> bytes:
     content = io.BytesIO()
-    Image.new("RGB", (16, 16), colour).save(content, "PNG")
+    Image.new("RGB", (16, 16), color).save(content, "PNG")
     return content.getvalue()
 
 
@@ -39,39 +39,39 @@ def text(text_model):
 
 @pytest.fixture(scope="module")
 def mixed(text, vocabulary, tmp_path_factory):
-    """Shards of a pair, a text, an interleaved document with two pictures, and pairs of the other colours."""
+    """Shards of a pair, a text, an interleaved document with two images, and pairs of the other colors."""
     folder = tmp_path_factory.mktemp("mixed")
-    for colour in COLOURS:
-        (folder / f"{colour}.png").write_bytes(png(colour))
+    for color in COLORS:
+        (folder / f"{color}.png").write_bytes(encode_png(color))
     documents = [
         ["a red square", "red"],
         ["only words here"],
         ["first", "blue", "then", "red"],
-        *([f"a {colour} square", colour] for colour in COLOURS[2:]),
+        *([f"a {color} square", color] for color in COLORS[2:]),
     ]
     return write_documents(folder, documents, text, vocabulary)
 
 
 def write_documents(folder, documents, text, vocabulary):
-    """Shards of documents whose segments are texts and, where COLOURS has them, pictures of that colour."""
+    """Shards of documents; a segment that is in COLORS is an image of this color, every other one is a text."""
     (folder / "shards").mkdir()
     writer = ShardWriter(folder / "shards", "shard-000000-000", vocabulary)
     for number, segments in enumerate(documents):
-        ids, colours = [], [segment for segment in segments if segment in COLOURS]
+        ids, colors = [], [segment for segment in segments if segment in COLORS]
         for segment in segments:
-            codes = vocabulary.image_start + COLOURS.index(segment) + np.arange(4) if segment in COLOURS else None
+            codes = vocabulary.image_start + COLORS.index(segment) + np.arange(4) if segment in COLORS else None
             ids += [vocabulary.break_id, *(text.encode(segment) if codes is None else codes)]
-        pair = len(segments) == 2 and len(colours) == 1
+        pair = len(segments) == 2 and len(colors) == 1
         metadata = {"caption": segments[0] if pair else "", "source": "made", "extra": "{}"}
-        metadata["image"] = "\n".join(f"{colour}.png" for colour in colours)
-        metadata["picture_sha256"] = "\n".join(hashlib.sha256(png(colour)).hexdigest() for colour in colours)
+        metadata["image"] = "\n".join(f"{color}.png" for color in colors)
+        metadata["picture_sha256"] = "\n".join(hashlib.sha256(encode_png(color)).hexdigest() for color in colors)
         writer.add(f"{number:08d}", np.array(ids[1:]), metadata)
     manifest = build_manifest(vocabulary, [writer.close()], input=str(folder), image_size=16)
     write_json(folder / "shards" / MANIFEST, manifest)
     return folder / "shards"
 
 
-def test_texts_and_pictures_of_every_kind(mixed, text):
+def test_texts_and_images_of_every_kind_of_document_are_read(mixed, text):
     corpus = open_shards(mixed)
     pair, only_text, interleaved = ContentReader(corpus, text.decode).read(range(3))
     assert (pair.text, pair.image_files) == ("a red square", ["red.png"])
@@ -85,7 +85,7 @@ def test_texts_that_are_not_in_the_metadata_need_the_tokenizer(mixed):
         ContentReader(open_shards(mixed)).read(range(3))
 
 
-def test_identities_know_every_picture(mixed, text):
+def test_identities_cover_every_image(mixed, text):
     contents = ContentReader(open_shards(mixed), text.decode).read(range(3))
     pair, only_text, interleaved = compute_identities(contents)
     assert pair.shape == (2, 2) and not only_text.any() and not pair[1].any()
@@ -99,11 +99,11 @@ def test_batches_are_read_ahead_in_order(mixed, text):
     batches = [range(0, 2), range(2, 3), range(3, 7)]
     found = list(read_ahead(ContentReader(corpus, text.decode), SourceImages(corpus), batches))
     assert [[content.number for content in contents] for contents, _ in found] == [list(batch) for batch in batches]
-    assert [[len(pictures) for pictures in each] for _, each in found] == [[1, 0], [2], [1, 1, 1, 1]]
+    assert [[len(images) for images in each] for _, each in found] == [[1, 0], [2], [1, 1, 1, 1]]
     assert found[1][1][0][1].getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_an_index_of_every_kind(mixed, text, clip_folder, tmp_path, monkeypatch):
+def test_an_index_of_every_kind_of_document(mixed, text, clip_folder, tmp_path, monkeypatch):
     class Tokenizers:
         image = None
 
@@ -114,7 +114,7 @@ def test_an_index_of_every_kind(mixed, text, clip_folder, tmp_path, monkeypatch)
     options = IndexOptions(neighbors=3, threshold=1.0, tokenizer="a tokenizer", device="cpu", query_dropout=0)
     build_index_folder(tmp_path / "index", mixed, clip_folder, options=options)
     encoder = Encoder.load(clip_folder)
-    red, blue = encoder.encode_images([Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")])
+    red, blue = encoder.encode_images([Image.new("RGB", (16, 16), color) for color in ("red", "blue")])
     words = encoder.encode_texts(["only words here", "first then"])
     bank = np.load(tmp_path / "index/embeddings/bank.npy").astype(np.float32)
     np.testing.assert_allclose(bank[1], words[0], atol=2e-3)
@@ -122,14 +122,14 @@ def test_an_index_of_every_kind(mixed, text, clip_folder, tmp_path, monkeypatch)
     images = np.load(tmp_path / "index/embeddings/queries_image.npy")
     assert not images[1].any() and images[2].any()
     table = load_neighbors(tmp_path / "index", open_shards(mixed)).table
-    assert 2 not in table[0] and 0 not in table[2]  # they share the red picture
-    assert (table[1] >= 0).all() and 1 not in table[1]  # a text is searched by its words alone
+    assert 2 not in table[0] and 0 not in table[2]  # they share the red image
+    assert (table[1] >= 0).all() and 1 not in table[1]  # a text is searched only by its words
 
 
-def test_pictures_in_tars_are_read_where_they_are(text, vocabulary, tmp_path):
+def test_images_are_read_from_tars(text, vocabulary, tmp_path):
     corpus = open_shards(write_documents(tmp_path, [["a red square", "red"]], text, vocabulary))
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
-        for name, content in (("a.txt", b"a red square"), ("folder/a.PNG", png("red"))):
+        for name, content in (("a.txt", b"a red square"), ("folder/a.PNG", encode_png("red"))):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
@@ -148,18 +148,18 @@ def test_pictures_in_tars_are_read_where_they_are(text, vocabulary, tmp_path):
         SourceImages(corpus)(content)
 
 
-def test_images_are_found_again_whatever_their_names_are(tmp_path):
-    """The names that preprocessing writes lead back to the bytes: links in tars, dots, `::`, Unicode forms."""
+def test_images_are_found_by_the_names_that_preprocessing_writes(tmp_path):
+    """Names with dots, `::` or several Unicode forms, and links in tars."""
     (tmp_path / "folder").mkdir()
-    for colour, name in zip(COLOURS, ("std::vec", "a.b", "zip::x", "cafe\u0301", "50% #1", "plain"), strict=True):
-        (tmp_path / f"folder/{name}.png").write_bytes(png(colour))
-        (tmp_path / f"folder/{normalize_form('NFC', name)}.txt").write_text(colour)
+    for color, name in zip(COLORS, ("std::vec", "a.b", "zip::x", "cafe\u0301", "50% #1", "plain"), strict=True):
+        (tmp_path / f"folder/{name}.png").write_bytes(encode_png(color))
+        (tmp_path / f"folder/{normalize_form('NFC', name)}.txt").write_text(color)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, link in (("photo.v1.PNG", ""), ("photo.v2.png", "photo.v1.PNG"), ("e\u0301.png", "photo.v2.png")):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = (tarfile.LNKTYPE, link) if link else (tarfile.REGTYPE, "")
-            member.size = 0 if link else len(png("red"))
-            tar.addfile(member, None if link else io.BytesIO(png("red")))
+            member.size = 0 if link else len(encode_png("red"))
+            tar.addfile(member, None if link else io.BytesIO(encode_png("red")))
         for name in ("photo.v1.txt", "photo.v2.txt", "\u00e9.txt"):
             member = tarfile.TarInfo(name)
             member.size = 3
@@ -174,16 +174,16 @@ def test_images_are_found_again_whatever_their_names_are(tmp_path):
             assert image.getpixel((0, 0)) == Image.new("RGB", (1, 1), row["caption"]).getpixel((0, 0)), row["image"]
 
 
-def test_pictures_can_come_from_the_tokens(heldout_shards, vocabulary):
+def test_images_can_be_decoded_from_the_tokens(heldout_shards, vocabulary):
     class Decoder:
         def decode(self, codes):
             assert codes.min() >= 0 and codes.max() < vocabulary.image_size
-            grey = codes.float().mean(dim=1) / 127.5 - 1
-            return grey[:, None, None, None].expand(-1, 3, 8, 8)
+            gray = codes.float().mean(dim=1) / 127.5 - 1
+            return gray[:, None, None, None].expand(-1, 3, 8, 8)
 
     corpus = open_shards(heldout_shards)
-    pictures = [build_token_image_reader(Decoder())(content)[0] for content in ContentReader(corpus).read(range(3))]
+    images = [build_token_image_reader(Decoder())(content)[0] for content in ContentReader(corpus).read(range(3))]
     ids = corpus.read(2).astype(np.int64)
     mean = (ids[-4:] - vocabulary.image_start).mean()
-    assert [picture.size for picture in pictures] == [(8, 8)] * 3
-    assert abs(np.asarray(pictures[2])[0, 0, 0] - mean) <= 1
+    assert [image.size for image in images] == [(8, 8)] * 3
+    assert abs(np.asarray(images[2])[0, 0, 0] - mean) <= 1

@@ -1,4 +1,4 @@
-"""Embeddings over tasks and after an interruption: the same bytes; a vector of NaN is refused by name."""
+"""Embeddings of several tasks, or after an interruption, have the same bytes; NaN is refused with its document."""
 
 import json
 import shutil
@@ -30,13 +30,13 @@ def small_parts():
 
 
 @pytest.fixture(scope="module")
-def whole(shards, clip_folder, tmp_path_factory, small_parts):
-    folder = tmp_path_factory.mktemp("whole") / "index"
+def single_task_index(shards, clip_folder, tmp_path_factory, small_parts):
+    folder = tmp_path_factory.mktemp("single-task") / "index"
     build_index_folder(folder, shards, clip_folder, options=OPTIONS)
     return folder
 
 
-def test_tasks_write_what_one_process_writes(whole, shards, clip_folder, tmp_path):
+def test_tasks_write_what_one_process_writes(single_task_index, shards, clip_folder, tmp_path):
     folder = tmp_path / "index"
     for task in (2, 0):
         assert build_index_folder(folder, shards, clip_folder, options=OPTIONS, task=task, tasks=3) is None
@@ -49,22 +49,24 @@ def test_tasks_write_what_one_process_writes(whole, shards, clip_folder, tmp_pat
     build_index_folder(folder, shards, clip_folder, options=OPTIONS, stage="neighbors", task=1, tasks=2)
     assert build_index_folder(folder, shards, clip_folder, options=OPTIONS)["documents"] == 180
     for name in FILES:
-        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+        assert (folder / name).read_bytes() == (single_task_index / name).read_bytes(), name
+    assert {path.name for path in folder.iterdir()} == {path.name for path in single_task_index.iterdir()}
 
 
-def test_heldout_documents_use_the_embeddings_of_their_bank(whole, heldout_shards, clip_folder, tmp_path, monkeypatch):
+def test_heldout_documents_use_the_embeddings_of_their_bank(
+    single_task_index, heldout_shards, clip_folder, tmp_path, monkeypatch
+):
     encoded, original = [], Encoder.encode_images
 
-    def count(self, pictures):
-        encoded.append(len(pictures))
-        return original(self, pictures)
+    def count(self, images):
+        encoded.append(len(images))
+        return original(self, images)
 
     monkeypatch.setattr(Encoder, "encode_images", count)
-    description = build_index_folder(tmp_path / "index", heldout_shards, clip_folder, whole, OPTIONS)
-    assert sum(encoded) == 20  # none of the bank's 180
-    assert (tmp_path / "index/embeddings/bank.npy").samefile(whole / "embeddings/bank.npy")
-    assert (tmp_path / "index/index.faiss").samefile(whole / "index.faiss")
+    description = build_index_folder(tmp_path / "index", heldout_shards, clip_folder, single_task_index, OPTIONS)
+    assert sum(encoded) == 20  # and none of the 180 of the bank
+    assert (tmp_path / "index/embeddings/bank.npy").samefile(single_task_index / "embeddings/bank.npy")
+    assert (tmp_path / "index/index.faiss").samefile(single_task_index / "index.faiss")
     again = build_index_folder(tmp_path / "again", heldout_shards, clip_folder, description["bank"], OPTIONS)
     for name in ("neighbors.npy", "embeddings/bank.npy"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "index" / name).read_bytes()
@@ -72,8 +74,8 @@ def test_heldout_documents_use_the_embeddings_of_their_bank(whole, heldout_shard
     assert {name: again[name] for name in changed} == {name: description[name] for name in changed}
 
 
-def test_a_bank_of_an_earlier_version_is_refused(whole, heldout_shards, clip_folder, tmp_path):
-    copy = shutil.copytree(whole, tmp_path / "copy")
+def test_a_bank_of_an_earlier_version_is_refused(single_task_index, heldout_shards, clip_folder, tmp_path):
+    copy = shutil.copytree(single_task_index, tmp_path / "copy")
     (copy / "index.faiss.json").unlink()
     with pytest.raises(
         ValueError,
@@ -82,27 +84,27 @@ def test_a_bank_of_an_earlier_version_is_refused(whole, heldout_shards, clip_fol
         build_index_folder(tmp_path / "index", heldout_shards, clip_folder, copy, OPTIONS)
 
 
-def test_another_recall_is_chosen_for_without_building_again(shards, clip_folder, tmp_path):
+def test_another_recall_changes_the_search_parameters_without_a_new_index(shards, clip_folder, tmp_path):
     options = replace(OPTIONS, factory="IVF16,Flat", recall=0.3)
     build_index_folder(tmp_path / "index", shards, clip_folder, options=options, stage="encode")
-    notes = []
-    for wanted in (0.3, 0.99, 0.99):
+    results = []
+    for recall in (0.3, 0.99, 0.99):
         build_index_folder(
-            tmp_path / "index", shards, clip_folder, options=replace(options, recall=wanted), stage="index"
+            tmp_path / "index", shards, clip_folder, options=replace(options, recall=recall), stage="index"
         )
         status = (tmp_path / "index/index.faiss").stat(), (tmp_path / "index/index.faiss.json").stat()
-        notes.append((json.loads((tmp_path / "index/index.faiss.json").read_text()), *status))
-    assert notes[0][0]["search"] == "nprobe=8" and notes[1][0]["recall_at_10"] > notes[0][0]["recall_at_10"]
-    assert notes[0][1].st_mtime_ns == notes[1][1].st_mtime_ns  # the same FAISS index
-    assert notes[1][2].st_mtime_ns == notes[2][2].st_mtime_ns  # nothing was to do
+        results.append((json.loads((tmp_path / "index/index.faiss.json").read_text()), *status))
+    assert results[0][0]["search"] == "nprobe=8" and results[1][0]["recall_at_10"] > results[0][0]["recall_at_10"]
+    assert results[0][1].st_mtime_ns == results[1][1].st_mtime_ns  # the same FAISS index
+    assert results[1][2].st_mtime_ns == results[2][2].st_mtime_ns  # nothing was left to do
 
 
-def test_the_bank_of_another_encoder_is_refused(whole, heldout_shards, clip_folder, tmp_path):
+def test_the_bank_of_another_encoder_is_refused(single_task_index, heldout_shards, clip_folder, tmp_path):
     other = shutil.copytree(clip_folder, tmp_path / "clip")
     weights = load_file(other / "model.safetensors")
     save_file({name: weight * 1.5 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"bank.npy was begun with other settings \(encoder_sha256"):
-        build_index_folder(tmp_path / "index", heldout_shards, other, whole, OPTIONS)
+        build_index_folder(tmp_path / "index", heldout_shards, other, single_task_index, OPTIONS)
 
 
 def test_an_embedding_of_nan_names_its_document(shards, clip_folder, tmp_path):
@@ -119,12 +121,12 @@ def test_an_embedding_of_nan_names_its_document(shards, clip_folder, tmp_path):
     assert not list((tmp_path / "index").rglob("*.np?"))
 
 
-def test_embeddings_that_were_damaged_on_the_disk_are_refused(whole, heldout_shards, clip_folder, tmp_path):
-    copy = shutil.copytree(whole, tmp_path / "copy")
+def test_embeddings_damaged_on_disk_are_refused(single_task_index, heldout_shards, clip_folder, tmp_path):
+    copy = shutil.copytree(single_task_index, tmp_path / "copy")
     vectors = np.load(copy / "embeddings/bank.npy")
     vectors[77] = np.nan
     np.save(copy / "embeddings/bank.npy", vectors)
-    options = IndexOptions(neighbors=3, threshold=0.999, factory="IVF4,Flat")  # built anew from the damaged vectors
+    options = IndexOptions(neighbors=3, threshold=0.999, factory="IVF4,Flat")  # built from the damaged vectors
     with pytest.raises(ValueError, match=r"the embedding of document 77 holds NaN or infinity .* encode again"):
         build_index_folder(tmp_path / "index", heldout_shards, clip_folder, copy, options)
 

@@ -1,4 +1,4 @@
-"""CLIP bi-encoder: unit vectors, query dropout, both kinds of folder, messages."""
+"""CLIP bi-encoder: unit vectors, query dropout, both kinds of folder, error messages."""
 
 import json
 import shutil
@@ -23,10 +23,10 @@ def test_vectors_are_of_length_one_and_independent_of_the_batch(encoder):
     texts = ["a small red circle", "on white, a large blue ring in the centre of it", ""]
     vectors = encoder.encode_texts(texts)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [1, 1, 0], atol=1e-6)
-    alone = np.concatenate([encoder.encode_texts([text]) for text in texts])
-    np.testing.assert_allclose(vectors, alone, atol=1e-5)  # padding changes nothing
-    pictures = [Image.new("RGB", (32, 32), "red"), Image.new("RGB", (50, 70), "blue")]
-    np.testing.assert_allclose(np.linalg.norm(encoder.encode_images(pictures), axis=1), 1, atol=1e-6)
+    single = np.concatenate([encoder.encode_texts([text]) for text in texts])
+    np.testing.assert_allclose(vectors, single, atol=1e-5)  # padding changes nothing
+    images = [Image.new("RGB", (32, 32), "red"), Image.new("RGB", (50, 70), "blue")]
+    np.testing.assert_allclose(np.linalg.norm(encoder.encode_images(images), axis=1), 1, atol=1e-6)
 
 
 def test_text_vectors_are_those_of_the_model(encoder, clip_folder):
@@ -40,18 +40,18 @@ def test_text_vectors_are_those_of_the_model(encoder, clip_folder):
     np.testing.assert_allclose(found, (expected / expected.norm()).numpy(), atol=1e-6)
 
 
-def test_a_small_encoder_takes_one_thread_and_gives_the_same_bits(encoder, monkeypatch):
-    texts, pictures = ["a small red circle"] * 40, [Image.new("RGB", (32, 32), "red")] * 40
-    seen, before = [], torch.get_num_threads()
+def test_a_small_encoder_uses_one_thread_and_gives_the_same_bits(encoder, monkeypatch):
+    texts, images = ["a small red circle"] * 40, [Image.new("RGB", (32, 32), "red")] * 40
+    thread_counts, before = [], torch.get_num_threads()
     parts = (encoder.model.text_model, encoder.model.vision_model)
-    hooks = [part.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads())) for part in parts]
+    hooks = [part.register_forward_pre_hook(lambda *_: thread_counts.append(torch.get_num_threads())) for part in parts]
     torch.set_num_threads(2)
     try:
-        found = encoder.encode_texts(texts), encoder.encode_images(pictures)
-        assert seen == [1, 1] and torch.get_num_threads() == 2
+        found = encoder.encode_texts(texts), encoder.encode_images(images)
+        assert thread_counts == [1, 1] and torch.get_num_threads() == 2
         monkeypatch.setattr("megatron_cm3leon.common.threads.SMALL_MODEL", 0)
-        expected = encoder.encode_texts(texts), encoder.encode_images(pictures)
-        assert seen == [1, 1, 2, 2]
+        expected = encoder.encode_texts(texts), encoder.encode_images(images)
+        assert thread_counts == [1, 1, 2, 2]
     finally:
         torch.set_num_threads(before)
         for hook in hooks:
@@ -59,21 +59,21 @@ def test_a_small_encoder_takes_one_thread_and_gives_the_same_bits(encoder, monke
     assert all(np.array_equal(one, two) for one, two in zip(found, expected, strict=True))
 
 
-def test_a_long_caption_is_cut_behind_its_beginning(encoder):
+def test_a_long_caption_is_truncated(encoder):
     ids = encoder.tokenize(["circle " * 500])
     assert ids.shape == (1, encoder.positions)
     assert ids[0, -1] == encoder.model.config.text_config.eos_token_id
 
 
 def test_a_pair_is_the_average_of_both_parts():
-    text, picture = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
-    np.testing.assert_allclose(combine(text, picture), [[0.5**0.5, 0.5**0.5]])
-    np.testing.assert_allclose(combine(None, picture), picture)
-    np.testing.assert_allclose(combine(np.zeros((1, 2)), picture), picture)
+    text, image = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
+    np.testing.assert_allclose(combine(text, image), [[0.5**0.5, 0.5**0.5]])
+    np.testing.assert_allclose(combine(None, image), image)
+    np.testing.assert_allclose(combine(np.zeros((1, 2)), image), image)
     with pytest.raises(ValueError, match="give texts, images or both"):
         combine(None, None)
     with pytest.raises(ValueError, match="2 texts and 1 images do not form pairs"):
-        combine(np.zeros((2, 2)), picture)
+        combine(np.zeros((2, 2)), image)
 
 
 def test_query_dropout_is_a_function_of_its_key():
@@ -82,11 +82,11 @@ def test_query_dropout_is_a_function_of_its_key():
     assert dropped == drop_tokens(ids, 0.2, (0, 7)) != drop_tokens(ids, 0.2, (0, 8))
     assert 0.75 < len(dropped) / 1000 < 0.85
     assert drop_tokens(ids, 0.0, (0, 7)) == ids
-    assert len(drop_tokens([5], 0.99, (0, 0))) == 1  # one token at least stays
+    assert len(drop_tokens([5], 0.99, (0, 0))) == 1  # at least one token is kept
     assert drop_tokens([], 0.5, (0, 0)) == []
 
 
-def test_encoding_with_dropout_follows_the_keys(encoder):
+def test_encoding_with_dropout_depends_on_the_keys(encoder):
     texts = ["a small red circle in the top left corner on a white background"] * 2
     one = encoder.encode_texts(texts, 0.5, [(0, 1), (0, 2)])
     two = encoder.encode_texts(texts, 0.5, [(0, 2), (0, 1)])
@@ -108,7 +108,7 @@ def _hash_without_loading(folder):
 
 
 def test_a_published_folder_uses_its_own_tokenizer_and_processor(clip_folder, tmp_path):
-    """CLIP's files: byte-pair vocabulary and merges, and how pictures are resized and scaled."""
+    """CLIP's files: byte-pair vocabulary and merges, and how images are resized and scaled."""
     folder = shutil.copytree(clip_folder, tmp_path / "published")
     (folder / "text.model").unlink()
     letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
@@ -127,7 +127,7 @@ def test_a_published_folder_uses_its_own_tokenizer_and_processor(clip_folder, tm
     np.testing.assert_allclose(np.linalg.norm(encoder.encode_texts(["red"]), axis=1), 1, atol=1e-6)
 
 
-def test_messages(clip_folder, tmp_path):
+def test_invalid_encoder_folders_are_refused(clip_folder, tmp_path):
     with pytest.raises(ValueError, match=r"no CLIP encoder at .*config.json is missing.*tools/train_clip.py"):
         Encoder.load(tmp_path)
     folder = shutil.copytree(clip_folder, tmp_path / "part")

@@ -1,4 +1,4 @@
-"""FAISS behind our functions: exact search, factories, recall, files, messages."""
+"""Our functions that call FAISS: exact search, factories, recall, files, error messages."""
 
 import numpy as np
 import pytest
@@ -10,15 +10,15 @@ from megatron_cm3leon.retrieval import index as faiss_index
 
 @pytest.fixture(scope="module")
 def vectors():
-    made = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
-    return made / np.linalg.norm(made, axis=1, keepdims=True)
+    drawn = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
 
 
 def measure_recall(index, vectors, queries):
     return float(faiss_index.Recall(vectors, queries).measure(index).mean())
 
 
-def test_exact_search_is_numpys(vectors, monkeypatch):
+def test_exact_search_equals_numpy(vectors, monkeypatch):
     monkeypatch.setattr(faiss_index, "PIECE", 700)  # several pieces, the last one short
     queries = vectors[:50]
     expected = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
@@ -30,7 +30,7 @@ def test_exact_search_is_numpys(vectors, monkeypatch):
         np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, expected, 1), rtol=1e-5)
 
 
-def test_factory_follows_the_size_of_the_bank():
+def test_the_factory_depends_on_the_size_of_the_bank():
     assert faiss_index.choose_factory(200_000, 512) == "Flat"
     assert faiss_index.choose_factory(10**6, 512) == "IVF4096,PQ128x4fs,Refine(SQfp16)"
     assert faiss_index.choose_factory(10**7, 512) == "IVF16384,PQ128x4fs,Refine(SQfp16)"
@@ -61,7 +61,7 @@ def test_search_parameters_are_chosen_by_measured_recall(vectors, factory, name)
     assert chosen[0.97] == faiss_index.tune_search(built, recall, 0.97)
 
 
-def test_an_exact_index_has_nothing_to_choose(vectors):
+def test_an_exact_index_has_no_search_parameters(vectors):
     built = faiss_index.build_index(vectors, "Flat")
     assert faiss_index.tune_search(built, faiss_index.Recall(vectors, vectors[:20]), 0.95) == ""
 
@@ -78,7 +78,7 @@ def test_an_index_of_nan_is_refused(vectors):
     ("factory", "parameters"),
     [("Flat", "nprobe=4"), ("IVF4,Flat", "nprobe=0"), ("IVF4,PQ4x4fs,Refine(SQfp16)", "k_factor_rf=0.5")],
 )
-def test_search_parameters_that_do_not_suit_are_refused(vectors, factory, parameters):
+def test_search_parameters_that_are_not_valid_for_the_index_are_refused(vectors, factory, parameters):
     with pytest.raises(ValueError, match=rf"\(search '{parameters}'\) is not valid for .*, or another --search\.$"):
         faiss_index.build_index(vectors[:200], factory, parameters)
     built = faiss_index.build_index(vectors[:200], factory)
@@ -86,7 +86,7 @@ def test_search_parameters_that_do_not_suit_are_refused(vectors, factory, parame
         faiss_index.set_parameters(built, parameters)
 
 
-def test_recall_in_a_bank_smaller_than_ten(vectors):
+def test_recall_of_a_bank_with_fewer_than_ten_documents(vectors):
     assert measure_recall(faiss_index.build_index(vectors[:4], "Flat"), vectors[:4], vectors[:20]) == 1
 
 
@@ -109,7 +109,7 @@ def test_the_refined_factory_builds_and_reloads(vectors, tmp_path):
         ("Nonsense", "could not parse index string"),
         ("PQ7", "should be a multiple"),
         ("IVF5000,Flat", "at least as large as number of clusters"),
-        ("IDMap,Flat", "add does not make sense with IndexIDMap"),  # what follows fails after training
+        ("IDMap,Flat", "add does not make sense with IndexIDMap"),  # this and the following fail after training
         ("PCA8,IDMap2,Flat", "add does not make sense with IndexIDMap"),
         ("NSG16,Flat", "cannot build a graph smaller than 100"),
         ("IVF0,Flat", "'cur_nprobe > 0' failed"),
@@ -117,16 +117,16 @@ def test_the_refined_factory_builds_and_reloads(vectors, tmp_path):
         ("IVF4_HNSW0,Flat", "a graph requires at least 2 links per vector"),
     ],
 )
-def test_a_factory_that_does_not_suit_is_refused(vectors, factory, reason):
+def test_a_factory_that_is_not_valid_for_the_vectors_is_refused(vectors, factory, reason):
     with pytest.raises(ValueError) as refused:
         faiss_index.build_index(vectors[:90], factory)
     text = str(refused.value)
     assert text.startswith(f"index factory '{factory}' (search '') is not valid for 90 vectors of width 16: ")
     assert reason in text and text.endswith("Give another --factory, such as Flat or IVF9,Flat.")
-    assert ".cpp" not in text  # not where FAISS found it
+    assert ".cpp" not in text  # without the source location of FAISS
 
 
-def test_missing_and_damaged_files(tmp_path):
+def test_missing_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no FAISS index at .*tools/build_index.py writes one"):
         faiss_index.load_index(tmp_path / "index.faiss")
     (tmp_path / "index.faiss").write_bytes(b"nonsense")

@@ -1,4 +1,4 @@
-"""Searching for generation: texts, pictures, both; the filters of the table; messages."""
+"""Search for generation: texts, images, both; the filters of the table; error messages."""
 
 import json
 import shutil
@@ -34,26 +34,26 @@ def pairs(shapes):
     return [(fields["caption"], Image.open(shapes / fields["image"]).convert("RGB")) for fields in lines]
 
 
-def test_a_document_of_the_bank_retrieves_what_its_row_says(retriever, index, shards, pairs):
+def test_a_document_of_the_bank_retrieves_the_neighbors_of_its_row(retriever, index, shards, pairs):
     numbers = [0, 50, 179]
-    texts, pictures = zip(*(pairs[number] for number in numbers), strict=True)
-    found = retriever.search(texts, pictures, k=3, bank_numbers=numbers)
+    texts, images = zip(*(pairs[number] for number in numbers), strict=True)
+    found = retriever.search(texts, images, k=3, bank_numbers=numbers)
     expected = load_neighbors(index, open_shards(shards)).table[numbers]
-    # The table was searched with vectors rounded to float16; an untrained encoder leaves near ties.
+    # The table was searched with vectors rounded to float16; scores of an untrained encoder are almost equal.
     assert (found == expected).mean() > 0.7
 
 
-@pytest.mark.parametrize("form", ["text", "picture", "both"])
-def test_every_form_of_query(retriever, pairs, form):
-    texts = [caption for caption, _ in pairs[:4]] if form != "picture" else None
-    pictures = [picture for _, picture in pairs[:4]] if form != "text" else None
-    found = retriever.search(texts, pictures)
+@pytest.mark.parametrize("form", ["text", "image", "both"])
+def test_queries_of_text_or_image_or_both(retriever, pairs, form):
+    texts = [caption for caption, _ in pairs[:4]] if form != "image" else None
+    images = [image for _, image in pairs[:4]] if form != "text" else None
+    found = retriever.search(texts, images)
     assert found.shape == (4, 2) and found.dtype == np.int64
     assert (found >= 0).all() and (found[:, 0] != found[:, 1]).all()
     assert retriever.bank.read(int(found[0, 0])).size > 4
 
 
-def test_a_strict_threshold_leaves_minus_one(retriever, pairs, monkeypatch):
+def test_a_threshold_that_none_passes_gives_minus_one(retriever, pairs, monkeypatch):
     monkeypatch.setitem(retriever.description["options"], "threshold", -1.0)
     assert (retriever.search([pairs[0][0]]) == -1).all()
 

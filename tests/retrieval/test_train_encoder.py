@@ -1,4 +1,4 @@
-"""Training a small CLIP: it learns, its folder loads, neighbours share what they show; messages."""
+"""Training a small CLIP: it learns, its folder can be loaded; error messages."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from megatron_cm3leon.retrieval.train_encoder import ClipOptions, contrastive_lo
 from tests.tools.call import call_tool
 
 
-def test_a_few_steps_teach_captions_their_pictures(shapes, text_model, tmp_path):
+def test_a_few_steps_match_captions_with_their_images(shapes, text_model, tmp_path):
     options = ClipOptions(steps=60, batch_size=64, width=32, layers=1, heldout=0.2)
     figures = train_clip(shapes / "train.jsonl", text_model, tmp_path / "clip", options)
     assert figures["pairs"] == 144 and figures["heldout_pairs"] == 36
@@ -19,7 +19,7 @@ def test_a_few_steps_teach_captions_their_pictures(shapes, text_model, tmp_path)
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 11, 600])
 def test_learning_rate_rises_to_its_peak_and_falls(steps):
-    rates = [learning_rate_factor(step, steps) for step in range(steps + 1)]  # the schedule looks one step ahead
+    rates = [learning_rate_factor(step, steps) for step in range(steps + 1)]  # the schedule computes one step ahead
     peak = max(1, steps // 10) - 1
     assert rates[peak] == 1
     assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
@@ -29,14 +29,14 @@ def test_learning_rate_rises_to_its_peak_and_falls(steps):
 def test_contrastive_loss_by_hand():
     texts = torch.tensor([[1.0, 0], [0, 1], [1, 0]])
     scale = torch.tensor(2.0).log()
-    # Captions 0 and 2 are equal: each faces only caption 1, cosine 1 against 0 at scale 2.
+    # Captions 0 and 2 are equal: each is compared only with caption 1, cosine 1 against 0 at scale 2.
     expected = torch.log1p(torch.exp(torch.tensor(-2.0)))
     found = contrastive_loss(texts, texts, scale, torch.tensor([5, 6, 5]))
-    row = torch.log(1 + 2 * torch.exp(torch.tensor(-2.0)))  # caption 1 faces two others
+    row = torch.log(1 + 2 * torch.exp(torch.tensor(-2.0)))  # caption 1 is compared with two others
     assert torch.isclose(found, (2 * expected + row) / 3)
 
 
-def test_the_tool_writes_a_folder_and_says_how_good_it_is(shapes, text_model, tmp_path):
+def test_the_tool_writes_a_folder_and_prints_the_recall(shapes, text_model, tmp_path):
     arguments = ["--input", shapes / "heldout", "--text-model", text_model, "--output", tmp_path / "clip"]
     arguments += ["--steps", "2", "--batch-size", "4", "--width", "32", "--layers", "1"]
     done = call_tool("train_clip", *arguments)
@@ -58,7 +58,7 @@ def test_pairs_that_cannot_be_read_are_counted_and_named(shapes, text_model, tmp
         assert reason in figures["skipped"]
 
 
-def test_no_image_that_can_be_read_leaves_nothing_behind(shapes, text_model, tmp_path):
+def test_nothing_is_written_if_no_image_can_be_read(shapes, text_model, tmp_path):
     """A list whose paths are relative to another folder."""
     (tmp_path / "list.jsonl").write_text((shapes / "train.jsonl").read_text())
     arguments = ["--input", tmp_path / "list.jsonl", "--text-model", text_model, "--output", tmp_path / "clip"]
@@ -81,7 +81,7 @@ def test_no_image_that_can_be_read_leaves_nothing_behind(shapes, text_model, tmp
         ({"heldout": 0.0}, r"--heldout \(0.0\) must be a share"),
     ],
 )
-def test_messages(shapes, text_model, tmp_path, changes, message):
+def test_invalid_options_are_refused(shapes, text_model, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train_clip(shapes / "train.jsonl", text_model, tmp_path / "clip", ClipOptions(**changes))
     assert not (tmp_path / "clip").exists()

@@ -1,4 +1,4 @@
-"""FAISS that cannot be imported: the package imports and encodes, and what searches says what to install."""
+"""FAISS that cannot be imported: the package can be imported and encodes; searches fail and name what to install."""
 
 import os
 import subprocess
@@ -13,19 +13,19 @@ from megatron_cm3leon.retrieval.build import build_index_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 REASON = "libcudart.so.12: cannot open shared object file"
-SENTENCE = (
+MESSAGE = (
     r"FAISS, which retrieval requires, cannot be imported \(libcudart.*\); install faiss-cpu, or faiss-gpu on a "
     r"machine with GPUs \(docs/installation.md\)\."
 )
 
 
 @pytest.fixture
-def hidden(monkeypatch):
+def without_faiss(monkeypatch):
     monkeypatch.setattr(faiss_index, "faiss", None)
     monkeypatch.setattr(faiss_index, "_IMPORT_ERROR", ImportError(REASON))
 
 
-def test_training_does_not_import_it_and_a_tool_that_needs_it_says_so(tmp_path):
+def test_training_does_not_import_faiss_and_a_tool_that_needs_it_reports_it(tmp_path):
     (tmp_path / "faiss.py").write_text(f"raise ImportError({REASON!r})")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     script = (
@@ -39,7 +39,7 @@ def test_training_does_not_import_it_and_a_tool_that_needs_it_says_so(tmp_path):
     assert done.stderr.startswith("error: FAISS, which") and REASON in done.stderr
 
 
-def test_what_searches_refuses_before_any_work(hidden, tmp_path):
+def test_searches_fail_before_any_work(without_faiss, tmp_path):
     vectors = np.eye(4, dtype=np.float32)
     for call in (
         lambda: faiss_index.build_index(vectors, "Flat"),
@@ -48,12 +48,12 @@ def test_what_searches_refuses_before_any_work(hidden, tmp_path):
         lambda: build_index_folder(tmp_path / "index", "shards", "clip"),
         lambda: build_index_folder(tmp_path / "index", "shards", "clip", stage="neighbors", tasks=2),
     ):
-        with pytest.raises(ValueError, match=SENTENCE):
+        with pytest.raises(ValueError, match=MESSAGE):
             call()
     assert not (tmp_path / "index").exists()
 
 
-def test_embedding_goes_on_without_it(hidden, tmp_path):
+def test_encoding_works_without_faiss(without_faiss, tmp_path):
     for options in ({"stage": "encode"}, {"tasks": 2}):
-        with pytest.raises(ValueError, match="shards"):  # looked for the shards
+        with pytest.raises(ValueError, match="shards"):  # it looked for the shards
             build_index_folder(tmp_path / "index", tmp_path / "shards", "clip", **options)

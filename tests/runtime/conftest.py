@@ -1,4 +1,4 @@
-"""A corpus, a configuration whose steps take milliseconds, and the losses of an undisturbed run."""
+"""A corpus, a configuration whose steps take milliseconds, and the losses of an uninterrupted run."""
 
 import pytest
 
@@ -25,12 +25,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def straight(folder):
-    """Losses of an undisturbed run with two ranks."""
-    world = World(folder, "straight", 2)
+def uninterrupted(folder):
+    """Losses of an uninterrupted run with two ranks."""
+    world = World(folder, "uninterrupted", 2)
     assert world.wait() == [0, 0], world.output()
-    return losses(folder / "straight")
+    return losses(folder / "uninterrupted")
 
 
 def losses(run):
+    """(step, batch, loss, gradient norm) of each step."""
     return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(run)]

@@ -1,9 +1,9 @@
-"""The training command with accidents: `python rank.py ACCIDENTS.json config.yaml ...`.
+"""The training command with injected faults: `python rank.py FAULTS.json config.yaml ...`.
 
-ACCIDENTS.json: {"pace": seconds by which each step is delayed, "watchdog": cluster.watchdog_seconds once steps begin
-(start-up takes long on a busy machine), "accidents": [{"rank", "step", "where", "do"}]}. On that rank, in step `step`
-(from 1), at `where` (loader, step, validation or save; the loader is still in the previous step), `do` happens: sleep,
-pause (for a moment, and write the file `paused`), stop (SIGSTOP), kill (SIGKILL), raise (an error in the model), value
+FAULTS.json: {"pace": seconds by which each step is delayed, "watchdog": cluster.watchdog_seconds once steps begin
+(start-up takes long on a busy machine), "faults": [{"rank", "step", "where", "action"}]}. On that rank, in step `step`
+(from 1), at `where` (loader, step, validation or save; the loader is still in the previous step), the fault is: sleep,
+pause (for 1.5 s, after writing the file `paused`), stop (SIGSTOP), kill (SIGKILL), raise (an error in the model), value
 (a ValueError), memory (CUDA out of memory).
 """
 
@@ -24,41 +24,41 @@ from megatron_cm3leon.training.saving import RunSaver
 from megatron_cm3leon.training.validation import Validation
 
 
-def happen(what: str) -> None:
-    if what == "sleep":
+def cause_fault(action: str) -> None:
+    if action == "sleep":
         time.sleep(600)
-    elif what == "pause":
+    elif action == "pause":
         Path(sys.argv[1]).with_name("paused").touch()
         time.sleep(1.5)
-    elif what in ("stop", "kill"):
-        os.kill(os.getpid(), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
-    elif what == "raise":
+    elif action in ("stop", "kill"):
+        os.kill(os.getpid(), signal.SIGSTOP if action == "stop" else signal.SIGKILL)
+    elif action == "raise":
         raise KeyError("an error of the model")
-    elif what == "value":
+    elif action == "value":
         raise ValueError("only this rank's shard is unreadable")
-    elif what == "memory":
+    elif action == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     else:
-        raise AssertionError(what)
+        raise AssertionError(action)
 
 
 def main() -> int:
     plan = json.loads(Path(sys.argv[1]).read_text())
-    rank, at = int(os.environ.get("RANK", 0)), {"step": 0}
+    rank, current = int(os.environ.get("RANK", 0)), {"step": 0}
 
-    def accident(where: str) -> None:
-        for each in plan["accidents"]:
-            if (each["rank"], each["step"], each["where"]) == (rank, at["step"], where):
-                happen(each["do"])
+    def inject_faults(where: str) -> None:
+        for each in plan["faults"]:
+            if (each["rank"], each["step"], each["where"]) == (rank, current["step"], where):
+                cause_fault(each["action"])
 
-    def before(kind: type, name: str, where: str) -> None:
+    def inject_before(kind: type, name: str, where: str) -> None:
         original = getattr(kind, name)
 
         def replaced(self, *arguments, **options):
             if where == "step":
-                at["step"] = arguments[1] + 1
+                current["step"] = arguments[1] + 1
                 time.sleep(plan["pace"])
-            accident(where)
+            inject_faults(where)
             return original(self, *arguments, **options)
 
         setattr(kind, name, replaced)
@@ -70,14 +70,14 @@ def main() -> int:
         start_steps(self)
 
     Attempt.start_steps = start_watching
-    before(Loader, "__next__", "loader")
-    before(Validation, "run", "validation")
-    before(RunSaver, "save", "save")
+    inject_before(Loader, "__next__", "loader")
+    inject_before(Validation, "run", "validation")
+    inject_before(RunSaver, "save", "save")
     find = setup.engine_class
 
     def engine_class(config):
         kind = find(config)
-        before(kind, "train_step", "step")
+        inject_before(kind, "train_step", "step")
         return kind
 
     setup.engine_class = engine_class

@@ -1,4 +1,4 @@
-"""One bit flipped in each kind of file that a run reads: the error names the file, or no used content changes.
+"""One bit is flipped in each kind of file that a run reads: an error names the file, or the used content is unchanged.
 
 `python -m tests.runtime.test_damage 5000` prints a table of outcomes per kind of file for that many seeds.
 """
@@ -36,8 +36,8 @@ from tests.tokenizers.test_folder import write_image, write_text
 DOCUMENTS = 2 * CHECKED_ROWS + 7
 
 
-def write_all(folder: Path) -> None:
-    """Everything a run reads: shards/, index/, tokenizer/ and run/ with a checkpoint."""
+def write_run_inputs(folder: Path) -> None:
+    """Write everything a run reads: shards/, index/, tokenizer/ and run/ with a checkpoint."""
     corpus = write_shards(folder / "shards", make_pairs(DOCUMENTS, make_vocabulary()), make_vocabulary(), 300)
     table = np.random.default_rng(0).integers(-1, DOCUMENTS, (DOCUMENTS, 4))
     (folder / "index").mkdir()
@@ -96,7 +96,7 @@ def read_config(folder: Path) -> object:
 
 
 CHECKPOINT = "run/checkpoints/step-00000003/"
-KINDS_OF_FILES = {
+READERS = {
     **{f"shards/shard-000000-000{ending}": read_shards for ending in (".tar", ".idx.npy", ".parquet")},
     "shards/manifest.json": read_shards,
     **{f"index/{name}": read_index for name in ("neighbors.npy", CHECKSUMS, INDEX_FILE)},
@@ -108,12 +108,12 @@ KINDS_OF_FILES = {
 }
 
 
-def names(path: Path, error: Exception) -> bool:
+def names_file(path: Path, error: Exception) -> bool:
     """Whether the error is one for users that names the file, or the field of the configuration."""
     return type(error) is ValueError and (path.name in str(error) or path.parent.name == "run")
 
 
-def flip(folder: Path, name: str, seed: int, expected: object) -> str:
+def flip_bit(folder: Path, name: str, seed: int, expected: object) -> str:
     """The outcome for one bit of a file, drawn by `seed`; the file is restored."""
     path, generator = folder / name, random.Random(seed)
     content = path.read_bytes()
@@ -121,9 +121,9 @@ def flip(folder: Path, name: str, seed: int, expected: object) -> str:
     changed[generator.randrange(len(changed))] ^= 1 << generator.randrange(8)
     path.write_bytes(changed)
     try:
-        return "unchanged" if KINDS_OF_FILES[name](folder) == expected else "NOT DETECTED"
+        return "unchanged" if READERS[name](folder) == expected else "NOT DETECTED"
     except Exception as error:
-        return "reported" if names(path, error) else f"MISLEADING {type(error).__name__}: {str(error)[:90]}"
+        return "reported" if names_file(path, error) else f"MISLEADING {type(error).__name__}: {str(error)[:90]}"
     finally:
         path.write_bytes(content)
 
@@ -131,14 +131,14 @@ def flip(folder: Path, name: str, seed: int, expected: object) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damage")
-    write_all(folder)
+    write_run_inputs(folder)
     return folder
 
 
-@pytest.mark.parametrize("name", KINDS_OF_FILES)
+@pytest.mark.parametrize("name", READERS)
 def test_a_flipped_bit_is_reported_or_changes_nothing(folder, name):
-    expected = KINDS_OF_FILES[name](folder)
-    outcomes = Counter(flip(folder, name, seed, expected) for seed in range(12))
+    expected = READERS[name](folder)
+    outcomes = Counter(flip_bit(folder, name, seed, expected) for seed in range(12))
     assert set(outcomes) <= {"reported", "unchanged"}, outcomes
     if name.endswith((".parquet", "crc32.npy", "text.model", ".safetensors")):
         assert outcomes["reported"] > 0
@@ -147,12 +147,12 @@ def test_a_flipped_bit_is_reported_or_changes_nothing(folder, name):
 def main(seeds: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_all(folder)
-        expected = {name: read(folder) for name, read in KINDS_OF_FILES.items()}
-        outcomes = {name: Counter() for name in KINDS_OF_FILES}
+        write_run_inputs(folder)
+        expected = {name: read(folder) for name, read in READERS.items()}
+        outcomes = {name: Counter() for name in READERS}
         for seed in range(seeds):
-            name = list(KINDS_OF_FILES)[seed % len(KINDS_OF_FILES)]
-            outcomes[name][flip(folder, name, seed, expected[name])] += 1
+            name = list(READERS)[seed % len(READERS)]
+            outcomes[name][flip_bit(folder, name, seed, expected[name])] += 1
         for name, found in outcomes.items():
             reported, unchanged = found.pop("reported", 0), found.pop("unchanged", 0)
             print(f"{name:<48} {reported:>5} reported {unchanged:>5} unchanged", dict(found) or "")

@@ -1,4 +1,4 @@
-"""Disks that fill up, are read-only or disappear: the run ends with an error, and saved checkpoints stay."""
+"""Disks that fill up, are read-only or disappear: the run ends with an error, and saved checkpoints remain."""
 
 import os
 import resource
@@ -43,15 +43,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_fills_up_during_a_save_loses_only_that_save(small_disk):
+def test_a_full_disk_during_a_save_keeps_earlier_checkpoints(small_disk):
     save(small_disk, 1)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(40 << 10))
     piece = make_pieces(0)[0][0]
     tensor = torch.zeros(12, 1000)
     larger = type(piece)("w", "weight", (12, 1000), (0, 0), (12, 1000), 0, tensor.numel())
-    sentence = r"step-00000002 was not written: .*rank-00000.safetensors: No space left on device; free disk space .*"
-    with pytest.raises(ValueError, match=sentence + r"resumes from .*step-00000001\)"):
+    message = r"step-00000002 was not written: .*rank-00000.safetensors: No space left on device; free disk space .*"
+    with pytest.raises(ValueError, match=message + r"resumes from .*step-00000001\)"):
         save(small_disk, 2, [(larger, tensor.view(-1))])
     assert torch.equal(CheckpointReader(step_folder(small_disk, 1)).read_part("w", "weight", (0, 0), (3, 4)),
                        torch.arange(12.0).view(3, 4))  # fmt: skip
@@ -60,7 +60,7 @@ def test_a_disk_that_fills_up_during_a_save_loses_only_that_save(small_disk):
     assert [folder.name for folder in list_checkpoints(small_disk)] == ["step-00000001", "step-00000002"]
 
 
-def test_a_quota_that_ends_within_a_file_is_reported(tmp_path):
+def test_a_file_size_limit_during_a_save_is_reported(tmp_path):
     write_checkpoint(tmp_path, 1)
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
@@ -99,14 +99,16 @@ def test_a_read_only_checkpoint_folder_is_reported(tmp_path):
     assert "the run resumes from" in done.stdout
 
 
-def test_a_checkpoint_deleted_between_list_and_load_is_reported(tmp_path):
+def test_a_checkpoint_deleted_after_listing_is_reported(tmp_path):
     write_checkpoint(tmp_path, 1)
     deleted = write_checkpoint(tmp_path, 2)
     [_, listed] = list_checkpoints(tmp_path)
     reader = CheckpointReader(listed)
     shutil.rmtree(deleted)
-    names_the_file = pytest.raises(ValueError, match=r"step-00000002 is damaged: rank-0000\d.safetensors is missing")
-    with names_the_file, verify_while_reading(reader, ["rank-00000.safetensors"]):
+    expect_missing_file = pytest.raises(
+        ValueError, match=r"step-00000002 is damaged: rank-0000\d.safetensors is missing"
+    )
+    with expect_missing_file, verify_while_reading(reader, ["rank-00000.safetensors"]):
         reader.read("w")
     with pytest.raises(ValueError, match=r"step-00000002 is not a complete checkpoint"):
         CheckpointReader(listed)

@@ -1,4 +1,4 @@
-"""Interruptions by a cluster: each time the run continues by itself, with the losses of an uninterrupted run."""
+"""Interruptions by a cluster: the run continues automatically, with the losses of an uninterrupted run."""
 
 import pytest
 
@@ -9,7 +9,8 @@ pytestmark = pytest.mark.slow
 RUN = ["train.steps=300", "schedule.name=constant", "checkpoint.interval=10"]
 RUN += ["--ranks-per-node", 1, "--time", 10, "--signal-time", 55]
 LONGER = ["train.steps=2000"]
-"""The controller looks at time limits twice a minute; as the rate is constant, the first 300 steps are the same."""
+"""The controller checks time limits twice per minute, so the run must be longer; as the learning rate is constant, its
+first 300 steps are the same."""
 
 
 @pytest.fixture(scope="module")
@@ -18,21 +19,21 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def straight(cluster, corpus):
+def uninterrupted(cluster, corpus):
     """The losses of an uninterrupted run, submitted with the same layout."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-        job, log = submit_run(corpus, "straight", *RUN)
+        job, log = submit_run(corpus, "uninterrupted", *RUN)
     assert cluster.wait(job, seconds=240)["JobState"] == "COMPLETED", log.read_text()
-    return losses(corpus / "straight")
+    return losses(corpus / "uninterrupted")
 
 
-def ask_to_stop(slurm, job):
+def send_stop_signal(slurm, job):
     slurm.run("scancel", "--batch", "--signal=USR1", job)
 
 
-def bring_time_limit_near(slurm, job):
-    """Shorten the limit and lengthen it again: the signal comes between two steps, however fast the machine is."""
+def approach_time_limit(slurm, job):
+    """Shorten the time limit, and lengthen it after the requeue: the signal arrives during the steps on any machine."""
     slurm.run("scontrol", "update", f"jobid={job}", "timelimit=1")
     slurm.wait(job, "PENDING")
     slurm.run("scontrol", "update", f"jobid={job}", "timelimit=10")
@@ -50,22 +51,24 @@ def take_node_down(slurm, job):
     slurm.kill_node("n2")
     slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=power")
     slurm.wait(job, "PENDING")
-    slurm.start_node("n2")  # it registers, and is up again (ReturnToService=2)
+    slurm.start_node("n2")  # the node registers and is available again (ReturnToService=2)
 
 
 @pytest.mark.parametrize(
     ("interrupt", "options", "reason"),
     [
-        (ask_to_stop, [], "time limit"),
-        (bring_time_limit_near, LONGER, "time limit"),
+        (send_stop_signal, [], "time limit"),
+        (approach_time_limit, LONGER, "time limit"),
         (preempt, [], ""),
         (preempt, ["--partition", "grace"], "pre-emption"),
         (requeue, [], ""),
         (take_node_down, [], ""),
     ],
-    ids=["asked", "time limit", "pre-emption", "pre-emption with grace", "scontrol requeue", "node down"],
+    ids=["signal", "time limit", "pre-emption", "pre-emption with grace", "scontrol requeue", "node down"],
 )
-def test_it_continues_by_itself_with_the_same_losses(slurm, corpus, straight, interrupt, options, reason, request):
+def test_an_interrupted_run_continues_with_the_same_losses(
+    slurm, corpus, uninterrupted, interrupt, options, reason, request
+):
     """`reason`: why the batch script requeues the job; empty where SLURM requeues it and the script must not."""
     run = corpus / request.node.callspec.id.replace(" ", "-")
     job, log = submit_run(corpus, run.name, *RUN, *options)
@@ -77,4 +80,4 @@ def test_it_continues_by_itself_with_the_same_losses(slurm, corpus, straight, in
     assert requeued == ([reason] if reason else [])
     assert fields["Restarts"] == "1", log.read_text()
     assert "resumed from" in log.read_text()
-    assert losses(run)[: len(straight)] == straight
+    assert losses(run)[: len(uninterrupted)] == uninterrupted

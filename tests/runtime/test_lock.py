@@ -28,10 +28,10 @@ def test_a_second_process_gets_an_error_that_names_the_holder(tmp_path):
         RunLock(tmp_path).acquire(patience=0)
     holder.kill()
     holder.communicate()
-    RunLock(tmp_path).acquire(patience=0)  # the file is still there
+    RunLock(tmp_path).acquire(patience=0)  # the file still exists
 
 
-def test_a_file_without_a_holder_blocks_nobody(tmp_path):
+def test_a_leftover_lock_file_does_not_block(tmp_path):
     (tmp_path / "lock").write_text("left by an older run, and longer than what replaces it" * 9)
     lock = RunLock(tmp_path)
     lock.acquire(patience=0)

@@ -1,4 +1,4 @@
-"""On a signal to stop a run saves first: no step is taken twice, whatever sent the signal, under both launchers."""
+"""A run that gets a stop signal saves first: no step is repeated, for all sources of the signal and both launchers."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from megatron_cm3leon.monitoring.events import read_events
 from tests.slurm.jobs import losses, make_corpus, submit_run
 
 pytestmark = pytest.mark.slow
-# No regular checkpoint is due: the only ones are written at the stop and at the end.
+# No regular checkpoint is due: the only checkpoints are those at the stop and at the end.
 RUN = ["train.steps=300", "checkpoint.interval=1000", "--ranks-per-node", 1]
 
 
@@ -16,7 +16,7 @@ def corpus(tmp_path_factory):
     return make_corpus(tmp_path_factory.mktemp("saving"))
 
 
-def ask_to_stop(slurm, job):
+def send_stop_signal(slurm, job):
     slurm.run("scancel", "--batch", "--signal=USR1", job)
 
 
@@ -24,9 +24,11 @@ def preempt(slurm, job):
     slurm.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
 
 
-@pytest.mark.parametrize(("interrupt", "partition"), [(ask_to_stop, "main"), (preempt, "main"), (preempt, "grace")])
+@pytest.mark.parametrize(
+    ("interrupt", "partition"), [(send_stop_signal, "main"), (preempt, "main"), (preempt, "grace")]
+)
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_no_step_is_taken_twice(slurm, corpus, launcher, interrupt, partition):
+def test_no_step_is_repeated_after_a_stop(slurm, corpus, launcher, interrupt, partition):
     run = corpus / f"{launcher}-{interrupt.__name__}-{partition}"
     job, log = submit_run(corpus, run.name, *RUN, "--launcher", launcher, "--partition", partition)
     slurm.wait_for_steps(run, 60)
@@ -40,7 +42,7 @@ def test_no_step_is_taken_twice(slurm, corpus, launcher, interrupt, partition):
     assert len(list_checkpoints(run)) == 2
 
 
-def test_a_cancelled_run_has_saved_and_the_same_command_continues_it(slurm, corpus):
+def test_a_cancelled_run_has_saved_and_continues_with_the_same_command(slurm, corpus):
     run = corpus / "cancelled"
     job, log = submit_run(corpus, run.name, *RUN)
     slurm.wait_for_steps(run, 60)

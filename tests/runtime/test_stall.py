@@ -1,4 +1,4 @@
-"""Which rank a stalled run waits for, from what the ranks published."""
+"""Which rank a stalled run waits for, found from the heartbeats and stack positions of the ranks."""
 
 from megatron_cm3leon.runtime.peers import Heartbeat, ProcessId
 from megatron_cm3leon.runtime.stacks import StackPosition, dump_stacks, find_main_thread
@@ -30,7 +30,7 @@ def test_the_rank_in_an_earlier_phase_is_reported_with_its_position():
     assert rank == 2 and "late, in: step 8 (loader.py:2 __next__); the furthest is in: step 9" in text
 
 
-def test_in_the_same_phase_the_rank_in_no_collective_is_reported():
+def test_in_the_same_phase_the_rank_outside_a_collective_is_reported():
     rank, text = find(busy=(0,))
     assert rank == 0 and "the others wait" in text
 

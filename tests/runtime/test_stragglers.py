@@ -1,4 +1,4 @@
-"""The slowest rank is reported, and the time that others wait for it is not counted as compute time."""
+"""The slowest rank is reported, and the time for which other ranks wait is not counted as compute time."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from megatron_cm3leon.runtime.stragglers import StragglerWatch
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.launch import torchrun
 from tests.distributed.layout_rows import CONFIG
-from tests.distributed.layouts import learnable_pairs
+from tests.distributed.layouts import make_learnable_pairs
 
 SLOW_PASSES = """
 import os, sys, time
@@ -55,9 +55,9 @@ CASES = {
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=() if name == "megatron passes" else pytest.mark.slow) for name in CASES]
 )
-def test_a_rank_that_is_slow_is_reported(tmp_path, case):
+def test_a_slow_rank_is_reported(tmp_path, case):
     script, overrides = CASES[case]
-    write_shards(tmp_path / "shards", learnable_pairs(), make_vocabulary())
+    write_shards(tmp_path / "shards", make_learnable_pairs(), make_vocabulary())
     (tmp_path / "config.yaml").write_text(CONFIG)
     (tmp_path / "slow.py").write_text(script)
     options = ["train.steps=9", "cluster.straggler_interval=4", "train.threads=1", "model.layers=1", *overrides]
@@ -71,7 +71,7 @@ def test_a_rank_that_is_slow_is_reported(tmp_path, case):
     assert done.stderr.count(f"rank 1 on {platform.node()} is slow") == 2
 
 
-def report(seconds, first=True):
+def compute_report(seconds, first=True):
     """The report for the (data, compute) seconds of each rank."""
     watch = StragglerWatch(1, lambda value: [("a", data, compute) for data, compute in seconds], first)
     assert watch.add(9.0, 9.0) == {}  # the first step
@@ -79,12 +79,12 @@ def report(seconds, first=True):
 
 
 def test_the_ratio_is_compute_time_over_the_median(caplog):
-    assert report([(0, 1.0), (0.5, 1.0), (0, 0.9)]) == {
+    assert compute_report([(0, 1.0), (0.5, 1.0), (0, 0.9)]) == {
         "slowest_rank": 1, "slowest_host": "a", "slowest_over_median": pytest.approx(1.5)
     }  # fmt: skip
     assert "rank 1 on a is slow: its own work takes 1.5 s per step (0.5 s of it waiting for data)" in caplog.text
     caplog.clear()
-    assert report([(0, 1.0), (0, 1.1), (0, 0.9)])["slowest_over_median"] == pytest.approx(1.1)
-    report([(0, 1.0), (0, 9.0), (0, 1.0)], first=False)
-    assert report([(0, 1.0)]) == {} and not caplog.text
+    assert compute_report([(0, 1.0), (0, 1.1), (0, 0.9)])["slowest_over_median"] == pytest.approx(1.1)
+    compute_report([(0, 1.0), (0, 9.0), (0, 1.0)], first=False)
+    assert compute_report([(0, 1.0)]) == {} and not caplog.text
     assert StragglerWatch(0, os.abort, True).add(1.0, 1.0) == {}

@@ -1,4 +1,4 @@
-"""Runs with two ranks that are stopped, killed, stalled or fail: how they end, what they print, how they resume."""
+"""Runs with two ranks that are stopped, killed, stalled or fail: how they end, what they print, and how they resume."""
 
 import os
 import signal
@@ -12,22 +12,22 @@ from megatron_cm3leon.runtime.signals import REPEAT_SECONDS
 from tests.runtime.conftest import losses
 from tests.runtime.world import World
 
-STALL = 6
+STALL_SECONDS = 6
 """cluster.watchdog_seconds of the stalled runs, instead of 900."""
 
 
-def finish(folder, run, straight, launcher=""):
-    """Start the run again and compare it with the undisturbed one."""
+def resume_and_compare(folder, run, uninterrupted, launcher=""):
+    """Start the run again, and compare it with the uninterrupted one."""
     world = World(folder, run, 2, launcher=launcher)
     assert not any(world.wait()), world.output()
-    assert losses(folder / run) == straight
+    assert losses(folder / run) == uninterrupted
     assert [line["batch"] for line, _ in read_lines(folder / run)] == list(range(24))
     assert world.events("stop")[-1]["reason"] == "finished"
     attempts = [each["attempt"] for each in world.events("start")]
     assert attempts == list(range(1, len(attempts) + 1))
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_step_with_a_checkpoint(folder, straight):
+def test_a_signal_to_one_rank_stops_all_ranks_after_a_checkpoint(folder, uninterrupted):
     world = World(folder, "signal", 2, pace=0.1)
     world.wait_for_step(6)
     world.signal(signal.SIGUSR1, 1)
@@ -39,7 +39,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_with_a_checkpoint(folder,
     assert list_checkpoints(world.run)[-1].name == f"step-{stopped['step']:08d}"
     assert world.events("saved")[-1]["step"] == stopped["step"] and world.events("saved")[-1]["bytes"] > 300_000
     assert f"stopped at step {stopped['step']} after a signal" in world.output()
-    finish(folder, "signal", straight)
+    resume_and_compare(folder, "signal", uninterrupted)
     resumed = world.events("resume")[0]
     assert (resumed["step"], resumed["checkpoint"]) == (stopped["step"], f"step-{stopped['step']:08d}")
 
@@ -54,10 +54,10 @@ def test_a_signal_before_the_first_step_ends_the_run_immediately(folder):
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_torchrun_ranks_and_loaders_and_still_saves(folder):
+def test_ctrl_c_saves_a_checkpoint_although_all_processes_receive_it(folder):
     world = World(folder, "interrupt", 2, "train.stop_after=20", launcher="torchrun", pace=0.1)
     world.wait_for_step(6)
-    for process in world.members():  # as a terminal does; torchrun forwards it again
+    for process in world.list_processes():  # as a terminal does; torchrun also forwards the signal
         os.kill(process, signal.SIGINT)
     world.wait()
     [stopped] = world.events("stop")
@@ -66,39 +66,43 @@ def test_ctrl_c_reaches_torchrun_ranks_and_loaders_and_still_saves(folder):
 
 
 def test_a_killed_rank_is_reported_and_the_others_end(folder):
-    accident = {"rank": 1, "step": 10, "where": "step", "do": "kill"}
-    world = World(folder, "killed", 2, accidents=[accident])
+    fault = {"rank": 1, "step": 10, "where": "step", "action": "kill"}
+    world = World(folder, "killed", 2, faults=[fault])
     assert world.wait() == [1, -signal.SIGKILL], world.output()
     [failure] = world.events("failure")
     assert failure["rank"] == 1 and failure["status"] == 1
     process, printed = f"host {failure['host']} (process {world.processes[1].pid})", world.output()
-    sentence = f"rank 1 on {process} ended without reporting a cause: killed, out of memory"
-    assert printed.count(sentence) == 1 and "Traceback" not in printed and "peer" not in printed
+    message = f"rank 1 on {process} ended without reporting a cause: killed, out of memory"
+    assert printed.count(message) == 1 and "Traceback" not in printed and "peer" not in printed
 
 
 def test_an_error_of_one_rank_is_printed_once_with_its_traceback(folder):
-    accident = {"rank": 0, "step": 5, "where": "step", "do": "raise"}
-    world = World(folder, "error", 2, launcher="torchrun", accidents=[accident])
+    fault = {"rank": 0, "step": 5, "where": "step", "action": "raise"}
+    world = World(folder, "error", 2, launcher="torchrun", faults=[fault])
     assert world.wait() == [1], world.output()
     [failure] = world.events("failure")
     assert (failure["rank"], failure["cause"]) == (0, "KeyError: 'an error of the model'")
-    assert world.output().count("in happen") == 1 and "Connection closed by peer" not in world.output()
+    assert world.output().count("in cause_fault") == 1 and "Connection closed by peer" not in world.output()
 
 
-def test_a_rank_that_sleeps_is_reported_and_all_write_their_stacks(folder):
+def test_a_sleeping_rank_is_reported_and_all_ranks_write_their_stacks(folder):
     world = World(
-        folder, "sleeping", 2, watchdog=STALL, accidents=[{"rank": 1, "step": 5, "where": "loader", "do": "sleep"}]
+        folder,
+        "sleeping",
+        2,
+        watchdog=STALL_SECONDS,
+        faults=[{"rank": 1, "step": 5, "where": "loader", "action": "sleep"}],
     )
     assert world.wait() == [1, 1], world.output()
     [stall] = world.events("stall")
     assert stall["rank"] == 1 and "late, in: waiting for batch 5" in stall["cause"] and stall["cause"] in world.output()
     stacks = [path.read_text() for path in sorted((world.run / "stacks" / "attempt-1").iterdir())]
-    assert len(stacks) == 2 and "train_step" in stacks[0] and "in happen" in stacks[1]
+    assert len(stacks) == 2 and "train_step" in stacks[0] and "in cause_fault" in stacks[1]
 
 
-def test_a_rank_that_is_stopped_is_reported_and_killed(folder):
+def test_a_rank_stopped_by_sigstop_is_reported_and_killed(folder):
     world = World(
-        folder, "stopped", 2, watchdog=STALL, accidents=[{"rank": 1, "step": 5, "where": "step", "do": "stop"}]
+        folder, "stopped", 2, watchdog=STALL_SECONDS, faults=[{"rank": 1, "step": 5, "where": "step", "action": "stop"}]
     )
     assert world.wait() == [1, -signal.SIGKILL], world.output()
     [stall] = world.events("stall")
@@ -116,30 +120,30 @@ def test_ranks_and_loaders_end_with_their_launcher(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["validation", "save"])
-def test_a_signal_during(where, folder, straight):
-    """It takes effect after validation, or after the save has started."""
+def test_a_signal_during_validation_or_a_save_takes_effect_after_it(where, folder, uninterrupted):
+    """A stop during validation happens after it; a stop during a save, one step after the save has started."""
     step = {"validation": 6, "save": 8}[where]
-    accident = {"rank": 0, "step": step, "where": where, "do": "pause"}
-    world = World(folder, f"during-{where}", 2, "validation.interval=6", pace=0.05, accidents=[accident])
+    fault = {"rank": 0, "step": step, "where": where, "action": "pause"}
+    world = World(folder, f"during-{where}", 2, "validation.interval=6", pace=0.05, faults=[fault])
     world.wait_for((world.folder / "paused").exists)
     world.signal(signal.SIGTERM, 0)
     assert world.wait() == [75, 75], world.output()
     stopped = world.events("stop")[0]["step"]
     assert stopped == {"validation": 6, "save": 9}[where]
     assert list_checkpoints(world.run)[-1].name == f"step-{stopped:08d}"
-    finish(folder, f"during-{where}", straight)
+    resume_and_compare(folder, f"during-{where}", uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_with_either_engine_a_signal_saves_and_a_kill_ends_all(folder, engine, rank):
-    more = ["train.engine=deepspeed", "parallel.zero=2"] if engine == "deepspeed" else ["parallel.tensor=2"]
-    world = World(folder, f"{engine}-{rank}", 2, *more, pace=0.1)
+def test_with_both_engines_a_signal_saves_and_a_kill_ends_all_ranks(folder, engine, rank):
+    overrides = ["train.engine=deepspeed", "parallel.zero=2"] if engine == "deepspeed" else ["parallel.tensor=2"]
+    world = World(folder, f"{engine}-{rank}", 2, *overrides, pace=0.1)
     world.wait_for_step(6)
     world.signal(signal.SIGTERM, rank)
     assert world.wait() == [75, 75], world.output()
-    world = World(folder, f"{engine}-{rank}", 2, *more, pace=0.1)
+    world = World(folder, f"{engine}-{rank}", 2, *overrides, pace=0.1)
     world.wait_for_step(12)
     world.signal(signal.SIGKILL, rank)
     statuses = world.wait(seconds=60)
@@ -148,23 +152,25 @@ def test_with_either_engine_a_signal_saves_and_a_kill_ends_all(folder, engine, r
 
 
 @pytest.mark.slow
-def test_a_stopped_host_of_the_store_is_reported(folder):
-    world = World(folder, "host", 2, watchdog=STALL, accidents=[{"rank": 0, "step": 5, "where": "step", "do": "stop"}])
+def test_a_stopped_rank_that_hosts_the_store_is_reported(folder):
+    world = World(
+        folder, "host", 2, watchdog=STALL_SECONDS, faults=[{"rank": 0, "step": 5, "where": "step", "action": "stop"}]
+    )
     assert world.wait() == [-signal.SIGKILL, 1], world.output()
     assert world.events("stall")[0]["rank"] == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("do, sentence", [("value", "shard is unreadable"), ("memory", "train.micro_batch_size")])
-def test_what_the_user_must_fix_ends_all_ranks_with_status_2(folder, do, sentence):
-    world = World(folder, do, 2, accidents=[{"rank": 1, "step": 5, "where": "loader", "do": do}])
+@pytest.mark.parametrize("action, message", [("value", "shard is unreadable"), ("memory", "train.micro_batch_size")])
+def test_an_error_that_the_user_must_fix_ends_all_ranks_with_status_2(folder, action, message):
+    world = World(folder, action, 2, faults=[{"rank": 1, "step": 5, "where": "loader", "action": action}])
     assert world.wait() == [2, 2], world.output()
-    assert world.output().count(sentence) == 1 and "Traceback" not in world.output()
+    assert world.output().count(message) == 1 and "Traceback" not in world.output()
     assert world.events("failure")[0]["status"] == 2
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_folder_is_refused_and_leaves_no_trace(folder):
+def test_a_second_run_in_the_folder_is_rejected_and_records_nothing(folder):
     first = World(folder, "shared", 1, pace=1.5)
     first.wait_for_step(1)
     second = World(folder, "shared", 2)

@@ -1,4 +1,4 @@
-"""What one rank's watchdog concludes from what other ranks publish: several nodes on one machine, no processes."""
+"""What the watchdog of one rank reports, given heartbeats and causes of other ranks: several nodes in one process."""
 
 import time
 from dataclasses import replace
@@ -28,11 +28,11 @@ def world(tmp_path, monkeypatch):
     return watch, ranks[1:], store
 
 
-def exchange(watch, seconds, *beating):
-    """Run the watchdog's link for some seconds, while other ranks send heartbeats."""
+def exchange(watch, seconds, *live_peers):
+    """Exchange with the store for some seconds, while `live_peers` send heartbeats."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not watch.cause:
-        for peers in beating:
+        for peers in live_peers:
             peers.send_heartbeat(1, "step 1")
         watch._exchange()
 
@@ -46,7 +46,7 @@ def test_a_node_without_heartbeats_is_reported(world, capsys):
     assert failure["cause"] in capsys.readouterr().err
 
 
-def test_a_node_with_heartbeats_or_that_is_done_is_not_reported(world):
+def test_a_node_that_sends_heartbeats_or_is_done_is_not_reported(world):
     watch, others, _ = world
     exchange(watch, 1, others[0])
     assert watch.cause is None
@@ -55,14 +55,14 @@ def test_a_node_with_heartbeats_or_that_is_done_is_not_reported(world):
     assert watch.cause is None
 
 
-def test_a_silent_rank_on_a_live_node_is_left_to_its_node(world, monkeypatch):
+def test_a_silent_rank_is_not_reported_while_its_node_sends_heartbeats(world, monkeypatch):
     watch, others, _ = world
     monkeypatch.setattr(watch.peers, "send_heartbeat", lambda *state: others[1].send_heartbeat(1, "step 1"))
     exchange(watch, 1)
     assert watch.cause is None
 
 
-def test_the_first_cause_counts(world):
+def test_the_first_published_cause_is_used(world):
     watch, others, _ = world
     first = Cause("failure", 2, "n1", "the first", 2, reporter=2)
     assert others[1].publish_cause(first) == first

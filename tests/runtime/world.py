@@ -1,9 +1,8 @@
-"""Training runs with accidents on some rank, started by torchrun, or as plain processes like `srun` does."""
+"""Training runs with injected faults on a rank, started by torchrun, or as plain processes like `srun` does."""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,15 +10,15 @@ from pathlib import Path
 
 from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.runtime.peers import read_start_time
-from tests.distributed.launch import ROOT, child_environment
+from tests.distributed.launch import ROOT, child_environment, find_free_port
 
 MARK = "WORLD_OF_RANKS"
-"""Environment variable by which the processes of a run are found."""
+"""Environment variable that identifies the processes of a run."""
 RANK = ROOT / "tests" / "runtime" / "rank.py"
 
 
 class World:
-    """The ranks of one run: what they print, how they end, and which of their processes are left."""
+    """The ranks of one run: their output, their exit statuses, and their remaining processes."""
 
     def __init__(
         self,
@@ -30,13 +29,13 @@ class World:
         launcher: str = "",
         pace=0.0,
         watchdog=900,
-        accidents=(),
+        faults=(),
     ):
         self.run, self.ranks = folder / run, ranks
         self.folder = folder / "worlds" / f"{run}-{time.monotonic_ns()}"
         self.folder.mkdir(parents=True)
-        plan = self.folder / "accidents.json"
-        plan.write_text(json.dumps({"pace": pace, "watchdog": watchdog, "accidents": list(accidents)}))
+        plan = self.folder / "faults.json"
+        plan.write_text(json.dumps({"pace": pace, "watchdog": watchdog, "faults": list(faults)}))
         shards = folder / "shards"
         paths = [f"output={self.run}", f"data.shards={shards}", f"validation.shards={shards}"]
         script = [str(RANK), str(plan), str(folder / "config.yaml"), *paths, *overrides]
@@ -47,7 +46,7 @@ class World:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             self.processes = [self._start([*torchrun, *script], base, 0)]
             return
-        port = free_port()
+        port = find_free_port()
         self.processes = []
         for rank in range(ranks):
             variables = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
@@ -78,25 +77,25 @@ class World:
         metrics = self.run / "metrics.jsonl"
         self.wait_for(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text())
 
-    def members(self) -> list[int]:
+    def list_processes(self) -> list[int]:
         """PIDs of all live processes of the run, loader workers included."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (path / "environ").read_bytes()
-            except OSError:  # it has ended, or belongs to another user
+            except OSError:  # the process has ended, or belongs to another user
                 continue
             if f"{MARK}={self.folder}".encode() in environment.split(b"\0") and read_start_time(int(path.name)):
                 found.append(int(path.name))
         return found
 
     def wait(self, seconds: float = 150) -> list[int]:
-        """Exit statuses, once no process of the run is left; kills all and raises an error if one takes longer."""
+        """Exit statuses, once all processes of the run have ended; after `seconds`, kills them and raises an error."""
         deadline = time.monotonic() + seconds
         try:
             statuses = [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
-            while left := self.members():
-                assert time.monotonic() < deadline, f"processes {left} still run\n{self.output()}"
+            while remaining := self.list_processes():
+                assert time.monotonic() < deadline, f"processes {remaining} still run\n{self.output()}"
                 time.sleep(0.05)
         except (subprocess.TimeoutExpired, AssertionError):
             self.kill()
@@ -106,16 +105,10 @@ class World:
 
     def kill(self) -> None:
         """Kill the remaining processes."""
-        for number in self.members():
+        for number in self.list_processes():
             os.kill(number, signal.SIGKILL)
         for process in self.processes:
             process.wait()
 
     def signal(self, number: int, rank: int) -> None:
         self.processes[rank].send_signal(number)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]

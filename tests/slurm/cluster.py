@@ -1,6 +1,6 @@
 """A SLURM cluster of virtual nodes on this machine: real daemons in a separate folder on free ports, no systemd.
 
-`python -m tests.slurm.cluster` starts one, prints the variable that a shell needs, and ends it on Ctrl-C. Partitions:
+`python -m tests.slurm.cluster` starts one, prints the variable to set in a shell, and ends it on Ctrl-C. Partitions:
 
 main    n1 and n2, 2 CPUs each          high    the same nodes; its jobs pre-empt main's (requeue)
 grace   the same nodes; pre-empted jobs keep them for 20 s after SIGTERM
@@ -24,9 +24,9 @@ NODES = ("n1", "n2")
 CPUS = 2
 SECONDS_TO_START = 30
 SECONDS_TO_STOP = 10
-ENDING = {signal.SIGINT, signal.SIGTERM}
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
-# cred_expire: a requeued job waits for it, 121 s by default. sched_interval and bf_interval: jobs start at once.
+# cred_expire: a requeued job waits for it, 121 s by default. sched_interval and bf_interval: jobs start immediately.
 # The nodes of `gpu` are cloud nodes that never start, with which --test-only can plan.
 CONFIGURATION = """\
 ClusterName=fixture
@@ -158,7 +158,7 @@ class Cluster:
             time.sleep(0.05)
 
     def kill_node(self, node: str) -> None:
-        """Kill slurmd of a node and all processes of its jobs, without notice to slurmctld, like a power failure."""
+        """Kill slurmd of a node and all processes of its jobs without notifying slurmctld, like a power failure."""
         pid = int((self.folder / f"pid/slurmd.{node}.pid").read_text())
         for process in [pid, *self._job_processes(f"SLURMD_NODENAME={node}")]:
             _kill(process, signal.SIGKILL)
@@ -172,17 +172,17 @@ class Cluster:
         for process in found:
             _kill(process, signal.SIGKILL)
 
-    def _job_processes(self, *wanted: str) -> list[int]:
-        """PIDs of this cluster's jobs whose environment has the variables `wanted`."""
+    def _job_processes(self, *required: str) -> list[int]:
+        """PIDs of this cluster's jobs whose environment has the variables `required`."""
         conf = f"SLURM_CONF={self.folder}/slurm.conf"
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 variables = path.read_text(errors="replace").split("\0")
             except OSError:
-                continue  # it has ended
+                continue  # the process has ended
             in_job = any(each.startswith("SLURM_JOB_ID=") for each in variables) or _is_step_daemon(path.parent)
-            if in_job and {conf, *wanted} <= set(variables):
+            if in_job and {conf, *required} <= set(variables):
                 found.append(int(path.parent.name))
         return found
 
@@ -197,9 +197,9 @@ class Cluster:
         return done.stdout
 
     def show(self, job: int | str) -> dict[str, str]:
-        """The fields of `scontrol show job`, of the first task of an array.
+        """The fields of `scontrol show job`; of an array, those of its first task.
 
-        On a busy machine one in thousands of calls fails without a message, and is repeated.
+        On a busy machine, one call in thousands fails without a message; it is repeated.
         """
         command = "scontrol", "show", "job", "-o", job
         line = (self.run(*command, check=False) or self.run(*command)).splitlines()[0]
@@ -221,7 +221,7 @@ class Cluster:
         deadline = time.monotonic() + 180
         metrics = run / "metrics.jsonl"
         while not (metrics.exists() and metrics.read_text().count("\n") >= count):
-            assert time.monotonic() < deadline, f"{run} made no {count} steps in 180 s"
+            assert time.monotonic() < deadline, f"{run} has not logged {count} steps after 180 s"
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -235,8 +235,8 @@ class Cluster:
         for pid in alive:
             _kill(pid, signal.SIGKILL)
         # A step daemon may be starting a task: repeat until no process is found.
-        while (left := self._job_processes()) and time.monotonic() < deadline + SECONDS_TO_STOP:
-            for pid in left:
+        while (remaining := self._job_processes()) and time.monotonic() < deadline + SECONDS_TO_STOP:
+            for pid in remaining:
                 _kill(pid, signal.SIGKILL)
             time.sleep(0.02)
 
@@ -259,10 +259,10 @@ def main() -> int:
         print(f"error: {reason}.", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Cluster(Path(folder)):
-        # Blocked, so that SIGINT also ends a background job of a shell, which ignores SIGINT otherwise.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        # Blocked, because a background job of a shell otherwise ignores SIGINT.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         print(f"export SLURM_CONF={folder}/slurm.conf   # in any shell; Ctrl-C here ends the cluster", flush=True)
-        signal.sigwait(ENDING)
+        signal.sigwait(STOP_SIGNALS)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A corpus and a run that takes seconds, and its submission."""
+"""A corpus, a run that takes seconds, and its submission."""
 
 import re
 from pathlib import Path
@@ -33,4 +33,5 @@ def submit_run(corpus, output, *more):
 
 
 def losses(run):
+    """(step, batch, loss, gradient norm) of each step."""
     return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(run)]

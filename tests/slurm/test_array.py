@@ -7,7 +7,7 @@ import pytest
 from megatron_cm3leon.slurm.array import find_task
 
 
-def test_from_arguments_and_from_a_job_array():
+def test_a_task_is_found_from_arguments_or_from_a_job_array():
     assert find_task(None, None, {}) == (0, 1)
     assert find_task(2, 5, {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "3"}) == (2, 5)
     array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}
@@ -15,7 +15,7 @@ def test_from_arguments_and_from_a_job_array():
     assert find_task(None, 1, array) == (0, 1)
 
 
-def find_all(ids, **more):
+def find_all_tasks(ids, **more):
     """(index, count) of each task of `sbatch --array` with these ids."""
     step = ids[1] - ids[0] if len(ids) > 1 else 1
     regular = all(after - before == step for before, after in pairwise(ids))
@@ -25,31 +25,31 @@ def find_all(ids, **more):
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 2], [1, 2, 3], [3, 4, 5], [0, 2, 4, 6], [3], [3, 6], [3, 4], [0, 63]])
-def test_an_array_of_a_regular_range_shares_the_whole_work(ids):
-    assert find_all(ids) == [(number, len(ids)) for number in range(len(ids))]
+def test_the_tasks_of_a_regular_array_share_all_the_work(ids):
+    assert find_all_tasks(ids) == [(number, len(ids)) for number in range(len(ids))]
 
 
 @pytest.mark.parametrize("ids", [[0, 3, 4], [3, 4, 6], [1, 2, 4, 7], [0, 1, 2, 63]])
 def test_an_irregular_array_is_an_error_unless_the_number_of_tasks_is_given(ids):
     array = rf"{len(ids)} ids of this job array, {ids[0]} to {ids[-1]}, are not a regular range.*--num-tasks.*--task-id"
     with pytest.raises(ValueError, match=rf"SLURM_ARRAY_TASK_ID \({ids[0]}\): the {array}"):
-        find_all(ids)
-    assert find_all(ids, tasks=64) == [(number, 64) for number in ids]
-    assert find_all(ids, task=5, tasks=8) == [(5, 8)] * len(ids)
+        find_all_tasks(ids)
+    assert find_all_tasks(ids, tasks=64) == [(number, 64) for number in ids]
+    assert find_all_tasks(ids, task=5, tasks=8) == [(5, 8)] * len(ids)
 
 
-def test_a_number_of_tasks_alone_takes_the_ids_of_the_array():
-    assert find_all([3, 6], tasks=8) == [(3, 8), (6, 8)]
-    assert find_all([0, 1], tasks=1) == [(0, 1)] * 2
+def test_a_given_number_of_tasks_uses_the_ids_of_the_array():
+    assert find_all_tasks([3, 6], tasks=8) == [(3, 8), (6, 8)]
+    assert find_all_tasks([0, 1], tasks=1) == [(0, 1)] * 2
     with pytest.raises(ValueError, match=r"SLURM_ARRAY_TASK_ID \(8\) must be 0 to 7, below --num-tasks \(8\).*0-7"):
-        find_all([8], tasks=8)
+        find_all_tasks([8], tasks=8)
     with pytest.raises(ValueError, match="--task-id and --num-tasks must be given together"):
         find_task(None, 8, {})
     with pytest.raises(ValueError, match="--task-id and --num-tasks must be given together"):
-        find_all([8], task=3)
+        find_all_tasks([8], task=3)
 
 
-def test_messages():
+def test_invalid_numbers_are_rejected_with_a_message():
     with pytest.raises(ValueError, match="--task-id and --num-tasks must be given together"):
         find_task(2, None, {})
     with pytest.raises(ValueError, match=r"--task-id \(5\) must be 0 to 4"):

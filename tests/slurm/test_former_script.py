@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[1] / "golden/ad3992f-train.sbatch"
 
 
 @pytest.mark.slow
-def test_it_requeues_by_the_former_name_of_the_command(slurm, tmp_path):
+def test_an_old_job_script_requeues_with_the_old_command_name(slurm, tmp_path):
     corpus, run = make_corpus(tmp_path), tmp_path / "run"
     (run / "submit").mkdir(parents=True)
     options = ["train.steps=150", "schedule.name=constant", "checkpoint.interval=10", f"output={run}"]

@@ -1,4 +1,4 @@
-"""tools/submit.py pipeline: the scripts of the chain, and the whole chain on a real SLURM."""
+"""tools/submit.py pipeline: the scripts of the jobs, and all jobs on a real SLURM."""
 
 import json
 from functools import partial
@@ -64,45 +64,46 @@ def submit(raw, output):
     return {line[2].rstrip(","): line[1].rstrip(":") for line in lines}
 
 
-def logs_of(output):
+def read_logs(output):
     return "\n".join(path.read_text() for path in sorted(output.glob("**/submit/*.log")))
 
 
 @pytest.mark.slow
-def test_a_killed_task_cancels_its_dependents_and_the_same_command_finishes(slurm, raw):
+def test_a_killed_task_cancels_dependent_jobs_and_the_same_command_resumes(slurm, raw):
     output = raw / "corpus"
     jobs = submit(raw, output)
     names = "shards shards-merge heldout embed index heldout-index train"
     assert list(jobs) == names.split()
     task = f"{jobs['shards']}_1"
     slurm.wait(task, "RUNNING")
-    refused = pipeline(raw / "plan.yaml", f"output={output}")
-    assert refused.returncode == 2 and "of this pipeline are still pending or running" in refused.stderr
+    rejected = pipeline(raw / "plan.yaml", f"output={output}")
+    assert rejected.returncode == 2 and "of this pipeline are still pending or running" in rejected.stderr
     slurm.kill_task(jobs["shards"], 1)
     assert slurm.wait(task)["JobState"] == "FAILED"
     for name in ("shards-merge", "embed", "index", "heldout-index", "train"):
         assert slurm.wait(jobs[name])["JobState"] == "CANCELLED", name
     for job in (f"{jobs['shards']}_0", jobs["heldout"]):
-        assert slurm.wait(job)["JobState"] == "COMPLETED", logs_of(output)
+        assert slurm.wait(job)["JobState"] == "COMPLETED", read_logs(output)
 
-    again = submit(raw, output)
-    assert list(again) == ["shards", "shards-merge", "embed", "index", "heldout-index", "train"]
-    assert slurm.wait(again["train"], seconds=300)["JobState"] == "COMPLETED", logs_of(output)
+    second_jobs = submit(raw, output)
+    assert list(second_jobs) == ["shards", "shards-merge", "embed", "index", "heldout-index", "train"]
+    assert slurm.wait(second_jobs["train"], seconds=300)["JobState"] == "COMPLETED", read_logs(output)
     lines = read_metrics(output / "run")
     assert len(lines) == 4 and lines[-1]["validation_loss"] and lines[-1]["validation_without_retrieval_loss"]
 
     inputs = ["--input", raw / "train/pairs.jsonl", "--tokenizer", raw / "tok", "--part-size", 8]
-    alone = call_tool("preprocess_data", *inputs, "--output", raw / "alone")
-    assert alone.returncode == 0, alone.stderr
-    shards = [open_shards(folder).manifest["content_sha256"] for folder in (raw / "alone", output / "shards")]
+    single_task = call_tool("preprocess_data", *inputs, "--output", raw / "single_task")
+    assert single_task.returncode == 0, single_task.stderr
+    shards = [open_shards(folder).manifest["content_sha256"] for folder in (raw / "single_task", output / "shards")]
     assert shards[0] == shards[1]
     assert json.loads((output / "heldout_index/index.json").read_text())["documents"] == 12
 
-    third = pipeline(raw / "plan.yaml", f"output={output}", "config=''")
-    assert third.returncode == 0 and third.stdout.endswith("nothing is missing.\n")
-    other = pipeline(raw / "plan.yaml", f"output={output}", "preprocess.options=[--part-size,'9']")
+    complete = pipeline(raw / "plan.yaml", f"output={output}", "config=''")
+    assert complete.returncode == 0 and complete.stdout.endswith("nothing is missing.\n")
+    changed = pipeline(raw / "plan.yaml", f"output={output}", "preprocess.options=[--part-size,'9']")
     assert (
-        other.returncode == 2 and "preprocess.options (['--part-size', '9']) was ['--part-size', '8']" in other.stderr
+        changed.returncode == 2
+        and "preprocess.options (['--part-size', '9']) was ['--part-size', '8']" in changed.stderr
     )
 
 
@@ -111,21 +112,21 @@ def test_print_prints_every_script_and_writes_nothing(raw):
     done = pipeline(raw / "plan.yaml", f"output={output}", "--print", "--partition", "cpu", "preprocess.partition=gpu")
     assert done.returncode == 0, done.stderr
     assert not output.exists()
-    heads = [line for line in done.stdout.splitlines() if line.startswith("### ")]
-    assert heads[0] == f"### {output}/submit/shards.sh"
-    assert heads[1] == f"### {output}/submit/shards-merge.sh, after shards"
-    assert heads[-1].endswith("submit/001.sh, after shards, shards-merge, heldout, index, heldout-index")
+    headings = [line for line in done.stdout.splitlines() if line.startswith("### ")]
+    assert headings[0] == f"### {output}/submit/shards.sh"
+    assert headings[1] == f"### {output}/submit/shards-merge.sh, after shards"
+    assert headings[-1].endswith("submit/001.sh, after shards, shards-merge, heldout, index, heldout-index")
     scripts = done.stdout.split("\n### ")
     assert "#SBATCH --array=0-1\n" in scripts[0] and "#SBATCH --partition=gpu\n" in scripts[0]
     assert scripts[0].rstrip().endswith('--task-id "$SLURM_ARRAY_TASK_ID" --num-tasks 2')
     assert "#SBATCH --partition=cpu\n" in scripts[1]
 
 
-def test_duplicates_over_several_tasks_take_two_rounds(raw):
+def test_deduplication_with_several_tasks_takes_two_rounds(raw):
     options = "preprocess.options=[--deduplicate,picture]"
     done = pipeline(raw / "plan.yaml", f"output={raw / 'printed'}", "--print", options)
-    heads = [line.rpartition("/")[2] for line in done.stdout.splitlines() if line.startswith("### ")]
-    assert heads[:3] == [
+    headings = [line.rpartition("/")[2] for line in done.stdout.splitlines() if line.startswith("### ")]
+    assert headings[:3] == [
         "shards-hash.sh",
         "shards-encode.sh, after shards-hash",
         "shards-merge.sh, after shards-encode",
@@ -133,7 +134,7 @@ def test_duplicates_over_several_tasks_take_two_rounds(raw):
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "message"),
     [
         ("input=[nothing/*.tar]", "input (nothing/*.tar) matches no file."),
         ("tokenizer=nowhere", "tokenizer (nowhere) must be an existing folder."),
@@ -146,8 +147,8 @@ def test_duplicates_over_several_tasks_take_two_rounds(raw):
         ("train.options=[parallel.tensor=3]", "parallel.tensor (3) must divide model.heads (4)"),
     ],
 )
-def test_errors_come_before_anything_is_written(raw, override, sentence):
-    output = raw / "refused"
+def test_errors_are_reported_before_anything_is_written(raw, override, message):
+    output = raw / "rejected"
     done = pipeline(raw / "plan.yaml", f"output={output}", override, "--print")
-    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+    assert done.returncode == 2 and message in done.stderr, done.stderr
     assert not output.exists()

@@ -1,4 +1,4 @@
-"""Whether a job starts again: the decision, the limit of restarts, and the recorded events."""
+"""Whether a job is requeued: the decision, the limit of restarts, and the recorded events."""
 
 import subprocess
 import sys
@@ -37,12 +37,12 @@ STOPPED_BY = {signal: [{"event": "signal", "signal": signal}, {"event": "stop", 
         (1, "", [{"event": "failure", "cause": "data.shards is empty", "status": 2}], RUNNING, "end 2"),
     ],
 )
-def test_what_comes_after_an_end(status, signal, events, job, decision):
+def test_decision_after_a_job_ends(status, signal, events, job, decision):
     found = decide(status, signal, events, job)
     assert ("requeue" if found.requeue else f"end {found.status}") == decision
 
 
-def test_idle_restarts_are_those_since_the_last_new_checkpoint():
+def test_idle_restarts_are_counted_since_the_last_new_checkpoint():
     steps = [-1, 4, 4, 8, 8, 8]
     events = [{"event": "requeue", "job": "7", "step": step} for step in steps]
     assert [count_idle_restarts(events, "7", step) for step in (8, 12)] == [3, 0]
@@ -50,8 +50,8 @@ def test_idle_restarts_are_those_since_the_last_new_checkpoint():
     assert count_idle_restarts(events[:1], "7", -1) == 1
 
 
-def ask(run, status, since, state="RUNNING"):
-    """What the batch script reads: stdout and stderr."""
+def run_requeue(run, status, since, state="RUNNING"):
+    """Run the command as the batch script does; returns stdout and stderr."""
     command = [sys.executable, "-m", "megatron_cm3leon.slurm.requeue", str(run), "--status", str(status)]
     command += ["--since", str(since), "--max-restarts", "2"]
     done = subprocess.run(
@@ -67,20 +67,20 @@ def test_a_job_without_progress_gives_up_with_a_reason(tmp_path):
     (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
     record(tmp_path, 3, "failure", cause="of an earlier start", status=2)
     now = time.time()
-    assert [ask(tmp_path, 1, now)[0] for _ in range(2)] == ["requeue\n", "requeue\n"]
-    answer, stderr = ask(tmp_path, 1, now)
+    assert [run_requeue(tmp_path, 1, now)[0] for _ in range(2)] == ["requeue\n", "requeue\n"]
+    answer, stderr = run_requeue(tmp_path, 1, now)
     assert answer == "end 1\n"
-    sentence = "2 consecutive restarts without a new checkpoint, cluster.max_restarts is 2; the last end: exit status 1"
-    assert stderr.startswith(f"not requeued: {sentence}.")
+    message = "2 consecutive restarts without a new checkpoint, cluster.max_restarts is 2; the last end: exit status 1"
+    assert stderr.startswith(f"not requeued: {message}.")
     events = read_events(tmp_path)[1:]
     assert [event["event"] for event in events] == ["requeue", "requeue", "gave_up"]
-    assert events[-1]["reason"].startswith(sentence)
+    assert events[-1]["reason"].startswith(message)
     assert (events[0]["job"], events[0]["restarts"], events[0]["step"], events[0]["attempt"]) == ("7", 1, 4, 3)
     (tmp_path / "checkpoints/step-00000008").mkdir()
-    assert ask(tmp_path, 1, now)[0] == "requeue\n"
+    assert run_requeue(tmp_path, 1, now)[0] == "requeue\n"
 
 
-def test_an_end_by_slurm_records_nothing(tmp_path):
-    answer, stderr = ask(tmp_path, 143, time.time(), state="COMPLETING")
+def test_a_job_that_slurm_ends_records_nothing(tmp_path):
+    answer, stderr = run_requeue(tmp_path, 143, time.time(), state="COMPLETING")
     assert answer == "end 143\n" and "SLURM is ending the job (COMPLETING)" in stderr
     assert read_events(tmp_path) == []

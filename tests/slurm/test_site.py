@@ -1,4 +1,4 @@
-"""The site's file: where it is found, and errors in it."""
+"""The site file: where it is found, and errors in it."""
 
 import pytest
 
@@ -9,9 +9,9 @@ def test_the_option_overrides_the_variable_and_the_home_folder(tmp_path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv(VARIABLE, raising=False)
     assert load_site() == Site()
-    usual = tmp_path / ".config/megatron_cm3leon/site.yaml"
-    usual.parent.mkdir(parents=True)
-    usual.write_text("partition: home\nenvironment: {NCCL_IB_HCA: mlx5, N: 4}\n")
+    default = tmp_path / ".config/megatron_cm3leon/site.yaml"
+    default.parent.mkdir(parents=True)
+    default.write_text("partition: home\nenvironment: {NCCL_IB_HCA: mlx5, N: 4}\n")
     assert load_site().partition == "home"
     assert load_site().environment == {"NCCL_IB_HCA": "mlx5", "N": "4"}
     (tmp_path / "variable.yaml").write_text("partition: variable\n")
@@ -19,13 +19,13 @@ def test_the_option_overrides_the_variable_and_the_home_folder(tmp_path, monkeyp
     assert load_site().partition == "variable"
     (tmp_path / "option.yaml").write_text("partition: option\n")
     assert load_site(str(tmp_path / "option.yaml")).partition == "option"
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "gone.yaml"))
-    with pytest.raises(ValueError, match=r"MEGATRON_CM3LEON_SITE \(.*gone.yaml\) does not exist"):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "missing.yaml"))
+    with pytest.raises(ValueError, match=r"MEGATRON_CM3LEON_SITE \(.*missing.yaml\) does not exist"):
         load_site()
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         ("partitoin: gpu", "there is no field partitoin; did you mean partition?"),
         ("container: {mount: [/data]}", "there is no field container.mount; did you mean container.mounts?"),
@@ -38,8 +38,8 @@ def test_the_option_overrides_the_variable_and_the_home_folder(tmp_path, monkeyp
         ("partition: [", "is not valid YAML"),
     ],
 )
-def test_errors_name_the_field_and_the_file(text, sentence, tmp_path):
+def test_errors_name_the_field_and_the_file(text, message, tmp_path):
     (tmp_path / "site.yaml").write_text(text)
     with pytest.raises(ValueError) as error:
         load_site(str(tmp_path / "site.yaml"))
-    assert sentence in str(error.value) and str(tmp_path / "site.yaml") in str(error.value)
+    assert message in str(error.value) and str(tmp_path / "site.yaml") in str(error.value)

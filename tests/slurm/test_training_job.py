@@ -26,11 +26,11 @@ def test_a_job_on_two_nodes_trains_to_the_end(slurm, corpus, launcher, ranks):
 
 @pytest.mark.slow
 def test_a_run_without_progress_is_restarted_cluster_max_restarts_times(slurm, corpus):
-    """Its interpreter fails to start, which is the earliest possible failure."""
-    broken = "import sys; sys.exit('the node has no libcuda')"
+    """The Python interpreter of the site fails to start, which is the earliest possible failure."""
+    program = "import sys; sys.exit('the node has no libcuda')"
     (corpus / "site").mkdir()
     (corpus / "site/python").write_text(
-        f'#!/bin/bash\nif [[ "$*" == *megatron_cm3leon.train* ]]; then exec {sys.executable} -c "{broken}"; fi\n'
+        f'#!/bin/bash\nif [[ "$*" == *megatron_cm3leon.train* ]]; then exec {sys.executable} -c "{program}"; fi\n'
         f'exec {sys.executable} "$@"\n'
     )
     (corpus / "site/python").chmod(0o755)

@@ -1,4 +1,4 @@
-"""The tokenizer folder: what vocab.json records, and that other files than its own are refused."""
+"""The tokenizer folder: what vocab.json records; files that it does not describe are refused."""
 
 import json
 
@@ -42,7 +42,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_vocabulary_joins_both(folder):
+def test_the_vocabulary_joins_text_and_image_ids(folder):
     tokenizers = Tokenizers.load(folder)
     vocabulary = tokenizers.vocabulary
     assert (vocabulary.text_size, vocabulary.image_size, vocabulary.specials) == (280, 32, 20)
@@ -51,7 +51,7 @@ def test_vocabulary_joins_both(folder):
     assert tokenizers.text.decode(tokenizers.text.encode("a red square")) == "a red square"
 
 
-def test_written_only_when_both_are_there(tmp_path):
+def test_the_vocabulary_is_written_only_when_both_tokenizers_exist(tmp_path):
     write_text(tmp_path)
     assert write_vocabulary(tmp_path) is None
     assert not (tmp_path / "vocab.json").exists()
@@ -60,7 +60,7 @@ def test_written_only_when_both_are_there(tmp_path):
     assert (tmp_path / "vocab.json").is_file()
 
 
-def test_hash_follows_weights_config_and_text_but_not_the_account_of_the_training(folder):
+def test_the_hash_depends_on_weights_config_and_text_but_not_on_the_training_summary(folder):
     def rewrite() -> str:
         return write_vocabulary(folder, specials=20, sentinels=8).hash
 
@@ -70,7 +70,11 @@ def test_hash_follows_weights_config_and_text_but_not_the_account_of_the_trainin
     path.write_text(json.dumps({**config, "training": {"seconds": 99}}))
     assert rewrite() == first
     path.write_text(json.dumps({**config, "mid_attention": True}))
-    assert rewrite() == first
+    assert rewrite() == first  # the default
+    image_hash = hash_image(folder)
+    path.write_text(json.dumps({**config, "mid_attention": False}))
+    assert hash_image(folder) != image_hash
+    path.write_text(json.dumps(config))
     weights = load_file(folder / "image" / "model.safetensors")
     weights["decoder.conv_out.bias"][0] += 1e-6
     save_file(weights, folder / "image" / "model.safetensors")
@@ -79,7 +83,7 @@ def test_hash_follows_weights_config_and_text_but_not_the_account_of_the_trainin
     assert len({first, second, rewrite()}) == 3
 
 
-def test_same_weights_same_hash(tmp_path):
+def test_equal_weights_have_equal_hashes(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write_image(tmp_path / name, seed=3)
@@ -106,12 +110,12 @@ def test_a_missing_file_is_named(folder, name):
         Tokenizers.load(folder)
 
 
-def test_missing_parts_are_named(tmp_path):
+def test_a_missing_vocabulary_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no vocabulary at .*train_tokenizer"):
         Tokenizers.load(tmp_path)
 
 
-def test_too_few_specials(folder):
+def test_too_few_special_tokens_are_refused(folder):
     with pytest.raises(ValueError, match=r"specials \(10\) must hold 4 named tokens and 8 sentinels"):
         write_vocabulary(folder, specials=10, sentinels=8)
     assert Vocabulary.load(folder).specials == 20

@@ -1,4 +1,4 @@
-"""Codes of pictures, pictures of codes, and the folder on disk."""
+"""Images to codes, codes to images, and the folder on disk."""
 
 import json
 
@@ -26,13 +26,13 @@ def tokenizer() -> ImageTokenizer:
         encoder_kernel=1,
     )
     model = VQGAN(config)
-    with torch.no_grad():  # codes that lie where the latents do
+    with torch.no_grad():  # codes that are latents of images
         model.quantize.embedding.weight.copy_(model.encode(draw_pixels(2))[0].flatten(1).T.repeat(2, 1))
     return ImageTokenizer(model)
 
 
-def draw_pixels(pictures: int = 3, size: int = 16) -> torch.Tensor:
-    return torch.rand(pictures, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+def draw_pixels(count: int = 3, size: int = 16) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def test_shapes_types_and_ranges(tokenizer):
@@ -46,40 +46,40 @@ def test_shapes_types_and_ranges(tokenizer):
     assert not pixels.requires_grad
 
 
-def test_a_small_tokenizer_takes_one_thread_and_gives_the_same_codes(tokenizer, monkeypatch):
+def test_a_small_tokenizer_uses_one_thread_and_gives_the_same_codes(tokenizer, monkeypatch):
     torch.manual_seed(0)
     pixels = torch.rand(8, 3, tokenizer.image_size, tokenizer.image_size) * 2 - 1
-    seen, before = [], torch.get_num_threads()
+    thread_counts, before = [], torch.get_num_threads()
     hooks = [
-        part.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+        part.register_forward_pre_hook(lambda *_: thread_counts.append(torch.get_num_threads()))
         for part in (tokenizer.model.encoder, tokenizer.model.decoder)
     ]
     torch.set_num_threads(2)
     try:
         codes = tokenizer.encode(pixels)
         decoded = tokenizer.decode(codes)
-        assert seen == [1, 1] and torch.get_num_threads() == 2
+        assert thread_counts == [1, 1] and torch.get_num_threads() == 2
         monkeypatch.setattr("megatron_cm3leon.common.threads.SMALL_MODEL", 0)
         assert torch.equal(tokenizer.encode(pixels), codes)
         torch.testing.assert_close(tokenizer.decode(codes), decoded, rtol=1e-5, atol=1e-5)
-        assert seen == [1, 1, 2, 2]
+        assert thread_counts == [1, 1, 2, 2]
     finally:
         torch.set_num_threads(before)
         for hook in hooks:
             hook.remove()
 
 
-def test_codes_run_row_by_row(tokenizer):
-    """A changed patch in row 1, column 2 of the grid moves latent 1 * 4 + 2 alone."""
+def test_codes_are_in_row_order(tokenizer):
+    """A changed patch in row 1, column 2 of the grid changes latent 1 * 4 + 2 only."""
     pixels = draw_pixels(1)
     before = tokenizer.model.encode(pixels)
     pixels[:, :, 4:8, 8:12] *= -1
-    moved = (before - tokenizer.model.encode(pixels)).abs().amax(dim=1).flatten() > 1e-6
-    assert moved.nonzero().flatten().tolist() == [6]
+    changed = (before - tokenizer.model.encode(pixels)).abs().amax(dim=1).flatten() > 1e-6
+    assert changed.nonzero().flatten().tolist() == [6]
 
 
-def test_codes_are_true_fp32(tokenizer):
-    """Autocast around the call, as in a training loop, changes no code."""
+def test_codes_are_computed_in_fp32_under_autocast(tokenizer):
+    """Autocast around the call, as in a training loop, does not change the codes."""
     pixels = draw_pixels(16)
     expected = tokenizer.encode(pixels)
     with torch.autocast("cpu", torch.bfloat16):
@@ -88,9 +88,9 @@ def test_codes_are_true_fp32(tokenizer):
 
 
 def read_precision() -> dict[str, object]:
-    """Everything that torch computes fp32 by; what it refuses to read is "refused"."""
+    """All settings of torch that decide how fp32 is computed; "refused" where torch does not let us read one."""
     backends = torch.backends
-    found = {
+    values = {
         "cudnn": backends.cudnn.enabled,
         "deterministic": backends.cudnn.deterministic,
         "benchmark": backends.cudnn.benchmark,
@@ -98,16 +98,16 @@ def read_precision() -> dict[str, object]:
     legacy = {"matmul": torch.get_float32_matmul_precision, "convolution": lambda: backends.cudnn.allow_tf32}
     for name, read in legacy.items():
         try:
-            found[name] = read()
+            values[name] = read()
         except RuntimeError:
-            found[name] = "refused"
+            values[name] = "refused"
     for name in ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv"):
         backend, operator = name.split(".")
-        found[name] = getattr(getattr(getattr(backends, backend), operator), "fp32_precision", None)
-    return found
+        values[name] = getattr(getattr(getattr(backends, backend), operator), "fp32_precision", None)
+    return values
 
 
-CHOICES = {
+SETTINGS = {
     "torch's defaults": lambda: None,
     "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
     "matmul precision": lambda: torch.set_float32_matmul_precision("medium"),
@@ -118,7 +118,7 @@ CHOICES = {
 
 @pytest.fixture
 def precision():
-    """Puts torch's settings back after a test."""
+    """Restores the settings of torch after a test."""
     operators = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv]
     operators += [torch.backends.cudnn.rnn, torch.backends.mkldnn.conv]
     yield
@@ -129,11 +129,11 @@ def precision():
     torch.backends.cudnn.allow_tf32 = True
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_true_fp32_keeps_cudnn_on_and_restores_what_the_caller_chose(precision, choice):
-    if choice.startswith("fp32_precision") and not hasattr(torch.backends, "fp32_precision"):
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_true_fp32_keeps_cudnn_on_and_restores_the_settings_of_the_caller(precision, setting):
+    if setting.startswith("fp32_precision") and not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("torch is older than 2.9")
-    CHOICES[choice]()
+    SETTINGS[setting]()
     before = read_precision()
     with true_fp32():
         inside = read_precision()
@@ -141,9 +141,9 @@ def test_true_fp32_keeps_cudnn_on_and_restores_what_the_caller_chose(precision, 
         assert inside["matmul"] == "highest" or before["matmul"] == "refused"
         assert {inside[name] for name in inside if "." in name} <= {"ieee", None}, inside
     assert read_precision() == before
-    if choice == "fp32_precision of all":
+    if setting == "fp32_precision of all":
         torch.backends.fp32_precision = "ieee"
-        assert torch.backends.cuda.matmul.fp32_precision == "ieee", "an inherited setting became its own"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee", "the setting is no longer inherited"
 
 
 def test_save_and_load(tokenizer, tmp_path):
@@ -157,19 +157,19 @@ def test_save_and_load(tokenizer, tmp_path):
     expected = torch.rand(1)
     torch.manual_seed(7)
     ImageTokenizer.load(tmp_path)
-    assert torch.equal(torch.rand(1), expected), "loading moved the caller's random numbers"
+    assert torch.equal(torch.rand(1), expected), "loading changed the random generator of the caller"
     codes = tokenizer.encode(draw_pixels())
     assert torch.equal(loaded.encode(draw_pixels()), codes)
     assert torch.equal(loaded.decode(codes), tokenizer.decode(codes))
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 3, 16, 8), (1, 1, 16, 16), (1, 3, 32, 32)])
-def test_wrong_pixels_are_refused(tokenizer, shape):
+def test_pixels_of_a_wrong_shape_are_refused(tokenizer, shape):
     with pytest.raises(ValueError, match=r"pixels of shape .* must be \[batch, 3, 16, 16\]"):
         tokenizer.encode(torch.zeros(shape))
 
 
-def test_wrong_codes_are_refused(tokenizer):
+def test_codes_of_a_wrong_shape_or_range_are_refused(tokenizer):
     with pytest.raises(ValueError, match=r"codes of shape \[1, 9\] must be \[batch, 16\]"):
         tokenizer.decode(torch.zeros(1, 9, dtype=torch.long))
     with pytest.raises(ValueError, match=r"image codes 0 to 32 must lie in 0\.\.31"):

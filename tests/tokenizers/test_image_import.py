@@ -1,4 +1,4 @@
-"""Image tokenizers of others: the tokens and the pixels of stock classes, strict names, and no pickle is run."""
+"""Image tokenizers of other projects: tokens and pixels of stock classes, strict weight names, no pickle is run."""
 
 import os
 import re
@@ -25,8 +25,8 @@ SHAPE = dict(
 )
 
 
-def randomise(model):
-    """Every weight its own, norms and biases too."""
+def randomize(model):
+    """Add noise to every weight, also to norms and biases."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
@@ -35,10 +35,10 @@ def randomise(model):
 
 @pytest.fixture(scope="module")
 def janus():
-    """transformers' form of LlamaGen's tokenizer: attention at the lowest resolution, codes of any length."""
+    """LlamaGen's tokenizer in transformers: attention at the lowest resolution, code vectors of any length."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return randomise(transformers.JanusVQVAE(transformers.JanusVQVAEConfig(**SHAPE, num_patches=SIZE // 4)))
+    return randomize(transformers.JanusVQVAE(transformers.JanusVQVAEConfig(**SHAPE, num_patches=SIZE // 4)))
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def pixels():
     return torch.rand(3, 3, SIZE, SIZE) * 2 - 1
 
 
-def llamagen_names(state):
-    """The names of LlamaGen's VQModel; transformers counts the decoder's levels as it does."""
+def rename_to_llamagen(state):
+    """Rename weights as in LlamaGen's VQModel, which numbers the decoder's levels as transformers does."""
     middle = {"block_1": "0", "attn_1": "1", "block_2": "2"}
     renamed = {}
     for name, value in state.items():
@@ -60,13 +60,13 @@ def llamagen_names(state):
 
 
 def test_llamagen_gives_the_tokens_and_pixels_of_janus(tmp_path, janus, pixels):
-    state = llamagen_names(janus.state_dict()) | {"quantize.codebook_used": torch.zeros(65536)}
+    state = rename_to_llamagen(janus.state_dict()) | {"quantize.codebook_used": torch.zeros(65536)}
     assert "decoder.conv_blocks.0.attn.1.q.weight" in state and "encoder.mid.2.conv1.weight" in state
     torch.save({"model": state, "optimizer": {}, "steps": 3}, tmp_path / "vq_ds4.pt")
-    tokenizer, account = import_image_tokenizer(tmp_path / "vq_ds4.pt", SIZE)
-    assert account == {"imported": "vq_ds4.pt", "layout": "LlamaGen", "left_out": 1}
+    tokenizer, description = import_image_tokenizer(tmp_path / "vq_ds4.pt", SIZE)
+    assert description == {"imported": "vq_ds4.pt", "layout": "LlamaGen", "left_out": 1}
 
-    # The stock class forgets to normalise when it encodes; LlamaGen normalises codes and latents both times.
+    # The stock class does not normalize when it encodes; LlamaGen normalizes codes and latents in both directions.
     latents = janus.quant_conv(janus.encoder(pixels)).permute(0, 2, 3, 1)
     codebook = functional.normalize(janus.quantize.embedding.weight, dim=-1)
     expected = torch.cdist(functional.normalize(latents.reshape(-1, 8), dim=-1), codebook).argmin(1).view(3, -1)
@@ -74,14 +74,14 @@ def test_llamagen_gives_the_tokens_and_pixels_of_janus(tmp_path, janus, pixels):
     assert torch.equal(codes, expected) and len(codes.unique()) > 4
     torch.testing.assert_close(tokenizer.decode(codes), janus.decode(codes).clamp(-1, 1), rtol=1e-5, atol=1e-5)
 
-    normalised = dict(janus.state_dict()) | {"quantize.embedding.weight": codebook}
+    normalized = dict(janus.state_dict()) | {"quantize.embedding.weight": codebook}
     stock = type(janus)(janus.config)
-    stock.load_state_dict(normalised)
+    stock.load_state_dict(normalized)
     assert torch.equal(codes, stock.encode(pixels).image_tokens.view(3, -1))
 
 
-def taming_state(chameleon, janus):
-    """The taming names: Chameleon's encoder as it is, Janus' decoder counted from the highest resolution."""
+def build_taming_state(chameleon, janus):
+    """Weights with taming's names: Chameleon's encoder, and Janus' decoder numbered from the highest resolution."""
     state = dict(chameleon.state_dict())
     for name, value in janus.state_dict().items():
         if name.startswith(("decoder.", "post_quant_conv.")):
@@ -94,15 +94,15 @@ def chameleon():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(2)
     config = transformers.ChameleonVQVAEConfig(**SHAPE, resolution=SIZE, attn_resolutions=[SIZE // 4])
-    return randomise(transformers.ChameleonVQVAE(config))
+    return randomize(transformers.ChameleonVQVAE(config))
 
 
 def test_taming_gives_the_tokens_of_chameleon_and_the_pixels_of_janus(tmp_path, chameleon, janus, pixels):
-    state = taming_state(chameleon, janus)
+    state = build_taming_state(chameleon, janus)
     loss = {"loss.perceptual_loss.lin0.model.1.weight": torch.ones(1), "loss.discriminator.main.0.bias": torch.ones(2)}
     torch.save({"state_dict": state | loss, "epoch": 3}, tmp_path / "vqgan.ckpt")
-    tokenizer, account = import_image_tokenizer(tmp_path / "vqgan.ckpt", SIZE)
-    assert account["layout"] == "taming" and account["left_out"] == 2
+    tokenizer, description = import_image_tokenizer(tmp_path / "vqgan.ckpt", SIZE)
+    assert description["layout"] == "taming" and description["left_out"] == 2
     codes = tokenizer.encode(pixels)
     assert torch.equal(codes, chameleon.encode(pixels).image_tokens.view(3, -1)) and len(codes.unique()) > 4
     latents = chameleon.quantize.embedding(codes).view(3, 8, 8, 8).permute(0, 3, 1, 2)
@@ -110,8 +110,8 @@ def test_taming_gives_the_tokens_of_chameleon_and_the_pixels_of_janus(tmp_path, 
     torch.testing.assert_close(tokenizer.decode(codes), expected, rtol=1e-5, atol=1e-5)
 
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "vqgan.safetensors")
-    again, _ = import_image_tokenizer(tmp_path / "vqgan.safetensors", SIZE)
-    assert again.config == tokenizer.config and torch.equal(again.encode(pixels), codes)
+    reloaded, _ = import_image_tokenizer(tmp_path / "vqgan.safetensors", SIZE)
+    assert reloaded.config == tokenizer.config and torch.equal(reloaded.encode(pixels), codes)
 
 
 AVERAGED_CODES = {"quantize.embedding.cluster_size": torch.ones(64), "quantize.embedding.embed_avg": torch.ones(64, 8)}
@@ -119,48 +119,48 @@ LIGHTNING_EMA = {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates":
                  "model_ema.encoderconv_inweight": torch.ones(2)}  # fmt: skip
 
 
-def with_prefix(prefix, state):
+def add_prefix(prefix, state):
     return {prefix + name: value for name, value in state.items()}
 
 
 @pytest.mark.parametrize(
-    ("wrap", "skipped"),
+    ("build_checkpoint", "skipped"),
     [
         (lambda state: {"state_dict": state | AVERAGED_CODES}, 2),
         (lambda state: {"state_dict": state | LIGHTNING_EMA | {"colorize": torch.ones(3)}}, 4),
-        (lambda state: {"model_state_dict": with_prefix("module.", state | AVERAGED_CODES | LIGHTNING_EMA)}, 5),
-        (lambda state: with_prefix("module._orig_mod.", state) | {"loss.discriminator.a": torch.ones(1)}, 1),
-        (lambda state: {"module": with_prefix("module.", state) | with_prefix("model_ema.module.", state)}, None),
+        (lambda state: {"model_state_dict": add_prefix("module.", state | AVERAGED_CODES | LIGHTNING_EMA)}, 5),
+        (lambda state: add_prefix("module._orig_mod.", state) | {"loss.discriminator.a": torch.ones(1)}, 1),
+        (lambda state: {"module": add_prefix("module.", state) | add_prefix("model_ema.module.", state)}, None),
     ],
 )
-def test_averages_and_prefixes_of_trainers_are_skipped(tmp_path, chameleon, janus, pixels, wrap, skipped):
-    state = taming_state(chameleon, janus)
-    torch.save(wrap(state), tmp_path / "vqgan.ckpt")
-    tokenizer, account = import_image_tokenizer(tmp_path / "vqgan.ckpt", SIZE)
-    assert account["left_out"] == (len(state) if skipped is None else skipped)
+def test_averages_and_prefixes_of_trainers_are_skipped(tmp_path, chameleon, janus, pixels, build_checkpoint, skipped):
+    state = build_taming_state(chameleon, janus)
+    torch.save(build_checkpoint(state), tmp_path / "vqgan.ckpt")
+    tokenizer, description = import_image_tokenizer(tmp_path / "vqgan.ckpt", SIZE)
+    assert description["left_out"] == (len(state) if skipped is None else skipped)
     assert torch.equal(tokenizer.encode(pixels), chameleon.encode(pixels).image_tokens.view(3, -1))
 
 
 def test_several_networks_are_refused(tmp_path, chameleon, janus):
-    state = taming_state(chameleon, janus)
-    torch.save(with_prefix("a.", state) | with_prefix("b.", state), tmp_path / "two.ckpt")
+    state = build_taming_state(chameleon, janus)
+    torch.save(add_prefix("a.", state) | add_prefix("b.", state), tmp_path / "two.ckpt")
     with pytest.raises(ValueError, match=r"two.ckpt holds 2 networks \(a\., b\. \.\.\.\); save the weights of one"):
         import_image_tokenizer(tmp_path / "two.ckpt", SIZE)
-    torch.save(with_prefix("a.", state) | {"quant_conv.bias": torch.ones(8)}, tmp_path / "mixed.ckpt")
+    torch.save(add_prefix("a.", state) | {"quant_conv.bias": torch.ones(8)}, tmp_path / "mixed.ckpt")
     with pytest.raises(ValueError, match=r"some weights both with and without 'a\.' before their name"):
         import_image_tokenizer(tmp_path / "mixed.ckpt", SIZE)
 
 
-def gumbel_state(state):
-    """With taming's GumbelQuantize instead of the nearest code."""
+def build_gumbel_state(state):
+    """Replace the nearest-code quantizer by taming's GumbelQuantize."""
     torch.manual_seed(3)
     state = {name: value for name, value in state.items() if not name.startswith("quantize.")}
     proj = {"quantize.proj.weight": torch.randn(64, 8, 1, 1), "quantize.proj.bias": torch.randn(64)}
     return state | proj | {"quantize.embed.weight": torch.randn(64, 8)}
 
 
-def test_gumbel_codes_are_the_largest_logit(tmp_path, chameleon, janus, pixels):
-    state = gumbel_state(taming_state(chameleon, janus))
+def test_gumbel_codes_have_the_largest_logit(tmp_path, chameleon, janus, pixels):
+    state = build_gumbel_state(build_taming_state(chameleon, janus))
     torch.save({"state_dict": state}, tmp_path / "gumbel.ckpt")
     tokenizer, _ = import_image_tokenizer(tmp_path / "gumbel.ckpt", SIZE)
     latents = chameleon.quant_conv(chameleon.encoder(pixels))
@@ -177,19 +177,19 @@ def test_gumbel_codes_are_the_largest_logit(tmp_path, chameleon, janus, pixels):
 
 
 @pytest.mark.parametrize(
-    ("multipliers", "attended", "gumbel", "size", "tokens", "codes", "width"),
+    ("multipliers", "attention", "gumbel", "size", "tokens", "codes", "width"),
     [
         ((1, 1, 2, 4), (32,), True, 256, 1024, 8192, 256),  # taming's vqgan_gumbel_f8
         ((1, 1, 2, 2, 4), (16,), False, 256, 256, 16384, 256),  # taming's vqgan_imagenet_f16_16384
         ((1, 1, 2, 2, 4), (), False, 512, 1024, 8192, 256),  # Chameleon's
     ],
 )
-def test_public_configurations_are_read_off_their_shapes(
-    tmp_path, multipliers, attended, gumbel, size, tokens, codes, width
+def test_public_configurations_are_read_from_the_shapes_of_weights(
+    tmp_path, multipliers, attention, gumbel, size, tokens, codes, width
 ):
     config = VQGANConfig(
         image_size=size, codebook_size=codes, embed_dim=width, channel_multiplier=multipliers,
-        attn_resolutions=attended, quantizer="logits" if gumbel else "nearest",
+        attn_resolutions=attention, quantizer="logits" if gumbel else "nearest",
     )  # fmt: skip
     with torch.device("meta"):
         shapes = VQGAN(config).state_dict()
@@ -209,16 +209,16 @@ def test_public_configurations_are_read_off_their_shapes(
         (lambda s: [s.pop(name) for name in list(s) if "down" in name], "is not a VQGAN of the taming layout"),
     ],
 )
-def test_other_weights_are_refused(tmp_path, chameleon, janus, change, message):
-    state = {name: value.clone() for name, value in taming_state(chameleon, janus).items()}
+def test_unsuitable_weights_are_refused(tmp_path, chameleon, janus, change, message):
+    state = {name: value.clone() for name, value in build_taming_state(chameleon, janus).items()}
     change(state)
     torch.save({"state_dict": state}, tmp_path / "vqgan.ckpt")
     with pytest.raises(ValueError, match=message):
         import_image_tokenizer(tmp_path / "vqgan.ckpt", SIZE)
 
 
-def test_a_trainers_own_objects_are_left_out(tmp_path):
-    """As Lightning saved taming's models: a class of a package that is not there is the key of a mapping."""
+def test_objects_of_a_trainer_are_skipped(tmp_path):
+    """A checkpoint as Lightning wrote it: a class of a package that is not installed is the key of a dict."""
     module = types.ModuleType("pytorch_lightning.callbacks")
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks"})
     sys.modules["pytorch_lightning"], sys.modules["pytorch_lightning.callbacks"] = types.ModuleType("x"), module
@@ -240,7 +240,7 @@ class Harmful:
         return os.mkdir, (str(self.path),)
 
 
-def test_no_pickle_is_run(tmp_path):
+def test_no_pickle_is_executed(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(1)}, "x": Harmful(tmp_path / "made")}, tmp_path / "harmful.ckpt")
     with pytest.raises(ValueError, match=r"it holds posix.mkdir, which is not a weight and is not executed"):
         read_weights(tmp_path / "harmful.ckpt")
@@ -255,7 +255,7 @@ def test_no_pickle_is_run(tmp_path):
         ("text.safetensors", b"hello", "cannot be read"),
     ],
 )
-def test_files_that_are_no_weights(tmp_path, name, content, message):
+def test_files_without_weights_are_refused(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):

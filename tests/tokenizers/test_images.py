@@ -1,4 +1,4 @@
-"""Every kind of picture file becomes the RGB a viewer shows, and damaged ones say what is wrong."""
+"""Every kind of image file becomes the RGB that a viewer shows; the error of a damaged one says what is wrong."""
 
 import io
 import re
@@ -16,84 +16,84 @@ from megatron_cm3leon.tokenizers.images import from_pixels, load_image, to_pixel
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
-def encode(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def noise(side: int = 64) -> Image.Image:
+def draw_noise(side: int = 64) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def colour(data: bytes, place=(0, 0)) -> tuple:
-    picture = load_image(data)
-    assert picture.mode == "RGB"
-    return picture.getpixel(place)
+def load_pixel(data: bytes, position=(0, 0)) -> tuple:
+    image = load_image(data)
+    assert image.mode == "RGB"
+    return image.getpixel(position)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM"])
 def test_common_formats(kind):
-    found = colour(encode(Image.new("RGB", (8, 6), RED), kind))
+    found = load_pixel(encode(Image.new("RGB", (8, 6), RED), kind))
     assert np.abs(np.subtract(found, RED)).max() <= 3
 
 
 @pytest.mark.parametrize("mode, value, expected", [("L", 100, 100), ("1", 1, 255), ("I;16", 100 * 257, 100)])
-def test_grey_modes(mode, value, expected):
-    assert colour(encode(Image.new(mode, (4, 4), value))) == (expected,) * 3
+def test_gray_modes(mode, value, expected):
+    assert load_pixel(encode(Image.new(mode, (4, 4), value))) == (expected,) * 3
 
 
 @pytest.mark.parametrize("mode, value, expected", [("I", 65535, 255), ("F", 0.5, 128), ("I;16B", 257, 1)])
-def test_deep_grey_tiff(mode, value, expected):
-    assert colour(encode(Image.new(mode, (4, 4), value), "TIFF")) == (expected,) * 3
+def test_gray_tiff_of_more_than_8_bits(mode, value, expected):
+    assert load_pixel(encode(Image.new(mode, (4, 4), value), "TIFF")) == (expected,) * 3
 
 
-def test_deep_grey_out_of_range_is_an_error():
-    with pytest.raises(ValueError, match=r"grey values from 70000 to 70000 in mode I are outside 0\.\.65535"):
+def test_gray_values_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"gray values from 70000 to 70000 in mode I are outside 0\.\.65535"):
         load_image(encode(Image.new("I", (4, 4), 70000), "TIFF"))
 
 
 def test_palette():
-    assert colour(encode(Image.new("RGB", (4, 4), RED).convert("P"))) == RED
+    assert load_pixel(encode(Image.new("RGB", (4, 4), RED).convert("P"))) == RED
 
 
-def test_alpha_lies_over_white():
-    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
-    assert colour(encode(picture)) == RED
-    assert colour(encode(picture), (1, 0)) == WHITE
+def test_transparent_pixels_show_a_white_background():
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    assert load_pixel(encode(image)) == RED
+    assert load_pixel(encode(image), (1, 0)) == WHITE
     half = encode(Image.new("RGBA", (2, 2), (0, 0, 0, 128)))
-    assert colour(half) == (127, 127, 127)
+    assert load_pixel(half) == (127, 127, 127)
 
 
-def test_grey_with_alpha_and_palette_with_alpha():
-    assert colour(encode(Image.new("LA", (2, 2), (0, 0)))) == WHITE
+def test_gray_with_alpha_and_palette_with_alpha():
+    assert load_pixel(encode(Image.new("LA", (2, 2), (0, 0)))) == WHITE
     palette = Image.new("P", (2, 2), 1)
     palette.putpalette([0, 0, 0, 255, 0, 0])
-    assert colour(encode(palette)) == RED
-    assert colour(encode(palette, transparency=1)) == WHITE
+    assert load_pixel(encode(palette)) == RED
+    assert load_pixel(encode(palette, transparency=1)) == WHITE
 
 
-def test_transparent_colour_of_an_rgb_png():
-    assert colour(encode(Image.new("RGB", (2, 2), RED), transparency=RED)) == WHITE
+def test_transparent_color_of_an_rgb_png():
+    assert load_pixel(encode(Image.new("RGB", (2, 2), RED), transparency=RED)) == WHITE
 
 
 def test_cmyk():
-    assert np.abs(np.subtract(colour(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")), RED)).max() <= 3
+    assert np.abs(np.subtract(load_pixel(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")), RED)).max() <= 3
 
 
 def test_exif_rotation_is_applied():
-    picture = Image.new("RGB", (4, 2), WHITE)
-    picture.putpixel((0, 0), RED)
+    image = Image.new("RGB", (4, 2), WHITE)
+    image.putpixel((0, 0), RED)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show rotated by 90 degrees clockwise
-    shown = load_image(encode(picture, exif=exif))
+    shown = load_image(encode(image, exif=exif))
     assert shown.size == (2, 4)
     assert shown.getpixel((1, 0)) == RED
 
 
-def make_exif(*tags: tuple[int, int, int, bytes]) -> bytes:
-    """EXIF of (tag, type, count, four bytes of value), as the cameras' own programs write it."""
+def build_exif(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of (tag, type, count, four bytes of value), as the programs of cameras write it."""
     entries = b"".join(struct.pack("<HHI4s", *tag) for tag in tags)
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
 
@@ -109,46 +109,46 @@ ODD_TAGS = [
 
 @pytest.mark.parametrize("tags", ODD_TAGS)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_rotated_image_is_turned_whatever_its_other_tags_are(tags, kind):
-    picture = Image.new("RGB", (32, 16), WHITE)
-    picture.paste(RED, (0, 0, 16, 16))
-    places = {1: (4, 8), 2: (28, 8), 3: (28, 8), 4: (4, 8), 5: (8, 4), 6: (8, 4), 7: (8, 28), 8: (8, 28)}
-    for orientation, place in places.items():
-        exif = make_exif((0x112, SHORT, 1, bytes([orientation, 0])), *tags)
-        shown = load_image(encode(picture, kind, exif=exif))
+def test_exif_rotation_is_applied_with_any_other_tags(tags, kind):
+    image = Image.new("RGB", (32, 16), WHITE)
+    image.paste(RED, (0, 0, 16, 16))
+    positions = {1: (4, 8), 2: (28, 8), 3: (28, 8), 4: (4, 8), 5: (8, 4), 6: (8, 4), 7: (8, 28), 8: (8, 28)}
+    for orientation, position in positions.items():
+        exif = build_exif((0x112, SHORT, 1, bytes([orientation, 0])), *tags)
+        shown = load_image(encode(image, kind, exif=exif))
         assert shown.size == ((32, 16) if orientation < 5 else (16, 32))
-        assert np.abs(np.subtract(shown.getpixel(place), RED)).max() <= 3, orientation
+        assert np.abs(np.subtract(shown.getpixel(position), RED)).max() <= 3, orientation
 
 
 @pytest.mark.parametrize(
     "exif",
     [
-        make_exif((0x112, ASCII, 2, b"6")),
-        make_exif((0x112, SHORT, 1, b"\x63\0")),
-        make_exif((0x112, SHORT, 1, b"\6\0"))[:17],
+        build_exif((0x112, ASCII, 2, b"6")),
+        build_exif((0x112, SHORT, 1, b"\x63\0")),
+        build_exif((0x112, SHORT, 1, b"\6\0"))[:17],
         b"Exif\0\0no TIFF header at all",
         b"Exif\0\0",
     ],
 )
-def test_an_orientation_that_cannot_be_read_leaves_the_image_as_it_is_stored(exif):
+def test_an_orientation_that_cannot_be_read_is_ignored(exif):
     assert load_image(encode(Image.new("RGB", (8, 4), RED), "JPEG", exif=exif)).size == (8, 4)
 
 
-def heif(brand: bytes) -> bytes:
+def build_heif(brand: bytes) -> bytes:
     return b"\0\0\0\x18ftyp" + brand + bytes(200)
 
 
 @pytest.mark.parametrize(
     "data, reason",
     [
-        (heif(b"heic"), "its format is HEIC, which is not decoded; convert it to PNG or JPEG."),
-        (heif(b"mif1"), "its format is HEIC,"),
+        (build_heif(b"heic"), "its format is HEIC, which is not decoded; convert it to PNG or JPEG."),
+        (build_heif(b"mif1"), "its format is HEIC,"),
         (b"\xff\x0a" + bytes(9), "its format is JPEG XL,"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "its format is JPEG XL,"),
         (b"\xef\xbb\xbf <?xml version='1.0'?><!-- x --><SVG/>", "its format is SVG,"),
         (b"8BPS\0\1", "its format is Photoshop"),
         (b"qoif" + bytes(20), "its format is QOI,"),
-        (heif(b"isom"), "not an image but a video."),
+        (build_heif(b"isom"), "not an image but a video."),
         (b"\n<!DOCTYPE html><html>", "not an image but an HTML page."),
         (b"<?xml version='1'?><Error><Code>AccessDenied", 'not an image but a text that begins with b"<?xml'),
         (b'{"error": 404}', "not an image but a text that begins with b'{"),
@@ -156,27 +156,27 @@ def heif(brand: bytes) -> bytes:
         (b"version https://git-lfs.github.com/spec/v1\n", "not an image but a pointer of Git LFS; fetch"),
         (b"\x1f\x8b\x08" + bytes(20), "not an image but a gzip file; unpack it."),
         (b"\0\5\x16\7" + bytes(20), "not an image but an AppleDouble file"),
-        (encode(noise()).replace(b"\r\n", b"\n"), "not an image but a PNG whose line ends were converted"),
-        (encode(noise()).decode("latin-1").encode(), "not an image but a PNG that was saved as text in UTF-8"),
-        (encode(noise()).decode(errors="replace").encode(), "not an image but a file that was saved as text"),
+        (encode(draw_noise()).replace(b"\r\n", b"\n"), "not an image but a PNG whose line ends were converted"),
+        (encode(draw_noise()).decode("latin-1").encode(), "not an image but a PNG that was saved as text in UTF-8"),
+        (encode(draw_noise()).decode(errors="replace").encode(), "not an image but a file that was saved as text"),
         (b"Forbidden", "not an image in any of the formats PNG, JPEG"),
     ],
 )
-def test_what_is_no_image_is_named(data, reason):
+def test_the_error_names_what_a_file_without_an_image_is(data, reason):
     with pytest.raises(ValueError, match="^" + re.escape(reason)):
         load_image(data)
 
 
-def test_damage_is_named():
-    with_text = encode(Image.new("RGB", (4, 4)), pnginfo=make_text_chunk())
-    place = with_text.index(b"tEXt")
+def test_the_error_names_the_damage():
+    with_text = encode(Image.new("RGB", (4, 4)), pnginfo=build_text_chunk())
+    start = with_text.index(b"tEXt")
     header = encode(Image.new("RGB", (4, 4)))
     for data, reason in {
-        with_text[: place + 6] + b"X" + with_text[place + 7 :]: "damaged PNG: broken PNG file.*checksum in b'tEXt'",
+        with_text[: start + 6] + b"X" + with_text[start + 7 :]: "damaged PNG: broken PNG file.*checksum in b'tEXt'",
         header[:20] + b"X" + header[21:]: "damaged PNG: broken PNG file.*checksum in b'IHDR'",
         header[:12]: "damaged PNG: ",
-        encode(noise(), "JPEG")[:10]: "the image cannot be decoded: Truncated File Read",
-        encode(noise(), "WEBP")[:40]: "cannot be decoded|damaged WEBP",
+        encode(draw_noise(), "JPEG")[:10]: "the image cannot be decoded: Truncated File Read",
+        encode(draw_noise(), "WEBP")[:40]: "cannot be decoded|damaged WEBP",
         b"GIF89a": "damaged GIF: ",
         b"BM" + bytes(9): "damaged BMP: |cannot be decoded",
     }.items():
@@ -184,13 +184,13 @@ def test_damage_is_named():
             load_image(data)
 
 
-def make_text_chunk() -> PngInfo:
+def build_text_chunk() -> PngInfo:
     text = PngInfo()
     text.add_text("Comment", "written by a program")
     return text
 
 
-def test_path_and_first_frame_of_an_animation(tmp_path):
+def test_the_first_frame_of_an_animation_is_loaded_from_a_path(tmp_path):
     frames = [Image.new("RGB", (4, 4), RED), Image.new("RGB", (4, 4), WHITE)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert load_image(tmp_path / "a.gif").getpixel((0, 0)) == RED
@@ -198,19 +198,19 @@ def test_path_and_first_frame_of_an_animation(tmp_path):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
-def test_truncated(kind, share):
-    data = encode(noise(), kind)
+def test_truncated_files_are_refused(kind, share):
+    data = encode(draw_noise(), kind)
     with pytest.raises(ValueError, match=r"cannot be decoded|damaged"):
         load_image(data[: int(len(data) * share)])
 
 
-def test_damaged_bytes_never_raise_anything_else():
-    data = bytearray(encode(noise(16)))
+def test_damaged_bytes_raise_only_value_errors():
+    data = bytearray(encode(draw_noise(16)))
     random = np.random.default_rng(1)
     for _ in range(300):
         damaged = bytearray(data)
-        for place in random.integers(0, len(damaged), 3):
-            damaged[place] = random.integers(0, 256)
+        for position in random.integers(0, len(damaged), 3):
+            damaged[position] = random.integers(0, 256)
         try:
             load_image(bytes(damaged))
         except ValueError as error:
@@ -232,44 +232,44 @@ def test_reasons_are_readable(tmp_path):
         load_image(tmp_path)
 
 
-def test_too_many_pixels(monkeypatch):
+def test_too_many_pixels_are_refused(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="11 x 10 pixels are more than the 100"):
         load_image(encode(Image.new("RGB", (11, 10))))
 
 
-def test_pillow_decompression_bomb():
+def test_a_decompression_bomb_is_refused():
     data = encode(Image.new("1", (20000, 10000)))
     assert len(data) < 100_000
     with pytest.raises(ValueError, match="pixels"):
         load_image(data)
 
 
-def test_programs_are_not_run_on_postscript():
+def test_postscript_is_refused_without_running_a_program():
     with pytest.raises(ValueError, match=r"its format is PostScript \(EPS\), which is not decoded; convert it"):
         load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
 
 
 def test_pixels_round_trip_every_value():
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    picture = Image.fromarray(np.stack([values, values[::-1], values.T], axis=-1))
-    tensor = to_pixels(picture, 16)
+    image = Image.fromarray(np.stack([values, values[::-1], values.T], axis=-1))
+    tensor = to_pixels(image, 16)
     assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32
     assert tensor.min() == -1 and tensor.max() == 1
-    assert np.array_equal(np.asarray(from_pixels(tensor)), np.asarray(picture))
+    assert np.array_equal(np.asarray(from_pixels(tensor)), np.asarray(image))
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (5, 3), (1, 1), (3000, 1)])
-def test_other_sizes_are_cropped_to_the_centre_and_resized(size):
-    picture = Image.new("RGB", size, WHITE)
-    assert torch.equal(to_pixels(picture, 16), torch.ones(3, 16, 16))
+def test_other_sizes_are_cropped_to_the_center_and_resized(size):
+    image = Image.new("RGB", size, WHITE)
+    assert torch.equal(to_pixels(image, 16), torch.ones(3, 16, 16))
 
 
-def test_crop_is_centred():
-    picture = Image.new("RGB", (30, 10), RED)
-    picture.paste(WHITE, (10, 0, 20, 10))
-    assert torch.equal(to_pixels(picture, 10), torch.ones(3, 10, 10))
+def test_the_crop_is_centered():
+    image = Image.new("RGB", (30, 10), RED)
+    image.paste(WHITE, (10, 0, 20, 10))
+    assert torch.equal(to_pixels(image, 10), torch.ones(3, 10, 10))
 
 
-def test_from_pixels_clips():
+def test_from_pixels_clips_values():
     assert from_pixels(torch.full((3, 1, 1), 5.0)).getpixel((0, 0)) == WHITE

@@ -1,4 +1,4 @@
-"""Text comes back exactly, special tokens cannot be spelled, and impossible sizes are explained."""
+"""Decoding returns the exact text, text never becomes special tokens, and errors explain impossible sizes."""
 
 import random
 
@@ -7,10 +7,10 @@ import pytest
 from megatron_cm3leon.tokenizers.text import TextTokenizer, train_text
 
 CAPTIONS = [
-    f"a {size} {colour} circle in the {place}, on a white background"
+    f"a {size} {color} circle in the {position}, on a white background"
     for size in ("small", "large")
-    for colour in ("red", "green", "blue", "yellow")
-    for place in ("centre", "top left corner", "bottom right corner")
+    for color in ("red", "green", "blue", "yellow")
+    for position in ("centre", "top left corner", "bottom right corner")
 ]
 
 
@@ -30,7 +30,7 @@ def tokenizer() -> TextTokenizer:
         "trailing ",
         "two  spaces   three",
         "tab\tline\nreturn\r\nend\n",
-        "ﬁ Ａ é e\u0301 ½",  # normal forms would change these
+        "ﬁ Ａ é e\u0301 ½",  # Unicode normal forms would change these
         "漢字 🙂👩‍👩‍👧 \u00a0no-break",
         "▁mark▁▁ in ▁ text",
         "\x00 zero",
@@ -40,7 +40,7 @@ def tokenizer() -> TextTokenizer:
 def test_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert all(0 < i < tokenizer.size for i in ids)  # 0 is the unknown piece: never needed
+    assert all(0 < i < tokenizer.size for i in ids)  # 0 is the unknown piece, which is never needed
 
 
 def test_round_trip_of_random_text(tokenizer):
@@ -51,7 +51,7 @@ def test_round_trip_of_random_text(tokenizer):
 
 
 def test_exact_ids():
-    """A text of one word repeated: 'aab' merges, and the ids are those of the model file's order."""
+    """With one word repeated, 'aab' is merged, and ids follow the order of the model file."""
     tokenizer = train_text(["aab aab"] * 4, 263)
     pieces = [tokenizer.processor.id_to_piece(i) for i in range(tokenizer.size)]
     assert pieces[0] == "<unk>" and pieces[1] == "<0x00>" and pieces[256] == "<0xFF>"
@@ -69,7 +69,7 @@ def test_no_special_pieces_and_empty_text(tokenizer):
     assert tokenizer.size == 320
 
 
-def test_same_input_same_model(tokenizer):
+def test_the_same_input_gives_the_same_model(tokenizer):
     assert train_text(CAPTIONS, 320).model == tokenizer.model
 
 
@@ -80,24 +80,24 @@ def test_save_and_load(tokenizer, tmp_path):
     assert loaded.encode(CAPTIONS[0]) == tokenizer.encode(CAPTIONS[0])
 
 
-def test_bytes_that_are_no_text_become_replacement_characters(tokenizer):
+def test_bytes_that_are_not_utf8_become_replacement_characters(tokenizer):
     assert tokenizer.decode([1 + 0xC3]) == "\ufffd"
     assert "\ufffd" in tokenizer.decode([0])
 
 
-def test_ids_outside_are_refused(tokenizer):
+def test_ids_out_of_range_are_refused(tokenizer):
     with pytest.raises(ValueError, match="id 320 is not a text piece; text ids are 0 to 319"):
         tokenizer.decode([3, 320])
 
 
-def test_too_large_a_vocabulary_names_the_largest():
+def test_the_error_of_a_too_large_vocabulary_names_the_largest_size():
     with pytest.raises(ValueError, match=r"vocab_size \(5000\) .* largest possible is (\d+)") as error:
         train_text(CAPTIONS, 5000)
     largest = int(str(error.value).split("possible is ")[1].split(".")[0])
     assert train_text(CAPTIONS, largest).size == largest
 
 
-def test_too_small_a_vocabulary_names_the_smallest():
+def test_the_error_of_a_too_small_vocabulary_names_the_smallest_size():
     with pytest.raises(ValueError, match=r"vocab_size \(100\) must be at least (\d+)") as error:
         train_text(CAPTIONS, 100)
     smallest = int(str(error.value).split("at least ")[1].split(" ")[0])
@@ -105,7 +105,7 @@ def test_too_small_a_vocabulary_names_the_smallest():
 
 
 @pytest.mark.parametrize("captions", [[], ["", "  "]])
-def test_nothing_to_learn_from(captions):
+def test_a_corpus_without_text_is_refused(captions):
     with pytest.raises(ValueError, match="all captions of the input are empty"):
         train_text(captions, 300)
 

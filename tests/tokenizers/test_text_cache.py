@@ -1,4 +1,4 @@
-"""Ids of a text put together from remembered words are those of the whole text."""
+"""The ids of a text, joined from cached words, are those of the tokenizer."""
 
 import random
 
@@ -19,7 +19,7 @@ def tokenizer() -> TextTokenizer:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-def test_the_ids_are_those_of_the_whole_text(tokenizer, dtype):
+def test_ids_joined_from_words_are_those_of_the_tokenizer(tokenizer, dtype):
     encoder = TextEncoder(tokenizer, dtype)
     assert encoder.divides
     draws = random.Random(0)
@@ -30,7 +30,7 @@ def test_the_ids_are_those_of_the_whole_text(tokenizer, dtype):
         assert ids.tolist() == tokenizer.encode(text), repr(text)
 
 
-def test_a_full_memory_starts_anew(tokenizer, monkeypatch):
+def test_a_full_cache_is_cleared(tokenizer, monkeypatch):
     monkeypatch.setattr(text_cache, "MAX_WORDS", 10)
     encoder = TextEncoder(tokenizer, np.uint16)
     for number in range(100):
@@ -39,8 +39,8 @@ def test_a_full_memory_starts_anew(tokenizer, monkeypatch):
         assert len(encoder._words) <= 10 and not any(len(word) > text_cache.MAX_CHARACTERS for word in encoder._words)
 
 
-def test_models_whose_pieces_cross_words_are_not_cut(tmp_path):
-    """A piece such as 'a▁b' would be lost; unigram and normalising models are not cut either."""
+def test_texts_are_not_divided_if_pieces_cross_words(tmp_path):
+    """A piece such as 'a▁b' would be lost; texts of unigram and normalizing models are not divided either."""
     settings = {
         "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False,
         "remove_extra_whitespaces": False, "unk_id": 0, "bos_id": -1, "eos_id": -1, "pad_id": -1,
@@ -50,7 +50,7 @@ def test_models_whose_pieces_cross_words_are_not_cut(tmp_path):
         ("plain", {}, True),
         ("crossing", {"split_by_whitespace": False}, False),
         ("unigram", {"model_type": "unigram"}, False),
-        ("normalising", {"normalization_rule_name": "nmt_nfkc"}, False),
+        ("normalizing", {"normalization_rule_name": "nmt_nfkc"}, False),
         ("prefix", {"add_dummy_prefix": True}, False),
         ("suffix", {"treat_whitespace_as_suffix": True}, False),
         ("symbols", {"user_defined_symbols": ["t, 3"]}, False),
@@ -67,7 +67,7 @@ def test_models_whose_pieces_cross_words_are_not_cut(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [text_cache.MAX_WORDS, 12])
-def test_many_texts_at_once_are_as_one_after_the_other(tokenizer, monkeypatch, limit):
+def test_many_texts_at_once_equal_texts_one_by_one(tokenizer, monkeypatch, limit):
     monkeypatch.setattr(text_cache, "MAX_WORDS", limit)
     draws = random.Random(1)
     letters = [*"abcdog ,.'(\n\t", "  ", " the ", "▁", "é", "🙂", "\x00", "cat", "long" * 20]

@@ -1,4 +1,4 @@
-"""The network: key layout and codes of the public models, and configurations that cannot be built."""
+"""The network: weight names and codes of the public models; invalid configurations."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from megatron_cm3leon.tokenizers.vqgan import VQGAN, PixelNorm, VQGANConfig
 TINY = dict(image_size=32, codebook_size=64, embed_dim=8, latent_channels=16, base_channels=32, num_res_blocks=1)
 
 
-def build(**changes) -> VQGAN:
+def build_model(**changes) -> VQGAN:
     torch.manual_seed(0)
     model = VQGAN(VQGANConfig(**{**TINY, **changes})).eval().requires_grad_(False)
-    for weight in model.parameters():  # norms and biases too, so that each is seen to matter
+    for weight in model.parameters():  # norms and biases too, so that the result depends on each
         weight.add_(0.1 * torch.randn_like(weight))
     return model
 
@@ -25,9 +25,9 @@ def build(**changes) -> VQGAN:
         dict(channel_multiplier=(1, 1, 1), num_res_blocks=0),
     ],
 )
-def test_encoder_is_transformers_chameleon_vqvae(changes):
+def test_the_encoder_equals_chameleon_vqvae_of_transformers(changes):
     transformers = pytest.importorskip("transformers")
-    model = build(**changes)
+    model = build_model(**changes)
     config = model.config
     oracle = transformers.ChameleonVQVAE(
         transformers.ChameleonVQVAEConfig(
@@ -57,8 +57,8 @@ def test_encoder_is_transformers_chameleon_vqvae(changes):
     )
 
 
-def test_decoder_has_the_taming_layout():
-    names = set(build(channel_multiplier=(1, 2, 2), attn_resolutions=(16,)).state_dict())
+def test_the_decoder_has_the_taming_layout():
+    names = set(build_model(channel_multiplier=(1, 2, 2), attn_resolutions=(16,)).state_dict())
     for name in (
         "decoder.conv_in.weight",
         "decoder.mid.block_1.norm1.weight",
@@ -87,8 +87,8 @@ def test_number_of_parameters_of_the_public_size():
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
-def test_any_downsampling_factor(levels):
-    model = build(channel_multiplier=(1,) * levels)
+def test_any_downsampling_factor_can_be_built(levels):
+    model = build_model(channel_multiplier=(1,) * levels)
     pixels = torch.zeros(2, 3, 32, 32)
     latents = model.encode(pixels)
     side = 32 // 2 ** (levels - 1)
@@ -96,15 +96,15 @@ def test_any_downsampling_factor(levels):
     assert model.decode(latents).shape == pixels.shape
 
 
-@pytest.mark.parametrize("changes, reach", [(dict(norm="pixel", encoder_kernel=1), 1), (dict(), 8)])
-def test_pixel_norm_and_kernel_1_make_a_code_a_function_of_its_patch(changes, reach):
-    model = build(channel_multiplier=(1, 1, 1), mid_attention=False, **changes)
+@pytest.mark.parametrize("changes, changed_side", [(dict(norm="pixel", encoder_kernel=1), 1), (dict(), 8)])
+def test_a_latent_depends_only_on_its_patch_with_pixel_norm_and_kernel_1(changes, changed_side):
+    model = build_model(channel_multiplier=(1, 1, 1), mid_attention=False, **changes)
     pixels = torch.rand(1, 3, 32, 32)
-    changed = pixels.clone()
-    changed[:, :, 8:12, 8:12] = 1
-    moved = (model.encode(pixels) - model.encode(changed)).abs().amax(dim=1)[0] > 1e-6
-    assert moved[2, 2]
-    assert moved.sum() == reach * reach  # GroupNorm's mean is of the whole picture: every latent moves
+    other_pixels = pixels.clone()
+    other_pixels[:, :, 8:12, 8:12] = 1
+    differs = (model.encode(pixels) - model.encode(other_pixels)).abs().amax(dim=1)[0] > 1e-6
+    assert differs[2, 2]
+    assert differs.sum() == changed_side * changed_side  # GroupNorm averages over the image: every latent changes
 
 
 def test_pixel_norm_is_a_layer_norm_over_channels():
@@ -128,7 +128,7 @@ def test_pixel_norm_is_a_layer_norm_over_channels():
         (dict(channel_multiplier=()), "channel_multiplier"),
     ],
 )
-def test_configurations_that_cannot_be(changes, message):
+def test_invalid_configurations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         VQGANConfig(**{**TINY, **changes})
 

@@ -1,4 +1,4 @@
-"""Calling a tool inside the test's process: a process of its own spends seconds on imports."""
+"""Calls a tool inside the process of the test, because imports of a separate process take seconds."""
 
 import io
 import runpy
@@ -14,7 +14,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 def call_tool(name, *arguments) -> CompletedProcess:
-    """Run tools/<name>.py as its command line does: returncode, and what it printed as stdout and stderr."""
+    """Run tools/<name>.py as on the command line; the result has its returncode, stdout and stderr."""
     command = [str(TOOLS / f"{name}.py"), *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()
     with (

@@ -1,4 +1,4 @@
-"""tools/build_index.py: the command line, its one line of result, its exit statuses."""
+"""tools/build_index.py: the command line, the line that it prints, its exit statuses."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from tests.tools.call import call_tool
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Ten documents as shards, and an untrained CLIP."""
+    """18 documents as shards, and an untrained CLIP."""
     generate.generate(tmp_path / "raw", 20, 32, 0)
     lines = [json.loads(line) for line in (tmp_path / "raw/train.jsonl").read_text().splitlines()]
     (tmp_path / "clip").mkdir()
@@ -39,7 +39,7 @@ def corpus(tmp_path):
     return tmp_path
 
 
-def test_builds_says_so_and_refuses_a_second_time(corpus):
+def test_an_index_is_built_and_reported_and_a_second_build_is_refused(corpus):
     arguments = ["--shards", corpus / "shards", "--encoder", corpus / "clip", "--output", corpus / "index"]
     done = call_tool("build_index", *arguments, "--neighbors", 2, "--threshold", 0.9999)
     assert done.returncode == 0, done.stderr
@@ -74,11 +74,11 @@ def test_tasks_share_the_work(corpus, monkeypatch):
     assert done.returncode == 2 and "--overwrite would remove what other tasks or stages wrote" in done.stderr
 
 
-def test_a_factory_that_takes_no_vectors_is_a_usage_error(corpus):
+def test_a_factory_that_cannot_add_vectors_is_a_usage_error(corpus):
     arguments = ["--shards", corpus / "shards", "--encoder", corpus / "clip", "--output", corpus / "index"]
     done = call_tool("build_index", *arguments, "--factory", "IDMap,Flat")
     assert done.returncode == 2 and "error: index factory 'IDMap,Flat' (search '') is not valid for" in done.stderr
-    done = call_tool("build_index", *arguments)  # what was encoded is kept
+    done = call_tool("build_index", *arguments)  # the embeddings are kept
     assert done.returncode == 0, done.stderr
 
 
@@ -95,7 +95,7 @@ def test_the_former_name_of_an_option_is_accepted_and_hidden(tmp_path):
     assert "--pictures" not in call_tool("build_index", "--help").stdout
 
 
-def test_missing_shards(tmp_path):
+def test_missing_shards_are_a_usage_error(tmp_path):
     done = call_tool("build_index", "--shards", tmp_path, "--encoder", tmp_path, "--output", tmp_path / "index")
     assert done.returncode == 2
     assert "error: no shards at" in done.stderr

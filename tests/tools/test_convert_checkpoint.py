@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py from the command line: there and back, exit statuses, sentences."""
+"""tools/convert_checkpoint.py from the command line: export and import, exit statuses, error messages."""
 
 import os
 import re
@@ -27,9 +27,9 @@ call = partial(call_tool, "convert_checkpoint")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def folder(tmp_path_factory):
     """run/checkpoints/step-00000003, tok/, shards/ and corpus.txt."""
-    path = tmp_path_factory.mktemp("world")
+    path = tmp_path_factory.mktemp("conversion")
     vocabulary = write_tokenizers(path / "tok")
     write_shards(path / "shards", make_pairs(40, vocabulary), vocabulary)
     settings = ["train.global_batch_size=4", "train.precision=fp32", "train.steps=5", "schedule.warmup_steps=2"]
@@ -41,26 +41,26 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(world):
+def exported(folder):
     done = call(
-        "export", "--checkpoint", world / "run", "--tokenizer", world / "tok",
-        "--output", world / "exported", "--check-corpus", world / "corpus.txt", "--shard-size", "30kB",
+        "export", "--checkpoint", folder / "run", "--tokenizer", folder / "tok",
+        "--output", folder / "exported", "--check-corpus", folder / "corpus.txt", "--shard-size", "30kB",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_export_from_the_command_line(world, exported):
+def test_export_from_the_command_line(folder, exported):
     found = re.search(r"\|logit difference\| (\S+), (\S+) of the largest \|logit\| \S+ \(at most 1e-05", exported)
     assert 0 < float(found[2]) < 1e-5
     assert f"same ids as text.model on {len(CAPTIONS)} lines" in exported
-    assert f"wrote {world / 'exported'}: " in exported and "step-00000003" in exported
-    assert len(list((world / "exported").glob("model-*-of-*.safetensors"))) > 2
-    reader = CheckpointReader(world / "run/checkpoints/step-00000003")
+    assert f"wrote {folder / 'exported'}: " in exported and "step-00000003" in exported
+    assert len(list((folder / "exported").glob("model-*-of-*.safetensors"))) > 2
+    reader = CheckpointReader(folder / "run/checkpoints/step-00000003")
     ids = torch.randint(reader.vocabulary.size, (2, 12), generator=torch.Generator().manual_seed(1))
     expected = reference_logits(reader.read, reader.config, ids)
-    assert (Decoder.load(world / "exported").all_logits(ids) - expected).abs().max() < 1e-5
-    assert Tokenizers.load(world / "exported").vocabulary == reader.vocabulary
+    assert (Decoder.load(folder / "exported").all_logits(ids) - expected).abs().max() < 1e-5
+    assert Tokenizers.load(folder / "exported").vocabulary == reader.vocabulary
 
 
 def train(config, output, *overrides):
@@ -73,21 +73,21 @@ def train(config, output, *overrides):
     return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(output)]
 
 
-def test_import_continues_training(world, exported, tmp_path):
-    done = call("import", "--model", world / "exported", "--output", tmp_path / "back")
+def test_import_continues_training(folder, exported, tmp_path):
+    done = call("import", "--model", folder / "exported", "--output", tmp_path / "back")
     assert done.returncode == 0, done.stderr
     assert f"wrote {tmp_path / 'back/checkpoints/step-00000003'}" in done.stdout
     assert "1 random and 1 real sequences" in done.stdout
     config = tmp_path / "back/config.yaml"
-    # The checkpoint that was exported has no moments either.
-    expected = train(config, world / "run")
+    # The exported checkpoint has no optimizer moments either.
+    expected = train(config, folder / "run")
     assert [step for step, *_ in expected] == [4, 5] and expected[0][2] != expected[1][2]
     assert train(config, tmp_path / "back") == expected
 
 
-def test_the_reference_is_the_model_that_trains(world, tmp_path):
-    """check.py compares with reference.py: that one is compared with megatron-core's modules here, for each family."""
-    vocabulary = Tokenizers.load(world / "tok").vocabulary
+def test_the_reference_equals_the_model_that_is_trained(folder, tmp_path):
+    """check.py compares with reference.py; this test compares reference.py with megatron-core's modules, per family."""
+    vocabulary = Tokenizers.load(folder / "tok").vocabulary
     for number, overrides in enumerate(([], ["model.family=llama", "model.qk_norm=true", "model.kv_heads=2"])):
         config = family_config(*overrides)
         folder = write_random_checkpoint(tmp_path / str(number), config, vocabulary)
@@ -113,16 +113,16 @@ def test_the_reference_is_the_model_that_trains(world, tmp_path):
         (["import", "--model", "run"], "run is not an export: it lacks cm3leon.json"),
     ],
 )
-def test_errors_are_sentences_and_nothing_is_left(world, monkeypatch, arguments, message):
-    monkeypatch.chdir(world)
-    before = sorted(world.iterdir())
+def test_errors_are_readable_and_leave_no_files(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
     done = call(*[a.replace("CHECKPOINT", "run/checkpoints/step-00000003") for a in arguments], "--output", "new")
     assert done.returncode == 2, done.stdout
     assert done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr
-    assert sorted(world.iterdir()) == before
+    assert sorted(folder.iterdir()) == before
 
 
-def test_an_image_tokenizer_of_others(tmp_path):
+def test_an_image_tokenizer_of_another_project_is_imported(tmp_path):
     torch.manual_seed(0)
     config = VQGANConfig(image_size=16, codebook_size=8, embed_dim=4, latent_channels=8, base_channels=32,
                          channel_multiplier=(1, 1), num_res_blocks=1)  # fmt: skip
@@ -148,7 +148,7 @@ def test_an_image_tokenizer_of_others(tmp_path):
     assert done.returncode == 2 and "already has an image tokenizer" in done.stderr
 
 
-def test_usage():
+def test_help_and_usage_errors():
     assert call("export").returncode == 2
     help_text = call("export", "--help").stdout
     assert "(default: fp32)" in help_text and "(default: 5GB)" in help_text

@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_statistics_and_contact_sheet(folder):
+def test_statistics_and_a_contact_sheet_are_written(folder):
     result = inspect("--shards", folder / "shards", "--tokenizer", folder / "tok", "--sheet", folder / "new/sheet.png")
     assert result.returncode == 0, result.stderr
     for line in (
@@ -57,7 +57,7 @@ def test_statistics_and_contact_sheet(folder):
     assert sheet.width > 1000 and len(set(sheet.convert("RGB").getdata())) > 20
 
 
-def test_damage_and_usage_errors_exit_with_2(folder):
+def test_damaged_shards_and_usage_errors_exit_with_2(folder):
     tar = folder / "shards/shard-000000-000.tar"
     content = tar.read_bytes()
     try:

@@ -23,7 +23,7 @@ preprocess = partial(call_tool, "preprocess_data")
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
-    """Pairs and, beside them, an untrained tokenizer of 4 x 4 codes a picture."""
+    """raw/pairs.jsonl, and in tok/ an untrained tokenizer with 4 x 4 codes per image."""
     folder = tmp_path_factory.mktemp("tool")
     pairs = write_images(folder / "raw", 20)
     with pairs.open("a") as file:
@@ -42,7 +42,7 @@ def raw(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def work_in_raw(raw, monkeypatch):
+def change_to_raw(raw, monkeypatch):
     """Paths on the command lines are relative to `raw`."""
     monkeypatch.chdir(raw)
 
@@ -88,10 +88,10 @@ def test_too_many_bad_inputs_exit_with_2_and_name_the_list(raw):
     assert "1 unusable inputs are listed in bad/quarantine.jsonl:\n  1 x missing picture" in result.stdout
 
 
-def test_a_job_array_and_merge(raw, monkeypatch):
+def test_a_job_array_and_merge_write_the_shards_of_one_process(raw, monkeypatch):
     arguments = ["--input", "raw/pairs.jsonl", "--tokenizer", "tok", "--part-size", 8, "--device", "cpu"]
     arguments += ["--deduplicate", "picture", "--fit", "pad"]
-    assert preprocess(*arguments, "--output", "alone").returncode == 0
+    assert preprocess(*arguments, "--output", "single").returncode == 0
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
     for stage in ("hash", "encode"):
@@ -105,8 +105,8 @@ def test_a_job_array_and_merge(raw, monkeypatch):
     result = preprocess("merge", "--output", "array")
     assert result.returncode == 0 and "20 documents of" in result.stdout, result.stderr
     assert "1 duplicates and 0 filtered inputs were skipped.\n  1 x duplicate picture" in result.stdout
-    alone, array = open_shards(raw / "alone").manifest, open_shards(raw / "array").manifest
-    assert alone["shards"] == array["shards"] and alone["content_sha256"] == array["content_sha256"]
+    single, array = open_shards(raw / "single").manifest, open_shards(raw / "array").manifest
+    assert single["shards"] == array["shards"] and single["content_sha256"] == array["content_sha256"]
     result = preprocess(*arguments, "--output", "x", "--task-id", 2)
     assert result.returncode == 2 and "--task-id and --num-tasks must be given together" in result.stderr
 

@@ -49,7 +49,7 @@ def test_weights_and_color(corpus):
     assert "\033[36m[image: 4 codes]\033[0m" in make_printer(corpus, color=True).describe(0)
 
 
-def test_sentinels_and_cut_images(corpus):
+def test_sentinels_and_incomplete_images_are_shown(corpus):
     tokens = np.array([V.image_start, V.sentinel(3), 65, 27, V.eoss, V.eoss, V.pad])
     shown = make_printer(corpus).show_tokens(tokens, np.array([1, 1, 1, 1, 1, 1, 0], np.float32))
     assert shown == "[image: 1 codes]<sentinel:3>A\\x1b<eoss><eoss><pad>"
@@ -78,7 +78,7 @@ def test_a_step_of_a_run_is_printed_and_skipped_batches_are_marked(corpus, tmp_p
     (run / "config.yaml").write_text(
         f"train: {{global_batch_size: 2}}\ndata: {{seq_length: 31, shards: {corpus.folder}}}\ncm3: {{probability: 0}}\n"
     )
-    # Batch 1 was skipped; the second attempt went on from the checkpoint of step 1 and skipped batch 2 instead.
+    # Batch 1 was skipped; the second attempt continued from the checkpoint of step 1 and skipped batch 2 instead.
     first = [(1, 1, 0), (1, 1, 1), (1, 2, 2), (1, 3, 3)]
     write_metrics(run, first)
     assert read_history(run) == {0: (1, ""), 1: (1, "non-finite"), 2: (2, ""), 3: (3, "")}
@@ -96,7 +96,7 @@ def test_a_step_of_a_run_is_printed_and_skipped_batches_are_marked(corpus, tmp_p
     assert result.returncode == 2 and "no configuration file at" in result.stderr
 
 
-def test_the_packing_report_counts_what_is_empty_cut_and_whole(corpus, tmp_path):
+def test_the_packing_report_counts_padding_and_trimmed_and_complete_samples(corpus, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(f"data: {{seq_length: 31, shards: {corpus.folder}}}\ncm3: {{probability: 0}}\n")
     lines = call_tool("show_batch", config, "--report", 8).stdout.splitlines()
@@ -110,7 +110,7 @@ def test_the_packing_report_counts_what_is_empty_cut_and_whole(corpus, tmp_path)
     assert lines[1].split()[1] == "12" and lines[4].split()[1] == "4"
 
 
-def test_images_are_drawn_from_the_tokens(corpus, tmp_path):
+def test_images_are_decoded_from_the_tokens(corpus, tmp_path):
     tokens = np.array([V.eos, *[V.image_start + 3] * 4, V.break_id, V.image_start, V.break_id, *range(256, 260)])
     found = find_images(tokens, V)
     assert [(position, codes.tolist()) for position, codes in found] == [(1, [3] * 4), (8, [0, 1, 2, 3])]
@@ -119,20 +119,20 @@ def test_images_are_drawn_from_the_tokens(corpus, tmp_path):
     assert draw_images(make_printer(corpus).stream, range(3), SimpleNamespace(image=MeanImageDecoder()), sheet) == 3
     with Image.open(sheet) as image:
         assert image.mode == "RGB" and image.width > 3 * 160
-    for option in ("--images", "--pictures"):  # the latter is its former name
+    for option in ("--images", "--pictures"):  # the second is the former name of the first
         result = call_tool("show_batch", config, option, sheet)
         assert result.returncode == 2 and "--images requires --tokenizer" in result.stderr
 
 
 class MeanImageDecoder:
-    """Decodes four codes to four grey quarters of 8 x 8 pixels."""
+    """Decodes four codes to four gray quarters of 8 x 8 pixels."""
 
     def decode(self, codes):
-        grey = (codes.view(-1, 1, 2, 2) / 7.5 - 1).float()
-        return grey.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+        gray = (codes.view(-1, 1, 2, 2) / 7.5 - 1).float()
+        return gray.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
 
 
-def test_a_step_is_one_of_the_runs_own_stream(corpus, tmp_path):
+def test_a_step_belongs_to_the_stream_of_the_run(corpus, tmp_path):
     (tmp_path / "config.yaml").write_text(
         f"train: {{global_batch_size: 2}}\ndata: {{seq_length: 31, shards: {corpus.folder}}}\n"
     )
@@ -140,7 +140,7 @@ def test_a_step_is_one_of_the_runs_own_stream(corpus, tmp_path):
     assert call_tool("show_batch", tmp_path, "--step", 1, "train.steps=9").returncode == 0
     assert call_tool("show_batch", tmp_path).stdout.splitlines()[0].endswith(", step 1")
     other = call_tool("show_batch", tmp_path, "cm3.probability=0.5").stdout
-    assert other.startswith("batch 0: ") and "step 1" not in other  # the run took another batch 0
+    assert other.startswith("batch 0: ") and "step 1" not in other  # batch 0 of the run was another one
     result = call_tool("show_batch", tmp_path, "--step", 1, "cm3.probability=0.5")
     assert result.returncode == 2
     assert "whose cm3.probability is 1.0, not 0.5; remove the override, or give --batch" in result.stderr

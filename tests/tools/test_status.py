@@ -80,16 +80,16 @@ def test_a_folder_without_a_run_among_runs_is_reported_below_them(run, tmp_path)
 
 
 def test_watching_continues_until_it_is_interrupted(run, monkeypatch):
-    looks = []
+    waits = []
 
-    def look(seconds):
-        looks.append(seconds)
-        if len(looks) == 2:
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(time, "sleep", look)
+    monkeypatch.setattr(time, "sleep", wait)
     result = call_tool("status", run, "--watch", "--every", "7")
-    assert result.returncode == 130 and looks == [7, 7] and result.stdout.count(f"{run}\n") == 2
+    assert result.returncode == 130 and waits == [7, 7] and result.stdout.count(f"{run}\n") == 2
 
 
 def test_numbers_and_times_are_short():

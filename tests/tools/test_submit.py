@@ -18,7 +18,7 @@ train = partial(call_tool, "submit", "train")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """shards/ and a config.yaml; no site's file."""
+    """shards/ and config.yaml; there is no site file."""
     write_shards(tmp_path / "shards", make_pairs(4, make_vocabulary()), make_vocabulary())
     (tmp_path / "config.yaml").write_text("model: {layers: 2, hidden_size: 32, heads: 4}\ndata: {shards: shards}\n")
     monkeypatch.chdir(tmp_path)
@@ -36,9 +36,9 @@ def show(*arguments):
 
 
 def test_the_script_is_complete_and_nothing_is_written(folder):
-    wanted = ["--nodes", 4, "--gpus-per-node", 8, "--time", "24:00:00", "--partition", "gpu", "--account", "me"]
-    wanted += ["--qos", "high", "--constraint", "a100", "--mem", "0", "--cpus-per-rank", 14, "--env", "NCCL_DEBUG=INFO"]
-    text = show(*wanted, "output=runs/mine", "cluster.max_restarts=5")
+    flags = ["--nodes", 4, "--gpus-per-node", 8, "--time", "24:00:00", "--partition", "gpu", "--account", "me"]
+    flags += ["--qos", "high", "--constraint", "a100", "--mem", "0", "--cpus-per-rank", 14, "--env", "NCCL_DEBUG=INFO"]
+    text = show(*flags, "output=runs/mine", "cluster.max_restarts=5")
     for line in (
         "--job-name=mine", "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=14",
         "--time=24:00:00", "--partition=gpu", "--account=me", "--qos=high", "--constraint=a100", "--mem=0",
@@ -67,7 +67,7 @@ def test_torchrun_is_one_task_per_node(folder):
     assert "RANKS_PER_NODE=4\n" in text and "-m torch.distributed.run -m megatron_cm3leon.train" in text
 
 
-def test_the_command_line_overrides_the_sites_file(folder):
+def test_the_command_line_overrides_the_site_file(folder):
     site = folder / "site.yaml"
     site.write_text(
         "partition: batch\naccount: theirs\nmodules: [cuda/12.8]\nsetup: [source /etc/site.sh]\nsbatch: [--exclusive]\n"
@@ -80,9 +80,9 @@ def test_the_command_line_overrides_the_sites_file(folder):
     assert "--wait=25 --mpi=none /opt/python -m megatron_cm3leon.train" in text
 
 
-def test_containers(folder):
+def test_the_script_starts_containers(folder):
     arguments = ["--nodes", 1, "--gpus-per-node", 8, "--time", 30, "--container", "/images/cm3.sif", "output=/runs/x"]
-    text = show(*arguments, "data.shards=/data/elsewhere/shards")  # exists in the container alone
+    text = show(*arguments, "data.shards=/data/elsewhere/shards")  # exists only in the container
     assert "cm3.sif python -m megatron_cm3leon.train" in text.partition("apptainer exec --nv --bind ")[2]
     mounts = text.partition("--bind ")[2].partition(" ")[0].split(",")
     assert {"/runs/x", "/data/elsewhere/shards"} <= set(mounts)
@@ -109,7 +109,7 @@ def test_a_submitted_job_keeps_its_configuration(folder, slurm):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["--nodes", 1, "--time", 30], "--gpus-per-node must be given, or --ranks-per-node for nodes without GPUs."),
         (["--nodes", 0, "--gpus-per-node", 8, "--time", 30], "--nodes (0) must be at least 1."),
@@ -128,13 +128,13 @@ def test_a_submitted_job_keeps_its_configuration(folder, slurm):
         (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "--nodez", 2], "unrecognized arguments: --nodez"),
     ],
 )
-def test_a_users_error_is_printed_before_anything_is_written(folder, arguments, sentence):
+def test_a_users_error_is_printed_before_anything_is_written(folder, arguments, message):
     done = train("config.yaml", "output=runs/mine", *arguments)
-    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+    assert done.returncode == 2 and message in done.stderr, done.stderr
     assert not (folder / "runs").exists()
 
 
-def test_a_signal_time_below_the_measured_one_is_an_error(folder):
+def test_a_signal_time_below_the_measured_time_is_an_error(folder):
     run = folder / "runs/mine"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text(json.dumps({"attempt": 1, "batch": 0, "step": 1, "step_seconds": 60.0}) + "\n")

@@ -1,4 +1,4 @@
-"""The command: both orders, what it prints and writes, and errors with exit status 2."""
+"""tools/train_tokenizer.py: both orders, what it prints and writes, and errors with exit status 2."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def pairs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("order", [("text", "image"), ("image", "text")])
-def test_whichever_comes_second_writes_the_vocabulary(pairs, tmp_path, order):
+def test_the_second_tokenizer_in_either_order_writes_the_vocabulary(pairs, tmp_path, order):
     flags = {"text": ["--vocab-size", 280], "image": IMAGE_FLAGS}
     shared = ["--input", pairs, "--output", tmp_path, "--specials", 40, "--sentinels", 16]
     first = call_tool("train_tokenizer", order[0], *shared, *flags[order[0]])
@@ -75,9 +75,9 @@ def test_every_format_of_preprocessing_is_read(pairs, tmp_path):
     images = [path.read_bytes() for path in sorted(pairs.parent.glob("*.png"))]
     for number in range(2):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
-            for place, image in enumerate(images[number::2]):
-                members = [(f"{place}.png", image), (f"{place}.txt", b"a caption of noise, number %d" % place)]
-                for name, content in members[: 1 if place == number == 0 else 2]:
+            for position, image in enumerate(images[number::2]):
+                members = [(f"{position}.png", image), (f"{position}.txt", b"a caption of noise, number %d" % position)]
+                for name, content in members[: 1 if position == number == 0 else 2]:
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
@@ -112,18 +112,18 @@ def test_images_that_cannot_be_read_are_reported(pairs, tmp_path):
         assert reason in done.stdout
 
 
-@pytest.mark.parametrize(("command", "what"), [("text", "text"), ("image", "image")])
-def test_an_input_without_anything_says_why_and_leaves_nothing(tmp_path, command, what):
+@pytest.mark.parametrize(("command", "kind"), [("text", "text"), ("image", "image")])
+def test_an_input_without_usable_rows_is_explained_and_nothing_is_written(tmp_path, command, kind):
     (tmp_path / "rows.jsonl").write_text('{"filepath": "0.png", "title": "a"}\n' * 2)
     done = call_tool("train_tokenizer", command, "--input", tmp_path / "rows.jsonl", "--output", tmp_path / "tok")
     reason = '2 x field "image" is missing (the first: the fields are filepath, title). If image and caption have other'
-    assert done.returncode == 2 and f"no {what} in its 2 inputs: {reason}" in done.stderr
+    assert done.returncode == 2 and f"no {kind} in its 2 inputs: {reason}" in done.stderr
     assert not (tmp_path / "tok").exists()
 
 
-def test_missing_input_as_a_command(tmp_path):
-    tool, gone = TOOLS / "train_tokenizer.py", tmp_path / "gone.jsonl"
-    command = [sys.executable, tool, "text", "--input", gone, "--output", tmp_path]
+def test_a_missing_input_exits_with_2(tmp_path):
+    tool, missing = TOOLS / "train_tokenizer.py", tmp_path / "gone.jsonl"
+    command = [sys.executable, tool, "text", "--input", missing, "--output", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ") and "gone.jsonl does not exist" in done.stderr

@@ -1,4 +1,4 @@
-"""What may change when a run is resumed: fields at their default change nothing, everything else is named."""
+"""What may change when a run is resumed: new fields at their default change nothing, every other change is named."""
 
 import logging
 from dataclasses import dataclass, field
@@ -38,12 +38,12 @@ def make_config(*overrides):
 
 
 def make_stream(config, corpus, neighbors=True, weights=None):
-    """A stream of one corpus, or of two sources of it with weights."""
+    """A stream of one corpus, or of several sources with `weights`, all of that corpus."""
     found = make_neighbors(corpus) if neighbors else None
     return Stream(config, [DataSource(corpus, found, weight) for weight in weights or [1.0]])
 
 
-def record(stream, version=2):
+def make_state(stream, version=2):
     """The state of a run at step 5 that trained on `stream`."""
     sources = describe_sources(stream.samples, stream.config)
     identity = identify(sources, stream.config, version)
@@ -51,32 +51,32 @@ def record(stream, version=2):
 
 
 def resume(stream, state, old, *allowed):
-    """Go on under stream.config with a state that `old` wrote; whether the stream is the same."""
+    """Resume with stream.config from a state that was written with `old`; returns whether the stream is the same."""
     reader = SimpleNamespace(config=old, vocabulary=VOCABULARY, folder=SimpleNamespace(name="step-00000005"))
     return check_changes(reader, stream.config, stream, state, list(allowed))
 
 
 @pytest.mark.parametrize("section", ["data", "cm3", "retrieval"])
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_new_field_at_its_default_changes_no_identity_and_another_value_is_refused_by_name(
+def test_a_new_field_keeps_the_identity_at_its_default_and_is_named_at_another_value(
     corpora, section, version, monkeypatch
 ):
-    name = f"{section}.brand_new"
+    name = f"{section}.new_field"
     monkeypatch.setitem(loading._SETTINGS, name, Setting(resume="fixed"))
 
     @dataclass(kw_only=True)
     class Extended({"data": DataConfig, "cm3": CM3Config, "retrieval": RetrievalConfig}[section]):
-        brand_new: list[int] = field(default_factory=lambda: [1])
+        new_field: list[int] = field(default_factory=lambda: [1])
 
     plain = make_config()
-    state = record(make_stream(plain, corpora[0]), version)
+    state = make_state(make_stream(plain, corpora[0]), version)
     config, old = make_config(), make_config()
     for each in (config, old):
         setattr(each, section, Extended(**vars(getattr(each, section))))
     stream = make_stream(config, corpora[0])
     assert stream.identity == make_stream(plain, corpora[0]).identity
     assert resume(stream, state, old) and state.changes == []
-    getattr(config, section).brand_new = [2]
+    getattr(config, section).new_field = [2]
     assert stream.identity != make_stream(plain, corpora[0]).identity
     with pytest.raises(ValueError, match=rf"{name} \(\[2\]\) was \[1\] in .*--allow-change {name}"):
         resume(stream, state, old)
@@ -85,9 +85,9 @@ def test_a_new_field_at_its_default_changes_no_identity_and_another_value_is_ref
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_other_data_are_refused_by_name(corpora, version):
+def test_different_data_are_rejected_and_named(corpora, version):
     config = make_config("data.shards=here", "retrieval.index=table")
-    state = record(make_stream(config, corpora[0]), version)
+    state = make_state(make_stream(config, corpora[0]), version)
     with pytest.raises(ValueError, match=r"the shards .*are not those of .*--allow-change data.shards"):
         resume(make_stream(config, corpora[1]), state, config)
     with pytest.raises(ValueError, match=r"index.*--allow-change (data.shards|retrieval.index)"):
@@ -96,19 +96,19 @@ def test_other_data_are_refused_by_name(corpora, version):
     assert [change["field"] for change in state.changes] == ["data.shards"]
 
 
-def test_version_2_says_which_of_the_data_differ(corpora):
+def test_identity_version_2_names_the_part_of_the_data_that_differs(corpora):
     config = make_config("data.shards=here", "retrieval.index=table")
-    stream, without = make_stream(config, corpora[0]), make_stream(config, corpora[0], neighbors=False)
-    state = record(stream)
+    stream, without_retrieval = make_stream(config, corpora[0]), make_stream(config, corpora[0], neighbors=False)
+    state = make_state(stream)
     stream.samples.sources[0].neighbors.table = np.roll(stream.samples.sources[0].neighbors.table, 1, 0)
     with pytest.raises(ValueError, match=r"the index at table is not that of .*--allow-change retrieval.index"):
         resume(stream, state, config)
     with pytest.raises(ValueError, match=r"here has no index, and had one in"):
-        resume(without, state, config)
+        resume(without_retrieval, state, config)
     with pytest.raises(ValueError, match=r"here has the index table, and had none in"):
-        resume(stream, record(without), config)
+        resume(stream, make_state(without_retrieval), config)
     assert not resume(stream, state, config, "retrieval.index")
-    state = record(make_stream(config, corpora[0]))
+    state = make_state(make_stream(config, corpora[0]))
     state.stream_parts["stream_version"] = 0
     with pytest.raises(
         ValueError, match=r"different sequences from the same data \(stream version 1\) than .* version 0\)"
@@ -117,11 +117,11 @@ def test_version_2_says_which_of_the_data_differ(corpora):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_other_weights_are_refused_by_name(corpora, version):
+def test_different_weights_of_sources_are_rejected_and_named(corpora, version):
     ratios = {name: f"data.sources=[{{shards: a, weight: {name}}}, {{shards: b}}]" for name in (2, 3)}
     configs = {name: make_config(text) for name, text in ratios.items()}
     streams = {name: make_stream(config, corpora[0], False, [name, 1]) for name, config in configs.items()}
-    state = record(streams[2], version)
+    state = make_state(streams[2], version)
     assert resume(streams[2], state, configs[2])
     with pytest.raises(ValueError, match=r"weights of data.sources have the ratio \[3, 1\], and had \[2, 1\] in"):
         resume(streams[3], state, configs[2])
@@ -129,17 +129,17 @@ def test_other_weights_are_refused_by_name(corpora, version):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_retrieval_may_be_switched_off_and_on(corpora, version):
-    with_, without = make_config(), make_config("retrieval.documents=0")
-    streams = make_stream(with_, corpora[0]), make_stream(without, corpora[0], neighbors=False)
-    assert not resume(streams[1], record(streams[0], version), with_, "retrieval.documents")
-    assert not resume(streams[0], record(streams[1], version), without, "retrieval.documents")
+def test_retrieval_can_be_disabled_and_enabled(corpora, version):
+    with_retrieval, without_retrieval = make_config(), make_config("retrieval.documents=0")
+    streams = make_stream(with_retrieval, corpora[0]), make_stream(without_retrieval, corpora[0], neighbors=False)
+    assert not resume(streams[1], make_state(streams[0], version), with_retrieval, "retrieval.documents")
+    assert not resume(streams[0], make_state(streams[1], version), without_retrieval, "retrieval.documents")
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_another_batch_size_needs_a_word_and_keeps_the_position(corpora, version, caplog):
+def test_another_batch_size_requires_allow_change_and_keeps_the_position(corpora, version, caplog):
     old, config = make_config(), make_config("train.global_batch_size=16")
-    state = record(make_stream(old, corpora[0]), version)
+    state = make_state(make_stream(old, corpora[0]), version)
     state.sequence = 160
     stream = make_stream(config, corpora[0])
     with pytest.raises(ValueError, match=r"train.global_batch_size \(16\) was 32 in .* --allow-change train.glob"):
@@ -151,27 +151,27 @@ def test_another_batch_size_needs_a_word_and_keeps_the_position(corpora, version
 
 
 @pytest.mark.parametrize(
-    ("packing", "field", "moved"),
+    ("packing", "field", "moves_position"),
     [("query", "cm3.probability=0.5", False), ("stream", "cm3.probability=0.5", False),
      ("query", "retrieval.documents=1", False), ("stream", "retrieval.documents=1", True),
      ("query", "seed=7", True)],
 )  # fmt: skip
-def test_a_change_that_moves_samples_is_told(corpora, packing, field, moved, caplog):
+def test_a_change_of_the_position_in_the_data_is_logged(corpora, packing, field, moves_position, caplog):
     old, config = make_config(f"data.packing={packing}"), make_config(f"data.packing={packing}", field)
     name = field.partition("=")[0]
     caplog.set_level(logging.INFO)
-    assert not resume(make_stream(config, corpora[0]), record(make_stream(old, corpora[0])), old, name)
-    assert (f"another position in the data because {name} changed" in caplog.text) == moved
+    assert not resume(make_stream(config, corpora[0]), make_state(make_stream(old, corpora[0])), old, name)
+    assert (f"another position in the data because {name} changed" in caplog.text) == moves_position
 
 
-def test_positions_of_a_checkpoint_are_named_and_no_way_is_offered_that_cannot_work(corpora, tmp_path):
+def test_allow_change_is_offered_only_for_changes_that_can_work(corpora, tmp_path):
     for family, overrides in (("cm3leon", []), ("llama", ["model.family=llama", "model.ffn_hidden_size=16"])):
         old = make_config(*overrides, "data.packing=stream")
         reader = CheckpointReader(write_random_checkpoint(tmp_path / family, old, VOCABULARY))
 
         def change(*more, old=old, overrides=overrides, reader=reader, allowed=()):
             config = make_config(*overrides, "data.packing=stream", *more)
-            state = record(make_stream(old, corpora[0]))
+            state = make_state(make_stream(old, corpora[0]))
             return check_changes(reader, config, make_stream(config, corpora[0]), state, list(allowed))
 
         for length in (80, 30):

@@ -111,7 +111,7 @@ class FolderSource(_FolderSource):
     def _read_input(self, name: str, key: str) -> Entry:
         if name.lower().endswith(".txt"):
             note = self._notes.get(name, "")
-            return BadInput(key, name, f"no image beside this caption{note}")
+            return BadInput(key, name, f"no image with the name of this caption{note}")
         path = self._caption_of(name)
         if self._caption_stems.get(_stem(name), _stem(name)) in self._ambiguous:
             return BadInput(key, name, f"duplicate captions: {os.path.basename(path)} and one in small letters")

@@ -247,7 +247,7 @@ def _sort_members(name: str, endings: Iterable[str]) -> _Document:
 
 def _describe_repeated(group: _Group, document: _Document) -> str:
     return (
-        f"duplicate key: {document.name} stands in this tar before, apart from these members ({group}); tar "
+        f"duplicate key: {document.name} occurs earlier in this tar, not next to these members ({group}); tar "
         f"--sort=name keeps the members of a key together"
     )
 

@@ -1,4 +1,4 @@
-"""What goes wrong with inputs, disks and processes: named, counted, nothing lost, nothing outside the output folder."""
+"""Faulty inputs, full disks, killed processes: reported, without losses and without files outside the output folder."""
 
 import io
 import json
@@ -18,13 +18,13 @@ from PIL import Image
 from megatron_cm3leon.data.inspect.shards import find_damaged_files
 from megatron_cm3leon.data.shards.reader import open_shards
 from tests.data.corpora import ByteTokenizers, write_images
-from tests.data.runs import counts_of, files_of, quarantine_of, run
+from tests.data.runs import check_counts, read_files, read_quarantine, run
 from tests.distributed.launch import child_environment
 
 
-def encode_picture(picture, kind="PNG", **options) -> bytes:
+def encode_image(image, kind="PNG", **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -41,21 +41,21 @@ def list_files(folder):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_tar_of_everything_that_can_be_wrong(tmp_path):
-    grey = Image.new("L", (12, 12), 128)
-    good = encode_picture(grey)
-    noise = encode_picture(Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)))
+def test_every_kind_of_bad_input_in_a_tar_is_reported(tmp_path):
+    gray = Image.new("L", (12, 12), 128)
+    good = encode_image(gray)
+    noise = encode_image(Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)))
     frames = [Image.new("P", (12, 12), shade) for shade in (128, 3)]
-    bomb = encode_picture(Image.new("1", (10_000, 10_001)))
-    pictures = {
+    bomb = encode_image(Image.new("1", (10_000, 10_001)))
+    images = {
         "bomb.png": bomb, "zero.png": b"", "cut.png": noise[:400], "page.jpg": b"<html>404</html>",
-        "animated.gif": encode_picture(grey, "GIF", save_all=True, append_images=frames),
-        "cmyk.jpg": encode_picture(grey.convert("CMYK"), "JPEG"),
-        "deep.png": encode_picture(Image.fromarray(np.full((12, 12), 128 * 257, np.uint16))),
+        "animated.gif": encode_image(gray, "GIF", save_all=True, append_images=frames),
+        "cmyk.jpg": encode_image(gray.convert("CMYK"), "JPEG"),
+        "deep.png": encode_image(Image.fromarray(np.full((12, 12), 128 * 257, np.uint16))),
         "UPPER.PNG": good, "../../../outside.png": good, "/tmp/absolute.png": good, "a/b/c.png": good,
     }  # fmt: skip
     members = []
-    for name, content in pictures.items():
+    for name, content in images.items():
         stem = name.rpartition(".")[0]
         members += [(name, content), (f"{stem}.TXT" if name.isupper() else f"{stem}.txt", name.encode())]
     members += [
@@ -71,8 +71,8 @@ def test_a_tar_of_everything_that_can_be_wrong(tmp_path):
     (raw / "b.tar").write_bytes((raw / "a.tar").read_bytes()[: 3 * 512 + 100])
     before = list_files(raw)
     manifest = run(raw, tmp_path / "out", max_bad_fraction=1.0)
-    assert counts_of(manifest) == (16, 8, 0, 0, 8)
-    reasons = {bad["source"]: bad["reason"] for bad in quarantine_of(tmp_path / "out")}
+    assert check_counts(manifest) == (16, 8, 0, 0, 8)
+    reasons = {bad["source"]: bad["reason"] for bad in read_quarantine(tmp_path / "out")}
     for source, reason in {
         "a.tar/bomb": "unreadable picture: a.tar/bomb.png: the image cannot be decoded: 10000 x 10001 pixels are more",
         "a.tar/zero": "unreadable picture: a.tar/zero.png: the image cannot be decoded: the file is empty (0 bytes)",
@@ -87,9 +87,9 @@ def test_a_tar_of_everything_that_can_be_wrong(tmp_path):
     assert not reasons
     corpus = open_shards(tmp_path / "out")
     rows = corpus.metadata().to_pylist()
-    assert [row["caption"] for row in rows[:-1]] == list(pictures)[4:]
+    assert [row["caption"] for row in rows[:-1]] == list(images)[4:]
     assert rows[-1]["caption"] == "w " * 500_000 and corpus.lengths[7] == 1_000_000 + 5
-    for number in range(8):  # 128 of 255 in all of them: first frame, inverted inks, 16 bits
+    for number in range(8):  # all have gray level 128 of 255: first frame, inverted CMYK, 16 bits
         assert set(corpus.read(number)[-4:].tolist()) == {corpus.vocabulary.image_start + 8}
     assert list_files(raw) == before  # and nothing but the output folder is new
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
@@ -112,13 +112,13 @@ def limit_file_size(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def test_a_disk_that_fills_up_stops_the_run_and_more_room_finishes_it(tmp_path):
-    """A limit on the size of files stands in for the disk: the write fails in the middle of a shard."""
+def test_a_run_stopped_by_a_full_disk_finishes_after_space_is_freed(tmp_path):
+    """A limit on the size of files simulates a full disk: the write fails in the middle of a shard."""
     pairs = write_images(tmp_path / "raw", 12)
     lines = pairs.read_text().splitlines()
     lines[5] = json.dumps({"image": "5.png", "caption": "x" * 200_000})
     pairs.write_text("\n".join(lines))
-    run(pairs, tmp_path / "whole")
+    run(pairs, tmp_path / "complete")
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         limit_file_size(100_000)
@@ -136,12 +136,12 @@ def test_a_disk_that_fills_up_stops_the_run_and_more_room_finishes_it(tmp_path):
         *(f"shard-000000-000{e}" for e in (".idx.npy", ".parquet", ".tar")),
     ]
     manifest = run(pairs, tmp_path / "out")
-    assert counts_of(manifest) == (12, 12, 0, 0, 0)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert check_counts(manifest) == (12, 12, 0, 0, 0)
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "complete")
 
 
 class SlowTokenizers(ByteTokenizers):
-    """Pictures take a moment, so that a worker is met in the middle of a shard."""
+    """Encoding an image takes 0.15 s, so that a worker can be killed in the middle of a shard."""
 
     @classmethod
     def load(cls, folder) -> "SlowTokenizers":
@@ -151,11 +151,11 @@ class SlowTokenizers(ByteTokenizers):
         return tokenizers
 
 
-def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path):
+def test_nothing_is_lost_when_a_worker_is_killed_in_the_middle_of_a_shard(tmp_path):
     pairs = write_images(tmp_path / "raw", 40)
-    run(pairs, tmp_path / "whole")
+    run(pairs, tmp_path / "complete")
 
-    def kill_a_writer():
+    def kill_worker():
         """SIGKILL to the worker whose temporary folder appears second."""
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
@@ -166,7 +166,7 @@ def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path):
                 return
             time.sleep(0.005)
 
-    killer = threading.Thread(target=kill_a_writer)
+    killer = threading.Thread(target=kill_worker)
     killer.start()
     with pytest.raises(OSError, match=r"a worker process was killed \(often because .*parts are kept"):
         run(pairs, tmp_path / "out", workers=2, load_tokenizers=SlowTokenizers.load)
@@ -177,12 +177,12 @@ def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-000000*")}
     run(pairs, tmp_path / "out")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-000000*")} == before
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "complete")
 
 
-def test_the_whole_run_killed_at_any_moment_is_finished_by_the_same_command(tmp_path):
+def test_a_run_killed_at_any_time_is_finished_by_the_same_command(tmp_path):
     pairs = write_images(tmp_path / "raw", 30)
-    run(pairs, tmp_path / "whole", deduplicate=("picture",))
+    run(pairs, tmp_path / "complete", deduplicate=("picture",))
     program = (
         "import sys; from pathlib import Path\n"
         "from tests.data.runs import run; from tests.data.preprocess.test_bad_input import SlowTokenizers\n"
@@ -199,4 +199,4 @@ def test_the_whole_run_killed_at_any_moment_is_finished_by_the_same_command(tmp_
         process.wait()
         assert not (tmp_path / "out/manifest.json").exists(), target
     run(pairs, tmp_path / "out", deduplicate=("picture",))
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "complete")

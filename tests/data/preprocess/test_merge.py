@@ -1,4 +1,4 @@
-"""Several tasks share an input; merge joins what they wrote."""
+"""Several tasks share an input; merge joins the files that they wrote."""
 
 import json
 
@@ -8,10 +8,10 @@ from megatron_cm3leon.data.neighbors import manifest_sha256
 from megatron_cm3leon.data.preprocess.merge import lock_output, merge
 from megatron_cm3leon.data.shards.reader import open_shards
 from tests.data.corpora import write_images
-from tests.data.runs import counts_of, files_of, quarantine_of, run
+from tests.data.runs import check_counts, read_files, read_quarantine, run
 
 
-def test_tasks_of_any_number_write_what_one_run_writes(tmp_path):
+def test_any_number_of_tasks_writes_the_same_files_as_one_run(tmp_path):
     pairs = write_images(tmp_path / "raw", 22)
     (tmp_path / "raw/5.png").unlink()
     options = {"max_bad_fraction": 0.2}
@@ -20,38 +20,38 @@ def test_tasks_of_any_number_write_what_one_run_writes(tmp_path):
     with pytest.raises(ValueError, match="5 of 6 parts are not done, such as part 0; finish the remaining"):
         merge(tmp_path / "tasks")
     run(pairs, tmp_path / "tasks", tasks=4, task=0, **options)
-    run(pairs, tmp_path / "tasks", tasks=2, task=0, **options)  # another number of tasks goes on with the same parts
+    run(pairs, tmp_path / "tasks", tasks=2, task=0, **options)  # another number of tasks continues with the same parts
     result = run(pairs, tmp_path / "tasks", tasks=2, task=1, **options)
     assert result["accounts"]["written"] == 9 and "shards" not in result
     merged = merge(tmp_path / "tasks")
-    assert counts_of(merged) == counts_of(one) == (22, 21, 0, 0, 1)
-    assert quarantine_of(tmp_path / "tasks") == quarantine_of(tmp_path / "one")
-    expected, found = files_of(tmp_path / "one"), files_of(tmp_path / "tasks")
+    assert check_counts(merged) == check_counts(one) == (22, 21, 0, 0, 1)
+    assert read_quarantine(tmp_path / "tasks") == read_quarantine(tmp_path / "one")
+    expected, found = read_files(tmp_path / "one"), read_files(tmp_path / "tasks")
     manifests = [json.loads(files.pop("manifest.json")) for files in (expected, found)]
     assert expected == found
     assert merge(tmp_path / "tasks")["already_complete"]
     assert run(pairs, tmp_path / "tasks", **options)["already_complete"]
-    # The manifests tell who made them; what an index remembers of the shards does not depend on it.
+    # The manifests record the command that wrote them; the checksum that an index stores does not depend on it.
     assert [manifest.pop("command") for manifest in manifests] == ["one", ""]
     assert manifests[0].pop("sha256") != manifests[1].pop("sha256")  # the manifest's own
     assert manifests[0] == manifests[1]
     assert manifest_sha256(open_shards(tmp_path / "one")) == manifest_sha256(open_shards(tmp_path / "tasks"))
 
 
-def test_the_share_of_unusable_inputs_is_that_of_all_tasks(tmp_path, caplog):
-    """Two of twelve are allowed by a fifth, though they are half of the first task's."""
+def test_the_limit_of_unusable_inputs_is_a_fraction_of_all_tasks(tmp_path, caplog):
+    """2 of 12 inputs are below the limit of 0.2, although they are half of the first task's inputs."""
     pairs = write_images(tmp_path / "raw", 12)
     for number in (0, 1):
         (tmp_path / f"raw/{number}.png").unlink()
     for task in range(3):
         run(pairs, tmp_path / "out", tasks=3, task=task, max_bad_fraction=0.2)
     assert "2 of the 4 inputs of this task are unusable, more than --max-bad-fraction 0.2" in caplog.text
-    assert counts_of(merge(tmp_path / "out")) == (12, 10, 0, 0, 2)
+    assert check_counts(merge(tmp_path / "out")) == (12, 10, 0, 0, 2)
     with pytest.raises(ValueError, match="2 of the 4 inputs read are unusable"):  # more than a tenth of twelve
         run(pairs, tmp_path / "other", tasks=3, task=0, max_bad_fraction=0.1)
 
 
-def test_an_index_knows_older_manifests_by_their_bytes(tmp_path):
+def test_older_manifests_are_identified_by_their_bytes(tmp_path):
     run(write_images(tmp_path / "raw", 3), tmp_path / "out")
     path = tmp_path / "out/manifest.json"
     manifest = json.loads(path.read_text())
@@ -73,7 +73,7 @@ def test_a_damaged_shard_is_not_merged(tmp_path):
     merge(tmp_path / "out")
 
 
-def test_tasks_work_side_by_side_and_a_whole_run_waits_for_them(tmp_path):
+def test_tasks_may_run_at_the_same_time_but_not_with_a_run_or_a_merge(tmp_path):
     pairs = write_images(tmp_path / "raw", 8)
     (tmp_path / "out").mkdir()
     with lock_output(tmp_path / "out", shared=True):

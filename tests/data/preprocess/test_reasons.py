@@ -1,4 +1,4 @@
-"""Why inputs were not used: counts, the first of each kind, and what helps."""
+"""Reasons why inputs were not used: counts, the first of each kind, and a hint."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.data.runs import run
 from tests.data.sources.test_fields import write_lines
 
 
-def test_the_commonest_come_first_with_an_example_and_long_ones_are_cut():
+def test_the_most_common_reasons_come_first_with_a_shortened_example():
     reasons = Reasons()
     assert not reasons and reasons.hint == ""
     for reason in ("c: 1", "a", "b: " + "x" * 900, "b: y", "d: z", "b", "e"):
@@ -18,11 +18,11 @@ def test_the_commonest_come_first_with_an_example_and_long_ones_are_cut():
     assert rest == ["1 x c (the first: 1)", "1 x a", "and 2 other reasons"]
 
 
-def test_an_error_for_one_reason_carries_it(tmp_path):
-    rows = [{"filepath": f"{n}.jpg", "title": "t"} for n in range(3)] + [{"image": "gone.png", "caption": "c"}]
+def test_an_error_contains_the_reasons_and_a_hint(tmp_path):
+    rows = [{"filepath": f"{n}.jpg", "title": "t"} for n in range(3)] + [{"image": "none.png", "caption": "c"}]
     with pytest.raises(ValueError) as error:
         run(write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "out")
     assert (
         'max-bad-fraction 0 allows: 3 x field "image" is missing (the first: the fields are filepath, title); 1 x '
-        "missing picture (the first: gone.png). If image and caption have other names, give --image-field and --caption"
+        "missing picture (the first: none.png). If image and caption have other names, give --image-field and --caption"
     ) in str(error.value)

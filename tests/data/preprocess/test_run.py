@@ -1,4 +1,4 @@
-"""Raw pairs to shards: the bytes, the account of every input, and runs that stop in between."""
+"""Raw pairs to shards: the bytes, the counts of all inputs, and interrupted runs."""
 
 import json
 import tarfile
@@ -11,7 +11,7 @@ from megatron_cm3leon.data.preprocess import worker
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.data.sources import open_source
 from tests.data.corpora import ByteTokenizers, write_images
-from tests.data.runs import counts_of, files_of, quarantine_of, run
+from tests.data.runs import check_counts, read_files, read_quarantine, run
 
 
 def test_a_hand_written_pair_has_exactly_these_ids_and_files(tmp_path):
@@ -24,7 +24,7 @@ def test_a_hand_written_pair_has_exactly_these_ids_and_files(tmp_path):
     ids = corpus.read(0)
     expected = [*"<break> é".encode(), vocabulary.break_id, *[vocabulary.image_start + 15] * 4]
     assert ids.tolist() == expected and ids.dtype == np.uint16
-    assert sorted(files_of(tmp_path / "out")) == [
+    assert sorted(read_files(tmp_path / "out")) == [
         "manifest.json",
         "quarantine.jsonl",
         "shard-000000-000.idx.npy",
@@ -41,13 +41,13 @@ def test_a_hand_written_pair_has_exactly_these_ids_and_files(tmp_path):
     assert (member.name, member.mtime, member.uid, member.gid) == ("00000000.tokens.npy", 0, 0, 0)
 
 
-def test_the_bytes_do_not_depend_on_who_does_the_work(tmp_path):
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
     pairs = write_images(tmp_path / "raw", 22)
     run(pairs, tmp_path / "one")
     run(pairs, tmp_path / "two", workers=2)
-    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    one, two = read_files(tmp_path / "one"), read_files(tmp_path / "two")
     assert len(one) == 2 + 3 * 6
-    del one["manifest.json"], two["manifest.json"]  # differs by the number of workers
+    del one["manifest.json"], two["manifest.json"]  # records the number of workers
     assert one == two
 
 
@@ -62,35 +62,35 @@ def test_webdataset_reads_the_shards(tmp_path):
         assert sample["tokens.npy"].tolist() == corpus.read(number).tolist()
 
 
-def test_a_folder_of_pictures_and_captions(tmp_path):
+def test_a_folder_of_images_and_captions_is_read(tmp_path):
     raw = tmp_path / "raw"
     write_images(raw / "a", 2)
     (raw / "a/pairs.jsonl").unlink()
     (raw / "a/0.txt").write_text("first\n")
-    (raw / "lonely.txt").write_text("no picture")
+    (raw / "unpaired.txt").write_text("no image")
     manifest = run(raw, tmp_path / "out", max_bad_fraction=1.0)
     assert manifest["accounts"]["read"] == 3 and manifest["accounts"]["written"] == 1
     assert open_shards(tmp_path / "out").metadata(["caption", "image"]).to_pylist() == [
         {"caption": "first", "image": "a/0.png"}
     ]
-    assert [(bad["source"], bad["reason"]) for bad in quarantine_of(tmp_path / "out")] == [
+    assert [(bad["source"], bad["reason"]) for bad in read_quarantine(tmp_path / "out")] == [
         ("a/1.png", "no caption: 1.txt is missing beside the image"),
-        ("lonely.txt", "no image beside this caption"),
+        ("unpaired.txt", "no image with the name of this caption"),
     ]
 
 
-def test_two_captions_of_one_picture_are_one_too_many(tmp_path):
+def test_an_image_with_two_captions_is_quarantined(tmp_path):
     write_images(tmp_path / "raw", 2)
     for name in ("0.txt", "0.TXT", "1.TXT"):
         (tmp_path / "raw" / name).write_text(name)
     (tmp_path / "raw/pairs.jsonl").unlink()
     manifest = run(tmp_path / "raw", tmp_path / "out", max_bad_fraction=1.0)
-    assert counts_of(manifest) == (2, 1, 0, 0, 1)
-    assert quarantine_of(tmp_path / "out")[0]["reason"] == "duplicate captions: 0.TXT and one in small letters"
+    assert check_counts(manifest) == (2, 1, 0, 0, 1)
+    assert read_quarantine(tmp_path / "out")[0]["reason"] == "duplicate captions: 0.TXT and one in small letters"
 
 
-def test_texts_of_no_token_are_quarantined(tmp_path):
-    """A model that normalises drops what cannot be seen."""
+def test_texts_without_tokens_are_quarantined(tmp_path):
+    """A text tokenizer that normalizes removes invisible characters."""
 
     def load(folder):
         tokenizers = ByteTokenizers.load(folder)
@@ -101,8 +101,8 @@ def test_texts_of_no_token_are_quarantined(tmp_path):
     (tmp_path / "texts.txt").write_text("one\n\u200b\ntwo\n\u200b\u200b\n")
     for size in (1, 4):
         manifest = run(tmp_path / "texts.txt", tmp_path / str(size), size, load_tokenizers=load, max_bad_fraction=0.5)
-        assert counts_of(manifest) == (4, 2, 0, 0, 2) and manifest["kinds"] == {"text": 2}
-        bad = [(row["source"], row["reason"]) for row in quarantine_of(tmp_path / str(size))]
+        assert check_counts(manifest) == (4, 2, 0, 0, 2) and manifest["kinds"] == {"text": 2}
+        bad = [(row["source"], row["reason"]) for row in read_quarantine(tmp_path / str(size))]
         assert bad == [(f"texts.txt:{line}", "empty caption: it encodes to no token") for line in (2, 4)]
 
 
@@ -127,24 +127,24 @@ BAD_LINES = {
 }
 
 
-def test_every_bad_input_is_named_and_the_rest_goes_on(tmp_path):
+def test_every_bad_input_is_reported_and_the_others_are_written(tmp_path):
     raw = tmp_path / "raw"
     lines = write_images(raw, 5).read_bytes().splitlines()
-    (raw / "text.png").write_text("not a picture")
+    (raw / "text.png").write_text("not an image")
     (raw / "empty.png").touch()
     generator = np.random.default_rng(0)
-    Image.fromarray(generator.integers(0, 255, (64, 64, 3), np.uint8)).save(raw / "whole.png")
-    (raw / "cut.png").write_bytes((raw / "whole.png").read_bytes()[:5000])
+    Image.fromarray(generator.integers(0, 255, (64, 64, 3), np.uint8)).save(raw / "complete.png")
+    (raw / "cut.png").write_bytes((raw / "complete.png").read_bytes()[:5000])
     mixed = []
     for number, bad in enumerate(BAD_LINES):
         mixed += [bad, *lines[number : number + 1]]
     (raw / "pairs.jsonl").write_bytes(b"\n\r\n" + b"\n".join(mixed))
     manifest = run(raw / "pairs.jsonl", tmp_path / "out", max_bad_fraction=0.9)
-    accounts = manifest["accounts"]
-    assert accounts["written"] == 5 == open_shards(tmp_path / "out").documents
-    assert accounts["quarantined"] == len(BAD_LINES) and accounts["read"] == len(mixed)
-    assert sum(accounts["reasons"].values()) == len(BAD_LINES)
-    found = quarantine_of(tmp_path / "out")
+    counts = manifest["accounts"]
+    assert counts["written"] == 5 == open_shards(tmp_path / "out").documents
+    assert counts["quarantined"] == len(BAD_LINES) and counts["read"] == len(mixed)
+    assert sum(counts["reasons"].values()) == len(BAD_LINES)
+    found = read_quarantine(tmp_path / "out")
     for bad, (line, reason) in zip(found, BAD_LINES.items(), strict=True):
         number = 3 + mixed.index(line)
         assert bad["reason"].startswith(reason), bad
@@ -153,16 +153,16 @@ def test_every_bad_input_is_named_and_the_rest_goes_on(tmp_path):
     assert captions == [f"picture {number}" for number in range(5)]
 
 
-def test_pictures_of_any_mode_become_documents(tmp_path):
-    grey = np.full((6, 9), 128, np.uint8)
-    picture = Image.fromarray(grey)
-    picture.convert("P").save(tmp_path / "palette.png")
-    picture.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    picture.convert("RGBA").save(tmp_path / "alpha.png")
-    Image.fromarray((grey * 257.0).astype(np.uint16)).save(tmp_path / "deep.png")
+def test_images_of_any_mode_become_documents(tmp_path):
+    gray = np.full((6, 9), 128, np.uint8)
+    image = Image.fromarray(gray)
+    image.convert("P").save(tmp_path / "palette.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    Image.fromarray((gray * 257.0).astype(np.uint16)).save(tmp_path / "deep.png")
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.convert("RGB").save(tmp_path / "turned.jpg", exif=exif)
+    image.convert("RGB").save(tmp_path / "turned.jpg", exif=exif)
     names = ["palette.png", "cmyk.jpg", "alpha.png", "deep.png", "turned.jpg"]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"image": name, "caption": name}) + "\n" for name in names))
@@ -173,21 +173,21 @@ def test_pictures_of_any_mode_become_documents(tmp_path):
 
 
 def test_too_many_bad_inputs_of_tars_stop_the_run_before_its_end(tmp_path):
-    """How many inputs tars hold is known only when they are read: the others are taken to be as those read."""
+    """The number of inputs in tars is known only after reading them; unread tars are assumed to be like those read."""
     webdataset = pytest.importorskip("webdataset")
     (tmp_path / "raw").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "sound.png")
-    pictures = ((tmp_path / "sound.png").read_bytes(), b"no picture")
+    Image.new("RGB", (8, 8)).save(tmp_path / "valid.png")
+    images = ((tmp_path / "valid.png").read_bytes(), b"no image")
     for tar in range(20):
         with webdataset.TarWriter(str(tmp_path / f"raw/{tar:02d}.tar")) as file:
             for number in range(4):
-                file.write({"__key__": f"{tar}{number}", "txt": "a", "png": pictures[tar % 2]})
+                file.write({"__key__": f"{tar}{number}", "txt": "a", "png": images[tar % 2]})
     with pytest.raises(ValueError, match="12 of the 24 inputs read are unusable"):
         run(tmp_path / "raw", tmp_path / "out", max_bad_fraction=0.1)
     assert len(list((tmp_path / "out/.work").glob("part-*.json"))) == 6
 
 
-def test_too_many_bad_inputs_stop_the_run_and_mending_them_finishes_it(tmp_path):
+def test_too_many_bad_inputs_stop_the_run_and_it_finishes_after_their_repair(tmp_path):
     raw = tmp_path / "raw"
     pairs = write_images(raw, 12)
     (raw / "1.png").rename(raw / "hidden")
@@ -196,44 +196,44 @@ def test_too_many_bad_inputs_stop_the_run_and_mending_them_finishes_it(tmp_path)
         ValueError, match=r"2 of the 12 inputs read are unusable.*max-bad-fraction 0.1.*quarantine\.jsonl"
     ):
         run(pairs, tmp_path / "out", max_bad_fraction=0.1)
-    assert {bad["source"] for bad in quarantine_of(tmp_path / "out")} == {"pairs.jsonl:2", "pairs.jsonl:10"}
+    assert {bad["source"] for bad in read_quarantine(tmp_path / "out")} == {"pairs.jsonl:2", "pairs.jsonl:10"}
     assert not (tmp_path / "out/manifest.json").exists()
     (raw / "hidden").rename(raw / "1.png")
     manifest = run(pairs, tmp_path / "out", max_bad_fraction=0.1)
     expected = {"read": 12, "written": 11, "duplicates": 0, "filtered": 0, "quarantined": 1}
     assert manifest["accounts"] == {**expected, "reasons": {"missing picture": 1}}
-    with pytest.raises(ValueError, match="1 of the 12 inputs"):  # a complete folder, but not good enough
+    with pytest.raises(ValueError, match="1 of the 12 inputs"):  # the folder is complete, but has too many bad inputs
         run(pairs, tmp_path / "out")
 
 
-def test_an_interrupted_run_is_finished_and_keeps_whole_parts(tmp_path, monkeypatch):
+def test_an_interrupted_run_is_finished_and_keeps_complete_parts(tmp_path, monkeypatch):
     pairs = write_images(tmp_path / "raw", 14)
-    run(pairs, tmp_path / "whole")
+    run(pairs, tmp_path / "complete")
     write, written = worker.PartEncoder.run, []
 
-    def die_in_the_third_part(self):
+    def interrupt_the_third_part(self):
         written.append(self.part)
         if self.part == 2 and len(written) == 3:
             raise KeyboardInterrupt
         return write(self)
 
-    monkeypatch.setattr(worker.PartEncoder, "run", die_in_the_third_part)
+    monkeypatch.setattr(worker.PartEncoder, "run", interrupt_the_third_part)
     with pytest.raises(KeyboardInterrupt):
         run(pairs, tmp_path / "out")
     with pytest.raises(ValueError, match=r"no manifest\.json.*tools/preprocess_data\.py.*again, if it was interrupted"):
         open_shards(tmp_path / "out")
-    (tmp_path / "out/shard-000000-000.idx.npy").unlink()  # a part that is no longer whole
+    (tmp_path / "out/shard-000000-000.idx.npy").unlink()  # this part is no longer complete
     run(pairs, tmp_path / "out")
     assert written == [0, 1, 2, 0, 2, 3]
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "complete")
 
 
-def test_a_complete_folder_is_left_alone_and_other_options_are_refused(tmp_path):
+def test_a_complete_folder_is_not_changed_and_other_options_are_refused(tmp_path):
     pairs = write_images(tmp_path / "raw", 6)
     run(pairs, tmp_path / "out")
-    before = files_of(tmp_path / "out")
+    before = read_files(tmp_path / "out")
     assert run(pairs, tmp_path / "out", workers=2)["already_complete"]
-    assert files_of(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
     with pytest.raises(ValueError, match=r"other options \(part_size: 4, now 5\).*--overwrite"):
         run(pairs, tmp_path / "out", part_size=5)
     text = pairs.read_text()
@@ -241,7 +241,7 @@ def test_a_complete_folder_is_left_alone_and_other_options_are_refused(tmp_path)
     with pytest.raises(ValueError, match=r"the input has changed, or is a different one: input_sha256: .*--overwrite"):
         run(pairs, tmp_path / "out")
     pairs.write_text(text)
-    assert files_of(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
     (tmp_path / "out/my notes").touch()
     run(pairs, tmp_path / "out", part_size=2, overwrite=True)
     assert len(list((tmp_path / "out").glob("*.tar"))) == 3 and (tmp_path / "out/my notes").exists()
@@ -257,7 +257,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     assert not (tmp_path / "raw/.work").exists()
 
 
-def test_nothing_usable_and_nothing_there(tmp_path):
+def test_an_input_without_a_usable_pair_is_refused(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"image": "no.png", "caption": "x"}\n')
     with pytest.raises(ValueError, match="none of the 1 inputs could be written: 0 duplicates, 0 filtered, 1 unusable"):
         run(tmp_path / "pairs.jsonl", tmp_path / "out", max_bad_fraction=1.0)
@@ -268,14 +268,14 @@ def test_nothing_usable_and_nothing_there(tmp_path):
         open_source(tmp_path / "nowhere", 10)
 
 
-def test_parts_of_a_jsonl_file_are_its_lines_wherever_they_are_cut(tmp_path):
+def test_a_jsonl_file_has_the_same_pairs_under_every_part_size(tmp_path):
     lines = [json.dumps({"image": "x", "caption": "c" * (number % 7 + 1)}) for number in range(50)]
     for text in ("\n".join(lines), "\n".join(lines) + "\n", "\ufeff" + "\r\n".join(lines)):
         path = tmp_path / "pairs.jsonl"
         path.write_bytes(text.encode())
-        whole = list(open_source(path, 1000).read_part(0))
-        assert len(whole) == 50 and all(hasattr(pair, "caption") for pair in whole)
+        pairs = list(open_source(path, 1000).read_part(0))
+        assert len(pairs) == 50 and all(hasattr(pair, "caption") for pair in pairs)
         for size in (1, 7, 49, 50):
             source = open_source(path, size)
             assert source.count == 50
-            assert [pair for part in range(source.parts) for pair in source.read_part(part)] == whole
+            assert [pair for part in range(source.parts) for pair in source.read_part(part)] == pairs

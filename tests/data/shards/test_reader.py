@@ -1,4 +1,4 @@
-"""Shards on disk: what the reader refuses, and how it says so."""
+"""Shards on disk: documents that are read, and the error messages for damaged or wrong files."""
 
 import gc
 import io
@@ -31,7 +31,7 @@ def folder(tmp_path, pairs):
     return tmp_path / "shards"
 
 
-def test_documents_come_back_in_manifest_order(folder, pairs):
+def test_documents_are_read_in_manifest_order(folder, pairs):
     corpus = open_shards(folder)
     assert corpus.documents == 30 and corpus.lengths.dtype == np.uint32
     for number in (29, 0, 8, 7, 15):
@@ -42,8 +42,8 @@ def test_documents_come_back_in_manifest_order(folder, pairs):
     corpus.prefetch(np.arange(30))
     with pytest.raises(IndexError, match=r"document 30 is outside 0\.\.29"):
         corpus.read(30)
-    again = pickle.loads(pickle.dumps(corpus))
-    assert again.identity == corpus.identity and again.read(3).tolist() == pairs[3].tolist()
+    copy = pickle.loads(pickle.dumps(corpus))
+    assert copy.identity == corpus.identity and copy.read(3).tolist() == pairs[3].tolist()
 
 
 def test_ids_beyond_16_bits_are_stored_in_32(tmp_path):
@@ -82,9 +82,9 @@ def test_many_documents_are_read_at_once(folder, pairs):
             os.fstat(file)
 
 
-def test_reading_many_compares_what_it_reads_for_the_first_time(folder, pairs):
-    corpus, whole = open_shards(folder), open_shards(folder)
-    read_flat(whole, range(30))
+def test_read_into_verifies_checksums_when_it_first_reads_a_document(folder, pairs):
+    corpus, verified = open_shards(folder), open_shards(folder)
+    read_flat(verified, range(30))
     tar = folder / "shard-000001-000.tar"
     content = bytearray(tar.read_bytes())
     offset = int(np.load(folder / "shard-000001-000.idx.npy")["offset"][2])
@@ -95,10 +95,10 @@ def test_reading_many_compares_what_it_reads_for_the_first_time(folder, pairs):
     assert read_flat(corpus, [9]) == pairs[9].tolist()
     os.truncate(tar, offset)
     with pytest.raises(ValueError, match=r"document 10 \(row 2 of .*shard-000001-000.tar\) is damaged"):
-        read_flat(whole, [10])
+        read_flat(verified, [10])
 
 
-def test_a_damaged_document_is_named(folder):
+def test_the_error_names_the_damaged_document(folder):
     tar = folder / "shard-000001-000.tar"
     content = bytearray(tar.read_bytes())
     offset = int(np.load(folder / "shard-000001-000.idx.npy")["offset"][2])
@@ -117,7 +117,7 @@ def change_manifest(folder, change):
 
 
 def test_files_that_do_not_match_the_manifest_are_refused(folder, tmp_path):
-    def refused(match, damage):
+    def check_error(match, damage):
         copy = tmp_path / "copy"
         shutil.copytree(folder, copy)
         damage(copy)
@@ -126,33 +126,33 @@ def test_files_that_do_not_match_the_manifest_are_refused(folder, tmp_path):
         shutil.rmtree(copy)
 
     name = "shard-000002-000"
-    refused(f"{name}.tar is missing", lambda copy: (copy / f"{name}.tar").unlink())
-    refused(r"\.parquet is missing.*--overwrite", lambda copy: (copy / f"{name}.parquet").unlink())
-    refused(r"tar has \d+ bytes instead of", lambda copy: (copy / f"{name}.tar").open("ab").write(b"x"))
+    check_error(f"{name}.tar is missing", lambda copy: (copy / f"{name}.tar").unlink())
+    check_error(r"\.parquet is missing.*--overwrite", lambda copy: (copy / f"{name}.parquet").unlink())
+    check_error(r"tar has \d+ bytes instead of", lambda copy: (copy / f"{name}.tar").open("ab").write(b"x"))
     size = (folder / f"{name}.idx.npy").stat().st_size
-    refused("idx.npy is unreadable", lambda copy: (copy / f"{name}.idx.npy").write_bytes(b"x" * size))
-    refused(
+    check_error("idx.npy is unreadable", lambda copy: (copy / f"{name}.idx.npy").write_bytes(b"x" * size))
+    check_error(
         "it lists 31 documents, the index",
         lambda copy: change_manifest(copy, lambda m: m.update(documents=31)),
     )
-    refused(
+    check_error(
         "has format 2; this version reads format 1", lambda copy: change_manifest(copy, lambda m: m.update(format=2))
     )
-    refused("is not a valid manifest of shards", lambda copy: (copy / "manifest.json").write_text("{"))
-    refused("is not a valid manifest of shards", lambda copy: change_manifest(copy, lambda m: m.pop("shards")))
-    refused("outside its folder", lambda copy: change_manifest(copy, lambda m: m["shards"][0].update(name="../x")))
-    refused("vocabulary hash", lambda copy: change_manifest(copy, lambda m: m["vocabulary"].update(text_size=7)))
-    refused(r"has no manifest\.json, which is written last", lambda copy: (copy / "manifest.json").unlink())
+    check_error("is not a valid manifest of shards", lambda copy: (copy / "manifest.json").write_text("{"))
+    check_error("is not a valid manifest of shards", lambda copy: change_manifest(copy, lambda m: m.pop("shards")))
+    check_error("outside its folder", lambda copy: change_manifest(copy, lambda m: m["shards"][0].update(name="../x")))
+    check_error("vocabulary hash", lambda copy: change_manifest(copy, lambda m: m["vocabulary"].update(text_size=7)))
+    check_error(r"has no manifest\.json, which is written last", lambda copy: (copy / "manifest.json").unlink())
 
 
-def test_another_vocabulary_is_refused_by_name(folder):
+def test_another_vocabulary_is_refused_with_its_differences(folder):
     other = make_vocabulary(text=120)
     with pytest.raises(ValueError, match=r"shards was made with another vocabulary.*text_size: 100 instead of 120"):
         check_same_vocabulary(other, open_shards(folder).vocabulary, "shards")
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
-def test_members_are_those_that_tarfile_and_numpy_write(dtype):
+def test_members_equal_those_that_tarfile_and_numpy_write(dtype):
     draws = np.random.default_rng(0)
     rows = [draws.integers(0, 60_000, size).astype(dtype) for size in (1, 7, 191, 192, 193, 448, 5000, 100_000)]
     keys = [f"{number:08d}" for number in range(7)] + ["k" * 89]
@@ -170,12 +170,12 @@ def test_members_are_those_that_tarfile_and_numpy_write(dtype):
         assert content[offset : offset + row.nbytes].tobytes() == row.tobytes()
 
 
-def test_split_segments():
+def test_segments_are_split_at_breaks():
     ids = np.array([1, 2, V.break_id, 3, V.break_id])
     assert [segment.tolist() for segment in split_segments(ids, V)] == [[1, 2], [3], []]
 
 
-def test_an_edited_manifest_is_told(folder, tmp_path):
+def test_an_edited_manifest_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"tokens": 1}))

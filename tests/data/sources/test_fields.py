@@ -1,4 +1,4 @@
-"""Rows of fields: where their image is, what of them is kept, and messages where they make no document."""
+"""Rows with fields: which field is the image, which fields are kept, and why a row cannot be used."""
 
 import base64
 import json
@@ -10,8 +10,8 @@ import pytest
 from megatron_cm3leon.data.preprocess.document_reader import read_image
 from megatron_cm3leon.data.sources import BadInput, Fields, RawPair, RawText, open_source, read_image_bytes
 from megatron_cm3leon.data.sources.embedded import shorten
-from tests.data.runs import counts_of, quarantine_of, read_all, run
-from tests.data.sources.test_sources import picture
+from tests.data.runs import check_counts, read_all, read_quarantine, run
+from tests.data.sources.test_sources import make_image
 
 
 def write_lines(path, rows):
@@ -23,8 +23,8 @@ def read_rows(folder, rows, **fields):
     return read_all(open_source(write_lines(folder / "rows.jsonl", rows), 10, fields=Fields(**fields)))
 
 
-def test_file_name_is_the_image_where_it_ends_as_one(tmp_path, caplog):
-    """Hugging Face's imagefolder; a text corpus may have the field too."""
+def test_file_name_is_the_image_if_it_has_an_image_extension(tmp_path, caplog):
+    """As in the imagefolder format of Hugging Face; a text corpus may have this field too."""
     rows = [{"file_name": f"{n}.jpg", "text": f"caption {n}"} for n in range(2)]
     caplog.set_level("INFO", "megatron_cm3leon")
     pairs = read_rows(tmp_path, rows)
@@ -48,7 +48,7 @@ def test_file_name_is_the_image_where_it_ends_as_one(tmp_path, caplog):
         ("scan_file", "a.heic"), ("photo", "data:image/png;base64,aGk="), ("image_url", "http://a/b.webp"),
     ],
 )  # fmt: skip
-def test_an_image_beside_a_text_is_not_left_out_silently(tmp_path, name, value):
+def test_an_image_next_to_a_text_is_not_ignored_silently(tmp_path, name, value):
     (bad,) = read_rows(tmp_path, [{name: value, "text": "a"}])
     assert bad.reason == (
         f'field "image" is missing: field "{name}" holds an image; give --image-field {name} --caption-field text for '
@@ -60,8 +60,8 @@ def test_an_image_beside_a_text_is_not_left_out_silently(tmp_path, name, value):
         assert isinstance(read_rows(tmp_path, [{name: value, "text": "a"}], image=name, caption="text")[0], RawPair)
 
 
-def test_bytes_of_an_image_beside_a_text_in_parquet(tmp_path):
-    for value in (picture(), {"bytes": picture(), "path": None}):
+def test_bytes_of_an_image_next_to_a_text_in_parquet_are_reported(tmp_path):
+    for value in (make_image(), {"bytes": make_image(), "path": None}):
         pq.write_table(pa.Table.from_pylist([{"scan": value, "text": "a"}]), tmp_path / "x.parquet")
         (bad,) = read_all(open_source(tmp_path / "x.parquet", 10))
         assert 'field "scan" holds an image' in bad.reason
@@ -76,24 +76,24 @@ def test_texts_with_other_fields_stay_texts(tmp_path):
 
 
 def test_images_in_base64_are_read(tmp_path):
-    content = picture(7, "JPEG")
+    content = make_image(7, "JPEG")
     plain = base64.b64encode(content).decode()
-    wrapped = base64.encodebytes(picture(7)).decode()
-    urlsafe = base64.urlsafe_b64encode(picture(9)).decode().rstrip("=")
+    wrapped = base64.encodebytes(make_image(7)).decode()
+    urlsafe = base64.urlsafe_b64encode(make_image(9)).decode().rstrip("=")
     values = [f"data:image/jpeg;base64,{plain}", plain, f"DATA:image/png;charset=x;base64,{wrapped}", wrapped, urlsafe]
     pairs = read_rows(tmp_path, [{"image": value, "caption": "c", "mask": value} for value in values])
     assert [read_image_bytes(pair.images[0]) for pair in pairs] == [
         content,
         content,
-        picture(7),
-        picture(7),
-        picture(9),
+        make_image(7),
+        make_image(7),
+        make_image(9),
     ]
     assert pairs[0].image_name == "00000000.image" and len(pairs[0].extra) < 200
     (document,) = read_rows(tmp_path, [{"segments": [{"text": "a"}, {"image": values[0]}]}])
     assert read_image_bytes(document.images[0]) == content
     manifest = run(tmp_path / "rows.jsonl", tmp_path / "out")
-    assert counts_of(manifest) == (1, 1, 0, 0, 0) and manifest["kinds"] == {"interleaved": 1}
+    assert check_counts(manifest) == (1, 1, 0, 0, 0) and manifest["kinds"] == {"interleaved": 1}
 
 
 @pytest.mark.parametrize(
@@ -104,25 +104,25 @@ def test_images_in_base64_are_read(tmp_path):
         ("QUJD" * 3000, "has 12,000 characters, too many for a path, and is not base64 of an image: QUJD"),
     ],
 )
-def test_reasons_are_short_whatever_the_value(tmp_path, value, reason):
+def test_reasons_are_short_for_long_values(tmp_path, value, reason):
     rows = [{"image": value, "caption": "c"}, {"image": "data:image/png;base64," + 900 * "aGkh", "caption": "c"}]
     rows.append({"image": "x/" * 1500 + "y.jpg", "caption": "c"})
     with pytest.raises(ValueError, match=r"3 of the 3 inputs"):
         run(write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "out")
-    reasons = [bad["reason"] for bad in quarantine_of(tmp_path / "out")]
+    reasons = [bad["reason"] for bad in read_quarantine(tmp_path / "out")]
     assert reasons[0].startswith(f'field "image" {reason}') and max(map(len, reasons)) < 420
     assert reasons[1].startswith("unreadable picture: 00000001.image: ")
 
 
-def test_a_long_text_keeps_both_ends():
+def test_shorten_keeps_both_ends_of_a_long_text():
     assert shorten("a" * 400) == "a" * 400
     assert shorten("a" * 300 + "b" * 300, 90) == "a" * 60 + " [...] " + "b" * 22
 
 
 def test_binary_fields_are_not_copied_into_the_metadata(tmp_path):
-    mask = picture(3)
+    mask = make_image(3)
     row = {
-        "image": picture(), "caption": "c", "mask": mask, "md5": b"\0\1\xff", "pages": [{"bytes": mask}],
+        "image": make_image(), "caption": "c", "mask": mask, "md5": b"\0\1\xff", "pages": [{"bytes": mask}],
         "edited": {"bytes": mask, "path": "m.png"}, "embedding": [0.25] * 2000, "polygon": [[1, 2], [3, 4]],
         "note": "n" * 3000,
     }  # fmt: skip
@@ -135,22 +135,22 @@ def test_binary_fields_are_not_copied_into_the_metadata(tmp_path):
     assert extra["embedding"].startswith("2000 numbers, sha256 ") and extra["polygon"] == [[1, 2], [3, 4]]
 
 
-def test_backslashes_in_a_path_are_named(tmp_path):
+def test_backslashes_in_a_path_are_reported(tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/0.png").write_bytes(picture())
-    rows = [{"image": "a\\0.png", "caption": "c"}, {"image": "a/gone.png", "caption": "c"}]
+    (tmp_path / "a/0.png").write_bytes(make_image())
+    rows = [{"image": "a\\0.png", "caption": "c"}, {"image": "a/missing.png", "caption": "c"}]
     pairs = read_rows(tmp_path, rows)
     with pytest.raises(
         ValueError, match=r"missing picture: a\\0\.png: its path has backslashes, where this system has /"
     ):
         read_image(pairs[0].images[0])
-    with pytest.raises(ValueError, match=r"missing picture: a/gone\.png$"):
+    with pytest.raises(ValueError, match=r"missing picture: a/missing\.png$"):
         read_image(pairs[1].images[0])
-    (tmp_path / "a\\0.png").write_bytes(picture())
+    (tmp_path / "a\\0.png").write_bytes(make_image())
     assert read_image(pairs[0].images[0])[0].size == (10, 8)
 
 
-def test_what_is_sound_of_a_bad_row_is_kept_for_the_tokenizers(tmp_path):
+def test_valid_segments_of_a_bad_row_are_kept_for_training_tokenizers(tmp_path):
     rows = [{"image": "0.png"}, {"caption": "a"}, {"image": "0.png", "caption": " "}, {"image": 3, "caption": "b"}, {}]
     found = read_rows(tmp_path, rows)
     assert all(isinstance(bad, BadInput) for bad in found)
@@ -177,14 +177,14 @@ ROW = '{"image": "0.png", "caption": "a"}'
         ('{"image": {"0": "0.png"}, "caption": {"0": "a"}}', "is one JSON object for the whole file"),
     ],
 )  # fmt: skip
-def test_json_in_another_form_than_lines_is_refused(tmp_path, content, message):
+def test_json_that_is_not_one_object_per_line_is_refused(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         open_source(tmp_path / "x.json", 10)
 
 
 @pytest.mark.parametrize("content", [f"[1]\n{ROW}", f"[{ROW}]\n{ROW}", f"{{cut\n{ROW}", f"{ROW}", '{"text": [{}]}', ""])
-def test_damaged_lines_are_not_taken_for_another_form(tmp_path, content):
+def test_damaged_lines_are_not_reported_as_another_format(tmp_path, content):
     (tmp_path / "x.jsonl").write_text(content + "\n")
     assert len(read_all(open_source(tmp_path / "x.jsonl", 10))) == content.count("\n") + 1 - (not content)
 
@@ -193,7 +193,7 @@ def test_damaged_lines_are_not_taken_for_another_form(tmp_path, content):
     ("content", "form"),
     [('{"text": "a"}\n', "jsonl"), ("image\tcaption\n0.jpg\ta\n", "csv"), ("id;image\n1;b\n", "csv")],
 )
-def test_fields_in_a_text_file_are_not_taken_for_text(tmp_path, content, form):
+def test_a_text_file_with_fields_is_not_read_as_text(tmp_path, content, form):
     (tmp_path / "x.txt").write_text(content)
     with pytest.raises(ValueError, match=f"give --format {form} to read its fields, or --format lines"):
         open_source(tmp_path / "x.txt", 10)
@@ -203,7 +203,7 @@ def test_fields_in_a_text_file_are_not_taken_for_text(tmp_path, content, form):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("ending", ["jsonl", "txt", "csv"])
-def test_other_encodings_are_named(tmp_path, encoding, ending):
+def test_the_error_names_an_encoding_other_than_utf_8(tmp_path, encoding, ending):
     (tmp_path / f"x.{ending}").write_bytes('image,caption,{"text": "one"}\n'.encode(encoding))
     name = encoding.upper().replace("-", "").replace("UTF", "UTF-").replace("16LE", "16LE")
     with pytest.raises(ValueError, match=f"x.{ending} is {name}, not UTF-8; convert it: iconv -f {name} -t UTF-8"):

@@ -1,4 +1,4 @@
-"""Files of lines: read in blocks, they give what they give read line by line."""
+"""Files of lines: reading them in batches and reading them line by line give the same documents."""
 
 import random
 
@@ -17,27 +17,27 @@ LINES = [
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "txt"])
-def test_lines_read_together_are_as_lines_read_one_by_one(tmp_path, monkeypatch, ending):
+def test_lines_read_in_batches_equal_lines_read_one_by_one(tmp_path, monkeypatch, ending):
     draws, path = random.Random(0), tmp_path / f"corpus.{ending}"
     monkeypatch.setattr(lines, "TEXT_BATCH_CHARACTERS", 60)
-    together = 0
+    n_batched = 0
     for number in range(400):
         chosen = draws.choices(LINES[: draws.choice((1, 3, 6, len(LINES)))], k=draws.randrange(1, 12))
         path.write_bytes((b"\xef\xbb\xbf" if number % 5 == 0 else b"") + b"\n".join(chosen) + b"\n" * (number % 2))
         source = open_source(path, draws.randrange(1, 12), "lines" if ending == "txt" else "jsonl")
-        blocks = [block for part in range(source.parts) for block in source.read_batches(part)]
-        flat = [entry for block in blocks for entry in (block if isinstance(block, RawTexts) else [block])]
+        batches = [batch for part in range(source.parts) for batch in source.read_batches(part)]
+        flat = [entry for batch in batches for entry in (batch if isinstance(batch, RawTexts) else [batch])]
         assert flat == read_all(source)
-        together += any(isinstance(block, RawTexts) and len(block) > 1 for block in blocks)
-        with monkeypatch.context() as apart:
+        n_batched += any(isinstance(batch, RawTexts) and len(batch) > 1 for batch in batches)
+        with monkeypatch.context() as patch:
             for kind in (lines.JsonlSource, lines.TextLinesSource):
-                apart.setattr(kind, "_find_texts", lambda *_: None)
+                patch.setattr(kind, "_find_texts", lambda *_: None)
             assert read_all(source) == flat, chosen
-    assert together > 100
+    assert n_batched > 100
 
 
-def test_lines_that_make_documents_only_together_are_faults(tmp_path):
-    """Joined by commas these make as many sound texts as there are lines."""
+def test_lines_that_are_valid_only_when_joined_are_reported(tmp_path):
+    """Joined by commas, these lines are valid JSON with one text per line."""
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text":[{}\n{}],"text":"x"}\n{"text":"a"},{"text":"b"}\n')
     assert [entry.reason.split(":")[0] for entry in read_all(open_source(path, 10))] == ["not JSON"] * 3

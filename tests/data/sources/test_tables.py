@@ -8,7 +8,7 @@ import pytest
 
 from megatron_cm3leon.data.sources import Fields, open_source
 from tests.data.runs import read_all
-from tests.data.sources.test_sources import picture
+from tests.data.sources.test_sources import make_image
 
 ROWS = [("0.jpg", 'a "b", c; d| e\tf'), ("1.jpg", "two\nlines"), ("2.jpg", " x ")]
 
@@ -29,8 +29,8 @@ def test_separators_are_found_in_the_header(tmp_path, separator, ending, head):
             assert [(pair.image_name, pair.caption) for pair in read_all(open_source(path, size))] == ROWS, names
 
 
-def test_a_separator_that_is_declared(tmp_path):
-    """The line sep=; of Excel; an unusual separator."""
+def test_a_declared_separator_is_used(tmp_path):
+    """As by the line sep=; of Excel, also for an unusual separator."""
     for separator, head in ((";", "sep=;\r\n"), ("^", "\ufeffsep=^\n"), (",", '"sep=,"\r\n')):
         path = write_csv(tmp_path / "x.csv", separator, head)
         for size in (1, 10):
@@ -38,7 +38,7 @@ def test_a_separator_that_is_declared(tmp_path):
             assert [(pair.image_name, pair.caption) for pair in pairs] == ROWS and pairs[0].source == "x.csv:record 1"
 
 
-def test_what_was_found_is_reported(tmp_path, caplog):
+def test_an_unexpected_separator_is_logged(tmp_path, caplog):
     caplog.set_level("INFO", "megatron_cm3leon")
     open_source(write_csv(tmp_path / "a.csv", ","), 10)
     open_source(write_csv(tmp_path / "a.tsv", "\t"), 10)
@@ -47,7 +47,7 @@ def test_what_was_found_is_reported(tmp_path, caplog):
     assert "b.csv: the separator of its columns (the delimiter) is a semicolon and space." in caplog.text
 
 
-def test_spaces_stay_where_the_header_has_none(tmp_path):
+def test_spaces_in_values_are_kept_if_the_header_has_none_after_separators(tmp_path):
     (tmp_path / "x.csv").write_text("image,caption,other column \n0.jpg, padded ,3\n")
     (pair,) = read_all(open_source(tmp_path / "x.csv", 10))
     assert pair.caption == " padded " and json.loads(pair.extra) == {"other column ": "3"}
@@ -75,17 +75,17 @@ def test_a_header_that_is_not_utf_8_is_refused_with_the_remedy(tmp_path):
         open_source(tmp_path / "x.csv", 10)
 
 
-def test_a_column_that_is_given_by_name_decides_the_separator(tmp_path):
+def test_column_names_that_are_given_determine_the_separator(tmp_path):
     (tmp_path / "x.csv").write_text("URL;TITLE\n0.jpg;a, b\n")
     (pair,) = read_all(open_source(tmp_path / "x.csv", 10, fields=Fields("URL", "TITLE")))
     assert (pair.image_name, pair.caption) == ("0.jpg", "a, b")
 
 
-def test_values_that_python_does_not_have_are_kept_as_text(tmp_path):
-    """Nanoseconds, years above 9999, unknown time zones; alone and inside of structs, lists and maps."""
+def test_values_without_a_python_type_are_kept_as_text(tmp_path):
+    """Nanoseconds, years above 9999, unknown time zones; alone and inside structs and lists."""
     nanoseconds = pa.array([1234567891234567891, 1234567891000000000, None])
     columns = {
-        "image": pa.array([picture(n) for n in range(3)]),
+        "image": pa.array([make_image(n) for n in range(3)]),
         "caption": pa.array(["a", "b", "c"]),
         "crawled": nanoseconds.cast(pa.timestamp("ns")),
         "took": nanoseconds.cast(pa.duration("ns")),
@@ -111,14 +111,14 @@ def test_values_that_python_does_not_have_are_kept_as_text(tmp_path):
     assert first["kind"] == "x"
 
 
-def test_text_that_is_not_utf_8_in_parquet(tmp_path):
-    bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xff\xfe"]).buffers())
-    images = pa.array([picture(), picture()])
-    pq.write_table(pa.table({"image": images, "caption": bad, "note": bad}), tmp_path / "x.parquet")
-    pair, fault = read_all(open_source(tmp_path / "x.parquet", 10))
-    assert pair.caption == "ok" and fault.reason == 'not UTF-8: byte 0 of field "caption" cannot be decoded'
+def test_text_in_parquet_that_is_not_utf_8_is_reported(tmp_path):
+    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xff\xfe"]).buffers())
+    images = pa.array([make_image(), make_image()])
+    pq.write_table(pa.table({"image": images, "caption": texts, "note": texts}), tmp_path / "x.parquet")
+    pair, bad = read_all(open_source(tmp_path / "x.parquet", 10))
+    assert pair.caption == "ok" and bad.reason == 'not UTF-8: byte 0 of field "caption" cannot be decoded'
     pq.write_table(
-        pa.table({"image": images, "caption": pa.array([b"x", "é".encode()]), "note": bad}), tmp_path / "x.parquet"
+        pa.table({"image": images, "caption": pa.array([b"x", "é".encode()]), "note": texts}), tmp_path / "x.parquet"
     )
     pairs = read_all(open_source(tmp_path / "x.parquet", 10))
     assert [pair.caption for pair in pairs] == ["x", "é"] and json.loads(pairs[1].extra) == {"note": "fffe"}

@@ -1,4 +1,4 @@
-"""CM3 masking: exact tokens of hand-written blocks, and the statistics of what is drawn."""
+"""CM3 masking: exact tokens of hand-written sequences, and the statistics of the random draws."""
 
 import numpy as np
 import pytest
@@ -18,8 +18,8 @@ from tests.data.corpora import make_vocabulary
 V = make_vocabulary(text=50, image=20, height=2, width=2)
 EOS, BREAK, PAD, EOSS = V.eos, V.break_id, V.pad, V.eoss
 S0, S1 = V.sentinel(0), V.sentinel(1)
-PICTURE = [V.image_start + code for code in (1, 2, 3, 4)]
-SAMPLE = [EOS, 10, 11, 12, BREAK, *PICTURE, EOS]  # text at 1..3, <break> at 4, picture at 5..8
+IMAGE = [V.image_start + code for code in (1, 2, 3, 4)]
+SAMPLE = [EOS, 10, 11, 12, BREAK, *IMAGE, EOS]  # text at 1..3, <break> at 4, image at 5..8
 
 
 def apply(source, spans, length, weights=None):
@@ -29,24 +29,24 @@ def apply(source, spans, length, weights=None):
     return tokens.tolist(), out.tolist(), filled
 
 
-def mask(source, length, wanted, uniforms, cut, rotated=False, query_start=1):
+def mask(source, length, spans, uniforms, cut, rotated=False, query_start=1):
     tokens, weights = np.full(length, PAD), np.zeros(length, np.float32)
     trimmed, filled = mask_sequence(
-        np.array(source), np.ones(len(source)), query_start, wanted, rotated, uniforms, V, cut, tokens, weights
+        np.array(source), np.ones(len(source)), query_start, spans, rotated, uniforms, V, cut, tokens, weights
     )
     assert (weights > 0).sum() == filled
     return tokens.tolist(), weights.tolist(), trimmed
 
 
-def test_one_span_moves_to_the_end_behind_its_sentinel():
+def test_a_span_moves_to_the_end_after_its_sentinel():
     tokens, weights, filled = apply(SAMPLE, [(2, 4)], 14)
-    assert tokens == [EOS, 10, S0, BREAK, *PICTURE, EOS, S0, 11, 12, EOSS, PAD]
+    assert tokens == [EOS, 10, S0, BREAK, *IMAGE, EOS, S0, 11, 12, EOSS, PAD]
     assert weights == [1.0] * 13 + [0.0] and filled == 13
 
 
 def test_two_spans_are_numbered_from_left_to_right():
     tokens, _, _ = apply(SAMPLE, [(1, 2), (6, 9)], 16)
-    expected = [EOS, S0, 11, 12, BREAK, PICTURE[0], S1, EOS, S0, 10, EOSS, S1, *PICTURE[1:], EOSS]
+    expected = [EOS, S0, 11, 12, BREAK, IMAGE[0], S1, EOS, S0, 10, EOSS, S1, *IMAGE[1:], EOSS]
     assert tokens == expected
 
 
@@ -58,7 +58,7 @@ def test_sentinels_take_the_weight_of_their_span():
     assert [weight for token, weight in zip(tokens, weights, strict=True) if token == EOSS] == pytest.approx([0.1, 1])
 
 
-def test_a_whole_text_moved_leaves_the_prompt_of_captioning():
+def test_moving_the_entire_text_gives_the_prompt_of_captioning():
     delimiters = find_delimiters(np.array(SAMPLE), V)
     assert delimiters == [0, 4, 9]
     assert choose_segment(delimiters, 1, 0.0) == [(1, 4)]
@@ -66,19 +66,19 @@ def test_a_whole_text_moved_leaves_the_prompt_of_captioning():
     assert choose_segment(delimiters, 5, 0.0) == [(5, 9)]
     assert choose_segment([0, 1], 1, 0.5) == []
     tokens, _, trimmed = mask(SAMPLE, 13, 1, [0.0], "head", rotated=True)
-    assert tokens == [EOS, S0, BREAK, *PICTURE, EOS, S0, 10, 11, 12, EOSS] and trimmed == 0
+    assert tokens == [EOS, S0, BREAK, *IMAGE, EOS, S0, 10, 11, 12, EOSS] and trimmed == 0
 
 
-def test_a_span_is_two_sorted_uniforms_and_never_holds_the_first_token():
+def test_a_span_is_two_sorted_uniforms_and_never_contains_the_first_token():
     assert choose_spans(10, [], 1, [0.7, 0.2]) == [(3, 8)]
     assert choose_spans(10, [], 1, [0.0, 0.999]) == [(1, 10)]
-    assert choose_spans(10, [], 1, [0.5, 0.55]) == [], "an empty span is none"
+    assert choose_spans(10, [], 1, [0.5, 0.55]) == [], "an empty span is dropped"
 
 
 @pytest.mark.parametrize(
     "span, expected",
     [
-        ((2, 7), (2, 4)),  # two tokens of each: the first of equals
+        ((2, 7), (2, 4)),  # two tokens of each segment: the first one is chosen
         ((1, 6), (1, 4)),
         ((3, 9), (5, 9)),
         ((4, 5), None),  # <break> alone
@@ -90,32 +90,32 @@ def test_a_span_is_clipped_to_the_segment_it_overlaps_most(span, expected):
     assert choose_spans(10, [0, 4, 9], 1, uniforms) == ([expected] if expected else [])
 
 
-def test_of_several_candidates_disjoint_ones_are_kept_in_order_of_drawing():
-    at = lambda *places: [(place - 0.5) / 100 for place in places]  # noqa: E731
+def test_disjoint_candidates_are_kept_in_the_order_of_drawing():
+    at = lambda *positions: [(position - 0.5) / 100 for position in positions]  # noqa: E731
     candidates = at(10, 20, 15, 30, 20, 25, 5, 8, 50, 60)
     assert choose_spans(100, [], 2, candidates) == [(10, 20), (20, 25)]
     assert choose_spans(100, [], 5, candidates) == [(5, 8), (10, 20), (20, 25), (50, 60)]
 
 
-def test_growth_cuts_the_tail_under_stream_and_the_head_behind_eos_under_query():
+def test_added_tokens_trim_the_tail_for_stream_and_the_head_after_eos_for_query():
     assert cut_source(np.arange(9), 6, "tail").tolist() == [0, 1, 2, 3, 4, 5]
     assert cut_source(np.arange(9), 6, "head").tolist() == [0, 4, 5, 6, 7, 8]
-    source = [EOS, 1, 2, 3, 4, 5, 6, BREAK, 20, 21, BREAK, *PICTURE, EOS]
+    source = [EOS, 1, 2, 3, 4, 5, 6, BREAK, 20, 21, BREAK, *IMAGE, EOS]
     uniforms = [(7 - 0.5) / 13, (9 - 0.5) / 13]
     tokens, _, trimmed = mask(source, 16, 1, uniforms, "tail")
-    assert tokens == [*source[:7], BREAK, S0, 21, BREAK, *PICTURE[:2], S0, 20, EOSS] and trimmed == 3
+    assert tokens == [*source[:7], BREAK, S0, 21, BREAK, *IMAGE[:2], S0, 20, EOSS] and trimmed == 3
     tokens, _, trimmed = mask(source, 16, 1, uniforms, "head")
-    assert tokens == [EOS, 4, 5, 6, BREAK, 20, 21, BREAK, S0, *PICTURE[1:], EOS, S0, PICTURE[0], EOSS]
+    assert tokens == [EOS, 4, 5, 6, BREAK, 20, 21, BREAK, S0, *IMAGE[1:], EOS, S0, IMAGE[0], EOSS]
     assert trimmed == 3
 
 
-def test_spans_that_are_not_found_give_their_room_back():
-    source = [EOS, 1, 2, 3, 4, 5, 6, BREAK, 20, 21, BREAK, *PICTURE, EOS]
+def test_spans_that_are_not_found_trim_no_tokens():
+    source = [EOS, 1, 2, 3, 4, 5, 6, BREAK, 20, 21, BREAK, *IMAGE, EOS]
     tokens, _, trimmed = mask(source, 16, 1, [0.5, 0.5], "head")
     assert (tokens, trimmed) == (source, 0)
     tokens, _, trimmed = mask(source, 16, 2, [(8 - 0.5) / 10, (9 - 0.5) / 10, *[0.5, 0.5] * 3], "head")
     assert tokens[:8] == [EOS, 4, 5, 6, BREAK, 20, 21, BREAK] and trimmed == 3
-    assert tokens[8:] == [*PICTURE[:3], S0, EOS, S0, PICTURE[3], EOSS]
+    assert tokens[8:] == [*IMAGE[:3], S0, EOS, S0, IMAGE[3], EOSS]
 
 
 def test_the_number_of_spans_is_a_clamped_poisson():
@@ -138,10 +138,10 @@ def test_probabilities_of_masking_and_rotation():
         assert not draws.spans.any() and not draws.rotated.any()
 
 
-def test_draws_depend_on_the_block_number_alone():
+def test_draws_depend_only_on_the_sequence_number():
     sampler = SpanSampler(CM3Config(mean_spans=3.0), 7, 16)
-    whole, one = sampler.draw(np.arange(100)), sampler.draw(np.array([57]))
-    assert one.spans[0] == whole.spans[57] and one.uniforms[0] == whole.uniforms[57]
+    all_draws, one = sampler.draw(np.arange(100)), sampler.draw(np.array([57]))
+    assert one.spans[0] == all_draws.spans[57] and one.uniforms[0] == all_draws.uniforms[57]
 
 
 def test_span_ends_are_uniform_over_the_source():
@@ -153,19 +153,19 @@ def test_span_ends_are_uniform_over_the_source():
     assert min(start for start, _ in spans) >= 1 and max(end for _, end in spans) <= 1000
 
 
-@pytest.mark.parametrize("most", [16, 256])
-def test_cm3_and_incoder_have_one_span_at_least(most):
+@pytest.mark.parametrize("max_spans", [16, 256])
+def test_cm3_and_incoder_have_at_least_one_span(max_spans):
     """CM3 (2201.07520, A.1) clamps Poisson(1) to [1, 16], InCoder (2204.05999) to [1, 256]."""
-    sampler = SpanSampler(CM3Config(min_spans=1, max_spans=most), 7, 512)
+    sampler = SpanSampler(CM3Config(min_spans=1, max_spans=max_spans), 7, 512)
     shares = np.bincount(sampler.draw(np.arange(40_000)).spans) / 40_000
     assert shares[0] == 0 and shares[1] == pytest.approx(2 * np.exp(-1), abs=0.01)
     assert shares[2] == pytest.approx(np.exp(-1) / 2, abs=0.01)
-    many = SpanSampler(CM3Config(min_spans=1, max_spans=most, mean_spans=1000.0), 7, 512).draw(np.arange(50))
-    assert (many.spans == most).all()
+    many = SpanSampler(CM3Config(min_spans=1, max_spans=max_spans, mean_spans=1000.0), 7, 512).draw(np.arange(50))
+    assert (many.spans == max_spans).all()
 
 
-def test_cm3leon_leaves_as_many_blocks_unmasked_as_the_distribution_says():
-    """CM3Leon: Poisson(1) in [0, 511]; the mean is 1, and 1/e of the blocks stay as they are."""
+def test_the_share_of_unmasked_sequences_in_cm3leon_follows_the_distribution():
+    """CM3Leon: Poisson(1) in [0, 511]; the mean is 1, and 1/e of the sequences are not masked."""
     spans = SpanSampler(CM3Config(), 11, 512).draw(np.arange(100_000)).spans
     expected = np.exp(-1) / np.array([1, 1, 2, 6, 24, 120])
     assert np.abs(np.bincount(spans, minlength=6)[:6] / 100_000 - expected).max() < 0.005

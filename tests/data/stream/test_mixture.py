@@ -7,21 +7,21 @@ from megatron_cm3leon.data.stream.mixture import Mixture, build_cycle, compute_i
 
 
 @pytest.mark.parametrize("weights", [[1], [7, 2, 1], [0.5, 0.25, 0.125, 0.125], [13, 11, 3, 2, 2, 1, 1], [1, 1000, 30]])
-def test_every_source_has_its_share_to_less_than_one_sample(weights):
+def test_the_share_of_every_source_is_exact_to_one_sample(weights):
     mixture = Mixture(weights)
     numbers = np.arange(3 * mixture.length)
-    sources, own = mixture.split(numbers)
+    sources, local_numbers = mixture.split(numbers)
     for source, weight in enumerate(weights):
-        mine = sources == source
+        selected = sources == source
         share = (numbers + 1) * weight / sum(weights)
-        assert np.abs(np.cumsum(mine) - share).max() < 1
-        assert own[mine].tolist() == list(range(mine.sum()))
+        assert np.abs(np.cumsum(selected) - share).max() < 1
+        assert local_numbers[selected].tolist() == list(range(selected.sum()))
 
 
-def test_any_sample_alone_is_the_same():
+def test_splitting_a_single_sample_equals_splitting_all():
     mixture = Mixture([0.6, 0.3, 0.1])
-    sources, own = mixture.split(np.arange(100))
-    assert mixture.split(np.array([57])) == (sources[57], own[57])
+    sources, local_numbers = mixture.split(np.arange(100))
+    assert mixture.split(np.array([57])) == (sources[57], local_numbers[57])
     far = 10**15 + 4
     source, number = mixture.split(np.array([far]))
     assert abs(number[0] - far * [0.6, 0.3, 0.1][source[0]]) <= 1

@@ -1,4 +1,4 @@
-"""Packings beyond the paper's: whole pictures, whole samples; waste, and any distance at the same cost."""
+"""Packings that are not in the paper: complete images, complete samples; their padding, and access to any sequence."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ V = make_vocabulary()
 
 
 def make_documents(count=90):
-    """Pairs, texts, and interleaved documents of two pictures."""
+    """Pairs, texts, and interleaved documents of two images."""
     generator = np.random.default_rng(3)
     pairs = make_pairs(count, V)
     for number in range(0, count, 5):
@@ -42,68 +42,68 @@ def make_stream(corpus, packing, retrieval=False, **options):
     return Stream(make_config(packing, **options), corpus, make_neighbors(corpus) if retrieval else None)
 
 
-def source(block):
-    """The tokens of an unmasked block, without its padding."""
-    return block.tokens[block.weights > 0]
+def remove_padding(sequence):
+    """The tokens of an unmasked sequence."""
+    return sequence.tokens[sequence.weights > 0]
 
 
-def inside_a_picture(before, after):
+def are_image_tokens(before, after):
     return V.is_image(int(before)) and V.is_image(int(after))
 
 
 @pytest.mark.parametrize("retrieval", [False, True])
-def test_whole_images_is_the_stream_but_for_the_ends_of_cut_pictures(corpus, retrieval):
+def test_whole_images_equals_the_stream_without_the_ends_of_cut_images(corpus, retrieval):
     plain = make_stream(corpus, "stream", retrieval)
-    whole = make_stream(corpus, "stream_whole_images", retrieval)
-    expected = np.concatenate([block.tokens for block in plain.sequences(0, 62)])
-    place = dropped = padded = 0
-    for block in whole.sequences(0, 60):
-        tokens = source(block)
-        assert block.tokens.tolist() == tokens.tolist() + [V.pad] * (65 - len(tokens))
-        assert tokens.tolist() == expected[place : place + len(tokens)].tolist()
-        assert place == 0 or not inside_a_picture(*expected[place - 1 : place + 1])
-        place += len(tokens)
-        assert V.is_image(expected[place : place + block.trimmed]).all()
-        place, dropped, padded = place + block.trimmed, dropped + block.trimmed, padded + 65 - len(tokens)
+    whole_images = make_stream(corpus, "stream_whole_images", retrieval)
+    expected = np.concatenate([sequence.tokens for sequence in plain.sequences(0, 62)])
+    position = dropped = padded = 0
+    for sequence in whole_images.sequences(0, 60):
+        tokens = remove_padding(sequence)
+        assert sequence.tokens.tolist() == tokens.tolist() + [V.pad] * (65 - len(tokens))
+        assert tokens.tolist() == expected[position : position + len(tokens)].tolist()
+        assert position == 0 or not are_image_tokens(*expected[position - 1 : position + 1])
+        position += len(tokens)
+        assert V.is_image(expected[position : position + sequence.trimmed]).all()
+        position, dropped, padded = position + sequence.trimmed, dropped + sequence.trimmed, padded + 65 - len(tokens)
     assert dropped > 50 and padded > 50
     for number in (59, 7, 31):
         other = make_stream(corpus, "stream_whole_images", retrieval).sequence(number)
-        assert other.tokens.tolist() == whole.sequence(number).tokens.tolist()
+        assert other.tokens.tolist() == whole_images.sequence(number).tokens.tolist()
 
 
 @pytest.mark.parametrize("retrieval", [False, True])
-def test_documents_are_whole_samples_each_once_an_epoch(corpus, retrieval):
+def test_documents_packing_has_every_complete_sample_once_per_epoch(corpus, retrieval):
     stream = make_stream(corpus, "documents", retrieval, seq_length=160, data__attention="sample")
-    wanted = {}
+    expected = {}
     query = make_stream(corpus, "query", retrieval, seq_length=160)
-    for block in query.sequences(0, corpus.documents):
-        wanted[int(block.documents[0])] = source(block).tolist()
+    for sequence in query.sequences(0, corpus.documents):
+        expected[int(sequence.documents[0])] = remove_padding(sequence).tolist()
     found, number = {}, 0
     while len(found) < corpus.documents:
-        block = stream.sequence(number)
-        tokens = source(block)
-        assert np.array_equal(block.samples[: len(tokens)], number_samples(tokens, V.eos))
-        assert (block.samples[len(tokens) :] == -1).all() and block.epoch == 0 and block.trimmed == 0
-        starts = np.flatnonzero(np.diff(block.samples[: len(tokens)], prepend=-1))
-        for document, own in zip(block.documents.tolist(), np.split(tokens, starts[1:]), strict=True):
-            assert document not in found and own.tolist() == wanted[document]
+        sequence = stream.sequence(number)
+        tokens = remove_padding(sequence)
+        assert np.array_equal(sequence.samples[: len(tokens)], number_samples(tokens, V.eos))
+        assert (sequence.samples[len(tokens) :] == -1).all() and sequence.epoch == 0 and sequence.trimmed == 0
+        starts = np.flatnonzero(np.diff(sequence.samples[: len(tokens)], prepend=-1))
+        for document, sample in zip(sequence.documents.tolist(), np.split(tokens, starts[1:]), strict=True):
+            assert document not in found and sample.tolist() == expected[document]
             found[document] = number
         number += 1
     assert stream.sequence(number).epoch == 1
     assert retrieval or number < corpus.documents / 2
 
 
-def test_a_sample_longer_than_a_block_stands_alone_and_its_loss_is_counted(tmp_path):
-    text, picture = list(range(90)), list(range(V.image_start, V.image_start + 16))
-    corpus = write_shards(tmp_path, [[*text, V.break_id, *picture], [1, 2, 3]], V)
-    blocks = make_stream(corpus, "documents", seq_length=40, data__image_first_probability=0.0).sequences(0, 2)
-    long, short = sorted(blocks, key=lambda block: -block.trimmed)
-    assert long.tokens.tolist() == [V.eos, *text[:22], V.break_id, *picture, V.eos] and long.trimmed == 68
-    assert source(short).tolist() == [V.eos, 1, 2, 3, V.eos] and short.trimmed == 0
+def test_a_sample_longer_than_a_sequence_is_alone_and_its_trimmed_tokens_are_counted(tmp_path):
+    text, image = list(range(90)), list(range(V.image_start, V.image_start + 16))
+    corpus = write_shards(tmp_path, [[*text, V.break_id, *image], [1, 2, 3]], V)
+    sequences = make_stream(corpus, "documents", seq_length=40, data__image_first_probability=0.0).sequences(0, 2)
+    long, short = sorted(sequences, key=lambda sequence: -sequence.trimmed)
+    assert long.tokens.tolist() == [V.eos, *text[:22], V.break_id, *image, V.eos] and long.trimmed == 68
+    assert remove_padding(short).tolist() == [V.eos, 1, 2, 3, V.eos] and short.trimmed == 0
 
 
 @pytest.mark.parametrize("packing", ["stream_whole_images", "documents"])
-def test_a_picture_longer_than_a_block_is_refused(corpus, packing):
+def test_an_image_longer_than_a_sequence_is_refused(corpus, packing):
     with pytest.raises(ValueError, match=rf"cannot hold an image of 16 tokens.*packing={packing}.*at least 19"):
         make_stream(corpus, packing, seq_length=15)
 
@@ -112,15 +112,15 @@ def test_a_picture_longer_than_a_block_is_refused(corpus, packing):
 def test_masking_keeps_sentinels_in_pairs_under_every_packing(corpus, packing):
     stream = make_stream(corpus, packing, True, cm3__probability=1.0, cm3__mean_spans=2.0)
     masked = 0
-    for block in stream.sequences(0, 80):
+    for sequence in stream.sequences(0, 80):
         for index in range(V.sentinels):
-            assert (block.tokens == V.sentinel(index)).sum() in (0, 2)
-        masked += V.sentinel(0) in block.tokens
-        assert ((block.weights == 0) == (block.tokens == V.pad)).all()
+            assert (sequence.tokens == V.sentinel(index)).sum() in (0, 2)
+        masked += V.sentinel(0) in sequence.tokens
+        assert ((sequence.weights == 0) == (sequence.tokens == V.pad)).all()
     assert masked > 40
 
 
-def test_best_fit_by_hand():
+def test_best_fit_equals_results_by_hand():
     assert pack_in_order([3, 3, 2, 4], 6) == [[0, 1], [2, 3]]
     assert pack_in_order([5, 2, 4], 6) == [[0], [1, 2]]
     fitted = pack_best_fit([4, 3, 3, 2, 6, 1], 6)
@@ -130,10 +130,10 @@ def test_best_fit_by_hand():
 
 
 @pytest.mark.parametrize(
-    "name, waste",
+    "name, padding",
     [("emoji", 0.02), ("text", 0.005), ("near-equal", 1.0)],
 )
-def test_best_fit_pads_little_and_never_more_than_in_order(name, waste):
+def test_best_fit_pads_little_and_never_more_than_in_order(name, padding):
     generator = np.random.default_rng(7)
     lengths = {
         "emoji": generator.integers(2, 12, 4096) + 64 + 3,
@@ -144,61 +144,65 @@ def test_best_fit_pads_little_and_never_more_than_in_order(name, waste):
     assert sorted(item for items in bins for item in items) == list(range(4096))
     assert max(sum(lengths[item] for item in items) for items in bins) <= 4097
     assert len(bins) <= len(pack_in_order(lengths.tolist(), 4097))
-    assert 1 - lengths.sum() / (len(bins) * 4097) <= waste
+    assert 1 - lengths.sum() / (len(bins) * 4097) <= padding
 
 
-def test_bins_of_many_windows_are_counted_as_they_are_packed():
+def test_count_bins_equals_packing_each_window():
     generator = np.random.default_rng(3)
-    for room in (20, 100):
+    for capacity in (20, 100):
         lengths = np.concatenate(
-            [generator.integers(1, room + 1, 30), np.full(25, room // 3), generator.geometric(0.2, 50).clip(1, room)]
+            [
+                generator.integers(1, capacity + 1, 30),
+                np.full(25, capacity // 3),
+                generator.geometric(0.2, 50).clip(1, capacity),
+            ]
         )
         for _ in range(50):
             generator.shuffle(lengths)
             sizes = generator.integers(1, 40, 9)
             firsts = np.append(0, np.cumsum(sizes))
             firsts = firsts[firsts < len(lengths)]
-            expected = [len(pack_window(window, room)) for window in np.split(lengths, firsts[1:])]
-            assert count_bins(lengths, firsts, room).tolist() == expected
+            expected = [len(pack_window(window, capacity)) for window in np.split(lengths, firsts[1:])]
+            assert count_bins(lengths, firsts, capacity).tolist() == expected
 
 
 @pytest.mark.parametrize("packing", ["stream", "stream_whole_images", "documents"])
-@pytest.mark.parametrize("way", ["walk", "table", "kept table", "cursor"])
-def test_any_block_by_any_way(corpus, packing, way, monkeypatch, tmp_path):
-    """Small groups, so that an epoch has many: reading on, a table, one on disk and a cursor lead to the same block."""
+@pytest.mark.parametrize("access", ["walk", "table", "kept table", "cursor"])
+def test_every_way_of_access_gives_the_same_sequence(corpus, packing, access, monkeypatch, tmp_path):
+    """With many small groups per epoch: walking over them, a table in memory or on disk, and a cursor."""
     monkeypatch.setattr("megatron_cm3leon.data.stream.seek.GROUP", 8)
-    whole = make_stream(corpus, packing, True)
-    blocks = whole.sequences(0, 300)
-    assert blocks[299].epoch >= 1
-    monkeypatch.setattr("megatron_cm3leon.data.stream.seek._WALK", 2 if "table" in way else 10**6)
+    stream = make_stream(corpus, packing, True)
+    sequences = stream.sequences(0, 300)
+    assert sequences[299].epoch >= 1
+    monkeypatch.setattr("megatron_cm3leon.data.stream.seek._WALK", 2 if "table" in access else 10**6)
     for number in (299, 20, 130, 0):
         fresh = make_stream(corpus, packing, True)
-        if way == "kept table":
+        if access == "kept table":
             fresh.keep_tables(tmp_path)
-        if way == "cursor":
-            fresh.resume(whole.cursor(max(0, number - 3)))
+        if access == "cursor":
+            fresh.resume(stream.cursor(max(0, number - 3)))
             measured = []
             measure = fresh.packing.prefix_sums.measure
             fresh.packing.prefix_sums.measure = lambda starts, measure=measure, log=measured: (
                 log.append(1) or measure(starts)
             )
-        block = fresh.sequence(number)
-        assert block.tokens.tolist() == blocks[number].tokens.tolist()
-        assert block.weights.tolist() == blocks[number].weights.tolist()
-        if way == "cursor":
-            assert len(measured) < 6, "a cursor leads there at once"
-    assert bool(list(tmp_path.glob("*.npy"))) == (way == "kept table")
+        sequence = fresh.sequence(number)
+        assert sequence.tokens.tolist() == sequences[number].tokens.tolist()
+        assert sequence.weights.tolist() == sequences[number].weights.tolist()
+        if access == "cursor":
+            assert len(measured) < 6, "a cursor is close to the sequence"
+    assert bool(list(tmp_path.glob("*.npy"))) == (access == "kept table")
 
 
 @pytest.mark.parametrize("packing", ["stream", "documents"])
 def test_far_epochs_of_a_small_corpus_leave_no_files(corpus, packing, tmp_path):
-    """An epoch of a few groups is walked through; a table for each epoch would be a file for each."""
+    """An epoch of a few groups needs no table; otherwise there would be one file per epoch."""
     stream = make_stream(corpus, packing, False)
     stream.keep_tables(tmp_path)
     assert stream.sequence(10_000).epoch > 64 and not list(tmp_path.iterdir())
 
 
-def test_a_table_of_another_size_is_refused(corpus, tmp_path, monkeypatch):
+def test_a_stored_table_of_wrong_size_is_refused(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_cm3leon.data.stream.seek._WALK", 0)
     stream = make_stream(corpus, "stream", True)
     stream.keep_tables(tmp_path)
@@ -207,24 +211,24 @@ def test_a_table_of_another_size_is_refused(corpus, tmp_path, monkeypatch):
         stream.sequence(0)
 
 
-def test_mixed_sources_stand_in_one_stream(corpus, tmp_path):
+def test_sources_are_mixed_in_one_stream(corpus, tmp_path):
     texts = write_shards(tmp_path, [np.full(5 + number, number) for number in range(7)], V)
     sources = [DataSource(corpus, make_neighbors(corpus), 0.75), DataSource(texts, None, 0.25)]
     for packing in ("query", "stream", "stream_whole_images", "documents"):
         config = make_config(packing, 160)
         stream = Stream(config, sources)
         assert stream.samples.mixture.weights == [3, 1]
-        seen = [number for block in stream.sequences(0, 200) for number in block.documents.tolist()]
+        seen = [number for sequence in stream.sequences(0, 200) for number in sequence.documents.tolist()]
         if packing == "query":
             of_texts = np.array(seen) >= corpus.documents
             assert (np.abs(np.cumsum(of_texts) - np.arange(1, 201) / 4) < 1).all()
-            mine = np.array(seen)[of_texts] - corpus.documents
-            assert all(sorted(mine[start : start + 7]) == list(range(7)) for start in range(0, 49, 7))
-            own = np.array(seen)[~of_texts][:90]
-            assert sorted(own) == list(range(90))
+            texts_seen = np.array(seen)[of_texts] - corpus.documents
+            assert all(sorted(texts_seen[start : start + 7]) == list(range(7)) for start in range(0, 49, 7))
+            pairs_seen = np.array(seen)[~of_texts][:90]
+            assert sorted(pairs_seen) == list(range(90))
             assert stream.corpus.locate(corpus.documents + 3) == (texts, 3)
-            block = stream.sequence(int(np.flatnonzero(of_texts)[0]))
-            assert len(block.retrieved) == 0
+            sequence = stream.sequence(int(np.flatnonzero(of_texts)[0]))
+            assert len(sequence.retrieved) == 0
         again = Stream(config, sources)
         assert again.sequence(150).tokens.tolist() == stream.sequence(150).tokens.tolist()
         assert Stream(config, [sources[0], DataSource(texts, None, 0.5)]).identity != stream.identity

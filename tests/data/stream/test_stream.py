@@ -1,4 +1,4 @@
-"""The stream is exact: any block at any time, every document once an epoch, whoever asks."""
+"""The stream is deterministic: any sequence can be computed at any time, and every document occurs once per epoch."""
 
 import pickle
 
@@ -29,18 +29,18 @@ def make_stream(corpus, retrieval=True, packing="query", seq_length=64, **change
     return Stream(config, corpus, make_neighbors(corpus) if retrieval else None)
 
 
-def write_sample(stream, epoch, position):
-    """A sample written out the long way: tokens, and which of them are of retrieved documents."""
-    lineup = stream.samples.choose_documents(np.array([epoch * stream.samples.span + position]))
+def build_sample(stream, epoch, position):
+    """A sample built document by document: its tokens, and which of them belong to retrieved documents."""
+    documents = stream.samples.choose_documents(np.array([epoch * stream.samples.span + position]))
     tokens, marks = [VOCABULARY.eos], [False]
-    pairs = zip(lineup.retrieved[0], lineup.retrieved_image_first[0], strict=True)
+    pairs = zip(documents.retrieved[0], documents.retrieved_image_first[0], strict=True)
     for number, image_first in pairs:
         if number >= 0:
             ids = np.concatenate(order_modalities(stream.corpus.read(number), image_first, VOCABULARY)).tolist()
             tokens += [*ids, VOCABULARY.break_id]
             marks += [True] * (len(ids) + 1)
-    query = stream.corpus.read(lineup.queries[0])
-    tokens += np.concatenate(order_modalities(query, lineup.query_image_first[0], VOCABULARY)).tolist()
+    query = stream.corpus.read(documents.queries[0])
+    tokens += np.concatenate(order_modalities(query, documents.query_image_first[0], VOCABULARY)).tolist()
     tokens += [VOCABULARY.eos]
     return tokens, marks + [False] * (len(tokens) - len(marks))
 
@@ -64,14 +64,14 @@ def test_a_hand_written_pair_becomes_exactly_these_tokens(tmp_path):
 
 @pytest.mark.parametrize("retrieval", [False, True])
 @pytest.mark.parametrize("choice", ["fixed", "uniform"])
-def test_stream_packing_is_the_samples_in_order_nothing_skipped_or_repeated(corpus, retrieval, choice):
+def test_stream_packing_neither_skips_nor_repeats_nor_reorders_samples(corpus, retrieval, choice):
     stream = make_stream(
         corpus, retrieval, "stream", cm3__probability=0.0, retrieval__choice=choice, retrieval__loss_weight=0.25
     )
     expected, marks, queries = [], [], []
     for epoch in range(3):
         for position in range(corpus.documents):
-            tokens, retrieved = write_sample(stream, epoch, position)
+            tokens, retrieved = build_sample(stream, epoch, position)
             expected += tokens
             marks += retrieved
         queries.append(
@@ -81,83 +81,84 @@ def test_stream_packing_is_the_samples_in_order_nothing_skipped_or_repeated(corp
         )
     assert queries == [list(range(corpus.documents))] * 3
     count = len(expected) // 65
-    blocks = stream.sequences(0, count)
-    assert np.concatenate([block.tokens for block in blocks]).tolist() == expected[: count * 65]
+    sequences = stream.sequences(0, count)
+    assert np.concatenate([sequence.tokens for sequence in sequences]).tolist() == expected[: count * 65]
     weights = np.where(marks, 0.25, 1.0)[: count * 65]
-    assert np.concatenate([block.weights for block in blocks]).tolist() == weights.tolist()
-    assert {number for block in blocks for number in block.documents.tolist()} == set(range(corpus.documents))
+    assert np.concatenate([sequence.weights for sequence in sequences]).tolist() == weights.tolist()
+    assert {number for sequence in sequences for number in sequence.documents.tolist()} == set(range(corpus.documents))
     fresh = make_stream(corpus, retrieval, "stream", cm3__probability=0.0, retrieval__choice=choice)
-    for number in (count - 1, 3, count // 2, 0):  # a fresh stream that reads at random
-        assert fresh.sequence(number).tokens.tolist() == blocks[number].tokens.tolist()
+    for number in (count - 1, 3, count // 2, 0):  # a new stream, read in random order
+        assert fresh.sequence(number).tokens.tolist() == sequences[number].tokens.tolist()
 
 
 def test_stream_packing_reaches_any_group_of_the_prefix_table(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_cm3leon.data.stream.seek.GROUP", 8)
     corpus = write_shards(tmp_path, make_pairs(45, VOCABULARY), VOCABULARY)
-    whole = make_stream(corpus, packing="stream").sequences(0, 150)
+    sequences = make_stream(corpus, packing="stream").sequences(0, 150)
     for number in (149, 17, 60, 0, 148):
-        assert make_stream(corpus, packing="stream").sequence(number).tokens.tolist() == whole[number].tokens.tolist()
+        sequence = make_stream(corpus, packing="stream").sequence(number)
+        assert sequence.tokens.tolist() == sequences[number].tokens.tolist()
 
 
 @pytest.mark.parametrize("packing", ["query", "stream"])
-def test_a_far_block_costs_no_more_than_a_near_one(corpus, packing):
+def test_a_distant_sequence_is_computed_without_those_before_it(corpus, packing):
     stream = make_stream(corpus, packing == "query", packing)
     assert stream.sequence(10**12).epoch > 10**9
 
 
-def test_a_block_longer_than_many_epochs(tmp_path):
+def test_a_sequence_may_be_longer_than_many_epochs(tmp_path):
     corpus = write_shards(tmp_path, make_pairs(2, VOCABULARY), VOCABULARY)
-    block = make_stream(corpus, False, "stream", 400, cm3__probability=0.0).sequence(3)
-    assert (block.tokens == VOCABULARY.eos).sum() > 20
+    sequence = make_stream(corpus, False, "stream", 400, cm3__probability=0.0).sequence(3)
+    assert (sequence.tokens == VOCABULARY.eos).sum() > 20
 
 
 @pytest.mark.parametrize("retrieval", [False, True])
-def test_query_packing_is_the_end_of_each_sample_behind_its_eos(corpus, retrieval):
+def test_query_packing_keeps_the_first_eos_and_the_end_of_each_sample(corpus, retrieval):
     stream = make_stream(corpus, retrieval, cm3__probability=0.0, retrieval__loss_weight=0.25)
     seen = []
     for number in range(2 * corpus.documents):
-        block = stream.sequence(number)
-        tokens, marks = write_sample(stream, *divmod(number, corpus.documents))
+        sequence = stream.sequence(number)
+        tokens, marks = build_sample(stream, *divmod(number, corpus.documents))
         if len(tokens) > 65:
             tokens, marks = [tokens[0], *tokens[-64:]], [False, *marks[-64:]]
         weights = [0.25 if mark else 1.0 for mark in marks] + [0.0] * (65 - len(tokens))
-        assert block.tokens.tolist() == tokens + [VOCABULARY.pad] * (65 - len(tokens))
-        assert block.weights.tolist() == weights
-        assert block.trimmed == 0
-        seen += block.documents.tolist()
+        assert sequence.tokens.tolist() == tokens + [VOCABULARY.pad] * (65 - len(tokens))
+        assert sequence.weights.tolist() == weights
+        assert sequence.trimmed == 0
+        seen += sequence.documents.tolist()
     assert sorted(seen) == sorted(list(range(corpus.documents)) * 2)
     assert seen[: corpus.documents] != seen[corpus.documents :], "each epoch has its own order"
 
 
 @pytest.mark.parametrize("packing", ["query", "stream"])
-def test_masked_blocks_keep_the_query_picture_and_have_no_orphan_sentinels(corpus, packing):
+def test_masked_sequences_keep_the_query_image_and_have_sentinels_in_pairs(corpus, packing):
     stream = make_stream(corpus, packing=packing, cm3__mean_spans=2.0, cm3__rotation_probability=0.2)
     masked = 0
-    for block in stream.sequences(0, 200):
-        tokens = block.tokens
+    for sequence in stream.sequences(0, 200):
+        tokens = sequence.tokens
         for index in range(VOCABULARY.sentinels):
             assert (tokens == VOCABULARY.sentinel(index)).sum() in (0, 2)
         masked += VOCABULARY.sentinel(0) in tokens
         assert (tokens == VOCABULARY.eoss).sum() == (tokens == VOCABULARY.sentinel(0)).sum() / 2 * len(
             [index for index in range(VOCABULARY.sentinels) if VOCABULARY.sentinel(index) in tokens]
         )
-        assert ((block.weights == 0) == (tokens == VOCABULARY.pad)).all()
+        assert ((sequence.weights == 0) == (tokens == VOCABULARY.pad)).all()
         if packing == "query":
             assert tokens[0] == VOCABULARY.eos
-            codes = [code for code in corpus.read(int(block.documents[0])) if VOCABULARY.is_image(int(code))]
+            codes = [code for code in corpus.read(int(sequence.documents[0])) if VOCABULARY.is_image(int(code))]
             found = [token for token in tokens.tolist() if VOCABULARY.is_image(token)]
             assert all(found.count(code) >= codes.count(code) for code in codes)
     assert masked > 100
 
 
-def test_rotation_moves_a_whole_segment_of_the_query(corpus):
+def test_rotation_moves_an_entire_segment_of_the_query(corpus):
     stream = make_stream(corpus, cm3__rotation_probability=1.0, data__image_first_probability=0.0)
-    kinds = {"text": 0, "picture": 0}
-    for block in stream.sequences(0, 100):
-        tokens = block.tokens[block.tokens != VOCABULARY.pad].tolist()
+    kinds = {"text": 0, "image": 0}
+    for sequence in stream.sequences(0, 100):
+        tokens = sequence.tokens[sequence.tokens != VOCABULARY.pad].tolist()
         sentinel = VOCABULARY.sentinel(0)
-        first, second = [place for place, token in enumerate(tokens) if token == sentinel]
-        document = corpus.read(int(block.documents[0])).tolist()
+        first, second = [position for position, token in enumerate(tokens) if token == sentinel]
+        document = corpus.read(int(sequence.documents[0])).tolist()
         split = document.index(VOCABULARY.break_id)
         moved = tokens[second + 1 : -1]
         assert tokens[-1] == VOCABULARY.eoss and tokens[second - 1] == VOCABULARY.eos
@@ -165,25 +166,25 @@ def test_rotation_moves_a_whole_segment_of_the_query(corpus):
             kinds["text"] += 1
             assert tokens[first : second - 1] == [sentinel, *document[split:]]
         else:
-            kinds["picture"] += 1
+            kinds["image"] += 1
             assert moved == document[split + 1 :]
             assert tokens[first - split - 1 : second] == [*document[: split + 1], sentinel, VOCABULARY.eos]
     assert min(kinds.values()) > 25
 
 
-def test_a_caption_too_long_for_the_block_loses_its_end_and_is_counted(tmp_path):
-    text, picture = list(range(90)), list(range(VOCABULARY.image_start, VOCABULARY.image_start + 16))
-    corpus = write_shards(tmp_path, [[*text, VOCABULARY.break_id, *picture]], VOCABULARY)
+def test_a_caption_too_long_for_the_sequence_is_trimmed_and_counted(tmp_path):
+    text, image = list(range(90)), list(range(VOCABULARY.image_start, VOCABULARY.image_start + 16))
+    corpus = write_shards(tmp_path, [[*text, VOCABULARY.break_id, *image]], VOCABULARY)
     settings = {"retrieval": False, "seq_length": 40}
-    block = make_stream(corpus, data__image_first_probability=0.0, cm3__probability=0.0, **settings).sequence(0)
-    expected = [VOCABULARY.eos, *text[:22], VOCABULARY.break_id, *picture, VOCABULARY.eos]
-    assert block.tokens.tolist() == expected and block.trimmed == 68
+    sequence = make_stream(corpus, data__image_first_probability=0.0, cm3__probability=0.0, **settings).sequence(0)
+    expected = [VOCABULARY.eos, *text[:22], VOCABULARY.break_id, *image, VOCABULARY.eos]
+    assert sequence.tokens.tolist() == expected and sequence.trimmed == 68
     for masked in make_stream(corpus, **settings).sequences(0, 60):
         assert sum(VOCABULARY.is_image(token) for token in masked.tokens.tolist()) == 16
         assert masked.trimmed + (masked.weights > 0).sum() - 3 * (masked.tokens == VOCABULARY.eoss).sum() == 109
 
 
-def test_a_picture_that_no_block_can_hold_is_refused(corpus):
+def test_an_image_longer_than_a_sequence_is_refused(corpus):
     with pytest.raises(ValueError, match=r"data.seq_length \(15\) cannot hold an image of 16 tokens.*at least 19"):
         make_stream(corpus, seq_length=15)
 
@@ -211,7 +212,7 @@ def test_an_index_with_too_few_neighbors_is_refused(corpus):
         make_stream(corpus, retrieval__documents=7)
 
 
-def test_identity_changes_with_what_changes_the_stream_and_with_nothing_else(corpus):
+def test_the_identity_depends_only_on_settings_that_change_the_stream(corpus):
     base = make_stream(corpus).identity
     assert make_stream(corpus, data__workers=7).identity == base
     assert make_stream(corpus, train__global_batch_size=16).identity == base
@@ -235,7 +236,7 @@ def test_build_stream_names_the_missing_field(corpus):
     assert build_stream(config).sequence(0).tokens.shape == (4097,)
 
 
-def test_samples_and_positions_by_hand():
+def test_sample_numbers_and_positions_equal_values_by_hand():
     eos = VOCABULARY.eos
     tokens = np.array([3, 4, eos, eos, 5, eos, eos, 6])
     samples = number_samples(tokens, eos)
@@ -246,48 +247,46 @@ def test_samples_and_positions_by_hand():
 
 
 def test_moved_spans_stay_with_their_sample(corpus):
-    """Taken out of a masked block, each sample is itself: its unmasked part, then its spans, its own positions."""
+    """The spans of a masked sample keep its sample number; the first token after a change of sample has no loss."""
     settings = {"packing": "stream", "retrieval": False, "cm3__probability": 1.0, "data__attention": "sample"}
     stream, plain = make_stream(corpus, **settings), make_stream(corpus, packing="stream", retrieval=False)
     several = 0
     for number in range(40):
-        block, other = stream.sequence(number), plain.sequence(number)
-        assert np.array_equal(block.tokens, other.tokens)  # the mask of attention changes no token
+        sequence, other = stream.sequence(number), plain.sequence(number)
+        assert np.array_equal(sequence.tokens, other.tokens)  # data.attention changes no token
         assert other.samples is None
-        first_sentinels = {}
-        for sample in set(block.samples.tolist()) - {-1}:
-            own = block.tokens[block.samples == sample]
-            moved = [
-                place for place, token in enumerate(own) if VOCABULARY.sentinel(0) <= token < VOCABULARY.sentinel(7)
-            ]
-            first_sentinels[sample] = moved
-            assert len(moved) % 2 == 0  # each span's sentinel stands twice in the same sample
-        several += len(first_sentinels) > 1 and any(first_sentinels.values())
-        unseen = np.flatnonzero((np.diff(block.samples) != 0) & (block.tokens[1:] != VOCABULARY.eos)) + 1
-        assert not block.weights[unseen].any()
-        kept = np.setdiff1d(np.arange(len(block.tokens)), unseen)
-        assert np.array_equal(block.weights[kept], other.weights[kept])
+        n_sentinels = {}
+        for sample in set(sequence.samples.tolist()) - {-1}:
+            tokens = sequence.tokens[sequence.samples == sample]
+            is_sentinel = (tokens >= VOCABULARY.sentinel(0)) & (tokens < VOCABULARY.sentinel(7))
+            n_sentinels[sample] = int(is_sentinel.sum())
+            assert n_sentinels[sample] % 2 == 0  # the sentinel of a span occurs twice in the same sample
+        several += len(n_sentinels) > 1 and any(n_sentinels.values())
+        unseen = np.flatnonzero((np.diff(sequence.samples) != 0) & (sequence.tokens[1:] != VOCABULARY.eos)) + 1
+        assert not sequence.weights[unseen].any()
+        kept = np.setdiff1d(np.arange(len(sequence.tokens)), unseen)
+        assert np.array_equal(sequence.weights[kept], other.weights[kept])
     assert several > 5
 
 
-def test_loss_weights_of_modalities_and_sentinels(corpus):
-    """CM3 (2201.07520, A.1) gives sentinels no loss; the ends of spans keep theirs."""
+def test_loss_weights_are_scaled_by_modality_and_for_sentinels(corpus):
+    """CM3 (2201.07520, A.1) gives sentinels no loss; the end-of-span tokens keep their weight."""
     settings = {"packing": "stream", "retrieval__loss_weight": 0.5, "cm3__min_spans": 1}
     plain = make_stream(corpus, **settings).sequences(0, 40)
     factors = {"data__text_loss_weight": 2.0, "data__image_loss_weight": 0.25, "cm3__sentinel_loss_weight": 0.0}
     weighted = make_stream(corpus, **settings, **factors).sequences(0, 40)
     sentinels = 0
-    for block, other in zip(plain, weighted, strict=True):
-        tokens = block.tokens
+    for sequence, other in zip(plain, weighted, strict=True):
+        tokens = sequence.tokens
         assert np.array_equal(tokens, other.tokens)
         expected = (
-            block.weights * np.where(tokens < 100, 2.0, 1.0) * np.where((tokens >= 100) & (tokens < 132), 0.25, 1)
+            sequence.weights * np.where(tokens < 100, 2.0, 1.0) * np.where((tokens >= 100) & (tokens < 132), 0.25, 1)
         )
-        places = (tokens >= VOCABULARY.sentinel(0)) & (tokens < VOCABULARY.sentinel(0) + VOCABULARY.sentinels)
-        expected[places] = 0
-        sentinels += places.sum()
+        is_sentinel = (tokens >= VOCABULARY.sentinel(0)) & (tokens < VOCABULARY.sentinel(0) + VOCABULARY.sentinels)
+        expected[is_sentinel] = 0
+        sentinels += is_sentinel.sum()
         assert np.allclose(other.weights, expected)
-        assert {0.5, 1.0} >= set(block.weights.tolist())
+        assert {0.5, 1.0} >= set(sequence.weights.tolist())
     assert sentinels >= 70
 
 
@@ -305,7 +304,7 @@ def test_sources_of_a_config_are_opened_with_their_weights(corpus, tmp_path):
     assert stream.samples.mixture.weights == [9, 1]
     save_config(config, tmp_path / "again.yaml")
     assert build_stream(load_config(tmp_path / "again.yaml")).identity == stream.identity
-    strange = write_shards(tmp_path / "strange", [[1, 2, 3]], make_vocabulary(text=90))
-    config.data.sources[1].shards = str(strange.folder)
-    with pytest.raises(ValueError, match=r"vocabulary.*strange|strange.*vocabulary"):
+    incompatible = write_shards(tmp_path / "incompatible", [[1, 2, 3]], make_vocabulary(text=90))
+    config.data.sources[1].shards = str(incompatible.folder)
+    with pytest.raises(ValueError, match=r"vocabulary.*incompatible|incompatible.*vocabulary"):
         build_stream(config)
