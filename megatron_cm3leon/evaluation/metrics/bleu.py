@@ -1,7 +1,7 @@
 """BLEU of captions, equal to pycocoevalcap's: Papineni et al. 2002, with the closest reference length.
 
-BLEU is not a mean over captions: matches and lengths are summed over all of them first. `count_matches` gives one row of
-counts per caption, `compute_bleu` the score of their sum, which a bootstrap resamples row by row.
+BLEU is not a mean over captions: matches and lengths are summed over all of them first. `count_matches` gives one row
+of counts per caption, `compute_bleu` the score of their sum, which a bootstrap resamples row by row.
 """
 
 from collections import Counter

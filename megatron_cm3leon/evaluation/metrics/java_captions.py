@@ -125,10 +125,17 @@ def align_meteor(captions: Sequence[Tokens], references: Sequence[Sequence[Token
 
 
 def score_meteor(counts: np.ndarray) -> float:
-    """METEOR 1.5, 0 to 1, of the rows of `align_meteor` together, as the jar computes it."""
+    """METEOR 1.5, 0 to 1, of the rows of `align_meteor` together, as the jar computes it.
+
+    A row: length, reference's length, function words of both; for each of the modules exact, stem, synonym and
+    paraphrase the matched content words of both and function words of both; chunks; matched words of both.
+    """
     length, reference_length, function_words, reference_function_words = counts.sum(0)[:4]
     content, reference_content, function, reference_function = counts.sum(0)[4:20].reshape(4, 4).T
-    chunks, matched, reference_matched = counts.sum(0)[20:]
+    matched = counts[:, 21:].sum() / 2
+    # A caption identical with its reference is one chunk, which is not counted as fragmentation.
+    identical = (counts[:, 20] == 1) & (counts[:, 21:] == counts[:, :2]).all(1)
+    chunks = counts[~identical, 20].sum()
 
     def weigh(content_words: float, function_words: float) -> float:
         return _DELTA * content_words + (1 - _DELTA) * function_words
@@ -140,15 +147,14 @@ def score_meteor(counts: np.ndarray) -> float:
     precision = found / weigh(length - function_words, function_words)
     recall = reference_found / weigh(reference_length - reference_function_words, reference_function_words)
     mean = precision * recall / (_ALPHA * precision + (1 - _ALPHA) * recall)
-    identical = chunks == 1 and matched == length and reference_matched == reference_length
-    fragmentation = 0.0 if identical else chunks / ((matched + reference_matched) / 2)
-    return float(mean * (1 - _GAMMA * fragmentation**_BETA))
+    return float(mean * (1 - _GAMMA * (chunks / matched) ** _BETA))
 
 
 def compute_spice(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
-    """SPICE's F of each caption, 0 to 1, float64 [captions]; the corpus score is their mean. ValueError if the jar fails.
+    """SPICE's F of each caption, 0 to 1, float64 [captions]; the corpus score is their mean.
 
-    Without SPICE's cache of parsed references: its database library does not load on every machine.
+    ValueError if the jar fails. SPICE's cache of parsed references is not used: its database library does not load on
+    every machine.
     """
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "captions.json"), Path(folder, "scores.json")
