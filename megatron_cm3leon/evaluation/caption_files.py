@@ -14,7 +14,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_cm3leon.common.atomic_io import write_json
 from megatron_cm3leon.data.sources.documents import decode_text
 
 _ID_FIELDS = ("image_id", "id", "image")
@@ -92,7 +91,8 @@ def match_images(captions: dict[str, str], references: dict[str, list[str]], all
 def write_coco_results(path: Path, captions: dict[str, str]) -> None:
     """Write captions as COCO results, which other tools score; ids that are whole numbers are written as numbers."""
     numbers = all(key.isascii() and key.isdigit() and str(int(key)) == key for key in captions)
-    write_json(path, [{"image_id": int(key) if numbers else key, "caption": text} for key, text in captions.items()])
+    rows = [{"image_id": int(key) if numbers else key, "caption": text} for key, text in captions.items()]
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_rows(path: Path) -> dict | list[tuple[str, dict]]:

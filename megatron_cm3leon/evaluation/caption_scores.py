@@ -5,6 +5,7 @@ All scores are x 100, as papers print them: CIDEr-D 120 is what pycocoevalcap pr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -104,9 +105,12 @@ def _tokenize(
 def _score_bleu(scores: Scores, captions: list[Tokens], references: list[list[Tokens]], seed: int) -> None:
     counts = np.stack([count_matches(*pair) for pair in zip(captions, references, strict=True)])
     for n in range(1, LONGEST + 1):
-        scores.figures[f"bleu-{n}"] = bootstrap(
-            counts, lambda rows, n=n: _SCALE * compute_bleu(rows, n), seed=seed, unit=_UNIT
-        )
+        statistic = partial(_compute_scaled_bleu, n=n)
+        scores.figures[f"bleu-{n}"] = bootstrap(counts, statistic, seed=seed, unit=_UNIT)
+
+
+def _compute_scaled_bleu(counts: np.ndarray, n: int) -> float:
+    return _SCALE * compute_bleu(counts, n)
 
 
 def _score_cider(scores: Scores, captions: list[Tokens], references: list[list[Tokens]], seed: int) -> None:

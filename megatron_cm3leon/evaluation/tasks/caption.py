@@ -226,8 +226,15 @@ def _generate_subject(options: _Generation, output: Path) -> _Subject:
     finally:
         finished.close()
     write_coco_results(output / "captions.json", captions)
+    fewer = sum(len(finished.items[key]["retrieved"]) < settings.documents for key in keys) if source else 0
+    note = f"{fewer} of {len(keys)} images had fewer than {settings.documents} retrieved documents in the context."
     return _Subject(
-        keys=keys, captions=captions, references=images.references, settings=recorded, inputs=inputs, notes=images.notes
+        keys=keys,
+        captions=captions,
+        references=images.references,
+        settings=recorded,
+        inputs=inputs,
+        notes=[*images.notes, *([note] if fewer else [])],
     )
 
 
