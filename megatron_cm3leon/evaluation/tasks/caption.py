@@ -227,7 +227,10 @@ def _generate_subject(options: _Generation, output: Path) -> _Subject:
         finished.close()
     write_coco_results(output / "captions.json", captions)
     fewer = sum(len(finished.items[key]["retrieved"]) < settings.documents for key in keys) if source else 0
-    note = f"{fewer} of {len(keys)} images had fewer than {settings.documents} retrieved documents in the context."
+    note = (
+        f"{fewer} of {len(keys)} images had fewer than {settings.documents} retrieved documents: the context of "
+        f"{generator.decoder.context} tokens has no room beside a caption of {settings.longest}; --longest makes room."
+    )
     return _Subject(
         keys=keys,
         captions=captions,
