@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 DEEPSPEED = "deepspeed==0.19.8"  # engine/deepspeed.py finds fp32 weights where this version keeps them
 RETRIEVAL = ["faiss-cpu"]
+EVALUATION = ["pycocoevalcap"]
 TRACKERS = ["wandb", "mlflow-skinny"]
 TEST = ["import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
 DOCS = ["mkdocs", "mkdocstrings[python]"]
@@ -70,10 +71,11 @@ setup(
         "retrieval": RETRIEVAL,
         "gpu": ["faiss-gpu", "transformer-engine[pytorch]", "flash-attn"],
         "deepspeed": [DEEPSPEED],
+        "evaluation": EVALUATION,
         "trackers": TRACKERS,
         "test": TEST,
         "docs": DOCS,
         # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
-        "dev": [DEEPSPEED, *RETRIEVAL, *TRACKERS, *TEST, *DOCS, "triton"],
+        "dev": [DEEPSPEED, *RETRIEVAL, *EVALUATION, *TRACKERS, *TEST, *DOCS, "triton"],
     },
 )

@@ -7,7 +7,9 @@ task whose libraries (the extra `evaluation`) are not installed does not prevent
 import importlib
 from types import ModuleType
 
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "caption": "captions of images: CIDEr-D, BLEU, ROUGE-L, METEOR, SPICE",
+}
 """Task -> what it measures, as `tools/evaluate.py --help` shows it."""
 
 

@@ -1,0 +1,201 @@
+"""Captions generated for the images of a shard folder or of a JSON Lines file, resumable image by image."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from megatron_cm3leon.common.progress import meter
+from megatron_cm3leon.data.shards.reader import open_shards, split_segments
+from megatron_cm3leon.evaluation.caption_files import References, read_references
+from megatron_cm3leon.evaluation.result import FinishedItems
+from megatron_cm3leon.evaluation.retrieval import PROMPT_TOKENS
+from megatron_cm3leon.generation.generator import Generator
+from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
+from megatron_cm3leon.generation.sampling import Sampling
+from megatron_cm3leon.generation.types import ImageInput
+from megatron_cm3leon.tokenizers.images import load_image
+
+
+class ImageSet(Protocol):
+    """Images to caption, by id, with their references."""
+
+    references: dict[str, list[str]]
+    """In the order in which the images are captioned."""
+    notes: list[str]
+
+    def load_inputs(self, keys: Sequence[str]) -> list[ImageInput]:
+        """What the model reads: PIL images or image codes."""
+
+    def load_queries(self, keys: Sequence[str], generator: Generator) -> list[Image.Image]:
+        """RGB images, to retrieve documents by."""
+
+
+class ListedImages:
+    """The images of a JSON Lines file: see caption_files.py."""
+
+    def __init__(self, path: str | Path) -> None:
+        """ValueError if an image has no file."""
+        listed = read_references(path)
+        self.references, self.files = listed.captions, listed.images
+        self.notes: list[str] = []
+        unnamed = [key for key in self.references if key not in self.files]
+        if unnamed:
+            raise ValueError(
+                f"{len(unnamed)} of {len(self.references)} entries of {path} have no image, the first is "
+                f"{unnamed[0]!r}; JSON Lines with a path as image are required."
+            )
+        missing = [file for file in self.files.values() if not file.is_file()]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(self.files)} images of {path} do not exist, the first is {missing[0]}; paths "
+                f"are relative to the file's folder."
+            )
+
+    def load_inputs(self, keys: Sequence[str]) -> list[ImageInput]:
+        return [load_image(self.files[key]) for key in keys]
+
+    def load_queries(self, keys: Sequence[str], generator: Generator) -> list[Image.Image]:
+        return [load_image(self.files[key]) for key in keys]
+
+
+class ShardImages:
+    """The images of a shard folder; documents with the same image codes are one image with several references."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """ValueError if there is no document with one image and a caption."""
+        self.corpus = open_shards(folder)
+        metadata = self.corpus.metadata(["key", "caption", "image"]).to_pydict()
+        names = metadata["key"]
+        if len(set(names)) < len(names):  # shards of several inputs
+            names = [str(number) for number in range(len(names))]
+        self._root, self._paths = Path(self.corpus.manifest.get("input", "")), metadata["image"]
+        self.numbers: dict[str, int] = {}
+        """Number of the first document of each image."""
+        self.references: dict[str, list[str]] = {}
+        by_codes: dict[bytes, str] = {}
+        skipped = 0
+        for number, caption in enumerate(metadata["caption"]):
+            codes = self._read_codes(number)
+            if codes is None or not caption:
+                skipped += 1
+                continue
+            key = by_codes.setdefault(codes.tobytes(), names[number])
+            self.numbers.setdefault(key, number)
+            self.references.setdefault(key, []).append(caption)
+        if not self.references:
+            raise ValueError(f"{folder} has no document with one image and a caption; give shards of pairs.")
+        self.notes = [f"{skipped} documents without exactly one image and a caption were skipped."] if skipped else []
+
+    def _read_codes(self, number: int) -> np.ndarray | None:
+        """Codes of the document's image, int64 [image tokens]; None if it has not exactly one."""
+        vocabulary = self.corpus.vocabulary
+        parts = split_segments(self.corpus.read(number).astype(np.int64), vocabulary)
+        images = [part for part in parts if len(part) and vocabulary.is_image(part[0])]
+        return images[0] - vocabulary.image_start if len(images) == 1 else None
+
+    def load_inputs(self, keys: Sequence[str]) -> list[ImageInput]:
+        rows = [self._read_codes(self.numbers[key]) for key in keys]
+        return [row for row in rows if row is not None]
+
+    def load_queries(self, keys: Sequence[str], generator: Generator) -> list[Image.Image]:
+        """The original files; the tokenizer's reconstruction where a file is missing."""
+        images: list[Image.Image] = []
+        for key, codes in zip(keys, self.load_inputs(keys), strict=True):
+            name = self._paths[self.numbers[key]]
+            file = self._root / name if name else None
+            found = file is not None and file.is_file()
+            images.append(load_image(file) if file and found else generator.codec.decode_images([codes])[0])
+        return images
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionSettings:
+    """How captions are generated."""
+
+    sampling: Sampling
+    form: str
+    longest: int
+    """Text pieces of a caption, at most."""
+    documents: int
+    """Retrieved documents per image; 0 for none."""
+    batch_size: int
+    """Images per call of the generator."""
+
+
+def open_images(shards: str | Path | None, images: str | Path | None, references: str | Path | None) -> ImageSet:
+    """The images to caption; `references` replaces the captions that the shards or the file have."""
+    opened: ImageSet = ShardImages(shards) if shards else ListedImages(images or "")
+    if references:
+        others: References = read_references(references)
+        missing = [key for key in opened.references if key not in others.captions]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(opened.references)} images have no references in {references}, the first is "
+                f"{missing[0]!r}; its ids must be those of {shards or images}."
+            )
+        opened.references = {key: others.captions[key] for key in opened.references}
+    return opened
+
+
+def select_images(images: ImageSet, count: int | None, seed: int) -> list[str]:
+    """Ids of `count` random images, or of all, in their order."""
+    keys = list(images.references)
+    if count is None or count >= len(keys):
+        return keys
+    if count < 1:
+        raise ValueError(f"--count ({count}) must be at least 1.")
+    return [keys[number] for number in sorted(np.random.default_rng(seed).permutation(len(keys))[:count])]
+
+
+def generate_captions(
+    generator: Generator,
+    images: ImageSet,
+    keys: Sequence[str],
+    settings: CaptionSettings,
+    source: DocumentSource | None,
+    finished: FinishedItems,
+) -> dict[str, str]:
+    """Captions of the images `keys`, by id; those of `finished` are kept, the others are added to it batch by batch."""
+    with meter(len(keys), "captioning", "images") as progress:
+        progress.advance(sum(key in finished.items for key in keys))
+        for batch in _split([key for key in keys if key not in finished.items], settings.batch_size):
+            numbers, documents = _retrieve(generator, images, batch, settings, source)
+            texts = generator.captions(
+                images.load_inputs(batch),
+                settings.sampling,
+                retrieved=documents,
+                form=settings.form,
+                longest=settings.longest,
+            )
+            for key, text, used in zip(batch, texts, numbers, strict=True):
+                finished.add(key, {"caption": text, "retrieved": used})
+            progress.advance(len(batch))
+    return {key: finished.items[key]["caption"] for key in keys}
+
+
+def _retrieve(
+    generator: Generator,
+    images: ImageSet,
+    keys: Sequence[str],
+    settings: CaptionSettings,
+    source: DocumentSource | None,
+) -> tuple[list[list[int]], list[list[np.ndarray]] | None]:
+    """Numbers in the bank and ids of the documents of each image: as many as fit into the context with the caption."""
+    if source is None:
+        return [[] for _ in keys], None
+    numbers = source.find(settings.documents, images=images.load_queries(keys, generator))
+    needed = generator.vocabulary.image_tokens + settings.longest + PROMPT_TOKENS
+    documents = [keep_nearest(row, needed, generator.decoder.context) for row in source.read(numbers)]
+    kept = [row[len(row) - len(ids) :] for row, ids in zip(numbers, documents, strict=True)]
+    return kept, documents
+
+
+def _split(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    if size < 1:
+        raise ValueError(f"--batch-size ({size}) must be at least 1.")
+    for start in range(0, len(keys), size):
+        yield keys[start : start + size]
