@@ -7,7 +7,11 @@ task whose libraries (the extra `evaluation`) are not installed does not prevent
 import importlib
 from types import ModuleType
 
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "clip": "CLIP score of images and their captions, and of the best of N by an independent encoder",
+    "fd": "Fréchet distance and CMMD by a CLIP folder or EfficientNet-Lite0",
+    "fid": "FID, KID, precision and recall by the Inception network",
+}
 """Task -> what it measures, as `tools/evaluate.py --help` shows it."""
 
 
