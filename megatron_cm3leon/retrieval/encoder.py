@@ -160,6 +160,10 @@ class Encoder:
         longest = max(map(len, rows))
         return torch.tensor([row + [self._end] * (longest - len(row)) for row in rows])
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text without begin and end; those beyond `positions` - 2 are not encoded."""
+        return len(self._encode_text(text))
+
     @torch.inference_mode()
     def encode_texts(
         self, texts: Sequence[str], dropout: float = 0.0, keys: Sequence[Sequence[int]] = ()

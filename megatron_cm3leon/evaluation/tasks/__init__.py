@@ -9,6 +9,9 @@ from types import ModuleType
 
 TASKS: dict[str, str] = {
     "caption": "captions of images: CIDEr-D, BLEU, ROUGE-L, METEOR, SPICE",
+    "clip": "CLIP score of images and their captions, and of the best of N by an independent encoder",
+    "fd": "Fréchet distance and CMMD by a CLIP folder or EfficientNet-Lite0",
+    "fid": "FID, KID, precision and recall by the Inception network",
 }
 """Task -> what it measures, as `tools/evaluate.py --help` shows it."""
 
