@@ -184,10 +184,10 @@ class Generator:
     def score(self, prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
         """Summed log-probabilities in nats, float64 [n], of the ids of each target after those of its prefix.
 
-        A prefix begins with </s> (`vocabulary.eos`), as a sample does; prompts.py builds the forms that the model knows,
-        `codec` encodes texts and images. The rows are computed in batches, and targets of one prefix together: give the
-        candidates of a question in one call. ValueError unless there is a prefix for each target, none is empty, all
-        ids are the vocabulary's, and each prefix with its target fits into the context.
+        A prefix begins with </s> (`vocabulary.eos`), as a sample does; prompts.py builds the forms that the model has
+        seen, `codec` encodes texts and images. The rows are computed in batches, and targets of one prefix together:
+        give the candidates of a question in one call. ValueError unless there is a prefix for each target, none is
+        empty, all ids are the vocabulary's, and each prefix with its target fits into the context.
         """
         return score_targets(self.decoder, prefixes, targets)
 

@@ -5,8 +5,8 @@
 
 Log-probabilities are natural logarithms (nats), over all ids of the vocabulary. Targets of the same prefix, such as the
 candidate answers to one question, share the prefix's keys and values: it is read once, and the targets are read step by
-step. All others are read in one pass each. Rows of similar length are in the same batch, and logits are computed for the
-positions of targets alone, a bounded number of them at a time.
+step. All others are read in one pass each. Rows of similar length are in the same batch, and logits are computed for
+the positions of targets alone, a bounded number of them at a time.
 """
 
 from collections.abc import Sequence
@@ -89,8 +89,8 @@ def _check_rows(decoder: Decoder, prefixes: Sequence[Ids], targets: Sequence[Ids
         needed = len(parts[0]) + len(parts[1]) - 1  # the last id is only a target
         if needed > decoder.context:
             raise ValueError(
-                f"prefix {number} ({len(parts[0])} tokens) and its target ({len(parts[1])}) need {needed} positions; the "
-                f"model's context has {decoder.context}. Shorten one of them."
+                f"prefix {number} ({len(parts[0])} tokens) and its target ({len(parts[1])}) need {needed} positions; "
+                f"the model's context has {decoder.context}. Shorten one of them."
             )
         rows.append((parts[0], parts[1]))
     return rows

@@ -7,7 +7,10 @@ task whose libraries (the extra `evaluation`) are not installed does not prevent
 import importlib
 from types import ModuleType
 
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "loss": "nats per token, byte and pixel of held-out documents, with 0..n retrieved documents",
+    "vqa": "answers to questions about images: VQA, VizWiz, OK-VQA, ScienceQA, VisDial",
+}
 """Task -> what it measures, as `tools/evaluate.py --help` shows it."""
 
 
