@@ -7,6 +7,9 @@ from setuptools import find_packages, setup
 DEEPSPEED = "deepspeed==0.19.8"  # engine/deepspeed.py finds fp32 weights where this version keeps them
 RETRIEVAL = ["faiss-cpu"]
 TRACKERS = ["wandb", "mlflow-skinny"]
+EVALUATION = [
+    "snowballstemmer",  # stemmed answers of the task vqa
+]
 TEST = ["import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
 DOCS = ["mkdocs", "mkdocstrings[python]"]
 
@@ -71,9 +74,10 @@ setup(
         "gpu": ["faiss-gpu", "transformer-engine[pytorch]", "flash-attn"],
         "deepspeed": [DEEPSPEED],
         "trackers": TRACKERS,
+        "evaluation": EVALUATION,
         "test": TEST,
         "docs": DOCS,
         # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
-        "dev": [DEEPSPEED, *RETRIEVAL, *TRACKERS, *TEST, *DOCS, "triton"],
+        "dev": [DEEPSPEED, *RETRIEVAL, *TRACKERS, *EVALUATION, *TEST, *DOCS, "triton"],
     },
 )

@@ -165,17 +165,21 @@ class Generator:
         questions: Sequence[str],
         sampling: Sampling = TEXT_SAMPLING,
         *,
+        contexts: Sequence[str] | None = None,
         retrieved: Documents | None = None,
         longest: int = 16,
     ) -> list[str]:
         """An answer to the question about each image, of at most `longest` text pieces.
 
         It is the masked part of CM3Leon's template (table 5): `Question: {question} Answer: {answer}. <break> image`.
-        A question that is not about an image has None as its image.
+        A question that is not about an image has None as its image. `contexts` are texts in front of the questions.
         """
         if len(images) != len(questions):
             raise ValueError(f"there are {len(questions)} questions for {len(images)} images; give one for each.")
-        texts = [prompts.split_answer_template(question) for question in questions]
+        contexts = [""] * len(questions) if contexts is None else contexts
+        if len(contexts) != len(questions):
+            raise ValueError(f"there are {len(contexts)} contexts for {len(questions)} questions; give one for each.")
+        texts = [prompts.split_answer_template(*each) for each in zip(questions, contexts, strict=True)]
         ids = iter(self.codec.encode_image_ids([image for image in images if image is not None]))
         shown = [None if image is None else next(ids) for image in images]
         filled = self._infill(texts, shown, retrieved, sampling, longest)

@@ -82,9 +82,9 @@ def caption_prompt(image: list[int], documents: Documents, form: str, vocabulary
     return [*ids, mask, vocabulary.break_id, *image, vocabulary.eos, mask]
 
 
-def split_answer_template(question: str) -> tuple[str, str]:
-    """The texts before and after the answer in CM3Leon's template for questions (table 5)."""
-    return f"Question: {question.strip()} Answer:", "."
+def split_answer_template(question: str, context: str = "") -> tuple[str, str]:
+    """The texts before and after the answer in CM3Leon's template for questions (table 5), with a text in front."""
+    return f"{context} Question: {question.strip()} Answer:".lstrip(), "."
 
 
 def infill_text_prompt(

@@ -48,10 +48,10 @@ def score_tokens(decoder: Decoder, prefixes: Sequence[Ids], targets: Sequence[Id
     for number, (prefix, _) in enumerate(rows):
         groups.setdefault(tuple(prefix), []).append(number)
     single: list[int] = []
-    for prefix, numbers in groups.items():
+    for shared, numbers in groups.items():
         longest = max(len(rows[number][1]) for number in numbers)
-        if len(numbers) > 1 and len(prefix) >= SHARED_PREFIX * longest:
-            _score_shared(decoder, list(prefix), [(number, rows[number][1]) for number in numbers], found)
+        if len(numbers) > 1 and len(shared) >= SHARED_PREFIX * longest:
+            _score_shared(decoder, list(shared), [(number, rows[number][1]) for number in numbers], found)
         else:
             single += numbers
     lengths = {number: sum(map(len, rows[number])) for number in single}

@@ -26,6 +26,7 @@ from megatron_cm3leon.common.cli import user_path
 from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.data.shards.reader import Corpus, open_shards, split_segments
 from megatron_cm3leon.evaluation.loss import BREAK, IMAGE, KINDS, TEXT, build_sequence, measure_documents
+from megatron_cm3leon.evaluation.metrics.ratio import divide_sums
 from megatron_cm3leon.evaluation.result import Figure, FinishedItems, Result, bootstrap, hash_input
 from megatron_cm3leon.generation.codec import Codec
 from megatron_cm3leon.generation.decoder import KINDS as DTYPES
@@ -78,10 +79,17 @@ def evaluate(
     source = DocumentSource.load(index, generator.vocabulary, encoder) if index and max(numbers) else None
     if source and source.bank.identity == corpus.identity:
         raise ValueError(
-            f"the shards at {shards} are the memory bank of {index}: each document would retrieve itself; give held-out "
-            f"shards."
+            f"the shards at {shards} are the memory bank of {index}: each document would retrieve itself; give "
+            f"held-out shards."
         )
-    settings = {"documents": numbers, "count": count, "dtype": dtype, "context": generator.decoder.context}
+    settings = {
+        "documents": numbers,
+        "count": count,
+        "dtype": dtype,
+        "context": generator.decoder.context,
+        "text_per_byte": "text pieces without <break>",
+        "image_per_pixel": "without color channels",
+    }
     inputs = {"model": hash_input(model), "shards": hash_input(Path(shards) / "manifest.json")}
     if source:
         inputs["index"] = hash_input(Path(str(index)) / "index.json")
@@ -94,8 +102,7 @@ def evaluate(
     return Result(
         task="loss",
         figures=compute_figures(items, numbers, seed),
-        settings=settings
-        | {"text_per_byte": "text pieces without <break>", "image_per_pixel": "without color channels"},
+        settings=settings,
         seed=seed,
         inputs=inputs,
         notes=list(_describe_dropped(items, numbers)),
@@ -218,18 +225,12 @@ def compute_figures(items: list[dict], numbers: Sequence[int], seed: int) -> dic
             pairs = np.stack([losses[:, loss_columns].sum(1), units[:, unit_columns].sum(1)], 1)
             pairs = pairs[pairs[:, 1] > 0]
             if len(pairs):
-                figures[f"{name}_documents_{k}"] = bootstrap(pairs, _divide_sums, seed=seed, unit=unit)
+                figures[f"{name}_documents_{k}"] = bootstrap(pairs, divide_sums, seed=seed, unit=unit)
         if k != numbers[0]:
             first = np.array([item["losses"][str(numbers[0])] for item in items], np.float64)
             pairs = np.stack([(losses - first).sum(1), units[:, :KINDS].sum(1)], 1)
-            figures[f"loss_change_documents_{k}"] = bootstrap(pairs, _divide_sums, seed=seed, unit="nats per token")
+            figures[f"loss_change_documents_{k}"] = bootstrap(pairs, divide_sums, seed=seed, unit="nats per token")
     return figures
-
-
-def _divide_sums(pairs: np.ndarray) -> float:
-    """The sum of the first column over the sum of the second."""
-    numerator, denominator = pairs.sum(0)
-    return float(numerator / denominator)
 
 
 def _sum_tokens(items: list[dict]) -> list[int]:
@@ -242,6 +243,6 @@ def _describe_dropped(items: list[dict], numbers: Sequence[int]) -> Iterator[str
         kept = np.array([item["kept"][str(k)] for item in items])
         if (kept < k).any():
             yield (
-                f"{int((kept < k).sum())} of {len(items)} documents had fewer than {k} retrieved documents in context, on "
-                f"average {kept.mean():.2f}: the others did not fit, or were not found."
+                f"{int((kept < k).sum())} of {len(items)} documents had fewer than {k} retrieved documents in context, "
+                f"on average {kept.mean():.2f}: the others did not fit, or were not found."
             )

@@ -78,8 +78,8 @@ def test_documents_that_do_not_fit_are_reported(world, index):
         output=world.path / "out", model=world.model, shards=world.shards, index=index, documents=[5]
     )
     assert result.notes == [
-        "20 of 20 documents had fewer than 5 retrieved documents in context, on average 3.00: the others did not fit, or "
-        "were not found."
+        "20 of 20 documents had fewer than 5 retrieved documents in context, on average 3.00: the others did not fit, "
+        "or were not found."
     ]
 
 
