@@ -29,7 +29,7 @@ from megatron_cm3leon.evaluation.metrics.visdial import rank_candidates
 from megatron_cm3leon.evaluation.metrics.vqa_answers import FEWEST_ANSWERS, MODES, build_stemmer, read_letter
 from megatron_cm3leon.evaluation.questions import READERS, read_questions
 from megatron_cm3leon.evaluation.questions.base import Question, QuestionFiles
-from megatron_cm3leon.evaluation.result import FinishedItems, Result, hash_input
+from megatron_cm3leon.evaluation.result import FinishedItems, Result, hash_input, read_versions
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.generator import Generator
 
@@ -240,6 +240,7 @@ def _build_result(
         settings=settings,
         seed=seed,
         inputs=inputs,
+        versions=read_versions(["snowballstemmer"]) if judge.stem else {},
         notes=notes,
         tables={"groups": table, "examples": examples},
     )

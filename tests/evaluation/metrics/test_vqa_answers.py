@@ -74,7 +74,16 @@ def test_any_of_few_answers():
 
 @pytest.mark.parametrize(
     ("answer", "number"),
-    [("A", 0), (" B. ", 1), ("C. a red one", 2), ("D", None), ("a", None), ("A red one", None), ("(A)", None), ("", None)],
+    [
+        ("A", 0),
+        (" B. ", 1),
+        ("C. a red one", 2),
+        ("D", None),
+        ("a", None),
+        ("A red one", None),
+        ("(A)", None),
+        ("", None),
+    ],
 )
 def test_letters(answer, number):
     assert read_letter(answer, 3) == number
