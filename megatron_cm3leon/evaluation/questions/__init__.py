@@ -48,7 +48,7 @@ def read_questions(files: QuestionFiles) -> list[Question]:
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{files.questions} is not a file of format {files.format}, or lacks a field of it "
-            f"({type(error).__name__}: {error}); docs/evaluation.md describes the formats."
+            f"({type(error).__name__}: {error}); give a file of that format, or another --format."
         ) from error
     if not found:
         raise ValueError(f"{files.questions} has no questions of format {files.format}.")

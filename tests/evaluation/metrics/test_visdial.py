@@ -28,5 +28,5 @@ def test_ndcg_counts_as_many_candidates_as_are_relevant():
 
 @pytest.mark.parametrize("relevance", [[0.0, 0.0], [-1.0, 1.0], [math.nan, 1.0], [1.0]])
 def test_relevance_that_cannot_be_used(relevance):
-    with pytest.raises(ValueError, match="relevances must be finite|there are 1 relevances for 2 candidates"):
+    with pytest.raises(ValueError, match=r"relevances must be finite|there are 1 relevances for 2 candidates"):
         measure_ndcg([1, 2], relevance)
