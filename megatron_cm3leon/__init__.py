@@ -8,7 +8,7 @@
 | `build_stream`, `Stream`, `Loader` | the exact stream of training sequences; micro-batches of one rank |
 | `Retriever` | documents of an index that fit a text or an image |
 | `load_reference_model` | the trained model in plain PyTorch, from a checkpoint of any layout |
-| `Generator`, `Sampling` | images, captions, answers and infilling from an exported model |
+| `Generator`, `Sampling` | images, captions, answers, infilling, log-probabilities (`score`) from an exported model |
 
 A name is imported from its module when it is first used: `import megatron_cm3leon` alone loads nothing.
 examples/python_api.py uses each of them. What this list does not name may change in any version.

@@ -9,18 +9,18 @@ Only the tokens of the query document are counted: neither those of retrieved do
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch.nn import functional
 
 from megatron_cm3leon.evaluation.retrieval import Retrieved
 from megatron_cm3leon.evaluation.subject import Part, Subject
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.prompts import begin_sample
 from megatron_cm3leon.generation.retrieved import keep_nearest
+from megatron_cm3leon.generation.scoring import score_tokens
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
-LOGIT_BYTES = 256 << 20
-"""Bytes of fp32 logits that are held at a time."""
+KINDS = 3
+TEXT, BREAK, IMAGE = range(KINDS)
+"""Kinds of tokens: text pieces, special tokens (<break>), image codes."""
 
 
 def evaluate_loss(subject: Subject, retrieved: Retrieved | None) -> Part:
@@ -61,30 +61,30 @@ def measure_loss(decoder: Decoder, queries: list, documents: list[list], vocabul
 
     Returns `loss`, `loss_text` (with <break>) and `loss_image` in nats per token, and the number of `tokens`.
     """
-    built = [build_sequence(q, d, vocabulary, decoder.context) for q, d in zip(queries, documents, strict=True)]
-    sums, counts = np.zeros(2), np.zeros(2, np.int64)  # text, image
-    longest = max(len(ids) for ids, _ in built)
-    size = max(1, min(64, LOGIT_BYTES // (4 * vocabulary.size * longest)))
-    for first in range(0, len(built), size):
-        part = built[first : first + size]
-        ids = torch.full((len(part), max(len(row) for row, _ in part)), vocabulary.pad)
-        counted = torch.zeros(ids.shape, dtype=torch.bool)
-        for index, (row, start) in enumerate(part):
-            ids[index, : len(row)] = torch.tensor(row)
-            counted[index, start : len(row)] = True
-        ids, counted = ids.to(decoder.device), counted[:, 1:].to(decoder.device)
-        with torch.inference_mode():
-            targets = ids[:, 1:][counted]
-            losses = functional.cross_entropy(
-                decoder.logits(decoder.states(ids[:, :-1])[counted]), targets, reduction="none"
-            )
-            image = vocabulary.is_image(targets)
-            for kind, chosen in enumerate((~image, image)):
-                sums[kind] += losses[chosen].double().sum().item()
-                counts[kind] += int(chosen.sum())
+    losses, tokens = (part.sum(0) for part in measure_documents(decoder, queries, documents, vocabulary))
+    text, image = [TEXT, BREAK], [IMAGE]
     return {
-        "loss": float(sums.sum() / counts.sum()),
-        "loss_text": float(sums[0] / max(counts[0], 1)),
-        "loss_image": float(sums[1] / max(counts[1], 1)),
-        "tokens": int(counts.sum()),
+        "loss": float(losses.sum() / tokens.sum()),
+        "loss_text": float(losses[text].sum() / max(tokens[text].sum(), 1)),
+        "loss_image": float(losses[image].sum() / max(tokens[image].sum(), 1)),
+        "tokens": int(tokens.sum()),
     }
+
+
+def measure_documents(
+    decoder: Decoder, queries: list, documents: list[list], vocabulary: Vocabulary
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of each query, each with its `documents` in context, by the kind of token.
+
+    Returns summed losses in nats, float64 [queries, 3], and numbers of tokens, int64 [queries, 3]. The columns are
+    TEXT (text pieces), BREAK (<break> and other special tokens) and IMAGE.
+    """
+    built = [build_sequence(q, d, vocabulary, decoder.context) for q, d in zip(queries, documents, strict=True)]
+    targets = [np.array(ids[start:], np.int64) for ids, start in built]
+    scores = score_tokens(decoder, [ids[:start] for ids, start in built], targets)
+    losses, tokens = np.zeros((len(built), KINDS)), np.zeros((len(built), KINDS), np.int64)
+    for number, (ids, row) in enumerate(zip(targets, scores, strict=True)):
+        kinds = np.where(vocabulary.is_image(ids), IMAGE, np.where(vocabulary.is_text(ids), TEXT, BREAK))
+        losses[number] = np.bincount(kinds, -row, KINDS)
+        tokens[number] = np.bincount(kinds, minlength=KINDS)
+    return losses, tokens

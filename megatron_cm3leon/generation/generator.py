@@ -6,6 +6,7 @@
     generator.captions([made.image])
     generator.answers([made.image], ["what color is it?"])
     generator.complete([["a red circle", made.image, "a green"]])
+    generator.score(prefixes, targets)      # log-probabilities of ids
 
 All prompts of a call are decoded in batches, with both streams of classifier-free guidance in the same batch. The
 result for a prompt depends on the prompt, the sampling and its seed, not on the other prompts of the call, except at
@@ -33,6 +34,7 @@ from megatron_cm3leon.generation.grammar import image_segment, text_segment
 from megatron_cm3leon.generation.precompile import compile_in_background, compile_steps
 from megatron_cm3leon.generation.ranking import Candidates
 from megatron_cm3leon.generation.sampling import IMAGE_SAMPLING, TEXT_SAMPLING, Sampling
+from megatron_cm3leon.generation.scoring import Ids, score_targets
 from megatron_cm3leon.generation.step_graph import BUCKET, round_up
 from megatron_cm3leon.generation.types import GeneratedImage, ImageInput
 from megatron_cm3leon.tokenizers.folder import Tokenizers
@@ -159,22 +161,39 @@ class Generator:
 
     def answers(
         self,
-        images: Sequence[ImageInput],
+        images: Sequence[ImageInput | None],
         questions: Sequence[str],
         sampling: Sampling = TEXT_SAMPLING,
         *,
+        contexts: Sequence[str] | None = None,
         retrieved: Documents | None = None,
         longest: int = 16,
     ) -> list[str]:
         """An answer to the question about each image, of at most `longest` text pieces.
 
         It is the masked part of CM3Leon's template (table 5): `Question: {question} Answer: {answer}. <break> image`.
+        A question that is not about an image has None as its image. `contexts` are texts in front of the questions.
         """
         if len(images) != len(questions):
             raise ValueError(f"there are {len(questions)} questions for {len(images)} images; give one for each.")
-        texts = [(f"Question: {question.strip()} Answer:", ".") for question in questions]
-        filled = self._infill(texts, self.codec.encode_image_ids(images), retrieved, sampling, longest)
+        contexts = [""] * len(questions) if contexts is None else contexts
+        if len(contexts) != len(questions):
+            raise ValueError(f"there are {len(contexts)} contexts for {len(questions)} questions; give one for each.")
+        texts = [prompts.split_answer_template(*each) for each in zip(questions, contexts, strict=True)]
+        ids = iter(self.codec.encode_image_ids([image for image in images if image is not None]))
+        shown = [None if image is None else next(ids) for image in images]
+        filled = self._infill(texts, shown, retrieved, sampling, longest)
         return [self.codec.text.decode(span) for _, span, _ in filled]
+
+    def score(self, prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
+        """Summed log-probabilities in nats, float64 [n], of the ids of each target after those of its prefix.
+
+        A prefix begins with </s> (`vocabulary.eos`), as a sample does; prompts.py builds the forms that the model has
+        seen, `codec` encodes texts and images. The rows are computed in batches, and targets of one prefix together:
+        give the candidates of a question in one call. ValueError unless there is a prefix for each target, none is
+        empty, all ids are the vocabulary's, and each prefix with its target fits into the context.
+        """
+        return score_targets(self.decoder, prefixes, targets)
 
     def infill_text(
         self,

@@ -82,6 +82,11 @@ def caption_prompt(image: list[int], documents: Documents, form: str, vocabulary
     return [*ids, mask, vocabulary.break_id, *image, vocabulary.eos, mask]
 
 
+def split_answer_template(question: str, context: str = "") -> tuple[str, str]:
+    """The texts before and after the answer in CM3Leon's template for questions (table 5), with a text in front."""
+    return f"{context} Question: {question.strip()} Answer:".lstrip(), "."
+
+
 def infill_text_prompt(
     left: list[int], right: list[int], image: list[int] | None, documents: Documents, vocabulary: Vocabulary
 ) -> list[int]:

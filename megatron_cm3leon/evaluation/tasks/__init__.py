@@ -12,6 +12,8 @@ TASKS: dict[str, str] = {
     "clip": "CLIP score of images and their captions, and of the best of N by an independent encoder",
     "fd": "Fréchet distance and CMMD by a CLIP folder or EfficientNet-Lite0",
     "fid": "FID, KID, precision and recall by the Inception network",
+    "loss": "nats per token, byte and pixel of held-out documents, with 0..n retrieved documents",
+    "vqa": "answers to questions about images: VQA, VizWiz, OK-VQA, ScienceQA, VisDial",
 }
 """Task -> what it measures, as `tools/evaluate.py --help` shows it."""
 
