@@ -24,9 +24,10 @@ prepare_environment
 clear_output
 
 pairs=9000 image_steps=1200 clip_steps=400 train_steps=3000 FIRST_LEG_STEPS=40 validate_every=500
-EVALUATE=(--checker examples/shapes/checker.py)
+EVALUATE=(--checker examples/shapes/checker.py --temperature 0.3 --guidance 1 1.5 2)
 case $SIZE in
-    long) train_steps=10000 ;;
+    default) EVALUATE+=(--images 192 --sweep-images 96) ;;
+    long) train_steps=10000 EVALUATE+=(--images 192 --sweep-images 96) ;;
     small)
         pairs=400 image_steps=30 clip_steps=10 train_steps=12 FIRST_LEG_STEPS=6 validate_every=6
         EVALUATE+=(--images 8 --sweep-images 4 --guidance 1 2 --examples 4)
