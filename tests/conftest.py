@@ -25,6 +25,16 @@ def cluster():
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="module")
+def single_rank():
+    """Process group of a single rank."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
 @pytest.fixture
 def slurm(cluster, monkeypatch):
     """The cluster, also for SLURM's commands in the process of the test, which find it by SLURM_CONF."""
