@@ -12,7 +12,7 @@ Creates colored shapes with captions, trains both tokenizers, a retrieval encode
 captions, and writes DIR/report.html and DIR/report.json.
 
   --out DIR   output folder (default: runs/quickstart); a second run starts from the beginning
-  --long      more steps: 30 minutes instead of 15
+  --long      more steps: 30 minutes instead of 14
   --small     a few steps per stage, to check that every stage runs; the images are meaningless
   PYTHON, VENV (environment)   interpreter and virtual environment (default: python3, .venv)
 TXT
@@ -24,7 +24,7 @@ prepare_environment
 clear_output
 
 pairs=9000 image_steps=1200 clip_steps=400 train_steps=3000 FIRST_LEG_STEPS=40 validate_every=500
-EVALUATE=(--checker examples/shapes/checker.py)
+EVALUATE=(--checker examples/shapes/checker.py --temperature 0.3 --guidance 1 1.5 2 --images 192 --sweep-images 96)
 case $SIZE in
     long) train_steps=10000 ;;
     small)

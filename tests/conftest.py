@@ -14,14 +14,6 @@ from tests.slurm.cluster import Cluster, reason_unavailable
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Groups for `--dist loadgroup`: a file's tests share its fixtures; one SLURM cluster serves all its tests."""
-    for item in items:
-        group = "slurm" if "cluster" in item.fixturenames else item.path.relative_to(Path(__file__).parent).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def cluster():
     """A real SLURM of two virtual nodes, for all tests that use it."""
@@ -31,6 +23,16 @@ def cluster():
     with Cluster(folder) as cluster:
         yield cluster
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def single_rank():
+    """Process group of a single rank."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 @pytest.fixture

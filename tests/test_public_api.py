@@ -8,8 +8,12 @@ from tests.distributed.launch import child_environment
 
 IMPORT_ALL = """
 import os, pkgutil, sys, warnings
-import torch, transformers  # their own changes are not checked
+import torch, transformers  # their own changes are not checked, nor those of what transformers imports where installed
 from importlib import import_module
+from importlib.util import find_spec
+for name in ("accelerate", "scipy.sparse"):
+    if find_spec(name.partition(".")[0]):
+        import_module(name)
 before = dict(os.environ), list(warnings.filters)
 import megatron_cm3leon
 loaded = {name for name in sys.modules if name.startswith("megatron_cm3leon.")}

@@ -18,29 +18,31 @@ def child_environment(**variables: str) -> dict[str, str]:
 
 def torchrun(ranks: int, *arguments: str, timeout: float = 300, check: bool = True) -> subprocess.CompletedProcess:
     """Run `torchrun --nproc-per-node RANKS ARGUMENTS` on free ports; with `check`, AssertionError when it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += map(str, arguments)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=child_environment(), cwd=ROOT)
-    if check and done.returncode:
-        raise AssertionError(f"exit status {done.returncode} of {arguments}:\n{done.stdout}\n{done.stderr}")
-    return done
+    return _run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *arguments,
+                timeout=timeout, check=check)  # fmt: skip
 
 
 def run_cases(folder: Path, ranks: int, cases: list[dict]) -> dict[str, list[dict]]:
     """Run `cases` (see worker.py) with `ranks` ranks in one launch; returns case name -> steps."""
     path = folder / f"cases-{ranks}-{cases[0]['name']}.json"
     path.write_text(json.dumps(cases))
-    command = [sys.executable, ROOT / "tests" / "distributed" / "worker.py", path, str(ranks)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120 + 30 * len(cases), env=child_environment(), cwd=ROOT
-    )
-    if done.returncode:
-        raise AssertionError(f"exit status {done.returncode} of {path}:\n{done.stdout}\n{done.stderr}")
+    _run(ROOT / "tests" / "distributed" / "worker.py", path, ranks, timeout=120 + 30 * len(cases))
     return {case["name"]: json.loads((folder / f"{case['name']}.json").read_text()) for case in cases}
 
 
-def find_free_port() -> int:
-    """A port of 127.0.0.1 that nobody uses now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def find_free_ports(count: int) -> list[int]:
+    """Different ports of 127.0.0.1 that are unused now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _run(*arguments: object, timeout: float, check: bool = True) -> subprocess.CompletedProcess:
+    """Run Python with `arguments`; with `check`, AssertionError with the output when it fails."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=child_environment(), cwd=ROOT)
+    if check and done.returncode:
+        raise AssertionError(f"exit status {done.returncode} of {command}:\n{done.stdout}\n{done.stderr}")
+    return done

@@ -40,7 +40,7 @@ from megatron_cm3leon.training.loop import advance
 from megatron_cm3leon.training.lr_schedule import learning_rate
 from megatron_cm3leon.training.setup import build_loader, open_run
 from tests.distributed import masks
-from tests.distributed.launch import find_free_port
+from tests.distributed.launch import find_free_ports
 from tests.flex_on_cpu import flex_on_cpu
 
 PR_SET_PDEATHSIG = 1
@@ -137,7 +137,7 @@ def run_rank(case: dict, rank: int, ranks: int, port: int, folder: Path) -> int:
 
 def run_ranks(case: dict, ranks: int, folder: Path) -> bool:
     """Fork the ranks of a case and wait for them; when one fails, the others are killed. Whether all succeeded."""
-    port, children = find_free_port(), set()
+    [port], children = find_free_ports(1), set()
     for rank in range(ranks):
         child = os.fork()
         if not child:

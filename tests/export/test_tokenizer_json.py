@@ -91,7 +91,7 @@ def test_the_first_differing_line_is_named(tmp_path):
 
 def test_unreadable_corpora_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
-        list(read_lines(tmp_path / "gone"))
+        list(read_lines(tmp_path / "absent"))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(ValueError, match="is not UTF-8"):
         list(read_lines(tmp_path / "latin.txt"))

@@ -4,6 +4,7 @@ Run as a program, this module is the worker: it reads cases as JSON lines from s
 tests/distributed/worker.py) and prints DONE after each case whose steps it has written.
 """
 
+import gc
 import json
 import os
 import select
@@ -12,6 +13,8 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+
+import torch.distributed as dist
 
 from tests.distributed.launch import ROOT, child_environment
 
@@ -81,7 +84,19 @@ def main() -> None:
     set_threads(1, rank)
     for line in sys.stdin:
         run_case(json.loads(line), rank, Path(sys.argv[1]))
+        destroy_layout()
         print(DONE, flush=True)
+
+
+def destroy_layout() -> None:
+    """Destroy the groups of a row, and the engine that reference cycles keep: the next row makes its own."""
+    from megatron.core import parallel_state
+
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        dist.destroy_process_group(group)
+    gc.collect()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_cm3leon.model.fp8 import BACKWARD, FORWARD, multiply, quantize_both_ways
@@ -13,14 +12,6 @@ from megatron_cm3leon.model.sample_attention import attend_samples, build_sample
 from tests.flex_on_cpu import flex_on_cpu
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def single_rank():
-    """Process group of a single rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

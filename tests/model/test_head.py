@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import validate_config
@@ -12,14 +11,6 @@ from megatron_cm3leon.model.memory import estimate_memory
 from tests.recording import MemoryRecorder
 
 TOKENS, WIDTH, ROWS, VOCABULARY_SIZE, Z_LOSS = 96, 16, 512, 450, 0.01
-
-
-@pytest.fixture(scope="module")
-def single_rank():
-    """Process group of a single rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 def make_example(dtype: torch.dtype):

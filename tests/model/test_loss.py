@@ -68,14 +68,6 @@ def test_losses_and_gradients_equal_those_of_torch(tmp_path, size):
     assert not gradient[:, VOCABULARY_SIZE:].any()  # padded rows get no gradient
 
 
-@pytest.fixture(scope="module")
-def single_rank():
-    """Process group of a single rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
 def test_memory_traffic_and_peak_memory_per_bf16_logit(single_rank, monkeypatch):
     """6 bytes moved, 3 in memory; 44 and 14 with F.cross_entropy, 84 and 22 with z-loss. 256 KiB are cached."""
     # The recorder does not see the operators inside custom ops.

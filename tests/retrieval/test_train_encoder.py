@@ -48,13 +48,13 @@ def test_the_tool_writes_a_folder_and_prints_the_recall(shapes, text_model, tmp_
 
 def test_pairs_that_cannot_be_read_are_counted_and_named(shapes, text_model, tmp_path):
     lines = (shapes / "train.jsonl").read_text().replace('"image": "', f'"image": "{shapes}/').splitlines()[:20]
-    lines += ['{"image": "gone.png", "caption": "a"}', '{"text": "b"}', "{"]
+    lines += ['{"image": "absent.png", "caption": "a"}', '{"text": "b"}', "{"]
     (tmp_path / "some.jsonl").write_text("\n".join(lines))
     options = ClipOptions(steps=1, batch_size=4, width=32, layers=1)
     figures = train_clip(tmp_path / "some.jsonl", text_model, tmp_path / "clip", options)
     assert figures["pairs"] + figures["heldout_pairs"] == 20
     assert figures["skipped"].startswith("3 of 23 inputs were skipped: ")
-    for reason in ("1 x missing picture (the first: gone.png)", "1 x no pair of caption and image", "1 x not JSON"):
+    for reason in ("1 x missing picture (the first: absent.png)", "1 x no pair of caption and image", "1 x not JSON"):
         assert reason in figures["skipped"]
 
 

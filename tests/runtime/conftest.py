@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_cm3leon.monitoring.history import read_metrics
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
+from tests.history import losses
 from tests.runtime.world import World
 
 YAML = """
@@ -30,8 +30,3 @@ def uninterrupted(folder):
     world = World(folder, "uninterrupted", 2)
     assert world.wait() == [0, 0], world.output()
     return losses(folder / "uninterrupted")
-
-
-def losses(run):
-    """(step, batch, loss, gradient norm) of each step."""
-    return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(run)]

@@ -2,9 +2,9 @@
 
 FAULTS.json: {"pace": seconds by which each step is delayed, "watchdog": cluster.watchdog_seconds once steps begin
 (start-up takes long on a busy machine), "faults": [{"rank", "step", "where", "action"}]}. On that rank, in step `step`
-(from 1), at `where` (loader, step, validation or save; the loader is still in the previous step), the fault is: sleep,
-pause (for 1.5 s, after writing the file `paused`), stop (SIGSTOP), kill (SIGKILL), raise (an error in the model), value
-(a ValueError), memory (CUDA out of memory).
+(from 1), at `where` (loader, step, validation or save; the loader is still in the previous step), the fault is: sleep
+(for 600 s, after writing the file `sleeping-RANK`), pause (for 1.5 s, after writing the file `paused`), stop (SIGSTOP),
+kill (SIGKILL), raise (an error in the model), value (a ValueError), memory (CUDA out of memory).
 """
 
 import json
@@ -26,6 +26,7 @@ from megatron_cm3leon.training.validation import Validation
 
 def cause_fault(action: str) -> None:
     if action == "sleep":
+        Path(sys.argv[1]).with_name(f"sleeping-{os.environ['RANK']}").touch()
         time.sleep(600)
     elif action == "pause":
         Path(sys.argv[1]).with_name("paused").touch()

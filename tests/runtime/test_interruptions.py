@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_cm3leon.monitoring.events import read_events
-from tests.slurm.jobs import losses, make_corpus, submit_run
+from tests.history import losses
+from tests.slurm.jobs import make_corpus, submit_run
 
 pytestmark = pytest.mark.slow
 RUN = ["train.steps=300", "schedule.name=constant", "checkpoint.interval=10"]

@@ -9,7 +9,7 @@ import pytest
 from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.monitoring.history import read_lines
 from megatron_cm3leon.runtime.signals import REPEAT_SECONDS
-from tests.runtime.conftest import losses
+from tests.history import losses
 from tests.runtime.world import World
 
 STALL_SECONDS = 6
@@ -183,9 +183,9 @@ def test_a_second_run_in_the_folder_is_rejected_and_records_nothing(folder):
 
 @pytest.mark.slow
 def test_a_second_signal_ends_the_run_immediately(folder):
-    world = World(folder, "twice", 2, watchdog=0, pace=20)
-    world.wait_for_step(1)
-    time.sleep(3)  # the ranks have combined their flags of step 1 and wait in step 2 for the rest of the pace
+    faults = [{"rank": rank, "step": 2, "where": "step", "action": "sleep"} for rank in (0, 1)]
+    world = World(folder, "twice", 2, watchdog=0, faults=faults)
+    world.wait_for(lambda: all((world.folder / f"sleeping-{rank}").exists() for rank in (0, 1)))
     world.signal(signal.SIGTERM, 0)
     time.sleep(REPEAT_SECONDS + 1)
     world.signal(signal.SIGTERM, 0)

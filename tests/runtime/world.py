@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_cm3leon.monitoring.events import read_events
 from megatron_cm3leon.runtime.peers import read_start_time
-from tests.distributed.launch import ROOT, child_environment, find_free_port
+from tests.distributed.launch import ROOT, child_environment, find_free_ports
 
 MARK = "WORLD_OF_RANKS"
 """Environment variable that identifies the processes of a run."""
@@ -46,7 +46,7 @@ class World:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             self.processes = [self._start([*torchrun, *script], base, 0)]
             return
-        port = find_free_port()
+        [port] = find_free_ports(1)
         self.processes = []
         for rank in range(ranks):
             variables = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}

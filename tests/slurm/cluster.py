@@ -19,6 +19,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from tests.distributed.launch import find_free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue")
 NODES = ("n1", "n2")
 CPUS = 2
@@ -96,14 +98,6 @@ def _host() -> str:
     return socket.gethostname().split(".")[0]
 
 
-def _find_free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 class Cluster:
     """The daemons, and commands for tests. A context manager that ends all its processes on exit."""
 
@@ -134,7 +128,7 @@ class Cluster:
         # Ports follow from job IDs, which must differ between two clusters on this machine.
         first_job = 100 * random.randrange(1, 1000)
         text = CONFIGURATION.format(
-            folder=self.folder, host=_host(), ports=_find_free_ports(3), cpus=CPUS, first_job=first_job
+            folder=self.folder, host=_host(), ports=find_free_ports(3), cpus=CPUS, first_job=first_job
         )
         (self.folder / "slurm.conf").write_text(text)
         names = {"socket": "munge/socket", "seed-file": "munge/seed", "pid-file": "pid/munged.pid"}

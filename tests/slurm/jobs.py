@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-from megatron_cm3leon.monitoring.history import read_metrics
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.tools.call import call_tool
 
@@ -30,8 +29,3 @@ def submit_run(corpus, output, *more):
     assert done.returncode == 0, done.stderr
     job, log = re.fullmatch(r"job (\d+): (.*)\n", done.stdout).groups()
     return int(job), Path(log)
-
-
-def losses(run):
-    """(step, batch, loss, gradient norm) of each step."""
-    return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(run)]

@@ -8,7 +8,8 @@ import pytest
 from megatron_cm3leon.config.loading import load_config, save_config
 from megatron_cm3leon.monitoring.events import read_events
 from tests.distributed.launch import ROOT
-from tests.slurm.jobs import losses, make_corpus
+from tests.history import losses
+from tests.slurm.jobs import make_corpus
 
 SCRIPT = Path(__file__).parents[1] / "golden/ad3992f-train.sbatch"
 """Output of `tools/submit.py train ... --print` at commit ad3992f; its paths are placeholders."""

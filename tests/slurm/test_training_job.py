@@ -6,7 +6,8 @@ import pytest
 
 from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.monitoring.events import read_events
-from tests.slurm.jobs import losses, make_corpus, submit_run
+from tests.history import losses
+from tests.slurm.jobs import make_corpus, submit_run
 
 
 @pytest.fixture(scope="module")

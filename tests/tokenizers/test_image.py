@@ -143,7 +143,7 @@ def test_true_fp32_keeps_cudnn_on_and_restores_the_settings_of_the_caller(precis
     assert read_precision() == before
     if setting == "fp32_precision of all":
         torch.backends.fp32_precision = "ieee"
-        assert torch.backends.cuda.matmul.fp32_precision == "ieee", "the setting is no longer inherited"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee", "the setting is not inherited any more"
 
 
 def test_save_and_load(tokenizer, tmp_path):

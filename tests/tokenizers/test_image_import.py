@@ -250,7 +250,7 @@ def test_no_pickle_is_executed(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("gone.ckpt", None, "does not exist"),
+        ("absent.ckpt", None, "does not exist"),
         ("text.ckpt", b"hello", "cannot be used: it is damaged"),
         ("text.safetensors", b"hello", "cannot be read"),
     ],

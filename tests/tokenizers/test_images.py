@@ -226,8 +226,8 @@ def test_reasons_are_readable(tmp_path):
         ValueError, match=r"text\.png: not an image in any of the formats PNG, .*; it begins with b'this is no p'"
     ):
         load_image(tmp_path / "text.png")
-    with pytest.raises(ValueError, match=r"gone\.png: no such file"):
-        load_image(tmp_path / "gone.png")
+    with pytest.raises(ValueError, match=r"absent\.png: no such file"):
+        load_image(tmp_path / "absent.png")
     with pytest.raises(ValueError, match=r"the image cannot be decoded: .*Is a directory"):
         load_image(tmp_path)
 

@@ -107,8 +107,8 @@ def test_the_reference_equals_the_model_that_is_trained(folder, tmp_path):
         (["export", "--checkpoint", "CHECKPOINT", "--tokenizer", "."], "no vocabulary at"),
         (["export", "--checkpoint", "CHECKPOINT", "--tokenizer", "tok", "--check-shards", "."], "manifest"),
         (
-            ["export", "--checkpoint", "CHECKPOINT", "--tokenizer", "tok", "--check-corpus", "gone"],
-            "gone does not exist",
+            ["export", "--checkpoint", "CHECKPOINT", "--tokenizer", "tok", "--check-corpus", "absent"],
+            "absent does not exist",
         ),
         (["import", "--model", "run"], "run is not an export: it lacks cm3leon.json"),
     ],

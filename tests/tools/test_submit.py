@@ -121,7 +121,7 @@ def test_a_submitted_job_keeps_its_configuration(folder, slurm):
         (["--nodes", 1, "--gpus-per-node", 1, "--time", "soon"], "--time (soon) is not a valid SLURM time limit"),
         (["--nodes", 1, "--gpus-per-node", 1, "--time", 5, "--signal-time", 300], "--time (300 s) must be longer than"),
         (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "data.shards=''"], "data.shards (or validation.shards"),
-        (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "data.shards=gone"], "gone"),
+        (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "data.shards=absent"], "absent"),
         (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "train.step=3"], "there is no field train.step; did you"),
         (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "--env", "NCCL"], "--env (NCCL) must be NAME=VALUE"),
         (["--nodes", 1, "--gpus-per-node", 1, "--time", 30, "--site", "no.yaml"], "--site (no.yaml) does not exist"),
@@ -148,7 +148,7 @@ def test_a_signal_time_below_the_measured_time_is_an_error(folder):
 
 
 def test_an_error_of_the_controller_is_printed(folder, slurm):
-    done = train("config.yaml", "--nodes", 1, "--ranks-per-node", 1, "--time", 30, "--partition", "gone")
+    done = train("config.yaml", "--nodes", 1, "--ranks-per-node", 1, "--time", 30, "--partition", "absent")
     assert done.returncode == 2 and done.stderr.startswith("error: sbatch failed: sbatch: error: invalid partition")
     assert "Traceback" not in done.stderr
 

@@ -98,7 +98,7 @@ def test_every_format_of_preprocessing_is_read(pairs, tmp_path):
 
 def test_images_that_cannot_be_read_are_reported(pairs, tmp_path):
     lines = pairs.read_text().replace('"image": "', f'"image": "{pairs.parent}/').splitlines()
-    lines += ['{"image": "gone\\\\1.png", "caption": "a"}', "no JSON", '{"caption": "b"}']
+    lines += ['{"image": "absent\\\\1.png", "caption": "a"}', "no JSON", '{"caption": "b"}']
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     arguments = ["--input", tmp_path / "pairs.jsonl", "--heldout", pairs, "--output", tmp_path / "tok"]
     done = call_tool("train_tokenizer", "image", *arguments, *IMAGE_FLAGS)
@@ -107,7 +107,7 @@ def test_images_that_cannot_be_read_are_reported(pairs, tmp_path):
     for reason in (
         '1 x field "image" is missing (the first: the fields are caption)',
         "1 x not JSON (the first: Expect",
-        "1 x missing picture (the first: gone\\1.png: its path has backslashes",
+        "1 x missing picture (the first: absent\\1.png: its path has backslashes",
     ):
         assert reason in done.stdout
 
@@ -122,11 +122,11 @@ def test_an_input_without_usable_rows_is_explained_and_nothing_is_written(tmp_pa
 
 
 def test_a_missing_input_exits_with_2(tmp_path):
-    tool, missing = TOOLS / "train_tokenizer.py", tmp_path / "gone.jsonl"
+    tool, missing = TOOLS / "train_tokenizer.py", tmp_path / "absent.jsonl"
     command = [sys.executable, tool, "text", "--input", missing, "--output", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ") and "gone.jsonl does not exist" in done.stderr
+    assert done.stderr.startswith("error: ") and "absent.jsonl does not exist" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["text", "image"])

@@ -20,6 +20,7 @@ from megatron_cm3leon.training.lr_schedule import follow_rule, learning_rate
 from tests.checkpoint.builders import flip_byte
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import ROOT, torchrun
+from tests.history import losses
 
 YAML = """
 model: {layers: 2, hidden_size: 32, heads: 4, init_std: 0.02}
@@ -55,10 +56,6 @@ def train(folder, output, *more):
     return subprocess.run(
         build_command(folder, output, *more), capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment
     )
-
-
-def losses(run):
-    return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(run)]
 
 
 def test_a_run_writes_metrics_events_checkpoints_and_validation_losses(folder):
