@@ -9,6 +9,7 @@ RETRIEVAL = ["faiss-cpu"]
 TRACKERS = ["wandb", "mlflow-skinny"]
 TEST = ["import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
 DOCS = ["mkdocs", "mkdocstrings[python]"]
+EVALUATION = ["resvg-py"]
 
 # Script cm3leon-NAME -> file of tools/, which is installed as the package megatron_cm3leon_tools.
 TOOLS = {
@@ -73,7 +74,8 @@ setup(
         "trackers": TRACKERS,
         "test": TEST,
         "docs": DOCS,
+        "evaluation": EVALUATION,
         # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
-        "dev": [DEEPSPEED, *RETRIEVAL, *TRACKERS, *TEST, *DOCS, "triton"],
+        "dev": [DEEPSPEED, *RETRIEVAL, *TRACKERS, *TEST, *DOCS, *EVALUATION, "triton"],
     },
 )
