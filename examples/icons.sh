@@ -36,6 +36,8 @@ if [ "$SIZE" = small ]; then
         --sets fluent-emoji-flat emojione flat-color-icons fxemoji)
     EVALUATE=(--images 4 --sweep-images 2 --guidance 1 2 --examples 4)
 fi
+TRAIN=("train.steps=$train_steps" "validation.interval=$validate_every")
+[ "$SIZE" != small ] || TRAIN+=(data.seq_length=192)
 TITLE="Icons: captions to images and back"
 CONFIG=examples/icons/train.yaml
 CAPTION="red heart, OpenMoji style"
@@ -43,7 +45,6 @@ SPECIALS=(--specials 64 --sentinels 32)
 TEXT=(--vocab-size "$vocabulary")
 IMAGE=(--image-size "$image_size" --downsample 4 --codebook-size 512 --num-res-blocks 1 --steps "$image_steps")
 CLIP=(--steps "$clip_steps")
-TRAIN=("train.steps=$train_steps" "validation.interval=$validate_every")
 run_pipeline
 echo
 echo "open $OUT/report.html"

@@ -17,6 +17,10 @@ VERSION = "2.2.535"
 """The version that examples/icons/install_icons.sh installs, and that the counts of the page are of."""
 LOGO_SETS = ("Logos", "Programming")
 """Categories of whole sets of logos, in collections.json; `Programming` are logos of languages and tools."""
+JOINED_SHARE = 0.05
+"""A set in which fewer names have a separator writes words without any: "framewithpicture"."""
+LONGEST_JOINED = 10
+"""Letters of a name in such a set that may be one word which Unicode does not have."""
 _LOGO_CATEGORIES = re.compile(r"(?i)\b(brands?|logos?)\b")
 
 
@@ -66,7 +70,7 @@ def load_sets(package: Path, sets: list[str] | None, logos: bool) -> dict[str, d
 def name_style(info: dict, suffix: str) -> str:
     """The style of a set as a caption names it: "Emoji One (v1)" -> "Emoji One v1 style"."""
     title = re.sub(r"[()]", "", info["name"].replace("(Colored)", ""))
-    title = re.sub(r"(?i) icons$", "", " ".join(title.split()))
+    title = " ".join(re.sub(r"(?i)\bicons\b", "", title).split())
     return f"{title} {suffix} style" if suffix else f"{title} style"
 
 
@@ -91,6 +95,7 @@ def list_icons(name: str, content: dict, emoji: EmojiNames, logos: bool, filtere
     license = License(info["license"]["spdx"], info["license"].get("url", ""), info["author"]["name"])
     codes = {icon: code for code, icon in content.get("chars", {}).items()}
     categories = {icon: category for category, icons in content.get("categories", {}).items() for icon in icons}
+    joined = sum("-" in icon_name for icon_name in content["icons"]) < JOINED_SHARE * len(content["icons"])
     suffixes = sorted(filter(None, content.get("suffixes", {})), key=len, reverse=True)
     for icon_name, icon in content["icons"].items():
         category = categories.get(icon_name, "")
@@ -98,7 +103,7 @@ def list_icons(name: str, content: dict, emoji: EmojiNames, logos: bool, filtere
             filtered["hidden"] += 1
         elif not logos and (_LOGO_CATEGORIES.search(split_camel_case(category)) or is_trademark(icon_name)):
             filtered["logo"] += 1
-        elif drawing := _describe(name, icon_name, category, codes, suffixes, content, emoji, license, icon):
+        elif drawing := _describe(name, icon_name, category, codes, suffixes, joined, content, emoji, license, icon):
             yield drawing
         else:
             filtered["unreadable name"] += 1
@@ -110,6 +115,7 @@ def _describe(
     category: str,
     codes: dict[str, str],
     suffixes: list[str],
+    joined: bool,
     content: dict,
     emoji: EmojiNames,
     license: License,
@@ -125,8 +131,9 @@ def _describe(
         if not found:
             return None
     found = found or emoji.find_by_name(base, category)
-    own = emoji.read_name(base)
-    if not found and not is_readable(own):
+    own = emoji.read_name(base, joined)
+    unsplit = joined and " " not in own and len(own) > LONGEST_JOINED
+    if not found and (unsplit or not is_readable(own)):
         return None
     return Drawing(
         key=f"{set_name}/{icon_name}",

@@ -9,9 +9,12 @@ from examples.emoji.generate import Emoji, annotate, parse_annotations, parse_em
 _SMALL_WORDS = re.compile(r"\b(for|with|of|the|and|a|an|in|on)\b")
 _SKIN_TONE = re.compile(r"-(medium-light|medium-dark|light|medium|dark)$")
 _NUMBERS = re.compile(r"[- ](\d|one|two|three|four|five)$")
+_SHORT_WORDS = frozenset(["in", "no", "of", "ok", "on", "up"])
+LONGEST_WORD = 18
+"""Letters; a longer run consists of several words."""
 _REGIONAL_A = 0x1F1E6
 _TAG_A = 0xE0061
-_CHARACTERS = range(0x2190, 0x1FB00)
+_CHARACTERS = (*range(0x2190, 0x2C00), *range(0x1F000, 0x1FB00))
 """Arrows, symbols and pictographs: icons are named after them, whether they are emoji or not."""
 _TRADEMARKS = """
     adobe alipay amazon android arduino artstation ati baidu bbc behance bing blackberry blogger bluesky bluetooth
@@ -60,7 +63,9 @@ def clean_name(name: str) -> str:
 
 
 def is_readable(name: str) -> bool:
-    """Whether a name can be a caption: a word of three letters or more, and not a code point such as u1f600."""
+    """Whether a name can be a caption: a word of three letters, no code point (u1f600), no words without spaces."""
+    if max(map(len, re.findall(r"\w+", name)), default=0) > LONGEST_WORD:
+        return False
     return bool(re.search(r"[^\W\d_]{3}", name)) and not re.fullmatch(r"(?i)(u\+?)?[0-9a-f]{4,}", name)
 
 
@@ -88,8 +93,8 @@ class EmojiNames:
                     self.by_name.setdefault(compact(name), emoji)
                     words.update(re.findall("[a-z]+", name.lower()))
             words.update(word for keyword in emoji.keywords for word in re.findall("[a-z]+", keyword.lower()))
-        # A letter alone is not a word: it would complete every misspelled name.
-        self.vocabulary = frozenset(word for word in words if len(word) > 1)
+        # Two letters would complete every misspelled name.
+        self.vocabulary = frozenset(word for word in words if len(word) > 2) | _SHORT_WORDS
 
     def find_by_codes(self, codes: str) -> Emoji | None:
         """codes: hexadecimal code points joined by "-", as in Iconify's `chars`."""
@@ -114,12 +119,16 @@ class EmojiNames:
         tags = "".join(chr(_TAG_A + ord(letter) - ord("a")) for letter in code if letter.isascii() and letter.isalpha())
         return self.by_text.get(f"\U0001f3f4{tags}\U000e007f")
 
-    def read_name(self, name: str) -> str:
-        """A readable name of an icon that is not a known emoji."""
+    def read_name(self, name: str, joined: bool = False) -> str:
+        """A readable name of an icon that is not a known emoji.
+
+        joined: the set writes words without separators ("rainbowflag"), which are looked for in the names of Unicode.
+        """
         name = _SKIN_TONE.sub(r"-\1-skin-tone", name) if not name.endswith("skin-tone") else name
         cleaned = clean_name(name)
         if character := self.characters.get(compact(cleaned)):
             return character
-        if " " in cleaned or cleaned in self.vocabulary or len(cleaned) <= 4:
+        if not joined:
             return cleaned
-        return split_words(cleaned, self.vocabulary) or cleaned
+        runs = re.findall(r"[^\W\d]+|\d+", cleaned)
+        return " ".join(run if run.isdigit() else split_words(run, self.vocabulary) or run for run in runs)
