@@ -28,7 +28,9 @@ BLANK_CONTRAST = 24
 """Levels of 0..255; an image whose brightest and darkest thumbnail pixels differ by less shows nothing."""
 LONGEST_ASPECT = 4.0
 """A longer image, such as a banner or a line, is only some pixels high after scaling."""
-REASONS = ("", "not renderable", "blank", "too long")
+LARGEST_PIXELS = 30_000_000
+"""Pixels of a file; decoding a larger one takes seconds and a gigabyte."""
+REASONS = ("", "not renderable", "blank", "too long", "too large")
 """Why a drawing has no image, by its status in a part; 0: it has one."""
 _VERSION = 1
 """Raised when the same drawing gives another image."""
@@ -36,6 +38,10 @@ _VERSION = 1
 
 class CannotRenderError(Exception):
     """A drawing that its renderer refuses."""
+
+
+class TooLargeError(Exception):
+    """A file of more than LARGEST_PIXELS."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def _load_font(path: str) -> ImageFont.FreeTypeFont:
 def draw(drawing: Drawing, size: int, font: str) -> Image.Image:
     """The image of a drawing, with its own proportions; RGBA or RGB, its longer side `size` pixels.
 
-    Raises CannotRenderError with the reason of the renderer.
+    Raises CannotRenderError with the reason of the renderer, TooLargeError for a file with too many pixels.
     """
     import resvg_py
 
@@ -88,8 +94,16 @@ def draw(drawing: Drawing, size: int, font: str) -> Image.Image:
         else:
             content = Path(drawing.content).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > LARGEST_PIXELS:
+                raise TooLargeError
             rendered = image.convert("RGBA")
-        return rendered if drawing.kind == "svg" else _reduce(trim(rendered), size)
+        if drawing.kind == "svg":
+            return rendered
+        # By a whole factor first: trimming and resampling a page of some megapixels takes a second.
+        factor = max(rendered.size) // (4 * size)
+        if factor > 1:
+            rendered = rendered.convert("RGBa").reduce(factor).convert("RGBA")
+        return _reduce(trim(rendered), size)
     except (ValueError, OSError) as error:  # of resvg, of Pillow
         raise CannotRenderError(str(error)) from error
 
@@ -131,6 +145,9 @@ def render_part(part: Part, images: Path) -> None:
             drawn = draw(drawing, part.size, part.font)
         except CannotRenderError:
             status[number] = REASONS.index("not renderable")
+            continue
+        except TooLargeError:
+            status[number] = REASONS.index("too large")
             continue
         if max(drawn.size) > LONGEST_ASPECT * min(drawn.size):
             status[number] = REASONS.index("too long")
@@ -175,6 +192,9 @@ def _render_in_processes(parts: list[Part], images: Path, workers: int) -> Itera
     # spawn: the bar of the progress has a thread, which a fork would not copy.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(render_part, part, images): part for part in parts}
-        for future in as_completed(running):
-            future.result()
-            yield running[future]
+        try:
+            for future in as_completed(running):
+                future.result()
+                yield running[future]
+        finally:  # after Ctrl-C, wait for the parts that are being rendered, not for all
+            pool.shutdown(cancel_futures=True)
