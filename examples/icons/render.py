@@ -32,8 +32,8 @@ LARGEST_PIXELS = 30_000_000
 """Pixels of a file; decoding a larger one takes seconds and a gigabyte."""
 REASONS = ("", "not renderable", "blank", "too long", "too large")
 """Why a drawing has no image, by its status in a part; 0: it has one."""
-_VERSION = 1
-"""Raised when the same drawing gives another image."""
+_VERSIONS = {"svg": 1, "file": 2, "emoji": 1}
+"""Raised when the same drawing of a kind gives another image."""
 
 
 class CannotRenderError(Exception):
@@ -63,7 +63,7 @@ def make_parts(drawings: list[Drawing], folder: Path, size: int) -> list[Part]:
     groups = [list(group) for _, group in groupby(drawings, key=lambda drawing: drawing.source)]
     parts = []
     for some in (group[first : first + PART_SIZE] for group in groups for first in range(0, len(group), PART_SIZE)):
-        content = repr([_VERSION, size, [(drawing.key, drawing.kind, drawing.content) for drawing in some]])
+        content = repr([_VERSIONS[some[0].kind], size, [(drawing.key, drawing.kind, drawing.content) for drawing in some]])
         digest = hashlib.sha256(content.encode()).hexdigest()[:20]
         parts.append(Part(folder / f"{digest}.npz", some, size, font))
     return parts
