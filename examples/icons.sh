@@ -32,7 +32,7 @@ PAIRS=(python examples/icons/generate.py --size 64 --workers 2)
 EVALUATE=(--images 64 --sweep-images 32 --guidance 1 1.5 2 --temperature 0.8 --examples 12)
 if [ "$SIZE" = small ]; then
     image_steps=20 clip_steps=10 train_steps=12 FIRST_LEG_STEPS=6 validate_every=6 vocabulary=900 image_size=32
-    PAIRS=(python examples/icons/generate.py --size 32 --workers 2 --limit 60 --sources iconify stamps
+    PAIRS=(python examples/icons/generate.py --size 32 --workers 2 --limit 40 --sources iconify stamps
         --sets fluent-emoji-flat emojione flat-color-icons fxemoji)
     EVALUATE=(--images 4 --sweep-images 2 --guidance 1 2 --examples 4)
 fi

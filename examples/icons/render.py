@@ -63,7 +63,8 @@ def make_parts(drawings: list[Drawing], folder: Path, size: int) -> list[Part]:
     groups = [list(group) for _, group in groupby(drawings, key=lambda drawing: drawing.source)]
     parts = []
     for some in (group[first : first + PART_SIZE] for group in groups for first in range(0, len(group), PART_SIZE)):
-        content = repr([_VERSIONS[some[0].kind], size, [(drawing.key, drawing.kind, drawing.content) for drawing in some]])
+        rendered = [(drawing.key, drawing.kind, drawing.content) for drawing in some]
+        content = repr([_VERSIONS[some[0].kind], size, rendered])
         digest = hashlib.sha256(content.encode()).hexdigest()[:20]
         parts.append(Part(folder / f"{digest}.npz", some, size, font))
     return parts
