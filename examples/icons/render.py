@@ -7,6 +7,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -94,7 +95,10 @@ def draw(drawing: Drawing, size: int, font: str) -> Image.Image:
             content = resvg_py.svg_to_bytes(svg_path=drawing.content, width=4 * size, height=4 * size)
         else:
             content = Path(drawing.content).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow refuses the largest by itself
+            image = Image.open(io.BytesIO(content))
+        with image:
             if image.width * image.height > LARGEST_PIXELS:
                 raise TooLargeError
             rendered = image.convert("RGBA")
@@ -105,6 +109,8 @@ def draw(drawing: Drawing, size: int, font: str) -> Image.Image:
         if factor > 1:
             rendered = rendered.convert("RGBa").reduce(factor).convert("RGBA")
         return _reduce(trim(rendered), size)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise TooLargeError from error
     except (ValueError, OSError) as error:  # of resvg, of Pillow
         raise CannotRenderError(str(error)) from error
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from examples.icons import clipart, drawings, duplicates, generate, iconify, names
+from examples.icons import clipart, drawings, duplicates, generate, iconify, names, render
 from tests.distributed.launch import ROOT
 from tests.examples.run import run_example
 from tests.examples.test_emoji import ANNOTATIONS, EMOJI_TEST
@@ -247,6 +247,27 @@ def unicode_data():
         generate.load_emoji_names()
     except ValueError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("pillow_limit", [10**8, 60, 30])  # accepted by Pillow, warned of, refused
+def test_files_with_too_many_pixels(unicode_data, tmp_path, monkeypatch, pillow_limit):
+    Image.new("RGB", (9, 9)).save(tmp_path / "large.png")
+    drawing = drawings.Drawing("set/x", "set", "file", str(tmp_path / "large.png"), "x", "y", drawings.License("MIT"))
+    assert render.draw(drawing, 16, "").size == (16, 16)
+    monkeypatch.setattr(render, "LARGEST_PIXELS", 80)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
+    with pytest.raises(render.TooLargeError):
+        render.draw(drawing, 16, "")
+
+
+def test_a_page_is_trimmed_to_its_drawing(unicode_data, tmp_path):
+    page = Image.new("RGBA", (300, 300), (255, 255, 255, 0))
+    page.paste((200, 0, 0, 255), (10, 20, 50, 40))  # wide, in the corner
+    page.save(tmp_path / "page.png")
+    drawing = drawings.Drawing("set/x", "set", "file", str(tmp_path / "page.png"), "x", "y", drawings.License("MIT"))
+    image = render.on_white(render.draw(drawing, 32, ""), 32)
+    red = np.asarray(image)[..., 1] < 128
+    assert red.any(axis=0).all() and red.any(axis=1).sum() == 16 and red[8:24].all()
 
 
 def make_icons(colors):
