@@ -16,7 +16,7 @@ GENERIC_FILES = 12
 _GENERIC_TITLE = re.compile(
     r"(?i)\b(collection|theme|icon ?set|iconset|clip ?arts?|submission|sibmission|untitled)s?$|^part of "
 )
-_AUTHOR_PREFIX = re.compile(r"(?i)^clip ?art by [\w ]+ - ")
+_AUTHOR_PREFIX = re.compile(r"(?i)^clip ?art by .+? - ")
 _ARTICLE = re.compile(r"(?i)^(an?|the) ")
 _DC, _RDF = "{http://purl.org/dc/elements/1.1/}", "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 _PUBLIC_DOMAIN = "http://creativecommons.org/licenses/publicdomain/"
@@ -99,7 +99,7 @@ def list_clipart(root: Path, logos: bool, limit: int, filtered: Counter) -> Iter
                 name=name,
                 style="clip art",
                 license=License("LicenseRef-public-domain", _PUBLIC_DOMAIN, metadata["author"]),
-                keywords=tuple(dict.fromkeys(metadata["keywords"])),
+                keywords=tuple(dict.fromkeys(map(clean_name, metadata["keywords"]))),
                 category=relative.parts[0].replace("_", " "),
             )
 
@@ -115,7 +115,8 @@ def list_stamps(root: Path, filtered: Counter) -> Iterator[Drawing]:
         if not text.is_file():
             filtered["no title"] += 1
             continue
-        name = _ARTICLE.sub("", text.read_text(encoding="utf-8").split("\n", 1)[0].strip().rstrip(".!"))
+        sentence = re.split(r"(?<=\w)[.!] |\n", text.read_text(encoding="utf-8"), maxsplit=1)[0]
+        name = _ARTICLE.sub("", sentence.strip().rstrip(".!"))
         if relative.parts[:2] in (("symbols", "alphabets"), ("symbols", "math")):
             filtered["letter or digit"] += 1
         elif not is_readable(name):

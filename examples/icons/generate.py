@@ -93,7 +93,7 @@ def _take(drawings: list[Drawing], limit: int) -> list[Drawing]:
     """`limit` of the drawings of one source (0: all): those of the same names in every source."""
     if not limit:
         return drawings
-    chosen = sorted(drawings, key=lambda drawing: draw_share("limit", drawing.concept))[:limit]
+    chosen = set(sorted(drawings, key=lambda drawing: draw_share("limit", drawing.concept))[:limit])
     return [drawing for drawing in drawings if drawing in chosen]
 
 
@@ -180,8 +180,10 @@ def generate(options: argparse.Namespace) -> dict:
             f"--limit ({options.limit}) gives {len(kept)} images, {n_heldout} of them held out, but at least "
             f"{FEWEST_IMAGES} are required, with some in both splits; raise it or add --sources."
         )
-    for drawing in set(drawings) - set(kept):
-        (output / "images" / f"{drawing.key}.png").unlink(missing_ok=True)
+    wanted_files = {output / "images" / f"{drawing.key}.png" for drawing in kept}
+    for path in (output / "images").rglob("*.png"):
+        if path not in wanted_files:
+            path.unlink()
     for split, wanted in (("train", False), ("heldout", True)):
         chosen = [entry for entry in splits if bool(entry[1]) is wanted]
         write_lines(output / f"{split}.jsonl", chosen, names, options.captions)

@@ -18,7 +18,7 @@ CIRCLE = '<circle cx="8" cy="8" r="{radius}" fill="{color}"/>'
 SVG_METADATA = """\
 <svg xmlns="http://www.w3.org/2000/svg"><metadata><rdf:RDF xmlns:cc="http://web.resource.org/cc/"
  xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><cc:Work>
- <dc:title>{title}</dc:title><dc:subject><rdf:Bag><rdf:li>animal</rdf:li><rdf:li>farm</rdf:li></rdf:Bag></dc:subject>
+ <dc:title>{title}</dc:title><dc:subject><rdf:Bag><rdf:li>animal</rdf:li><rdf:li>on_a_farm</rdf:li></rdf:Bag></dc:subject>
  <dc:creator><cc:Agent><dc:title>Ada</dc:title></cc:Agent></dc:creator>
  <cc:license rdf:resource="{license}"/></cc:Work></rdf:RDF></metadata></svg>
 """
@@ -151,7 +151,7 @@ def test_clip_art_with_titles_of_its_own(tmp_path):
             content = SVG_METADATA.format(title=title, license=license)
             (tmp_path / "svg" / folder / f"{name}.svg").write_text(content)
 
-    add("animals", "cow", "Clipart by Nicu Buculei - a_brown_cow_01")
+    add("animals", "cow", "Clipart by N. Buculei - a_brown_cow_01")
     for number in range(clipart.GENERIC_FILES + 1):
         add("shapes", f"star{number}", "gramastar")
     add("unsorted", "untitled", "Cool Icon Collection")
@@ -163,14 +163,17 @@ def test_clip_art_with_titles_of_its_own(tmp_path):
     (tmp_path / "png/animals/link.png").symlink_to("cow.png")
     filtered = Counter()
     (cow,) = clipart.list_clipart(tmp_path, False, 0, filtered)
-    assert (cow.name, cow.category, cow.keywords) == ("brown cow", "animals", ("animal", "farm"))
+    assert (cow.name, cow.category, cow.keywords) == ("brown cow", "animals", ("animal", "on a farm"))
     assert cow.license.author == "Ada" and cow.license.spdx == "LicenseRef-public-domain"
     generic = clipart.GENERIC_FILES + 2
     assert filtered == {"generic title": generic, "no title": 2, "license not stated": 1, "logo": 2}
 
 
 def test_stamps_have_a_sentence_each(tmp_path):
-    for name, text in (("animals/cat", "A grey cat.\nde.utf8=Eine Katze."), ("symbols/alphabets/a", "The letter A.")):
+    for name, text in (
+        ("animals/cat", "A grey cat. It sleeps.\nde.utf8=Eine Katze."),
+        ("symbols/alphabets/a", "The letter A."),
+    ):
         path = tmp_path / f"{name}.png"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(path)
