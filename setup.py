@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 DEEPSPEED = "deepspeed==0.19.8"  # engine/deepspeed.py finds fp32 weights where this version keeps them
 RETRIEVAL = ["faiss-cpu"]
 TRACKERS = ["wandb", "mlflow-skinny"]
-TEST = ["import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
+EVALUATION = ["lm_eval==0.4.13", "rapidfuzz", "rapidocr-onnxruntime==1.4.4"]
+TEST = ["accelerate", "import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
 DOCS = ["mkdocs", "mkdocstrings[python]"]
 
 # Script cm3leon-NAME -> file of tools/, which is installed as the package megatron_cm3leon_tools.
@@ -42,7 +43,9 @@ setup(
         "console_scripts": [
             "cm3leon-train = megatron_cm3leon.train:main",
             *(f"cm3leon-{name} = megatron_cm3leon_tools:run_{tool}" for name, tool in TOOLS.items()),
-        ]
+        ],
+        # Read by lmms-eval, which is not a dependency.
+        "lmms_eval.models": ["cm3leon = megatron_cm3leon.evaluation.lmms_eval_model:build_manifest"],
     },
     install_requires=[
         "torch>=2.6",
@@ -70,10 +73,11 @@ setup(
         "retrieval": RETRIEVAL,
         "gpu": ["faiss-gpu", "transformer-engine[pytorch]", "flash-attn"],
         "deepspeed": [DEEPSPEED],
+        "evaluation": EVALUATION,
         "trackers": TRACKERS,
         "test": TEST,
         "docs": DOCS,
         # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
-        "dev": [DEEPSPEED, *RETRIEVAL, *TRACKERS, *TEST, *DOCS, "triton"],
+        "dev": [DEEPSPEED, *EVALUATION, *RETRIEVAL, *TRACKERS, *TEST, *DOCS, "triton"],
     },
 )

@@ -61,7 +61,7 @@ def _load_masks(image_size: int) -> tuple[list[tuple[str, str, str]], np.ndarray
     return [name[:3] for name in names] * 2, masks, masks.sum(axis=1), (masks**2).sum(axis=1)
 
 
-def _to_array(image) -> np.ndarray:
+def to_array(image) -> np.ndarray:
     """Convert a PIL image or an array, uint8 in 0..255 or float in 0..1, to float32 [size, size, 3] in 0..255."""
     if isinstance(image, Image.Image):
         image = image.convert("RGB")
@@ -82,7 +82,7 @@ def classify_with_error(image) -> tuple[dict[str, str], float]:
     `image`: a PIL image, or an array [height, width, 3] of uint8 or of floats in 0..1; sizes other than 32 and 64 are
     resized to the nearer of the two. A large error (above about 60) means that the image shows no shape.
     """
-    array = _to_array(image)
+    array = to_array(image)
     names, masks, sums, squares = _load_masks(array.shape[0])
     pixels = array.reshape(-1, 3)
     colors, backgrounds = np.array(list(COLORS.values())), np.array(list(BACKGROUNDS.values()))

@@ -7,7 +7,11 @@ task whose libraries (the extra `evaluation`) are not installed does not prevent
 import importlib
 from types import ModuleType
 
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "geneval": "GenEval's folder of images, and its score by a checker of the corpus",
+    "harness": "lm-evaluation-harness on local task files; a TSV for VLMEvalKit",
+    "ocr": "text drawn in images, read back by an OCR model",
+}
 """Task -> what it measures, as `tools/evaluate.py --help` shows it."""
 
 
