@@ -180,7 +180,7 @@ class HarnessModel(TemplateLM):
 
     def _answer(self, kind: str, requests: list[Instance], answer: Callable[[list[tuple]], list]) -> list:
         """Answers of all requests; those that are finished are not computed again."""
-        keys = [_make_key(kind, request.args) for request in requests]
+        keys = [make_key(kind, request.args) for request in requests]
         known = {} if self.finished is None else self.finished.items
         answers = {key: known[key]["answer"] for key in keys if key in known}
         missing = {key: request.args for key, request in zip(keys, requests, strict=True) if key not in answers}
@@ -197,5 +197,6 @@ class HarnessModel(TemplateLM):
         return [answers[key] for key in keys]
 
 
-def _make_key(kind: str, arguments: tuple) -> str:
+def make_key(kind: str, arguments: tuple) -> str:
+    """The key of a finished request in items.jsonl."""
     return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()
