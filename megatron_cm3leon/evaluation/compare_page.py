@@ -42,12 +42,13 @@ main { max-width: 76rem; }
 .compare th.n, .compare td.n { padding: .35rem .8rem; }
 .compare td .soft { font-size: .8rem; display: block; }
 .compare td b { font-weight: 700; }
-.compare thead th { vertical-align: bottom; max-width: 9rem; white-space: normal; }
+.compare thead th { vertical-align: bottom; max-width: 8.5rem; white-space: normal; line-height: 1.3; }
+.compare tbody th { white-space: nowrap; }
 .wide { table-layout: auto; } .wide td { overflow-wrap: anywhere; max-width: 22rem; font-size: .85rem; }
 .sides { display: grid; gap: .5rem .8rem; align-items: start; }
 .sides .head { font-weight: 600; font-size: .9rem; overflow-wrap: anywhere; }
 .sides .text { font-size: .88rem; line-height: 1.35; overflow-wrap: anywhere; }
-.sides figure { max-width: 10rem; } .sides .none { color: var(--soft); }
+.sides figure { max-width: 7rem; } .sides .none { color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: 1rem; }
 """
 
@@ -99,9 +100,9 @@ def _draw_table(title: str, note: str, runs: Sequence[Run], columns: list[Column
         return ""
     facts = {run.name: _find_facts(run, columns) for run in rows}
     fact_names = [name for name in ("step", "retrieved documents") if any(facts[run.name][name] for run in rows)]
-    arrows = {-1: " ↓", 0: "", 1: " ↑"}
+    arrows = {-1: "&nbsp;↓", 0: "", 1: "&nbsp;↑"}
     head = "".join(f'<th class="n" scope="col">{name}</th>' for name in fact_names)
-    head += "".join(f'<th class="n" scope="col">{escape(c.name)}{arrows[c.direction]}</th>' for c in columns)
+    head += "".join(f'<th class="n" scope="col">{_break_name(c.name)}{arrows[c.direction]}</th>' for c in columns)
     best = {column: _find_best(rows, column) for column in columns}
     body = ""
     for run in rows:
@@ -115,6 +116,11 @@ def _draw_table(title: str, note: str, runs: Sequence[Run], columns: list[Column
         f'<table class="compare"><thead><tr><th scope="col">run</th>{head}</tr></thead><tbody>{body}</tbody></table>'
         f"</div></section>"
     )
+
+
+def _break_name(name: str) -> str:
+    """A name that may be broken after its underscores and slashes."""
+    return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>")
 
 
 def _find_facts(run: Run, columns: list[Column]) -> dict[str, str]:
@@ -192,7 +198,7 @@ def _draw_images(runs: Sequence[Run], examples: int) -> str:
                     if file is None
                     else f'<figure><img alt="{alt}" src="{_encode_image(file)}"></figure>'
                 )
-        grid = f"grid-template-columns: minmax(8rem, 14rem) repeat({len(shown)}, minmax(5rem, 10rem))"
+        grid = f"grid-template-columns: minmax(8rem, 14rem) repeat({len(shown)}, minmax(5rem, 8rem))"
         sections += f'<h3>{escape(name)}</h3><div class="scroll"><div class="sides" style="{grid}">{cells}</div></div>'
     return f"<section><h2>Images side by side</h2>{sections}</section>" if sections else ""
 

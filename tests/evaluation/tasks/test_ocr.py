@@ -9,8 +9,8 @@ from megatron_cm3leon.evaluation.tasks.ocr import evaluate
 
 
 def draw(path, text):
-    image = Image.new("RGB", (220, 64), "white")
-    ImageDraw.Draw(image).text((10, 14), text, fill="black", font=ImageFont.load_default(28))
+    image = Image.new("RGB", (130, 90), "white")
+    ImageDraw.Draw(image).text((14, 26), text, fill="black", font=ImageFont.load_default(28))
     image.save(path)
 
 
