@@ -9,6 +9,7 @@ again when the command is repeated.
 """
 
 import argparse
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import numpy as np
-from lm_eval import simple_evaluate
+from lm_eval import evaluate as run_harness
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -98,27 +99,21 @@ def evaluate(
         if number is not None and number < least:
             raise ValueError(f"--{name} ({number}) must be at least {least}.")
     with offline():
-        loaded = load_tasks(include_path, tasks)
+        loaded = load_tasks(include_path, tasks, num_fewshot, seed)
         settings = {"tasks": tasks, "num_fewshot": num_fewshot, "limit": limit, "bos": bos, "dtype": dtype}
-        inputs = {"model": hash_input(model), "include_path": hash_input(include_path)}
-        inputs |= _hash_data(loaded)
+        inputs = {"model": hash_input(model), "task_files": _hash_task_files(Path(include_path))}
+        inputs |= _hash_data(loaded["tasks"])
         finished = FinishedItems(output, {"settings": settings, "inputs": inputs, "seed": seed})
         try:
             harness_model = HarnessModel(Generator.load(model, dtype, device), bos=bos, finished=finished)
-            found = simple_evaluate(
-                model=harness_model,
-                tasks=list(loaded.values()),
-                num_fewshot=num_fewshot,
-                limit=limit,
-                bootstrap_iters=0,
-                fewshot_random_seed=seed,
-            )
+            # Not simple_evaluate, which runs pip and other programs to describe the machine.
+            found = run_harness(harness_model, loaded, limit=limit, bootstrap_iters=0)
         finally:
             finished.close()
     assert found is not None  # it is None on ranks other than 0, and there is one
     result = Result(
         task="harness",
-        figures=_collect_figures(found, loaded, seed),
+        figures=_collect_figures(found, loaded["tasks"], seed),
         settings=settings,
         seed=seed,
         inputs=inputs,
@@ -151,8 +146,12 @@ def offline() -> Iterator[None]:
             setattr(module, name, value)
 
 
-def load_tasks(include_path: str | Path, names: list[str]) -> dict[str, Any]:
-    """The harness's task objects by their names, with their data; ValueError names the file that cannot be loaded."""
+def load_tasks(include_path: str | Path, names: list[str], num_fewshot: int | None, seed: int) -> dict[str, Any]:
+    """The harness's tasks and groups with their data; ValueError names the file that cannot be loaded.
+
+    `num_fewshot` replaces the number of examples in context of each task whose file does not set it to 0, as the
+    harness's own command does; `seed` chooses them.
+    """
     folder = Path(include_path)
     if not folder.is_dir():
         raise ValueError(f"--include-path ({folder}) must be a folder of task files (YAML).")
@@ -166,14 +165,20 @@ def load_tasks(include_path: str | Path, names: list[str]) -> dict[str, Any]:
     for name in names:
         path = manager.task_index[name].yaml_path or folder
         try:
-            loaded |= manager.load([name])["tasks"]
+            for kind, found in manager.load([name]).items():
+                loaded.setdefault(kind, {}).update(found)
         except Exception as error:  # the harness's classes, templates and data sets raise many kinds
             reason = " ".join(str(error).split()).rstrip(".") or "no reason given"
             raise ValueError(
                 f"{path}: lm-evaluation-harness {version} cannot load the task {name} "
-                f"({type(error).__name__}: {reason}); "
-                f"change what it names, or take a task file of this version."
+                f"({type(error).__name__}: {reason}); change what it names, or "
+                f"take a task file of this version."
             ) from error
+    for task in loaded["tasks"].values():
+        examples = task.get_config("num_fewshot")
+        if examples is None or (num_fewshot is not None and examples != 0):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=seed)
     return loaded
 
 
@@ -187,6 +192,13 @@ def _find_unreadable(folder: Path) -> str:
         if not isinstance(content, dict) or not {"task", "group"} & set(content):
             return f" {path} has neither task nor group, as a file of another version of the harness."
     return ""
+
+
+def _hash_task_files(folder: Path) -> str:
+    """SHA-256 of the task files and the Python files beside them, by their paths; the folder may hold other files."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".py") and path.is_file())
+    lines = [f"{path.relative_to(folder).as_posix()}\0{hash_input(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _hash_data(loaded: dict[str, Any]) -> dict[str, str]:
