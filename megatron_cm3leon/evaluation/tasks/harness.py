@@ -81,16 +81,7 @@ def evaluate(
     if (questions is None) != (vlmevalkit is None):
         raise ValueError("--questions and --vlmevalkit belong together; give both, or neither.")
     if questions is not None and vlmevalkit is not None:
-        written = write_tsv(questions, vlmevalkit)
-        inputs = {"questions": hash_input(questions), "vlmevalkit": hash_input(vlmevalkit)}
-        note = f"Copy {vlmevalkit} to VLMEvalKit's $LMUData; its name without .tsv is the name of the data set."
-        return Result(
-            task="harness",
-            figures={"questions": Figure(written)},
-            settings={"vlmevalkit": True},
-            inputs=inputs,
-            notes=[note],
-        )
+        return _convert_questions(questions, vlmevalkit)
     for name, value in (("model", model), ("include-path", include_path), ("tasks", tasks)):
         if not value:
             raise ValueError(f"--{name} is missing; give --model, --include-path and --tasks, or --vlmevalkit.")
@@ -126,6 +117,17 @@ def evaluate(
             f"lost their beginning."
         )
     return result
+
+
+def _convert_questions(questions: str | Path, output: str | Path) -> Result:
+    """Write the TSV for VLMEvalKit; the result says from what."""
+    return Result(
+        task="harness",
+        figures={"questions": Figure(write_tsv(questions, output))},
+        settings={"vlmevalkit": True},
+        inputs={"questions": hash_input(questions), "vlmevalkit": hash_input(output)},
+        notes=[f"Copy {output} to VLMEvalKit's $LMUData; its name without .tsv is the name of the data set."],
+    )
 
 
 @contextmanager
