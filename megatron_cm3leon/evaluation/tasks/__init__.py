@@ -12,7 +12,10 @@ TASKS: dict[str, str] = {
     "clip": "CLIP score of images and their captions, and of the best of N by an independent encoder",
     "fd": "Fréchet distance and CMMD by a CLIP folder or EfficientNet-Lite0",
     "fid": "FID, KID, precision and recall by the Inception network",
+    "geneval": "GenEval's folder of images, and its score by a checker of the corpus",
+    "harness": "lm-evaluation-harness on local task files; a TSV for VLMEvalKit",
     "loss": "nats per token, byte and pixel of held-out documents, with 0..n retrieved documents",
+    "ocr": "text drawn in images, read back by an OCR model",
     "vqa": "answers to questions about images: VQA, VizWiz, OK-VQA, ScienceQA, VisDial",
 }
 """Task -> what it measures, as `tools/evaluate.py --help` shows it."""
