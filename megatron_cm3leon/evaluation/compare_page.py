@@ -17,6 +17,7 @@ from megatron_cm3leon.evaluation.charts import draw_curves
 from megatron_cm3leon.evaluation.compare import (
     Column,
     Run,
+    ShownImage,
     collect_columns,
     collect_images,
     find_differences,
@@ -40,7 +41,7 @@ IMAGE_SIDE = 256
 _STYLE = """
 main { max-width: 76rem; }
 .compare th.n, .compare td.n { padding: .35rem .8rem; }
-.compare td .soft { font-size: .8rem; display: block; }
+.compare .soft { font-size: .8rem; display: block; }
 .compare td b { font-weight: 700; }
 .compare thead th { vertical-align: bottom; max-width: 8.5rem; white-space: normal; line-height: 1.3; }
 .compare tbody th { white-space: nowrap; }
@@ -102,13 +103,18 @@ def _draw_table(title: str, note: str, runs: Sequence[Run], columns: list[Column
     fact_names = [name for name in ("step", "retrieved documents") if any(facts[run.name][name] for run in rows)]
     arrows = {-1: "&nbsp;↓", 0: "", 1: "&nbsp;↑"}
     head = "".join(f'<th class="n" scope="col">{name}</th>' for name in fact_names)
-    head += "".join(f'<th class="n" scope="col">{_break_name(c.name)}{arrows[c.direction]}</th>' for c in columns)
+    units = {column: _find_unit(rows, column) for column in columns}
+    for column in columns:
+        name = f"{_break_name(column.name)}{arrows[column.direction]}{_draw_small(units[column])}"
+        head += f'<th class="n" scope="col">{name}</th>'
     best = {column: _find_best(rows, column) for column in columns}
     body = ""
     for run in rows:
         body += f'<tr><th scope="row">{escape(run.name)}</th>'
         body += "".join(f'<td class="n">{facts[run.name][name] or "–"}</td>' for name in fact_names)
-        body += "".join(_draw_cell(run.find_figure(column), run.name in best[column]) for column in columns)
+        body += "".join(
+            _draw_cell(run.find_figure(column), run.name in best[column], units[column]) for column in columns
+        )
         body += "</tr>"
     note += " Below each figure its 95 % bootstrap interval and the number of items; the best of a column is bold."
     return (
@@ -147,15 +153,26 @@ def _find_best(runs: Sequence[Run], column: Column) -> set[str]:
     return {name for name, value in values.items() if value == best}
 
 
-def _draw_cell(figure: Figure | None, best: bool) -> str:
+def _find_unit(runs: Sequence[Run], column: Column) -> str:
+    """The unit that all figures of a column have; empty if they have none, or several."""
+    units = {figure.unit for run in runs if (figure := run.find_figure(column)) is not None}
+    return units.pop() if len(units) == 1 else ""
+
+
+def _draw_small(text: str) -> str:
+    return f'<span class="soft">{escape(text)}</span>' if text else ""
+
+
+def _draw_cell(figure: Figure | None, best: bool, unit: str) -> str:
+    """A table cell; `unit` is what the table's head says, and is not repeated."""
     if figure is None:
         return '<td class="n">–</td>'
-    value = f"{figure.value:.4g}{f' {escape(figure.unit)}' if figure.unit else ''}"
+    value = f"{figure.value:.4g}{f' {escape(figure.unit)}' if figure.unit != unit else ''}"
     small = "" if figure.low is None or figure.high is None else f"{figure.low:.4g} to {figure.high:.4g}"
     if figure.n is not None:
         small += f"{', ' if small else ''}n = {figure.n:,}"
     value = f"<b>{value}</b>" if best else value
-    return f'<td class="n">{value}{f"<span class=soft>{small}</span>" if small else ""}</td>'
+    return f'<td class="n">{value}{_draw_small(small)}</td>'
 
 
 def _draw_curves(runs: Sequence[Run], columns: list[Column]) -> str:
@@ -191,16 +208,17 @@ def _draw_images(runs: Sequence[Run], examples: int) -> str:
         for caption, files in rows:
             cells += f'<div class="text">{escape(caption)}</div>'
             for number in shown:
-                file = files[number]
-                alt = escape(f"{runs[number].name}: {caption}", quote=True)
-                cells += (
-                    '<div class="none">–</div>'
-                    if file is None
-                    else f'<figure><img alt="{alt}" src="{_encode_image(file)}"></figure>'
-                )
+                cells += _draw_image(files[number], f"{runs[number].name}: {caption}")
         grid = f"grid-template-columns: minmax(8rem, 14rem) repeat({len(shown)}, minmax(5rem, 8rem))"
         sections += f'<h3>{escape(name)}</h3><div class="scroll"><div class="sides" style="{grid}">{cells}</div></div>'
     return f"<section><h2>Images side by side</h2>{sections}</section>" if sections else ""
+
+
+def _draw_image(image: ShownImage | None, alt: str) -> str:
+    if image is None:
+        return '<div class="none">–</div>'
+    note = f"<figcaption>{escape(image.note)}</figcaption>" if image.note else ""
+    return f'<figure><img alt="{escape(alt, quote=True)}" src="{_encode_image(image.path)}">{note}</figure>'
 
 
 def _encode_image(path: Path) -> str:
@@ -237,8 +255,9 @@ def _draw_all(runs: Sequence[Run], columns: list[Column]) -> str:
     body = ""
     for column in columns:
         best = _find_best(runs, column)
-        cells = "".join(_draw_cell(run.find_figure(column), run.name in best) for run in runs)
-        body += f'<tr><th scope="row">{escape(column.name)}</th>{cells}</tr>'
+        unit = _find_unit(runs, column)
+        cells = "".join(_draw_cell(run.find_figure(column), run.name in best, unit) for run in runs)
+        body += f'<tr><th scope="row">{escape(column.name)}{_draw_small(unit)}</th>{cells}</tr>'
     return (
         '<section><h2>All figures</h2><div class="scroll"><table class="compare">'
         f'<thead><tr><th scope="col">figure</th>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'

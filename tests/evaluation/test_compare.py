@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from megatron_cm3leon.evaluation.compare import collect_columns, find_differences, read_runs
+from megatron_cm3leon.evaluation.compare import Column, collect_columns, find_differences, read_runs
 from megatron_cm3leon.evaluation.compare_page import write_comparison
 from megatron_cm3leon.evaluation.result import Figure, Result
 from tests.evaluation.test_report import Reader
@@ -53,11 +53,47 @@ def test_the_page_loads_nothing_and_shows_everything(runs, tmp_path):
     assert report["runs"]["base"]["clip · clip_score"]["curve"][0][1]["value"] == 0.2
 
 
+@pytest.mark.parametrize(
+    ("task", "figure", "direction"),
+    [
+        ("fid", "fid-rank0", -1),
+        ("fid", "fd-inception-32b06add-kid", -1),
+        ("fid", "fd-inception-32b06add-precision", 1),
+        ("fd", "cmmd-clip-a4a37c2a", -1),
+        ("loss", "image_per_pixel_documents_2", -1),
+        ("harness", "kids_qa/acc_norm", 1),
+        ("harness", "loss_of_words/exact_match/strict", 1),
+        ("harness", "captions/bits_per_byte", -1),
+        ("fid", "images", 0),
+    ],
+)
+def test_the_better_direction_is_that_of_the_metric(task, figure, direction):
+    assert Column(task, "", figure).direction == direction
+
+
+def test_a_unit_is_in_the_head_once_and_notes_are_below_images(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name, note in (("one", "read: A"), ("two", "read: B")):
+        images = [{"path": str(tmp_path / "a.png"), "caption": "the text A", "note": note}]
+        figures = {"loss": Figure(1.5, unit="nats per token")}
+        Result(task="ocr", figures=figures, settings={}, tables={"images": images}).write(tmp_path / name)
+    write_comparison(read_runs([str(tmp_path / "one"), str(tmp_path / "two")]), tmp_path / "page")
+    page = (tmp_path / "page/report.html").read_text()
+    # In the table of the task and in that of all figures.
+    assert page.count("nats per token") == 2 and page.count('<td class="n">1.5</td>') == 4
+    assert page.count(">the text A</div>") == 1  # a row for both
+    assert "<figcaption>read: A</figcaption>" in page and "<figcaption>read: B</figcaption>" in page
+
+
 def test_bad_arguments_are_named(runs, tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "loss.json").write_text('{"format": 1, "task": "loss", "figures": {}}')
+    (tmp_path / "text.json").write_text("loss")
     for arguments, fault in (
         ([tmp_path / "empty"], "has no results"),
         ([tmp_path / "nowhere"], "there is no file or folder"),
+        ([tmp_path / "loss.json"], "loss.json lacks a field of a result"),
+        ([tmp_path / "text.json"], "text.json is not a result"),
         ([tmp_path / "base", tmp_path / "base"], "two runs named base"),
     ):
         with pytest.raises(ValueError, match=fault):

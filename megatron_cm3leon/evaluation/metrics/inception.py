@@ -113,7 +113,11 @@ def _is_torchscript(path: Path) -> bool:
 
 def _load_torchscript(path: Path) -> nn.Module:
     """The attribute `layers` of NVIDIA's file: the network without the resizing that the file also has."""
-    module = torch.jit.load(str(path), map_location="cpu")
+    try:
+        module = torch.jit.load(str(path), map_location="cpu")
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not a TorchScript file that torch reads: {reason}; copy it again.") from error
     if not hasattr(module, "layers"):
         raise ValueError(f"{path} is a TorchScript file without `layers`, not NVIDIA's inception-2015-12-05.pt.")
     return module.layers
