@@ -181,11 +181,15 @@ def _list_images(
 
 def _notes(items: Sequence[dict], encoder: Encoder, without: int) -> list[str]:
     truncated = sum(item["truncated"] for item in items)
-    notes = [
-        f"{truncated:,} of {len(items):,} captions have more than {encoder.positions - 2} tokens and were truncated; "
-        f"their end token was kept."
-    ]
-    return notes + ([f"{without:,} images without a caption were not scored."] if without else [])
+    notes = []
+    if truncated:
+        notes.append(
+            f"{truncated:,} of {len(items):,} captions have more than {encoder.positions - 2} tokens and were "
+            f"truncated; their end token was kept."
+        )
+    if without:
+        notes.append(f"{without:,} images without a caption were not scored.")
+    return notes
 
 
 def _write_rank_folders(
