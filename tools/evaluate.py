@@ -59,6 +59,9 @@ def run_task(name: str, arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if Path(options.output).is_file():
         raise ValueError(f"--output ({options.output}) is a file; give a folder for {name}.json.")
+    model = getattr(options, "model", None)
+    if model is not None and not Path(model).is_dir():
+        raise ValueError(f"--model ({model}) is not a folder; give one that tools/convert_checkpoint.py export wrote.")
     if options.seed < 0:
         raise ValueError(f"--seed ({options.seed}) must be at least 0.")
     result = module.evaluate(**vars(options))

@@ -39,6 +39,10 @@ def test_what_is_wrong_in_any_task_is_one_sentence_and_status_2(tmp_path):
         (["fids"], "'fids' is not a task; the tasks are caption, clip, fd, fid,"),
         (["clip", *images, "--output", tmp_path / "file"], "file) is a file; give a folder for clip.json."),
         (["clip", *images, "--output", tmp_path, "--seed", "-1"], "--seed (-1) must be at least 0."),
+        (
+            ["loss", "--model", tmp_path / "none", "--shards", tmp_path, "--output", tmp_path],
+            "none) is not a folder; give one that tools/convert_checkpoint.py export wrote.",
+        ),
     ):
         done = call_tool("evaluate", *arguments)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

@@ -116,8 +116,9 @@ def _load_torchscript(path: Path) -> nn.Module:
     try:
         module = torch.jit.load(str(path), map_location="cpu")
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is not a TorchScript file that torch reads: {reason}; copy it again.") from error
+        raise ValueError(
+            f"{path} is not a TorchScript file that torch {torch.__version__} reads; copy it again."
+        ) from error
     if not hasattr(module, "layers"):
         raise ValueError(f"{path} is a TorchScript file without `layers`, not NVIDIA's inception-2015-12-05.pt.")
     return module.layers
@@ -131,7 +132,8 @@ def _load_layers(path: Path) -> nn.Module:
     except Exception as error:  # damaged and foreign files raise pickle, zip, key and runtime errors
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path} does not hold weights of Inception v3 as torch-fidelity stores them: {reason}."
+            f"{path} does not hold weights of Inception v3 as torch-fidelity stores them ({reason}); give one of "
+            f"{', '.join(KNOWN_WEIGHTS)}."
         ) from error
     module: Any
     for module in network.modules():

@@ -138,6 +138,13 @@ def test_bad_task_files_are_named(arguments, tmp_path):
         harness.evaluate(**arguments | {"tasks": ["old"]})
     with pytest.raises(ValueError, match=r"'none' is not a task of .*; its tasks are: choice, continue, old, text"):
         harness.evaluate(**arguments | {"tasks": ["none"]})
+    with pytest.raises(ValueError, match=r"num_fewshot \(9\) of the task choice must be at most 8, the documents that"):
+        harness.evaluate(**arguments | {"tasks": ["choice"], "num_fewshot": 9})
+    (tmp_path / "data.yaml").write_text(TASK.format(name="data", folder=tmp_path) + TASKS["text"])
+    (tmp_path / "data.jsonl").write_text('{"text": 1}\n{"text": [')
+    with pytest.raises(ValueError, match=r"cannot load the task data \(DatasetGenerationError: .*: .*JSON parse error"):
+        harness.evaluate(**arguments | {"tasks": ["data"]})
+    (tmp_path / "data.yaml").unlink()
     (tmp_path / "broken.yaml").write_text("task: [")
     with pytest.raises(ValueError, match=r"broken.yaml cannot be read"):
         harness.evaluate(**arguments | {"tasks": ["broken"]})
