@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 
+from megatron_cm3leon.evaluation.metrics.comparison import Inputs
 from megatron_cm3leon.evaluation.tasks import TASKS, load_task
 from tests.tools.call import call_tool
 
@@ -18,14 +19,16 @@ def test_a_task_takes_every_option_of_its_command(name):
     task.add_options(parser)
     options = {action.dest: action for action in parser._actions if action.dest != "help"}
     parameters = inspect.signature(task.evaluate).parameters
-    named = {key for key, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD} - {"output"}
-    assert named <= options.keys() and "seed" in options
-    if len(named) == len(parameters) - 1:
-        assert named == options.keys()
-        defaults = {key: parameters[key].default for key in named if not options[key].required}
-        assert {key: _freeze(options[key].default) for key in defaults} == {
-            key: _freeze(value) for key, value in defaults.items()
-        }
+    taken = {
+        key: one
+        for key, one in parameters.items()
+        if one.kind is not inspect.Parameter.VAR_KEYWORD and key not in ("output", "ranks")
+    }
+    if name in ("fd", "fid"):  # further arguments are fields of Inputs
+        taken |= {key: one for key, one in inspect.signature(Inputs).parameters.items() if key != "output"}
+    assert taken.keys() == options.keys() and "seed" in options
+    defaults = {key: _freeze(one.default) for key, one in taken.items() if not options[key].required}
+    assert {key: _freeze(options[key].default) for key in defaults} == defaults
 
 
 def _freeze(value):
