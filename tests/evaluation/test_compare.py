@@ -47,7 +47,8 @@ def test_the_page_loads_nothing_and_shows_everything(runs, tmp_path):
     assert len([tag for tag, _ in tags if tag == "img"]) == 1 and "<script" not in page
     for text in ("Text to image", "Image to text", "Over training", "Settings that differ", "Images side by side",
                  "<b>0.5</b>",
-                 "0.4 to 0.6, n = 40", "clip_<wbr>score&nbsp;↑", "3 captions &lt;b&gt; were"):  # fmt: skip
+                 '<span class="soft">0.4 to 0.6</span><span class="soft">n = 40</span>',
+                 'colspan="1">clip</th>', "clip_<wbr>score&nbsp;↑", "3 captions &lt;b&gt; were"):  # fmt: skip
         assert text in page
     report = json.loads((tmp_path / "page/report.json").read_text())
     assert report["runs"]["base"]["clip · clip_score"]["curve"][0][1]["value"] == 0.2

@@ -175,7 +175,7 @@ def _list_images(
     for pair, item, candidates in zip(pairs[:SHOWN], items, order, strict=False):
         score = factor * max(0.0, item["cosines"][candidates[0]])
         path = (folders[candidates[0]] / pair.name).resolve()
-        rows.append({"path": str(path), "caption": pair.caption, "note": f"{score:.4g}"})
+        rows.append({"path": str(path), "caption": pair.caption, "note": f"score {score:.4g}"})
     return rows
 
 

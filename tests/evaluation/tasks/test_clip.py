@@ -109,7 +109,7 @@ def test_the_command_reads_texts_beside_images_and_refuses_bad_input_with_status
     assert "clip-score-torchmetrics: " in done.stdout and "1 images without a caption were not scored" in done.stdout
     found = read_result(tmp_path / "a" / "clip.json")
     assert [one["caption"] for one in found.tables["images"]] == captions[:2]
-    scores = [float(one["note"]) for one in found.tables["images"]]
+    scores = [float(one["note"].removeprefix("score ")) for one in found.tables["images"]]
     assert np.mean(scores) == pytest.approx(found.figures["clip-score-torchmetrics"].value, rel=1e-3)
     made = [{"picture": "000.png", "caption": "a red circle", "seed": 1}]
     (tmp_path / "generated.json").write_text(json.dumps({"made": made}))
