@@ -76,12 +76,11 @@ def test_a_unit_is_in_the_head_once_and_notes_are_below_images(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for name, note in (("one", "read: A"), ("two", "read: B")):
         images = [{"path": str(tmp_path / "a.png"), "caption": "the text A", "note": note}]
-        figures = {"loss": Figure(1.5, unit="nats per token")}
-        Result(task="ocr", figures=figures, settings={}, tables={"images": images}).write(tmp_path / name)
+        figures = {"clip_score": Figure(1.5, unit="100 * cos")}
+        Result(task="clip", figures=figures, settings={}, tables={"images": images}).write(tmp_path / name)
     write_comparison(read_runs([str(tmp_path / "one"), str(tmp_path / "two")]), tmp_path / "page")
     page = (tmp_path / "page/report.html").read_text()
-    # In the table of the task and in that of all figures.
-    assert page.count("nats per token") == 2 and page.count('<td class="n">1.5</td>') == 4
+    assert page.count("100 * cos") == 1 and page.count('<td class="n">1.5</td>') == 2
     assert page.count(">the text A</div>") == 1  # a row for both
     assert "<figcaption>read: A</figcaption>" in page and "<figcaption>read: B</figcaption>" in page
 

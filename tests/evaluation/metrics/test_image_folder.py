@@ -41,9 +41,10 @@ def test_bad_folders_are_refused_with_one_sentence(tmp_path):
 
 def test_a_header_that_promises_gigabytes_is_refused(tmp_path):
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    content = struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", header), (b"IDAT", b"")):
+        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.png: the image cannot be read \(Image size"):
         check_sizes([tmp_path / "a.png"], "--images", Preparation())
 

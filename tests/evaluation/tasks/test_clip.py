@@ -126,7 +126,7 @@ def test_the_command_reads_texts_beside_images_and_refuses_bad_input_with_status
         (tmp_path / "blank.jsonl", 2, "1 captions are blank, such as that of 000.png"),
         (tmp_path / "other.jsonl", 2, "other.jsonl:1: image (None) must be a text; give image and caption"),
         (tmp_path / "null.jsonl", 2, "null.jsonl:2: caption (None) must be a text"),
-        (tmp_path / "latin.jsonl", 2, "latin.jsonl is not UTF-8: its byte 37 cannot be decoded; save it as UTF-8"),
+        (tmp_path / "latin.jsonl", 2, "latin.jsonl is not UTF-8: its byte 36 cannot be decoded; save it as UTF-8"),
         (tmp_path / "other.json", 2, "is not a generated.json of tools/generate.py"),
         (tmp_path / "absent.jsonl", 2, "is not a file; give JSON Lines"),
     ):
