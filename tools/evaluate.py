@@ -8,6 +8,7 @@
 import argparse
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.evaluation.evaluate import evaluate_model
@@ -56,6 +57,13 @@ def run_task(name: str, arguments: list[str]) -> None:
     module.add_options(parser)
     parser.add_argument("--output", type=user_path, required=True, help=f"folder to write {name}.json to")
     options = parser.parse_args(arguments)
+    if Path(options.output).is_file():
+        raise ValueError(f"--output ({options.output}) is a file; give a folder for {name}.json.")
+    model = getattr(options, "model", None)
+    if model is not None and not Path(model).is_dir():
+        raise ValueError(f"--model ({model}) is not a folder; give one that tools/convert_checkpoint.py export wrote.")
+    if options.seed < 0:
+        raise ValueError(f"--seed ({options.seed}) must be at least 0.")
     result = module.evaluate(**vars(options))
     for figure, value in result.figures.items():
         print(f"{figure}: {value}")

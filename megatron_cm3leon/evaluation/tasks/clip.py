@@ -23,11 +23,12 @@ from megatron_cm3leon.common.cli import user_path
 from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.distributed.device import resolve_device
 from megatron_cm3leon.evaluation.metrics.captions import CaptionedImage, check_candidates, read_captions
-from megatron_cm3leon.evaluation.metrics.image_folder import find_rank_folders
+from megatron_cm3leon.evaluation.metrics.image_folder import find_rank_folders, hash_images, read_image
 from megatron_cm3leon.evaluation.result import Figure, FinishedItems, Result, bootstrap, hash_input, read_versions
 from megatron_cm3leon.retrieval.encoder import Encoder
-from megatron_cm3leon.tokenizers.images import load_image
 
+SHOWN = 24
+"""Images that a report shows."""
 FORMULAS = {"torchmetrics": 100.0, "hessel": 2.5}
 """Name -> factor w of w * max(cos, 0): torchmetrics' CLIPScore, and CLIPScore of Hessel et al. (2104.08718)."""
 
@@ -70,7 +71,8 @@ def evaluate(
     check_candidates(folders, pairs)
     measuring = Encoder.load(encoder, resolve_device(device))
     ranking = Encoder.load(ranker, resolve_device(device)) if ranker else None
-    inputs = {"images": hash_input(images), "encoder": measuring.sha256}
+    files = [folder / pair.name for folder in folders for pair in pairs]
+    inputs = {"images": hash_images(Path(images), files), "encoder": measuring.sha256}
     inputs |= {"captions": hash_input(captions)} if captions else {}
     if ranking:
         inputs["ranker"] = ranking.sha256
@@ -97,6 +99,7 @@ def evaluate(
         inputs=inputs,
         versions=read_versions(("transformers",)),
         notes=_notes(items, measuring, without),
+        tables={"images": _list_images(folders, pairs, items, best, FORMULAS[formula])},
     )
 
 
@@ -129,7 +132,7 @@ def _score_all(
         for start in range(0, len(left), batch_size):
             batch = left[start : start + batch_size]
             texts = [prefix + pair.caption for pair in batch]
-            images = [[load_image(folder / pair.name) for folder in folders] for pair in batch]
+            images = [[read_image(folder / pair.name) for folder in folders] for pair in batch]
             cosines = _compute_cosines(measuring, texts, images)
             ranks = _compute_cosines(ranking, texts, images) if ranking else None
             for number, (pair, text) in enumerate(zip(batch, texts, strict=True)):
@@ -164,13 +167,29 @@ def _figures(items: Sequence[dict], factor: float, formula: str, seed: int) -> t
     return figures, order
 
 
+def _list_images(
+    folders: Sequence[Path], pairs: Sequence[CaptionedImage], items: Sequence[dict], order: np.ndarray, factor: float
+) -> list[dict[str, str]]:
+    """The first images with their captions and scores; of several candidates the one that the ranker chose."""
+    rows = []
+    for pair, item, candidates in zip(pairs[:SHOWN], items, order, strict=False):
+        score = factor * max(0.0, item["cosines"][candidates[0]])
+        path = (folders[candidates[0]] / pair.name).resolve()
+        rows.append({"path": str(path), "caption": pair.caption, "note": f"score {score:.4g}"})
+    return rows
+
+
 def _notes(items: Sequence[dict], encoder: Encoder, without: int) -> list[str]:
     truncated = sum(item["truncated"] for item in items)
-    notes = [
-        f"{truncated:,} of {len(items):,} captions have more than {encoder.positions - 2} tokens and were truncated; "
-        f"their end token was kept."
-    ]
-    return notes + ([f"{without:,} images without a caption were not scored."] if without else [])
+    notes = []
+    if truncated:
+        notes.append(
+            f"{truncated:,} of {len(items):,} captions have more than {encoder.positions - 2} tokens and were "
+            f"truncated; their end token was kept."
+        )
+    if without:
+        notes.append(f"{without:,} images without a caption were not scored.")
+    return notes
 
 
 def _write_rank_folders(
