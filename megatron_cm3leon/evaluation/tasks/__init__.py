@@ -14,6 +14,7 @@ TASKS: dict[str, str] = {
     "fid": "FID, KID, precision and recall by the Inception network",
     "geneval": "GenEval's folder of images, and its score by a checker of the corpus",
     "harness": "lm-evaluation-harness on local task files; a TSV for VLMEvalKit",
+    "infill": "hidden words of captions and hidden boxes of images, filled",
     "loss": "nats per token, byte and pixel of held-out documents, with 0..n retrieved documents",
     "ocr": "text drawn in images, read back by an OCR model",
     "vqa": "answers to questions about images: VQA, VizWiz, OK-VQA, ScienceQA, VisDial",
