@@ -72,7 +72,8 @@ def estimate_seconds(units: list[Unit], results: Results) -> float:
     ratios = []
     for (study, arm, _, size, _), line in results.lines.items():
         times.setdefault((study, arm, size), []).append(line["seconds"])
-        ratios.append(line["seconds"] / _guess((study, arm, size)))
+        if size != "none":
+            ratios.append(line["seconds"] / _guess((study, arm, size)))
     scale = statistics.median(ratios) if ratios else 1.0
     costs = [unit.cost for unit in units]
     return sum(statistics.median(times[cost]) if cost in times else scale * _guess(cost) for cost in costs)
@@ -158,8 +159,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options = parse_options()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
     studies = list(STUDIES) if "all" in options.study else list(dict.fromkeys(options.study))
     plan = Plan(studies, options.sizes, options.families, options.seeds)
     if "prepare" in options.stages:

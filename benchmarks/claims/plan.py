@@ -23,8 +23,6 @@ DEFAULT_SIZES = ("0.6M", "1.9M", "6M")
 SMALLEST_STD = 0.02
 DOCUMENTS = 4
 """Retrieved documents in training: the largest number of demonstrations that is measured."""
-RETRIEVED = 2
-"""The largest number of retrieved documents at generation, as in the paper's table 1."""
 MODELS = {  # documents in training, changes of the recipe
     "retrieval": (DOCUMENTS, []),
     "cm3": (0, []),

@@ -28,8 +28,8 @@ IMAGE = ("--image-size", 32, "--downsample", 4, "--codebook-size", 512, "--num-r
 FULL = {
     "text": ("--vocab-size", 1472),
     "image": ("--steps", 2000),
-    "clip": ("--steps", 1500),
-    "judge": ("--steps", 4000, "--width", 96, "--layers", 3, "--patch-size", 4, "--batch-size", 256, "--seed", 1),
+    "clip": ("--steps", 3000),
+    "judge": ("--steps", 4000, "--width", 96, "--layers", 3, "--patch-size", 4, "--seed", 1),
 }
 """Options of the stages that train."""
 SMALL = {

@@ -10,6 +10,7 @@ Copied images pass through the image tokenizer like generated ones.
 """
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
@@ -44,7 +45,7 @@ def choose_references(
 
 def find_nearest_captions(captions: Sequence[str], others: Sequence[str]) -> list[int]:
     """For each caption the number of the most similar of `others`: cosine of counts of words, weighted by rarity."""
-    documents = [Counter(text.lower().split()) for text in others]
+    documents = [_count_words(text) for text in others]
     postings: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for number, words in enumerate(documents):
         for word, count in words.items():
@@ -57,12 +58,16 @@ def find_nearest_captions(captions: Sequence[str], others: Sequence[str]) -> lis
     nearest = []
     for text in captions:
         scores = np.zeros(len(others))
-        for word, count in Counter(text.lower().split()).items():
+        for word, count in _count_words(text).items():
             if word in arrays:
                 numbers, counts = arrays[word]
                 scores[numbers] += weights[word] ** 2 * count * counts
         nearest.append(int((scores / np.sqrt(lengths)).argmax()))
     return nearest
+
+
+def _count_words(text: str) -> Counter[str]:
+    return Counter(re.findall(r"\w+", text.lower()))
 
 
 def _find_nearest_images(items: Items, encoder: Encoder, bank: bool) -> list[int]:
