@@ -1,6 +1,6 @@
 """The page of evidence.py: the table of claims, the figures of all arms, and plots. Only what was measured is shown."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -30,9 +30,9 @@ def build_page(results: Results, plan: Plan, images: Path, prefix: str) -> str:
         f"{counts['holds']} claims hold, {counts['fails']} fail, {counts['not yet']} are not yet measured, with seeds "
         f"{', '.join(map(str, plan.seeds))} and {items:,} items per arm. {len(results.lines)} units took "
         f"{hours:.1f} hours on {machine['machine']}; torch {machine['torch']}.",
-        "A row compares the first arm of the claim with the second. The difference is the mean over the seeds with its "
-        "95 % interval over items, then that of each seed.",
-        tabulate_verdicts(verdicts),
+        "A row compares the first arm of its claim with the second: the values of both (means over the seeds), their "
+        "difference with its 95 % interval over items, and the difference in each seed.",
+        tabulate_verdicts(verdicts, plan.families),
         "### All arms",
         f"Means over the measured seeds. Sampling: temperature {SAMPLING.temperature:g}, guidance "
         f"{SAMPLING.guidance:g}, except where an arm says otherwise.",
@@ -46,19 +46,27 @@ def build_page(results: Results, plan: Plan, images: Path, prefix: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def tabulate_verdicts(verdicts: Iterable[Verdict]) -> str:
-    """The table of claims."""
-    lines = ["| claim | measure | paper | family | ours | difference | result |", "|---" * 7 + "|"]
-    for verdict in verdicts:
-        claim, ours, difference = verdict.claim, "", ""
-        if verdict.values and verdict.interval:
-            ours = f"{verdict.values[0]:.4g}, {verdict.values[1]:.4g}"
-            low, high = verdict.interval
-            each = ", ".join(f"{value:+.3g}" for value in verdict.differences)
-            difference = f"{np.mean(verdict.differences):+.3g} [{low:+.3g}, {high:+.3g}] ({each})"
-        cells = [claim.text, LABELS[claim.measure], claim.paper, verdict.family, ours, difference, verdict.result]
+def tabulate_verdicts(verdicts: Sequence[Verdict], families: Sequence[str]) -> str:
+    """The table of claims, with two columns for each family."""
+    columns = [cell for family in families for cell in (f"{family}: first, second; difference", "result")]
+    lines = [f"| claim | measure | paper | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
+    for start in range(0, len(verdicts), len(families)):
+        row = verdicts[start : start + len(families)]
+        claim = row[0].claim
+        cells = [claim.text, LABELS[claim.measure], claim.paper]
+        for verdict in row:
+            cells += [_show_difference(verdict), verdict.result]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _show_difference(verdict: Verdict) -> str:
+    if not verdict.values or not verdict.interval:
+        return ""
+    low, high = verdict.interval
+    each = ", ".join(f"{value:+.3g}" for value in verdict.differences)
+    ours = f"{verdict.values[0]:.4g}, {verdict.values[1]:.4g}"
+    return f"{ours}; {np.mean(verdict.differences):+.3g} [{low:+.3g}, {high:+.3g}] ({each})"
 
 
 def tabulate_arms(results: Results) -> str:
@@ -239,8 +247,11 @@ def draw_decoding(results: Results, plan: Plan, path: Path) -> bool:
         drawn |= _draw_candidates(row[2], results, plan, measure)
         row[0].set(xlabel="guidance", ylabel=LABELS[measure])
         row[1].set(xlabel="k of CD-K", xscale="log")
+        row[1].set_xticks(CONTRAST_K, list(map(str, CONTRAST_K)))
         row[2].set(xlabel="images per caption, the best by CLIP", xscale="log")
         row[2].set_xticks([1, 2, 4, CANDIDATES], ["1", "2", "4", str(CANDIDATES)])
+        for axes in row[1:]:
+            axes.minorticks_off()
     return _finish(figure, grid.flat, path, drawn)
 
 
