@@ -118,31 +118,43 @@ def run_once(result: Path, *command) -> None:
 
 def train_model(name: str, family: str, seed: int, prepared: Path, folder: Path, options: argparse.Namespace) -> Path:
     """Train with K uniform in 0..3 and export; returns the exported folder."""
-    exported, config = folder / "exported", folder / "train.yaml"
-    context = find_context(prepared)
     overrides = [f"data.shards={prepared}/shards/train", f"retrieval.index={prepared}/index/train", f"seed={seed}"]
-    overrides += [f"retrieval.documents={MOST}", "retrieval.choice=uniform", f"data.seq_length={context}"]
-    overrides += [f"train.steps={options.steps}", f"checkpoint.interval={options.steps}", f"output={folder}/run"]
-    expected = load_config(ROOT / CORPORA[name]["config"], overrides + FAMILIES[family] + options.set)
+    overrides += [
+        f"retrieval.documents={MOST}",
+        "retrieval.choice=uniform",
+        f"data.seq_length={find_context(prepared)}",
+    ]
+    overrides += [f"train.steps={options.steps}", f"checkpoint.interval={options.steps}"]
+    recipe = ROOT / CORPORA[name]["config"]
+    return train_and_export(recipe, overrides + FAMILIES[family] + options.set, prepared / "tokenizer", folder)
+
+
+def train_and_export(recipe: Path, overrides: list[str], tokenizer: Path, folder: Path) -> Path:
+    """Train a recipe with changes in `folder`, or continue; returns the exported folder.
+
+    ValueError if the folder holds a run with other settings.
+    """
+    exported, config = folder / "exported", folder / "train.yaml"
+    expected = load_config(recipe, [*overrides, f"output={folder}/run"])
     if config.is_file() and load_config(config) != expected:
-        raise ValueError(f"{folder} was trained with other settings ({config}); give another --output.")
+        raise ValueError(f"{folder} was trained with other settings ({config}); give another folder, or remove it.")
     if (exported / "config.json").is_file():
         return exported
     folder.mkdir(parents=True, exist_ok=True)
     save_config(expected, config)
     run("-m", "megatron_cm3leon.train", config)
-    shutil.rmtree(exported, ignore_errors=True)
     latest = folder / "run/checkpoints" / (folder / "run/latest").read_text().strip()
-    inputs = ("--checkpoint", latest, "--tokenizer", prepared / "tokenizer")
+    inputs = ("--checkpoint", latest, "--tokenizer", tokenizer)
+    shutil.rmtree(exported, ignore_errors=True)
     run("tools/convert_checkpoint.py", "export", *inputs, "--output", exported)
     return exported
 
 
-def find_context(prepared: Path) -> int:
-    """Sequence length for a query and three documents of nearly any length, and for masking; a multiple of 32."""
+def find_context(prepared: Path, documents: int = MOST) -> int:
+    """Sequence length for a query and documents of nearly any length, and for masking; a multiple of 32."""
     corpora = [open_shards(prepared / "shards" / split) for split in ("train", "heldout")]
     query = max(int(corpus.lengths.max()) for corpus in corpora)
-    others = MOST * (int(np.quantile(corpora[0].lengths, 0.95)) + 1)
+    others = documents * (int(np.quantile(corpora[0].lengths, 0.95)) + 1)
     return -(-(query + others + 10) // 32) * 32
 
 

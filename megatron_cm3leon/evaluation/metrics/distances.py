@@ -48,6 +48,16 @@ class FrechetDistance:
 
     def measure(self, features: np.ndarray, resamples: int, seed: int) -> Figure:
         """The distance of images X and its interval."""
+        n = len(features)
+        value, found = self.resample(features, resamples, seed)
+        return make_figure(value, found, n, minimum=0)
+
+    def resample(self, features: np.ndarray, resamples: int, seed: int) -> tuple[float, np.ndarray]:
+        """The distance of images X, and of sets of images drawn from them with replacement: float64 [resamples].
+
+        The same number of images, of resamples and seed draw the same images: the differences between two such arrays
+        are those of a paired bootstrap.
+        """
         n, width = features.shape
         gram = self._compute_gram(features) if n <= width else None
         value = self._measure_counts(features, np.ones(n), gram)
@@ -56,7 +66,7 @@ class FrechetDistance:
             self._measure_counts(features, np.bincount(random.integers(0, n, n), minlength=n), gram)
             for _ in range(resamples)
         ]
-        return make_figure(value, np.array(found), n, minimum=0)
+        return value, np.array(found)
 
     def _compute_gram(self, features: np.ndarray) -> np.ndarray:
         """X B X^T [n, n]; X is centered, which keeps its digits."""
