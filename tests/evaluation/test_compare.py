@@ -8,7 +8,7 @@ from PIL import Image
 from megatron_cm3leon.evaluation.compare import collect_columns, find_differences, read_runs
 from megatron_cm3leon.evaluation.compare_page import write_comparison
 from megatron_cm3leon.evaluation.result import Figure, Result
-from tests.evaluation.test_report import Reader
+from tests.evaluation.test_report import PageParser
 
 
 def write(folder, task="clip", value=0.25, settings=None, **fields):
@@ -42,7 +42,7 @@ def test_the_last_step_is_in_the_table_and_all_are_in_the_curve(runs):
 def test_the_page_loads_nothing_and_shows_everything(runs, tmp_path):
     write_comparison(runs, tmp_path / "page")
     page = (tmp_path / "page/report.html").read_text()
-    tags = Reader(page).tags
+    tags = PageParser(page).tags
     assert all(one["src"].startswith("data:image/png;base64,") for tag, one in tags if tag == "img")
     assert len([tag for tag, _ in tags if tag == "img"]) == 1 and "<script" not in page
     for text in ("Text to image", "Image to text", "Over training", "Settings that differ", "Images side by side",

@@ -26,11 +26,11 @@ PROMPTS = [
 
 
 @pytest.fixture
-def arguments(world):
-    world.checker.write_text(CHECKER + FINDER)
-    prompts = world.path / "prompts.jsonl"
+def arguments(inputs):
+    inputs.checker.write_text(CHECKER + FINDER)
+    prompts = inputs.path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
-    return {"model": world.model, "prompts": prompts, "checker": world.checker, "output": world.path / "out",
+    return {"model": inputs.model, "prompts": prompts, "checker": inputs.checker, "output": inputs.path / "out",
             "images": 2, "device": "cpu"}  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_an_interrupted_run_continues_with_the_same_images(arguments, monkeypatc
         evaluate(**arguments | {"seed": 1})
 
 
-def test_ranks_write_the_same_images(arguments, monkeypatch, world):
+def test_ranks_write_the_same_images(arguments, monkeypatch, inputs):
     monkeypatch.setattr(geneval, "PROMPTS_AT_ONCE", 1)
     evaluate(**arguments)
     before = read_images(arguments["output"])
@@ -79,7 +79,7 @@ def test_ranks_write_the_same_images(arguments, monkeypatch, world):
     monkeypatch.setattr(geneval, "rendezvous", lambda rank: geneval_store())
     entries = geneval.read_prompts(arguments["prompts"])
     options = geneval.Sampling(), geneval.RetrievalOptions(), "fp32", "cpu"
-    geneval._generate(world.model, entries, arguments["output"] / "images", 2, *options, rank)
+    geneval._generate(inputs.model, entries, arguments["output"] / "images", 2, *options, rank)
     assert read_images(arguments["output"]) == {path: data for path, data in before.items() if "/00001/" in path}
 
 
