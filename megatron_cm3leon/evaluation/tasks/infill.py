@@ -6,17 +6,22 @@
     box_all      images of which the checker finds all attributes correct after the box was filled
     box_hidden   the same, of the images that need the box: with the box filled by background they are not correct
 
-Each box is half as high and wide as the image, in one of the corners or in the center. Beside the figures are those of
-what needs no model: `text_word_commonest`, where every hidden word is the commonest one; `_background`, where the box
-has the commonest code outside it; `box_all_original`, with the original codes, the upper bound. Text is filled
-greedily. With an index, documents are retrieved by the image for a text, by the caption for a box.
+Each box is half as high and wide as the image, in one of the corners or in the center. Other figures to compare with:
+
+    text_word_commonest   the hidden word is always the commonest one
+    _background           the box has the commonest code outside it
+    _generated            the image is generated from its caption in its order, without a mask and guidance, and the
+                          codes outside the box are given: possible without CM3, but blind for what comes after the box
+    box_all_original      the original codes: the upper bound
+
+Text is filled greedily. With an index, documents are retrieved by the image for a text, by the caption for a box.
 """
 
 import argparse
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +33,11 @@ from megatron_cm3leon.evaluation.heldout import Heldout, read_heldout
 from megatron_cm3leon.evaluation.judge import Checker, judge_images, load_checker, parse_captions
 from megatron_cm3leon.evaluation.result import Figure, FinishedItems, Result, bootstrap, hash_input
 from megatron_cm3leon.evaluation.retrieval import PROMPT_TOKENS
+from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.generator import Box, Generator
+from megatron_cm3leon.generation.grammar import image_segment
+from megatron_cm3leon.generation.prompts import image_prompt
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
 from megatron_cm3leon.generation.sampling import SAMPLERS, Sampling
 from megatron_cm3leon.generation.tasks import MASK
@@ -196,10 +204,9 @@ class _Evaluation:
 
     def _fill_boxes(self, part: list[int]) -> list[dict]:
         """For each pair, how the filled box compares with the original codes and with background."""
-        shape = self.generator.vocabulary.image_height, self.generator.vocabulary.image_width
+        generated = self._generate_boxes(part)
         filled: dict[int, np.ndarray] = {}
         background: dict[int, np.ndarray] = {}
-        inside: dict[int, np.ndarray] = {}
         for box in dict.fromkeys(hidden.box for number in part if (hidden := self.hidden[number])):
             chosen = [number for number in part if (hidden := self.hidden[number]) and hidden.box == box]
             captions = [self.pairs.captions[number] for number in chosen]
@@ -210,17 +217,15 @@ class _Evaluation:
                 captions=captions,
                 retrieved=self._retrieve(part=chosen, texts=captions),
             )
-            top, left, bottom, right = box
-            mask = np.zeros(shape, bool)
-            mask[top:bottom, left:right] = True
+            mask = self._mask(chosen[0])
             for number, image in zip(chosen, images, strict=True):
                 codes = self.pairs.codes[number]
-                commonest = np.bincount(codes[~mask.reshape(-1)]).argmax() if not mask.all() else 0
-                filled[number], inside[number] = image.codes, mask.reshape(-1)
-                background[number] = np.where(inside[number], commonest, codes)
+                commonest = np.bincount(codes[~mask]).argmax() if not mask.all() else 0
+                filled[number] = image.codes
+                background[number] = np.where(mask, commonest, codes)
         items: list[dict] = []
         for number in part:
-            codes, where = self.pairs.codes[number], inside[number]
+            codes, where = self.pairs.codes[number], self._mask(number)
             hidden = self.hidden[number]
             assert hidden is not None
             items.append(
@@ -228,16 +233,47 @@ class _Evaluation:
                     "box": hidden.box,
                     "codes": float((filled[number] == codes)[where].mean()),
                     "codes_background": float((background[number] == codes)[where].mean()),
+                    "codes_generated": float((generated[number] == codes)[where].mean()),
                 }
             )
         if self.checker:
             expected = parse_captions(self.checker, [self.pairs.captions[number] for number in part])
-            rows = {"all": filled, "all_background": background, "all_original": dict(enumerate(self.pairs.codes))}
+            original = dict(enumerate(self.pairs.codes))
+            rows = {"": filled, "_background": background, "_generated": generated, "_original": original}
             for name, codes_of in rows.items():
                 images = self.generator.codec.decode_images(np.stack([codes_of[number] for number in part]))
                 for item, judged in zip(items, judge_images(self.checker, images, expected), strict=True):
-                    item[name] = all(entry[2] for entry in judged.values())
+                    item[f"all{name}"] = all(entry[2] for entry in judged.values())
         return items
+
+    def _generate_boxes(self, part: list[int]) -> dict[int, np.ndarray]:
+        """Codes of each pair's image, generated from its caption with the codes outside the box given."""
+        generator, captions = self.generator, [self.pairs.captions[number] for number in part]
+        vocabulary = generator.vocabulary
+        documents = self._retrieve(part, texts=captions) or [[] for _ in part]
+        ids = decode_segments(
+            generator.decoder,
+            [
+                image_prompt(generator.codec.text.encode(caption), row, vocabulary)
+                for caption, row in zip(captions, documents, strict=True)
+            ],
+            image_segment(vocabulary),
+            replace(self.sampling, guidance=1.0),
+            [self.sampling.seed] * len(part),
+            forced=np.stack(
+                [np.where(self._mask(number), -1, self.pairs.codes[number] + vocabulary.image_start) for number in part]
+            ),
+        )
+        return dict(zip(part, ids - vocabulary.image_start, strict=True))
+
+    def _mask(self, number: int) -> np.ndarray:
+        """Whether each code of a pair's image is inside its box, bool [image tokens]."""
+        hidden = self.hidden[number]
+        assert hidden is not None
+        mask = np.zeros((self.generator.vocabulary.image_height, self.generator.vocabulary.image_width), bool)
+        top, left, bottom, right = hidden.box
+        mask[top:bottom, left:right] = True
+        return mask.reshape(-1)
 
     def _retrieve(self, part: list[int], **queries: list) -> list[list[np.ndarray]] | None:
         """Documents for each of these pairs, by their texts or images; as many as fit into the context."""
@@ -290,10 +326,13 @@ def compute_figures(items: Sequence[dict], seed: int) -> dict[str, Figure]:
         "text_span": [item["span"]["right"] for item in items],
         "box_codes": [item["box"]["codes"] for item in items],
         "box_codes_background": [item["box"]["codes_background"] for item in items],
+        "box_codes_generated": [item["box"]["codes_generated"] for item in items],
     }
     if "all" in items[0]["box"]:
-        for name in ("all", "all_background", "all_original"):
+        for name in ("all", "all_background", "all_generated", "all_original"):
             rows[f"box_{name}"] = [item["box"][name] for item in items]
         needing = [item["box"] for item in items if not item["box"]["all_background"]]
-        rows |= {"box_hidden": [box["all"] for box in needing]} if needing else {}
+        if needing:
+            rows["box_hidden"] = [box["all"] for box in needing]
+            rows["box_hidden_generated"] = [box["all_generated"] for box in needing]
     return {name: bootstrap(row, seed=seed) for name, row in rows.items()}

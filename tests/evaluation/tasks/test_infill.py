@@ -3,12 +3,35 @@
 import numpy as np
 import pytest
 
+from megatron_cm3leon.data.shards.reader import open_shards
+from megatron_cm3leon.evaluation.heldout import read_heldout
 from megatron_cm3leon.evaluation.judge import load_checker
 from megatron_cm3leon.evaluation.result import read_result
 from megatron_cm3leon.evaluation.tasks import infill
 from megatron_cm3leon.generation.retrieved import DocumentSource
 from tests.models import WordTokenizer
 from tests.tools.call import call_tool
+
+
+def sum_generated(subject):
+    """Share of codes in the boxes that greedy decoding draws, one code after another, from plain forward passes."""
+    generator, vocabulary = subject.generator, subject.generator.vocabulary
+    pairs, shares = read_heldout(open_shards(subject.shards), 192, 0), []
+    for number, (caption, codes) in enumerate(zip(pairs.captions, pairs.codes, strict=True)):
+        top, left, bottom, right = infill.place_boxes(2, 2)[number % 5]
+        inside = [row * 2 + column for row in range(top, bottom) for column in range(left, right)]
+        ids = [vocabulary.eos]
+        for place in (1, 0):  # FakeRetriever finds 0, 1, ...; the nearest is last
+            ids += [*subject.source.bank.read(place).tolist(), vocabulary.break_id]
+        ids += [*generator.codec.text.encode(caption), vocabulary.break_id]
+        for place, code in enumerate(codes.tolist()):
+            if place in inside:
+                candidates = [[token] for token in range(vocabulary.image_start, vocabulary.image_end)]
+                drawn = int(generator.score([ids] * len(candidates), candidates).argmax())
+                shares.append(drawn == code)
+                code = drawn
+            ids.append(vocabulary.image_start + code)
+    return np.mean(shares)
 
 
 @pytest.fixture
@@ -42,8 +65,8 @@ def test_figures_by_hand():
         return {
             "word": {"hidden": word, "right": right},
             "span": {"right": False},
-            "box": {"codes": codes, "codes_background": background, "all": correct, "all_background": without,
-                    "all_original": True},
+            "box": {"codes": codes, "codes_background": background, "codes_generated": 1.0, "all": correct,
+                    "all_background": without, "all_generated": True, "all_original": True},
         }  # fmt: skip
 
     items = [
@@ -54,8 +77,10 @@ def test_figures_by_hand():
     ]
     figures = {name: figure.value for name, figure in infill.compute_figures(items, 0).items()}
     assert figures == {
-        "text_word": 0.75, "text_word_commonest": 0.5, "text_span": 0, "box_codes": 0.5, "box_codes_background": 0.25,
-        "box_all": 0.75, "box_all_background": 0.5, "box_all_original": 1, "box_hidden": 0.5,
+        "text_word": 0.75, "text_word_commonest": 0.5, "text_span": 0,
+        "box_codes": 0.5, "box_codes_background": 0.25, "box_codes_generated": 1,
+        "box_all": 0.75, "box_all_background": 0.5, "box_all_generated": 1, "box_all_original": 1,
+        "box_hidden": 0.5, "box_hidden_generated": 1,
     }  # fmt: skip
 
 
@@ -79,6 +104,8 @@ def test_pairs_are_filled_and_compared(subject, monkeypatch):
     assert done.returncode == 0, done.stderr
     result = read_result(out / "infill.json")
     assert result.figures["text_word"].value == result.figures["text_span"].value == 0.5
+    expected = sum_generated(subject)
+    assert result.figures["box_codes_generated"].value == pytest.approx(expected)
     assert result.figures["text_word"].n == 20 and result.figures["box_all_original"].value == 1
     assert 0 <= result.figures["box_codes"].value <= 1 and result.figures["box_codes_background"].value < 1
     texts = {row["text"]: row for row in result.tables["texts"]}
