@@ -46,7 +46,7 @@ class Column:
             return 1
         if _LOWER.search(name):
             return -1
-        return 1 if _HIGHER.search(name) or self.task in ("geneval", "vqa", "caption") else 0
+        return 1 if _HIGHER.search(name) or self.task in ("geneval", "vqa", "caption", "infill") else 0
 
 
 @dataclass

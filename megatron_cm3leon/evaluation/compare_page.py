@@ -31,6 +31,7 @@ from megatron_cm3leon.tokenizers.images import load_image
 TABLES = (
     ("Text to image", "In the form of table 1 of CM3Leon (arXiv 2309.02591).", ("fid", "fd", "clip", "geneval", "ocr")),
     ("Image to text", "In the form of its table 2.", ("caption", "vqa")),
+    ("Infilling", "Hidden words of captions and hidden boxes of images.", ("infill",)),
     ("Language and loss", "Tasks of text alone, and held-out losses.", ("loss", "harness")),
 )
 """Title, note and tasks of each table; tasks that are in none follow in a table of their own."""

@@ -7,7 +7,7 @@
 The encoder is a CLIP folder: a published CLIPModel, or what tools/train_clip.py writes. Its name is part of the number.
 candidates/ has folders 0..N-1 with an image of each caption. The ranker chooses, the encoder measures: a score by the
 encoder that chose would be circular. --rank-folders writes the candidates as ranked/0 (best) to ranked/N-1, of which
-the task fid measures each.
+the task fid measures each. The ranks of a launch share the captions.
 """
 
 import argparse
@@ -15,16 +15,16 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from megatron_cm3leon.common.cli import user_path
-from megatron_cm3leon.common.progress import meter
-from megatron_cm3leon.distributed.device import resolve_device
 from megatron_cm3leon.evaluation.metrics.captions import CaptionedImage, check_candidates, read_captions
 from megatron_cm3leon.evaluation.metrics.image_folder import find_rank_folders, hash_images, read_image
-from megatron_cm3leon.evaluation.result import Figure, FinishedItems, Result, bootstrap, hash_input, read_versions
+from megatron_cm3leon.evaluation.ranks import Ranks
+from megatron_cm3leon.evaluation.result import Figure, Result, bootstrap, hash_input, read_versions
 from megatron_cm3leon.retrieval.encoder import Encoder
 
 SHOWN = 24
@@ -61,18 +61,22 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     device: str = "auto",
-) -> Result:
-    """Score captioned images. ValueError for input that cannot be scored, and for a ranker that is the encoder."""
-    if batch_size < 1:
-        raise ValueError(f"--batch-size ({batch_size}) must be at least 1.")
+    ranks: Ranks | None = None,
+) -> Result | None:
+    """Score captioned images; None on ranks other than the first.
+
+    ValueError for input that cannot be scored, and for a ranker that is the encoder.
+    """
+    ranks = ranks or Ranks()
     folders = find_rank_folders(images) or [Path(images)]
     _check_ranking(folders, images, ranker, rank_folders)
     pairs, without = read_captions(folders[0], captions)
     check_candidates(folders, pairs)
-    measuring = Encoder.load(encoder, resolve_device(device))
-    ranking = Encoder.load(ranker, resolve_device(device)) if ranker else None
+    device = ranks.resolve_device(device)
+    measuring = Encoder.load(encoder, device)
+    ranking = Encoder.load(ranker, device) if ranker else None
     files = [folder / pair.name for folder in folders for pair in pairs]
-    inputs = {"images": hash_images(Path(images), files), "encoder": measuring.sha256}
+    inputs = {"images": ranks.from_first(lambda: hash_images(Path(images), files)), "encoder": measuring.sha256}
     inputs |= {"captions": hash_input(captions)} if captions else {}
     if ranking:
         inputs["ranker"] = ranking.sha256
@@ -80,9 +84,18 @@ def evaluate(
             raise ValueError(
                 f"--ranker ({ranker}) and --encoder are the same encoder; give another one to measure with."
             )
-    with closing(FinishedItems(output, {"task": "clip", "inputs": inputs, "prefix": prefix})) as finished:
-        _score_all(pairs, folders, measuring, ranking, prefix, finished, batch_size)
-        items = [finished.items[pair.name] for pair in pairs]
+    with closing(ranks.open_items(output, {"task": "clip", "inputs": inputs, "prefix": prefix})) as finished:
+        ranks.finish_items(
+            {pair.name: pair for pair in pairs},
+            partial(_score, folders, measuring, ranking, prefix),
+            finished,
+            batch_size=batch_size,
+            label="CLIP score",
+            unit="captions",
+        )
+    if not ranks.first:
+        return None
+    items = [finished.items[pair.name] for pair in pairs]
     figures, best = _figures(items, FORMULAS[formula], formula, seed)
     if rank_folders and ranking:
         _write_rank_folders(Path(rank_folders), folders, pairs, best)
@@ -116,32 +129,20 @@ def _check_ranking(
         raise ValueError(f"--rank-folders ({rank_folders}) exists; give a new folder.")
 
 
-def _score_all(
-    pairs: Sequence[CaptionedImage],
-    folders: Sequence[Path],
-    measuring: Encoder,
-    ranking: Encoder | None,
-    prefix: str,
-    finished: FinishedItems,
-    batch_size: int,
-) -> None:
-    """Add one item per caption: cosines of its candidates by each encoder, and whether it was truncated."""
-    left = [pair for pair in pairs if pair.name not in finished.items]
-    with meter(len(pairs), "CLIP score", "captions") as progress:
-        progress.advance(len(pairs) - len(left))
-        for start in range(0, len(left), batch_size):
-            batch = left[start : start + batch_size]
-            texts = [prefix + pair.caption for pair in batch]
-            images = [[read_image(folder / pair.name) for folder in folders] for pair in batch]
-            cosines = _compute_cosines(measuring, texts, images)
-            ranks = _compute_cosines(ranking, texts, images) if ranking else None
-            for number, (pair, text) in enumerate(zip(batch, texts, strict=True)):
-                item = {"cosines": cosines[number].tolist()}
-                item["truncated"] = measuring.count_tokens(text) > measuring.positions - 2
-                if ranks is not None:
-                    item["ranker"] = ranks[number].tolist()
-                finished.add(pair.name, item)
-            progress.advance(len(batch))
+def _score(
+    folders: Sequence[Path], measuring: Encoder, ranking: Encoder | None, prefix: str, batch: list[CaptionedImage]
+) -> Iterator[dict]:
+    """One item per caption: cosines of its candidates by each encoder, and whether it was truncated."""
+    texts = [prefix + pair.caption for pair in batch]
+    images = [[read_image(folder / pair.name) for folder in folders] for pair in batch]
+    cosines = _compute_cosines(measuring, texts, images)
+    ranked = _compute_cosines(ranking, texts, images) if ranking else None
+    for number, text in enumerate(texts):
+        item = {"cosines": cosines[number].tolist()}
+        item["truncated"] = measuring.count_tokens(text) > measuring.positions - 2
+        if ranked is not None:
+            item["ranker"] = ranked[number].tolist()
+        yield item
 
 
 def _compute_cosines(encoder: Encoder, texts: Sequence[str], images: Sequence[Sequence]) -> np.ndarray:

@@ -10,6 +10,7 @@ from megatron_cm3leon.evaluation.result import read_result
 from megatron_cm3leon.evaluation.tasks import clip
 from megatron_cm3leon.retrieval.encoder import Encoder
 from tests.evaluation.metrics.images import write_images
+from tests.evaluation.rank_threads import run_ranks
 from tests.evaluation.tasks.clips import CAPTIONS, write_clip
 from tests.tools.call import call_tool
 
@@ -95,6 +96,8 @@ def test_an_interrupted_run_continues(world, tmp_path, monkeypatch):
         clip.evaluate(output=tmp_path / "out", batch_size=5, **options)
     found = clip.evaluate(output=tmp_path / "out", batch_size=5, **options)
     assert calls == [5, 5, 5, 2] and len(captions) == 12
+    shared = run_ranks(2, lambda ranks: clip.evaluate(output=tmp_path / "two", batch_size=5, ranks=ranks, **options))
+    assert shared == [found, None]
     figure = found.figures["clip-score-torchmetrics"].value
     assert figure == pytest.approx(whole.figures["clip-score-torchmetrics"].value, rel=1e-5)
 
