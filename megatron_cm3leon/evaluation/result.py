@@ -199,7 +199,7 @@ class FinishedItems:
             earlier = before.get("identity") or {}
             changed = sorted(key for key in {*earlier, *self._identity} if earlier.get(key) != self._identity.get(key))
             raise ValueError(
-                f"{path} is of a run with another {', '.join(changed)}; give another --output, or delete the file."
+                f"{path} is of a run with different {', '.join(changed)}; give another --output, or delete the file."
             )
         self.items |= {line["key"]: line["item"] for line in lines}
         return True

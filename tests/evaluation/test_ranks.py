@@ -70,7 +70,7 @@ def test_an_interrupted_launch_continues_with_another_number_of_ranks(tmp_path):
 
 def test_items_of_any_rank_with_another_identity_are_refused(tmp_path):
     FinishedItems(tmp_path, {"seed": 2}, rank=3).close()
-    with pytest.raises(ValueError, match=r"items-3\.jsonl is of a run with another seed; give another --output"):
+    with pytest.raises(ValueError, match=r"items-3\.jsonl is of a run with different seed; give another --output"):
         Ranks().open_items(tmp_path, {"seed": 1})
     assert not (tmp_path / "items.jsonl").exists()
 

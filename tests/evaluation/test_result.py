@@ -67,5 +67,5 @@ def test_finished_items_survive_an_interruption_and_another_identity_is_refused(
     continued.close()
     assert len((tmp_path / "items.jsonl").read_text().splitlines()) == 3
     assert json.loads((tmp_path / "items.jsonl").read_text().splitlines()[2]) == {"key": "b", "item": {"loss": 2.5}}
-    with pytest.raises(ValueError, match="of a run with another seed; give another --output"):
+    with pytest.raises(ValueError, match="of a run with different seed; give another --output"):
         FinishedItems(tmp_path, {"seed": 2, "sizes": (2, 3)})

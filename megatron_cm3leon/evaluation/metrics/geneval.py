@@ -17,6 +17,8 @@ from typing import TypedDict
 
 import numpy as np
 
+from megatron_cm3leon.evaluation.text_files import read_text
+
 GROUPS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 """Tags of GenEval's groups. A file may have others: each tag is a group."""
 RELATIONS = ("left of", "right of", "above", "below")
@@ -40,7 +42,7 @@ def read_prompts(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"no prompts at {path}; give a file such as GenEval's prompts/evaluation_metadata.jsonl.")
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             fault = _find_fault(line)
             if fault:

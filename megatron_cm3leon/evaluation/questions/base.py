@@ -1,7 +1,7 @@
 """A question about an image, the files it is read from, and what all readers of such files need."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,26 +76,6 @@ def build_image_path(files: QuestionFiles, default: str, image_id: object) -> Pa
             f"does not suit the image_id {image_id!r} ({error})."
         ) from error
     return files.image_folder / name
-
-
-def read_objects(path: str | Path) -> Iterator[dict]:
-    """JSON objects of a UTF-8 file, one per line, blank lines skipped; ValueError with the line of anything else."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number} is not valid JSON: {error}.") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}:{number} is not a JSON object.")
-        yield found
 
 
 def check_choice(correct: object, candidates: Sequence[str], key: str) -> int | None:

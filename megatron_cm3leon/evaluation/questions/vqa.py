@@ -8,8 +8,8 @@ from megatron_cm3leon.evaluation.questions.base import (
     build_image_path,
     check_choice,
     load_json,
-    read_objects,
 )
+from megatron_cm3leon.evaluation.text_files import read_objects
 
 
 def read_vqa(files: QuestionFiles) -> Iterator[Question]:
@@ -102,7 +102,7 @@ def read_scienceqa(files: QuestionFiles) -> Iterator[Question]:
 
 
 def read_jsonl(files: QuestionFiles) -> Iterator[Question]:
-    for number, one in enumerate(read_objects(files.questions)):
+    for number, (_, one) in enumerate(read_objects(files.questions)):
         candidates = tuple(one.get("candidates", ()))
         key = str(one.get("question_id", number))
         answers = one.get("answers", [one["answer"]] if "answer" in one else ())

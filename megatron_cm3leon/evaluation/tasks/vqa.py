@@ -32,6 +32,7 @@ from megatron_cm3leon.evaluation.questions import READERS, read_questions
 from megatron_cm3leon.evaluation.questions.base import Question, QuestionFiles
 from megatron_cm3leon.evaluation.ranks import Ranks
 from megatron_cm3leon.evaluation.result import Result, hash_input, read_versions
+from megatron_cm3leon.evaluation.text_files import read_text
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.generator import Generator
 
@@ -174,7 +175,7 @@ def _prepare(
     if candidates and method != "rank":
         raise ValueError(f"candidates ({candidates}) requires --method rank.")
     if candidates:
-        lines = Path(candidates).read_text(encoding="utf-8").splitlines()
+        lines = read_text(candidates).split("\n")
         listed = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
         if not listed:
             raise ValueError(f"candidates ({candidates}) has no answers; write one per line.")

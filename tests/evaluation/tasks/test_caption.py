@@ -166,7 +166,7 @@ def test_an_interrupted_run_continues(inputs, monkeypatch):
     calls[:] = [0]
     continued = caption.evaluate(output=inputs.path / "out", **options)
     assert calls == [0, 2] and continued.figures == complete.figures and continued.tables == complete.tables
-    with pytest.raises(ValueError, match="of a run with another settings; give another --output"):
+    with pytest.raises(ValueError, match="of a run with different settings; give another --output"):
         caption.evaluate(output=inputs.path / "out", **{**options, "longest": 5})
 
 

@@ -131,7 +131,7 @@ def test_an_interrupted_run_continues_and_another_reference_is_refused(folders, 
     assert calls == [4, 3, 3]  # the reference is complete, the images are not
     run(path, sha256, "interrupted", **options)
     assert len(calls) == 3
-    with pytest.raises(ValueError, match="of a run with another inputs; give another --output"):
+    with pytest.raises(ValueError, match="of a run with different inputs; give another --output"):
         run(path, sha256, "interrupted", **options | {"reference": path / "images" / "0"})
 
 

@@ -67,7 +67,7 @@ def test_an_interrupted_run_continues_with_the_same_images(arguments, monkeypatc
     assert read_images(arguments["output"]) == before
     assert (arguments["output"] / "images/00002/samples/0000.png").stat().st_mtime_ns == kept
     assert result.figures["images"].value == 6 and "evaluate_images.py" in result.notes[0]
-    with pytest.raises(ValueError, match="of a run with another seed"):
+    with pytest.raises(ValueError, match="of a run with different seed"):
         evaluate(**arguments | {"seed": 1})
 
 

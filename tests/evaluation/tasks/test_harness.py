@@ -126,7 +126,7 @@ def test_bos_changes_results_and_finished_answers_are_kept(arguments):
     items = (arguments["output"] / "items.jsonl").read_text()
     again = harness.evaluate(**arguments | {"tasks": ["choice"], "bos": True})
     assert (arguments["output"] / "items.jsonl").read_text() == items and again.figures == first.figures
-    with pytest.raises(ValueError, match="of a run with another settings"):
+    with pytest.raises(ValueError, match="of a run with different settings"):
         harness.evaluate(**arguments | {"tasks": ["choice"], "bos": False})
 
 

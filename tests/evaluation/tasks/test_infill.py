@@ -132,7 +132,7 @@ def test_an_interrupted_evaluation_continues(subject, monkeypatch):
         infill.evaluate(output=subject.path / "out", **options)
     assert infill.evaluate(output=subject.path / "out", **options) == complete and calls == [8, 8, 8, 4]
     assert "box_all" not in complete.figures, "no checker"
-    with pytest.raises(ValueError, match="of a run with another settings; give another --output"):
+    with pytest.raises(ValueError, match="of a run with different settings; give another --output"):
         infill.evaluate(output=subject.path / "out", **options | {"count": 9})
     with pytest.raises(ValueError, match=r"--count \(0\) must be at least 1"):
         infill.evaluate(output=subject.path / "out", **options | {"count": 0})

@@ -100,7 +100,7 @@ def test_an_interrupted_measurement_continues(inputs, monkeypatch):
         loss.evaluate(output=inputs.path / "out", **options)
     continued = loss.evaluate(output=inputs.path / "out", **options)
     assert continued == complete and calls == [4, 4, 4, 4]
-    with pytest.raises(ValueError, match="of a run with another seed; give another --output"):
+    with pytest.raises(ValueError, match="of a run with different seed; give another --output"):
         loss.evaluate(output=inputs.path / "out", **options | {"seed": 4})
 
 

@@ -277,4 +277,4 @@ def test_bad_input_is_one_sentence(world):
     wrong = write(world, "wrong.jsonl", [{"question": "a", "candidates": ["b"], "correct": 1}])
     assert "its answer (1) must be a number of its 1 candidates" in refuse(world, *command, wrong)
     (world.path / "damaged.jsonl").write_text('{"question": "a"}\n{"quest')
-    assert "damaged.jsonl:2 is not valid JSON" in refuse(world, *command, world.path / "damaged.jsonl")
+    assert "damaged.jsonl:2: not valid JSON" in refuse(world, *command, world.path / "damaged.jsonl")
