@@ -241,8 +241,8 @@ class _Evaluation:
             original = dict(enumerate(self.pairs.codes))
             rows = {"": filled, "_background": background, "_generated": generated, "_original": original}
             for name, codes_of in rows.items():
-                images = self.generator.codec.decode_images(np.stack([codes_of[number] for number in part]))
-                for item, judged in zip(items, judge_images(self.checker, images, expected), strict=True):
+                decoded = self.generator.codec.decode_images(np.stack([codes_of[number] for number in part]))
+                for item, judged in zip(items, judge_images(self.checker, decoded, expected), strict=True):
                     item[f"all{name}"] = all(entry[2] for entry in judged.values())
         return items
 
