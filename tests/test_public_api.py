@@ -20,8 +20,9 @@ loaded = {name for name in sys.modules if name.startswith("megatron_cm3leon.")}
 assert loaded <= {"megatron_cm3leon.common", "megatron_cm3leon.common.version"}, loaded
 commands = ("megatron_cm3leon.train", "megatron_cm3leon.cluster", "megatron_cm3leon.export", "megatron_cm3leon.engine")
 gpu = ("megatron_cm3leon.generation.",)
+other = ("megatron_cm3leon.evaluation.lmms_eval_model",)  # its package is the user's
 for module in pkgutil.walk_packages(megatron_cm3leon.__path__, "megatron_cm3leon."):
-    if not module.name.startswith((*commands, *gpu, "megatron_cm3leon.model")):
+    if not module.name.startswith((*commands, *gpu, *other, "megatron_cm3leon.model")):
         import_module(module.name)
 assert dict(os.environ) == before[0], set(dict(os.environ).items()) ^ set(before[0].items())
 assert "matplotlib.pyplot" not in sys.modules

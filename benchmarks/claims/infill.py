@@ -81,7 +81,7 @@ def _infill_texts(
         right = [text.split()[:1] == [word] for text, (_, word, _) in zip(continued, texts, strict=True)]
         rows = zip(ids, left, strict=True)
         prefixes = [[vocabulary.eos, *image, vocabulary.break_id, *before] for image, before in rows]
-    nats = [-row.sum() for row in score_tokens(generator.decoder, prefixes, words)]
+    nats = [-row.total for row in score_tokens(generator.decoder, prefixes, words)]
     return np.array(right), np.array(nats)
 
 
@@ -113,5 +113,5 @@ def _infill_boxes(
     assert (generated[:, ~inside] == codes[:, ~inside]).all(), "codes outside the box were changed"
     kept = inside[start:end] if masked else inside[:end]
     scores = score_tokens(decoder, prefixes, targets)
-    nats = np.array([-row[kept].mean() for row in scores])
+    nats = np.array([-row.log_probabilities[kept].mean() for row in scores])
     return (generated[:, inside] == codes[:, inside]).mean(axis=1), nats

@@ -14,6 +14,7 @@ This is the only file of retrieval that imports transformers.
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ from megatron_cm3leon.tokenizers.text import TextTokenizer
 
 TEXT_MODEL = "text.model"
 WEIGHTS = "model.safetensors"
+_LOADING = threading.Lock()
+"""transformers replaces methods of its classes while it loads a model: threads load one after the other."""
 _IDENTITY_FILES = (
     "config.json",
     WEIGHTS,
@@ -124,7 +127,7 @@ class Encoder:
                 )
         _check_type(folder / "config.json")
         try:
-            with _no_progress_bar():
+            with _LOADING, _no_progress_bar():
                 loaded: Any = CLIPModel.from_pretrained(  # with output_loading_info a pair, which its annotation lacks
                     folder, local_files_only=True, use_safetensors=True, output_loading_info=True
                 )

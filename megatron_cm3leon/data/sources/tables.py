@@ -247,16 +247,34 @@ def _read_rows(table: pq.ParquetFile, begin: int, count: int) -> Iterator[dict]:
 def _to_rows(batch: pa.RecordBatch) -> list[dict]:
     """As to_pylist, but with text for values that Python cannot represent (nanoseconds, years above 9999)."""
     try:
-        return batch.to_pylist()
+        if not any(_has_nanoseconds(field.type) for field in batch.schema):
+            return batch.to_pylist()
     except _NO_VALUE:
-        columns = [[_to_value(scalar) for scalar in column] for column in batch.columns]
-        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+        pass
+    columns = [[_to_value(scalar) for scalar in column] for column in batch.columns]
+    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _has_nanoseconds(kind: pa.DataType) -> bool:
+    """Whether a type is or contains timestamps or durations in nanoseconds."""
+    return any(f"{name}[ns" in str(kind) for name in ("timestamp", "duration"))
+
+
+def _as_python(scalar: pa.Scalar) -> Any:
+    """As as_py, but without pandas' types, which it returns for nanoseconds where pandas is installed."""
+    if not scalar.is_valid or not _has_nanoseconds(scalar.type):
+        return scalar.as_py()
+    if isinstance(scalar, pa.TimestampScalar) and scalar.value % 1000 == 0:
+        return scalar.cast(pa.timestamp("us", scalar.type.tz)).as_py()
+    if isinstance(scalar, pa.DurationScalar) and scalar.value % 1000 == 0:
+        return scalar.cast(pa.duration("us")).as_py()
+    raise ValueError("Python has no nanoseconds")
 
 
 def _to_value(scalar: pa.Scalar) -> Any:
     """As as_py; where that fails: nested values one by one, text that is not UTF-8 as bytes, others as text."""
     try:
-        return scalar.as_py()
+        return _as_python(scalar)
     except _NO_VALUE:
         if isinstance(scalar, pa.StructScalar):
             return {name: _to_value(value) for name, value in scalar.items()}
