@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -191,7 +192,9 @@ def _prepare_folder(options: PreprocessOptions, plan: dict, about: dict) -> dict
     work.mkdir(exist_ok=True)
     if options.tasks == 1:  # no other process works in this folder
         for path in [*work.glob("*.tmp"), *work.glob(".*.tmp")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            # A worker that outlives its killed run may be renaming its file.
+            with suppress(FileNotFoundError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_json(work / "plan.json", {**plan, "about": about})
     return None
 
