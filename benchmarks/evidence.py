@@ -7,7 +7,9 @@
 
 Each finished unit (a training, or an arm of a study for one model) is a line of --results. The same command continues
 at any point: with the next unit, inside a training from its last checkpoint, inside an arm after its last items. Seed 0
-of everything comes before seed 1. --tokens and --sizes give larger models where a GPU is at hand.
+of everything comes before seed 1. Several processes may run the same command at the same time, each its own units: on
+two cores, two of them with --threads 1 are faster than one with two threads. --tokens and --sizes give larger models
+where a GPU is at hand.
 
 The images are 32 x 32 pixels, 64 codes, instead of the 64 x 64 pixels and 256 codes of examples/icons.sh: of 8 million
 tokens a model then sees 100,000 drawings instead of 30,000, and the 2,000 images of an arm, which a distance and
@@ -26,9 +28,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from claims.measure import Bench  # noqa: E402
+from claims.page import build_page  # noqa: E402
 from claims.plan import DEFAULT_SIZES, FAMILIES, SAMPLING, SIZES, STUDIES, Plan, Unit  # noqa: E402
 from claims.prepare import FULL, SMALL, prepare  # noqa: E402
-from claims.results import Results  # noqa: E402
+from claims.results import Results, lock_unit  # noqa: E402
+from claims.train import train_model  # noqa: E402
 from operator_table import write_between_marks  # noqa: E402
 
 from megatron_cm3leon.common.atomic_io import sha256_file  # noqa: E402
@@ -38,7 +43,8 @@ from megatron_cm3leon.evaluation.result import read_versions  # noqa: E402
 STAGES = ("prepare", "train", "measure", "page")
 SECONDS = {"train": 480.0, "decoding": 150.0}
 """First guess of a unit's time by its study; 60 for others. Measured times replace it."""
-SIZE_FACTORS = {"0.6M": 0.6, "6M": 3.5}
+SIZE_FACTORS = {"0.6M": 0.5, "6M": 3.5}
+WAIT_SECONDS = 5.0
 
 
 def read_hashes(work: Path) -> dict[str, str]:
@@ -87,38 +93,61 @@ def _guess(cost: tuple) -> float:
     return SECONDS.get(study, 60.0) * SIZE_FACTORS.get(size, 1.0) * pool
 
 
-def run_units(options: argparse.Namespace, plan: Plan) -> None:
-    """Run the units that are not finished, of the stages that were chosen."""
-    shared = describe(options)
-    identity = hashlib.sha256(json.dumps([shared["settings"], shared["hashes"]]).encode()).hexdigest()[:12]
-    results, bench = Results(options.results, shared), None
-    chosen = [unit for unit in plan.list_units() if ("train" if unit.study == "train" else "measure") in options.stages]
-    left = [unit for unit in chosen if unit.key not in results.lines]
-    while left:
-        hours = estimate_seconds(left, results) / 3600
-        print(f"{len(chosen) - len(left)} of {len(chosen)} units are finished; about {hours:.1f} hours are left")
-        unit, started = left.pop(0), time.monotonic()
-        print(f"{unit} ...", flush=True)
-        if unit.study == "train":
-            from claims.train import train_model
+class Runner:
+    """Runs units, and keeps what they share."""
 
-            content = train_model(options.work, unit, options.tokens, options.threads)
-        else:
-            if unit.model and unit.training.key not in results.lines:
-                raise ValueError(f"{unit} requires the model {unit.training}; run the stage train first.")
-            if bench is None:
-                from claims.measure import Bench
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        shared = describe(options)
+        self.identity = hashlib.sha256(json.dumps([shared["settings"], shared["hashes"]]).encode()).hexdigest()[:12]
+        self.results = Results(options.results, shared)
+        self._bench: Bench | None = None
 
-                bench = Bench(options.work, options.items, options.names, identity)
-            content = bench.measure(unit)
-        results.add(unit, time.monotonic() - started, content)
-    print(f"{len(chosen)} of {len(chosen)} units are finished")
+    def run(self, units: list[Unit]) -> None:
+        """Run the units that are not finished, beside other processes that run the same ones.
+
+        ValueError if a unit needs a model that is neither trained nor to be trained.
+        """
+        known = {*self.results.lines, *(unit.key for unit in units)}
+        for unit in units:
+            if unit.key not in self.results.lines and (missing := [e for e in unit.requires if e.key not in known]):
+                raise ValueError(f"{unit} requires {missing[0]}, which is not finished; run the stage train as well.")
+        while left := [unit for unit in units if unit.key not in self.results.lines]:
+            hours = estimate_seconds(left, self.results) / 3600
+            print(f"{len(units) - len(left)} of {len(units)} units are finished; about {hours:.1f} hours are left")
+            if not any(self._run_unlocked(unit) for unit in left):
+                time.sleep(WAIT_SECONDS)  # other processes run all that can be run now
+            self.results.read()
+        print(f"{len(units)} of {len(units)} units are finished")
+
+    def _run_unlocked(self, unit: Unit) -> bool:
+        """Run a unit, unless another process runs it, has finished it, or runs what it requires."""
+        with lock_unit(self.options.work / "locks", unit) as ours:
+            if not ours:
+                return False
+            self.results.read()
+            if unit.key in self.results.lines or any(each.key not in self.results.lines for each in unit.requires):
+                return False
+            print(f"{unit} ...", flush=True)
+            started, options = time.monotonic(), self.options
+            if unit.study == "train":
+                content = train_model(options.work, unit, options.tokens, options.threads)
+            else:
+                content = self.bench.measure(unit)
+            versions = read_versions(("megatron_cm3leon", "torch", "numpy"))
+            self.results.add(unit, time.monotonic() - started, content | {"versions": versions})
+        return True
+
+    @property
+    def bench(self) -> Bench:
+        """What the arms share, loaded when the first one is measured."""
+        if self._bench is None:
+            self._bench = Bench(self.options.work, self.options.items, self.options.names, self.identity)
+        return self._bench
 
 
 def write_page(options: argparse.Namespace, plan: Plan) -> None:
     """Write the measured part of the page, between its marks."""
-    from claims.page import build_page
-
     if not options.results.is_file():
         raise ValueError(f"--results ({options.results}) does not exist; run the stages train and measure first.")
     images = options.page.parent / "images"
@@ -166,7 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
     if "prepare" in options.stages:
         prepare(options.work, options.pairs, SMALL if options.small else FULL)
     if {"train", "measure"} & set(options.stages):
-        run_units(options, plan)
+        stages = {unit: "train" if unit.study == "train" else "measure" for unit in plan.list_units()}
+        Runner(options).run([unit for unit, stage in stages.items() if stage in options.stages])
     if "page" in options.stages:
         write_page(options, plan)
 

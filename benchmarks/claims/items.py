@@ -37,6 +37,9 @@ class Drawings:
     """Documents of the corpus."""
     captions: list[str]
     names: list[str]
+    """Simplified, to be compared."""
+    titles: list[str]
+    """Names as captions have them."""
     styles: list[str]
     heldout: list[str]
     images: list[str]
@@ -48,15 +51,14 @@ class Drawings:
         corpus = open_shards(folder)
         rows = corpus.metadata(["caption", "image", "extra"]).to_pydict()
         extra = [json.loads(text) for text in rows["extra"]]
-        found = {name: [each[name] for each in extra] for name in ("style", "heldout")}
-        names = [simplify_name(each["name"]) for each in extra]
-        numbers = list(range(corpus.documents))
-        return cls(corpus, numbers, rows["caption"], names, found["style"], found["heldout"], rows["image"])
+        titles, styles, heldout = ([each[name] for each in extra] for name in ("name", "style", "heldout"))
+        names, numbers = list(map(simplify_name, titles)), list(range(corpus.documents))
+        return cls(corpus, numbers, rows["caption"], names, titles, styles, heldout, rows["image"])
 
     def select(self, chosen: Iterable[int]) -> "Drawings":
         """Drawings by their place in the lists."""
         chosen = list(chosen)
-        fields = ("numbers", "captions", "names", "styles", "heldout", "images")
+        fields = ("numbers", "captions", "names", "titles", "styles", "heldout", "images")
         return Drawings(self.corpus, *([getattr(self, name)[place] for place in chosen] for name in fields))
 
     def __len__(self) -> int:
@@ -110,6 +112,11 @@ class Items:
 
     def _named(self) -> Iterable[tuple[str, str]]:
         return zip(self.heldout.names, self.heldout.heldout, strict=True)
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        """Name -> the form in which captions have it."""
+        return dict(zip(self.heldout.names[::-1], self.heldout.titles[::-1], strict=True))
 
     @cached_property
     def training(self) -> Drawings:

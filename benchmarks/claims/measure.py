@@ -59,7 +59,8 @@ class Bench:
         self.device = resolve_device(self.device)
         self.ranker = Encoder.load(self.work / "clip", self.device)
         self.items = Items(self.work, self.count, self.n_names, self.ranker)
-        self.judge = Judge(self.work / "judge", self.items.names, self.items.styles, self.device)
+        names = [self.items.titles[name] for name in self.items.names]
+        self.judge = Judge(self.work / "judge", names, self.items.styles, self.device)
         self.codec = Codec(Tokenizers.load(self.work / "tokenizer", self.device))
         self._generator: tuple[Path | None, Generator | None] = (None, None)
 
@@ -160,7 +161,7 @@ class Bench:
     def _judge(self, items: Drawings, part: slice, images: Sequence[Image.Image]) -> Arrays:
         """What the second CLIP finds in images of some items."""
         vectors = self.judge.encode_images(images)
-        names, styles = items.names[part], items.styles[part]
+        names, styles = [self.items.titles[name] for name in items.names[part]], items.styles[part]
         styled = items.heldout[part][0] == "style"
         right = self.judge.find_styles(vectors, names, styles) if styled else self.judge.find_names(vectors, names)
         return {"vectors": vectors, "right": right, "score": self.judge.score_captions(vectors, items.captions[part])}
@@ -184,9 +185,8 @@ class Bench:
 
         `best-together` takes half of the candidates of each pool.
         """
-        kind = unit.arm.removeprefix("best-")
-        pools = ["guidance", "contrast"] if kind == "together" else [kind]
-        loaded = [load_parts(self.folder(replace(unit, arm=f"pool-{pool}"))) for pool in pools]
+        pools = [each for each in unit.requires if each.study == unit.study]
+        loaded = [load_parts(self.folder(pool)) for pool in pools]
         best, curve, count = {}, {}, 1
         while count <= CANDIDATES:
             share = max(1, count // len(loaded))

@@ -29,7 +29,8 @@ def build_page(results: Results, plan: Plan, images: Path, prefix: str) -> str:
     parts = [
         f"{counts['holds']} claims hold, {counts['fails']} fail, {counts['not yet']} are not yet measured, with seeds "
         f"{', '.join(map(str, plan.seeds))} and {items:,} items per arm. {len(results.lines)} units took "
-        f"{hours:.1f} hours on {machine['machine']}; torch {machine['torch']}.",
+        f"{hours:.1f} hours on {machine['machine']}; torch {machine['torch']}. SHA-256 of the second CLIP's weights: "
+        f"{results.shared['hashes']['judge'][:16]}.",
         "A row compares the first arm of its claim with the second: the values of both (means over the seeds), their "
         "difference with its 95 % interval over items, and the difference in each seed.",
         tabulate_verdicts(verdicts, plan.families),

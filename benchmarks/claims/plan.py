@@ -38,6 +38,8 @@ CONTRAST_K = (1, 8, 32)
 """Of the sweep of CD-K; the second one is that of the pool, whose first candidate is its arm in the sweep."""
 CANDIDATES = 8
 """Images per caption of the pools that best-of-8 chooses from."""
+POOLS = {"guidance": ("guidance",), "contrast": ("contrast",), "together": ("guidance", "contrast")}
+"""Best of n -> the pools of its candidates."""
 CHUNK = 250
 """Items between two writes of a unit's finished part."""
 
@@ -68,6 +70,13 @@ class Unit:
     def training(self) -> "Unit":
         """The unit that trains the model of this one."""
         return replace(self, study="train", arm=self.model, model="")
+
+    @property
+    def requires(self) -> list["Unit"]:
+        """Units that must be finished before this one."""
+        units = [self.training] if self.model else []
+        pools = POOLS.get(self.arm.removeprefix("best-"), ()) if self.arm.startswith("best-") else ()
+        return units + [replace(self, arm=f"pool-{pool}") for pool in pools]
 
     @property
     def cost(self) -> tuple:

@@ -93,7 +93,7 @@ def list_styles(lines: Iterable[dict]) -> dict[str, set[str]]:
 def prepare(work: Path, pairs: Path | None, options: dict[str, tuple]) -> None:
     """Run the stages whose results do not exist; `options` is FULL or SMALL.
 
-    Stages that do not need each other run at the same time, since each uses one core for most of its time.
+    Two stages run at the same time: each of them uses one core for most of its time.
     """
     work.mkdir(parents=True, exist_ok=True)
     if pairs is None:
@@ -118,19 +118,23 @@ def prepare(work: Path, pairs: Path | None, options: dict[str, tuple]) -> None:
         inputs = ("--shards", shards / name, "--encoder", work / "clip", "--output", index / name)
         run_once(index / name / "index.json", "tools/build_index.py", *inputs, *more)
 
-    run_together(
-        lambda: run_once(tokenizer / "vocab.json", tool, "image", *given, *IMAGE, *options["image"]),
-        lambda: train_encoder("clip", "train"),
-        lambda: train_encoder("judge", "all"),
-    )
-    run_together(*(lambda name=name: write_shards(name) for name in ("train", "heldout", "memory")))
-    # In the bank of the study `memory`, a drawing that is nearly the query's is what is looked for.
-    run_together(lambda: build_index("train"), lambda: build_index("memory", "--threshold", 1))
+    def encode_documents() -> None:
+        run_once(tokenizer / "vocab.json", tool, "image", *given, *IMAGE, *options["image"])
+        for name in ("train", "heldout", "memory"):
+            write_shards(name)
+
+    def build_indexes() -> None:
+        build_index("train")
+        # In the bank of the study `memory`, a drawing that is nearly the query's is what is looked for.
+        build_index("memory", "--threshold", 1)
+
+    run_together(encode_documents, lambda: train_encoder("clip", "train"))
+    run_together(build_indexes, lambda: train_encoder("judge", "all"))
 
 
 def run_together(*stages) -> None:
-    """Call functions that wait for processes, two at a time; the first error is raised after all have ended."""
-    with ThreadPoolExecutor(2) as pool:
+    """Call functions that wait for processes, all at once; the first error is raised after all have ended."""
+    with ThreadPoolExecutor(len(stages)) as pool:
         futures = [pool.submit(stage) for stage in stages]
     for future in futures:
         future.result()

@@ -7,9 +7,12 @@ file alone. Sets of images have their distance for the same resamples of the ite
 """
 
 import base64
+import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,8 @@ from claims.plan import Unit
 from megatron_cm3leon.common.jsonl import drop_truncated_line, parse_lines
 
 LEVELS = 65_535
+KEY = ("study", "arm", "family", "size", "seed")
+"""Fields that identify a line."""
 
 
 def pack_values(values: np.ndarray) -> dict:
@@ -40,53 +45,72 @@ def unpack_values(packed: dict) -> np.ndarray:
 
 
 class Results:
-    """The lines of a file by the key of their unit, and the file to append to."""
+    """The lines of a file by the key of their unit, and the file to append to, which several processes may do."""
 
     def __init__(self, path: Path, shared: dict | None = None) -> None:
         """Read the file. With `shared` (settings, versions, hashes) it can be appended to.
 
         ValueError if its settings or hashes are others.
         """
-        self.path = path
-        lines = list(parse_lines(path)) if path.is_file() else []
-        self.shared = lines[0] if lines else json.loads(json.dumps(shared or {}))
-        self.lines = {_read_key(line): line for line in lines[1:]}
+        self.path, self.shared = path, {}
+        self.lines: dict[tuple, dict] = {}
         """Finished units."""
+        if shared is not None:
+            shared = json.loads(json.dumps(shared))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._append(shared, only_first=True)
+        self.read()
         if shared is None:
             return
         for kind in ("settings", "hashes"):
-            expected, found = json.loads(json.dumps(shared[kind])), self.shared[kind]
+            expected, found = shared[kind], self.shared[kind]
             if changed := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
                 raise ValueError(
                     f"{path} has results of another {changed[0]} ({found.get(changed[0])}, now "
                     f"{expected.get(changed[0])}); give another --results, or the folder they were measured in as "
                     f"--work."
                 )
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> None:
+        """Read what is in the file now, also what other processes finished."""
+        lines = list(parse_lines(self.path))
         if not lines:
-            self._append(self.shared)
+            raise ValueError(f"{self.path} is empty; the stages train and measure write results to it.")
+        self.shared = lines[0]
+        self.lines = {tuple(line[name] for name in KEY): line for line in lines[1:]}
 
     def add(self, unit: Unit, seconds: float, content: dict) -> None:
         """Append the line of a finished unit."""
-        names = ("study", "arm", "family", "size", "seed")
-        line = dict(zip(names, unit.key, strict=True)) | {"seconds": round(seconds, 1), **content}
+        line = dict(zip(KEY, unit.key, strict=True)) | {"seconds": round(seconds, 1), **content}
         line["finished"] = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
         self._append(line)
         self.lines[unit.key] = line
 
-    def _append(self, line: dict) -> None:
+    def _append(self, line: dict, only_first: bool = False) -> None:
+        """Write a line at the end, whole or not at all; with `only_first` to an empty file alone."""
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
+            fcntl.flock(file, fcntl.LOCK_EX)
             drop_truncated_line(file)
-            os.lseek(file, 0, os.SEEK_END)
+            if os.lseek(file, 0, os.SEEK_END) and only_first:
+                return
             os.write(file, (json.dumps(line, ensure_ascii=False) + "\n").encode())
             os.fsync(file)
         finally:
             os.close(file)
 
 
-def _read_key(line: dict) -> tuple:
-    return tuple(line[name] for name in ("study", "arm", "family", "size", "seed"))
+@contextmanager
+def lock_unit(folder: Path, unit: Unit) -> Iterator[bool]:
+    """Whether the unit is this process's inside the `with`; the lock of a killed process is released."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{unit.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def load_parts(folder: Path) -> dict[str, np.ndarray]:

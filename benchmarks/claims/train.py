@@ -9,6 +9,7 @@ from retrieval_gain import ROOT, find_context, train_and_export
 
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.data.shards.reader import open_shards
+from megatron_cm3leon.evaluation.result import hash_input
 from megatron_cm3leon.export.reader import METADATA_FILE
 from megatron_cm3leon.model.flops import flops_per_token
 
@@ -62,6 +63,7 @@ def describe_training(folder: Path, exported: Path) -> dict:
             "training_loss": [round(float(np.mean([row["loss"] for row in rows[-50:]])), 4)],
         },
         "curve": curve,
+        "hashes": {"model": hash_input(exported)},
         "settings": {"steps": config.train.steps, "sequences": config.train.global_batch_size}
         | {"seq_length": config.data.seq_length, "documents": config.retrieval.documents},
     }

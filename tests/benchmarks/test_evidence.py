@@ -9,7 +9,7 @@ from claims.infill import GREEDY, choose_box, choose_word, measure_infilling
 from claims.plan import DEFAULT_SIZES, FAMILIES, STUDIES, Plan, Unit
 from claims.prepare import write_lists
 from claims.references import find_nearest_captions
-from claims.results import Results, pack_values, unpack_values
+from claims.results import Results, lock_unit, pack_values, unpack_values
 from claims.statements import ARMS, Claim, list_claims
 from claims.verdicts import decide, judge_claim
 
@@ -31,8 +31,7 @@ def test_seed_0_of_everything_comes_first_and_models_before_their_arms():
     units = full_plan().list_units()
     assert [unit.seed for unit in units] == sorted(unit.seed for unit in units)
     for place, unit in enumerate(units):
-        if unit.model:
-            assert unit.training in units[:place], unit
+        assert set(unit.requires) <= set(units[:place]), unit
     trainings = [unit for unit in units if unit.study == "train"]
     # Three kinds at the middle size and two more sizes, of two families and three seeds.
     assert len(trainings) == len(set(trainings)) == (3 + 2) * 2 * 3
@@ -78,6 +77,19 @@ def test_results_continue_after_a_kill_and_refuse_other_settings(tmp_path):
         Results(path, SHARED | {"settings": {"items": 9}})
     with pytest.raises(ValueError, match=r"has results of another clip \(a, now b\)"):
         Results(path, SHARED | {"hashes": {"clip": "b"}})
+
+
+def test_processes_share_the_units(tmp_path):
+    unit = Unit("retrieval", "documents-0", "llama", "0.6M", 0, "retrieval")
+    here, there = (Results(tmp_path / "results.jsonl", SHARED) for _ in range(2))
+    with lock_unit(tmp_path / "locks", unit) as ours, lock_unit(tmp_path / "locks", unit) as theirs:
+        assert ours and not theirs
+        here.add(unit, 1.0, {})
+    there.add(unit.training, 1.0, {})
+    here.read()
+    assert list(here.lines) == [unit.key, unit.training.key]
+    with lock_unit(tmp_path / "locks", unit) as theirs:
+        assert theirs
 
 
 def test_time_left_follows_measured_times(tmp_path):
