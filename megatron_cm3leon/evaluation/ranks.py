@@ -236,5 +236,5 @@ def _end_all(error: BaseException, rank: Rank, watch: Watchdog) -> NoReturn:
     if watch.publish_cause(cause) and text:
         report_failure(text, shown)
     sys.stdout.flush()
-    time.sleep(LINGER_SECONDS)  # the launcher ends all ranks when this one has ended: they end by themselves before
+    watch.linger()  # the launcher ends all ranks when this one has ended: they end by themselves before
     os._exit((watch.cause or cause).status)

@@ -13,7 +13,6 @@ failure after which a restart may help. Only the first cause is reported, by the
 import os
 import platform
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -137,7 +136,7 @@ class Attempt:
         if self.watch.publish_cause(cause):
             self._report(error, cause)
         if self.watch.hosts_store:
-            time.sleep(LINGER_SECONDS)
+            self.watch.linger()
         os._exit((self.watch.cause or cause).status)  # without the other ranks, destroying process groups hangs
 
     def _describe(self, error: BaseException) -> Cause:

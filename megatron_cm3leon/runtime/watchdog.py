@@ -99,6 +99,17 @@ class Watchdog:
         """Wait until another rank has published a cause, which then ends this rank; at most `seconds`."""
         self._known.wait(seconds)
 
+    def linger(self) -> None:
+        """Give the other ranks time to read the cause before this rank ends, which may host the store.
+
+        A rank that starts late finds no store when its host has ended, and would wait for it for minutes: the host
+        waits until every rank has registered, but not longer than LINK_SECONDS.
+        """
+        end = time.monotonic() + LINK_SECONDS
+        while self.hosts_store and not self.processes and time.monotonic() < end:
+            time.sleep(TICK_SECONDS)
+        time.sleep(LINGER_SECONDS)
+
     def close(self) -> None:
         """Mark this rank as done, and stop both threads. The host of the store waits until all ranks are done."""
         self._closing.set()
@@ -326,7 +337,7 @@ class Watchdog:
         elif cause.status != FAILED and self.steps_begun:
             self._closed.wait(SHARED_ERROR_SECONDS)
         elif self.hosts_store:
-            time.sleep(LINGER_SECONDS)
+            self.linger()
         if cause.kind == "stall":
             self._kill_unresponsive(cause.rank)
         os._exit(cause.status)

@@ -7,10 +7,12 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from megatron_cm3leon.common.cli import run_tool
-from megatron_cm3leon.evaluation.ranks import Ranks, start_ranks
+from megatron_cm3leon.evaluation.ranks import POLL_SECONDS, Ranks, start_ranks
+from megatron_cm3leon.runtime.watchdog import LINGER_SECONDS
 from tests.distributed.launch import find_free_ports
 
 
@@ -19,6 +21,11 @@ def fail_on_one_rank(ranks: Ranks) -> None:
     with ranks.share([0, 1], total=2, done=0, label="waiting", unit="items") as (numbers, _):
         if numbers == [1]:
             raise ValueError("image 1 is damaged.")
+
+
+def fail_before_the_other_starts(ranks: Ranks) -> None:
+    """The first rank, which hosts the store, has failed before the other connects to it."""
+    raise ValueError("there are no items.")
 
 
 def fail_on_all_ranks(ranks: Ranks) -> None:
@@ -36,10 +43,12 @@ def misspell_an_option(ranks: Ranks) -> None:
 def kill_one_rank(ranks: Ranks) -> None:
     with ranks.share([0, 1], total=2, done=0, label="waiting", unit="items") as (numbers, _):
         if numbers == [1]:
+            while ranks.store.add("peers/registered", 0) < 2:  # before that, only a launcher knows of this process
+                time.sleep(POLL_SECONDS)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-CASES = (fail_on_one_rank, fail_on_all_ranks, misspell_an_option, kill_one_rank)
+CASES = (fail_on_one_rank, fail_before_the_other_starts, fail_on_all_ranks, misspell_an_option, kill_one_rank)
 
 
 def run_rank(case, rank: int, port: int, output: Path) -> None:
@@ -49,6 +58,9 @@ def run_rank(case, rank: int, port: int, output: Path) -> None:
     os.dup2(file, 2)
     variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"})
+
+    if case is fail_before_the_other_starts and rank == 1:
+        time.sleep(LINGER_SECONDS + 1)
 
     def main() -> None:
         with start_ranks() as ranks:

@@ -100,13 +100,15 @@ def test_what_ranks_do_not_share_is_refused(tmp_path):
 
 def test_an_error_of_one_rank_ends_all_with_one_message(tmp_path):
     command = [sys.executable, str(ROOT / "tests/evaluation/failing_ranks.py"), str(tmp_path)]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     statuses = json.loads((tmp_path / "statuses.json").read_text())
     printed = {name: (tmp_path / f"{name}.txt").read_text() for name in statuses}
     host = platform.node()
     assert statuses["fail_on_one_rank"] == [2, 2]
     assert printed["fail_on_one_rank"] == f"error (rank 1 on {host}): image 1 is damaged.\n"
+    assert statuses["fail_before_the_other_starts"] == [2, 2]
+    assert printed["fail_before_the_other_starts"] == f"error (rank 0 on {host}): there are no items.\n"
     assert statuses["fail_on_all_ranks"] == [2, 2]
     assert printed["fail_on_all_ranks"].count("there are no images.") == printed["fail_on_all_ranks"].count("\n") == 1
     assert (statuses["misspell_an_option"], printed["misspell_an_option"]) == ([2, 2], "usage: evaluate.py\n")
