@@ -1,10 +1,14 @@
 """The evidence: order and resuming of its units, the rule of its claims, and everything once at tiny size."""
 
 import json
+import runpy
+import sys
 
+import claims.prepare
 import evidence
 import numpy as np
 import pytest
+import retrieval_gain
 from claims.infill import GREEDY, choose_box, choose_word, measure_infilling
 from claims.plan import DEFAULT_SIZES, FAMILIES, STUDIES, Plan, Unit
 from claims.prepare import write_lists
@@ -240,7 +244,25 @@ def test_generated_words_and_codes_are_compared_with_the_true_ones(generator):
     assert found["box_right"][0] == 1.0
 
 
+@pytest.fixture
+def tools_in_this_process(monkeypatch):
+    """Run the tools one after the other in this process, which imports the libraries once; trainings have their own."""
+    start = retrieval_gain.run
+
+    def run(script, *arguments):
+        if script == "-m":
+            return start(script, *arguments)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(retrieval_gain.ROOT / script), run_name="__main__")
+        assert not end.value.code
+
+    monkeypatch.setattr(retrieval_gain, "run", run)
+    monkeypatch.setattr(claims.prepare, "run_together", lambda *stages: [stage() for stage in stages])
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("tools_in_this_process")
 def test_everything_at_tiny_size(tmp_path):
     pairs, page = write_pairs(tmp_path / "pairs"), tmp_path / "docs/evidence.md"
     page.parent.mkdir()
@@ -248,7 +270,7 @@ def test_everything_at_tiny_size(tmp_path):
     page.write_text("\n".join(["# Evidence", *marks, "what was tried", ""]))
     results = tmp_path / "results.jsonl"
     options = ["--pairs", pairs, "--work", tmp_path / "work", "--results", results, "--page", page, "--small"]
-    options += ["--items", 12, "--names", 7, "--tokens", 2e4, "--sizes", "0.6M", "--families", "llama", "--seeds", 0]
+    options += ["--items", 12, "--names", 7, "--tokens", 1.2e4, "--sizes", "0.6M", "--families", "llama", "--seeds", 0]
     options = [*map(str, options), "--study", "memory", "decoding"]
     evidence.main(["prepare", "train", "measure", "page", *options])
     written = results.read_text()
