@@ -93,6 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64, help="images per batch of both commands")
     parser.add_argument("--threads", type=int, default=2, help="threads of both commands")
     options = parser.parse_args(arguments)
+    for name, minimum in (("images", 2), ("rounds", 1), ("batch_size", 1), ("threads", 1)):
+        if getattr(options, name) < minimum:
+            raise ValueError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be at least {minimum}.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for seed, kind in enumerate(("images", "reference")):

@@ -14,6 +14,14 @@ from tests.slurm.cluster import Cluster, reason_unavailable
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+LONG = tuple(f"tests/{folder}/" for folder in ("distributed", "examples", "runtime", "engine", "slurm", "training"))
+"""Folders of the longest files, which begin first: at the end of the suite no process waits for another."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 @pytest.fixture(scope="session")
 def cluster():
     """A real SLURM of two virtual nodes, for all tests that use it."""

@@ -3,16 +3,21 @@
     python tools/evaluate.py TASK ... --output results/      a task of the list below; TASK --help has its options
     python tools/evaluate.py --model exported/ --shards heldout-shards/ --index heldout-index/ \\
         --checker examples/shapes/checker.py --output evaluation/      what tools/report.py shows
+
+caption, clip, geneval, loss and vqa share their work among the ranks of `torchrun --nproc-per-node 8 tools/evaluate.py
+TASK ...` or `srun -n 8 python tools/evaluate.py TASK ...`; the result is the same for any number of ranks.
 """
 
 import argparse
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.evaluation.evaluate import evaluate_model
 from megatron_cm3leon.evaluation.options import EvaluationOptions
-from megatron_cm3leon.evaluation.tasks import TASKS, load_task
+from megatron_cm3leon.evaluation.ranks import Ranks, start_ranks
+from megatron_cm3leon.evaluation.tasks import SHARED, TASKS, load_task
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.sampling import SAMPLERS
 
@@ -47,16 +52,33 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_task(name: str, arguments: list[str]) -> None:
-    """Run one task, print its figures and write its result."""
+def _check_shared_options(name: str, options: argparse.Namespace) -> None:
+    """ValueError for options of all tasks that no task can run with."""
+    if Path(options.output).is_file():
+        raise ValueError(f"--output ({options.output}) is a file; give a folder for {name}.json.")
+    model = getattr(options, "model", None)
+    if model is not None and not Path(model).is_dir():
+        raise ValueError(f"--model ({model}) is not a folder; give one that tools/convert_checkpoint.py export wrote.")
+    if options.seed < 0:
+        raise ValueError(f"--seed ({options.seed}) must be at least 0.")
+
+
+def run_task(name: str, arguments: list[str], ranks: Ranks) -> None:
+    """Run one task; the first rank prints its figures and writes its result."""
+    if name not in SHARED:
+        ranks.require_one(f"the task {name}")
     module = load_task(name)
     parser = argparse.ArgumentParser(
         prog=f"evaluate.py {name}", description=module.__doc__.split("\n")[0], formatter_class=HelpFormatter
     )
     module.add_options(parser)
     parser.add_argument("--output", type=user_path, required=True, help=f"folder to write {name}.json to")
-    options = parser.parse_args(arguments)
-    result = module.evaluate(**vars(options))
+    # The first rank reads the command line: it prints --help, or what is wrong.
+    options = argparse.Namespace(**ranks.from_first(lambda: vars(parser.parse_args(arguments))))
+    _check_shared_options(name, options)
+    result = module.evaluate(**vars(options), **({"ranks": ranks} if name in SHARED else {}))
+    if result is None:
+        return
     for figure, value in result.figures.items():
         print(f"{figure}: {value}")
     for note in result.notes:
@@ -65,10 +87,17 @@ def run_task(name: str, arguments: list[str]) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        if sys.argv[1] not in TASKS:
-            raise ValueError(f"{sys.argv[1]!r} is not a task; the tasks are {', '.join(TASKS)}.")
-        return run_task(sys.argv[1], sys.argv[2:])
+    with start_ranks() as ranks:
+        if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+            if sys.argv[1] not in TASKS:
+                raise ValueError(f"{sys.argv[1]!r} is not a task; the tasks are {', '.join(TASKS)}.")
+            return run_task(sys.argv[1], sys.argv[2:], ranks)
+        ranks.require_one("the report without a task")
+    run_report()
+
+
+def run_report() -> None:
+    """Evaluate without a task, print the figures and write evaluation.json."""
     arguments = parse_arguments()
     options = EvaluationOptions(**{field.name: getattr(arguments, field.name) for field in fields(EvaluationOptions)})
     result = evaluate_model(

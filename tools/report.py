@@ -45,6 +45,8 @@ def expand_argument(argument: str) -> str:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.compare:
+        if arguments.examples < 0:
+            raise ValueError(f"--examples ({arguments.examples}) must be at least 0.")
         runs = read_runs([expand_argument(argument) for argument in arguments.compare])
         write_comparison(runs, arguments.output, arguments.title or "Comparison of runs", arguments.examples)
         print(f"wrote {arguments.output}/report.html and report.json")

@@ -33,6 +33,17 @@ def show_messages(level: int = logging.INFO) -> None:
     logging.getLogger("megatron_cm3leon").setLevel(level)
 
 
+def explain_error(error: ValueError | OSError | KeyboardInterrupt) -> tuple[int, str]:
+    """(exit status, message) of an error that is the user's, or of Ctrl-C; the message of a closed pipe is empty."""
+    if isinstance(error, BrokenPipeError):  # the reader of the output, such as head, has ended
+        return 141, ""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, OSError):
+        return 2, f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}"
+    return 2, f"error: {error}"
+
+
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a tool's `main` and exit: 0 done, 2 for a user's error, 130 after Ctrl-C, 141 for a closed pipe."""
     show_messages()
@@ -40,16 +51,10 @@ def run_tool(main: Callable[[], int | None]) -> None:
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     try:
         status = main() or 0
-    except BrokenPipeError:  # the reader of the output, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    except OSError as error:
-        print(f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
-        status = 2
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        status, message = explain_error(error)
+        if message:
+            print(message, file=sys.stderr)
+        else:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)

@@ -113,6 +113,12 @@ class CM3Config:
     """Factor of the loss weight of sentinels (CM3Leon: 1; CM3: 0)."""
     rotation_probability: float = setting(0.0, minimum=0, maximum=1, resume="fixed")
     """Probability that one complete segment of a masked sequence is moved, instead of random spans."""
+    infill_probability: float = setting(0.0, minimum=0, maximum=1, resume="fixed")
+    """Probability that a part of one text, or a box of one image, of a masked sequence is moved, instead of random
+    spans: the prompts of infilling. At most 1 together with rotation_probability."""
+    drop_documents_probability: float = setting(0.0, minimum=0, maximum=1, resume="fixed")
+    """Probability that a masked sequence has no retrieved documents: masked prompts without retrieval. Above 0 requires
+    data.packing=query."""
 
 
 @dataclass(kw_only=True)

@@ -91,6 +91,18 @@ def _check_masking(config: Config) -> None:
     least, most = config.cm3.min_spans, config.cm3.max_spans
     if least > most:
         raise ValueError(f"cm3.min_spans ({least}) must be at most cm3.max_spans ({most}); change one of them.")
+    rotation, infill = config.cm3.rotation_probability, config.cm3.infill_probability
+    if rotation + infill > 1:
+        raise ValueError(
+            f"cm3.infill_probability ({infill}) and cm3.rotation_probability ({rotation}) must be at most 1 together, "
+            f"because a masked sequence has one of both or random spans; lower one of them."
+        )
+    dropped = config.cm3.drop_documents_probability
+    if dropped > 0 and config.data.packing != "query":
+        raise ValueError(
+            f"cm3.drop_documents_probability ({dropped}) requires data.packing=query, under which a sequence holds one "
+            f"sample, not {config.data.packing}; set it to 0, or use packing=query."
+        )
 
 
 def _check_family(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Captions generated for the images of a shard folder or of a JSON Lines file, resumable image by image."""
+"""Captions generated for the images of a shard folder or of a JSON Lines file, by all ranks, resumable."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.data.shards.reader import open_shards, split_segments
 from megatron_cm3leon.evaluation.caption_files import References, read_references
+from megatron_cm3leon.evaluation.ranks import Ranks
 from megatron_cm3leon.evaluation.result import FinishedItems
 from megatron_cm3leon.evaluation.retrieval import PROMPT_TOKENS
 from megatron_cm3leon.generation.generator import Generator
@@ -158,23 +158,30 @@ def generate_captions(
     settings: CaptionSettings,
     source: DocumentSource | None,
     finished: FinishedItems,
-) -> dict[str, str]:
-    """Captions of the images `keys`, by id; those of `finished` are kept, the others are added to it batch by batch."""
-    with meter(len(keys), "captioning", "images") as progress:
-        progress.advance(sum(key in finished.items for key in keys))
-        for batch in _split([key for key in keys if key not in finished.items], settings.batch_size):
-            numbers, documents = _retrieve(generator, images, batch, settings, source)
-            texts = generator.captions(
-                images.load_inputs(batch),
-                settings.sampling,
-                retrieved=documents,
-                form=settings.form,
-                longest=settings.longest,
-            )
-            for key, text, used in zip(batch, texts, numbers, strict=True):
-                finished.add(key, {"caption": text, "retrieved": used})
-            progress.advance(len(batch))
-    return {key: finished.items[key]["caption"] for key in keys}
+    ranks: Ranks,
+) -> None:
+    """Add the captions of the images `keys`, by id, that are not in `finished`, batch by batch."""
+
+    def caption(batch: list[str]) -> Iterator[dict]:
+        numbers, documents = _retrieve(generator, images, batch, settings, source)
+        texts = generator.captions(
+            images.load_inputs(batch),
+            settings.sampling,
+            retrieved=documents,
+            form=settings.form,
+            longest=settings.longest,
+        )
+        for text, used in zip(texts, numbers, strict=True):
+            yield {"caption": text, "retrieved": used}
+
+    ranks.finish_items(
+        {key: key for key in keys},
+        caption,
+        finished,
+        batch_size=settings.batch_size,
+        label="captioning",
+        unit="images",
+    )
 
 
 def _retrieve(
@@ -192,10 +199,3 @@ def _retrieve(
     documents = [keep_nearest(row, needed, generator.decoder.context) for row in source.read(numbers)]
     kept = [row[len(row) - len(ids) :] for row, ids in zip(numbers, documents, strict=True)]
     return kept, documents
-
-
-def _split(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    if size < 1:
-        raise ValueError(f"--batch-size ({size}) must be at least 1.")
-    for start in range(0, len(keys), size):
-        yield keys[start : start + size]

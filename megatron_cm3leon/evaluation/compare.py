@@ -15,8 +15,10 @@ from megatron_cm3leon.evaluation.result import Figure, Result, read_result
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _KEYS = {"format", "task", "figures", "settings"}
 _STEP = re.compile(r"step[-_]?(\d+)")
-_LOWER = re.compile(r"fid|kid|^fd|cmmd|loss|nats|bits|perplexity|error|mean_rank")
-_HIGHER = re.compile(r"acc|score|cider|bleu|rouge|meteor|spice|precision|recall|exact|correct|ndcg|mrr|r@|f1|clip|_at_")
+_SHARES = re.compile(r"(^|[-_])(precision|recall)\b")
+"""Of `fd-inception-HEX8-precision`, too, which begins like a distance."""
+_LOWER = re.compile(r"^(fid|kid|fd|cmmd)\b|loss|_per_(byte|pixel)|bits|perplexity|error|mean_rank")
+_HIGHER = re.compile(r"acc|score|cider|bleu|rouge|meteor|spice|exact|correct|ndcg|mrr|r@|f1|clip|_at_")
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,13 @@ class Column:
     def direction(self) -> int:
         """-1 where lower is better, 1 where higher is better, 0 if that is not known from the name."""
         name = self.figure.lower()
-        return (
-            -1
-            if _LOWER.search(name)
-            else 1
-            if _HIGHER.search(name) or self.task in ("geneval", "vqa", "caption")
-            else 0
-        )
+        if self.task == "harness" and "/" in name:
+            name = name.split("/")[1]  # TASK/METRIC or TASK/METRIC/FILTER
+        if _SHARES.search(name):
+            return 1
+        if _LOWER.search(name):
+            return -1
+        return 1 if _HIGHER.search(name) or self.task in ("geneval", "vqa", "caption", "infill") else 0
 
 
 @dataclass
@@ -111,7 +113,12 @@ def _is_result(path: Path) -> bool:
 
 
 def _add_result(run: Run, file: Path, root: Path) -> None:
-    result = read_result(file)
+    try:
+        result = read_result(file)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} lacks a field of a result, or has another one ({error!r}); write it again by tools/evaluate.py."
+        ) from error
     parts = [] if file == root else list(file.parent.relative_to(root).parts)
     steps = [match for part in [root.name, *parts] if (match := _STEP.fullmatch(part))]
     step = result.settings.get("step") or (int(steps[-1][1]) if steps else None)
@@ -167,11 +174,20 @@ def _describe_result(latest: tuple[int | None, Result, Path] | None) -> dict[str
     return described | {f"version of {name}": value for name, value in result.versions.items()}
 
 
-def collect_images(runs: Sequence[Run], most: int) -> list[tuple[str, list[tuple[str, list[Path | None]]]]]:
-    """For each result with images: its name, and rows of (caption, image file per run), at most `most` rows.
+@dataclass(frozen=True)
+class ShownImage:
+    """An image of a result, and what the result says about it, such as its score."""
 
-    A result names its images in `tables.images`, a list of {"path", "caption"} with paths relative to its folder;
-    otherwise they are the files of its folder `images`. Images are of the same row if name and caption are the same.
+    path: Path
+    note: str = ""
+
+
+def collect_images(runs: Sequence[Run], most: int) -> list[tuple[str, list[tuple[str, list[ShownImage | None]]]]]:
+    """For each result with images: its name, and rows of (caption, image per run), at most `most` rows.
+
+    A result names its images in `tables.images`, a list of {"path", "caption", "note"} with paths relative to its
+    folder and an optional note; otherwise they are the files of its folder `images`. Images are of the same row if name
+    and caption are the same.
     """
     sections = []
     for task, variant in dict.fromkeys(key for run in runs for key in run.results):
@@ -186,12 +202,16 @@ def collect_images(runs: Sequence[Run], most: int) -> list[tuple[str, list[tuple
     return sections
 
 
-def _list_images(result: Result, folder: Path) -> dict[tuple[str, str], Path]:
-    """(name, caption) -> file of a result's images."""
+def _list_images(result: Result, folder: Path) -> dict[tuple[str, str], ShownImage]:
+    """(name, caption) -> image of a result."""
     listed = result.tables.get("images")
     if isinstance(listed, list):
         # The caption alone identifies an image that lies outside the result's folder.
         named = [("" if Path(one["path"]).is_absolute() else one["path"], one) for one in listed]
-        return {(name, one["caption"]): folder / one["path"] for name, one in named if (folder / one["path"]).is_file()}
+        return {
+            (name, one["caption"]): ShownImage(folder / one["path"], one.get("note", ""))
+            for name, one in named
+            if (folder / one["path"]).is_file()
+        }
     files = sorted((folder / "images").glob("*")) if (folder / "images").is_dir() else []
-    return {(path.name, ""): path for path in files if path.suffix.lower() in IMAGE_ENDINGS}
+    return {(path.name, ""): ShownImage(path) for path in files if path.suffix.lower() in IMAGE_ENDINGS}

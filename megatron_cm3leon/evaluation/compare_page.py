@@ -6,9 +6,11 @@ write_comparison(runs, output)    writes report.html and report.json; nothing on
 import base64
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
@@ -17,6 +19,7 @@ from megatron_cm3leon.evaluation.charts import draw_curves
 from megatron_cm3leon.evaluation.compare import (
     Column,
     Run,
+    ShownImage,
     collect_columns,
     collect_images,
     find_differences,
@@ -28,6 +31,7 @@ from megatron_cm3leon.tokenizers.images import load_image
 TABLES = (
     ("Text to image", "In the form of table 1 of CM3Leon (arXiv 2309.02591).", ("fid", "fd", "clip", "geneval", "ocr")),
     ("Image to text", "In the form of its table 2.", ("caption", "vqa")),
+    ("Infilling", "Hidden words of captions and hidden boxes of images.", ("infill",)),
     ("Language and loss", "Tasks of text alone, and held-out losses.", ("loss", "harness")),
 )
 """Title, note and tasks of each table; tasks that are in none follow in a table of their own."""
@@ -37,14 +41,20 @@ EXAMPLES = 12
 """Rows of images per result."""
 IMAGE_SIDE = 256
 """Pixels to which larger images are reduced on the page."""
+MOST_BESIDE = 3
+"""Runs whose images are shown in two grids beside each other."""
+SHORT_NAME = 16
+"""Characters of a name that is not broken at hyphens."""
 _STYLE = """
-main { max-width: 76rem; }
-.compare th.n, .compare td.n { padding: .35rem .8rem; }
-.compare td .soft { font-size: .8rem; display: block; }
+main { max-width: 88rem; }
+.compare th.n, .compare td.n { padding: .35rem .6rem; }
+.compare .task { text-align: center; border-left: 1px solid var(--line); }
+.compare .soft { font-size: .8rem; display: block; }
 .compare td b { font-weight: 700; }
 .compare thead th { vertical-align: bottom; max-width: 8.5rem; white-space: normal; line-height: 1.3; }
 .compare tbody th { white-space: nowrap; }
 .wide { table-layout: auto; } .wide td { overflow-wrap: anywhere; max-width: 22rem; font-size: .85rem; }
+.grids { display: flex; flex-wrap: wrap; gap: .5rem 3rem; align-items: start; }
 .sides { display: grid; gap: .5rem .8rem; align-items: start; }
 .sides .head { font-weight: 600; font-size: .9rem; overflow-wrap: anywhere; }
 .sides .text { font-size: .88rem; line-height: 1.35; overflow-wrap: anywhere; }
@@ -80,7 +90,7 @@ def build_page(runs: Sequence[Run], title: str, examples: int) -> str:
     known = [task for _, _, tasks in TABLES for task in tasks]
     others = tuple(dict.fromkeys(column.task for column in shown if column.task not in known))
     parts = [
-        _draw_table(name, note, runs, [column for column in shown if column.task in tasks])
+        _draw_table(name, note, runs, [column for task in tasks for column in shown if column.task == task])
         for name, note, tasks in (*TABLES, ("Other tasks", "", others))
     ]
     parts += [_draw_curves(runs, shown), _draw_images(runs, examples), _draw_differences(runs)]
@@ -100,27 +110,49 @@ def _draw_table(title: str, note: str, runs: Sequence[Run], columns: list[Column
         return ""
     facts = {run.name: _find_facts(run, columns) for run in rows}
     fact_names = [name for name in ("step", "retrieved documents") if any(facts[run.name][name] for run in rows)]
-    arrows = {-1: "&nbsp;↓", 0: "", 1: "&nbsp;↑"}
-    head = "".join(f'<th class="n" scope="col">{name}</th>' for name in fact_names)
-    head += "".join(f'<th class="n" scope="col">{_break_name(c.name)}{arrows[c.direction]}</th>' for c in columns)
+    units = {column: _find_unit(rows, column) for column in columns}
     best = {column: _find_best(rows, column) for column in columns}
     body = ""
     for run in rows:
         body += f'<tr><th scope="row">{escape(run.name)}</th>'
         body += "".join(f'<td class="n">{facts[run.name][name] or "–"}</td>' for name in fact_names)
-        body += "".join(_draw_cell(run.find_figure(column), run.name in best[column]) for column in columns)
+        body += "".join(
+            _draw_cell(run.find_figure(column), run.name in best[column], units[column]) for column in columns
+        )
         body += "</tr>"
     note += " Below each figure its 95 % bootstrap interval and the number of items; the best of a column is bold."
     return (
         f'<section><h2>{title}</h2><p class="note">{escape(note.strip())}</p><div class="scroll">'
-        f'<table class="compare"><thead><tr><th scope="col">run</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+        f'<table class="compare"><thead>{_draw_head(columns, fact_names, units)}</thead><tbody>{body}</tbody></table>'
         f"</div></section>"
     )
 
 
+def _draw_head(columns: Sequence[Column], fact_names: Sequence[str], units: dict[Column, str]) -> str:
+    """Two rows: the tasks, each above its columns, and the figures; a unit that all of a task have is said once."""
+    arrows = {-1: "&nbsp;↓", 0: "", 1: "&nbsp;↑"}
+    first = '<th scope="col" rowspan="2">run</th>'
+    first += "".join(f'<th class="n" scope="col" rowspan="2">{name}</th>' for name in fact_names)
+    second = ""
+    for task, group in groupby(columns, key=lambda column: column.task):
+        members = list(group)
+        shared = {units[column] for column in members}
+        unit = shared.pop() if len(shared) == 1 else ""
+        first += f'<th class="n task" scope="colgroup" colspan="{len(members)}">{escape(task)}{_draw_small(unit)}</th>'
+        figures = [column.figure for column in members]
+        for column in members:
+            # The folder is said only where it distinguishes columns.
+            folder = f"{column.variant} · " if column.variant and figures.count(column.figure) > 1 else ""
+            name = f"{_break_name(folder + column.figure)}{arrows[column.direction]}"
+            small = _draw_small("" if unit else units[column])
+            second += f'<th class="n" scope="col">{name}{small}</th>'
+    return f"<tr>{first}</tr><tr>{second}</tr>"
+
+
 def _break_name(name: str) -> str:
-    """A name that may be broken after its underscores and slashes."""
-    return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>")
+    """A name that may be broken after slashes and underscores, a short one not at hyphens or before its last number."""
+    text = re.sub(r"(/|_(?!\d+$))", r"\1<wbr>", escape(name))
+    return text if len(name) > SHORT_NAME else text.replace("-", "&#8209;")
 
 
 def _find_facts(run: Run, columns: list[Column]) -> dict[str, str]:
@@ -129,9 +161,13 @@ def _find_facts(run: Run, columns: list[Column]) -> dict[str, str]:
     latest = [one for one in found if one is not None]
     steps = dict.fromkeys(f"{step:,}" for step, _, _ in latest if step is not None)
     documents = dict.fromkeys(
-        str(result.settings["documents"]) for _, result, _ in latest if _has_documents(result.settings)
+        _list_values(result.settings["documents"]) for _, result, _ in latest if _has_documents(result.settings)
     )
     return {"step": ", ".join(steps), "retrieved documents": ", ".join(documents)}
+
+
+def _list_values(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _has_documents(settings: dict) -> bool:
@@ -147,15 +183,25 @@ def _find_best(runs: Sequence[Run], column: Column) -> set[str]:
     return {name for name, value in values.items() if value == best}
 
 
-def _draw_cell(figure: Figure | None, best: bool) -> str:
+def _find_unit(runs: Sequence[Run], column: Column) -> str:
+    """The unit that all figures of a column have; empty if they have none, or several."""
+    units = {figure.unit for run in runs if (figure := run.find_figure(column)) is not None}
+    return units.pop() if len(units) == 1 else ""
+
+
+def _draw_small(text: str) -> str:
+    return f'<span class="soft">{escape(text)}</span>' if text else ""
+
+
+def _draw_cell(figure: Figure | None, best: bool, unit: str) -> str:
+    """A table cell; `unit` is what the table's head says, and is not repeated."""
     if figure is None:
         return '<td class="n">–</td>'
-    value = f"{figure.value:.4g}{f' {escape(figure.unit)}' if figure.unit else ''}"
-    small = "" if figure.low is None or figure.high is None else f"{figure.low:.4g} to {figure.high:.4g}"
-    if figure.n is not None:
-        small += f"{', ' if small else ''}n = {figure.n:,}"
+    value = f"{figure.value:.4g}{f' {escape(figure.unit)}' if figure.unit != unit else ''}"
+    interval = "" if figure.low is None or figure.high is None else f"{figure.low:.3g} to {figure.high:.3g}"
+    count = "" if figure.n is None else f"n = {figure.n:,}"
     value = f"<b>{value}</b>" if best else value
-    return f'<td class="n">{value}{f"<span class=soft>{small}</span>" if small else ""}</td>'
+    return f'<td class="n">{value}{_draw_small(interval)}{_draw_small(count)}</td>'
 
 
 def _draw_curves(runs: Sequence[Run], columns: list[Column]) -> str:
@@ -184,23 +230,33 @@ def _draw_curves(runs: Sequence[Run], columns: list[Column]) -> str:
 def _draw_images(runs: Sequence[Run], examples: int) -> str:
     sections = ""
     for name, rows in collect_images(runs, examples):
-        shown = [number for number in range(len(runs)) if any(files[number] for _, files in rows)]
-        cells = '<div class="head"></div>' + "".join(
-            f'<div class="head">{escape(runs[number].name)}</div>' for number in shown
-        )
-        for caption, files in rows:
-            cells += f'<div class="text">{escape(caption)}</div>'
-            for number in shown:
-                file = files[number]
-                alt = escape(f"{runs[number].name}: {caption}", quote=True)
-                cells += (
-                    '<div class="none">–</div>'
-                    if file is None
-                    else f'<figure><img alt="{alt}" src="{_encode_image(file)}"></figure>'
-                )
-        grid = f"grid-template-columns: minmax(8rem, 14rem) repeat({len(shown)}, minmax(5rem, 8rem))"
-        sections += f'<h3>{escape(name)}</h3><div class="scroll"><div class="sides" style="{grid}">{cells}</div></div>'
+        shown = [number for number in range(len(runs)) if any(images[number] for _, images in rows)]
+        # Two grids of half the rows beside each other where they fit.
+        size = -(-len(rows) // 2) if len(shown) <= MOST_BESIDE and len(rows) > 2 else len(rows)
+        grids = [_draw_grid(runs, shown, rows[start : start + size]) for start in range(0, len(rows), size)]
+        sections += f'<h3>{escape(name)}</h3><div class="scroll grids">{"".join(grids)}</div>'
     return f"<section><h2>Images side by side</h2>{sections}</section>" if sections else ""
+
+
+def _draw_grid(
+    runs: Sequence[Run], shown: Sequence[int], rows: Sequence[tuple[str, Sequence[ShownImage | None]]]
+) -> str:
+    """A caption and an image of each of the runs `shown` per row."""
+    cells = '<div class="head"></div>'
+    cells += "".join(f'<div class="head">{escape(runs[number].name)}</div>' for number in shown)
+    for caption, images in rows:
+        cells += f'<div class="text">{escape(caption)}</div>'
+        for number in shown:
+            cells += _draw_image(images[number], f"{runs[number].name}: {caption}")
+    columns = f"grid-template-columns: minmax(8rem, 14rem) repeat({len(shown)}, minmax(5rem, 8rem))"
+    return f'<div class="sides" style="{columns}">{cells}</div>'
+
+
+def _draw_image(image: ShownImage | None, alt: str) -> str:
+    if image is None:
+        return '<div class="none">–</div>'
+    note = f"<figcaption>{escape(image.note)}</figcaption>" if image.note else ""
+    return f'<figure><img alt="{escape(alt, quote=True)}" src="{_encode_image(image.path)}">{note}</figure>'
 
 
 def _encode_image(path: Path) -> str:
@@ -237,8 +293,9 @@ def _draw_all(runs: Sequence[Run], columns: list[Column]) -> str:
     body = ""
     for column in columns:
         best = _find_best(runs, column)
-        cells = "".join(_draw_cell(run.find_figure(column), run.name in best) for run in runs)
-        body += f'<tr><th scope="row">{escape(column.name)}</th>{cells}</tr>'
+        unit = _find_unit(runs, column)
+        cells = "".join(_draw_cell(run.find_figure(column), run.name in best, unit) for run in runs)
+        body += f'<tr><th scope="row">{escape(column.name)}{_draw_small(unit)}</th>{cells}</tr>'
     return (
         '<section><h2>All figures</h2><div class="scroll"><table class="compare">'
         f'<thead><tr><th scope="col">figure</th>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'

@@ -16,13 +16,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from megatron_cm3leon.common.progress import meter
-from megatron_cm3leon.evaluation.likelihood import Row, score_rows
 from megatron_cm3leon.evaluation.result import FinishedItems
 from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.grammar import text_segment
 from megatron_cm3leon.generation.sampling import Sampling
+from megatron_cm3leon.generation.scoring import score_tokens
 
+Row = tuple[list[int], list[int]]
+"""Ids of a context, at least one, and of the continuation that is scored."""
 REQUESTS_AT_ONCE = 256
 """Requests between two writes of finished items."""
 SAMPLING_KEYS = ("do_sample", "temperature", "top_p", "top_k")
@@ -165,8 +167,8 @@ class HarnessModel(TemplateLM):
         ]
 
     def _score(self, rows: list[Row]) -> list[tuple[float, bool]]:
-        """`score_rows` of rows that are cut to the model's length from the left."""
-        cut = []
+        """(summed log-probability, whether it is the greedy one) of rows, cut to the model's length from the left."""
+        contexts, continuations = [], []
         for context, continuation in rows:
             excess = len(context) + len(continuation) - (self.max_length + 1)
             if excess >= len(context):
@@ -175,8 +177,10 @@ class HarnessModel(TemplateLM):
                     f"{self.max_length}; shorten the choices of the task."
                 )
             self.truncated += excess > 0
-            cut.append((context[max(0, excess) :], continuation))
-        return score_rows(self.generator.decoder, cut)
+            contexts.append(context[max(0, excess) :])
+            continuations.append(continuation)
+        scored = score_tokens(self.generator.decoder, contexts, continuations)
+        return [(row.total, row.is_greedy) for row in scored]
 
     def _answer(self, kind: str, requests: list[Instance], answer: Callable[[list[tuple]], list]) -> list:
         """Answers of all requests; those that are finished are not computed again."""

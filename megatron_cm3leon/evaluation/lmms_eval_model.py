@@ -12,10 +12,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
-from megatron_cm3leon.evaluation.likelihood import score_rows
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.prompts import infill_text_prompt
 from megatron_cm3leon.generation.sampling import Sampling
+from megatron_cm3leon.generation.scoring import score_tokens
 
 LONGEST = 16
 """Text pieces of an answer where a task does not say how many."""
@@ -69,11 +69,13 @@ class LmmsModel(lmms):
         for first in range(0, len(requests), REQUESTS_AT_ONCE):
             part = [request.args for request in requests[first : first + REQUESTS_AT_ONCE]]
             images = self.generator.codec.encode_image_ids([self._load_image(*arguments[2:]) for arguments in part])
-            rows = []
+            prompts, answers = [], []
             for (context, target, *where), image in zip(part, images, strict=True):
                 answer = target if isinstance(target, str) else target(self._load_document(*where[1:]))
-                rows.append((self._build_prompt(context, image), self._encode_answer(answer)))
-            scores += score_rows(self.generator.decoder, rows)
+                prompts.append(self._build_prompt(context, image))
+                answers.append(self._encode_answer(answer))
+            scored = score_tokens(self.generator.decoder, prompts, answers)
+            scores += [(row.total, row.is_greedy) for row in scored]
         return scores
 
     def generate_until_multi_round(self, requests: list) -> list[str]:

@@ -85,6 +85,6 @@ def measure_documents(
     losses, tokens = np.zeros((len(built), KINDS)), np.zeros((len(built), KINDS), np.int64)
     for number, (ids, row) in enumerate(zip(targets, scores, strict=True)):
         kinds = np.where(vocabulary.is_image(ids), IMAGE, np.where(vocabulary.is_text(ids), TEXT, BREAK))
-        losses[number] = np.bincount(kinds, -row, KINDS)
+        losses[number] = np.bincount(kinds, -row.log_probabilities, KINDS)
         tokens[number] = np.bincount(kinds, minlength=KINDS)
     return losses, tokens

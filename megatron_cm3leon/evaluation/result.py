@@ -1,15 +1,17 @@
 """The result of an evaluation task: figures with their intervals, and everything that a comparison needs.
 
-A task of tools/evaluate.py writes two files to its output folder:
+A task of tools/evaluate.py writes to its output folder:
 
     TASK.json     the result: figures, settings, seed, SHA-256 of the inputs, versions
-    items.jsonl   one line per finished item, from which an interrupted task continues
+    items.jsonl   one line per finished item, from which an interrupted task continues; of a launch with several ranks
+                  each other rank writes items-RANK.jsonl
 """
 
 import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -136,41 +138,79 @@ def hash_input(path: str | Path) -> str:
 
 
 class FinishedItems:
-    """Items of a task that are finished, in items.jsonl of its output folder: an interrupted task continues after them.
+    """Items of a task that are finished, in its output folder: an interrupted task continues after them.
 
-    The first line holds the task's identity (settings, inputs, seed); with another identity the folder is refused.
+    Each rank of a launch (ranks.py) appends to a file of its own, items.jsonl or items-RANK.jsonl. The first rank reads
+    all of them, also those of earlier launches with more ranks. The first line of a file holds the task's identity
+    (settings, inputs, seed); with another identity the folder is refused.
     """
 
-    def __init__(self, output: str | Path, identity: dict) -> None:
-        """Read what an earlier run finished; ValueError if it had another identity."""
-        self.path = Path(output) / "items.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, output: str | Path, identity: dict, rank: int = 0) -> None:
+        """Read what earlier runs finished; ValueError if one of them had another identity."""
+        self.items: dict[str, dict] = {}
+        """Finished items by their key; those of this rank's file on ranks other than the first."""
         # Compared as JSON holds it: tuples become lists.
-        identity = json.loads(json.dumps(identity))
+        self._identity = json.loads(json.dumps(identity))
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / _items_name(rank)
+        if not rank:
+            others = [path for path in sorted(folder.iterdir()) if re.fullmatch(r"items-\d+\.jsonl", path.name)]
+            for path in others:
+                self._read(path)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        drop_truncated_line(self._file)
-        lines = parse_lines(self.path)
-        before = next(lines, None)
-        self.items: dict[str, dict] = {line["key"]: line["item"] for line in lines}
-        """Finished items by their key."""
-        if before is None:
-            self._append({"identity": identity})
-        elif before.get("identity") != identity:
+        try:
+            drop_truncated_line(self._file)
+            if not self._read(self.path):
+                self._append([{"identity": self._identity}])
+        except BaseException:
             self.close()
-            earlier = before.get("identity") or {}
-            changed = sorted(key for key in {*earlier, *identity} if earlier.get(key) != identity.get(key))
-            raise ValueError(
-                f"{self.path} is of a run with another {', '.join(changed)}; give another --output, or delete the file."
-            )
+            raise
 
     def add(self, key: str, item: dict) -> None:
         """Append an item; it is on the disk, or absent, after a crash."""
-        self._append({"key": key, "item": item})
-        self.items[key] = item
+        self.add_all({key: item})
+
+    def add_all(self, items: dict[str, dict]) -> None:
+        """Append the items of a batch, by key."""
+        self._append([{"key": key, "item": item} for key, item in items.items()])
+        self.items |= items
+
+    def read_ranks(self, ranks: int) -> None:
+        """Read the files of all other ranks of this launch, which have called `sync`."""
+        for path in [self.path.parent / _items_name(rank) for rank in range(1, ranks)]:
+            if path.exists():
+                self._read(path)
+
+    def sync(self) -> None:
+        """Return when other nodes can read what this rank has appended."""
+        os.fsync(self._file)
 
     def close(self) -> None:
         os.close(self._file)
 
-    def _append(self, line: dict) -> None:
+    def _read(self, path: Path) -> bool:
+        """Add the items of a file; whether it had any line. ValueError if it is of another identity."""
+        lines = parse_lines(path)
+        before = next(lines, None)
+        if before is None:
+            return False
+        if before.get("identity") != self._identity:
+            earlier = before.get("identity") or {}
+            changed = sorted(key for key in {*earlier, *self._identity} if earlier.get(key) != self._identity.get(key))
+            raise ValueError(
+                f"{path} is of a run with another {', '.join(changed)}; give another --output, or delete the file."
+            )
+        self.items |= {line["key"]: line["item"] for line in lines}
+        return True
+
+    def _append(self, lines: list[dict]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        data = memoryview(text.encode())
         os.lseek(self._file, 0, os.SEEK_END)
-        os.write(self._file, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+        while data:
+            data = data[os.write(self._file, data) :]
+
+
+def _items_name(rank: int) -> str:
+    return f"items-{rank}.jsonl" if rank else "items.jsonl"

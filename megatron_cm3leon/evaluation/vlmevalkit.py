@@ -11,12 +11,12 @@ A, B ... hold the options: a multiple-choice set. Otherwise the answer is a text
 
 import base64
 import csv
-import json
 import os
 import string
 from pathlib import Path
 
-from megatron_cm3leon.tokenizers.images import load_image
+from megatron_cm3leon.evaluation.metrics.image_folder import read_image
+from megatron_cm3leon.evaluation.text_files import read_objects
 
 COLUMNS = ("index", "image", "question", "answer", "category")
 
@@ -30,13 +30,7 @@ def read_questions(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"no questions at {path}; give a JSON Lines file of image, question and answer.")
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON ({error}); write one JSON object per line.") from error
+    for number, entry in read_objects(path):
         fault = _find_fault(entry)
         if fault:
             raise ValueError(f"{path}:{number}: {fault}.")
@@ -54,10 +48,8 @@ def read_questions(path: str | Path) -> list[dict]:
     return questions
 
 
-def _find_fault(entry: object) -> str:
+def _find_fault(entry: dict) -> str:
     """What is wrong with a line; empty if nothing is."""
-    if not isinstance(entry, dict):
-        return "not a JSON object"
     for key in ("image", "question", "answer"):
         if not isinstance(entry.get(key), str) or not entry[key]:
             return f"{key} ({entry.get(key)!r}) must be a text"
@@ -88,7 +80,7 @@ def write_tsv(questions: str | Path, output: str | Path) -> int:
             writer = csv.writer(file, delimiter="\t", lineterminator="\n")
             writer.writerow([*COLUMNS[:4], *letters, *COLUMNS[4:]])
             for number, entry in enumerate(entries):
-                load_image(entry["image"])  # refuses what cannot be read
+                read_image(Path(entry["image"]))  # refuses what cannot be read
                 image = base64.b64encode(Path(entry["image"]).read_bytes()).decode()
                 options = [*entry["options"], *[""] * (len(letters) - len(entry["options"]))]
                 writer.writerow(

@@ -1,4 +1,4 @@
-"""Log-probabilities of given ids after given prefixes: ranking of candidates, held-out loss.
+"""Log-probabilities of given ids after given prefixes: ranking of candidates, held-out loss, log-likelihoods of texts.
 
     prefix   ids that are read, at least one; a sample begins with </s>
     target   ids whose log-probabilities are computed, each after the prefix and the target's earlier ids
@@ -10,6 +10,7 @@ the positions of targets alone, a bounded number of them at a time.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,19 +32,39 @@ SHARED_PREFIX = 4
 costs more per token than a pass over complete sequences."""
 
 
+@dataclass(frozen=True)
+class ScoredTarget:
+    """The ids of one target, each after the prefix and the target's earlier ids."""
+
+    log_probabilities: np.ndarray
+    """float64 [ids]."""
+    most_likely: np.ndarray
+    """bool [ids]: whether greedy decoding would take the id there."""
+
+    @property
+    def total(self) -> float:
+        """Summed log-probability."""
+        return float(self.log_probabilities.sum())
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy decoding after the prefix gives the target."""
+        return bool(self.most_likely.all())
+
+
 def score_targets(decoder: Decoder, prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
     """Summed log-probabilities, float64 [n], of each target after its prefix; errors as `score_tokens`."""
-    return np.array([row.sum() for row in score_tokens(decoder, prefixes, targets)], np.float64)
+    return np.array([row.total for row in score_tokens(decoder, prefixes, targets)], np.float64)
 
 
-def score_tokens(decoder: Decoder, prefixes: Sequence[Ids], targets: Sequence[Ids]) -> list[np.ndarray]:
-    """Log-probability of every id of each target, float64 [tokens of the target] for each row.
+def score_tokens(decoder: Decoder, prefixes: Sequence[Ids], targets: Sequence[Ids]) -> list[ScoredTarget]:
+    """Score every id of each target; a row for each target, in their order.
 
     ValueError unless there is a prefix for each target, none is empty, all ids are the model's, and each prefix with
     its target fits into the context.
     """
     rows = _check_rows(decoder, prefixes, targets)
-    found: list[np.ndarray] = [np.empty(0)] * len(rows)
+    found: dict[int, ScoredTarget] = {}
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, (prefix, _) in enumerate(rows):
         groups.setdefault(tuple(prefix), []).append(number)
@@ -63,7 +84,7 @@ def score_tokens(decoder: Decoder, prefixes: Sequence[Ids], targets: Sequence[Id
             size += 1
         _score_batch(decoder, [(number, *rows[number]) for number in single[:size]], found)
         del single[:size]
-    return found
+    return [found[number] for number in range(len(rows))]
 
 
 def _check_rows(decoder: Decoder, prefixes: Sequence[Ids], targets: Sequence[Ids]) -> list[tuple[list[int], list[int]]]:
@@ -96,8 +117,10 @@ def _check_rows(decoder: Decoder, prefixes: Sequence[Ids], targets: Sequence[Ids
     return rows
 
 
-def _score_batch(decoder: Decoder, rows: list[tuple[int, list[int], list[int]]], found: list[np.ndarray]) -> None:
-    """Log-probabilities of rows (number, prefix, target), put into `found`; one pass over all of them."""
+def _score_batch(
+    decoder: Decoder, rows: list[tuple[int, list[int], list[int]]], found: dict[int, ScoredTarget]
+) -> None:
+    """Scores of rows (number, prefix, target), put into `found`; one pass over all of them."""
     longest = max(len(prefix) + len(target) for _, prefix, target in rows)
     ids_BS = torch.zeros(len(rows), longest, dtype=torch.long)
     counted_BS = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -107,16 +130,19 @@ def _score_batch(decoder: Decoder, rows: list[tuple[int, list[int], list[int]]],
         counted_BS[index, len(prefix) : end] = True
     ids_BS, counted_BS = ids_BS.to(decoder.device), counted_BS[:, 1:].to(decoder.device)
     with torch.inference_mode():
-        scores = _log_probabilities(decoder, decoder.states(ids_BS[:, :-1])[counted_BS], ids_BS[:, 1:][counted_BS])
-    parts = np.split(scores.cpu().numpy(), np.cumsum([len(target) for _, _, target in rows])[:-1])
+        scores_N, most_likely_N = _score_states(
+            decoder, decoder.states(ids_BS[:, :-1])[counted_BS], ids_BS[:, 1:][counted_BS]
+        )
+    ends = np.cumsum([len(target) for _, _, target in rows])[:-1]
+    parts = zip(*(np.split(values.cpu().numpy(), ends) for values in (scores_N, most_likely_N)), strict=True)
     for (number, _, _), part in zip(rows, parts, strict=True):
-        found[number] = part
+        found[number] = ScoredTarget(*part)
 
 
 def _score_shared(
-    decoder: Decoder, prefix: list[int], targets: list[tuple[int, list[int]]], found: list[np.ndarray]
+    decoder: Decoder, prefix: list[int], targets: list[tuple[int, list[int]]], found: dict[int, ScoredTarget]
 ) -> None:
-    """Log-probabilities of targets (number, ids) of one prefix, put into `found`; the prefix is read once per batch."""
+    """Scores of targets (number, ids) of one prefix, put into `found`; the prefix is read once per batch."""
     targets = sorted(targets, key=lambda row: len(row[1]))
     positions = len(prefix) + len(targets[-1][1])
     size = max(1, min(LARGEST_BATCH, CPU_CACHE_BYTES // decoder.cache_bytes(positions)))
@@ -128,19 +154,23 @@ def _score_shared(
         columns = []
         for place in range(longest):
             # Targets that have ended are read on with id 0, and cut off below.
-            columns.append(_log_probabilities(decoder, state_BH, ids_BT[:, place]))
+            columns.append(_score_states(decoder, state_BH, ids_BT[:, place]))
             if place < longest - 1:
                 state_BH = decoder.step(ids_BT[:, place], cache)
-        scores = torch.stack(columns, 1).cpu().numpy()
-        for (number, ids), row in zip(part, scores, strict=True):
-            found[number] = row[: len(ids)]
+        scores_BT, most_likely_BT = (torch.stack(each, 1).cpu().numpy() for each in zip(*columns, strict=True))
+        for row, (number, ids) in enumerate(part):
+            found[number] = ScoredTarget(scores_BT[row, : len(ids)], most_likely_BT[row, : len(ids)])
 
 
-def _log_probabilities(decoder: Decoder, states_NH: Tensor, ids_N: Tensor) -> Tensor:
-    """float64 [N]: log-probability of one id after each final hidden state."""
+def _score_states(decoder: Decoder, states_NH: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 [N], bool [N]: log-probability of one id after each final hidden state, and whether it is the largest."""
     rows = max(1, LOGIT_BYTES // (ID_BYTES * decoder.vocabulary_size))
-    parts = [
-        -functional.cross_entropy(decoder.logits(states), ids, reduction="none").double()
-        for states, ids in zip(states_NH.split(rows), ids_N.split(rows), strict=True)
-    ]
-    return torch.cat(parts)
+    parts = [_score_logits(decoder, *part) for part in zip(states_NH.split(rows), ids_N.split(rows), strict=True)]
+    scores, most_likely = zip(*parts, strict=True)
+    return torch.cat(scores), torch.cat(most_likely)
+
+
+def _score_logits(decoder: Decoder, states_NH: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
+    """`_score_states` of as many states as ID_BYTES per id of the vocabulary allow; the logits end with this call."""
+    logits_NV = decoder.logits(states_NH)
+    return -functional.cross_entropy(logits_NV, ids_N, reduction="none").double(), logits_NV.argmax(-1) == ids_N

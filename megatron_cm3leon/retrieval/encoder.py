@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
@@ -122,10 +123,13 @@ class Encoder:
                     f"a published CLIP needs its Hugging Face form with {WEIGHTS}."
                 )
         _check_type(folder / "config.json")
-        with _no_progress_bar():
-            loaded: Any = CLIPModel.from_pretrained(  # with output_loading_info a pair, which its annotation lacks
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
+        try:
+            with _no_progress_bar():
+                loaded: Any = CLIPModel.from_pretrained(  # with output_loading_info a pair, which its annotation lacks
+                    folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+                )
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS} is damaged ({error}); copy it again.") from error
         model, loading_info = loaded
         faults = {
             kind: sorted(loading_info[f"{kind}_keys"])

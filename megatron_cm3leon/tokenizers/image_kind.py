@@ -59,7 +59,8 @@ def _find_damage(data: bytes, formats: tuple[str, ...]) -> str:
     """The message of the decoder that recognizes the first bytes but refuses the header; "" if none does."""
     for name in formats:
         factory, accepts = Image.OPEN[name]
-        if accepts and accepts(data[:16]) is True:
+        # Padded: for less than 4 bytes some of these functions raise struct.error.
+        if accepts and accepts(data[:16].ljust(16, b"\0")) is True:
             try:
                 factory(io.BytesIO(data), "").close()
             except Exception as error:  # SyntaxError, OSError, struct.error ...: decoders meet arbitrary bytes

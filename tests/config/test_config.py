@@ -87,6 +87,16 @@ def test_settings_are_defined_with_their_fields():
         (["data.sources=[{shards: a}, {shards: b, weight: 0}]"], 1, "data.sources[1].weight (0.0) must be above 0"),
         (["data.sources=[{shard: a}]"], 1, "there is no field data.sources[0].shard; did you mean"),
         (["cm3.min_spans=20", "cm3.max_spans=16"], 1, "cm3.min_spans (20) must be at most cm3.max_spans (16)"),
+        (
+            ["cm3.rotation_probability=0.5", "cm3.infill_probability=0.6"],
+            1,
+            "cm3.infill_probability (0.6) and cm3.rotation_probability (0.5) must be at most 1 together",
+        ),
+        (
+            ["cm3.drop_documents_probability=0.5", "data.packing=stream"],
+            1,
+            "cm3.drop_documents_probability (0.5) requires data.packing=query",
+        ),
         (["model.hidden_size=100"], 1, "must be divisible by model.heads (16)"),
         (["parallel.tensor=3"], 3, "parallel.tensor (3) must divide model.heads (16); use one of [1, 2, 4, 8, 16]."),
         (["parallel.pipeline=5"], 5, "parallel.pipeline (5) must divide model.layers (24)"),

@@ -30,8 +30,8 @@ class Layout:
     ranks: int
     overrides: tuple[str, ...] = ()
     reference: str = "one process"
-    in_default_suite: bool = True
-    """Whether the default suite runs it."""
+    in_suite: bool = True
+    """Whether the tests run it, beside the command that runs all rows."""
     loss_tolerance: float = 1e-6
     """Largest allowed relative difference of a loss."""
     norm_tolerance: float = 1e-5
@@ -43,10 +43,8 @@ class Layout:
         return self.name.replace(" ", "_").replace(",", "")
 
 
-def _build_row(name: str, ranks: int, text: str, in_default_suite: bool = True, **more) -> Layout:
-    return Layout(
-        name, ranks, tuple(f"parallel.{item}" for item in text.split()), in_default_suite=in_default_suite, **more
-    )
+def _build_row(name: str, ranks: int, text: str, in_suite: bool = True, **more) -> Layout:
+    return Layout(name, ranks, tuple(f"parallel.{item}" for item in text.split()), in_suite=in_suite, **more)
 
 
 def _variant_rows() -> list[Layout]:
@@ -119,18 +117,13 @@ def _deepspeed_rows() -> list[Layout]:
         ("tensor=2 data 2 zero=0", 4, ("parallel.tensor=2", "parallel.zero=0")),
         ("tensor=2 data 2 zero=3", 4, ("parallel.tensor=2", "parallel.zero=3", *SMALL)),
     ]
-    rows = [
-        Layout(f"deepspeed, {name}", *row, in_default_suite=in_default_suite)
-        for in_default_suite, name, *row in layouts
-    ]
-    for in_default_suite, label, extra, name, ranks, more in variants:
-        rows.append(
-            Layout(f"deepspeed {label}, {name}", ranks, extra + more, f"{label}, one process", in_default_suite)
-        )
+    rows = [Layout(f"deepspeed, {name}", *row, in_suite=in_suite) for in_suite, name, *row in layouts]
+    for in_suite, label, extra, name, ranks, more in variants:
+        rows.append(Layout(f"deepspeed {label}, {name}", ranks, extra + more, f"{label}, one process", in_suite))
     rows.append(Layout(reference, 1, (*BF16, "parallel.zero=1"), reference, False))
     for name, ranks, more in bf16_rows:  # one extra Adam step at stage 0 changes the loss by 2e-3, the norm by 6e-2
-        in_default_suite = name == "data 2 zero=0"
-        rows.append(Layout(f"deepspeed bf16, {name}", ranks, BF16 + more, reference, in_default_suite, 5e-4, 1e-2))
+        in_suite = name == "data 2 zero=0"
+        rows.append(Layout(f"deepspeed bf16, {name}", ranks, BF16 + more, reference, in_suite, 5e-4, 1e-2))
     return [replace(row, overrides=DEEPSPEED + row.overrides) for row in rows]
 
 
@@ -155,16 +148,14 @@ def _compiled_rows() -> list[Layout]:
     ]
     extra = {"": (), "llama": LLAMA, "by sample": SAMPLES, "llama by sample": LLAMA + SAMPLES}
     rows = []
-    for in_default_suite, label, ranks, text in layouts:
+    for in_suite, label, ranks, text in layouts:
         overrides = COMPILE + extra[label] + tuple(f"parallel.{item}" for item in text.split())
         name = ", ".join(filter(None, (f"compiled {label}".strip(), text or "one process")))
-        rows.append(
-            Layout(name, ranks, overrides, f"{label}, one process" if label else "one process", in_default_suite)
-        )
+        rows.append(Layout(name, ranks, overrides, f"{label}, one process" if label else "one process", in_suite))
     for label, more in (("zero=0", ()), ("data 2 zero=2", SMALL)):
         ranks, zero = (1, 0) if not more else (2, 2)
         overrides = COMPILE + DEEPSPEED + (f"parallel.zero={zero}", *more)
-        rows.append(Layout(f"compiled deepspeed, {label}", ranks, overrides, in_default_suite=False))
+        rows.append(Layout(f"compiled deepspeed, {label}", ranks, overrides, in_suite=False))
     overrides = COMPILE + DEEPSPEED + LLAMA + ("parallel.tensor=2", "parallel.zero=1")
     rows.append(Layout("compiled deepspeed llama, tensor=2 zero=1", 2, overrides, "llama, one process", False))
     rows.append(
@@ -184,12 +175,10 @@ def _flex_rows() -> list[Layout]:
         (False, "llama by sample", 4, (*SEQUENCE, "parallel.context=2")),
     ]
     rows = []
-    for in_default_suite, label, ranks, overrides in layouts:
+    for in_suite, label, ranks, overrides in layouts:
         names = " ".join(each.split(".", 1)[1] for each in overrides)
         extra = (*SAMPLES, *(LLAMA if "llama" in label else ()), "train.sample_attention=flex")
-        rows.append(
-            Layout(f"flex {label}, {names}", ranks, extra + overrides, f"{label}, one process", in_default_suite)
-        )
+        rows.append(Layout(f"flex {label}, {names}", ranks, extra + overrides, f"{label}, one process", in_suite))
     return rows
 
 
@@ -224,12 +213,12 @@ def _head_chunk_rows() -> list[Layout]:
         (False, "llama", 2, (*DEEPSPEED, "parallel.tensor=2", "parallel.zero=1")),
     ]
     rows = []
-    for in_default_suite, label, ranks, overrides in layouts:
+    for in_suite, label, ranks, overrides in layouts:
         names = [each.split(".", 1)[1] for each in overrides if not each.startswith("deepspeed.")]
         name = f"head in chunks{', ' + label if label else ''}, {' '.join(names) or 'one process'}"
         reference = f"{label}, one process" if label else "one process"
         overrides = (LLAMA if label else ()) + overrides + ("train.head_chunk=20",)
-        rows.append(Layout(name, ranks, overrides, reference, in_default_suite))
+        rows.append(Layout(name, ranks, overrides, reference, in_suite))
     return rows
 
 
@@ -259,8 +248,8 @@ def _dropout_rows() -> list[Layout]:
         (False, 4, "pipeline=2 zero=1 overlap=false"),
         (False, 4, "context=2 zero=1 recompute=full"),
     ]
-    for in_default_suite, ranks, text in layouts:
-        rows.append(_build_mask_row(f"dropout, {text}", ranks, text, (), in_default_suite))
+    for in_suite, ranks, text in layouts:
+        rows.append(_build_mask_row(f"dropout, {text}", ranks, text, (), in_suite))
     others = [  # in the default suite, label, ranks, other overrides, layout
         (True, "deepspeed, data 2", 2, DEEPSPEED, "zero=2 recompute=selective"),
         (False, "deepspeed, data 2", 2, (*DEEPSPEED, *SMALL), "zero=3 recompute=full"),
@@ -268,44 +257,44 @@ def _dropout_rows() -> list[Layout]:
         (False, "deepspeed, data 2", 4, DEEPSPEED, "tensor=2 zero=2 recompute=full"),
         (False, "llama by sample", 4, LLAMA + SAMPLES, "tensor=2 pipeline=2 sequence=true recompute=selective"),
     ]
-    for in_default_suite, label, ranks, extra, text in others:
-        rows.append(_build_mask_row(f"dropout, {label} {text}", ranks, text, extra, in_default_suite))
+    for in_suite, label, ranks, extra, text in others:
+        rows.append(_build_mask_row(f"dropout, {label} {text}", ranks, text, extra, in_suite))
     return rows
 
 
-def _build_mask_row(name: str, ranks: int, text: str, extra: tuple[str, ...], in_default_suite: bool = False) -> Layout:
+def _build_mask_row(name: str, ranks: int, text: str, extra: tuple[str, ...], in_suite: bool = False) -> Layout:
     overrides = MASK_OVERRIDES + extra + tuple(f"parallel.{item}" for item in text.split())
-    return Layout(name, ranks, overrides, name, in_default_suite)
+    return Layout(name, ranks, overrides, name, in_suite)
 
 
 LAYOUTS = [
     Layout("one process", 1),
-    Layout("micro-batches of 1", 1, ("train.micro_batch_size=1",), in_default_suite=False),
-    Layout("micro-batches of 8", 1, ("train.micro_batch_size=8",), in_default_suite=False),
-    _build_row("zero=1", 1, "zero=1", in_default_suite=False),
-    _build_row("recompute=selective", 1, "recompute=selective", in_default_suite=False),
+    Layout("micro-batches of 1", 1, ("train.micro_batch_size=1",), in_suite=False),
+    Layout("micro-batches of 8", 1, ("train.micro_batch_size=8",), in_suite=False),
+    _build_row("zero=1", 1, "zero=1", in_suite=False),
+    _build_row("recompute=selective", 1, "recompute=selective", in_suite=False),
     _build_row("recompute=full", 1, "recompute=full"),
-    _build_row("data 2", 2, "overlap=false", in_default_suite=False),
+    _build_row("data 2", 2, "overlap=false", in_suite=False),
     _build_row("data 2, overlapped", 2, ""),
     _build_row("data 2, zero=1", 2, "zero=1"),
-    _build_row("data 2, zero=1, not overlapped", 2, "zero=1 overlap=false", in_default_suite=False),
-    _build_row("tensor=2", 2, "tensor=2", in_default_suite=False),
+    _build_row("data 2, zero=1, not overlapped", 2, "zero=1 overlap=false", in_suite=False),
+    _build_row("tensor=2", 2, "tensor=2", in_suite=False),
     _build_row("tensor=2 sequence=true", 2, "tensor=2 sequence=true"),
     _build_row("pipeline=2", 2, "pipeline=2"),
     _build_row("pipeline=2 interleave=2", 2, "pipeline=2 interleave=2"),
     _build_row("context=2", 2, "context=2"),
-    _build_row("context=2 zero=1", 2, "context=2 zero=1", in_default_suite=False),
+    _build_row("context=2 zero=1", 2, "context=2 zero=1", in_suite=False),
     _build_row("tensor=2 pipeline=2", 4, "tensor=2 pipeline=2"),
     _build_row("tensor=2 pipeline=2 interleave=2 sequence=true", 4, "tensor=2 pipeline=2 interleave=2 sequence=true"),
     _build_row("tensor=2 data 2 zero=1 sequence=true", 4, "tensor=2 zero=1 sequence=true"),
-    _build_row("pipeline=2 data 2 zero=1", 4, "pipeline=2 zero=1", in_default_suite=False),
+    _build_row("pipeline=2 data 2 zero=1", 4, "pipeline=2 zero=1", in_suite=False),
     _build_row("pipeline=2 interleave=2 data 2 zero=1", 4, "pipeline=2 interleave=2 zero=1"),
     _build_row("tensor=2 context=2 sequence=true", 4, "tensor=2 context=2 sequence=true"),
     _build_row("pipeline=2 context=2", 4, "pipeline=2 context=2"),
-    _build_row("context=2 data 2 zero=1 recompute=full", 4, "context=2 zero=1 recompute=full", in_default_suite=False),
-    _build_row("tensor=4 sequence=true", 4, "tensor=4 sequence=true", in_default_suite=False),
-    _build_row("pipeline=4", 4, "pipeline=4", in_default_suite=False),
-    _build_row("data 4 zero=1", 4, "zero=1", in_default_suite=False),
+    _build_row("context=2 data 2 zero=1 recompute=full", 4, "context=2 zero=1 recompute=full", in_suite=False),
+    _build_row("tensor=4 sequence=true", 4, "tensor=4 sequence=true", in_suite=False),
+    _build_row("pipeline=4", 4, "pipeline=4", in_suite=False),
+    _build_row("data 4 zero=1", 4, "zero=1", in_suite=False),
     *_dropout_rows(),
     *_variant_rows(),
     *_deepspeed_rows(),
@@ -325,7 +314,7 @@ class Resume:
 
     source: str
     target: str
-    in_default_suite: bool = False
+    in_suite: bool = False
 
     @property
     def name(self) -> str:
@@ -363,5 +352,5 @@ RESUMES = [
     Resume("deepspeed llama, tensor=2 data 2 zero=3", "llama, context=2"),
     Resume("llama, tensor=2 sequence=true", "deepspeed llama, tensor=2 data 2 zero=0"),
     Resume("deepspeed bf16, data 2 zero=1", "deepspeed bf16, data 2 zero=1"),
-    *[Resume(layout.name, layout.name, layout.in_default_suite) for layout in MASKS],
+    *[Resume(layout.name, layout.name, layout.in_suite) for layout in MASKS],
 ]

@@ -8,24 +8,42 @@ from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from tests.distributed.layout_rows import BY_NAME, LAYOUTS, MASKS, RESUMES, Layout, Resume
 from tests.distributed.layouts import compare_row_masks, relative_difference, run_layouts
 
+QUICK = {
+    "one process",
+    "recompute=full",
+    "data 2, zero=1",
+    "pipeline=2 interleave=2",
+    "context=2",
+    "tensor=2 data 2 zero=1 sequence=true",
+    "tensor=2 pipeline=2 interleave=2 sequence=true",
+    "llama, tensor=2 sequence=true",
+    "llama, pipeline=2 interleave=2",
+    "llama by sample, tensor=2 context=2 zero=1",
+    "bf16, tensor=2 context=2 zero=1",
+    "deepspeed, data 2 zero=3",
+    "dropout, tensor=2 context=2 sequence=true recompute=full",
+}
+"""Rows of the default suite: each parallel dimension, family and engine once."""
 SLOW = {
     "micro-batches of 1",
     "data 2, zero=1, not overlapped",
     "deepspeed, data 2 zero=3 offload",
 }
-"""Rows that run with the marker `slow`, in addition to the default suite: at most 40 in total, with every value of
-every field in the table. `python -m tests.distributed.layouts --write docs/layouts.md` runs and checks all rows."""
-TESTED = [row for row in LAYOUTS if row.in_default_suite or row.name in SLOW]
+"""Rows that run with the marker `slow` beside those of the table's shorter form: at most 40 in total, with every value
+of every field. `python -m tests.distributed.layouts --write docs/layouts.md` runs and checks all rows."""
+TESTED = [row for row in LAYOUTS if row.in_suite or row.name in SLOW]
 
 
 def _parametrize(rows: list[Layout | Resume]) -> list:
     """Test parameters of the rows; a resumed run is tested when its source is."""
     names = {row.name for row in TESTED}
-    return [
-        pytest.param(row, id=row.name, marks=() if row.in_default_suite else pytest.mark.slow)
-        for row in rows
-        if row.in_default_suite or (row.source if isinstance(row, Resume) else row.name) in names
-    ]
+    parameters = []
+    for row in rows:
+        needed = {row.source, row.target} if isinstance(row, Resume) else {row.name}
+        if row.in_suite or (row.source if isinstance(row, Resume) else row.name) in names:
+            quick = row.in_suite and needed <= QUICK
+            parameters.append(pytest.param(row, id=row.name, marks=() if quick else pytest.mark.slow))
+    return parameters
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +100,7 @@ def test_dropout_masks_are_identical_for_equal_activations_and_independent_elsew
 
 def test_the_tested_rows_cover_every_value():
     """An error in a value that no test covers would not be detected."""
-    assert {row.name for row in TESTED} >= SLOW
+    assert {row.name for row in TESTED} >= SLOW | QUICK
     assert len({row.name for row in TESTED} | {row.reference for row in TESTED}) <= 40
     tested = {override for row in TESTED for override in row.overrides}
     fields = {override.partition("=")[0] for row in LAYOUTS for override in row.overrides}

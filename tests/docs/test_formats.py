@@ -13,7 +13,12 @@ import pytest
 
 from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.evaluation.assemble import collect_report
+from megatron_cm3leon.evaluation.compare import read_runs
+from megatron_cm3leon.evaluation.compare_page import write_comparison
 from megatron_cm3leon.evaluation.evaluate import EvaluationOptions, evaluate_model
+from megatron_cm3leon.evaluation.metrics.statistics import compute_statistics, write_statistics
+from megatron_cm3leon.evaluation.result import Figure, Result
+from megatron_cm3leon.evaluation.tasks import TASKS, loss
 from megatron_cm3leon.generation.retrieved import DocumentSource
 from megatron_cm3leon.monitoring import events
 from tests.data.corpora import write_images
@@ -206,6 +211,34 @@ def test_keys_of_an_evaluation_are_documented(evaluation_inputs, monkeypatch):  
     assert found["figures"].keys() == read_table("`figures`").keys()
     _, figures = collect_report(inputs.path / "out", inputs.model)
     check_keys("`report.json`", {key: figures[key] for key in figures.keys() - read_table("`figures`").keys()})
+
+
+def test_keys_and_files_of_a_task_are_documented(evaluation_inputs, tmp_path):  # noqa: F811
+    inputs = evaluation_inputs
+    loss.evaluate(output=tmp_path / "loss", model=inputs.model, shards=inputs.shards, count=3).write(tmp_path / "loss")
+    assert {path.name.replace("loss.", "TASK.") for path in (tmp_path / "loss").iterdir()} <= read_table(
+        "Folder of a task"
+    ).keys()
+    result = read_json(tmp_path / "loss/loss.json")
+    check_keys("`TASK.json`", result)
+    check_keys("A figure", *result["figures"].values())
+    assert result["tables"].keys() <= read_table("`tables`").keys()
+    first, *items = read_lines(tmp_path / "loss/items.jsonl")
+    assert first.keys() == {"identity"} and len(items) == 3
+    documented = set(re.findall(r"`(\w+)`", read_table("`items.jsonl`", 2)["loss"]))
+    assert all(line.keys() == {"key", "item"} and line["item"].keys() == documented for line in items)
+    assert read_table("`items.jsonl`").keys() == set(TASKS)
+    write_statistics(tmp_path / "s.npz", compute_statistics(np.eye(3, dtype=np.float32)))
+    with np.load(tmp_path / "s.npz") as content:
+        check_keys("Statistics of images", dict(content))
+
+
+def test_keys_of_a_comparison_are_documented(tmp_path):
+    Result(task="clip", figures={"score": Figure(1.0)}, settings={}).write(tmp_path / "run/step-00000010")
+    write_comparison(read_runs([str(tmp_path / "run")]), tmp_path / "page")
+    [columns] = read_json(tmp_path / "page/report.json")["runs"].values()
+    check_keys("A figure", *({key: one[key] for key in one if key != "curve"} for one in columns.values()))
+    assert '`{"runs": {RUN: {COLUMN: ...}}}`' in PAGE and columns["clip · score"]["curve"][0][0] == 10
 
 
 def test_an_undocumented_key_and_a_missing_one_are_reported():

@@ -30,11 +30,13 @@ def one_rank(tmp_path_factory):
     return run(tmp_path_factory.mktemp("fp8"), 1, "plain", "compiled", "compiled recompute")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["plain", "compiled", "compiled recompute"])
 def test_weights_converted_once_per_step_give_identical_results(one_rank, case):
     check(one_rank, case)
 
 
+@pytest.mark.slow
 def test_compiled_and_recomputed_layers_have_the_same_losses(one_rank):
     plain, *compiled = (
         [float.fromhex(loss) for loss in one_rank[f"{case} True"]["losses"]]

@@ -31,6 +31,7 @@ def test_the_tsv_holds_images_options_and_letters(tmp_path):
         ('{"image": "a.png", "question": "x", "answer": "c", "options": ["a"]}', "answer .'c'. must be one of"),
         ('{"image": "a.png", "question": "", "answer": "c"}', "question .''. must be a text"),
         ("[1]", "not a JSON object"),
+        ('{"image": "a.png",', "not valid JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, fault):

@@ -1,5 +1,6 @@
 """One tokenizer folder, and one checkpoint and export of each family, for all tests of conversion."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -40,19 +41,30 @@ def shards(tokenizer, vocabulary):
     return folder
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
-def family(request, tokenizer, vocabulary, shards):
+@pytest.fixture(scope="session")
+def build_family(tokenizer, vocabulary, shards):
+    """Function: name of a family -> its checkpoint and export, written once."""
+
+    @cache
+    def build(name):
+        stock, overrides = FAMILIES[name]
+        path = tokenizer.parent / name
+        config = family_config(f"data.shards={shards}", *overrides)
+        checkpoint = write_random_checkpoint(path / "run", config, vocabulary)
+        metadata = export_checkpoint(checkpoint, tokenizer, path / "export")
+        return SimpleNamespace(
+            stock=stock,
+            checkpoint=checkpoint,
+            export=path / "export",
+            metadata=metadata,
+            config=config,
+            reader=CheckpointReader(checkpoint),
+        )
+
+    return build
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, build_family):
     """A checkpoint and its export: .checkpoint, .export (folders), .metadata, .reader, .stock (class name)."""
-    stock, overrides = FAMILIES[request.param]
-    path = tokenizer.parent / request.param
-    config = family_config(f"data.shards={shards}", *overrides)
-    checkpoint = write_random_checkpoint(path / "run", config, vocabulary)
-    metadata = export_checkpoint(checkpoint, tokenizer, path / "export")
-    return SimpleNamespace(
-        stock=stock,
-        checkpoint=checkpoint,
-        export=path / "export",
-        metadata=metadata,
-        config=config,
-        reader=CheckpointReader(checkpoint),
-    )
+    return build_family(request.param)

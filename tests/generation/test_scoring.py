@@ -1,4 +1,4 @@
-"""Generator.score against a plain loop over the rows, and its errors."""
+"""Generator.score and score_tokens against a plain loop over the rows, and their errors."""
 
 import numpy as np
 import pytest
@@ -14,6 +14,14 @@ def score_plainly(decoder, prefix, target):
     """Summed log-probability of the target in one forward pass of this row alone."""
     scores = decoder.all_logits(torch.tensor([prefix + target[:-1]]))[0].log_softmax(-1)
     return sum(scores[len(prefix) - 1 + place, token].item() for place, token in enumerate(target))
+
+
+def continue_greedily(decoder, prefix, count):
+    """The `count` most likely ids after a prefix, one forward pass each."""
+    ids = list(prefix)
+    for _ in range(count):
+        ids.append(int(decoder.all_logits(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prefix) :]
 
 
 def draw_rows(vocabulary, seed=0):
@@ -40,6 +48,20 @@ def test_scores_are_those_of_a_plain_loop(generator, vocabulary, tmp_path, monke
     plain = [score_plainly(generator.decoder, *row) for row in zip(prefixes, targets, strict=True)]
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, plain, rtol=0, atol=1e-5)
+
+
+def test_ids_that_greedy_decoding_takes_are_marked(generator, vocabulary):
+    decoder, random = generator.decoder, np.random.default_rng(1)
+    prefixes = [random.integers(0, vocabulary.size, length).tolist() for length in (5, 9, 40, 40, 40)]
+    prefixes[3:] = [prefixes[2]] * 2  # a shared prefix, whose targets are read step by step
+    targets = [continue_greedily(decoder, prefix, 6) for prefix in prefixes]
+    for row, place in ((1, 5), (3, 2)):
+        targets[row][place] = (targets[row][place] + 1) % vocabulary.size
+    scored = scoring.score_tokens(decoder, prefixes, targets)
+    assert [row.is_greedy for row in scored] == [True, False, True, False, True]
+    assert scored[1].most_likely.tolist() == [True] * 5 + [False] and not scored[3].most_likely[2]
+    assert [row.total for row in scored] == generator.score(prefixes, targets).tolist()
+    assert all(len(row.log_probabilities) == len(row.most_likely) == 6 for row in scored)
 
 
 def test_a_shared_prefix_is_read_once(generator, vocabulary, monkeypatch):

@@ -16,7 +16,9 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, save_config
 from megatron_cm3leon.data.preprocess.filters import Filters
 from megatron_cm3leon.data.shards.reader import open_shards
+from megatron_cm3leon.evaluation.metrics.statistics import compute_statistics, write_statistics
 from megatron_cm3leon.evaluation.options import EvaluationOptions
+from megatron_cm3leon.evaluation.result import Figure, FinishedItems, Result
 from megatron_cm3leon.export import export_checkpoint
 from megatron_cm3leon.generation.results import written_results
 from megatron_cm3leon.monitoring.status import read_status, to_json
@@ -161,6 +163,30 @@ def describe_generated(folder: Path) -> dict:
     with written_results(folder / "image", options["image"]) as results:
         results.entries.append({"text": "a"})
     return {"generated.json": dict.fromkeys(read_json(folder / "image/generated.json")), "options": options}
+
+
+def describe_evaluation(folder: Path) -> dict:
+    """The result of an evaluation task, its finished items, and a file of statistics."""
+    result = Result(
+        task="loss",
+        figures={"loss": Figure(1.5, 1.25, 1.75, 10, "nats per token"), "exact": Figure(1.0)},
+        settings={"documents": [0, 1]},
+        seed=3,
+        inputs={"model": "ab"},
+        notes=["a note"],
+        tables={"tokens": {"text": 7}},
+    )
+    content = read_json(result.write(folder))
+    del content["versions"]  # of this machine
+    finished = FinishedItems(folder, {"settings": result.settings, "seed": 3})
+    finished.add("7", {"losses": {"0": [1.5]}})
+    finished.close()
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    features = np.array([[0, 1], [2, 3], [4, 8]], np.float32)
+    write_statistics(folder / "statistics.npz", compute_statistics(features, {"network": "ab"}))
+    with np.load(folder / "statistics.npz") as arrays:
+        statistics = {name: [str(array.dtype.kind), array.tolist()] for name, array in arrays.items()}
+    return {"result": content, "items": items, "statistics": statistics}
 
 
 def describe_options() -> dict:

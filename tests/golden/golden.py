@@ -27,6 +27,7 @@ def collect() -> dict:
             "tokenizers": formats.describe_tokenizers(folder / "tokenizers"),
             "exports": formats.describe_exports(folder / "exports"),
             "generated": formats.describe_generated(folder / "generated"),
+            "evaluation": formats.describe_evaluation(folder / "evaluation"),
             "options": formats.describe_options(),
             "run": formats.describe_run(folder / "run"),
         }

@@ -23,8 +23,12 @@ SIZE = """model.layers=4 model.hidden_size=512 model.heads=8 data.seq_length=512
     [
         (1, "train.micro_batch_size=4"),
         (2, "parallel.tensor=2"),
-        (2, "parallel.zero=1 model.family=llama"),
-        (1, "train.micro_batch_size=4 model.family=llama model.qk_norm=true train.precision=bf16"),
+        pytest.param(2, "parallel.zero=1 model.family=llama", marks=pytest.mark.slow),
+        pytest.param(
+            1,
+            "train.micro_batch_size=4 model.family=llama model.qk_norm=true train.precision=bf16",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_planned_bytes_are_within_10_percent_of_the_peak(ranks, layout, monkeypatch):

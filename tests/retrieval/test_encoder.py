@@ -136,6 +136,9 @@ def test_invalid_encoder_folders_are_refused(clip_folder, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"does not hold the weights of its config.json \(1 missing, such as logit_sc"):
         Encoder.load(folder)
+    (folder / "model.safetensors").write_bytes(b"not a header")
+    with pytest.raises(ValueError, match=r"part/model.safetensors is damaged \(.*\); copy it again"):
+        Encoder.load(folder)
     (folder / "config.json").write_text('{"model_type": "opt"}')
     with pytest.raises(ValueError, match=r"config.json describes a model of type 'opt', not 'clip'"):
         Encoder.load(folder)

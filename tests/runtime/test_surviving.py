@@ -44,6 +44,7 @@ def test_a_signal_to_one_rank_stops_all_ranks_after_a_checkpoint(folder, uninter
     assert (resumed["step"], resumed["checkpoint"]) == (stopped["step"], f"step-{stopped['step']:08d}")
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_ends_the_run_immediately(folder):
     world = World(folder, "early", 2)
     world.wait_for(lambda: world.events("start"))
@@ -100,6 +101,7 @@ def test_a_sleeping_rank_is_reported_and_all_ranks_write_their_stacks(folder):
     assert len(stacks) == 2 and "train_step" in stacks[0] and "in cause_fault" in stacks[1]
 
 
+@pytest.mark.slow
 def test_a_rank_stopped_by_sigstop_is_reported_and_killed(folder):
     world = World(
         folder, "stopped", 2, watchdog=STALL_SECONDS, faults=[{"rank": 1, "step": 5, "where": "step", "action": "stop"}]
@@ -109,6 +111,7 @@ def test_a_rank_stopped_by_sigstop_is_reported_and_killed(folder):
     assert stall["rank"] == 1 and f"(process {world.processes[1].pid}) does not respond" in stall["cause"]
 
 
+@pytest.mark.slow
 def test_ranks_and_loaders_end_with_their_launcher(folder):
     world = World(folder, "orphans", 2, launcher="torchrun", pace=0.1)
     world.wait_for_step(3)

@@ -159,6 +159,7 @@ def build_heif(brand: bytes) -> bytes:
         (encode(draw_noise()).replace(b"\r\n", b"\n"), "not an image but a PNG whose line ends were converted"),
         (encode(draw_noise()).decode("latin-1").encode(), "not an image but a PNG that was saved as text in UTF-8"),
         (encode(draw_noise()).decode(errors="replace").encode(), "not an image but a file that was saved as text"),
+        (b"xx", "not an image in any of the formats PNG, JPEG"),
         (b"Forbidden", "not an image in any of the formats PNG, JPEG"),
     ],
 )

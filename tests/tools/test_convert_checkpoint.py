@@ -73,6 +73,7 @@ def train(config, output, *overrides):
     return [(line["step"], line["batch"], line["loss"], line["grad_norm"]) for line in read_metrics(output)]
 
 
+@pytest.mark.slow
 def test_import_continues_training(folder, exported, tmp_path):
     done = call("import", "--model", folder / "exported", "--output", tmp_path / "back")
     assert done.returncode == 0, done.stderr

@@ -105,6 +105,7 @@ def test_skipped_batches_are_recorded(folder):
     assert f"batch {noise_batch + 1}: " in call_tool("show_batch", run, "--step", first + 1).stdout
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_the_rollback_and_its_records(folder):
     guarded, run = folder / "guarded", folder / "resumed"
     shutil.copytree(guarded, run)
@@ -126,6 +127,7 @@ def test_exceeding_max_rollbacks_ends_the_run_with_an_error_message(folder):
     assert "(train.max_rollbacks); print it" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_spike_before_any_checkpoint_ends_the_run_with_an_error_message(folder):
     done = train(folder, "early", GUARDED, "checkpoint.interval=1000")
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -172,6 +172,7 @@ def test_a_full_disk_stops_the_run_with_an_error_message(folder):
     assert [path.name for path in list_checkpoints(folder / "full")] == ["step-00000004"]
 
 
+@pytest.mark.slow
 def test_selected_checkpoints_are_kept_and_synchronous_saves_are_identical(folder):
     kept = ["checkpoint.log_spaced=true", "checkpoint.keep_last=1", "checkpoint.keep_every=12"]
     done = train(folder, "kept", *kept, "checkpoint.asynchronous=false")
@@ -278,6 +279,7 @@ def test_flops_per_token_equal_six_times_the_matrix_elements():
     assert flops_per_token(config, 100) == 6 * (4 * 64 + 8 * 64 + 800) + 6 * 10 * 8
 
 
+@pytest.mark.slow
 def test_deepspeed_resumes_a_megatron_checkpoint_and_prints_nothing_unexpected(folder):
     done = train(folder, "engines", "train.stop_after=16")
     assert done.returncode == 0, done.stderr

@@ -158,8 +158,8 @@ class DocumentsPacking(Packing):
         needed = self.samples.corpus.vocabulary.image_tokens + 4
         return self.length - 1 if self.length >= needed else self.length - needed
 
-    def lay_out(self, numbers: np.ndarray, growth: np.ndarray) -> Layout:
-        """Layout of sequences `numbers` (int64); `growth` is not used."""
+    def lay_out(self, numbers: np.ndarray, growth: np.ndarray, without_documents: np.ndarray) -> Layout:
+        """Layout of sequences `numbers` (int64); the others are not used."""
         samples_of_row = [self._find_samples(number) for number in numbers.tolist()]
         counts = np.array([len(samples) for samples in samples_of_row])
         rows = np.repeat(np.arange(len(counts)), counts)

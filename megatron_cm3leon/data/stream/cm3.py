@@ -9,6 +9,10 @@ to [0, max_spans]; one span is two sorted uniforms; for n > 1, n * n candidates 
 disjoint ones kept; a span that crosses a delimiter is clipped to the segment with the largest overlap. Here the
 delimiters are <break> and </s>: a moved span never holds the end of a sample.
 
+Two options are not the paper's: a complete segment moves (rotation), or a part of one segment does (infilling): a span
+of a text, in which short ones are the most frequent, or the tokens from the first to the last one of a box of an image,
+which are what the prompts of infilling hide.
+
 A span adds three tokens. If the sequence has no room for them, the source is cut *before* spans are drawn, so no
 sentinel is lost: the tail is cut under packing=stream, the head (after the leading </s>) under packing=query.
 """
@@ -25,6 +29,8 @@ from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 TOKENS_PER_SPAN = 3
 """A moved span adds its sentinel twice and <eoss>."""
+INFILL_DRAWS = 5
+"""Random numbers of a part: its segment; height, width, and the room above and on the left of it."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,13 @@ class MaskDraws:
     """Spans to move, int64 [sequences]; fewer are moved if not enough candidates are disjoint."""
     rotated: np.ndarray
     """Whether a whole segment moves instead, bool [sequences]."""
+    infilled: np.ndarray
+    """Whether a part of one segment moves instead, bool [sequences]."""
+    without_documents: np.ndarray
+    """Whether the retrieved documents are dropped, bool [sequences]."""
     uniforms: list[list[float]]
-    """Numbers in [0, 1) for each sequence: pairs for candidate spans, or one that chooses the segment."""
+    """Numbers in [0, 1) for each sequence: pairs for candidate spans; one that chooses the segment of rotation; or
+    INFILL_DRAWS, which choose the segment and the part of infilling."""
 
 
 class SpanSampler:
@@ -51,18 +62,22 @@ class SpanSampler:
 
     def draw(self, numbers: np.ndarray) -> MaskDraws:
         """Draws for sequences `numbers`, int64 [sequences]."""
-        masked, rotated, count = draw_uniform(self.sequence_key, numbers[:, None], np.arange(3)).T
-        rotated = (rotated < self.config.rotation_probability) & (masked < self.config.probability)
-        rotated &= self.max_spans > 0
-        spans = np.maximum(np.searchsorted(self.table, count, "right"), self.config.min_spans)
+        config = self.config
+        masked, kind, count, dropped = draw_uniform(self.sequence_key, numbers[:, None], np.arange(4)).T
+        segment_moves = (masked < config.probability) & (self.max_spans > 0)
+        rotated = segment_moves & (kind < config.rotation_probability)
+        infilled = segment_moves & ~rotated & (kind < config.rotation_probability + config.infill_probability)
+        spans = np.maximum(np.searchsorted(self.table, count, "right"), config.min_spans)
         spans = np.minimum(spans, self.max_spans)
-        spans = np.where(rotated, 1, np.where(masked < self.config.probability, spans, 0))
-        needed = np.where(rotated, 1, np.where(spans > 1, 2 * spans * spans, 2 * spans))
+        spans = np.where(rotated | infilled, 1, np.where(masked < config.probability, spans, 0))
+        needed = np.where(spans > 1, 2 * spans * spans, 2 * spans)
+        needed[rotated], needed[infilled] = 1, INFILL_DRAWS
         ends = np.cumsum(needed)
         counters = np.arange(ends[-1]) - np.repeat(ends - needed, needed)
         uniforms = draw_uniform(self.span_key, np.repeat(numbers, needed), counters).tolist()
         pairs = zip((ends - needed).tolist(), ends.tolist(), strict=True)
-        return MaskDraws(spans, rotated, [uniforms[start:end] for start, end in pairs])
+        without_documents = (spans > 0) & (dropped < config.drop_documents_probability)
+        return MaskDraws(spans, rotated, infilled, without_documents, [uniforms[start:end] for start, end in pairs])
 
 
 def choose_spans(length: int, delimiters: list[int], count: int, uniforms: list[float]) -> list[tuple[int, int]]:
@@ -97,6 +112,27 @@ def choose_segment(delimiters: list[int], start: int, uniform: float) -> list[tu
     """One complete segment between two delimiters that begins at `start` or later; [] if there is none."""
     segments = [(left + 1, right) for left, right in pairwise(delimiters) if left + 1 >= start and right > left + 1]
     return [segments[int(uniform * len(segments))]] if segments else []
+
+
+def choose_part(
+    tokens: np.ndarray, segments: list[tuple[int, int]], uniforms: list[float], vocabulary: Vocabulary
+) -> list[tuple[int, int]]:
+    """The span that infilling hides in the only one of `segments`; [] if there is none.
+
+    In a complete image it reaches from the first to the last code of a box, whose height and width are uniform; in any
+    other segment of n tokens its length is n u^2, rounded up, with u uniform in [0, 1).
+    """
+    height, width, down, across = uniforms
+    for start, end in segments:
+        if end - start == vocabulary.image_tokens and vocabulary.is_image(tokens[start:end]).all():
+            rows, columns = vocabulary.image_height, vocabulary.image_width
+            height, width = 1 + int(height * rows), 1 + int(width * columns)
+            first = int(down * (rows - height + 1)) * columns + int(across * (columns - width + 1))
+            return [(start + first, start + first + (height - 1) * columns + width)]
+        length = 1 + int(height**2 * (end - start))
+        first = start + int(down * (end - start - length + 1))
+        return [(first, first + length)]
+    return []
 
 
 def find_delimiters(tokens: np.ndarray, vocabulary: Vocabulary) -> list[int]:
@@ -154,16 +190,16 @@ def cut_source(values: np.ndarray, room: int, cut: str) -> np.ndarray:
 
 
 def mask_sequence(
-    tokens: np.ndarray, values: np.ndarray | None, query_start: int, wanted: int, rotated: bool,
+    tokens: np.ndarray, values: np.ndarray | None, query_start: int, wanted: int, rotated: bool, infilled: bool,
     uniforms: list[float], vocabulary: Vocabulary, cut: str, out_tokens: np.ndarray, out_values: np.ndarray | None,
 ) -> tuple[int, int]:  # fmt: skip
     """Mask one source into a sequence; returns the number of tokens cut from the source, and of tokens written.
 
     `values` [..., tokens], such as loss weights, move with their tokens. `out_tokens` [length] is passed filled with
     <pad>, `out_values` [..., length] with the values of <pad>. `query_start`: under `cut="head"`, position of the
-    query document, among whose segments rotation chooses: moving the last one trains the image given its caption,
-    moving the first one the caption given its image (or the reverse, depending on the order of the pair). Under
-    `cut="tail"` any complete segment of the sequence may move.
+    query document, among whose segments rotation and infilling choose: moving the last one trains the image given its
+    caption, moving the first one the caption given its image (or the reverse, depending on the order of the pair).
+    Under `cut="tail"` any complete segment of the sequence may move.
     """
     length = len(out_tokens)
     source = cut_source(tokens, length - TOKENS_PER_SPAN * wanted, cut)
@@ -173,6 +209,9 @@ def mask_sequence(
         delimiters = find_delimiters(source, vocabulary)
         if rotated:
             spans = choose_segment(delimiters, query_start - shift, uniforms[0])
+        elif infilled:
+            segments = choose_segment(delimiters, query_start - shift, uniforms[0])
+            spans = choose_part(source, segments, uniforms[1:], vocabulary)
         else:
             spans = choose_spans(len(source), delimiters, wanted, uniforms)
     kept = cut_source(tokens, length - TOKENS_PER_SPAN * len(spans), cut)  # spans that were not found free their room

@@ -10,7 +10,7 @@ stream_whole_images  As stream, but a sequence whose cut falls inside an image b
                      itself ends earlier, in <pad>.
 documents            Complete samples, best fit within windows of samples (best_fit.py).
 
-All packings are random access: `lay_out(numbers, growth)` computes the requested sequences alone.
+All packings are random access: `lay_out(numbers, ...)` computes the requested sequences alone.
 """
 
 from abc import ABC, abstractmethod
@@ -43,8 +43,12 @@ class Packing(ABC):
         """Maximum tokens that masking may add to a sequence; negative if `length` is too short for the data."""
 
     @abstractmethod
-    def lay_out(self, numbers: np.ndarray, growth: np.ndarray) -> Layout:
-        """Layout of sequences `numbers` (int64); `growth`: how many tokens masking may add to each (int64)."""
+    def lay_out(self, numbers: np.ndarray, growth: np.ndarray, without_documents: np.ndarray) -> Layout:
+        """Layout of sequences `numbers` (int64).
+
+        `growth`: how many tokens masking may add to each (int64); `without_documents`: which ones have no retrieved
+        documents (bool; only packing=query reads it).
+        """
 
     def anchor(self, number: int) -> Anchor | None:
         """Position of sequence `number` for a cursor; None if it needs none."""
@@ -61,17 +65,24 @@ class QueryPacking(Packing):
         """Maximum tokens that masking may add: </s> text <break> image </s> must fit with one token of text."""
         return self.length - self.samples.corpus.vocabulary.image_tokens - 4
 
-    def lay_out(self, numbers: np.ndarray, growth: np.ndarray) -> Layout:
-        """Layout of sequences `numbers` (int64); `growth`: how many tokens masking may add to each (int64)."""
-        return lay_out_samples(self.samples, numbers, np.full(len(numbers), self.length), growth, self.length)
+    def lay_out(self, numbers: np.ndarray, growth: np.ndarray, without_documents: np.ndarray) -> Layout:
+        """Layout of sequences `numbers`; the arguments are those of `Packing.lay_out`."""
+        rooms = np.full(len(numbers), self.length)
+        return lay_out_samples(self.samples, numbers, rooms, growth, self.length, without_documents)
 
 
 def lay_out_samples(
-    samples: Samples, numbers: np.ndarray, rooms: np.ndarray, growth: np.ndarray, length: int
-) -> Layout:
-    """One sample per row, each cut to its room (tokens) as under packing=query; arrays int64 [samples]."""
+    samples: Samples, numbers: np.ndarray, rooms: np.ndarray, growth: np.ndarray, length: int,
+    without_documents: np.ndarray | None = None,
+) -> Layout:  # fmt: skip
+    """One sample per row, each cut to its room (tokens) as under packing=query; arrays int64 [samples].
+
+    `without_documents`, bool [samples]: samples without their retrieved documents.
+    """
     chosen, lengths = samples.choose_documents(numbers), samples.corpus.lengths
     rows, columns = chosen.retrieved.shape
+    if without_documents is not None:
+        chosen.retrieved[without_documents] = -1
     complete = lengths[chosen.queries].astype(np.int64)
     query = np.minimum(complete, rooms - growth - 2)
     # Computed from the end of the room backward, </s> last: the query, then retrieved documents, most similar first.
@@ -174,8 +185,8 @@ class StreamPacking(Packing):
         """Maximum tokens that masking may add: at least one token of the source must remain."""
         return self.length - 1
 
-    def lay_out(self, numbers: np.ndarray, growth: np.ndarray) -> Layout:
-        """Layout of sequences `numbers` (int64); `growth` is not used."""
+    def lay_out(self, numbers: np.ndarray, growth: np.ndarray, without_documents: np.ndarray) -> Layout:
+        """Layout of sequences `numbers` (int64); the others are not used."""
         starts = [number * self.length for number in numbers.tolist()]
         return self._lay_out(numbers, starts, [start + self.length for start in starts])
 
@@ -268,8 +279,8 @@ class WholeImagesPacking(StreamPacking):
         needed = self.samples.corpus.vocabulary.image_tokens + 4
         return self.length - 1 if self.length >= needed else self.length - needed
 
-    def lay_out(self, numbers: np.ndarray, growth: np.ndarray) -> Layout:
-        """Layout of sequences `numbers` (int64); `growth` is not used."""
+    def lay_out(self, numbers: np.ndarray, growth: np.ndarray, without_documents: np.ndarray) -> Layout:
+        """Layout of sequences `numbers` (int64); the others are not used."""
         cuts = {int(n): self._begin(int(n)) for number in numbers.tolist() for n in (number, number + 1)}
         starts = [cuts[number] for number in numbers.tolist()]
         stops = [cuts[number + 1] for number in numbers.tolist()]

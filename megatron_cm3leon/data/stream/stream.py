@@ -128,7 +128,9 @@ class Stream:
     def plan(self, numbers: np.ndarray) -> SequencePlan:
         """Decide all of sequences `numbers` (int64) that needs no document's tokens; cheapest for many at once."""
         draws = self.sampler.draw(numbers)
-        return SequencePlan(self.packing.lay_out(numbers, TOKENS_PER_SPAN * draws.spans), draws)
+        return SequencePlan(
+            self.packing.lay_out(numbers, TOKENS_PER_SPAN * draws.spans, draws.without_documents), draws
+        )
 
     def prefetch(self, plan: SequencePlan) -> None:
         """Let the kernel read the documents of a plan ahead of `fill`."""
@@ -154,6 +156,7 @@ class Stream:
                 int(layout.query_starts[row]),
                 int(draws.spans[row]),
                 bool(draws.rotated[row]),
+                bool(draws.infilled[row]),
                 draws.uniforms[row],
                 vocabulary,
                 self.packing.cut,

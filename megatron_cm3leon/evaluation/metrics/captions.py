@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cm3leon.common.jsonl import parse_lines
 from megatron_cm3leon.evaluation.metrics.image_folder import list_images
+from megatron_cm3leon.evaluation.text_files import read_objects, read_text
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def read_captions(folder: str | Path, captions: str | Path | None) -> tuple[list
     present = {path.name: path for path in list_images(folder, "--images", minimum=1)}
     if captions is None:
         texts = {name: path.with_suffix(".txt") for name, path in present.items()}
-        pairs = [CaptionedImage(name, path.read_text().strip()) for name, path in texts.items() if path.is_file()]
+        pairs = [CaptionedImage(name, read_text(path).strip()) for name, path in texts.items() if path.is_file()]
         if not pairs:
             raise ValueError(f"--images ({folder}) has no NAME.txt beside its images; give --captions FILE.")
     else:
@@ -50,15 +50,18 @@ def _read_file(path: Path) -> list[CaptionedImage]:
         raise ValueError(f"--captions ({path}) is not a file; give JSON Lines with image and caption.")
     if path.suffix == ".json":
         try:
-            entries = json.loads(path.read_text())["made"]
-            return [CaptionedImage(entry["picture"], entry["caption"]) for entry in entries]
+            entries = json.loads(read_text(path))["made"]
+            return [CaptionedImage(Path(entry["picture"]).name, entry["caption"]) for entry in entries]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a generated.json of tools/generate.py image: {error!r}.") from error
     pairs = []
-    for number, line in enumerate(parse_lines(path), 1):
-        if not isinstance(line, dict) or not isinstance(line.get("image"), str) or "caption" not in line:
-            raise ValueError(f"{path}, line {number}: image and caption are required in each line.")
-        pairs.append(CaptionedImage(Path(line["image"]).name, str(line["caption"])))
+    for number, line in read_objects(path):
+        for key in ("image", "caption"):
+            if not isinstance(line.get(key), str):
+                raise ValueError(
+                    f"{path}:{number}: {key} ({line.get(key)!r}) must be a text; give image and caption in each line."
+                )
+        pairs.append(CaptionedImage(Path(line["image"]).name, line["caption"]))
     if not pairs:
         raise ValueError(f"--captions ({path}) has no captions; give JSON Lines with image and caption.")
     return pairs

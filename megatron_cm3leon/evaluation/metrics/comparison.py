@@ -15,6 +15,7 @@ from megatron_cm3leon.evaluation.metrics.image_folder import (
     Preparation,
     check_sizes,
     find_rank_folders,
+    hash_images,
     list_images,
 )
 from megatron_cm3leon.evaluation.metrics.statistics import (
@@ -24,6 +25,9 @@ from megatron_cm3leon.evaluation.metrics.statistics import (
     write_statistics,
 )
 from megatron_cm3leon.evaluation.result import Figure, FinishedItems, hash_input
+
+MOST_RESAMPLES = 10_000
+"""Every resample is a distance of its own, and needs 8 bytes per image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,8 @@ def list_sets(inputs: Inputs) -> tuple[list[ImageSet], ImageSet | None]:
     for name, minimum in (("batch_size", 1), ("resamples", 0), ("seed", 0)):
         if getattr(inputs, name) < minimum:
             raise ValueError(f"--{name.replace('_', '-')} ({getattr(inputs, name)}) must be at least {minimum}.")
+    if inputs.resamples > MOST_RESAMPLES:
+        raise ValueError(f"--resamples ({inputs.resamples}) must be at most {MOST_RESAMPLES}.")
     if inputs.resamples == 1:
         raise ValueError("--resamples (1) gives no standard deviation; give 2 or more, or 0 for no intervals.")
     given = bool(inputs.images) + bool(inputs.reference)
@@ -117,7 +123,8 @@ class Comparison:
         """`sets` and `reference` are what list_sets returned."""
         self.task, self.inputs, self.sets, self.reference, self.network = task, inputs, sets, reference, network
         self.record = network.identity | {"crop": inputs.crop, "size": str(inputs.size or "as it is")}
-        self.hashes = {each.name: hash_input(each.folder) for each in [*sets, *([reference] if reference else [])]}
+        folders = [*sets, *([reference] if reference else [])]
+        self.hashes = {each.name: hash_images(each.folder, each.files) for each in folders}
         self.hashes["network"] = network.identity["network"]
         self.notes: list[str] = []
         if inputs.reference and reference is None:

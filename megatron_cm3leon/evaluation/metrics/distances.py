@@ -140,15 +140,14 @@ def compute_cmmd(x: np.ndarray, y: np.ndarray) -> float:
 def resample_discrepancy(x: np.ndarray, y: np.ndarray, kernel: Kernel, resamples: int, seed: int) -> np.ndarray:
     """Squared MMDs [resamples] of images X drawn with replacement, up to a constant of the fixed reference.
 
-    Pairs of an image with itself do not count, also if it was drawn twice.
+    Pairs of an image with itself do not count, also if it was drawn twice; a resample of one image alone, which has no
+    pairs, is drawn again. Fewer than 3 images have no resamples: two images form one pair only.
     """
     n = len(x)
-    if not resamples:
+    if not resamples or n < 3:
         return np.zeros(0)
     random = np.random.default_rng((seed, 1))
-    counts = np.stack([np.bincount(random.integers(0, n, n), minlength=n) for _ in range(resamples)], 1).astype(
-        np.float64
-    )
+    counts = np.stack([_draw_counts(random, n) for _ in range(resamples)], 1).astype(np.float64)
     within = np.zeros(resamples)
     for row in range(0, n, KERNEL_BLOCK):
         block, rows = x[row : row + KERNEL_BLOCK].astype(np.float64), counts[row : row + KERNEL_BLOCK]
@@ -158,7 +157,15 @@ def resample_discrepancy(x: np.ndarray, y: np.ndarray, kernel: Kernel, resamples
                 np.fill_diagonal(values, 0)
             within += (rows * (values @ counts[column : column + KERNEL_BLOCK])).sum(axis=0)
     pairs = n**2 - (counts**2).sum(axis=0)
-    return within / pairs.clip(1) - 2 * mean_kernel(x, y, kernel) @ counts / n
+    return within / pairs - 2 * mean_kernel(x, y, kernel) @ counts / n
+
+
+def _draw_counts(random: np.random.Generator, n: int) -> np.ndarray:
+    """How often each of n images occurs among n that are drawn with replacement, two different ones at least."""
+    while True:
+        counts = np.bincount(random.integers(0, n, n), minlength=n)
+        if counts.max() < n:
+            return counts
 
 
 def make_figure(value: float, resampled: np.ndarray, n: int, unit: str = "", minimum: float = -np.inf) -> Figure:

@@ -87,7 +87,8 @@ class EfficientNetLite0:
     def prepare(self, image_HW3: np.ndarray) -> np.ndarray:
         """float32 [3, 224, 224], normalized."""
         values = resize_clean(image_HW3, self.image_size) / 255
-        return (values - np.float32(_MEAN)[:, None, None]) / np.float32(_STD)[:, None, None]
+        mean, std = (np.array(each, np.float32)[:, None, None] for each in (_MEAN, _STD))
+        return (values - mean) / std
 
     @torch.inference_mode()
     def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:

@@ -93,6 +93,11 @@ def _extract_chunk(
     """Fill `stored` with the features of `files`."""
     for start, images in _load_batches(files, network, preparation, batch_size, pool):
         features = network.encode(images)
+        if features.shape != (len(images), network.width):
+            raise ValueError(
+                f"{network.name} has {features.shape[-1]} features per image instead of {network.width}; give the "
+                f"weights of the network that the task names."
+            )
         damaged = ~np.isfinite(features).all(axis=1)
         if damaged.any():
             raise ValueError(

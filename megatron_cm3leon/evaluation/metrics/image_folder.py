@@ -4,20 +4,27 @@ What happens to an image before a network sees it changes a Fréchet distance mo
 models can: every step is an option, and is recorded with the figure.
 """
 
+import hashlib
 import io
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
+from megatron_cm3leon.common.atomic_io import sha256_file
 from megatron_cm3leon.generation.results import CONTACT_SHEET, RESULTS_FILE
 from megatron_cm3leon.tokenizers.images import load_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CROPS = ("none", "center")
+LARGEST_SIDE = 8192
+"""Pixels; larger squares than load_image reads are not made either."""
+_TURNED = range(5, 9)
+"""Values of EXIF's orientation with which height and width are exchanged."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,8 @@ class Preparation:
             raise ValueError(f"--crop ({self.crop}) must be one of {', '.join(CROPS)}.")
         if self.size is not None and self.size < 1:
             raise ValueError(f"--size ({self.size}) must be at least 1 pixel.")
+        if self.size is not None and self.size > LARGEST_SIDE:
+            raise ValueError(f"--size ({self.size}) must be at most {LARGEST_SIDE} pixels.")
         self.quality()
 
     def quality(self) -> int | None:
@@ -50,7 +59,7 @@ class Preparation:
 
     def load(self, path: Path) -> np.ndarray:
         """Read and prepare an image: uint8 [height, width, 3]; ValueError if it cannot be read."""
-        image = load_image(path)
+        image = read_image(path)
         width, height = image.size
         if self.crop == "center" and width != height:
             side = min(width, height)
@@ -63,6 +72,22 @@ class Preparation:
             image.save(buffer, "JPEG", quality=quality)
             image = Image.open(buffer).convert("RGB")
         return np.array(image)
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image of a file as RGB; ValueError with the reason and the remedy if it cannot be read."""
+    try:
+        return load_image(path)
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}; remove or replace the file.") from error
+
+
+def hash_images(folder: str | Path, files: Sequence[Path]) -> str:
+    """SHA-256 of the names, relative to the folder, and contents of image files."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def list_images(folder: str | Path, option: str, minimum: int = 2) -> list[Path]:
@@ -109,14 +134,24 @@ def check_sizes(files: Sequence[Path], option: str, preparation: Preparation) ->
         return
     sizes: Counter = Counter()
     for path in files:
-        try:
-            with Image.open(path) as image:
-                sizes[image.size] += 1
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{path}: the image cannot be read ({error}); remove or replace it.") from error
+        sizes[_read_size(path)] += 1
     if len(sizes) > 1:
         shown = ", ".join(f"{n} of {width}x{height}" for (width, height), n in sizes.most_common(3))
         raise ValueError(
             f"{option} ({files[0].parent}) holds images of {len(sizes)} sizes ({shown}{', ...' * (len(sizes) > 3)}); "
             f"give --size, and --crop center to keep their shape."
         )
+
+
+def _read_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image as it is shown; only the file's header is read."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            try:
+                turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            except (SyntaxError, struct.error):  # damaged EXIF: load_image, too, keeps the stored form
+                turned = False
+    except Exception as error:  # decoders meet arbitrary bytes and raise OSError, SyntaxError, DecompressionBombError
+        raise ValueError(f"{path}: the image cannot be read ({error}); remove or replace the file.") from error
+    return (height, width) if turned else (width, height)

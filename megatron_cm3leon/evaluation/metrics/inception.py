@@ -113,7 +113,12 @@ def _is_torchscript(path: Path) -> bool:
 
 def _load_torchscript(path: Path) -> nn.Module:
     """The attribute `layers` of NVIDIA's file: the network without the resizing that the file also has."""
-    module = torch.jit.load(str(path), map_location="cpu")
+    try:
+        module = torch.jit.load(str(path), map_location="cpu")
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} is not a TorchScript file that torch {torch.__version__} reads; copy it again."
+        ) from error
     if not hasattr(module, "layers"):
         raise ValueError(f"{path} is a TorchScript file without `layers`, not NVIDIA's inception-2015-12-05.pt.")
     return module.layers
@@ -127,7 +132,8 @@ def _load_layers(path: Path) -> nn.Module:
     except Exception as error:  # damaged and foreign files raise pickle, zip, key and runtime errors
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path} does not hold weights of Inception v3 as torch-fidelity stores them: {reason}."
+            f"{path} does not hold weights of Inception v3 as torch-fidelity stores them ({reason}); give one of "
+            f"{', '.join(KNOWN_WEIGHTS)}."
         ) from error
     module: Any
     for module in network.modules():

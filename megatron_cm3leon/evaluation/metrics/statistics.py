@@ -6,6 +6,7 @@ network's weights, the resizing and the preparation of the images. Files of othe
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +74,10 @@ def read_statistics(path: str | Path, width: int, expected: dict[str, str]) -> S
     except FileNotFoundError as error:
         raise ValueError(f"--reference ({path}) does not exist; give a folder of images or an .npz file.") from error
     except Exception as error:  # np.load raises zip, pickle, key and value errors for foreign bytes
+        # What NumPy says about bytes without a header advises to load them as a pickle.
+        reason = error if zipfile.is_zipfile(path) else "it is not an .npz archive"
         raise ValueError(
-            f"{path} is not a file of statistics with mu and sigma ({error}); write one with --statistics."
+            f"{path} is not a file of statistics with mu and sigma ({reason}); write one with --statistics."
         ) from error
     if mean.shape != (width,) or covariance.shape != (width, width):
         raise ValueError(

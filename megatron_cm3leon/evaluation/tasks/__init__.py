@@ -1,6 +1,7 @@
 """Tasks of tools/evaluate.py, a module each: `add_options(parser)` and `evaluate(...) -> Result`.
 
-The names of the options are those of evaluate's keyword arguments. A module is imported when its task is chosen, so a
+The names of the options are those of evaluate's keyword arguments. The tasks of SHARED also have the argument `ranks`
+and share their items among the ranks of a launch (ranks.py). A module is imported when its task is chosen, so a
 task whose libraries (the extra `evaluation`) are not installed does not prevent the others.
 """
 
@@ -14,11 +15,14 @@ TASKS: dict[str, str] = {
     "fid": "FID, KID, precision and recall by the Inception network",
     "geneval": "GenEval's folder of images, and its score by a checker of the corpus",
     "harness": "lm-evaluation-harness on local task files; a TSV for VLMEvalKit",
+    "infill": "hidden words of captions and hidden boxes of images, filled",
     "loss": "nats per token, byte and pixel of held-out documents, with 0..n retrieved documents",
     "ocr": "text drawn in images, read back by an OCR model",
     "vqa": "answers to questions about images: VQA, VizWiz, OK-VQA, ScienceQA, VisDial",
 }
 """Task -> what it measures, as `tools/evaluate.py --help` shows it."""
+SHARED = ("caption", "clip", "geneval", "loss", "vqa")
+"""Tasks that run on several ranks."""
 
 
 def load_task(name: str) -> ModuleType:

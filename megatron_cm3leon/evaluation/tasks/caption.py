@@ -4,12 +4,14 @@
     tools/evaluate.py caption --model exported/ --shards heldout/ --index index/ --documents 2 --output out/
     tools/evaluate.py caption --model exported/ --images images.jsonl --output out/
 
-Files: see evaluation/caption_files.py. With a model the captions are also written as COCO results, captions.json, and
-an interrupted run continues after its last batch. METEOR and SPICE need Java: see metrics/java_captions.py.
+Files: see evaluation/caption_files.py. With a model the captions are also written as COCO results, captions.json; the
+ranks of a launch share the images, and an interrupted run continues after its last batch. METEOR and SPICE need Java:
+see metrics/java_captions.py.
 """
 
 import argparse
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +31,8 @@ from megatron_cm3leon.evaluation.caption_generation import (
     select_images,
 )
 from megatron_cm3leon.evaluation.caption_scores import METRICS, TOKENIZERS, Scores, check_metrics, score_captions
-from megatron_cm3leon.evaluation.result import FinishedItems, Result, hash_input
+from megatron_cm3leon.evaluation.ranks import Ranks
+from megatron_cm3leon.evaluation.result import Result, hash_input
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.prompts import CAPTION_FORMS, choose_caption_form
@@ -125,15 +128,20 @@ def evaluate(
     seed: int = 0,
     dtype: str = "fp32",
     device: str = "auto",
-) -> Result:
+    ranks: Ranks | None = None,
+) -> Result | None:
     """Score captions, x 100: either those of the file `captions`, or those that `model` generates.
 
-    ValueError for options that exclude each other, and for files whose images do not match.
+    None on ranks other than the first, which only generate. ValueError for options that exclude each other, and for
+    files whose images do not match.
     """
+    ranks = ranks or Ranks()
     check_metrics(metrics, tokenizer)  # before anything is generated
     if (captions is None) == (model is None):
         raise ValueError("give either --captions FILE to score it, or --model FOLDER to generate captions.")
+    subject: _Subject | None
     if captions is not None:
+        ranks.require_one("the task caption with --captions")
         given = {"shards": shards, "images": images, "count": count, "index": index, "documents": documents}
         _refuse({**given, "encoder": encoder}, "--model, which generates captions")
         subject = _read_subject(captions, references, allow_missing)
@@ -144,7 +152,9 @@ def evaluate(
             documents=documents, encoder=encoder, form=form, longest=longest, temperature=temperature, top_p=top_p,
             batch_size=batch_size, seed=seed, dtype=dtype, device=device,
         )  # fmt: skip
-        subject = _generate_subject(options, Path(output))
+        subject = _generate_subject(options, Path(output), ranks)
+        if subject is None:
+            return None
     scores = score_captions(
         [subject.captions[key] for key in subject.keys],
         [subject.references[key] for key in subject.keys],
@@ -188,16 +198,16 @@ def _read_subject(captions: str | Path, references: str | Path | None, allow_mis
     )
 
 
-def _generate_subject(options: _Generation, output: Path) -> _Subject:
-    """Captions of a model, which are also written to captions.json."""
+def _generate_subject(options: _Generation, output: Path, ranks: Ranks) -> _Subject | None:
+    """Captions of a model, which are also written to captions.json; None on ranks other than the first."""
     if (options.shards is None) == (options.images is None):
         raise ValueError("--model needs either --shards FOLDER or --images FILE, the images to caption.")
     if options.index is None:
         _refuse({"documents": options.documents or None, "encoder": options.encoder}, "--index, to retrieve from")
     images = open_images(options.shards, options.images, options.references)
     keys = select_images(images, options.count, options.seed)
-    inputs = _hash_inputs(options, images)
-    generator = Generator.load(options.model, options.dtype, options.device)
+    inputs = ranks.from_first(lambda: _hash_inputs(options, images))
+    generator = Generator.load(options.model, options.dtype, ranks.resolve_device(options.device))
     if isinstance(images, ShardImages):
         check_same_vocabulary(generator.vocabulary, images.corpus.vocabulary, f"the shards at {options.shards}")
     documents = generator.training_documents if options.documents is None else options.documents
@@ -220,11 +230,11 @@ def _generate_subject(options: _Generation, output: Path) -> _Subject:
         "dtype": options.dtype,
         "device": generator.decoder.words.device.type,
     }
-    finished = FinishedItems(output, {"settings": recorded, "inputs": inputs, "seed": options.seed})
-    try:
-        captions = generate_captions(generator, images, keys, settings, source, finished)
-    finally:
-        finished.close()
+    with closing(ranks.open_items(output, {"settings": recorded, "inputs": inputs, "seed": options.seed})) as finished:
+        generate_captions(generator, images, keys, settings, source, finished, ranks)
+    if not ranks.first:
+        return None
+    captions = {key: finished.items[key]["caption"] for key in keys}
     write_coco_results(output / "captions.json", captions)
     fewer = sum(len(finished.items[key]["retrieved"]) < settings.documents for key in keys) if source else 0
     note = (

@@ -7,7 +7,7 @@
 The encoder is a CLIP folder: a published CLIPModel, or what tools/train_clip.py writes. Its name is part of the number.
 candidates/ has folders 0..N-1 with an image of each caption. The ranker chooses, the encoder measures: a score by the
 encoder that chose would be circular. --rank-folders writes the candidates as ranked/0 (best) to ranked/N-1, of which
-the task fid measures each.
+the task fid measures each. The ranks of a launch share the captions.
 """
 
 import argparse
@@ -15,19 +15,20 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from megatron_cm3leon.common.cli import user_path
-from megatron_cm3leon.common.progress import meter
-from megatron_cm3leon.distributed.device import resolve_device
 from megatron_cm3leon.evaluation.metrics.captions import CaptionedImage, check_candidates, read_captions
-from megatron_cm3leon.evaluation.metrics.image_folder import find_rank_folders
-from megatron_cm3leon.evaluation.result import Figure, FinishedItems, Result, bootstrap, hash_input, read_versions
+from megatron_cm3leon.evaluation.metrics.image_folder import find_rank_folders, hash_images, read_image
+from megatron_cm3leon.evaluation.ranks import Ranks
+from megatron_cm3leon.evaluation.result import Figure, Result, bootstrap, hash_input, read_versions
 from megatron_cm3leon.retrieval.encoder import Encoder
-from megatron_cm3leon.tokenizers.images import load_image
 
+SHOWN = 24
+"""Images that a report shows."""
 FORMULAS = {"torchmetrics": 100.0, "hessel": 2.5}
 """Name -> factor w of w * max(cos, 0): torchmetrics' CLIPScore, and CLIPScore of Hessel et al. (2104.08718)."""
 
@@ -60,17 +61,22 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     device: str = "auto",
-) -> Result:
-    """Score captioned images. ValueError for input that cannot be scored, and for a ranker that is the encoder."""
-    if batch_size < 1:
-        raise ValueError(f"--batch-size ({batch_size}) must be at least 1.")
+    ranks: Ranks | None = None,
+) -> Result | None:
+    """Score captioned images; None on ranks other than the first.
+
+    ValueError for input that cannot be scored, and for a ranker that is the encoder.
+    """
+    ranks = ranks or Ranks()
     folders = find_rank_folders(images) or [Path(images)]
     _check_ranking(folders, images, ranker, rank_folders)
     pairs, without = read_captions(folders[0], captions)
     check_candidates(folders, pairs)
-    measuring = Encoder.load(encoder, resolve_device(device))
-    ranking = Encoder.load(ranker, resolve_device(device)) if ranker else None
-    inputs = {"images": hash_input(images), "encoder": measuring.sha256}
+    device = ranks.resolve_device(device)
+    measuring = Encoder.load(encoder, device)
+    ranking = Encoder.load(ranker, device) if ranker else None
+    files = [folder / pair.name for folder in folders for pair in pairs]
+    inputs = {"images": ranks.from_first(lambda: hash_images(Path(images), files)), "encoder": measuring.sha256}
     inputs |= {"captions": hash_input(captions)} if captions else {}
     if ranking:
         inputs["ranker"] = ranking.sha256
@@ -78,9 +84,18 @@ def evaluate(
             raise ValueError(
                 f"--ranker ({ranker}) and --encoder are the same encoder; give another one to measure with."
             )
-    with closing(FinishedItems(output, {"task": "clip", "inputs": inputs, "prefix": prefix})) as finished:
-        _score_all(pairs, folders, measuring, ranking, prefix, finished, batch_size)
-        items = [finished.items[pair.name] for pair in pairs]
+    with closing(ranks.open_items(output, {"task": "clip", "inputs": inputs, "prefix": prefix})) as finished:
+        ranks.finish_items(
+            {pair.name: pair for pair in pairs},
+            partial(_score, folders, measuring, ranking, prefix),
+            finished,
+            batch_size=batch_size,
+            label="CLIP score",
+            unit="captions",
+        )
+    if not ranks.first:
+        return None
+    items = [finished.items[pair.name] for pair in pairs]
     figures, best = _figures(items, FORMULAS[formula], formula, seed)
     if rank_folders and ranking:
         _write_rank_folders(Path(rank_folders), folders, pairs, best)
@@ -97,6 +112,7 @@ def evaluate(
         inputs=inputs,
         versions=read_versions(("transformers",)),
         notes=_notes(items, measuring, without),
+        tables={"images": _list_images(folders, pairs, items, best, FORMULAS[formula])},
     )
 
 
@@ -113,32 +129,20 @@ def _check_ranking(
         raise ValueError(f"--rank-folders ({rank_folders}) exists; give a new folder.")
 
 
-def _score_all(
-    pairs: Sequence[CaptionedImage],
-    folders: Sequence[Path],
-    measuring: Encoder,
-    ranking: Encoder | None,
-    prefix: str,
-    finished: FinishedItems,
-    batch_size: int,
-) -> None:
-    """Add one item per caption: cosines of its candidates by each encoder, and whether it was truncated."""
-    left = [pair for pair in pairs if pair.name not in finished.items]
-    with meter(len(pairs), "CLIP score", "captions") as progress:
-        progress.advance(len(pairs) - len(left))
-        for start in range(0, len(left), batch_size):
-            batch = left[start : start + batch_size]
-            texts = [prefix + pair.caption for pair in batch]
-            images = [[load_image(folder / pair.name) for folder in folders] for pair in batch]
-            cosines = _compute_cosines(measuring, texts, images)
-            ranks = _compute_cosines(ranking, texts, images) if ranking else None
-            for number, (pair, text) in enumerate(zip(batch, texts, strict=True)):
-                item = {"cosines": cosines[number].tolist()}
-                item["truncated"] = measuring.count_tokens(text) > measuring.positions - 2
-                if ranks is not None:
-                    item["ranker"] = ranks[number].tolist()
-                finished.add(pair.name, item)
-            progress.advance(len(batch))
+def _score(
+    folders: Sequence[Path], measuring: Encoder, ranking: Encoder | None, prefix: str, batch: list[CaptionedImage]
+) -> Iterator[dict]:
+    """One item per caption: cosines of its candidates by each encoder, and whether it was truncated."""
+    texts = [prefix + pair.caption for pair in batch]
+    images = [[read_image(folder / pair.name) for folder in folders] for pair in batch]
+    cosines = _compute_cosines(measuring, texts, images)
+    ranked = _compute_cosines(ranking, texts, images) if ranking else None
+    for number, text in enumerate(texts):
+        item = {"cosines": cosines[number].tolist()}
+        item["truncated"] = measuring.count_tokens(text) > measuring.positions - 2
+        if ranked is not None:
+            item["ranker"] = ranked[number].tolist()
+        yield item
 
 
 def _compute_cosines(encoder: Encoder, texts: Sequence[str], images: Sequence[Sequence]) -> np.ndarray:
@@ -164,13 +168,29 @@ def _figures(items: Sequence[dict], factor: float, formula: str, seed: int) -> t
     return figures, order
 
 
+def _list_images(
+    folders: Sequence[Path], pairs: Sequence[CaptionedImage], items: Sequence[dict], order: np.ndarray, factor: float
+) -> list[dict[str, str]]:
+    """The first images with their captions and scores; of several candidates the one that the ranker chose."""
+    rows = []
+    for pair, item, candidates in zip(pairs[:SHOWN], items, order, strict=False):
+        score = factor * max(0.0, item["cosines"][candidates[0]])
+        path = (folders[candidates[0]] / pair.name).resolve()
+        rows.append({"path": str(path), "caption": pair.caption, "note": f"score {score:.4g}"})
+    return rows
+
+
 def _notes(items: Sequence[dict], encoder: Encoder, without: int) -> list[str]:
     truncated = sum(item["truncated"] for item in items)
-    notes = [
-        f"{truncated:,} of {len(items):,} captions have more than {encoder.positions - 2} tokens and were truncated; "
-        f"their end token was kept."
-    ]
-    return notes + ([f"{without:,} images without a caption were not scored."] if without else [])
+    notes = []
+    if truncated:
+        notes.append(
+            f"{truncated:,} of {len(items):,} captions have more than {encoder.positions - 2} tokens and were "
+            f"truncated; their end token was kept."
+        )
+    if without:
+        notes.append(f"{without:,} images without a caption were not scored.")
+    return notes
 
 
 def _write_rank_folders(

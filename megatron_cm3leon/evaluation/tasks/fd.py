@@ -12,6 +12,7 @@ import argparse
 
 import numpy as np
 
+from megatron_cm3leon.common.cli import user_path
 from megatron_cm3leon.distributed.device import resolve_device
 from megatron_cm3leon.evaluation.metrics.comparison import Comparison, Inputs, add_input_options, list_sets
 from megatron_cm3leon.evaluation.metrics.distances import (
@@ -32,7 +33,7 @@ from megatron_cm3leon.evaluation.result import Figure, Result, read_versions
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the task."""
     add_input_options(parser)
-    parser.add_argument("--encoder", required=True, help=f"CLIP folder, or {EFFICIENTNET}")
+    parser.add_argument("--encoder", type=user_path, required=True, help=f"CLIP folder, or {EFFICIENTNET}")
 
 
 def evaluate(*, encoder: str, **options) -> Result:

@@ -6,14 +6,15 @@
 GenEval's own evaluation/evaluate_images.py reads OUTPUT/images. With `--checker`, a checker (evaluation/judge.py) that
 also has `find_objects(image)`, such as examples/shapes/geneval.py, the images are judged here by GenEval's rules.
 
-The images are generated in groups of PROMPTS_AT_ONCE prompts. A group that is complete is not generated again, and the
-ranks of a torchrun launch share the groups: the images do not depend on interruptions or the number of ranks.
+The images are generated in groups of PROMPTS_AT_ONCE prompts, which the ranks of a launch share. A group that is
+complete is not generated again.
 """
 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,15 @@ from PIL import Image
 
 from megatron_cm3leon.common.atomic_io import atomic_directory
 from megatron_cm3leon.common.cli import user_path
-from megatron_cm3leon.common.progress import meter, track
-from megatron_cm3leon.distributed.launch import Rank, choose_device, rendezvous, set_threads
+from megatron_cm3leon.common.progress import track
 from megatron_cm3leon.evaluation.judge import load_checker
 from megatron_cm3leon.evaluation.metrics.geneval import GROUPS, judge_objects, mean_of_groups, read_prompts
+from megatron_cm3leon.evaluation.ranks import Ranks
 from megatron_cm3leon.evaluation.result import Figure, FinishedItems, Result, bootstrap, hash_input
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.ranking import Candidates
-from megatron_cm3leon.generation.retrieved import Queries, RetrievalOptions, retrieve_documents
+from megatron_cm3leon.generation.retrieved import DocumentSource
 from megatron_cm3leon.generation.sampling import SAMPLERS, Sampling
 from megatron_cm3leon.tokenizers.images import load_image
 
@@ -76,33 +77,38 @@ def evaluate(
     seed: int = 0,
     dtype: str = "fp32",
     device: str = "auto",
-) -> Result:
+    ranks: Ranks | None = None,
+) -> Result | None:
     """Write OUTPUT/images and, with a checker, judge them; the options are those of `add_options`.
 
-    Figures: `score`, the mean of the groups' shares of correct images; the share of each group; `correct_images`, and
-    `correct_prompts`, of which one image at least is correct. Intervals are over prompts.
+    None on ranks other than the first, which only generate. Figures: `score`, the mean of the groups' shares of correct
+    images; the share of each group; `correct_images`, and `correct_prompts`, of which one image at least is correct.
+    Intervals are over prompts.
     """
+    ranks = ranks or Ranks()
     sampling = Sampling(guidance=guidance, temperature=temperature, top_p=top_p, sampler=sampler, seed=seed)
-    retrieval = RetrievalOptions(
-        index=None if index is None else str(index),
-        documents=documents,
-        encoder=None if encoder is None else str(encoder),
-    )
     if images < 1:
         raise ValueError(f"--images ({images}) must be at least 1.")
+    if index is None and (documents is not None or encoder is not None):
+        raise ValueError("--documents and --encoder are for --index, to retrieve from; give it, or neither of them.")
     entries = read_prompts(prompts)
     find_objects = None if checker is None else _load_finder(checker)
     settings = {
         "images": images, "guidance": guidance, "temperature": temperature, "top_p": top_p, "sampler": sampler,
         "documents": documents if index is not None else 0, "dtype": dtype,
     }  # fmt: skip
-    inputs = {"model": hash_input(model), "prompts": hash_input(prompts)}
-    inputs |= {} if index is None else {"index": hash_input(index)}
+    read = {"model": model, "prompts": prompts} | ({} if index is None else {"index": index})
+    inputs = ranks.from_first(lambda: {name: hash_input(path) for name, path in read.items()})
+    identity = {"settings": settings, "inputs": inputs, "seed": seed}
+    ranks.from_first(lambda: FinishedItems(output, identity).close())
     folder = Path(output) / "images"
-    rank = Rank.from_environment()
-    if rank.rank == 0:
-        FinishedItems(output, {"settings": settings, "inputs": inputs, "seed": seed}).close()
-    _generate(Path(model), entries, folder, images, sampling, retrieval, dtype, device, rank)
+    generation = _Generation(
+        entries=entries, folder=folder, images=images, sampling=sampling, model=model, dtype=dtype, device=device,
+        index=index, documents=documents, encoder=encoder,
+    )  # fmt: skip
+    generation.run(ranks)
+    if not ranks.first:
+        return None
     shown = [
         {"path": f"images/{_sample_path(number, 0)}", "caption": entry["prompt"]}
         for number, entry in enumerate(entries[:SHOWN])
@@ -132,68 +138,62 @@ def _sample_path(prompt: int, sample: int) -> str:
     return f"{prompt:05d}/samples/{sample:04d}.png"
 
 
-def _is_complete(folder: Path, number: int, entry: dict, images: int) -> bool:
-    """Whether a prompt's images were written; ValueError if they are of another prompt."""
-    path = folder / f"{number:05d}" / "metadata.jsonl"
-    if not path.is_file():
-        return False
-    if json.loads(path.read_text()) != entry:
-        raise ValueError(f"{path} is of another prompt than line {number + 1} of --prompts; give another --output.")
-    return all((folder / _sample_path(number, sample)).is_file() for sample in range(images))
+@dataclass(frozen=True, kw_only=True)
+class _Generation:
+    """What is generated: `images` of each prompt in `folder`; the other fields are options of the command."""
 
+    entries: list[dict]
+    folder: Path
+    images: int
+    sampling: Sampling
+    model: str | Path
+    dtype: str
+    device: str
+    index: str | Path | None
+    documents: int | None
+    encoder: str | Path | None
 
-def _generate(
-    model: Path,
-    entries: list[dict],
-    folder: Path,
-    images: int,
-    sampling: Sampling,
-    retrieval: RetrievalOptions,
-    dtype: str,
-    device: str,
-    rank: Rank,
-) -> None:
-    """Write the images of this rank's groups that are not complete, and wait for the other ranks'."""
-    groups = [
-        range(first, min(first + PROMPTS_AT_ONCE, len(entries))) for first in range(0, len(entries), PROMPTS_AT_ONCE)
-    ]
-    missing = [
-        group
-        for group in groups[rank.rank :: rank.world_size]
-        if not all(_is_complete(folder, number, entries[number], images) for number in group)
-    ]
-    if missing:
-        if rank.world_size > 1:
-            set_threads(0, rank)
-            device = str(choose_device(device, rank))
-        generator = Generator.load(model, dtype, device)
-        captions = [entries[number]["prompt"] for group in missing for number in group]
-        documents = retrieve_documents(
-            retrieval, generator.codec, generator.training_documents, Queries(texts=captions)
-        ).documents
-        tokens = len(captions) * images * generator.vocabulary.image_tokens
-        with meter(tokens, "generating", "tokens", quiet=rank.rank > 0) as progress:
-            start = 0
-            for group in missing:
-                # Complete groups, so that a prompt's batch is the same in every run.
-                part = slice(start, start + len(group))
-                start = part.stop
-                made = list(
-                    generator.images(
-                        captions[part],
-                        sampling,
-                        retrieved=None if documents is None else documents[part],
-                        candidates=Candidates(images),
-                        advance=progress.advance,
-                    )
-                )
-                for place, number in enumerate(group):
-                    samples = [one.image for one in made[place * images : (place + 1) * images]]
-                    _write_prompt(folder / f"{number:05d}", entries[number], samples)
-    if rank.world_size > 1:
-        store = rendezvous(rank)
-        store.set(f"geneval/{rank.rank}", "done")
-        store.wait([f"geneval/{each}" for each in range(rank.world_size)])
+    def run(self, ranks: Ranks) -> None:
+        """Write the images of this rank's share of the groups that are not complete."""
+        starts = range(0, len(self.entries), PROMPTS_AT_ONCE)
+        groups = [range(start, min(start + PROMPTS_AT_ONCE, len(self.entries))) for start in starts]
+        left = ranks.from_first(lambda: [n for n, group in enumerate(groups) if not all(map(self._is_complete, group))])
+        if not left:
+            return
+        generator = Generator.load(self.model, self.dtype, ranks.resolve_device(self.device))
+        source = None
+        if self.index is not None:
+            source = DocumentSource.load(self.index, generator.vocabulary, self.encoder)
+        tokens = sum(len(groups[number]) for number in left) * self.images * generator.vocabulary.image_tokens
+        with ranks.share(left, total=tokens, done=0, label="generating", unit="tokens") as (numbers, advance):
+            for number in numbers:
+                self._generate(groups[number], generator, source, advance)
+
+    def _is_complete(self, prompt: int) -> bool:
+        """Whether a prompt's images were written; ValueError if they are of another prompt."""
+        path = self.folder / f"{prompt:05d}" / "metadata.jsonl"
+        if not path.is_file():
+            return False
+        if json.loads(path.read_text()) != self.entries[prompt]:
+            raise ValueError(f"{path} is of another prompt than line {prompt + 1} of --prompts; give another --output.")
+        return all((self.folder / _sample_path(prompt, sample)).is_file() for sample in range(self.images))
+
+    def _generate(
+        self, group: range, generator: Generator, source: DocumentSource | None, advance: Callable[[int], None]
+    ) -> None:
+        """Write the images of a complete group, so that a prompt's batch is the same in every run."""
+        captions = [self.entries[prompt]["prompt"] for prompt in group]
+        retrieved = None
+        if source is not None:
+            count = generator.training_documents if self.documents is None else self.documents
+            retrieved = source.read(source.find(count, texts=captions))
+        candidates = Candidates(self.images)
+        made = list(
+            generator.images(captions, self.sampling, retrieved=retrieved, candidates=candidates, advance=advance)
+        )
+        for place, prompt in enumerate(group):
+            samples = [one.image for one in made[place * self.images : (place + 1) * self.images]]
+            _write_prompt(self.folder / f"{prompt:05d}", self.entries[prompt], samples)
 
 
 def _write_prompt(folder: Path, entry: dict, images: Sequence[Image.Image]) -> None:

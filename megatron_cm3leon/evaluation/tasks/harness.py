@@ -170,18 +170,43 @@ def load_tasks(include_path: str | Path, names: list[str], num_fewshot: int | No
             for kind, found in manager.load([name]).items():
                 loaded.setdefault(kind, {}).update(found)
         except Exception as error:  # the harness's classes, templates and data sets raise many kinds
-            reason = " ".join(str(error).split()).rstrip(".") or "no reason given"
             raise ValueError(
-                f"{path}: lm-evaluation-harness {version} cannot load the task {name} "
-                f"({type(error).__name__}: {reason}); change what it names, or "
-                f"take a task file of this version."
+                f"{path}: lm-evaluation-harness {version} cannot load the task {name} ({_describe_fault(error)}); "
+                f"change what it names, or take a task file of this version."
             ) from error
     for task in loaded["tasks"].values():
         examples = task.get_config("num_fewshot")
         if examples is None or (num_fewshot is not None and examples != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=seed)
+        _check_examples(task)
     return loaded
+
+
+def _describe_fault(error: Exception) -> str:
+    """Kind and reason of an error of the harness, with what caused it."""
+    if error.args == (None,):
+        return "a metric of its metric_list, or the aggregation of one, is not known"
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    reasons = dict.fromkeys(" ".join(str(one).split()).rstrip(".")[:300] for one in (error, cause))
+    return f"{type(error).__name__}: {': '.join(filter(None, reasons)) or 'no reason given'}"
+
+
+def _check_examples(task: Any) -> None:
+    """ValueError if a task has more examples in context than documents to draw them from."""
+    count = task.config.num_fewshot
+    if not count:
+        return
+    available = len(task.sampler.df) if hasattr(task, "sampler") else 0
+    if task.config.fewshot_split == task.config.test_split:
+        available = max(0, available - 1)  # not the document itself
+    if count > available:
+        raise ValueError(
+            f"num_fewshot ({count}) of the task {task.config.task} must be at most {available}, the documents that its "
+            f"examples are drawn from; lower --num-fewshot, or name another fewshot_split in the task file."
+        )
 
 
 def _find_unreadable(folder: Path) -> str:

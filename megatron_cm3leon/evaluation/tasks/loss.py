@@ -12,22 +12,25 @@ documents and the last </s>. Intervals are over documents. For each k (`_documen
     image_per_pixel     nats of image codes per pixel of the images as the tokenizer reads them
     loss_change         loss minus the loss with the first k, on the same resampled documents
 
+The ranks of a launch share the documents, and an interrupted measurement continues.
+
 Reference: perplexity of CM3Leon with retrieved documents (arXiv 2309.02591, sections 2.2 and 3).
 """
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_cm3leon.common.cli import user_path
-from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.data.shards.reader import Corpus, open_shards, split_segments
 from megatron_cm3leon.evaluation.loss import BREAK, IMAGE, KINDS, TEXT, build_sequence, measure_documents
 from megatron_cm3leon.evaluation.metrics.ratio import divide_sums
-from megatron_cm3leon.evaluation.result import Figure, FinishedItems, Result, bootstrap, hash_input
+from megatron_cm3leon.evaluation.ranks import Ranks
+from megatron_cm3leon.evaluation.result import Figure, Result, bootstrap, hash_input
 from megatron_cm3leon.generation.codec import Codec
 from megatron_cm3leon.generation.decoder import KINDS as DTYPES
 from megatron_cm3leon.generation.generator import Generator
@@ -35,7 +38,7 @@ from megatron_cm3leon.generation.retrieved import DocumentSource
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
 AT_ONCE = 64
-"""Documents between two writes of finished items."""
+"""Documents that are measured in one call."""
 BYTES, PIXELS = KINDS, KINDS + 1
 """Columns of a document's units, after the numbers of tokens of each kind."""
 
@@ -66,14 +69,17 @@ def evaluate(
     encoder: str | Path | None = None,
     dtype: str = "fp32",
     device: str = "auto",
-) -> Result:
+    ranks: Ranks | None = None,
+) -> Result | None:
     """Measure the loss of held-out documents; an interrupted measurement continues from `output`.
 
-    `documents` are numbers of retrieved documents. ValueError for shards of another vocabulary, documents that do not
-    fit into the context, numbers above 0 without an index, and shards that are the index's own memory bank.
+    `documents` are numbers of retrieved documents. None on ranks other than the first. ValueError for shards of another
+    vocabulary, documents that do not fit into the context, numbers above 0 without an index, and shards that are the
+    index's own memory bank.
     """
+    ranks = ranks or Ranks()
     numbers = _check_numbers(documents, index, count)
-    generator = Generator.load(model, dtype, device)
+    generator = Generator.load(model, dtype, ranks.resolve_device(device))
     corpus = open_shards(shards)
     check_same_vocabulary(generator.vocabulary, corpus.vocabulary, f"the shards at {shards}")
     source = DocumentSource.load(index, generator.vocabulary, encoder) if index and max(numbers) else None
@@ -90,15 +96,23 @@ def evaluate(
         "text_per_byte": "text pieces without <break>",
         "image_per_pixel": "without color channels",
     }
-    inputs = {"model": hash_input(model), "shards": hash_input(Path(shards) / "manifest.json")}
-    if source:
-        inputs["index"] = hash_input(Path(str(index)) / "index.json")
-    finished = FinishedItems(output, {"settings": settings, "inputs": inputs, "seed": seed})
+    read = {"model": Path(model), "shards": Path(shards) / "manifest.json"}
+    read |= {"index": Path(str(index)) / "index.json"} if source else {}
+    inputs = ranks.from_first(lambda: {name: hash_input(path) for name, path in read.items()})
     chosen = np.random.default_rng(seed).permutation(corpus.documents)[:count].tolist()
     measurement = _Measurement(generator, corpus, source, numbers)
-    measurement.run(chosen, finished)
+    with closing(ranks.open_items(output, {"settings": settings, "inputs": inputs, "seed": seed})) as finished:
+        ranks.finish_items(
+            {str(number): number for number in chosen},
+            measurement.measure,
+            finished,
+            batch_size=AT_ONCE,
+            label="loss",
+            unit="documents",
+        )
+    if not ranks.first:
+        return None
     items = [finished.items[str(number)] for number in chosen]
-    finished.close()
     return Result(
         task="loss",
         figures=compute_figures(items, numbers, seed),
@@ -130,18 +144,7 @@ class _Measurement:
     source: DocumentSource | None
     numbers: list[int]
 
-    def run(self, chosen: list[int], finished: FinishedItems) -> None:
-        """Measure the documents `chosen` that are not finished."""
-        left = [number for number in chosen if str(number) not in finished.items]
-        with meter(len(chosen), "loss", "documents") as progress:
-            progress.advance(len(chosen) - len(left))
-            for first in range(0, len(left), AT_ONCE):
-                part = left[first : first + AT_ONCE]
-                for number, item in zip(part, self._measure(part), strict=True):
-                    finished.add(str(number), item)
-                progress.advance(len(part))
-
-    def _measure(self, chosen: list[int]) -> Iterator[dict]:
+    def measure(self, chosen: list[int]) -> Iterator[dict]:
         """For each document: losses {k: [KINDS]}, units [KINDS + 2], retrieved documents that fit {k: number}."""
         vocabulary, decoder = self.generator.vocabulary, self.generator.decoder
         queries = [self.corpus.read(number).astype(np.int64) for number in chosen]

@@ -21,9 +21,11 @@ from rapidocr_onnxruntime import RapidOCR
 
 from megatron_cm3leon.common.cli import user_path
 from megatron_cm3leon.common.progress import track
+from megatron_cm3leon.evaluation.metrics.image_folder import read_image
 from megatron_cm3leon.evaluation.metrics.read_back import CASES, measure_error_rates, normalize_text
 from megatron_cm3leon.evaluation.result import FinishedItems, Result, hash_input, read_versions
-from megatron_cm3leon.tokenizers.images import load_image
+from megatron_cm3leon.evaluation.text_files import read_objects, read_text
+from megatron_cm3leon.tokenizers.images import MAX_PIXELS
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHOWN = 24
@@ -52,6 +54,9 @@ def evaluate(
     if shortest_side < 1:
         raise ValueError(f"--shortest-side ({shortest_side}) must be at least 1 pixel.")
     pairs = read_pairs(images)
+    for path, expected in pairs:
+        if not normalize_text(expected):
+            raise ValueError(f"the text of {path} ({expected!r}) is empty; give the text that the image shows.")
     settings = {"case": case, "shortest_side": shortest_side}
     inputs = {"texts": _hash_pairs(pairs), "ocr_weights": hash_input(_weights())}
     finished = FinishedItems(output, {"settings": settings, "inputs": inputs, "seed": seed})
@@ -64,11 +69,8 @@ def evaluate(
         (normalize_text(expected, case), normalize_text(text, case))
         for (_, expected), text in zip(pairs, found, strict=True)
     ]
-    for (path, expected), (normalized, _) in zip(pairs, texts, strict=True):
-        if not normalized:
-            raise ValueError(f"the text of {path} ({expected!r}) is empty; give the text that the image shows.")
     rows = [
-        {"path": str(path.resolve()), "caption": f"{expected} → {text or '(nothing)'}"}
+        {"path": str(path.resolve()), "caption": expected, "note": f"read: {text or 'nothing'}"}
         for (path, _), (expected, text) in zip(pairs[:SHOWN], texts, strict=False)
     ]
     return Result(
@@ -101,18 +103,10 @@ def read_pairs(source: str | Path) -> list[tuple[Path, str]]:
     if not source.is_file():
         raise ValueError(f"--images ({source}) must be a JSON Lines file or a folder of images with .txt files.")
     pairs = []
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            image, text = entry["image"], entry["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{source}:{number}: must be a JSON object with "image" and "text" ({error!r}).'
-            ) from error
+    for number, entry in read_objects(source):
+        image, text = entry.get("image"), entry.get("text")
         if not isinstance(image, str) or not isinstance(text, str):
-            raise ValueError(f"{source}:{number}: image ({image!r}) and text ({text!r}) must be texts.")
+            raise ValueError(f"{source}:{number}: image ({image!r}) and text ({text!r}) must be texts; give both.")
         if not (source.parent / image).is_file():
             raise ValueError(f"{source}:{number}: there is no image at {source.parent / image}.")
         pairs.append((source.parent / image, text))
@@ -131,7 +125,7 @@ def _read_folder(folder: Path) -> list[tuple[Path, str]]:
     orphans = sorted({path.stem for path in folder.glob("*.txt")} - {path.stem for path in images})
     if orphans:
         raise ValueError(f"{folder / orphans[0]}.txt is a text without an image; remove it, or add the image.")
-    return [(path, path.with_suffix(".txt").read_text(encoding="utf-8")) for path in images]
+    return [(path, read_text(path.with_suffix(".txt"))) for path in images]
 
 
 def _read_images(paths: Iterable[Path], shortest_side: int, finished: FinishedItems) -> None:
@@ -140,8 +134,13 @@ def _read_images(paths: Iterable[Path], shortest_side: int, finished: FinishedIt
     reader = RapidOCR() if missing else None
     for path in track(missing, label="reading", unit="images"):
         assert reader is not None
-        image = load_image(path)
+        image = read_image(path)
         scale = shortest_side / min(image.size)
+        if scale**2 * image.width * image.height > MAX_PIXELS:
+            raise ValueError(
+                f"{path}: its shorter side has {min(image.size)} pixels, and enlarged to --shortest-side "
+                f"({shortest_side}) it has more than {MAX_PIXELS:,} pixels; lower --shortest-side, or remove the image."
+            )
         if scale > 1:
             image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         lines, _ = reader(np.asarray(image)[:, :, ::-1])  # it expects blue, green, red

@@ -4,19 +4,20 @@
     --method rank        the candidate of the highest likelihood: of each question, or of the file --candidates; visdial
 
 Beside vqa.json, submission.json holds the answers in the form in which the leaderboards take them: for test sets, whose
-answers are not public, it is the only result.
+answers are not public, it is the only result. The ranks of a launch share the questions.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from megatron_cm3leon.common.cli import user_path
-from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.evaluation.answer_figures import (
     ACCURACIES,
     Judge,
@@ -29,14 +30,15 @@ from megatron_cm3leon.evaluation.metrics.visdial import rank_candidates
 from megatron_cm3leon.evaluation.metrics.vqa_answers import FEWEST_ANSWERS, MODES, build_stemmer, read_letter
 from megatron_cm3leon.evaluation.questions import READERS, read_questions
 from megatron_cm3leon.evaluation.questions.base import Question, QuestionFiles
-from megatron_cm3leon.evaluation.result import FinishedItems, Result, hash_input, read_versions
+from megatron_cm3leon.evaluation.ranks import Ranks
+from megatron_cm3leon.evaluation.result import Result, hash_input, read_versions
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.generator import Generator
 
 METHODS = ("generate", "rank")
 MOST_SHOTS = 8
 AT_ONCE = 32
-"""Questions between two writes of finished items."""
+"""Questions that are answered in one call."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -90,16 +92,20 @@ def evaluate(
     seed: int = 0,
     dtype: str = "fp32",
     device: str = "auto",
-) -> Result:
+    ranks: Ranks | None = None,
+) -> Result | None:
     """Answer the questions and measure the answers; an interrupted evaluation continues from `output`.
 
-    ValueError for files that do not match, missing images, questions that do not fit into the context, and options that
-    do not belong together.
+    None on ranks other than the first. ValueError for files that do not match, missing images, questions that do not
+    fit into the context, and options that do not belong together.
     """
+    ranks = ranks or Ranks()
     method = method or ("rank" if format == "visdial" else "generate")
     _check_options(format, method, shots, examples, longest, count)
     read = {"questions": questions, "annotations": annotations, "examples": examples, "candidates": candidates}
-    inputs = {name: hash_input(path) for name, path in ({"model": model} | read).items() if path}
+    inputs = ranks.from_first(
+        lambda: {name: hash_input(path) for name, path in ({"model": model} | read).items() if path}
+    )
     files = QuestionFiles(
         format=format,
         questions=questions,
@@ -121,12 +127,21 @@ def evaluate(
         "shots": shots, "longest": longest, "dtype": dtype,
     }  # fmt: skip
     shown = _read_examples(examples, format, choices)
-    answerer = Answerer(Generator.load(model, dtype, device), shown, shots, seed, longest, length_normalized)
+    generator = Generator.load(model, dtype, ranks.resolve_device(device))
+    answerer = Answerer(generator, shown, shots, seed, longest, length_normalized)
     answerer.check_lengths(asked, ranked=method == "rank")
-    finished = FinishedItems(output, {"settings": settings, "inputs": inputs, "seed": seed})
-    _answer(asked, answerer, method, finished)
+    with closing(ranks.open_items(output, {"settings": settings, "inputs": inputs, "seed": seed})) as finished:
+        ranks.finish_items(
+            {one.key: one for one in asked},
+            partial(_answer, answerer, method),
+            finished,
+            batch_size=AT_ONCE,
+            label="vqa",
+            unit="questions",
+        )
+    if not ranks.first:
+        return None
     items = [finished.items[one.key] for one in asked]
-    finished.close()
     return _build_result(asked, items, judge, output, settings=settings, inputs=inputs, seed=seed)
 
 
@@ -181,20 +196,11 @@ def _check_answers(questions: Sequence[Question], accuracy: str) -> None:
         )
 
 
-def _answer(questions: Sequence[Question], answerer: Answerer, method: str, finished: FinishedItems) -> None:
-    """Answer the questions that are not finished."""
-    left = [one for one in questions if one.key not in finished.items]
-    with meter(len(questions), "vqa", "questions") as progress:
-        progress.advance(len(questions) - len(left))
-        for first in range(0, len(left), AT_ONCE):
-            part = left[first : first + AT_ONCE]
-            if method == "generate":
-                items = [{"answer": answer} for answer in answerer.generate(part)]
-            else:
-                items = [_describe_ranks(*each) for each in zip(part, answerer.score(part), strict=True)]
-            for one, item in zip(part, items, strict=True):
-                finished.add(one.key, item)
-            progress.advance(len(part))
+def _answer(answerer: Answerer, method: str, questions: list[Question]) -> list[dict]:
+    """The items of questions: generated answers, or the best candidates."""
+    if method == "generate":
+        return [{"answer": answer} for answer in answerer.generate(questions)]
+    return [_describe_ranks(*each) for each in zip(questions, answerer.score(questions), strict=True)]
 
 
 def _describe_ranks(question: Question, scores: np.ndarray) -> dict:

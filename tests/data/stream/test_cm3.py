@@ -7,6 +7,7 @@ from megatron_cm3leon.config.schema import CM3Config
 from megatron_cm3leon.data.stream.cm3 import (
     SpanSampler,
     apply_spans,
+    choose_part,
     choose_segment,
     choose_spans,
     cut_source,
@@ -29,10 +30,10 @@ def apply(source, spans, length, weights=None):
     return tokens.tolist(), out.tolist(), filled
 
 
-def mask(source, length, spans, uniforms, cut, rotated=False, query_start=1):
+def mask(source, length, spans, uniforms, cut, rotated=False, infilled=False, query_start=1):
     tokens, weights = np.full(length, PAD), np.zeros(length, np.float32)
     trimmed, filled = mask_sequence(
-        np.array(source), np.ones(len(source)), query_start, spans, rotated, uniforms, V, cut, tokens, weights
+        np.array(source), np.ones(len(source)), query_start, spans, rotated, infilled, uniforms, V, cut, tokens, weights
     )
     assert (weights > 0).sum() == filled
     return tokens.tolist(), weights.tolist(), trimmed
@@ -67,6 +68,33 @@ def test_moving_the_entire_text_gives_the_prompt_of_captioning():
     assert choose_segment([0, 1], 1, 0.5) == []
     tokens, _, trimmed = mask(SAMPLE, 13, 1, [0.0], "head", rotated=True)
     assert tokens == [EOS, S0, BREAK, *IMAGE, EOS, S0, 10, 11, 12, EOSS] and trimmed == 0
+
+
+@pytest.mark.parametrize(
+    "segment, uniforms, expected",
+    [
+        ((1, 4), [0.0, 0.0, 0.99, 0.0], (3, 4)),  # the last of three words
+        ((1, 4), [0.6, 0.0, 0.0, 0.0], (1, 3)),  # 1 + int(0.36 * 3) words
+        ((1, 4), [0.99, 0.0, 0.5, 0.0], (1, 4)),
+        ((5, 9), [0.0, 0.0, 0.99, 0.0], (7, 8)),  # one code of the second row
+        ((5, 9), [0.5, 0.0, 0.0, 0.99], (6, 9)),  # the second column: from the end of one row to that of the next
+        ((5, 9), [0.99, 0.99, 0.99, 0.99], (5, 9)),
+        ((5, 8), [0.0, 0.99, 0.99, 0.0], (7, 8)),  # not a complete image: as a text
+    ],
+)
+def test_infilling_hides_words_or_what_a_box_of_the_image_spans(segment, uniforms, expected):
+    assert choose_part(np.array(SAMPLE), [segment], uniforms, V) == [expected]
+
+
+def test_a_part_of_the_query_moves_as_infilling_prompts_hide_it():
+    source = [EOS, 20, BREAK, *IMAGE, BREAK, 10, 11, 12, BREAK, *IMAGE, EOS]
+    part = {"infilled": True, "query_start": 8}
+    tokens, _, trimmed = mask(source, 20, 1, [0.0, 0.0, 0.0, 0.5, 0.0], "head", **part)
+    assert tokens == [EOS, *source[1:9], S0, 12, BREAK, *IMAGE, EOS, S0, 11, EOSS] and trimmed == 0
+    tokens, _, trimmed = mask(source, 19, 1, [0.9, 0.0, 0.9, 0.99, 0.0], "head", **part)
+    assert tokens == [EOS, *source[2:12], *IMAGE[:2], S0, EOS, S0, *IMAGE[2:], EOSS] and trimmed == 1
+    tokens, _, trimmed = mask([EOS, 10, 11], 6, 1, [0.0] * 5, "head", infilled=True)
+    assert tokens == [EOS, 10, 11, PAD, PAD, PAD] and trimmed == 0, "no complete segment"
 
 
 def test_a_span_is_two_sorted_uniforms_and_never_contains_the_first_token():
@@ -136,6 +164,19 @@ def test_probabilities_of_masking_and_rotation():
     for off in (CM3Config(probability=0.0), CM3Config(max_spans=0, rotation_probability=1.0)):
         draws = SpanSampler(off, 7, 16).draw(np.arange(100))
         assert not draws.spans.any() and not draws.rotated.any()
+
+
+def test_probabilities_of_infilling_and_of_dropped_documents():
+    options = {"probability": 0.5, "min_spans": 1, "rotation_probability": 0.25}
+    before = SpanSampler(CM3Config(**options), 7, 16).draw(np.arange(4_000))
+    config = CM3Config(**options, infill_probability=0.5, drop_documents_probability=0.5)
+    draws = SpanSampler(config, 7, 16).draw(np.arange(4_000))
+    assert draws.infilled.mean() == pytest.approx(0.25, abs=0.03) and not before.infilled.any()
+    assert (draws.rotated == before.rotated).all() and ((draws.spans > 0) == (before.spans > 0)).all()
+    assert {(int(n), len(row)) for n, row in zip(draws.spans, draws.uniforms, strict=True) if len(row) == 5} == {(1, 5)}
+    assert sum(len(row) == 5 for row in draws.uniforms) == draws.infilled.sum()
+    assert draws.without_documents[draws.spans > 0].mean() == pytest.approx(0.5, abs=0.04)
+    assert not draws.without_documents[draws.spans == 0].any() and not before.without_documents.any()
 
 
 def test_draws_depend_only_on_the_sequence_number():

@@ -172,6 +172,24 @@ def test_rotation_moves_an_entire_segment_of_the_query(corpus):
     assert min(kinds.values()) > 25
 
 
+def test_masked_sequences_without_documents_are_prompts_without_retrieval(corpus):
+    plain = make_stream(corpus, cm3__probability=0.5)
+    dropped = make_stream(corpus, cm3__probability=0.5, cm3__drop_documents_probability=0.5)
+    n_dropped = 0
+    for number in range(100):
+        expected, found = plain.sequence(number), dropped.sequence(number)
+        if (found.tokens == expected.tokens).all():
+            assert found.retrieved.tolist() == expected.retrieved.tolist()
+            continue
+        n_dropped += 1
+        tokens = found.tokens[found.weights > 0]
+        query = corpus.read(int(found.documents[0]))
+        assert len(found.retrieved) == 0 < len(expected.retrieved) and found.documents == expected.documents
+        kept = tokens[~np.isin(tokens, [VOCABULARY.eos, VOCABULARY.eoss, *map(VOCABULARY.sentinel, range(16))])]
+        assert sorted(kept.tolist()) == sorted(query.tolist()) and tokens[0] == VOCABULARY.eos
+    assert 5 < n_dropped < 35
+
+
 def test_a_caption_too_long_for_the_sequence_is_trimmed_and_counted(tmp_path):
     text, image = list(range(90)), list(range(VOCABULARY.image_start, VOCABULARY.image_start + 16))
     corpus = write_shards(tmp_path, [[*text, VOCABULARY.break_id, *image]], VOCABULARY)
@@ -221,9 +239,11 @@ def test_the_identity_depends_only_on_settings_that_change_the_stream(corpus):
         make_stream(corpus, False),
         make_stream(corpus, packing="stream"),
         make_stream(corpus, cm3__mean_spans=2.0),
+        make_stream(corpus, cm3__infill_probability=0.5),
+        make_stream(corpus, cm3__drop_documents_probability=0.5),
         make_stream(corpus, retrieval__loss_weight=0.1),
     ]
-    assert len({base, *(stream.identity for stream in others)}) == 5
+    assert len({base, *(stream.identity for stream in others)}) == 7
 
 
 def test_build_stream_names_the_missing_field(corpus):

@@ -84,6 +84,16 @@ def test_resampled_discrepancies_are_those_of_the_resampled_images():
         assert value == pytest.approx(expected, rel=1e-6)
 
 
+def test_resamples_of_few_images_have_pairs():
+    x, y = draw(3, shift=0.3), draw(5, seed=1)
+    kernel = polynomial_kernel(x.astype(np.float64), x.astype(np.float64))
+    within = [kernel[i, j] for i, j in ((0, 1), (0, 2), (1, 2))]
+    # A third of the draws are 2 images, whose pairs are of these two; one image alone is one draw in nine.
+    found = resample_discrepancy(x, y, lambda a, b: polynomial_kernel(a, b) * (len(a) == len(b)), 200, seed=0)
+    assert min(within) - 1e-9 <= found.min() and found.max() <= max(within) + 1e-9 and found.std() > 0
+    assert not len(resample_discrepancy(x[:2], y, polynomial_kernel, 200, seed=0))
+
+
 def test_one_image_has_no_covariance():
     with pytest.raises(ValueError, match="at least 2 images, but there is 1"):
         compute_statistics(draw(1))

@@ -1,12 +1,20 @@
 """Folders of images: what is listed, refused, and done to an image before a network sees it."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from megatron_cm3leon.evaluation.metrics.image_folder import Preparation, check_sizes, find_rank_folders, list_images
+from megatron_cm3leon.evaluation.metrics.image_folder import (
+    Preparation,
+    check_sizes,
+    find_rank_folders,
+    hash_images,
+    list_images,
+)
 from tests.evaluation.metrics.images import write_images
 
 
@@ -25,8 +33,42 @@ def test_bad_folders_are_refused_with_one_sentence(tmp_path):
         check_sizes(files, "--images", Preparation())
     check_sizes(files, "--images", Preparation(size=16))
     (folder / "z.png").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"z\.png: the image cannot be read"):
+    with pytest.raises(ValueError, match=r"z\.png: the image cannot be read .*; remove or replace the file"):
         check_sizes(files, "--images", Preparation())
+    with pytest.raises(ValueError, match=r"z\.png: .*; remove or replace the file\.$"):
+        Preparation().load(folder / "z.png")
+
+
+def test_a_header_that_promises_gigabytes_is_refused(tmp_path):
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", header), (b"IDAT", b"")):
+        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.png: the image cannot be read \(Image size"):
+        check_sizes([tmp_path / "a.png"], "--images", Preparation())
+
+
+def test_images_are_of_one_size_as_they_are_shown(tmp_path):
+    orientation = Image.Exif()
+    orientation[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=orientation)
+    Image.new("RGB", (10, 20)).save(tmp_path / "b.jpg")
+    files = list_images(tmp_path, "--images")
+    check_sizes(files, "--images", Preparation())
+    assert {Preparation().load(path).shape for path in files} == {(20, 10, 3)}
+    Image.new("RGB", (20, 10)).save(tmp_path / "b.jpg")
+    with pytest.raises(ValueError, match=r"images of 2 sizes"):
+        check_sizes(files, "--images", Preparation())
+
+
+def test_the_hash_is_of_the_images_alone(tmp_path):
+    folder = write_images(tmp_path / "images", 2)
+    before = hash_images(folder, list_images(folder, "--images"))
+    (folder / "items.jsonl").write_text("{}")
+    assert hash_images(folder, list_images(folder, "--images")) == before
+    Image.new("RGB", (16, 16)).save(folder / "001.png")
+    assert hash_images(folder, list_images(folder, "--images")) != before
 
 
 def test_the_sheet_of_generated_images_is_not_one_of_them(tmp_path):
@@ -67,6 +109,7 @@ def test_crop_size_and_saving_change_the_image_as_they_say(tmp_path):
         ({"save": "jpg"}, r"--save \(jpg\) must be png, or jpg:Q"),
         ({"save": "jpg:101"}, r"--save \(jpg:101\)"),
         ({"size": 0}, r"--size \(0\) must be at least 1"),
+        ({"size": 10**6}, r"--size \(1000000\) must be at most 8192"),
         ({"crop": "left"}, r"--crop \(left\) must be one of none, center"),
     ],
 )

@@ -1,5 +1,7 @@
 """The Inception network: torch-fidelity's features, verified weights, the three resizings."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,10 @@ def test_a_file_of_another_hash_is_refused_before_it_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"--weights .* is not a file; put one of pt_inception"):
         verify_weights(tmp_path / "absent.pth")
     with pytest.raises(ValueError, match=r"does not hold weights of Inception v3"):
+        Inception(verify_weights(path, sha256_file(path)), "clean")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("inception/code/__torch__.py", "class")
+    with pytest.raises(ValueError, match=r"is not a TorchScript file that torch .* reads; copy it again"):
         Inception(verify_weights(path, sha256_file(path)), "clean")
 
 

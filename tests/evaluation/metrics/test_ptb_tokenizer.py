@@ -47,6 +47,10 @@ CASES = (
         "café naïve 1/2 $ 5 # 3 at&t m & ms <b> a </b> & 30 °",
     ),
     (
+        "Eight o’clock, Côte d’Ivoire; y’all don’t",
+        "eight o’clock côte d’ivoire y’ all do n't",
+    ),
+    (
         "y'all don't ma'am ne'er e/f a--b - c",
         "y' all do n't ma'am ne'er e/f a b c",
     ),

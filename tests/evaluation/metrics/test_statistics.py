@@ -39,7 +39,7 @@ def test_files_of_something_else_are_refused(tmp_path):
         ("nan", "values in mu or sigma that are not finite"),
         ("other", "not a file of statistics with mu and sigma"),
         ("pickle", "not a file of statistics with mu and sigma"),
-        ("text", "not a file of statistics with mu and sigma"),
+        ("text", r"not a file of statistics with mu and sigma \(it is not an .npz archive\); write one"),
         ("absent", "does not exist; give a folder of images or an .npz file"),
     ):
         with pytest.raises(ValueError, match=message):

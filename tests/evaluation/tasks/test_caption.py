@@ -114,44 +114,45 @@ def test_options_that_exclude_each_other(tmp_path, options, message):
         caption.evaluate(output=tmp_path, metrics=OWN, **options)
 
 
-def test_a_model_captions_shards_with_and_without_documents(world, monkeypatch):
-    source = world.source
+def test_a_model_captions_shards_with_and_without_documents(inputs, monkeypatch):
+    source = inputs.source
     monkeypatch.setattr(DocumentSource, "load", classmethod(lambda *_: source))
-    options = {"model": world.model, "shards": world.shards, "metrics": OWN, "longest": 4, "batch_size": 5}
-    plain = caption.evaluate(output=world.path / "plain", **options)
-    with_documents = caption.evaluate(output=world.path / "with", index=world.bank, documents=2, **options)
-    pairs = caption.open_images(world.shards, None, None)
+    options = {"model": inputs.model, "shards": inputs.shards, "metrics": OWN, "longest": 4, "batch_size": 5}
+    plain = caption.evaluate(output=inputs.path / "plain", **options)
+    with_documents = caption.evaluate(output=inputs.path / "with", index=inputs.bank, documents=2, **options)
+    pairs = caption.open_images(inputs.shards, None, None)
     keys = list(pairs.references)
-    rows = json.loads((world.path / "plain" / "captions.json").read_text())
-    expected = world.generator.captions(pairs.load_inputs(keys), Sampling(temperature=0), longest=4)
+    rows = json.loads((inputs.path / "plain" / "captions.json").read_text())
+    expected = inputs.generator.captions(pairs.load_inputs(keys), Sampling(temperature=0), longest=4)
     assert rows == [{"image_id": key, "caption": text} for key, text in zip(keys, expected, strict=True)]
     assert plain.settings["documents"] == 0 and with_documents.settings["documents"] == 2
-    retrieved = world.generator.captions(
+    retrieved = inputs.generator.captions(
         pairs.load_inputs(keys), Sampling(temperature=0), longest=4, retrieved=source.read([[1, 0]] * len(keys))
     )
-    lines = [json.loads(line) for line in (world.path / "with/items.jsonl").read_text().splitlines()[1:]]
+    lines = [json.loads(line) for line in (inputs.path / "with/items.jsonl").read_text().splitlines()[1:]]
     assert [line["item"] for line in lines] == [{"caption": text, "retrieved": [1, 0]} for text in retrieved]
     assert {"model", "index", "shards"} == set(with_documents.inputs) and plain.figures["cider-d"].n == len(keys)
     # In a short context the documents do not fit together with a long caption.
-    short = caption.evaluate(output=world.path / "short", index=world.bank, documents=2, **{**options, "longest": 30})
+    short = caption.evaluate(output=inputs.path / "short", index=inputs.bank, documents=2, **{**options, "longest": 30})
     note = (
         f"{len(keys)} of {len(keys)} images had fewer than 2 retrieved documents: the context of 40 tokens has no room"
     )
     assert any(each.startswith(note) for each in short.notes)
     with pytest.raises(ValueError, match=r"is the memory bank of .* so each image would retrieve its own"):
-        caption.evaluate(output=world.path / "own", index=world.bank, **{**options, "shards": world.bank})
+        caption.evaluate(output=inputs.path / "own", index=inputs.bank, **{**options, "shards": inputs.bank})
 
 
-def test_documents_with_the_same_image_are_one_image(world):
-    images = caption.open_images(world.shards, None, None)
+def test_documents_with_the_same_image_are_one_image(inputs):
+    images = caption.open_images(inputs.shards, None, None)
     codes = [row.tobytes() for row in images.load_inputs(list(images.references))]
     assert len(set(codes)) == len(codes) and sum(map(len, images.references.values())) == 20
 
 
-def test_an_interrupted_run_continues(world, monkeypatch):
-    options = {"model": world.model, "shards": world.shards, "metrics": OWN, "longest": 4, "batch_size": 4, "count": 10}
-    complete = caption.evaluate(output=world.path / "complete", **options)
-    calls, original = [], world.generator.captions
+def test_an_interrupted_run_continues(inputs, monkeypatch):
+    options = {"model": inputs.model, "shards": inputs.shards, "metrics": OWN, "longest": 4, "batch_size": 4}
+    options["count"] = 10
+    complete = caption.evaluate(output=inputs.path / "complete", **options)
+    calls, original = [], inputs.generator.captions
 
     def interrupt(images, *arguments, **others):
         if len(calls) == 2:
@@ -159,39 +160,39 @@ def test_an_interrupted_run_continues(world, monkeypatch):
         calls.append(len(images))
         return original(images, *arguments, **others)
 
-    monkeypatch.setattr(world.generator, "captions", interrupt)
+    monkeypatch.setattr(inputs.generator, "captions", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        caption.evaluate(output=world.path / "out", **options)
+        caption.evaluate(output=inputs.path / "out", **options)
     calls[:] = [0]
-    continued = caption.evaluate(output=world.path / "out", **options)
+    continued = caption.evaluate(output=inputs.path / "out", **options)
     assert calls == [0, 2] and continued.figures == complete.figures and continued.tables == complete.tables
     with pytest.raises(ValueError, match="of a run with another settings; give another --output"):
-        caption.evaluate(output=world.path / "out", **{**options, "longest": 5})
+        caption.evaluate(output=inputs.path / "out", **{**options, "longest": 5})
 
 
-def test_a_model_captions_the_images_of_a_list(world):
+def test_a_model_captions_the_images_of_a_list(inputs):
     lines = []
     for number in range(3):
-        Image.fromarray(np.full((2, 2), 36 * number, np.uint8)).save(world.path / f"{number}.png")
+        Image.fromarray(np.full((2, 2), 36 * number, np.uint8)).save(inputs.path / f"{number}.png")
         lines.append({"image": f"{number}.png", "captions": ["a dark picture", "dark"]})
-    path = world.path / "images.jsonl"
+    path = inputs.path / "images.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    options = {"model": world.model, "images": path, "metrics": OWN, "longest": 4}
-    result = caption.evaluate(output=world.path / "out", **options)
+    options = {"model": inputs.model, "images": path, "metrics": OWN, "longest": 4}
+    result = caption.evaluate(output=inputs.path / "out", **options)
     assert result.figures["rouge-l"].n == 3 and set(result.inputs) == {"model", "images"}
     assert [each["image"] for each in result.tables["examples"]] == ["0.png", "1.png", "2.png"]
-    references = world.path / "references.jsonl"
+    references = inputs.path / "references.jsonl"
     references.write_text('{"id": "0.png", "caption": "a"}')
     with pytest.raises(ValueError, match=r"2 of 3 images have no references in .*, the first is '1.png'"):
-        caption.evaluate(output=world.path / "other", references=references, **options)
-    (world.path / "1.png").unlink()
+        caption.evaluate(output=inputs.path / "other", references=references, **options)
+    (inputs.path / "1.png").unlink()
     with pytest.raises(ValueError, match=r"1 of 3 images of .*images.jsonl do not exist, the first is .*1.png"):
-        caption.evaluate(output=world.path / "other", **options)
+        caption.evaluate(output=inputs.path / "other", **options)
     path.write_text('{"id": 1, "caption": "a"}')
     with pytest.raises(ValueError, match=r"1 of 1 entries of .* have no image, the first is '1'"):
-        caption.evaluate(output=world.path / "other", **options)
+        caption.evaluate(output=inputs.path / "other", **options)
     with pytest.raises(ValueError, match=r"--count \(0\) must be at least 1"):
-        caption.evaluate(output=world.path / "other", count=0, **{**options, "images": None, "shards": world.shards})
+        caption.evaluate(output=inputs.path / "other", count=0, **{**options, "images": None, "shards": inputs.shards})
 
 
 def test_the_command(files):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_cm3leon.evaluation.result import read_result
 from megatron_cm3leon.evaluation.tasks import clip
 from megatron_cm3leon.retrieval.encoder import Encoder
 from tests.evaluation.metrics.images import write_images
+from tests.evaluation.rank_threads import run_ranks
 from tests.evaluation.tasks.clips import CAPTIONS, write_clip
 from tests.tools.call import call_tool
 
@@ -94,6 +96,8 @@ def test_an_interrupted_run_continues(world, tmp_path, monkeypatch):
         clip.evaluate(output=tmp_path / "out", batch_size=5, **options)
     found = clip.evaluate(output=tmp_path / "out", batch_size=5, **options)
     assert calls == [5, 5, 5, 2] and len(captions) == 12
+    shared = run_ranks(2, lambda ranks: clip.evaluate(output=tmp_path / "two", batch_size=5, ranks=ranks, **options))
+    assert shared == [found, None]
     figure = found.figures["clip-score-torchmetrics"].value
     assert figure == pytest.approx(whole.figures["clip-score-torchmetrics"].value, rel=1e-5)
 
@@ -106,18 +110,26 @@ def test_the_command_reads_texts_beside_images_and_refuses_bad_input_with_status
     done = call_tool("evaluate", "clip", "--images", folder, "--encoder", path / "encoder", "--output", tmp_path / "a")
     assert done.returncode == 0, done.stderr
     assert "clip-score-torchmetrics: " in done.stdout and "1 images without a caption were not scored" in done.stdout
+    found = read_result(tmp_path / "a" / "clip.json")
+    assert [one["caption"] for one in found.tables["images"]] == captions[:2]
+    scores = [float(one["note"].removeprefix("score ")) for one in found.tables["images"]]
+    assert np.mean(scores) == pytest.approx(found.figures["clip-score-torchmetrics"].value, rel=1e-3)
     made = [{"picture": "000.png", "caption": "a red circle", "seed": 1}]
     (tmp_path / "generated.json").write_text(json.dumps({"made": made}))
     (tmp_path / "twice.jsonl").write_text('{"image": "000.png", "caption": "a"}\n' * 2)
     (tmp_path / "blank.jsonl").write_text('{"image": "000.png", "caption": " "}\n')
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "null.jsonl").write_text('\n{"image": "000.png", "caption": null}')
+    (tmp_path / "latin.jsonl").write_bytes('{"image": "000.png", "caption": "caf\xe9"}\n'.encode("latin-1"))
     (tmp_path / "other.json").write_text("{}")
     for file, status, message in (
         (tmp_path / "generated.json", 0, ""),
         (path / "captions.jsonl", 2, "9 of 12 captions have no image in"),
         (tmp_path / "twice.jsonl", 2, "more than one caption of the image 000.png"),
         (tmp_path / "blank.jsonl", 2, "1 captions are blank, such as that of 000.png"),
-        (tmp_path / "other.jsonl", 2, "other.jsonl, line 1: image and caption are required"),
+        (tmp_path / "other.jsonl", 2, "other.jsonl:1: image (None) must be a text; give image and caption"),
+        (tmp_path / "null.jsonl", 2, "null.jsonl:2: caption (None) must be a text"),
+        (tmp_path / "latin.jsonl", 2, "latin.jsonl is not UTF-8: its byte 36 cannot be decoded; save it as UTF-8"),
         (tmp_path / "other.json", 2, "is not a generated.json of tools/generate.py"),
         (tmp_path / "absent.jsonl", 2, "is not a file; give JSON Lines"),
     ):

@@ -135,6 +135,23 @@ def test_an_interrupted_run_continues_and_another_reference_is_refused(folders, 
         run(path, sha256, "interrupted", **options | {"reference": path / "images" / "0"})
 
 
+def test_a_run_whose_output_is_the_folder_of_images_continues(folders, tmp_path, monkeypatch):
+    path, sha256 = folders
+    monkeypatch.setattr(Inception, "encode", encode_cheaply)
+    images = write_images(tmp_path / "images", 3)
+    first = run(path, sha256, images, images=images, resamples=0)
+    assert run(path, sha256, images, images=images, resamples=0).inputs == first.inputs
+
+
+def test_features_of_another_width_and_too_many_resamples_are_refused(folders, monkeypatch):
+    path, sha256 = folders
+    monkeypatch.setattr(Inception, "encode", lambda self, images: np.zeros((len(images), 64), np.float32))
+    with pytest.raises(ValueError, match=f"fd-inception-{sha256[:8]} has 64 features per image instead of 2048"):
+        run(path, sha256, "narrow", images=path / "images" / "0")
+    with pytest.raises(ValueError, match=r"--resamples \(1000000000\) must be at most 10000"):
+        run(path, sha256, "many", images=path / "images" / "0", resamples=10**9)
+
+
 def test_nan_features_are_refused_with_the_image(folders, monkeypatch):
     path, sha256 = folders
     monkeypatch.setattr(Inception, "encode", lambda self, images: np.full((len(images), 2048), np.nan, np.float32))

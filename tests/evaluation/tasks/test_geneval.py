@@ -9,6 +9,7 @@ from PIL import Image
 from megatron_cm3leon.evaluation.tasks import geneval
 from megatron_cm3leon.evaluation.tasks.geneval import evaluate
 from tests.evaluation.conftest import CHECKER
+from tests.evaluation.rank_threads import run_ranks
 
 FINDER = """
 def find_objects(image):
@@ -26,11 +27,11 @@ PROMPTS = [
 
 
 @pytest.fixture
-def arguments(world):
-    world.checker.write_text(CHECKER + FINDER)
-    prompts = world.path / "prompts.jsonl"
+def arguments(inputs):
+    inputs.checker.write_text(CHECKER + FINDER)
+    prompts = inputs.path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
-    return {"model": world.model, "prompts": prompts, "checker": world.checker, "output": world.path / "out",
+    return {"model": inputs.model, "prompts": prompts, "checker": inputs.checker, "output": inputs.path / "out",
             "images": 2, "device": "cpu"}  # fmt: skip
 
 
@@ -70,26 +71,13 @@ def test_an_interrupted_run_continues_with_the_same_images(arguments, monkeypatc
         evaluate(**arguments | {"seed": 1})
 
 
-def test_ranks_write_the_same_images(arguments, monkeypatch, world):
+def test_ranks_write_the_same_images(arguments, monkeypatch):
     monkeypatch.setattr(geneval, "PROMPTS_AT_ONCE", 1)
-    evaluate(**arguments)
-    before = read_images(arguments["output"])
-    shutil.rmtree(arguments["output"])
-    rank = geneval.Rank(rank=1, world_size=2, local_rank=1, local_world_size=2)
-    monkeypatch.setattr(geneval, "rendezvous", lambda rank: geneval_store())
-    entries = geneval.read_prompts(arguments["prompts"])
-    options = geneval.Sampling(), geneval.RetrievalOptions(), "fp32", "cpu"
-    geneval._generate(world.model, entries, arguments["output"] / "images", 2, *options, rank)
-    assert read_images(arguments["output"]) == {path: data for path, data in before.items() if "/00001/" in path}
-
-
-def geneval_store():
-    """A store to which rank 0 has reported."""
-    import torch.distributed as dist
-
-    store = dist.HashStore()
-    store.set("geneval/0", "done")
-    return store
+    alone = evaluate(**arguments)
+    output = arguments["output"].with_name("shared")
+    result, other = run_ranks(2, lambda ranks: evaluate(**arguments | {"output": output, "ranks": ranks}))
+    assert result == alone and other is None
+    assert read_images(output) == read_images(arguments["output"]) and len(read_images(output)) == 6
 
 
 def test_a_checker_without_find_objects_is_refused(arguments):

@@ -138,6 +138,16 @@ def test_bad_task_files_are_named(arguments, tmp_path):
         harness.evaluate(**arguments | {"tasks": ["old"]})
     with pytest.raises(ValueError, match=r"'none' is not a task of .*; its tasks are: choice, continue, old, text"):
         harness.evaluate(**arguments | {"tasks": ["none"]})
+    with pytest.raises(ValueError, match=r"num_fewshot \(9\) of the task choice must be at most 8, the documents that"):
+        harness.evaluate(**arguments | {"tasks": ["choice"], "num_fewshot": 9})
+    other = TASK.format(name="other", folder=tmp_path).replace("other.jsonl", "*.jsonl")
+    (tmp_path / "other.yaml").write_text(other + TASKS["text"])
+    with pytest.raises(ValueError, match=r"the task other \(DatasetGenerationError: .*: Failed to parse string: 'x'"):
+        harness.evaluate(**arguments | {"tasks": ["other"]})
+    (tmp_path / "other.yaml").write_text(other.replace("*", "text") + TASKS["text"].replace("word_perp", "other_perp"))
+    with pytest.raises(ValueError, match=r"other \(a metric of its metric_list, or the aggregation of one, is not"):
+        harness.evaluate(**arguments | {"tasks": ["other"]})
+    (tmp_path / "other.yaml").unlink()
     (tmp_path / "broken.yaml").write_text("task: [")
     with pytest.raises(ValueError, match=r"broken.yaml cannot be read"):
         harness.evaluate(**arguments | {"tasks": ["broken"]})

@@ -12,25 +12,25 @@ from megatron_cm3leon.evaluation.tasks import loss
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.retrieved import DocumentSource
 from tests.evaluation.conftest import WORDS
-from tests.evaluation.conftest import world as world
+from tests.evaluation.conftest import inputs as inputs
 from tests.generation.test_scoring import score_plainly
 from tests.tools.call import call_tool
 
 
 @pytest.fixture
-def index(world, monkeypatch):
-    """A folder that is described as an index; its retriever is the one of the world."""
-    monkeypatch.setattr(DocumentSource, "load", classmethod(lambda *_: world.source))
-    folder = world.path / "index"
+def index(inputs, monkeypatch):
+    """A folder that is described as an index; its retriever is a fake."""
+    monkeypatch.setattr(DocumentSource, "load", classmethod(lambda *_: inputs.source))
+    folder = inputs.path / "index"
     folder.mkdir()
     (folder / "index.json").write_text("{}")
     return folder
 
 
-def sum_plainly(world, k):
+def sum_plainly(inputs, k):
     """(nats, units) of text pieces, breaks and image codes over all documents, from single forward passes."""
-    generator, vocabulary, corpus = world.generator, world.generator.vocabulary, open_shards(world.shards)
-    bank, nats, n_bytes = open_shards(world.bank), np.zeros(3), 0
+    generator, vocabulary, corpus = inputs.generator, inputs.generator.vocabulary, open_shards(inputs.shards)
+    bank, nats, n_bytes = open_shards(inputs.bank), np.zeros(3), 0
     for number in range(corpus.documents):
         query = corpus.read(number).astype(int).tolist()
         documents = [
@@ -44,15 +44,15 @@ def sum_plainly(world, k):
     return nats, n_bytes
 
 
-def test_figures_are_sums_over_the_same_tokens_with_any_number_of_documents(world, index):
-    out = world.path / "out"
-    command = ["--model", world.model, "--shards", world.shards, "--index", index, "--documents", 0, 1, "--output", out]
-    done = call_tool("evaluate", "loss", *command)
+def test_figures_are_sums_over_the_same_tokens_with_any_number_of_documents(inputs, index):
+    out = inputs.path / "out"
+    command = ["--model", inputs.model, "--shards", inputs.shards, "--index", index, "--documents", 0, 1]
+    done = call_tool("evaluate", "loss", *command, "--output", out)
     assert done.returncode == 0, done.stderr
     result = read_result(out / "loss.json")
     totals = {}
     for k in (0, 1):
-        (text, pause, image), n_bytes = sum_plainly(world, k)
+        (text, pause, image), n_bytes = sum_plainly(inputs, k)
         expected = {
             "loss": (text + pause + image) / (20 * 8),
             "loss_text": (text + pause) / (20 * 4),
@@ -72,10 +72,10 @@ def test_figures_are_sums_over_the_same_tokens_with_any_number_of_documents(worl
     assert "text_per_byte_documents_0: " in done.stdout and f"wrote {out / 'loss.json'}" in done.stdout
 
 
-def test_documents_that_do_not_fit_are_reported(world, index):
+def test_documents_that_do_not_fit_are_reported(inputs, index):
     """Of a context of 40 a query takes 7, `</s>` 1 and each retrieved document 9: three fit."""
     result = loss.evaluate(
-        output=world.path / "out", model=world.model, shards=world.shards, index=index, documents=[5]
+        output=inputs.path / "out", model=inputs.model, shards=inputs.shards, index=index, documents=[5]
     )
     assert result.notes == [
         "20 of 20 documents had fewer than 5 retrieved documents in context, on average 3.00: the others did not fit, "
@@ -83,10 +83,10 @@ def test_documents_that_do_not_fit_are_reported(world, index):
     ]
 
 
-def test_an_interrupted_measurement_continues(world, monkeypatch):
+def test_an_interrupted_measurement_continues(inputs, monkeypatch):
     monkeypatch.setattr(loss, "AT_ONCE", 4)
-    options = {"model": world.model, "shards": world.shards, "count": 12, "seed": 3}
-    complete = loss.evaluate(output=world.path / "complete", **options)
+    options = {"model": inputs.model, "shards": inputs.shards, "count": 12, "seed": 3}
+    complete = loss.evaluate(output=inputs.path / "complete", **options)
     calls, states = [], Decoder.states
 
     def interrupt(self, ids):
@@ -97,28 +97,28 @@ def test_an_interrupted_measurement_continues(world, monkeypatch):
 
     monkeypatch.setattr(Decoder, "states", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        loss.evaluate(output=world.path / "out", **options)
-    continued = loss.evaluate(output=world.path / "out", **options)
+        loss.evaluate(output=inputs.path / "out", **options)
+    continued = loss.evaluate(output=inputs.path / "out", **options)
     assert continued == complete and calls == [4, 4, 4, 4]
     with pytest.raises(ValueError, match="of a run with another seed; give another --output"):
-        loss.evaluate(output=world.path / "out", **options | {"seed": 4})
+        loss.evaluate(output=inputs.path / "out", **options | {"seed": 4})
 
 
-def test_bad_input_is_one_sentence(world, index):
+def test_bad_input_is_one_sentence(inputs, index):
     def refuse(*arguments):
-        done = call_tool("evaluate", "loss", "--model", world.model, "--output", world.path / "bad", *arguments)
-        assert done.returncode == 2 and not (world.path / "bad" / "loss.json").exists()
+        done = call_tool("evaluate", "loss", "--model", inputs.model, "--output", inputs.path / "bad", *arguments)
+        assert done.returncode == 2 and not (inputs.path / "bad" / "loss.json").exists()
         return done.stderr
 
-    shards = ["--shards", world.shards]
+    shards = ["--shards", inputs.shards]
     assert "error: documents (2) above 0 requires an index" in refuse(*shards, "--documents", 0, 2)
     assert "error: documents (-1) must be one or more numbers of 0 or above" in refuse(*shards, "--documents", "-1")
     assert "error: count (0) must be at least 1" in refuse(*shards, "--count", 0)
-    assert "error: no shards at" in refuse("--shards", world.path / "none")
-    bank = ["--shards", world.bank, "--index", index, "--documents", 1]
+    assert "error: no shards at" in refuse("--shards", inputs.path / "none")
+    bank = ["--shards", inputs.bank, "--index", index, "--documents", 1]
     assert "each document would retrieve itself; give held-out shards" in refuse(*bank)
-    manifest = json.loads((world.shards / "manifest.json").read_text())
+    manifest = json.loads((inputs.shards / "manifest.json").read_text())
     manifest["vocabulary"]["text_sha256"] = "2" * 64
     del manifest["vocabulary"]["hash"], manifest["sha256"]
-    (world.shards / "manifest.json").write_text(json.dumps(manifest))
+    (inputs.shards / "manifest.json").write_text(json.dumps(manifest))
     assert "was made with another vocabulary" in refuse(*shards)

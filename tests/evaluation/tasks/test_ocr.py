@@ -17,11 +17,14 @@ def draw(path, text):
 def test_drawn_words_are_read_and_wrong_ones_counted(tmp_path):
     draw(tmp_path / "a.png", "HELLO")
     draw(tmp_path / "b.png", "Coffee")
-    lines = [{"image": "a.png", "text": "Hello"}, {"image": "b.png", "text": "Toffee"}]
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # A line separator within a text is white space, and does not end the line of the file.
+    lines = [{"image": "a.png", "text": "Hello\u2028"}, {"image": "b.png", "text": "Toffee"}]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "list.jsonl").write_text(text, encoding="utf-8")
     result = evaluate(images=tmp_path / "list.jsonl", output=tmp_path / "out", case="ignore")
     assert result.figures["character_error_rate"].value == pytest.approx(1 / 11)
     assert result.figures["word_error_rate"].value == 0.5 and len(result.inputs["ocr_weights"]) == 64
+    assert result.tables["images"][1]["note"] == "read: coffee"
     items = (tmp_path / "out/items.jsonl").read_text()
     assert evaluate(images=tmp_path / "list.jsonl", output=tmp_path / "out", case="ignore").figures == result.figures
     assert (tmp_path / "out/items.jsonl").read_text() == items
@@ -42,3 +45,17 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path / "list.jsonl").write_text('{"image": "none.png", "text": "x"}\n')
     with pytest.raises(ValueError, match=r"list.jsonl:1: there is no image at"):
         evaluate(images=tmp_path / "list.jsonl", output=tmp_path / "out")
+    (tmp_path / "list.jsonl").write_text('{"image": "images/a.png"}\n')
+    with pytest.raises(ValueError, match=r"list.jsonl:1: .* text \(None\) must be texts; give both"):
+        evaluate(images=tmp_path / "list.jsonl", output=tmp_path / "out")
+    (folder / "b.txt").unlink()
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"a.txt is not UTF-8: its byte 3 cannot be decoded"):
+        evaluate(images=folder, output=tmp_path / "out")
+    (folder / "a.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"the text of .*a.png .* is empty; give the text that the image shows"):
+        evaluate(images=folder, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # nothing was read before
+    (folder / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"--shortest-side \(100000\) it has more than 89,478,485 pixels; lower"):
+        evaluate(images=folder, output=tmp_path / "out", shortest_side=100_000)

@@ -14,6 +14,7 @@ from megatron_cm3leon.evaluation.tasks import vqa
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.generator import Generator
 from tests.data.corpora import ByteText, make_vocabulary
+from tests.evaluation.rank_threads import run_ranks
 from tests.models import LevelTokenizer, save_random_opt
 from tests.tools.call import call_tool
 
@@ -233,6 +234,8 @@ def test_an_interrupted_evaluation_continues(world, monkeypatch):
     continued = vqa.evaluate(**options)
     assert calls == [["10"], ["20"], ["20"], ["30"]]
     assert continued == vqa.evaluate(**options | {"output": world.path / "at once"})
+    first, other = run_ranks(2, lambda ranks: vqa.evaluate(**options | {"output": world.path / "two", "ranks": ranks}))
+    assert first == continued and other is None
 
 
 def test_files_that_do_not_match_are_refused(world):
