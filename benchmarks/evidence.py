@@ -7,8 +7,8 @@
 
 Each finished unit (a training, or an arm of a study for one model) is a line of --results. The same command continues
 at any point: with the next unit, inside a training from its last checkpoint, inside an arm after its last items. Seed 0
-of everything comes before seed 1. Several processes may run the same command at the same time, each its own units: on
-two cores, two of them with --threads 1 are faster than one with two threads. --tokens and --sizes give larger models
+of everything comes before seed 1. Several processes may run the same command at the same time, each its own units: two
+on two cores, with one thread each, which is faster than one with two threads. --tokens and --sizes give larger models
 where a GPU is at hand.
 
 The images are 32 x 32 pixels, 64 codes, instead of the 64 x 64 pixels and 256 codes of examples/icons.sh: of 8 million
@@ -25,6 +25,8 @@ import statistics
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -98,6 +100,8 @@ class Runner:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        if options.threads:
+            torch.set_num_threads(options.threads)
         shared = describe(options)
         self.identity = hashlib.sha256(json.dumps([shared["settings"], shared["hashes"]]).encode()).hexdigest()[:12]
         self.results = Results(options.results, shared)
@@ -170,7 +174,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=float, default=8e6, help="training tokens of each model, without padding")
     add("--items", type=int, default=2000, help="held-out drawings, and so images of each arm")
     add("--names", type=int, default=1000, help="names that a generated image is classified among")
-    add("--threads", type=int, default=0, help="CPU threads of a training; 0: all cores")
+    add("--threads", type=int, default=1, help="CPU threads of training and measuring; 0: all cores")
     add("--pairs", type=Path, help="output folder of examples/icons/generate.py (default: generated in --work)")
     add("--work", type=Path, default=ROOT / "runs/evidence", help="folder of data, models and generated images")
     add("--results", type=Path, default=ROOT / "benchmarks/results/evidence.jsonl", help="file of results")

@@ -4,27 +4,27 @@
     without      in the order of the sequence: from the left context alone, which is all that a causal model can read.
                  The caption follows the image, so that it sees the whole image.
 
-Text: one word of a caption (never the first) with the image given; right if the generated word is the same. Of what the
-causal model continues with, the first word counts, so it need not know where to stop. Box: the middle quarter of the
-image's codes with the caption given, generated greedily; codes outside the box are kept. Its loss is that of the true
-codes inside the box, each after the true codes before it.
+Text: one word of a caption (never the first) with the image given; right if greedy decoding gives its pieces, and with
+CM3 also the end of the span: the causal model need not know where to stop. Box: the middle quarter of the image's codes
+with the caption given, generated greedily; codes outside the box are kept. Its loss is that of the true codes inside
+the box, each after the true codes before it. tools/evaluate.py infill measures further forms.
 """
 
 import numpy as np
 from claims.items import Drawings
 
 from megatron_cm3leon.evaluation.loss import measure_documents
+from megatron_cm3leon.evaluation.tasks.infill import place_boxes
 from megatron_cm3leon.generation.batch import decode_segments
-from megatron_cm3leon.generation.documents import CompletionOptions
-from megatron_cm3leon.generation.generator import Box, Generator
+from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.grammar import image_segment
 from megatron_cm3leon.generation.prompts import image_prompt, infill_image_prompt, infill_text_prompt
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.generation.scoring import score_tokens
 
 GREEDY = Sampling(temperature=0.0)
-LONGEST_WORD = 12
-"""Text pieces of a generated word, at most."""
+CENTER = 2
+"""Which of the boxes of the task infill is hidden: the one that both families must fill from all sides."""
 
 
 def has_context(caption: str) -> bool:
@@ -37,11 +37,6 @@ def choose_word(caption: str, number: int) -> tuple[str, str, str]:
     words = caption.split()
     place = 1 + int(np.random.default_rng((5, number)).integers(len(words) - 1))
     return " ".join(words[:place]), words[place], " ".join(words[place + 1 :])
-
-
-def choose_box(height: int, width: int) -> Box:
-    """The middle quarter of an image, in codes."""
-    return height // 4, width // 4, height - height // 4, width - width // 4
 
 
 def measure_infilling(generator: Generator, items: Drawings, part: slice, masked: bool) -> dict[str, np.ndarray]:
@@ -61,28 +56,21 @@ def measure_infilling(generator: Generator, items: Drawings, part: slice, masked
 def _infill_texts(
     generator: Generator, texts: list[tuple[str, str, str]], codes: np.ndarray, masked: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the generated word is right, and the nats of the right one: bool and float64 [n]."""
+    """Whether the word is filled in by greedy decoding, and its nats: bool and float64 [n]."""
     codec, vocabulary = generator.codec, generator.vocabulary
-    ids = codec.encode_image_ids(list(codes))
     words = [codec.encode_continuation(f" {word}") for _, word, _ in texts]
     left = [codec.text.encode(before) for before, _, _ in texts]
+    right = [codec.encode_continuation(f" {after}") if after else [] for _, _, after in texts]
+    rows = zip(left, right, codec.encode_image_ids(list(codes)), strict=True)
     if masked:
-        after = [f" {text}" if text else "" for _, _, text in texts]
-        pairs = [(before, text) for (before, _, _), text in zip(texts, after, strict=True)]
-        found = generator.infill_text(pairs, GREEDY, images=list(codes), longest=LONGEST_WORD)
-        right = [text.split() == " ".join(parts).split() for text, parts in zip(found, texts, strict=True)]
-        rest = [codec.encode_continuation(text) if text else [] for text in after]
-        rows = zip(left, rest, ids, strict=True)
-        prefixes = [infill_text_prompt(before, text, image, [], vocabulary) for before, text, image in rows]
+        prefixes = [infill_text_prompt(before, after, image, [], vocabulary) for before, after, image in rows]
+        targets = [[*word, vocabulary.eoss] for word in words]
     else:
-        options = CompletionOptions(text=GREEDY, segments=1, longest=LONGEST_WORD)
-        documents = [[image, before] for image, (before, _, _) in zip(codes, texts, strict=True)]
-        continued = [str(parts[0]) if parts else "" for parts in generator.complete(documents, options)]
-        right = [text.split()[:1] == [word] for text, (_, word, _) in zip(continued, texts, strict=True)]
-        rows = zip(ids, left, strict=True)
-        prefixes = [[vocabulary.eos, *image, vocabulary.break_id, *before] for image, before in rows]
-    nats = [-row.total for row in score_tokens(generator.decoder, prefixes, words)]
-    return np.array(right), np.array(nats)
+        prefixes = [[vocabulary.eos, *image, vocabulary.break_id, *before] for before, _, image in rows]
+        targets = words
+    found = score_tokens(generator.decoder, prefixes, targets)
+    nats = [-row.log_probabilities[: len(word)].sum() for row, word in zip(found, words, strict=True)]
+    return np.array([row.is_greedy for row in found]), np.array(nats)
 
 
 def _infill_boxes(
@@ -90,7 +78,7 @@ def _infill_boxes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Share of the generated codes in the box that are the true ones, and nats per true code in the box."""
     codec, vocabulary, decoder = generator.codec, generator.vocabulary, generator.decoder
-    box = choose_box(vocabulary.image_height, vocabulary.image_width)
+    box = place_boxes(vocabulary.image_height, vocabulary.image_width)[CENTER]
     inside = np.zeros((vocabulary.image_height, vocabulary.image_width), bool)
     inside[box[0] : box[2], box[1] : box[3]] = True
     inside = inside.reshape(-1)

@@ -180,7 +180,8 @@ def choose_recipe(unit: Unit) -> list[str]:
     std = max(SMALLEST_STD, round(1.1 / math.sqrt(hidden), 3))
     changes = [f"model.layers={layers}", f"model.hidden_size={hidden}", f"model.heads={heads}"]
     changes += [f"model.init_std={std}", f"model.position_init_std={std}", f"seed={unit.seed}"]
-    changes += ["cm3.probability=0.5", "cm3.rotation_probability=0.3"]
+    # Without parts of a text and of an image among the spans, infilling is not learned (docs/quickstart_recipe.md).
+    changes += ["cm3.probability=0.5", "cm3.rotation_probability=0.3", "cm3.infill_probability=0.4"]
     if unit.family == "llama":
         # 8/3 of the width, and tied embeddings: about as many parameters as cm3leon.
         width = max(32, round(8 * hidden / 3 / 32) * 32)

@@ -3,8 +3,10 @@
     lists/train.jsonl      training documents: names and styles that are not held out
     lists/heldout.jsonl    queries (held-out names) and drawings of the held-out styles
     lists/memory.jsonl     training documents and queries: the memory bank of the study `memory`
-    lists/all.jsonl        every drawing, on which the second CLIP (judge) is trained
-    tokenizer, clip        trained on train.jsonl alone; clip is the encoder of retrieval and of ranking
+    lists/pairs.jsonl      training documents, each with two captions, for the CLIP of retrieval
+    lists/all.jsonl        every drawing with two captions, for the second CLIP
+    tokenizer              trained on train.jsonl
+    clip                   trained on pairs.jsonl; it retrieves and ranks
     judge                  the second CLIP: it has seen all names and styles, and is never used to retrieve or to rank
     shards, index          train and memory, and the shards heldout
 
@@ -75,11 +77,24 @@ def write_lists(pairs: Path, folder: Path, heldout_styles: Iterable[str] = HELDO
     # The caption names the style: it is all that the prompt says about it.
     styled = [line | {"caption": f"{line['name']}, {line['style']}", "heldout": "style"} for line in drawn]
     folder.mkdir(parents=True, exist_ok=True)
-    lists = {"train": train, "heldout": queries + styled, "memory": train + queries, "all": drawings}
+    lists = {"train": train, "heldout": queries + styled, "memory": train + queries}
+    lists |= {"pairs": add_captions(train), "all": add_captions(drawings)}
     for name, lines in lists.items():
         temporary = folder / f".{name}.tmp"
         temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         temporary.replace(folder / f"{name}.jsonl")
+
+
+def add_captions(lines: Iterable[dict]) -> list[dict]:
+    """Each drawing twice: with its caption, and with its name alone or, if the caption is the name, also its style.
+
+    An encoder learns from them what of a caption is the name, also of a name that it has not seen.
+    """
+    found = []
+    for line in lines:
+        name, style = line["name"], line["style"]
+        found += [line, line | {"caption": f"{name}, {style}" if line["caption"] == name else name}]
+    return found
 
 
 def list_styles(lines: Iterable[dict]) -> dict[str, set[str]]:
@@ -128,7 +143,7 @@ def prepare(work: Path, pairs: Path | None, options: dict[str, tuple]) -> None:
         # In the bank of the study `memory`, a drawing that is nearly the query's is what is looked for.
         build_index("memory", "--threshold", 1)
 
-    run_together(encode_documents, lambda: train_encoder("clip", "train"))
+    run_together(encode_documents, lambda: train_encoder("clip", "pairs"))
     run_together(build_indexes, lambda: train_encoder("judge", "all"))
 
 

@@ -1,11 +1,15 @@
 """The evidence: order and resuming of its units, the rule of its claims, and everything once at tiny size."""
 
 import json
+import runpy
+import sys
 
+import claims.prepare
 import evidence
 import numpy as np
 import pytest
-from claims.infill import GREEDY, choose_box, choose_word, measure_infilling
+import retrieval_gain
+from claims.infill import GREEDY, choose_word, measure_infilling
 from claims.plan import DEFAULT_SIZES, FAMILIES, STUDIES, Plan, Unit
 from claims.prepare import write_lists
 from claims.references import find_nearest_captions
@@ -150,7 +154,7 @@ def test_lists_hold_out_names_and_styles(tmp_path):
     write_lists(pairs, tmp_path / "lists")
     lists = {
         name: [json.loads(line) for line in (tmp_path / f"lists/{name}.jsonl").read_text().splitlines()]
-        for name in ("train", "heldout", "memory", "all")
+        for name in ("train", "heldout", "memory", "pairs", "all")
     }
     trained = {line["name"] for line in lists["train"]}
     assert {line["source"] for line in lists["train"]} == {"flat", "line", "dots"}
@@ -158,7 +162,8 @@ def test_lists_hold_out_names_and_styles(tmp_path):
         assert (line["name"] in trained) == (line["heldout"] == "style")
         assert (line["source"] == "openmoji") == (line["heldout"] == "style")
     assert len(lists["memory"]) == len(lists["train"]) + sum(line["heldout"] == "name" for line in lists["heldout"])
-    assert len(lists["all"]) == 112
+    assert len(lists["all"]) == 2 * 112 and len(lists["pairs"]) == 2 * len(lists["train"])
+    assert [line["caption"] for line in lists["pairs"][:2]] == [lists["train"][0]["caption"], lists["train"][0]["name"]]
 
 
 def test_pairs_without_names_are_refused(tmp_path):
@@ -234,13 +239,31 @@ def test_only_masked_models_read_what_follows_the_box_and_the_word(generator, ma
 def test_generated_words_and_codes_are_compared_with_the_true_ones(generator):
     """The codes that the model itself generates are right, in both forms."""
     codes = np.random.default_rng(1).integers(0, 8, (1, 16))
-    box = choose_box(4, 4)
+    box = (1, 1, 3, 3)
     made = generator.infill_images(list(codes), box, GREEDY, captions=["red circle"])
     found = measure_infilling(generator, Pairs(["red circle"], made[0].codes[None]), slice(0, 1), True)
     assert found["box_right"][0] == 1.0
 
 
+@pytest.fixture
+def tools_in_this_process(monkeypatch):
+    """Run the tools one after the other in this process, which imports the libraries once; trainings have their own."""
+    start = retrieval_gain.run
+
+    def run(script, *arguments):
+        if script == "-m":
+            return start(script, *arguments)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(retrieval_gain.ROOT / script), run_name="__main__")
+        assert not end.value.code
+
+    monkeypatch.setattr(retrieval_gain, "run", run)
+    monkeypatch.setattr(claims.prepare, "run_together", lambda *stages: [stage() for stage in stages])
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("tools_in_this_process")
 def test_everything_at_tiny_size(tmp_path):
     pairs, page = write_pairs(tmp_path / "pairs"), tmp_path / "docs/evidence.md"
     page.parent.mkdir()
@@ -248,7 +271,7 @@ def test_everything_at_tiny_size(tmp_path):
     page.write_text("\n".join(["# Evidence", *marks, "what was tried", ""]))
     results = tmp_path / "results.jsonl"
     options = ["--pairs", pairs, "--work", tmp_path / "work", "--results", results, "--page", page, "--small"]
-    options += ["--items", 12, "--names", 7, "--tokens", 2e4, "--sizes", "0.6M", "--families", "llama", "--seeds", 0]
+    options += ["--items", 12, "--names", 7, "--tokens", 1.2e4, "--sizes", "0.6M", "--families", "llama", "--seeds", 0]
     options = [*map(str, options), "--study", "memory", "decoding"]
     evidence.main(["prepare", "train", "measure", "page", *options])
     written = results.read_text()
