@@ -36,8 +36,11 @@ class ModelConfig:
     """Whether the output layer uses the weights of the word embedding; unset: cm3leon yes, llama no."""
     init_std: float = setting(0.006, minimum=0, resume="fixed")
     """Standard deviation of the initial weights: a normal distribution, truncated at 3 standard deviations."""
+    position_init: str = setting("normal", choices=("normal", "sinusoidal"), resume="fixed")
+    """Initial position embeddings (cm3leon), which are learned. normal: random (CM3Leon); sinusoidal: sines and cosines
+    of the position, from which attention to a relative position is learned sooner."""
     position_init_std: float = setting(0.0002, minimum=0, resume="fixed")
-    """Standard deviation of the initial position embeddings."""
+    """Standard deviation of the initial position embeddings; with sinusoidal, their root mean square."""
     dropout: float = setting(0.0, minimum=0, maximum=0.99, resume="fixed")
     """Dropout probability of embeddings, attention and residual branches (CM3Leon: none)."""
 

@@ -135,6 +135,11 @@ def _check_family(config: Config) -> None:
             f"model.kv_heads ({model.kv_heads}) must divide model.heads ({model.heads}); use one of "
             f"{_divisors(model.heads)}."
         )
+    if model.family == "llama" and model.position_init != "normal":
+        raise ValueError(
+            f"model.position_init ({model.position_init}) is of learned positions, which family llama does not have; "
+            f"remove it or use model.family=cm3leon."
+        )
     if model.family == "llama" and model.hidden_size // model.heads % 2:
         raise ValueError(
             f"model.hidden_size ({model.hidden_size}) / model.heads ({model.heads}) must be even: RoPE rotates pairs."

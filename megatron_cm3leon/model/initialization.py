@@ -62,6 +62,20 @@ def _fill_block(out: torch.Tensor, generator: np.random.Generator, skipped: int,
         numbers.mul_(math.erf(CUT / math.sqrt(2)) / 2**23).erfinv_().mul_(math.sqrt(2) * std)
 
 
+def compute_sinusoids(first: int, rows: int, width: int, root_mean_square: float) -> torch.Tensor:
+    """Embeddings of positions first .. first + rows - 1 (Vaswani et al., 2017, section 3.5); fp32 [rows, width].
+
+    Sines in the first half of the columns, cosines in the second; wavelengths from 2 pi to 10,000 x 2 pi positions.
+    """
+    frequencies = [10_000 ** (-2 * index / width) for index in range((width + 1) // 2)]
+    table = torch.empty(rows, width)
+    for row in range(rows):
+        angles = [(first + row) * frequency for frequency in frequencies]
+        values = [*map(math.sin, angles), *map(math.cos, angles)]  # of libm: the same on machines with one C library
+        table[row] = torch.tensor(values[:width], dtype=torch.float64) * (math.sqrt(2) * root_mean_square)
+    return table
+
+
 def list_runs(shape: tuple[int, ...], offset: tuple[int, ...], part: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Yield (start, length) of the runs of consecutive numbers, in the flattened tensor, that make up a part of it."""
     if not shape or part[1:] == shape[1:]:

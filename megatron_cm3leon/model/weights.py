@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_cm3leon.config.loading import Config
-from megatron_cm3leon.model.initialization import draw_truncated_normal, list_runs
+from megatron_cm3leon.model.initialization import compute_sinusoids, draw_truncated_normal, list_runs
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
@@ -74,15 +74,20 @@ def draw_initial_weight(
     `offset` and `part` (a shape) select a part, which is drawn without the rest; the default is the whole parameter.
 
     A normal distribution with standard deviation model.init_std (positions: position_init_std), truncated at 3
-    standard deviations. The matrices that write to the residual stream start at 0: the "output layers" of CM3Leon
-    section 2.3. Norm weights start at 1.
+    standard deviations; positions under model.position_init=sinusoidal as compute_sinusoids(). The matrices that write
+    to the residual stream start at 0: the "output layers" of CM3Leon section 2.3. Norm weights start at 1.
     """
     offset, part = offset or (0,) * len(shape), shape if part is None else part
     if len(shape) == 1:
         return torch.ones(part)
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return torch.zeros(part)
-    std = config.model.position_init_std if name == POSITION_EMBEDDINGS else config.model.init_std
+    std = config.model.init_std
+    if name == POSITION_EMBEDDINGS:
+        std = config.model.position_init_std
+        if config.model.position_init == "sinusoidal":
+            assert part[1:] == shape[1:], "positions are divided by rows only"
+            return compute_sinusoids(offset[0], part[0], shape[1], std)
     runs = [
         draw_truncated_normal(config.seed, name, start, start + length, std)
         for start, length in list_runs(shape, offset, part)

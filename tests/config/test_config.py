@@ -106,6 +106,7 @@ def test_settings_are_defined_with_their_fields():
             1,
             "model.activation ('swiglu') must be one of: relu, gelu, those of family cm3leon",
         ),
+        (["model.family=llama", "model.position_init=sinusoidal"], 1, "model.position_init (sinusoidal) is of learned"),
         (["model.qk_norm=true"], 1, "model.qk_norm (True) must be False in family cm3leon"),
         (["model.family=llama", "model.kv_heads=3"], 1, "model.kv_heads (3) must divide model.heads (16)"),
         (

@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
+from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.model import initialization
-from megatron_cm3leon.model.initialization import BLOCK, draw_truncated_normal, list_runs
+from megatron_cm3leon.model.initialization import BLOCK, compute_sinusoids, draw_truncated_normal, list_runs
+from megatron_cm3leon.model.weights import POSITION_EMBEDDINGS, draw_initial_weight
 
 SHA256 = "b753c39083cdc3d40a46b2f4f4f52e3c1764dc8e012a73399d796fc46d966835"
 PRINT_SHA256 = """
@@ -53,6 +55,31 @@ def test_the_distribution_is_a_normal_truncated_at_three_standard_deviations():
     expected = (torch.special.ndtr(points) - 0.5) / probability_inside + 0.5
     found = (numbers[:, None] <= points).double().mean(0)
     assert (found - expected).abs().max() < 4 * 0.5 / 1000  # four standard errors
+
+
+@pytest.mark.parametrize("width", [8, 7])
+def test_sinusoids_are_those_of_the_transformer(width):
+    table = compute_sinusoids(0, 50, width, 0.25)
+    positions, indices = torch.arange(50.0)[:, None], torch.arange(math.ceil(width / 2))
+    angles = positions * 10_000.0 ** (-2 * indices / width)
+    expected = torch.cat([angles.sin(), angles.cos()], 1)[:, :width] * 0.25 * 2**0.5
+    assert torch.allclose(table, expected, atol=1e-5) and torch.equal(
+        table[20:31], compute_sinusoids(20, 11, width, 0.25)
+    )
+    assert width % 2 or abs(table.square().mean().sqrt() - 0.25) < 1e-6
+
+
+def test_positions_begin_as_their_option_says():
+    changes = ["model.layers=1", "model.hidden_size=8", "model.heads=1", "data.seq_length=16"]
+    name, shape = POSITION_EMBEDDINGS, (16, 8)
+    normal = load_config(overrides=changes)
+    sinusoidal = load_config(overrides=[*changes, "model.position_init=sinusoidal"])
+    assert torch.equal(
+        draw_initial_weight(name, shape, normal), draw_truncated_normal(1234, name, 0, 128, 0.0002).view(shape)
+    )
+    table = draw_initial_weight(name, shape, sinusoidal)
+    assert torch.equal(table, compute_sinusoids(0, 16, 8, 0.0002))
+    assert torch.equal(draw_initial_weight(name, shape, sinusoidal, (3, 0), (5, 8)), table[3:8])
 
 
 def test_runs_of_a_part_cover_its_numbers():
