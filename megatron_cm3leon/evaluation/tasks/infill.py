@@ -10,8 +10,8 @@ Each box is half as high and wide as the image, in one of the corners or in the 
 
     text_word_commonest   the hidden word is always the commonest one
     _background           the box has the commonest code outside it
-    _generated            the image is generated from its caption in its order, without a mask and guidance, and the
-                          codes outside the box are given: possible without CM3, but blind for what comes after the box
+    _generated            the box is filled in the image's order, without a mask and guidance ("raster"): possible
+                          without CM3, but blind for what comes after the box
     box_all_original      the original codes: the upper bound
 
 Text is filled greedily. With an index, documents are retrieved by the image for a text, by the caption for a box.
@@ -33,11 +33,8 @@ from megatron_cm3leon.evaluation.heldout import Heldout, read_heldout
 from megatron_cm3leon.evaluation.judge import Checker, judge_images, load_checker, parse_captions
 from megatron_cm3leon.evaluation.result import Figure, FinishedItems, Result, bootstrap, hash_input
 from megatron_cm3leon.evaluation.retrieval import PROMPT_TOKENS
-from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.generator import Box, Generator
-from megatron_cm3leon.generation.grammar import image_segment
-from megatron_cm3leon.generation.prompts import image_prompt
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
 from megatron_cm3leon.generation.sampling import SAMPLERS, Sampling
 from megatron_cm3leon.generation.tasks import MASK
@@ -204,24 +201,21 @@ class _Evaluation:
 
     def _fill_boxes(self, part: list[int]) -> list[dict]:
         """For each pair, how the filled box compares with the original codes and with background."""
-        generated = self._generate_boxes(part)
         filled: dict[int, np.ndarray] = {}
+        generated: dict[int, np.ndarray] = {}
         background: dict[int, np.ndarray] = {}
         for box in dict.fromkeys(hidden.box for number in part if (hidden := self.hidden[number])):
             chosen = [number for number in part if (hidden := self.hidden[number]) and hidden.box == box]
             captions = [self.pairs.captions[number] for number in chosen]
-            images = self.generator.infill_images(
-                [self.pairs.codes[number] for number in chosen],
-                box,
-                self.sampling,
-                captions=captions,
-                retrieved=self._retrieve(part=chosen, texts=captions),
-            )
+            images = [self.pairs.codes[number] for number in chosen]
+            options = {"captions": captions, "retrieved": self._retrieve(part=chosen, texts=captions)}
+            unguided = replace(self.sampling, guidance=1.0)
+            masked = self.generator.infill_images(images, box, self.sampling, form="masked", **options)
+            raster = self.generator.infill_images(images, box, unguided, form="raster", **options)
             mask = self._mask(chosen[0])
-            for number, image in zip(chosen, images, strict=True):
-                codes = self.pairs.codes[number]
+            for number, codes, one, other in zip(chosen, images, masked, raster, strict=True):
                 commonest = np.bincount(codes[~mask]).argmax() if not mask.all() else 0
-                filled[number] = image.codes
+                filled[number], generated[number] = one.codes, other.codes
                 background[number] = np.where(mask, commonest, codes)
         items: list[dict] = []
         for number in part:
@@ -245,26 +239,6 @@ class _Evaluation:
                 for item, judged in zip(items, judge_images(self.checker, decoded, expected), strict=True):
                     item[f"all{name}"] = all(entry[2] for entry in judged.values())
         return items
-
-    def _generate_boxes(self, part: list[int]) -> dict[int, np.ndarray]:
-        """Codes of each pair's image, generated from its caption with the codes outside the box given."""
-        generator, captions = self.generator, [self.pairs.captions[number] for number in part]
-        vocabulary = generator.vocabulary
-        documents = self._retrieve(part, texts=captions) or [[] for _ in part]
-        ids = decode_segments(
-            generator.decoder,
-            [
-                image_prompt(generator.codec.text.encode(caption), row, vocabulary)
-                for caption, row in zip(captions, documents, strict=True)
-            ],
-            image_segment(vocabulary),
-            replace(self.sampling, guidance=1.0),
-            [self.sampling.seed] * len(part),
-            forced=np.stack(
-                [np.where(self._mask(number), -1, self.pairs.codes[number] + vocabulary.image_start) for number in part]
-            ),
-        )
-        return dict(zip(part, ids - vocabulary.image_start, strict=True))
 
     def _mask(self, number: int) -> np.ndarray:
         """Whether each code of a pair's image is inside its box, bool [image tokens]."""
