@@ -218,10 +218,11 @@ class _Evaluation:
             chosen = [number for number in part if (hidden := self.hidden[number]) and hidden.box == box]
             captions = [self.pairs.captions[number] for number in chosen]
             images = [self.pairs.codes[number] for number in chosen]
-            options = {"captions": captions, "retrieved": self._retrieve(part=chosen, texts=captions)}
-            unguided = replace(self.sampling, guidance=1.0)
-            masked = self.generator.infill_images(images, box, self.sampling, form="masked", **options)
-            raster = self.generator.infill_images(images, box, unguided, form="raster", **options)
+            documents = self._retrieve(part=chosen, texts=captions)
+            masked, raster = (
+                self.generator.infill_images(images, box, sampling, captions=captions, retrieved=documents, form=form)
+                for form, sampling in (("masked", self.sampling), ("raster", replace(self.sampling, guidance=1.0)))
+            )
             mask = self._mask(chosen[0])
             for number, codes, one, other in zip(chosen, images, masked, raster, strict=True):
                 commonest = np.bincount(codes[~mask]).argmax() if not mask.all() else 0

@@ -8,12 +8,16 @@ from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 
+from megatron_cm3leon.common.atomic_io import write_json
+from megatron_cm3leon.data.shards.reader import build_manifest
+from megatron_cm3leon.data.shards.writer import ShardWriter
 from megatron_cm3leon.evaluation import caption_scores
 from megatron_cm3leon.evaluation.metrics.ptb_tokenizer import tokenize
 from megatron_cm3leon.evaluation.result import read_result
 from megatron_cm3leon.evaluation.tasks import caption
 from megatron_cm3leon.generation.retrieved import DocumentSource
 from megatron_cm3leon.generation.sampling import Sampling
+from tests.evaluation.conftest import VOCABULARY
 from tests.tools.call import call_tool
 
 OWN = ["bleu", "cider", "rouge"]
@@ -140,6 +144,25 @@ def test_a_model_captions_shards_with_and_without_documents(inputs, monkeypatch)
     assert any(each.startswith(note) for each in short.notes)
     with pytest.raises(ValueError, match=r"is the memory bank of .* so each image would retrieve its own"):
         caption.evaluate(output=inputs.path / "own", index=inputs.bank, **{**options, "shards": inputs.bank})
+
+
+def test_references_of_the_input_replace_the_caption_of_training(tmp_path):
+    rows = [("a dark picture", {"references": ["dark", "a dark tone"], "license": "MIT"}, 0),
+            ("dark: a picture", {"references": ["dark", "night"]}, 0),
+            ("a light picture", {}, 1),
+            ("a picture", {"references": "see [1]"}, 2)]  # fmt: skip
+    writer = ShardWriter(tmp_path, "shard-00000-0", VOCABULARY)
+    for number, (text, extra, code) in enumerate(rows):
+        fields = {"caption": text, "image": "", "source": "", "picture_sha256": "", "extra": json.dumps(extra)}
+        ids = [0, VOCABULARY.break_id, *[VOCABULARY.image_start + code] * 4]
+        writer.add(f"{number:06d}", np.array(ids), fields)
+    write_json(tmp_path / "manifest.json", build_manifest(VOCABULARY, [writer.close()], input=str(tmp_path)))
+    images = caption.open_images(tmp_path, None, None)
+    assert images.references == {
+        "000000": ["dark", "a dark tone", "night"],
+        "000002": ["a light picture"],
+        "000003": ["a picture"],
+    }
 
 
 def test_documents_with_the_same_image_are_one_image(inputs):
