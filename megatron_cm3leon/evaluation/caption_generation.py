@@ -11,6 +11,7 @@ from PIL import Image
 
 from megatron_cm3leon.data.shards.reader import open_shards, split_segments
 from megatron_cm3leon.evaluation.caption_files import References, read_references
+from megatron_cm3leon.evaluation.metrics.image_folder import REPLACE, read_image
 from megatron_cm3leon.evaluation.ranks import Ranks
 from megatron_cm3leon.evaluation.result import FinishedItems
 from megatron_cm3leon.evaluation.retrieval import PROMPT_TOKENS
@@ -18,7 +19,6 @@ from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.generation.types import ImageInput
-from megatron_cm3leon.tokenizers.images import load_image
 
 
 class ImageSet(Protocol):
@@ -57,10 +57,10 @@ class ListedImages:
             )
 
     def load_inputs(self, keys: Sequence[str]) -> list[ImageInput]:
-        return [load_image(self.files[key]) for key in keys]
+        return [read_image(self.files[key], REPLACE) for key in keys]
 
     def load_queries(self, keys: Sequence[str], generator: Generator) -> list[Image.Image]:
-        return [load_image(self.files[key]) for key in keys]
+        return [read_image(self.files[key], REPLACE) for key in keys]
 
 
 class ShardImages:
@@ -115,7 +115,7 @@ class ShardImages:
             name = self._paths[self.numbers[key]]
             file = self._root / name if name else None
             found = file is not None and file.is_file()
-            images.append(load_image(file) if file and found else generator.codec.decode_images([codes])[0])
+            images.append(read_image(file, REPLACE) if file and found else generator.codec.decode_images([codes])[0])
         return images
 
 

@@ -145,12 +145,16 @@ class FinishedItems:
     (settings, inputs, seed); with another identity the folder is refused.
     """
 
-    def __init__(self, output: str | Path, identity: dict, rank: int = 0) -> None:
-        """Read what earlier runs finished; ValueError if one of them had another identity."""
+    def __init__(self, output: str | Path, identity: dict, rank: int = 0, *, former: dict | None = None) -> None:
+        """Read what earlier runs finished; ValueError if one of them had another identity.
+
+        `former` is the same identity as an earlier version wrote it.
+        """
         self.items: dict[str, dict] = {}
         """Finished items by their key; those of this rank's file on ranks other than the first."""
         # Compared as JSON holds it: tuples become lists.
         self._identity = json.loads(json.dumps(identity))
+        self._known = [self._identity, json.loads(json.dumps(former or identity))]
         folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / _items_name(rank)
@@ -195,7 +199,7 @@ class FinishedItems:
         before = next(lines, None)
         if before is None:
             return False
-        if before.get("identity") != self._identity:
+        if before.get("identity") not in self._known:
             earlier = before.get("identity") or {}
             changed = sorted(key for key in {*earlier, *self._identity} if earlier.get(key) != self._identity.get(key))
             raise ValueError(

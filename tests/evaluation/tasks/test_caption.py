@@ -214,6 +214,10 @@ def test_a_model_captions_the_images_of_a_list(inputs):
     path.write_text('{"id": 1, "caption": "a"}')
     with pytest.raises(ValueError, match=r"1 of 1 entries of .* have no image, the first is '1'"):
         caption.evaluate(output=inputs.path / "other", **options)
+    (inputs.path / "images.jsonl").write_text('{"image": "0.png", "caption": "dark"}')
+    (inputs.path / "0.png").write_bytes((inputs.path / "0.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"0.png: damaged PNG: .*; replace the file, and repeat the command, which"):
+        caption.evaluate(output=inputs.path / "other", **options)
     with pytest.raises(ValueError, match=r"--count \(0\) must be at least 1"):
         caption.evaluate(output=inputs.path / "other", count=0, **{**options, "images": None, "shards": inputs.shards})
 
