@@ -4,8 +4,8 @@
     python tools/evaluate.py --model exported/ --shards heldout-shards/ --index heldout-index/ \\
         --checker examples/shapes/checker.py --output evaluation/      what tools/report.py shows
 
-caption, clip, geneval, loss and vqa share their work among the ranks of `torchrun --nproc-per-node 8 tools/evaluate.py
-TASK ...` or `srun -n 8 python tools/evaluate.py TASK ...`; the result is the same for any number of ranks.
+caption, clip, geneval, harness, infill, loss and vqa share their work among the ranks of `torchrun --nproc-per-node 8
+tools/evaluate.py TASK ...` or `srun -n 8 python tools/evaluate.py TASK ...`; the result is the same for any number.
 """
 
 import argparse

@@ -19,7 +19,7 @@ from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.common.paths import expand_path
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.documents import CompletionOptions
-from megatron_cm3leon.generation.prompts import CAPTION_FORMS, UNCONDITIONAL_FORMS
+from megatron_cm3leon.generation.prompts import BOX_FORMS, CAPTION_FORMS, UNCONDITIONAL_FORMS
 from megatron_cm3leon.generation.results import Results
 from megatron_cm3leon.generation.retrieved import RetrievalOptions
 from megatron_cm3leon.generation.run import Request, generate
@@ -97,6 +97,11 @@ def _add_infill(parser: argparse.ArgumentParser) -> None:
         help="part of the image to generate again, in image tokens; bottom and right are exclusive",
     )  # fmt: skip
     add("--caption", help="what the changed image should show")
+    add(
+        "--form", choices=BOX_FORMS, default="auto",
+        help="of --box: masked, between the codes on all sides; raster, after the codes in front of it, as an image is "
+        "generated; auto: raster unless training infilled parts often",
+    )  # fmt: skip
     add("--longest", type=int, default=32, help="text pieces of the span, at most")
     _add_contrast(parser, "classifier-free guidance, for an image with --caption; 1 is none", 1.0)
     _add_shared(parser, temperature=1.0, output="out")
@@ -172,8 +177,8 @@ def build_task(arguments: argparse.Namespace) -> Task:
         return AnswerTask(image=arguments.picture, questions=arguments.questions, sampling=sampling, longest=longest)
     box = None if arguments.box is None else tuple(arguments.box)
     return InfillTask(
-        text=arguments.text, image=arguments.picture, box=box, caption=arguments.caption, sampling=sampling,
-        longest=longest,
+        text=arguments.text, image=arguments.picture, box=box, caption=arguments.caption, form=arguments.form,
+        sampling=sampling, longest=longest,
     )  # fmt: skip
 
 

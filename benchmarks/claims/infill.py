@@ -15,9 +15,7 @@ from claims.items import Drawings
 
 from megatron_cm3leon.evaluation.loss import measure_documents
 from megatron_cm3leon.evaluation.tasks.infill import place_boxes
-from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.generator import Generator
-from megatron_cm3leon.generation.grammar import image_segment
 from megatron_cm3leon.generation.prompts import image_prompt, infill_image_prompt, infill_text_prompt
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.generation.scoring import score_tokens
@@ -85,19 +83,15 @@ def _infill_boxes(
     texts = [codec.text.encode(caption) for caption in captions]
     ids = codec.encode_image_ids(list(codes))
     start, end = np.flatnonzero(inside)[[0, -1]] + (0, 1)
+    made = generator.infill_images(list(codes), box, GREEDY, captions=captions, form="masked" if masked else "raster")
+    generated = np.stack([one.codes for one in made])
     if masked:
-        made = generator.infill_images(list(codes), box, GREEDY, captions=captions)
-        generated = np.stack([one.codes for one in made])
         rows = zip(ids, texts, strict=True)
         prefixes = [infill_image_prompt(row, start, end, text, [], vocabulary) for row, text in rows]
         targets = [row[start:end] for row in ids]
     else:
-        prompts = [image_prompt(text, [], vocabulary) for text in texts]
-        forced = np.where(inside, -1, np.array(ids))
-        seeds = [0] * len(ids)
-        found = decode_segments(decoder, prompts, image_segment(vocabulary), GREEDY, seeds, forced=forced)
-        generated = found - vocabulary.image_start
-        prefixes, targets = prompts, [row[:end] for row in ids]
+        prefixes = [image_prompt(text, [], vocabulary) for text in texts]
+        targets = [row[:end] for row in ids]
     assert (generated[:, ~inside] == codes[:, ~inside]).all(), "codes outside the box were changed"
     kept = inside[start:end] if masked else inside[:end]
     scores = score_tokens(decoder, prefixes, targets)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cm3leon.evaluation.metrics.image_folder import REPLACE, read_image
 from megatron_cm3leon.evaluation.questions.base import Question
 from megatron_cm3leon.generation import prompts
 from megatron_cm3leon.generation.generator import Generator
-from megatron_cm3leon.tokenizers.images import load_image
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -138,7 +138,7 @@ class Answerer:
         drawn = self._draw(question)
         for one in drawn:
             if one.key not in self._documents:
-                image = [] if one.image is None else [load_image(one.image)]
+                image = [] if one.image is None else [read_image(one.image, REPLACE)]
                 self._documents[one.key] = self.generator.codec.encode_document([_write_example(one), *image])
         return [self._documents[one.key] for one in drawn]
 
@@ -147,7 +147,8 @@ class Answerer:
         paths = list(dict.fromkeys(one.image for one in questions if one.image is not None))
         if not paths:
             return {}
-        return dict(zip(paths, self.generator.codec.encode_images([load_image(path) for path in paths]), strict=True))
+        images = [read_image(path, REPLACE) for path in paths]
+        return dict(zip(paths, self.generator.codec.encode_images(images), strict=True))
 
     def _build_prompt(self, question: Question, image: list[int] | None, documents: list[list[int]]) -> list[int]:
         """The prompt of `Generator.answers`."""

@@ -5,7 +5,8 @@
     references  COCO annotations {"annotations": [{"image_id": 7, "caption": "a circle that is red"}, ...], ...}
                 JSON Lines       {"image_id": "7", "captions": ["a circle that is red", "a red disk"], "image": "7.png"}
 
-In JSON Lines the id is `image_id`, `id` or else `image`; a single reference may be a `caption`. `image` is a path,
+In JSON Lines the id is `image_id`, `id` or else `image`; a single reference may be a `caption`. `references`, as the
+corpus of examples/icons has them beside the caption of training, are read as `captions` are. `image` is a path,
 relative to the file, and only needed to generate captions. Ids are compared as texts: 7 and "7" are the same image.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from megatron_cm3leon.data.sources.documents import decode_text
 
 _ID_FIELDS = ("image_id", "id", "image")
+_REFERENCE_FIELDS = ("captions", "references")
 _SHOWN = 3
 
 
@@ -59,10 +61,7 @@ def read_references(path: str | Path) -> References:
             raise ValueError(
                 f"{place} has the image {key!r} for a second time; give an image's references in one line, as captions."
             )
-        texts = row["captions"] if "captions" in row else [row.get("caption")]
-        if not isinstance(texts, list) or not texts:
-            raise ValueError(f"{place} has captions {texts!r}; a list of at least one text is required.")
-        captions[key] = [_read_text(text, place, "captions") for text in texts]
+        captions[key] = _read_reference_texts(row, place)
         if isinstance(row.get("image"), str):
             images[key] = path.parent / row["image"]
     return References(captions, images)
@@ -152,6 +151,15 @@ def _read_id(row: dict, place: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, str)) or value == "":
         raise ValueError(f"{place} has the image id {value!r}; image_id must be a text or a whole number.")
     return str(value)
+
+
+def _read_reference_texts(row: dict, place: str) -> list[str]:
+    """The references of a line: its `captions`, else its `references`, else its `caption`."""
+    name = next((name for name in _REFERENCE_FIELDS if name in row), "caption")
+    texts = [row.get(name)] if name == "caption" else row[name]
+    if not isinstance(texts, list) or not texts:
+        raise ValueError(f"{place} has {name} {texts!r}; a list of at least one text is required.")
+    return [_read_text(text, place, name) for text in texts]
 
 
 def _read_text(value: object, place: str, name: str) -> str:

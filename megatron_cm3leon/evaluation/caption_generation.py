@@ -1,5 +1,6 @@
 """Captions generated for the images of a shard folder or of a JSON Lines file, by all ranks, resumable."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 
 from megatron_cm3leon.data.shards.reader import open_shards, split_segments
 from megatron_cm3leon.evaluation.caption_files import References, read_references
+from megatron_cm3leon.evaluation.metrics.image_folder import REPLACE, read_image
 from megatron_cm3leon.evaluation.ranks import Ranks
 from megatron_cm3leon.evaluation.result import FinishedItems
 from megatron_cm3leon.evaluation.retrieval import PROMPT_TOKENS
@@ -17,7 +19,6 @@ from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
 from megatron_cm3leon.generation.sampling import Sampling
 from megatron_cm3leon.generation.types import ImageInput
-from megatron_cm3leon.tokenizers.images import load_image
 
 
 class ImageSet(Protocol):
@@ -56,19 +57,23 @@ class ListedImages:
             )
 
     def load_inputs(self, keys: Sequence[str]) -> list[ImageInput]:
-        return [load_image(self.files[key]) for key in keys]
+        return [read_image(self.files[key], REPLACE) for key in keys]
 
     def load_queries(self, keys: Sequence[str], generator: Generator) -> list[Image.Image]:
-        return [load_image(self.files[key]) for key in keys]
+        return [read_image(self.files[key], REPLACE) for key in keys]
 
 
 class ShardImages:
-    """The images of a shard folder; documents with the same image codes are one image with several references."""
+    """The images of a shard folder; documents with the same image codes are one image with several references.
+
+    The references of a document are the field `references` of its input, as the corpus of examples/icons has it, where
+    that is a list of texts; else its caption.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         """ValueError if there is no document with one image and a caption."""
         self.corpus = open_shards(folder)
-        metadata = self.corpus.metadata(["key", "caption", "image"]).to_pydict()
+        metadata = self.corpus.metadata(["key", "caption", "image", "extra"]).to_pydict()
         names = metadata["key"]
         if len(set(names)) < len(names):  # shards of several inputs
             names = [str(number) for number in range(len(names))]
@@ -78,14 +83,16 @@ class ShardImages:
         self.references: dict[str, list[str]] = {}
         by_codes: dict[bytes, str] = {}
         skipped = 0
-        for number, caption in enumerate(metadata["caption"]):
+        for number, (caption, extra) in enumerate(zip(metadata["caption"], metadata["extra"], strict=True)):
             codes = self._read_codes(number)
             if codes is None or not caption:
                 skipped += 1
                 continue
             key = by_codes.setdefault(codes.tobytes(), names[number])
             self.numbers.setdefault(key, number)
-            self.references.setdefault(key, []).append(caption)
+            texts = _read_extra_references(extra)
+            known = self.references.setdefault(key, [])
+            known += [caption] if texts is None else [text for text in texts if text not in known]
         if not self.references:
             raise ValueError(f"{folder} has no document with one image and a caption; give shards of pairs.")
         self.notes = [f"{skipped} documents without exactly one image and a caption were skipped."] if skipped else []
@@ -108,8 +115,16 @@ class ShardImages:
             name = self._paths[self.numbers[key]]
             file = self._root / name if name else None
             found = file is not None and file.is_file()
-            images.append(load_image(file) if file and found else generator.codec.decode_images([codes])[0])
+            images.append(read_image(file, REPLACE) if file and found else generator.codec.decode_images([codes])[0])
         return images
+
+
+def _read_extra_references(extra: str) -> list[str] | None:
+    """The field `references` of a document's input, from the metadata `extra` (JSON); None unless it holds texts."""
+    fields = json.loads(extra or "{}")
+    texts = fields.get("references") if isinstance(fields, dict) else None
+    valid = isinstance(texts, list) and texts and all(isinstance(text, str) and text for text in texts)
+    return texts if valid else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_cm3leon.evaluation.result import Figure, Result, read_result
+from megatron_cm3leon.evaluation.tasks import TASKS
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _KEYS = {"format", "task", "figures", "settings"}
@@ -104,21 +105,16 @@ def _find_results(folder: Path) -> list[Path]:
 
 
 def _is_result(path: Path) -> bool:
-    """Whether a JSON file is TASK.json of a task: a folder of results has others, too."""
+    """Whether a JSON file is TASK.json of a task: a folder of results has others, too. A damaged one is."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError:
-        return False
+        return path.stem in TASKS
     return isinstance(content, dict) and set(content) >= _KEYS and content["task"] == path.stem
 
 
 def _add_result(run: Run, file: Path, root: Path) -> None:
-    try:
-        result = read_result(file)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} lacks a field of a result, or has another one ({error!r}); write it again by tools/evaluate.py."
-        ) from error
+    result = read_result(file)
     parts = [] if file == root else list(file.parent.relative_to(root).parts)
     steps = [match for part in [root.name, *parts] if (match := _STEP.fullmatch(part))]
     step = result.settings.get("step") or (int(steps[-1][1]) if steps else None)

@@ -3,6 +3,9 @@
 Tokenization, truncation, windows and stop strings are those of the harness's own `--model hf`, so that an export gives
 the same results through both. Log-probabilities are over the whole joint vocabulary, as a stock class computes them.
 Generated text consists of text pieces alone and ends at </s> or <break>: an image code cannot be drawn.
+
+To lm_eval there is one rank: each rank of a launch (ranks.py) runs the whole task, and `HarnessModel` shares the
+requests among them and returns all answers on every rank.
 """
 
 import hashlib
@@ -15,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from megatron_cm3leon.common.progress import meter
+from megatron_cm3leon.evaluation.ranks import Ranks
 from megatron_cm3leon.evaluation.result import FinishedItems
 from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.generator import Generator
@@ -26,7 +29,7 @@ from megatron_cm3leon.generation.scoring import score_tokens
 Row = tuple[list[int], list[int]]
 """Ids of a context, at least one, and of the continuation that is scored."""
 REQUESTS_AT_ONCE = 256
-"""Requests between two writes of finished items."""
+"""Requests of a batch, which one rank answers; finished items are written after each."""
 SAMPLING_KEYS = ("do_sample", "temperature", "top_p", "top_k")
 """Generation settings of a task that change what is generated; others than these and the lengths are refused."""
 
@@ -36,11 +39,14 @@ class HarnessModel(TemplateLM):
 
     backend = "causal"
 
-    def __init__(self, generator: Generator, *, bos: bool = False, finished: FinishedItems | None = None) -> None:
-        """`bos`: begin every context with </s>, as each sample of the training; without it, as with `--model hf` on the
-        same export, only an empty context is </s>. `finished` holds answers, to continue an interrupted task."""
+    def __init__(
+        self, generator: Generator, finished: FinishedItems, ranks: Ranks | None = None, *, bos: bool = False
+    ) -> None:
+        """`finished`, of `ranks.open_items`, holds answers, to continue an interrupted task. `bos`: begin every context
+        with </s>, as each sample of the training; without it, as with `--model hf` on the same export, only an empty
+        context is </s>."""
         super().__init__()
-        self.generator, self.bos, self.finished = generator, bos, finished
+        self.generator, self.finished, self.ranks, self.bos = generator, finished, ranks or Ranks(), bos
         self.truncated = 0
         """Requests whose context was longer than the model's, and lost its beginning."""
 
@@ -79,9 +85,12 @@ class HarnessModel(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(summed log-probability of the continuation, whether greedy decoding gives it) of each request."""
 
-        def answer(part: list[tuple]) -> list[list]:
+        def answer(part: list[tuple]) -> list[dict]:
             rows = [self._encode_request(*arguments) for arguments in part]
-            return [[value, greedy] for value, greedy in self._score(rows)]
+            return [
+                {"answer": [value, greedy], "truncated": self._count_excess(row) > 0}
+                for row, (value, greedy) in zip(rows, self._score(rows), strict=True)
+            ]
 
         found = self._answer("loglikelihood", requests, answer)
         return [(value, greedy) for value, greedy in found]
@@ -95,7 +104,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Summed log-probability of each text, in windows of the model's length."""
 
-        def answer(part: list[tuple]) -> list[float]:
+        def answer(part: list[tuple]) -> list[dict]:
             rows: list[Row] = []
             owners: list[int] = []
             for number, (text,) in enumerate(part):
@@ -111,31 +120,33 @@ class HarnessModel(TemplateLM):
             sums = [0.0] * len(part)
             for owner, (value, _) in zip(owners, self._score(rows), strict=True):
                 sums[owner] += value
-            return sums
+            return [{"answer": value, "truncated": False} for value in sums]
 
         return self._answer("loglikelihood_rolling", requests, answer)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-        return self._score([(context, continuation) for _, context, continuation in requests])
+        rows = [(context, continuation) for _, context, continuation in requests]
+        self.truncated += sum(self._count_excess(row) > 0 for row in rows)
+        return self._score(rows)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each prompt, up to the first of its stop strings."""
 
-        def answer(part: list[tuple]) -> list[str]:
-            texts = [""] * len(part)
+        def answer(part: list[tuple]) -> list[dict]:
+            items: list[dict] = [{}] * len(part)
             groups: dict[str, list[int]] = {}
             for number, (_, settings) in enumerate(part):
                 groups.setdefault(json.dumps(settings, sort_keys=True), []).append(number)
             for key, numbers in groups.items():
                 made = self._generate([part[number][0] for number in numbers], json.loads(key))
-                for number, text in zip(numbers, made, strict=True):
-                    texts[number] = text
-            return texts
+                for number, item in zip(numbers, made, strict=True):
+                    items[number] = item
+            return items
 
         return self._answer("generate_until", requests, answer)
 
-    def _generate(self, contexts: list[str], settings: dict) -> list[str]:
-        """Texts after prompts of the same settings."""
+    def _generate(self, contexts: list[str], settings: dict) -> list[dict]:
+        """Items with the texts after prompts of the same settings."""
         options = normalize_gen_kwargs(settings, self.max_gen_toks)
         until = handle_stop_sequences(options.pop("until", None), eos=None)
         longest = int(options.pop("max_gen_toks"))
@@ -152,7 +163,7 @@ class HarnessModel(TemplateLM):
                 f"{self.max_length} tokens; lower it."
             )
         prompts = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
-        self.truncated += sum(len(ids) > room for ids in prompts)
+        truncated = [len(ids) > room for ids in prompts]
         prompts = [ids[-room:] for ids in prompts]
         sampling = Sampling(
             temperature=options.get("temperature", 0.0) if options.get("do_sample") else 0.0,
@@ -162,43 +173,48 @@ class HarnessModel(TemplateLM):
         segment = text_segment(self.generator.vocabulary, longest)
         rows = decode_segments(self.generator.decoder, prompts, segment, sampling, [sampling.seed] * len(prompts))
         codec = self.generator.codec
+        texts = [self.tok_decode(codec.trim_text(row)[:longest]) for row in rows]
         return [
-            postprocess_generated_text(self.tok_decode(codec.trim_text(row)[:longest]), until, None) for row in rows
+            {"answer": postprocess_generated_text(text, until, None), "truncated": cut}
+            for text, cut in zip(texts, truncated, strict=True)
         ]
 
     def _score(self, rows: list[Row]) -> list[tuple[float, bool]]:
         """(summed log-probability, whether it is the greedy one) of rows, cut to the model's length from the left."""
         contexts, continuations = [], []
         for context, continuation in rows:
-            excess = len(context) + len(continuation) - (self.max_length + 1)
+            excess = self._count_excess((context, continuation))
             if excess >= len(context):
                 raise ValueError(
                     f"a continuation of {len(continuation)} tokens does not fit into the model's context of "
                     f"{self.max_length}; shorten the choices of the task."
                 )
-            self.truncated += excess > 0
             contexts.append(context[max(0, excess) :])
             continuations.append(continuation)
         scored = score_tokens(self.generator.decoder, contexts, continuations)
         return [(row.total, row.is_greedy) for row in scored]
 
-    def _answer(self, kind: str, requests: list[Instance], answer: Callable[[list[tuple]], list]) -> list:
-        """Answers of all requests; those that are finished are not computed again."""
+    def _count_excess(self, row: Row) -> int:
+        """Tokens of a context and its continuation that do not fit into the model's context, if positive."""
+        return len(row[0]) + len(row[1]) - (self.max_length + 1)
+
+    def _answer(self, kind: str, requests: list[Instance], answer: Callable[[list[tuple]], list[dict]]) -> list:
+        """Answers of all requests, on every rank; those that are finished are not computed again."""
         keys = [make_key(kind, request.args) for request in requests]
-        known = {} if self.finished is None else self.finished.items
-        answers = {key: known[key]["answer"] for key in keys if key in known}
-        missing = {key: request.args for key, request in zip(keys, requests, strict=True) if key not in answers}
+        given = {key: request.args for key, request in zip(keys, requests, strict=True)}
         # The longest first: a request that does not fit is reported at once, and rows of a batch are of similar length.
-        order = sorted(missing, key=lambda key: -sum(len(one) for one in missing[key] if isinstance(one, str)))
-        with meter(len(order), kind, "requests") as progress:
-            for first in range(0, len(order), REQUESTS_AT_ONCE):
-                part = order[first : first + REQUESTS_AT_ONCE]
-                for key, value in zip(part, answer([missing[key] for key in part]), strict=True):
-                    answers[key] = value
-                    if self.finished is not None:
-                        self.finished.add(key, {"answer": value})
-                progress.advance(len(part))
-        return [answers[key] for key in keys]
+        order = sorted(given, key=lambda key: -sum(len(one) for one in given[key] if isinstance(one, str)))
+        self.ranks.finish_items(
+            {key: given[key] for key in order},
+            answer,
+            self.finished,
+            batch_size=REQUESTS_AT_ONCE,
+            label=kind,
+            unit="requests",
+        )
+        items = self.ranks.from_first(lambda: {key: self.finished.items[key] for key in given})
+        self.truncated += sum(item.get("truncated", False) for item in items.values())
+        return [items[key]["answer"] for key in keys]
 
 
 def make_key(kind: str, arguments: tuple) -> str:

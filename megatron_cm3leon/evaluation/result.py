@@ -13,7 +13,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -98,19 +98,51 @@ class Result:
 
 
 def read_result(path: str | Path) -> Result:
-    """The result that `write` wrote; ValueError for any other file."""
+    """The result that `write` wrote; ValueError for any other file, and for a damaged or incomplete one.
+
+    Keys that a later version has added are not read.
+    """
     path = Path(path)
     try:
-        content = json.loads(path.read_text())
-        version = content.pop("format")
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"no result at {path}; tools/evaluate.py TASK writes one.") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a result of tools/evaluate.py: {error!r}.") from error
-    if version > FORMAT:
-        raise ValueError(f"{path} has format {version}; this version reads up to {FORMAT}.")
-    content["figures"] = {name: Figure(**figure) for name, figure in content["figures"].items()}
-    return Result(**content)
+    except ValueError as error:
+        raise ValueError(_describe_damage(path, f"not valid JSON ({error})")) from error
+    if not isinstance(content, dict) or type(content.get("format")) is not int:
+        raise ValueError(f"{path} is not a result of tools/evaluate.py: it has no format; give a TASK.json.")
+    if content["format"] > FORMAT:
+        raise ValueError(
+            f"{path} has format {content['format']}; this version reads up to {FORMAT}: read it with a later version."
+        )
+    for each in fields(Result):
+        if each.name in content and type(content[each.name]) is not _KINDS[each.name]:
+            raise ValueError(_describe_damage(path, f"{each.name} is {json.dumps(content[each.name])[:60]}"))
+        if each.name not in content and each.default is each.default_factory is MISSING:
+            raise ValueError(_describe_damage(path, f"{each.name} is missing"))
+    content["figures"] = {name: _parse_figure(name, each, path) for name, each in content["figures"].items()}
+    return Result(**{each.name: content[each.name] for each in fields(Result) if each.name in content})
+
+
+_KINDS = {
+    "task": str, "figures": dict, "settings": dict, "seed": int, "inputs": dict, "versions": dict, "notes": list,
+    "tables": dict,
+}  # fmt: skip
+"""JSON types of the keys of a result."""
+
+
+def _parse_figure(name: str, content: object, path: Path) -> Figure:
+    """A figure from its JSON object; ValueError for a value that is no number."""
+    known = [each.name for each in fields(Figure)]
+    values = {key: value for key, value in content.items() if key in known} if isinstance(content, dict) else {}
+    numbers = [values.get("value"), *(values[key] for key in ("low", "high", "n") if values.get(key) is not None)]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError(_describe_damage(path, f"the figure {name} is {json.dumps(content)[:60]}"))
+    return Figure(**values)
+
+
+def _describe_damage(path: Path, fault: str) -> str:
+    return f"{path} is not a result of tools/evaluate.py, or is damaged: {fault}; repeat the command that wrote it."
 
 
 def read_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
@@ -145,12 +177,16 @@ class FinishedItems:
     (settings, inputs, seed); with another identity the folder is refused.
     """
 
-    def __init__(self, output: str | Path, identity: dict, rank: int = 0) -> None:
-        """Read what earlier runs finished; ValueError if one of them had another identity."""
+    def __init__(self, output: str | Path, identity: dict, rank: int = 0, *, former: dict | None = None) -> None:
+        """Read what earlier runs finished; ValueError if one of them had another identity.
+
+        `former` is the same identity as an earlier version wrote it.
+        """
         self.items: dict[str, dict] = {}
         """Finished items by their key; those of this rank's file on ranks other than the first."""
         # Compared as JSON holds it: tuples become lists.
         self._identity = json.loads(json.dumps(identity))
+        self._known = [self._identity, json.loads(json.dumps(former or identity))]
         folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / _items_name(rank)
@@ -195,7 +231,7 @@ class FinishedItems:
         before = next(lines, None)
         if before is None:
             return False
-        if before.get("identity") != self._identity:
+        if before.get("identity") not in self._known:
             earlier = before.get("identity") or {}
             changed = sorted(key for key in {*earlier, *self._identity} if earlier.get(key) != self._identity.get(key))
             raise ValueError(

@@ -53,14 +53,17 @@ def read_shape(folder: Path) -> Shape:
 def read_training_facts(folder: Path) -> dict:
     """How the exported model was trained ("training" of cm3leon.json); it decides which prompts the model knows.
 
-    ValueError where the file is missing or does not say so.
+    "cm3_infill_probability", which earlier exports lack, is then that of their configuration, or 0: without the field
+    there was none. ValueError where the file is missing or does not say so.
     """
     path = folder / METADATA_FILE
     try:
-        return json.loads(path.read_text())["training"]
+        metadata = json.loads(path.read_text())
+        cm3 = metadata.get("config", {}).get("cm3", {})
+        return {"cm3_infill_probability": cm3.get("infill_probability", 0.0)} | metadata["training"]
     except FileNotFoundError:
         fault = "is missing"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         fault = f"cannot be read ({type(error).__name__}: {error})"
     raise ValueError(f"{path} {fault}: it describes how the model was trained; {_AGAIN}")
 

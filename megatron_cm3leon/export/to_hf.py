@@ -181,4 +181,5 @@ def _describe_training(config: Config) -> dict:
         "retrieved_documents": config.retrieval.documents if index else 0,
         "cm3_probability": config.cm3.probability,
         "cm3_rotation_probability": config.cm3.rotation_probability,
+        "cm3_infill_probability": config.cm3.infill_probability,
     }

@@ -224,12 +224,17 @@ class Generator:
         *,
         captions: Sequence[str] | None = None,
         retrieved: Documents | None = None,
+        form: str = "auto",
     ) -> list[GeneratedImage]:
         """Images whose codes inside `box` are generated again; all others stay as they are.
 
-        The span from the first to the last code of the box is masked; codes of the span outside the box keep their
-        values while it is generated. Guidance and CD-K require `captions`. The default is `Sampling()`.
+        The span from the first to the last code of the box is generated; its codes outside the box keep their values.
+        `form`: "masked" generates it behind the codes on both sides of a mask, as CM3 does; "raster" after the codes in
+        front of it alone, as an image is generated; "auto": see prompts.choose_box_form. Guidance and CD-K require
+        `captions`. The default of `sampling` is `Sampling()`. ValueError for a box outside the image, an unknown form,
+        another number of captions than images, and a prompt that does not fit into the context.
         """
+        form = prompts.choose_box_form(form, self.training)
         sampling = sampling or Sampling()
         if sampling.needs_unconditional and captions is None:
             name = "contrast_k" if sampling.contrast_k else "guidance"
@@ -245,9 +250,16 @@ class Generator:
         image_ids = self.codec.encode_image_ids(images)
 
         def build_prompts(texts: Sequence[list[int] | None]) -> list[list[int]]:
+            given = zip(image_ids, texts, documents, strict=True)
+            if form == "masked":
+                return [
+                    prompts.infill_image_prompt(ids, start, end, text, docs, self.vocabulary)
+                    for ids, text, docs in given
+                ]
+            forms = [prompts.choose_unconditional_form("auto", docs, self.training) for docs in documents]
             return [
-                prompts.infill_image_prompt(ids, start, end, text, docs, self.vocabulary)
-                for ids, text, docs in zip(image_ids, texts, documents, strict=True)
+                prompts.continue_image_prompt(ids, start, text, docs, unconditional, self.vocabulary)
+                for (ids, text, docs), unconditional in zip(given, forms, strict=True)
             ]
 
         ids = np.array(image_ids)

@@ -6,7 +6,8 @@
     caption of an image     </s> documents image <break>    ("image_first")           -> text, </s> or <break>
                             </s> documents <sentinel:0> <break> image </s> <sentinel:0>   ("masked")
                                                                                       -> text, <eoss>
-    infilling               </s> documents left <sentinel:0> right </s> <sentinel:0>  -> the span, <eoss>
+    infilling               </s> documents left <sentinel:0> right </s> <sentinel:0>  -> the span, <eoss>  ("masked")
+    a box of an image       </s> documents caption <break> codes before the box       -> codes  ("raster")
 
 `documents` are the retrieved ones, each followed by <break>. All functions take and return lists of ids.
 """
@@ -21,6 +22,9 @@ Documents = Sequence[Iterable[int] | np.ndarray]
 """Ids of the retrieved documents of one prompt."""
 UNCONDITIONAL_FORMS = ("auto", "dropped", "sentinel")
 CAPTION_FORMS = ("auto", "image_first", "masked")
+BOX_FORMS = ("auto", "masked", "raster")
+LITTLE_INFILLING = 0.15
+"""Share of training sequences that infill a part, up to which a box is filled far better in raster order (measured)."""
 
 
 def choose_caption_form(form: str, training: dict) -> str:
@@ -47,6 +51,20 @@ def choose_unconditional_form(form: str, documents: Documents, training: dict) -
         return "dropped"
     begins_with_image = training.get("image_first_probability", 0.5) > 0
     return "dropped" if len(documents) and begins_with_image else "sentinel"
+
+
+def choose_box_form(form: str, training: dict) -> str:
+    """Resolve "auto": "raster" if at most LITTLE_INFILLING of the training sequences had a part to infill.
+
+    "masked" sees the image on all sides of a box, but a model must have learned to use it; "raster" sees what is before
+    the box alone, in the order that every image of the training has. The measurement (docs/quickstart_recipe.md) ends
+    at LITTLE_INFILLING; for more, "auto" relies on what the training was configured for.
+    """
+    _check_form(form, BOX_FORMS, "form")
+    if form != "auto":
+        return form
+    share = training.get("cm3_probability", 1.0) * training.get("cm3_infill_probability", 0.0)
+    return "masked" if share > LITTLE_INFILLING else "raster"
 
 
 def _check_form(form: str, forms: tuple[str, ...], name: str) -> None:
@@ -104,3 +122,12 @@ def infill_image_prompt(
     before = [*caption, vocabulary.break_id] if caption is not None else []
     masked = [*codes[:start], mask, *codes[end:]]
     return [*begin_sample(documents, vocabulary), *before, *masked, vocabulary.eos, mask]
+
+
+def continue_image_prompt(
+    codes: list[int], start: int, caption: list[int] | None, documents: Documents, form: str, vocabulary: Vocabulary
+) -> list[int]:
+    """An image (ids) up to its code `start`, after its caption; without one, after `unconditional_prompt` of `form`."""
+    if caption is None:
+        return [*unconditional_prompt(documents, form, vocabulary), *codes[:start]]
+    return [*image_prompt(caption, documents, vocabulary), *codes[:start]]

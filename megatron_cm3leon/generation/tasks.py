@@ -17,6 +17,7 @@ from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.data.sources.documents import decode_text
 from megatron_cm3leon.generation.documents import CompletionOptions
 from megatron_cm3leon.generation.generator import Box, Generator
+from megatron_cm3leon.generation.prompts import choose_box_form
 from megatron_cm3leon.generation.ranking import Candidates
 from megatron_cm3leon.generation.results import Results
 from megatron_cm3leon.generation.retrieved import Queries, Retrieved
@@ -155,6 +156,8 @@ class InfillTask:
     """Part of the image to generate again, in image tokens."""
     caption: str | None = None
     """What the changed image should show."""
+    form: str = "auto"
+    """How a box is generated: prompts.BOX_FORMS."""
     sampling: Sampling
     longest: int = 32
     """Text pieces of the span, at most."""
@@ -181,6 +184,8 @@ class InfillTask:
             raise ValueError("--caption is for an image with --box; --text is the caption itself: give one of them.")
         if self.sampling.needs_unconditional:
             raise ValueError("--guidance and --contrast-k are for an image with --caption; --text takes neither.")
+        if self.form != "auto":
+            raise ValueError(f"--form ({self.form}) is for an image with --box; a text is always masked: remove it.")
 
     def _fill_text(
         self,
@@ -200,10 +205,13 @@ class InfillTask:
         self, images: list[Image.Image], box: Box, generator: Generator, retrieved: Retrieved, results: Results
     ) -> None:
         captions = None if self.caption is None else [self.caption]
-        [made] = generator.infill_images(images, box, self.sampling, captions=captions, retrieved=retrieved.documents)
+        form = choose_box_form(self.form, generator.training)
+        [made] = generator.infill_images(
+            images, box, self.sampling, captions=captions, retrieved=retrieved.documents, form=form
+        )
         [decoded] = generator.codec.decode_images(generator.codec.encode_images(images))
         results.save_image(decoded, "before, as the tokenizer decodes it")
-        results.entries.append(results.save_generated(made, "infilled"))
+        results.entries.append(results.save_generated(made, "infilled") | {"form": form})
 
 
 @dataclass(frozen=True, kw_only=True)

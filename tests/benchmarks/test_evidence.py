@@ -236,12 +236,13 @@ def test_only_masked_models_read_what_follows_the_box_and_the_word(generator, ma
     assert set(np.round(first["box_right"] * 4, 6)) <= {0, 1, 2, 3, 4}
 
 
-def test_generated_words_and_codes_are_compared_with_the_true_ones(generator):
+@pytest.mark.parametrize(("masked", "form"), [(True, "masked"), (False, "raster")])
+def test_generated_codes_are_compared_with_the_true_ones(generator, masked, form):
     """The codes that the model itself generates are right, in both forms."""
     codes = np.random.default_rng(1).integers(0, 8, (1, 16))
     box = (1, 1, 3, 3)
-    made = generator.infill_images(list(codes), box, GREEDY, captions=["red circle"])
-    found = measure_infilling(generator, Pairs(["red circle"], made[0].codes[None]), slice(0, 1), True)
+    made = generator.infill_images(list(codes), box, GREEDY, captions=["red circle"], form=form)
+    found = measure_infilling(generator, Pairs(["red circle"], made[0].codes[None]), slice(0, 1), masked)
     assert found["box_right"][0] == 1.0
 
 

@@ -194,7 +194,7 @@ def test_keys_of_generated_json_are_documented(written, generation_folder, tmp_p
         done = call_tool("generate", command, *arguments, *model, "--output", tmp_path / command)
         assert done.returncode == 0, done.stderr
         entries += read_json(tmp_path / command / "generated.json")["made"]
-    others = {"score", "retrieved"}  # tests/tools/test_generate.py checks these
+    others = {"score", "retrieved", "form"}  # tests/tools/test_generate.py checks these
     assert {key for entry in entries for key in entry} == read_table("an entry of `made`").keys() - others
 
 

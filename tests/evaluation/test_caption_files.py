@@ -41,6 +41,17 @@ def test_coco_and_json_lines_hold_the_same(write):
     assert {key: path.parts[-2:] for key, path in listed.images.items()} == {"7": ("x", "7.png")}
 
 
+def test_references_beside_a_caption_of_training_are_read(write):
+    icon = {"image": "images/cif/bb.png", "caption": "flag: Barbados, CoreUI", "references": ["flag: Barbados", "flag"]}
+    both = {"id": 7, "captions": ["a dog"], "references": ["an animal"], "caption": "dog!"}
+    listed = read_references(write("r.jsonl", [icon, both]))
+    assert listed.captions == {"images/cif/bb.png": ["flag: Barbados", "flag"], "7": ["a dog"]}
+    with pytest.raises(ValueError, match=r"line 1 of .*r.jsonl has references 'flag'; a list of at least one text is"):
+        read_references(write("r.jsonl", [icon | {"references": "flag"}]))
+    with pytest.raises(ValueError, match=r"line 1 of .*r.jsonl has references 3; a text is required"):
+        read_references(write("r.jsonl", [icon | {"references": ["flag", 3]}]))
+
+
 def test_results_are_written_as_coco_has_them(tmp_path):
     write_coco_results(tmp_path / "a.json", {"7": "a", "12": "b"})
     assert json.loads((tmp_path / "a.json").read_text()) == [

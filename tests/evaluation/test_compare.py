@@ -89,11 +89,18 @@ def test_bad_arguments_are_named(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "loss.json").write_text('{"format": 1, "task": "loss", "figures": {}}')
     (tmp_path / "text.json").write_text("loss")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/notes.json").write_text("{")  # of another program
+    (tmp_path / "cut/loss.json").write_text('{"format": 1, "task": "lo')
     for arguments, fault in (
         ([tmp_path / "empty"], "has no results"),
         ([tmp_path / "nowhere"], "there is no file or folder"),
-        ([tmp_path / "loss.json"], "loss.json lacks a field of a result"),
+        (
+            [tmp_path / "loss.json"],
+            "loss.json is not a result .*, or is damaged: settings is missing",
+        ),
         ([tmp_path / "text.json"], "text.json is not a result"),
+        ([tmp_path / "cut"], r"cut/loss.json is not a result .*, or is damaged: not valid JSON .*; repeat the command"),
         ([tmp_path / "base", tmp_path / "base"], "two runs named base"),
     ):
         with pytest.raises(ValueError, match=fault):

@@ -37,11 +37,41 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     assert str(found.figures["loss"]) == "1.5 [1.25, 1.75] nats per token, n = 10"
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}'])
-def test_another_file_is_not_taken_for_a_result(tmp_path, content):
-    (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ValueError, match=r"x\.json (is not a result|has format 99)"):
+FIGURE = '"figures": {"loss": {"value": 1}}'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"",
+            "is not a result of .*, or is damaged: not valid JSON .*; repeat the command that wrote it",
+        ),
+        (b"\xff\xfe", "not valid JSON"),
+        (b'{"format": 1, "task": "lo', "not valid JSON"),
+        (b"[]", "is not a result of tools/evaluate.py: it has no format; give a TASK.json"),
+        (b"{}", "it has no format"),
+        (b'{"format": "1"}', "it has no format"),
+        (b'{"format": 99}', "has format 99; this version reads up to 1: read it with a later version"),
+        (b'{"format": 1, "task": "loss"}', "figures is missing; repeat the command that wrote it"),
+        (b'{"format": 1, "task": 3}', "task is 3; repeat"),
+        (b'{"format": 1, "task": "loss", "figures": [1]}', r"figures is \[1\]; repeat"),
+        (f'{{"format": 1, "task": "loss", {FIGURE}}}'.encode(), "settings is missing"),
+        (b'{"format": 1, "task": "a", "settings": {}, "figures": {"b": {"value": null}}}', "the figure b is {.*null}"),
+        (b'{"format": 1, "task": "a", "settings": {}, "figures": {"b": 2}}', "the figure b is 2; repeat"),
+        (b'{"format": 1, "task": "a", "settings": {}, "figures": {"b": {"value": 1, "n": "3"}}}', "the figure b is"),
+    ],
+)
+def test_another_or_an_incomplete_file_is_not_taken_for_a_result(tmp_path, content, message):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"x\.json .*{message}"):
         read_result(tmp_path / "x.json")
+
+
+def test_keys_of_a_later_version_are_not_read(tmp_path):
+    figure = '"figures": {"loss": {"value": 1, "more": 2}}'
+    (tmp_path / "x.json").write_text(f'{{"format": 1, "task": "loss", {figure}, "settings": {{}}, "more": 1}}')
+    assert read_result(tmp_path / "x.json") == Result(task="loss", figures={"loss": Figure(1)}, settings={})
 
 
 def test_the_hash_of_a_folder_depends_on_names_and_contents(tmp_path):

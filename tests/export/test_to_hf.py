@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.export import export_checkpoint, layouts, parts
+from megatron_cm3leon.export.reader import read_training_facts
 from megatron_cm3leon.model.reference import reference_logits
 from megatron_cm3leon.model.weights import canonical_shapes
 from tests.checkpoint.builders import family_config, flip_byte, write_random_checkpoint, write_tokenizers
@@ -48,6 +49,22 @@ def test_the_check_is_printed_and_recorded(family):
     assert "1 random and 1 real sequences of 20 tokens, fp32" in metadata["check"]
     assert json.loads((family.export / "cm3leon.json").read_text()) == metadata
     assert metadata["training"]["seq_length"] == 20
+    assert read_training_facts(family.export) == metadata["training"]
+
+
+def test_earlier_exports_say_in_their_configuration_how_much_was_infilled(tmp_path):
+    cases = [
+        ({"training": {"cm3_probability": 0.5}}, 0.0),
+        ({"training": {}, "config": {"cm3": {"probability": 0.5}}}, 0.0),
+        ({"training": {}, "config": {"cm3": {"infill_probability": 0.4}}}, 0.4),
+        ({"training": {"cm3_infill_probability": 0.2}, "config": {"cm3": {"infill_probability": 0.4}}}, 0.2),
+    ]
+    for metadata, share in cases:
+        (tmp_path / "cm3leon.json").write_text(json.dumps(metadata))
+        assert read_training_facts(tmp_path) == metadata["training"] | {"cm3_infill_probability": share}
+    (tmp_path / "cm3leon.json").write_text("[]")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_training_facts(tmp_path)
 
 
 def test_the_folder_is_complete(family, vocabulary):

@@ -23,6 +23,9 @@ def test_each_form_has_these_ids(vocabulary):
     codes = [10, 11, 12, 13]
     assert prompts.infill_image_prompt(codes, 1, 3, [2], [], v) == [EOS, 2, BREAK, 10, MASK, 13, EOS, MASK]
     assert prompts.infill_image_prompt(codes, 0, 4, None, [], v) == [EOS, MASK, EOS, MASK]
+    assert prompts.continue_image_prompt(codes, 2, [2], [[4]], "", v) == [EOS, 4, BREAK, 2, BREAK, 10, 11]
+    assert prompts.continue_image_prompt(codes, 1, None, [], "sentinel", v) == [EOS, MASK, BREAK, 10]
+    assert prompts.continue_image_prompt(codes, 0, None, [[4]], "dropped", v) == [EOS, 4, BREAK]
 
 
 def test_a_masked_sequence_of_the_stream_begins_with_the_infilling_prompt(vocabulary):
@@ -44,5 +47,11 @@ def test_auto_depends_on_the_training_settings():
     assert unconditional("auto", [DOCUMENT], {"image_first_probability": 0.0}) == "sentinel"
     assert unconditional("auto", [], {"cm3_probability": 0.0}) == "dropped"
     assert unconditional("dropped", [], {}) == "dropped"
+    box = prompts.choose_box_form
+    assert box("auto", {}) == box("auto", {"cm3_probability": 0.3, "cm3_infill_probability": 0.5}) == "raster"
+    assert box("auto", {"cm3_probability": 0.5, "cm3_infill_probability": 0.4}) == "masked"
+    assert box("raster", {"cm3_infill_probability": 1.0}) == "raster" and box("masked", {}) == "masked"
+    with pytest.raises(ValueError, match=r"form \('reverse'\) must be one of: auto, masked, raster"):
+        box("reverse", {})
     with pytest.raises(ValueError, match=r"form \('reverse'\) must be one of: auto, image_first, masked"):
         caption("reverse", {})

@@ -120,6 +120,12 @@ def test_text_and_images_are_infilled(folder):
     tokenizers = Tokenizers.load(folder / "exported")
     codes = tokenizers.image.encode(to_pixels(load_image(folder / "0.png"), 16)[None])[0].tolist()
     assert generated["codes"][:4] == codes[:4] and generated["codes"][12:] == codes[12:]
+    assert generated["form"] == "raster", "not a form that the training had"
+    masked = ["--caption", "a red picture", "--form", "masked", "--output", folder / "masked"]
+    run_tool("generate", "infill", *model, *box, *masked)
+    [other] = read_results(folder / "masked")["made"]
+    assert other["form"] == "masked" and other["codes"] != generated["codes"]
+    assert other["codes"][:4] == codes[:4] and other["codes"][12:] == codes[12:]
 
 
 def test_retrieved_documents_precede_the_caption(folder):
@@ -217,6 +223,10 @@ def test_a_text_that_begins_with_an_at_sign(folder):
         (
             ["infill", "--text", "a <mask>", "--guidance", "2", "--model", "{model}", "--output", "{folder}/new"],
             "--text takes neither",
+        ),
+        (
+            ["infill", "--text", "a <mask>", "--form", "raster", "--model", "{model}", "--output", "{folder}/new"],
+            "--form (raster) is for an image with --box; a text is always masked: remove it.",
         ),
         (
             [

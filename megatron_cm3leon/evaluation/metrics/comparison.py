@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cm3leon.common.cli import user_path
-from megatron_cm3leon.evaluation.metrics.features import Network, extract_features
+from megatron_cm3leon.evaluation.metrics.features import Network, count_finished, extract_features
 from megatron_cm3leon.evaluation.metrics.image_folder import (
     CROPS,
     Preparation,
     check_sizes,
     find_rank_folders,
-    hash_images,
+    hash_lines,
+    identify_images,
     list_images,
 )
 from megatron_cm3leon.evaluation.metrics.statistics import (
@@ -124,7 +125,8 @@ class Comparison:
         self.task, self.inputs, self.sets, self.reference, self.network = task, inputs, sets, reference, network
         self.record = network.identity | {"crop": inputs.crop, "size": str(inputs.size or "as it is")}
         folders = [*sets, *([reference] if reference else [])]
-        self.hashes = {each.name: hash_images(each.folder, each.files) for each in folders}
+        self.lines = {each.name: identify_images(each.folder, each.files) for each in folders}
+        self.hashes = {name: hash_lines(lines) for name, lines in self.lines.items()}
         self.hashes["network"] = network.identity["network"]
         self.notes: list[str] = []
         if inputs.reference and reference is None:
@@ -164,9 +166,14 @@ class Comparison:
     @contextmanager
     def _finished(self) -> Iterator[FinishedItems]:
         preparation = asdict(Preparation(self.inputs.crop, self.inputs.size, self.inputs.save))
-        identity = {"task": self.task, "preparation": preparation, "inputs": self.hashes}
-        finished = FinishedItems(self.inputs.output, identity | {"network": self.network.identity})
+        identity = {"task": self.task, "preparation": preparation, "network": self.network.identity}
+        # Images have their hashes beside their features: those that are not finished may be replaced or removed.
+        files = {name: value for name, value in self.hashes.items() if name not in self.lines}
+        former = identity | {"inputs": self.hashes}
+        finished = FinishedItems(self.inputs.output, identity | {"inputs": files}, former=former)
         try:
+            for name, lines in self.lines.items():
+                count_finished(name, lines, finished)  # before hours are spent
             yield finished
         finally:
             finished.close()
@@ -192,7 +199,14 @@ class Comparison:
 
     def _extract(self, each: ImageSet, finished: FinishedItems) -> np.ndarray:
         return extract_features(
-            each.name, each.files, self.network, each.preparation, self.inputs.output, finished, self.inputs.batch_size
+            each.name,
+            each.files,
+            self.lines[each.name],
+            self.network,
+            each.preparation,
+            self.inputs.output,
+            finished,
+            self.inputs.batch_size,
         )
 
     def _check_count(self, name: str, n: int) -> None:

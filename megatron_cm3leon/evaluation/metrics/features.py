@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_cm3leon.common.progress import Meter, meter
-from megatron_cm3leon.evaluation.metrics.image_folder import Preparation
+from megatron_cm3leon.common.progress import meter
+from megatron_cm3leon.evaluation.metrics.image_folder import Preparation, hash_lines
 from megatron_cm3leon.evaluation.result import FinishedItems
 
 CHUNK = 512
@@ -38,6 +38,7 @@ class Network(Protocol):
 def extract_features(
     name: str,
     files: Sequence[Path],
+    lines: Sequence[str],
     network: Network,
     preparation: Preparation,
     output: str | Path,
@@ -46,39 +47,71 @@ def extract_features(
 ) -> np.ndarray:
     """Features float32 [files, width] of images, as a file that is mapped into memory.
 
-    Chunks that `finished` has are kept. Raises ValueError for images that cannot be read, and for features that are
-    not finite numbers.
+    `lines` identify the files (image_folder.py). Features that `finished` has are kept, those before an image that
+    cannot be read too: files behind them may be replaced or removed. Raises ValueError for images that cannot be read,
+    for changed images whose features are finished, and for features that are not finite numbers.
     """
     path = Path(output) / "features" / f"{name}.npy"
-    done = {key for key in finished.items if key.startswith(f"{name}/")}
-    stored = _open_features(path, (len(files), network.width), keep=bool(done))
-    starts = range(0, len(files), CHUNK)
+    start = count_finished(name, lines, finished)
+    stored = _open_features(path, (len(files), network.width), start)
     with ThreadPoolExecutor(THREADS) as pool, meter(len(files), f"features of {name}", "images") as progress:
-        for start in starts:
-            chunk = files[start : start + CHUNK]
-            if f"{name}/{start}" in done:
-                progress.advance(len(chunk))
-                continue
-            _extract_chunk(chunk, network, preparation, stored[start : start + CHUNK], batch_size, pool, progress)
-            stored.flush()
-            finished.add(f"{name}/{start}", {"images": len(chunk)})
+        progress.advance(start)
+        while start < len(files):
+            end = min((start // CHUNK + 1) * CHUNK, len(files))
+            encoded = 0
+            try:
+                for n in _extract_chunk(files[start:end], network, preparation, stored[start:end], batch_size, pool):
+                    encoded += n
+                    progress.advance(n)
+            finally:  # complete batches are kept, whatever ended the chunk
+                if encoded:
+                    stored.flush()
+                    sha256 = hash_lines(lines[start : start + encoded])
+                    finished.add(f"{name}/{start}", {"images": encoded, "sha256": sha256})
+            start = end
     # Copy-on-write: what reads the features cannot change the file.
     return np.load(path, mmap_mode="c")
 
 
-def _open_features(path: Path, shape: tuple[int, int], keep: bool) -> np.memmap:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if keep:
-        try:
-            stored = np.load(path, mmap_mode="r+")
-        except (OSError, ValueError) as error:
+def count_finished(name: str, lines: Sequence[str], finished: FinishedItems) -> int:
+    """Images of a set, from its first on, whose features are finished; ValueError if one of them has changed."""
+    count = 0
+    while item := finished.items.get(f"{name}/{count}"):
+        end = count + item["images"]
+        # Items without it are of an identity that has the whole folder.
+        if "sha256" in item and item["sha256"] != hash_lines(lines[count:end]):
             raise ValueError(
-                f"{path} is missing or damaged ({error}), but items.jsonl beside its folder records its images; "
-                f"delete items.jsonl to compute them again."
-            ) from error
-        assert stored.shape == shape  # the list of images is part of the identity of items.jsonl
+                f"{finished.path} is of a run with different inputs ({name}); give another --output, or delete the "
+                f"file."
+            )
+        count = end
+    return count
+
+
+def _open_features(path: Path, shape: tuple[int, int], done: int) -> np.memmap:
+    """The file for features of `shape`, with the first `done` rows of the one that is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not done:
+        return np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    try:
+        stored = np.load(path, mmap_mode="r+")
+        if len(stored) < done:
+            raise ValueError(f"it has {len(stored)} rows instead of {done} or more")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged ({error}), but items.jsonl beside its folder records its images; "
+            f"delete items.jsonl to compute them again."
+        ) from error
+    if stored.shape == shape:
         return stored
-    return np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    # Images were added or removed behind the finished ones.
+    temporary = path.with_suffix(".tmp")
+    resized = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+    for start in range(0, done, CHUNK):
+        resized[start : min(start + CHUNK, done)] = stored[start : min(start + CHUNK, done)]
+    resized.flush()
+    temporary.replace(path)
+    return resized
 
 
 def _extract_chunk(
@@ -88,9 +121,8 @@ def _extract_chunk(
     stored: np.ndarray,
     batch_size: int,
     pool: ThreadPoolExecutor,
-    progress: Meter,
-) -> None:
-    """Fill `stored` with the features of `files`."""
+) -> Iterator[int]:
+    """Fill `stored` with the features of `files`; yields the number of images of each batch that is stored."""
     for start, images in _load_batches(files, network, preparation, batch_size, pool):
         features = network.encode(images)
         if features.shape != (len(images), network.width):
@@ -105,7 +137,7 @@ def _extract_chunk(
                 f"{len(damaged)} images, such as {files[start + int(damaged.argmax())]}; check the weights."
             )
         stored[start : start + len(images)] = features
-        progress.advance(len(images))
+        yield len(images)
 
 
 def _load_batches(

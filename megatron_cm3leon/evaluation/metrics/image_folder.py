@@ -23,6 +23,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CROPS = ("none", "center")
 LARGEST_SIDE = 8192
 """Pixels; larger squares than load_image reads are not made either."""
+REPLACE = "replace the file, and repeat the command, which continues"
+"""Remedy for a file that a list names, so that it cannot be removed."""
 _TURNED = range(5, 9)
 """Values of EXIF's orientation with which height and width are exchanged."""
 
@@ -74,20 +76,27 @@ class Preparation:
         return np.array(image)
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, remedy: str = "remove or replace the file") -> Image.Image:
     """The image of a file as RGB; ValueError with the reason and the remedy if it cannot be read."""
     try:
         return load_image(path)
     except ValueError as error:
-        raise ValueError(f"{str(error).rstrip('.')}; remove or replace the file.") from error
+        raise ValueError(f"{str(error).rstrip('.')}; {remedy}.") from error
 
 
 def hash_images(folder: str | Path, files: Sequence[Path]) -> str:
     """SHA-256 of the names, relative to the folder, and contents of image files."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
-    return digest.hexdigest()
+    return hash_lines(identify_images(folder, files))
+
+
+def identify_images(folder: str | Path, files: Sequence[Path]) -> list[str]:
+    """A line for each image file: its name, relative to the folder, and the SHA-256 of its content."""
+    return [f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n" for path in files]
+
+
+def hash_lines(lines: Sequence[str]) -> str:
+    """SHA-256 of lines of `identify_images`."""
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def list_images(folder: str | Path, option: str, minimum: int = 2) -> list[Path]:

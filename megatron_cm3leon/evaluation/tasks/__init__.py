@@ -21,7 +21,7 @@ TASKS: dict[str, str] = {
     "vqa": "answers to questions about images: VQA, VizWiz, OK-VQA, ScienceQA, VisDial",
 }
 """Task -> what it measures, as `tools/evaluate.py --help` shows it."""
-SHARED = ("caption", "clip", "geneval", "loss", "vqa")
+SHARED = ("caption", "clip", "geneval", "harness", "infill", "loss", "vqa")
 """Tasks that run on several ranks."""
 
 

@@ -4,14 +4,14 @@
     --questions FILE.jsonl --vlmevalkit OUT.tsv           writes the file that VLMEvalKit reads; no model is needed
 
 The results are those of the harness's own `--model hf` on the same export (evaluation/lm_eval_model.py). Task files may
-name Python functions (`!function`), which are executed. Answers are written as they are computed, and are not computed
-again when the command is repeated.
+name Python functions (`!function`), which are executed. The ranks of a launch share the requests. Answers are written
+as they are computed, and are not computed again when the command is repeated.
 """
 
 import argparse
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from megatron_cm3leon.common.cli import user_path
 from megatron_cm3leon.evaluation.lm_eval_model import HarnessModel
+from megatron_cm3leon.evaluation.ranks import Ranks
 from megatron_cm3leon.evaluation.result import (
     RESAMPLES,
     Figure,
-    FinishedItems,
     Result,
     bootstrap,
     hash_input,
@@ -72,15 +72,18 @@ def evaluate(
     seed: int = 1234,
     questions: str | Path | None = None,
     vlmevalkit: str | Path | None = None,
-) -> Result:
+    ranks: Ranks | None = None,
+) -> Result | None:
     """Run tasks, or write the TSV; the options are those of `add_options`.
 
-    Figures are named TASK/METRIC, with /FILTER where a task has filters. ValueError for options that do not belong
-    together, and for a task file that this version of the harness does not read.
+    Figures are named TASK/METRIC, with /FILTER where a task has filters. None on ranks other than the first. ValueError
+    for options that do not belong together, and for a task file that this version of the harness does not read.
     """
+    ranks = ranks or Ranks()
     if (questions is None) != (vlmevalkit is None):
         raise ValueError("--questions and --vlmevalkit belong together; give both, or neither.")
     if questions is not None and vlmevalkit is not None:
+        ranks.require_one("the task harness with --vlmevalkit")
         return _convert_questions(questions, vlmevalkit)
     for name, value in (("model", model), ("include-path", include_path), ("tasks", tasks)):
         if not value:
@@ -90,18 +93,19 @@ def evaluate(
         if number is not None and number < least:
             raise ValueError(f"--{name} ({number}) must be at least {least}.")
     with offline():
-        loaded = load_tasks(include_path, tasks, num_fewshot, seed)
+        loaded = load_tasks(include_path, tasks, num_fewshot, seed) if ranks.first else {}
+        ranks.from_first(lambda: None)  # the first rank has prepared the data, which the others find in the cache
+        loaded = loaded or load_tasks(include_path, tasks, num_fewshot, seed)
         settings = {"tasks": tasks, "num_fewshot": num_fewshot, "limit": limit, "bos": bos, "dtype": dtype}
-        inputs = {"model": hash_input(model), "task_files": _hash_task_files(Path(include_path))}
-        inputs |= _hash_data(loaded["tasks"])
-        finished = FinishedItems(output, {"settings": settings, "inputs": inputs, "seed": seed})
-        try:
-            harness_model = HarnessModel(Generator.load(model, dtype, device), bos=bos, finished=finished)
+        inputs = ranks.from_first(lambda: _hash_inputs(model, Path(include_path), loaded["tasks"]))
+        generator = Generator.load(model, dtype, ranks.resolve_device(device))
+        with closing(ranks.open_items(output, {"settings": settings, "inputs": inputs, "seed": seed})) as finished:
+            harness_model = HarnessModel(generator, finished, ranks, bos=bos)
             # Not simple_evaluate, which runs pip and other programs to describe the machine.
             found = run_harness(harness_model, loaded, limit=limit, bootstrap_iters=0)
-        finally:
-            finished.close()
-    assert found is not None  # it is None on ranks other than 0, and there is one
+    assert found is not None  # it is None on ranks of lm_eval other than 0, and to lm_eval there is one
+    if not ranks.first:
+        return None
     result = Result(
         task="harness",
         figures=_collect_figures(found, loaded["tasks"], seed),
@@ -219,6 +223,12 @@ def _find_unreadable(folder: Path) -> str:
         if not isinstance(content, dict) or not {"task", "group"} & set(content):
             return f" {path} has neither task nor group, as a file of another version of the harness."
     return ""
+
+
+def _hash_inputs(model: str | Path, include_path: Path, loaded: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of everything that is read."""
+    files = {"model": hash_input(model), "task_files": _hash_task_files(include_path)}
+    return files | _hash_data(loaded)
 
 
 def _hash_task_files(folder: Path) -> str:

@@ -10,41 +10,38 @@ Each box is half as high and wide as the image, in one of the corners or in the 
 
     text_word_commonest   the hidden word is always the commonest one
     _background           the box has the commonest code outside it
-    _generated            the image is generated from its caption in its order, without a mask and guidance, and the
-                          codes outside the box are given: possible without CM3, but blind for what comes after the box
+    _generated            the box is filled in the image's order, without a mask and guidance ("raster"): possible
+                          without CM3, but blind for what comes after the box
     box_all_original      the original codes: the upper bound
 
-Text is filled greedily. With an index, documents are retrieved by the image for a text, by the caption for a box.
+Text is filled greedily. With an index, documents are retrieved by the image for a text, by the caption for a box. The
+ranks of a launch share the pairs, and an interrupted run continues after its last batch.
 """
 
 import argparse
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from megatron_cm3leon.common.cli import user_path
-from megatron_cm3leon.common.progress import meter
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.evaluation.heldout import Heldout, read_heldout
 from megatron_cm3leon.evaluation.judge import Checker, judge_images, load_checker, parse_captions
-from megatron_cm3leon.evaluation.result import Figure, FinishedItems, Result, bootstrap, hash_input
+from megatron_cm3leon.evaluation.ranks import Ranks
+from megatron_cm3leon.evaluation.result import Figure, Result, bootstrap, hash_input
 from megatron_cm3leon.evaluation.retrieval import PROMPT_TOKENS
-from megatron_cm3leon.generation.batch import decode_segments
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.generator import Box, Generator
-from megatron_cm3leon.generation.grammar import image_segment
-from megatron_cm3leon.generation.prompts import image_prompt
 from megatron_cm3leon.generation.retrieved import DocumentSource, keep_nearest
 from megatron_cm3leon.generation.sampling import SAMPLERS, Sampling
 from megatron_cm3leon.generation.tasks import MASK
 from megatron_cm3leon.tokenizers.vocab import check_same_vocabulary
 
-AT_ONCE = 48
-"""Pairs between two writes of finished items."""
 SPAN_WORDS = (2, 4)
 """Fewest and most words of a hidden span."""
 SHOWN = 24
@@ -63,6 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--encoder", type=user_path, help="CLIP folder, if it was moved since the index recorded its path")
     add("--guidance", type=float, default=1.0, help="weight of classifier-free guidance of a box; 1: none")
     add("--temperature", type=float, default=0.3, help="of the sampled image tokens; 0 is greedy")
+    add("--batch-size", type=int, default=48, help="pairs per batch, after which an interrupted run continues")
     add("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="how random numbers select an image token")
     add("--seed", type=int, default=0, help="of the choice of pairs, of what is hidden, and of the images")
     add("--dtype", choices=KINDS, default="fp32", help="type of the model's matrices")
@@ -91,21 +89,25 @@ def evaluate(
     encoder: str | Path | None = None,
     guidance: float = 1.0,
     temperature: float = 0.3,
+    batch_size: int = 48,
     sampler: str = SAMPLERS[0],
     seed: int = 0,
     dtype: str = "fp32",
     device: str = "auto",
-) -> Result:
+    ranks: Ranks | None = None,
+) -> Result | None:
     """Hide, fill and compare; an interrupted evaluation continues from `output`.
 
     The options are those of `add_options`, the figures those of the module's docstring; without a checker there are no
-    figures of attributes. ValueError for shards of another vocabulary and for no pairs that can be evaluated.
+    figures of attributes. None on ranks other than the first. ValueError for shards of another vocabulary and for no
+    pairs that can be evaluated.
     """
+    ranks = ranks or Ranks()
     if count < 1:
         raise ValueError(f"--count ({count}) must be at least 1.")
     sampling = Sampling(guidance=guidance, temperature=temperature, sampler=sampler, seed=seed)
     judge = load_checker(checker) if checker else None
-    generator = Generator.load(model, dtype, device)
+    generator = Generator.load(model, dtype, ranks.resolve_device(device))
     corpus = open_shards(shards)
     check_same_vocabulary(generator.vocabulary, corpus.vocabulary, f"the shards at {shards}")
     pairs = read_heldout(corpus, count, seed, judge)
@@ -115,16 +117,24 @@ def evaluate(
         "count": count, "guidance": guidance, "temperature": temperature, "sampler": sampler, "dtype": dtype,
         "documents": wanted if source else 0,
     }  # fmt: skip
-    inputs = {"model": hash_input(model), "shards": hash_input(Path(shards) / "manifest.json")}
-    inputs |= {"checker": hash_input(checker)} if checker else {}
-    inputs |= {"index": hash_input(Path(str(index)) / "index.json")} if source else {}
+    read = {"model": Path(model), "shards": Path(shards) / "manifest.json"}
+    read |= {"checker": Path(checker)} if checker else {}
+    read |= {"index": Path(str(index)) / "index.json"} if source else {}
+    inputs = ranks.from_first(lambda: {name: hash_input(path) for name, path in read.items()})
     evaluation = _Evaluation(generator, judge, source, wanted, sampling, pairs)
-    finished = FinishedItems(output, {"settings": settings, "inputs": inputs, "seed": seed})
-    try:
-        evaluation.run(finished)
-        items = [finished.items[str(number)] for number in range(len(pairs.captions)) if evaluation.hidden[number]]
-    finally:
-        finished.close()
+    chosen = evaluation.choose_pairs()
+    with closing(ranks.open_items(output, {"settings": settings, "inputs": inputs, "seed": seed})) as finished:
+        ranks.finish_items(
+            {str(number): number for number in chosen},
+            evaluation.fill,
+            finished,
+            batch_size=batch_size,
+            label="infilling",
+            unit="pairs",
+        )
+    if not ranks.first:
+        return None
+    items = [finished.items[str(number)] for number in chosen]
     n_skipped = len(pairs.captions) - len(items)
     return Result(
         task="infill",
@@ -138,7 +148,7 @@ def evaluate(
 
 
 class _Evaluation:
-    """What is hidden and filled: the pairs, one after another."""
+    """What is hidden of the pairs, and what fills it."""
 
     def __init__(
         self,
@@ -159,21 +169,18 @@ class _Evaluation:
             words = choose_words(caption, checker, random)
             self.hidden.append(_Hidden(*words, boxes[number % len(boxes)]) if words else None)
 
-    def run(self, finished: FinishedItems) -> None:
-        """Fill the pairs that are not finished."""
+    def choose_pairs(self) -> list[int]:
+        """Numbers of the pairs whose caption has a word to hide; ValueError if there are none."""
         chosen = [number for number, hidden in enumerate(self.hidden) if hidden]
         if not chosen:
             raise ValueError("no caption has a word to hide; give shards of pairs with captions of words.")
-        left = [number for number in chosen if str(number) not in finished.items]
-        with meter(len(chosen), "infilling", "pairs") as progress:
-            progress.advance(len(chosen) - len(left))
-            for first in range(0, len(left), AT_ONCE):
-                part = left[first : first + AT_ONCE]
-                words, spans = self._fill_texts(part)
-                boxes = self._fill_boxes(part)
-                for number, word, span, box in zip(part, words, spans, boxes, strict=True):
-                    finished.add(str(number), {"word": word, "span": span, "box": box})
-                progress.advance(len(part))
+        return chosen
+
+    def fill(self, part: list[int]) -> list[dict]:
+        """The items of these pairs: the filled word, span and box of each."""
+        words, spans = self._fill_texts(part)
+        rows = zip(words, spans, self._fill_boxes(part), strict=True)
+        return [{"word": word, "span": span, "box": box} for word, span, box in rows]
 
     def _fill_texts(self, part: list[int]) -> tuple[list[dict], list[dict]]:
         """For each pair, the caption with a hidden word, and with a hidden span, filled."""
@@ -204,24 +211,22 @@ class _Evaluation:
 
     def _fill_boxes(self, part: list[int]) -> list[dict]:
         """For each pair, how the filled box compares with the original codes and with background."""
-        generated = self._generate_boxes(part)
         filled: dict[int, np.ndarray] = {}
+        generated: dict[int, np.ndarray] = {}
         background: dict[int, np.ndarray] = {}
         for box in dict.fromkeys(hidden.box for number in part if (hidden := self.hidden[number])):
             chosen = [number for number in part if (hidden := self.hidden[number]) and hidden.box == box]
             captions = [self.pairs.captions[number] for number in chosen]
-            images = self.generator.infill_images(
-                [self.pairs.codes[number] for number in chosen],
-                box,
-                self.sampling,
-                captions=captions,
-                retrieved=self._retrieve(part=chosen, texts=captions),
+            images = [self.pairs.codes[number] for number in chosen]
+            documents = self._retrieve(part=chosen, texts=captions)
+            masked, raster = (
+                self.generator.infill_images(images, box, sampling, captions=captions, retrieved=documents, form=form)
+                for form, sampling in (("masked", self.sampling), ("raster", replace(self.sampling, guidance=1.0)))
             )
             mask = self._mask(chosen[0])
-            for number, image in zip(chosen, images, strict=True):
-                codes = self.pairs.codes[number]
+            for number, codes, one, other in zip(chosen, images, masked, raster, strict=True):
                 commonest = np.bincount(codes[~mask]).argmax() if not mask.all() else 0
-                filled[number] = image.codes
+                filled[number], generated[number] = one.codes, other.codes
                 background[number] = np.where(mask, commonest, codes)
         items: list[dict] = []
         for number in part:
@@ -245,26 +250,6 @@ class _Evaluation:
                 for item, judged in zip(items, judge_images(self.checker, decoded, expected), strict=True):
                     item[f"all{name}"] = all(entry[2] for entry in judged.values())
         return items
-
-    def _generate_boxes(self, part: list[int]) -> dict[int, np.ndarray]:
-        """Codes of each pair's image, generated from its caption with the codes outside the box given."""
-        generator, captions = self.generator, [self.pairs.captions[number] for number in part]
-        vocabulary = generator.vocabulary
-        documents = self._retrieve(part, texts=captions) or [[] for _ in part]
-        ids = decode_segments(
-            generator.decoder,
-            [
-                image_prompt(generator.codec.text.encode(caption), row, vocabulary)
-                for caption, row in zip(captions, documents, strict=True)
-            ],
-            image_segment(vocabulary),
-            replace(self.sampling, guidance=1.0),
-            [self.sampling.seed] * len(part),
-            forced=np.stack(
-                [np.where(self._mask(number), -1, self.pairs.codes[number] + vocabulary.image_start) for number in part]
-            ),
-        )
-        return dict(zip(part, ids - vocabulary.image_start, strict=True))
 
     def _mask(self, number: int) -> np.ndarray:
         """Whether each code of a pair's image is inside its box, bool [image tokens]."""

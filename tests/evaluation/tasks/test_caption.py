@@ -8,12 +8,16 @@ from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 
+from megatron_cm3leon.common.atomic_io import write_json
+from megatron_cm3leon.data.shards.reader import build_manifest
+from megatron_cm3leon.data.shards.writer import ShardWriter
 from megatron_cm3leon.evaluation import caption_scores
 from megatron_cm3leon.evaluation.metrics.ptb_tokenizer import tokenize
 from megatron_cm3leon.evaluation.result import read_result
 from megatron_cm3leon.evaluation.tasks import caption
 from megatron_cm3leon.generation.retrieved import DocumentSource
 from megatron_cm3leon.generation.sampling import Sampling
+from tests.evaluation.conftest import VOCABULARY
 from tests.tools.call import call_tool
 
 OWN = ["bleu", "cider", "rouge"]
@@ -142,6 +146,25 @@ def test_a_model_captions_shards_with_and_without_documents(inputs, monkeypatch)
         caption.evaluate(output=inputs.path / "own", index=inputs.bank, **{**options, "shards": inputs.bank})
 
 
+def test_references_of_the_input_replace_the_caption_of_training(tmp_path):
+    rows = [("a dark picture", {"references": ["dark", "a dark tone"], "license": "MIT"}, 0),
+            ("dark: a picture", {"references": ["dark", "night"]}, 0),
+            ("a light picture", {}, 1),
+            ("a picture", {"references": "see [1]"}, 2)]  # fmt: skip
+    writer = ShardWriter(tmp_path, "shard-00000-0", VOCABULARY)
+    for number, (text, extra, code) in enumerate(rows):
+        fields = {"caption": text, "image": "", "source": "", "picture_sha256": "", "extra": json.dumps(extra)}
+        ids = [0, VOCABULARY.break_id, *[VOCABULARY.image_start + code] * 4]
+        writer.add(f"{number:06d}", np.array(ids), fields)
+    write_json(tmp_path / "manifest.json", build_manifest(VOCABULARY, [writer.close()], input=str(tmp_path)))
+    images = caption.open_images(tmp_path, None, None)
+    assert images.references == {
+        "000000": ["dark", "a dark tone", "night"],
+        "000002": ["a light picture"],
+        "000003": ["a picture"],
+    }
+
+
 def test_documents_with_the_same_image_are_one_image(inputs):
     images = caption.open_images(inputs.shards, None, None)
     codes = [row.tobytes() for row in images.load_inputs(list(images.references))]
@@ -190,6 +213,10 @@ def test_a_model_captions_the_images_of_a_list(inputs):
         caption.evaluate(output=inputs.path / "other", **options)
     path.write_text('{"id": 1, "caption": "a"}')
     with pytest.raises(ValueError, match=r"1 of 1 entries of .* have no image, the first is '1'"):
+        caption.evaluate(output=inputs.path / "other", **options)
+    (inputs.path / "images.jsonl").write_text('{"image": "0.png", "caption": "dark"}')
+    (inputs.path / "0.png").write_bytes((inputs.path / "0.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"0.png: damaged PNG: .*; replace the file, and repeat the command, which"):
         caption.evaluate(output=inputs.path / "other", **options)
     with pytest.raises(ValueError, match=r"--count \(0\) must be at least 1"):
         caption.evaluate(output=inputs.path / "other", count=0, **{**options, "images": None, "shards": inputs.shards})

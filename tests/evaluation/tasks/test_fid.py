@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_cm3leon.evaluation.metrics import features
 from megatron_cm3leon.evaluation.metrics.fidelity import load_fidelity
 from megatron_cm3leon.evaluation.metrics.inception import Inception, write_random_weights
 from megatron_cm3leon.evaluation.result import read_result
@@ -131,8 +132,57 @@ def test_an_interrupted_run_continues_and_another_reference_is_refused(folders, 
     assert calls == [4, 3, 3]  # the reference is complete, the images are not
     run(path, sha256, "interrupted", **options)
     assert len(calls) == 3
-    with pytest.raises(ValueError, match="of a run with different inputs; give another --output"):
+    with pytest.raises(ValueError, match=r"of a run with different inputs \(reference\); give another --output"):
         run(path, sha256, "interrupted", **options | {"reference": path / "images" / "0"})
+
+
+def count_batches(calls):
+    """A cheap `Inception.encode` that adds the size of each batch to `calls`."""
+
+    def encode(self, images):
+        calls.append(len(images))
+        return encode_cheaply(self, images)
+
+    return encode
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["replaced", "removed"])
+def test_an_image_that_cannot_be_decoded_costs_no_finished_features(folders, tmp_path, monkeypatch, removed):
+    path, sha256 = folders
+    images, damaged = write_images(tmp_path / "images", 10, seed=3), tmp_path / "images" / "007.png"
+    content, calls = damaged.read_bytes(), []
+    damaged.write_bytes(content[: len(content) // 2])
+    monkeypatch.setattr(features, "CHUNK", 5)
+    monkeypatch.setattr(Inception, "encode", count_batches(calls))
+    options = {"images": images, "batch_size": 2, "size": 16}  # with a size, only headers are read before
+    with pytest.raises(ValueError, match=r"007\.png: the image cannot be decoded.*; remove or replace the file\."):
+        run(path, sha256, tmp_path / "out", **options)
+    assert calls == [2, 2, 2, 2, 1, 2], "the reference, and the images up to 6"
+    damaged.unlink() if removed else damaged.write_bytes(content)
+    continued = run(path, sha256, tmp_path / "out", **options)
+    assert calls[6:] == ([2] if removed else [2, 1])
+    complete = run(path, sha256, tmp_path / "complete", **options)
+    assert continued.figures == complete.figures and continued.inputs == complete.inputs
+    assert len(np.load(tmp_path / "out/features/images.npy")) == (9 if removed else 10)
+    (images / "001.png").write_bytes((images / "002.png").read_bytes())
+    with pytest.raises(ValueError, match=r"of a run with different inputs \(images\); give another --output"):
+        run(path, sha256, tmp_path / "out", **options)
+
+
+def test_features_of_an_earlier_version_are_kept(folders, tmp_path, monkeypatch):
+    """Its identity had the images, and its items no hashes."""
+    path, sha256 = folders
+    calls = []
+    monkeypatch.setattr(Inception, "encode", count_batches(calls))
+    first = run(path, sha256, tmp_path, images=path / "images" / "0", resamples=0)
+    identity, *lines = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    identity["identity"]["inputs"] = first.inputs
+    for line in lines:
+        line["item"].pop("sha256")
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [identity, *lines]))
+    assert run(path, sha256, tmp_path, images=path / "images" / "0", resamples=0) == first and calls == [4, 3]
+    with pytest.raises(ValueError, match="of a run with different inputs"):
+        run(path, sha256, tmp_path, images=path / "images" / "1", resamples=0)
 
 
 def test_a_run_whose_output_is_the_folder_of_images_continues(folders, tmp_path, monkeypatch):

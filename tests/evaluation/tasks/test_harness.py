@@ -1,6 +1,7 @@
 """The task harness: the results of lm-evaluation-harness's own `--model hf` on the same export."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -9,13 +10,17 @@ from lm_eval import evaluate as run_harness
 from lm_eval.models.huggingface import HFLM
 from transformers import OPTForCausalLM
 
+from megatron_cm3leon.distributed.launch import Rank
+from megatron_cm3leon.evaluation import lm_eval_model
 from megatron_cm3leon.evaluation.lm_eval_model import make_key
+from megatron_cm3leon.evaluation.ranks import Ranks
 from megatron_cm3leon.evaluation.tasks import harness
 from megatron_cm3leon.export.tokenizer_json import write_tokenizer
 from megatron_cm3leon.generation.decoder import Decoder
 from megatron_cm3leon.generation.generator import Generator
 from megatron_cm3leon.tokenizers.text import train_text
 from tests.data.corpora import make_vocabulary
+from tests.evaluation.rank_threads import run_ranks
 from tests.models import make_tokenizers, save_random_opt
 
 CAPTIONS = [
@@ -128,6 +133,37 @@ def test_bos_changes_results_and_finished_answers_are_kept(arguments):
     assert (arguments["output"] / "items.jsonl").read_text() == items and again.figures == first.figures
     with pytest.raises(ValueError, match="of a run with different settings"):
         harness.evaluate(**arguments | {"tasks": ["choice"], "bos": False})
+
+
+def test_ranks_share_the_requests_and_may_become_fewer(arguments, export, monkeypatch):
+    monkeypatch.setattr(lm_eval_model, "REQUESTS_AT_ONCE", 3)
+    with (arguments["include_path"] / "continue.jsonl").open("a") as file:
+        file.write(json.dumps({"question": " ".join(WORDS[:90]), "answer": "x"}) + "\n")
+    alone = harness.evaluate(**arguments)
+    assert alone.notes == ["1 contexts were longer than the model's 64 tokens and lost their beginning."]
+    shared = arguments | {"output": arguments["output"].parent / "shared"}
+    scored, local = [], threading.local()
+    score = lm_eval_model.score_tokens
+
+    def interrupt_third(*rows):
+        local.calls = getattr(local, "calls", 0) + 1
+        if local.calls == 3:
+            raise KeyboardInterrupt
+        scored.append(len(rows[1]))
+        return score(*rows)
+
+    with harness.offline():  # once, around all threads
+        monkeypatch.setattr(lm_eval_model, "score_tokens", interrupt_third)
+        with pytest.raises(KeyboardInterrupt):
+            harness.evaluate(**shared)
+        monkeypatch.setattr(lm_eval_model, "score_tokens", score)
+        for count in (3, 2):
+            results = run_ranks(count, lambda ranks: harness.evaluate(**shared, ranks=ranks))
+            assert results == [alone, *[None] * (count - 1)]
+    assert scored == [3, 3] and (arguments["output"].parent / "shared/items-2.jsonl").exists()
+    several = Ranks(Rank(0, 2, 0, 2))
+    with pytest.raises(ValueError, match="the task harness with --vlmevalkit is not shared among ranks"):
+        harness.evaluate(output=arguments["output"], questions="q.jsonl", vlmevalkit="q.tsv", ranks=several)
 
 
 def test_bad_task_files_are_named(arguments, tmp_path):

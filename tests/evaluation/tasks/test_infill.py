@@ -1,5 +1,7 @@
 """The task infill: what is hidden, what counts as right, the figures of pairs by hand, continuing, bad input."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from megatron_cm3leon.evaluation.judge import load_checker
 from megatron_cm3leon.evaluation.result import read_result
 from megatron_cm3leon.evaluation.tasks import infill
 from megatron_cm3leon.generation.retrieved import DocumentSource
+from tests.evaluation.rank_threads import run_ranks
 from tests.models import WordTokenizer
 from tests.tools.call import call_tool
 
@@ -115,8 +118,7 @@ def test_pairs_are_filled_and_compared(subject, monkeypatch):
 
 
 def test_an_interrupted_evaluation_continues(subject, monkeypatch):
-    monkeypatch.setattr(infill, "AT_ONCE", 4)
-    options = {"model": subject.model, "shards": subject.shards, "count": 10, "temperature": 0.0}
+    options = {"model": subject.model, "shards": subject.shards, "count": 10, "temperature": 0.0, "batch_size": 4}
     complete = infill.evaluate(output=subject.path / "complete", **options)
     generator, calls = subject.generator, []
     fill = generator.infill_text
@@ -134,5 +136,30 @@ def test_an_interrupted_evaluation_continues(subject, monkeypatch):
     assert "box_all" not in complete.figures, "no checker"
     with pytest.raises(ValueError, match="of a run with different settings; give another --output"):
         infill.evaluate(output=subject.path / "out", **options | {"count": 9})
+    with pytest.raises(ValueError, match=r"--batch-size \(0\) must be at least 1"):
+        infill.evaluate(output=subject.path / "out", **options | {"batch_size": 0})
     with pytest.raises(ValueError, match=r"--count \(0\) must be at least 1"):
         infill.evaluate(output=subject.path / "out", **options | {"count": 0})
+
+
+def test_ranks_share_the_pairs_and_may_become_fewer(subject, monkeypatch):
+    options = {"model": subject.model, "shards": subject.shards, "checker": subject.checker, "count": 10}
+    options |= {"batch_size": 3, "output": subject.path / "out"}
+    alone = infill.evaluate(**options | {"output": subject.path / "alone"})
+    generator, batches = subject.generator, []
+    fill, local = generator.infill_text, threading.local()
+
+    def interrupt_second(texts, **rest):
+        batches.append(len(texts) // 2)
+        local.calls = getattr(local, "calls", 0) + 1
+        if local.calls == 2:
+            raise KeyboardInterrupt
+        return fill(texts, **rest)
+
+    monkeypatch.setattr(generator, "infill_text", interrupt_second)
+    with pytest.raises(KeyboardInterrupt):  # of the first rank; the others have one batch each
+        run_ranks(3, lambda ranks: infill.evaluate(ranks=ranks, **options))
+    assert sorted(batches) == [1, 3, 3, 3]
+    batches.clear()
+    assert run_ranks(2, lambda ranks: infill.evaluate(ranks=ranks, **options)) == [alone, None]
+    assert batches == [1]

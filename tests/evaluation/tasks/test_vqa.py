@@ -238,6 +238,25 @@ def test_an_interrupted_evaluation_continues(world, monkeypatch):
     assert first == continued and other is None
 
 
+def test_an_image_that_cannot_be_decoded_costs_no_finished_answers(world, monkeypatch):
+    monkeypatch.setattr(vqa, "AT_ONCE", 1)
+    questions, annotations = write_vqa(world)
+    options = {"model": world.path / "model", "format": "vqa", "questions": str(questions), "longest": 2}
+    options |= {"annotations": str(annotations), "output": world.path / "undecodable"}
+    damaged = world.path / "COCO_val2014_000000000002.jpg"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:100])
+    try:
+        with pytest.raises(ValueError, match=r"0002.jpg: .*; replace the file, and repeat the command, which cont"):
+            vqa.evaluate(**options)
+    finally:
+        damaged.write_bytes(content)
+    finished = (world.path / "undecodable/items.jsonl").read_text()
+    assert '"key": "10"' in finished and '"key": "20"' not in finished
+    vqa.evaluate(**options)
+    assert (world.path / "undecodable/items.jsonl").read_text().startswith(finished)
+
+
 def test_files_that_do_not_match_are_refused(world):
     questions, annotations = write_vqa(world)
     command = ["--format", "vqa", "--questions", questions, "--annotations"]
