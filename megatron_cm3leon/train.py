@@ -124,7 +124,8 @@ def record_start(attempt: Attempt, config: Config, state: TrainState, checkpoint
     if checkpoint:
         attempt.record("resume", step=state.step, checkpoint=checkpoint.name)
     else:
-        attempt.record("initialize", step=0, weights=INITIAL_WEIGHTS, seed=config.seed)
+        init = {"init": state.init} if state.init else {}
+        attempt.record("initialize", step=0, weights=INITIAL_WEIGHTS, seed=config.seed, **init)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,16 @@ class TrainConfig:
     """megatron: every layout. deepspeed: ZeRO 0-3 and CPU offload, with data and tensor parallelism."""
     steps: int = setting(1000, minimum=1)
     """Optimizer steps."""
+    init: str = setting("", path=True)
+    """Begin a new run with the weights of a run folder (its newest checkpoint), a checkpoint folder or an export of the
+    same model and vocabulary, under any layout; step 0, no optimizer state, data from the start. Empty: new weights. A
+    run that resumes does not read it again."""
+    init_step: int | None = setting(None)
+    """Step of the checkpoint of the run folder train.init; unset: the newest."""
+    positions: str = setting("", choices=("", "extend", "interpolate"))
+    """Learned positions (cm3leon) where data.seq_length is larger than that of train.init. extend: its rows stay,
+    further rows are new weights. interpolate: its table is stretched linearly, the first and the last row stay. Empty:
+    a larger length is refused. A smaller length keeps the first rows, whatever this says."""
     global_batch_size: int = setting(32, minimum=1, resume="fixed")
     """Sequences per step, over all ranks. A resumed run that changes it (--allow-change) continues with the next
     sequence; train.steps and the schedule count steps."""

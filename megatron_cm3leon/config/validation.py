@@ -40,6 +40,7 @@ def validate_config(config: Config, world_size: int | None = None) -> None:
     _check_engine(config)
     _check_checkpoints(config)
     parse_batches(config.train.skip_batches)
+    _check_init(config)
     if world_size is not None:
         _check_installed(config)
         _check_ranks(config, world_size)
@@ -84,6 +85,15 @@ def _check_sources(config: Config) -> None:
             raise ValueError(
                 f"data.sources[{number}].weight ({source.weight}) must be above 0 and finite; remove a source that "
                 f"has no share."
+            )
+
+
+def _check_init(config: Config) -> None:
+    for name, value in (("init_step", config.train.init_step), ("positions", config.train.positions)):
+        if not config.train.init and value not in (None, ""):
+            raise ValueError(
+                f"train.{name} ({value}) needs train.init, the weights that a new run begins with; give both, or "
+                f"remove train.{name}."
             )
 
 
