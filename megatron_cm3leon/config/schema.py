@@ -317,7 +317,8 @@ class Config:
     """Configuration of one run."""
 
     preset: str = setting("")
-    """350m, 760m or 7b: sizes and optimizer settings of model.family; empty: none."""
+    """350m, 760m or 7b: sizes and optimizer settings of model.family; sft-760m or sft-7b: those of the second stage
+    (train.init); empty: none."""
     output: str = setting("runs/train", path=True)
     """Run folder."""
     seed: int = setting(1234, resume="fixed")

@@ -125,9 +125,10 @@ class BaseModel:
         self.weights, self.config, self.folder = weights, config, weights.folder
         self.base_positions = weights.config.data.seq_length
 
-    def check(self, vocabulary: Vocabulary) -> None:
+    def check(self, vocabulary: Vocabulary | None) -> None:
         """Raise ValueError, with the remedy, for another vocabulary, model, or an undecided number of positions."""
-        check_same_vocabulary(vocabulary, self.weights.vocabulary, f"train.init ({self.folder})")
+        if vocabulary:
+            check_same_vocabulary(vocabulary, self.weights.vocabulary, f"train.init ({self.folder})")
         model, base = self.config.model, self.weights.config.model
         names = ("family",) if model.family != base.family else _SAME_MODEL
         differing = [name for name in names if getattr(model, name) != getattr(base, name)]
@@ -176,8 +177,11 @@ class BaseModel:
             record |= {"base_positions": self.base_positions, "positions": change}
         return record
 
-    def describe_positions(self) -> str:
-        """What becomes of positions, as part of a sentence."""
+    def describe_start(self) -> str:
+        """What the run begins with, as part of a sentence."""
+        return f"the weights of {self.folder}, step {self.weights.step}; {self._describe_positions()}"
+
+    def _describe_positions(self) -> str:
         before, after = self.base_positions, self.config.data.seq_length
         if not self.has_positions:
             old, new = self.weights.config.model.rope_base, self.config.model.rope_base
@@ -311,6 +315,18 @@ def open_base_model(config: Config, vocabulary: Vocabulary) -> BaseModel:
     base = BaseModel(open_weights(found), config)
     base.check(vocabulary)
     return base
+
+
+def describe_base(config: Config, vocabulary: Vocabulary | None) -> str:
+    """Sentence on what a run begins with, for a dry run; `vocabulary` of its data, where they are given.
+
+    Raises ValueError as open_base_model, except for a folder that is not there yet.
+    """
+    if not Path(config.train.init).exists():
+        return f"begins with train.init ({config.train.init}), which is not there yet: it was not checked"
+    base = BaseModel(open_weights(find_weights(config.train.init, config.train.init_step)), config)
+    base.check(vocabulary)
+    return f"begins with {base.describe_start()}"
 
 
 def check_resumed_init(config: Config, state: TrainState, checkpoint: Path) -> None:

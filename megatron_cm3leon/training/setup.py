@@ -177,8 +177,7 @@ def open_run(
         if base:
             engine.load_weights(base)
             state.init = base.describe(base.weights.hash_content())
-            what = base.folder, base.weights.step, base.describe_positions()
-            logger.info("began with the weights of %s, step %d; %s", *what)
+            logger.info("began with %s", base.describe_start())
         return engine, _record_stream(state, stream), None
     reader = CheckpointReader(folder)
     state = reader.state

@@ -13,6 +13,7 @@ from megatron_cm3leon.data.stream.stream import build_stream
 from megatron_cm3leon.export import export_checkpoint
 from megatron_cm3leon.model.reference import reference_logits
 from megatron_cm3leon.model.weights import POSITION_EMBEDDINGS, canonical_shapes, draw_initial_weight
+from megatron_cm3leon.train import main
 from megatron_cm3leon.training.base_model import check_resumed_init, open_base_model, resize_positions
 from tests.checkpoint.builders import flip_byte, write_random_checkpoint, write_tokenizers
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
@@ -254,6 +255,21 @@ def test_a_run_that_resumes_does_not_initialize_again(folder, caplog, tmp_path):
         with pytest.raises(ValueError, match=message):
             check_resumed_init(make_config(folder, "train.init=/runs/other"), state, checkpoint)
     check_resumed_init(make_config(folder), TrainState(), checkpoint)
+
+
+def test_a_dry_run_checks_the_base_and_describes_it(folder, capsys):
+    command = ["--dry-run", str(folder / "config.yaml"), f"data.shards={folder / 'shards'}"]
+    overrides = [f"train.init={folder / 'opt/run'}", "data.seq_length=48", "train.positions=interpolate"]
+    assert main([*command, *overrides]) == 0
+    checkpoint = folder / "opt/run/checkpoints/step-00000003"
+    expected = f"begins with the weights of {checkpoint}, step 3; 24 learned positions are interpolated to 48\n"
+    assert capsys.readouterr().out.startswith(expected)
+    assert main([*command, f"train.init={folder / 'llama/run'}"]) == 2
+    assert "model.family (cm3leon) is llama in" in capsys.readouterr().err
+    assert main([*command, *LLAMA, f"train.init={folder / 'llama/run'}", "model.rope_base=20000"]) == 0
+    assert "24 positions (before: 24) need nothing, because family llama has RoPE (model.rope_base 10000 -> 20000)" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(("name", "value"), [("init_step", 3), ("positions", "extend")])
