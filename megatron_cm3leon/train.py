@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         attempt.watch.progress("building the model and loading a checkpoint")
         engine, state, checkpoint = open_run(config, stream, device, options.allow_change)
         attempt.watch.progress("opening the validation data")
-        validation = Validation(config) if config.validation.interval else None
+        validation = Validation(config, stream.vocabulary) if config.validation.interval else None
         record_start(attempt, config, state, checkpoint)
         saver = RunSaver(engine, config, attempt.first, saved=state.step if checkpoint else None)
         loop = TrainingLoop(config, attempt, stream, engine, state, validation, saver)

@@ -161,6 +161,8 @@ def expand_config(config: Config) -> Config:
     names = [name for name, setting in list_settings(SourceConfig) if setting.path]
     for number, source in enumerate(config.data.sources):
         expand_fields(source, names, f"data.sources[{number}].")
+    for number, held_out in enumerate(config.validation.sources):
+        expand_fields(held_out, ("shards", "index"), f"validation.sources[{number}].")
     return config
 
 

@@ -272,13 +272,27 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class ValidationSource:
+    """Held-out documents whose losses are reported under a name of their own, such as those of a task."""
+
+    name: str = setting("")
+    """Letters, digits, - and _; metrics.jsonl has validation_NAME_loss, validation_NAME_loss_text and _image."""
+    shards: str = setting("", path=True)
+    """Folder of held-out shards."""
+    index: str = setting("", path=True)
+    """Index folder of these shards; empty: no retrieved documents."""
+
+
+@dataclass(kw_only=True)
 class ValidationConfig:
     """Loss on held-out documents while training."""
 
     shards: str = setting("", path=True)
-    """Folder of held-out shards; empty: no validation."""
+    """Folder of held-out shards; empty: only those of `sources`."""
     index: str = setting("", path=True)
     """Index folder of the held-out shards; its retrieved documents come from the training set."""
+    sources: list[ValidationSource] = field(default_factory=list, metadata={"setting": Setting()})
+    """Further held-out shards with a name each, whose losses are reported one by one."""
     interval: int = setting(0, minimum=0)
     """Steps between validations; 0: never."""
     batches: int = setting(4, minimum=1)

@@ -135,6 +135,31 @@ def test_the_error_names_the_invalid_field(overrides, ranks, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("[{name: vqa}]", "validation.sources[0].shards is empty; give the folder that"),
+        ("[{shards: a}]", "validation.sources[0].name ('') must consist of letters, digits, - and _, and not be"),
+        ("[{name: without_retrieval, shards: a}]", "validation.sources[0].name ('without_retrieval') must consist of"),
+        ("[{name: a b, shards: a}]", "validation.sources[0].name ('a b') must consist of"),
+        (
+            "[{name: a, shards: a}, {name: a, shards: b}]",
+            "validation.sources[1].name (a) names another source, too; give each its own name.",
+        ),
+    ],
+)
+def test_a_validation_source_needs_its_own_name_and_shards(sources, message):
+    with pytest.raises(ValueError) as error:
+        validate_config(load_config(None, [f"validation.sources={sources}"]))
+    assert message in str(error.value)
+
+
+def test_paths_of_validation_sources_are_expanded(monkeypatch):
+    monkeypatch.setenv("DATA", "/data")
+    config = load_config(None, ["validation.sources=[{name: a, shards: $DATA/a, index: $DATA/i}]"])
+    assert (config.validation.sources[0].shards, config.validation.sources[0].index) == ("/data/a", "/data/i")
+
+
 def test_the_error_names_a_missing_or_invalid_file(tmp_path):
     with pytest.raises(ValueError, match="no configuration file at"):
         load_config(tmp_path / "absent.yaml")

@@ -1,4 +1,7 @@
-"""train.init: a new run begins with trained weights, from each kind of folder, under several layouts."""
+"""train.init: a new run begins with trained weights, from each kind of folder, under several layouts.
+
+The same launches show that the losses of each validation source do not depend on the layout.
+"""
 
 import json
 
@@ -15,6 +18,7 @@ from megatron_cm3leon.model.reference import reference_logits
 from megatron_cm3leon.model.weights import POSITION_EMBEDDINGS, canonical_shapes, draw_initial_weight
 from megatron_cm3leon.train import main
 from megatron_cm3leon.training.base_model import check_resumed_init, open_base_model, resize_positions
+from megatron_cm3leon.training.validation import Validation
 from tests.checkpoint.builders import flip_byte, write_random_checkpoint, write_tokenizers
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import run_cases
@@ -24,6 +28,7 @@ YAML = """
 model: {layers: 2, hidden_size: 32, heads: 4}
 data: {seq_length: 24, packing: stream, workers: 0}
 train: {steps: 1, global_batch_size: 4, micro_batch_size: 2, precision: fp32}
+validation: {interval: 1, batches: 2}
 """
 LENGTH = 24
 LLAMA = ("model.family=llama", "model.kv_heads=2", "model.ffn_hidden_size=48")
@@ -43,7 +48,9 @@ def folder(tmp_path_factory):
     """config.yaml, shards/, and of each family run/ (steps 3 and 7 of random weights) and export/ (step 3)."""
     folder = tmp_path_factory.mktemp("base")
     vocabulary = write_tokenizers(folder / "tok")
-    write_shards(folder / "shards", make_pairs(40, vocabulary), vocabulary)
+    for number, name in enumerate(("shards", "short", "long")):
+        pairs = make_pairs(40, vocabulary, number, text=(8, 12) if name == "long" else (1, 4))
+        write_shards(folder / name, pairs, vocabulary)
     (folder / "config.yaml").write_text(YAML)
     for name, overrides in (("opt", ()), ("llama", LLAMA)):
         config = make_config(folder, *overrides)
@@ -53,19 +60,25 @@ def folder(tmp_path_factory):
 
 
 def make_config(folder, *overrides):
-    config = load_config(folder / "config.yaml", [f"data.shards={folder / 'shards'}", *overrides])
+    config = load_config(folder / "config.yaml", [*list_data(folder), *overrides])
     validate_config(config)
     return config
 
 
+def list_data(folder):
+    """Overrides with the training data and two validation sources, of short and of long texts."""
+    sources = ", ".join(f"{{name: {name}, shards: {folder / name}}}" for name in ("short", "long"))
+    return [f"data.shards={folder / 'shards'}", f"validation.sources=[{sources}]"]
+
+
 @pytest.fixture(scope="module")
 def runs(folder):
-    """Loss of step 1 of each case, in runs that save their step 0."""
+    """Loss of step 1 of each case and the losses of validation before it, in runs that save their step 0."""
     cases = []
     for name, (base, overrides) in CASES.items():
-        paths = [f"data.shards={folder / 'shards'}", f"output={folder / name}", f"train.init={folder / base}"]
+        paths = [*list_data(folder), f"output={folder / name}", f"train.init={folder / base}"]
         case = {"name": name, "config": str(folder / "config.yaml"), "overrides": [*overrides, *paths]}
-        cases.append(case | {"save_start": True})
+        cases.append(case | {"save_start": True, "validate": True})
     return run_cases(folder, 2, cases)
 
 
@@ -85,13 +98,30 @@ def expected_weights(folder, name):
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_of_step_1_is_that_of_the_base_model(folder, runs, name):
     read, config = expected_weights(folder, name)
-    batch = build_stream(config).batch(0)
+    [step] = runs[name]
+    assert step["loss"] == pytest.approx(compute_loss(read, config, build_stream(config).batch(0)), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_validation_source_has_its_losses_under_every_layout(folder, runs, name):
+    read, config = expected_weights(folder, name)
+    [step] = runs[name]
+    kinds = ("loss", "loss_text", "loss_image")
+    names = {f"validation_{source}_{kind}" for source in ("short", "long") for kind in kinds}
+    assert {key for key in step if key.startswith("validation")} == names
+    for source in config.validation.sources:
+        stream = build_stream(config, train=False, source=source)
+        expected = sum(compute_loss(read, config, stream.batch(number)) for number in (0, 1)) / 2
+        assert step[f"validation_{source.name}_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def compute_loss(read, config, batch):
+    """Loss of a batch (list of TokenSequence) by the reference model."""
     tokens = torch.tensor([sequence.tokens.tolist() for sequence in batch])
     weights = torch.tensor([sequence.weights.tolist() for sequence in batch], dtype=torch.float64)[:, 1:]
     logits = reference_logits(read, config, tokens[:, :-1]).double()
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    [step] = runs[name]
-    assert step["loss"] == pytest.approx(float((losses * weights).sum() / weights.sum()), rel=1e-6)
+    return float((losses * weights).sum() / weights.sum())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -270,6 +300,16 @@ def test_a_dry_run_checks_the_base_and_describes_it(folder, capsys):
     assert "24 positions (before: 24) need nothing, because family llama has RoPE (model.rope_base 10000 -> 20000)" in (
         capsys.readouterr().out
     )
+
+
+def test_validation_shards_of_another_vocabulary_are_refused(folder, tmp_path):
+    other = make_vocabulary(text=90)
+    write_shards(tmp_path / "other", make_pairs(4, other), other)
+    config = make_config(folder)
+    Validation(config, build_stream(config).vocabulary)
+    config.validation.sources[1].shards = str(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"the validation shards at .*other was made with another vocabulary"):
+        Validation(config, build_stream(config).vocabulary)
 
 
 @pytest.mark.parametrize(("name", "value"), [("init_step", 3), ("positions", "extend")])
