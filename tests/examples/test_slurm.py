@@ -28,8 +28,7 @@ def test_a_layout_needs_the_stated_bytes(model, ranks, capsys):
     assert (f"begins with train.init (runs/{model[4:]}), which is not there yet" in output) == model.startswith("sft")
 
 
-@pytest.mark.parametrize("nodes", [1, 64])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "nodes"), [(model, RANKS[model][end] // 8) for model in MODELS for end in (0, -1)])
 def test_the_controller_accepts_the_job(slurm, corpus, model, nodes, tmp_path):
     """The partition `gpu` of the test cluster has 64 nodes with 8 GPUs; jobs can be planned there, but not started."""
     arguments = [FOLDER / f"{model}.yaml", f"data.shards={corpus}", f"output={tmp_path / 'run'}"]
