@@ -28,6 +28,7 @@ from megatron_cm3leon.model.memory import PAPER_VOCABULARY, describe_memory
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.runtime.attempt import Attempt, start_attempt
 from megatron_cm3leon.runtime.exit_status import USER_ERROR
+from megatron_cm3leon.training.base_model import describe_base
 from megatron_cm3leon.training.loop import TrainingLoop
 from megatron_cm3leon.training.lr_schedule import follow_rule
 from megatron_cm3leon.training.saving import RunSaver
@@ -67,12 +68,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def dry_run(config: Config, ranks: int) -> str:
-    """What the run needs on `ranks` ranks, as text; ValueError where the layout is not possible."""
+    """What the run needs on `ranks` ranks, as text; ValueError where the layout or train.init is not possible."""
     validate_config(config, ranks)
     folder = config.data.sources[0].shards if config.data.sources else config.data.shards
-    size = open_shards(folder).vocabulary.size if folder else PAPER_VOCABULARY
+    vocabulary = open_shards(folder).vocabulary if folder else None
+    size = vocabulary.size if vocabulary else PAPER_VOCABULARY
     follow_rule(config, count_parameters(config, size))
-    return describe_memory(config, size, ranks)
+    base = [describe_base(config, vocabulary), ""] if config.train.init else []
+    return "\n".join([*base, describe_memory(config, size, ranks)])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         attempt.watch.progress("building the model and loading a checkpoint")
         engine, state, checkpoint = open_run(config, stream, device, options.allow_change)
         attempt.watch.progress("opening the validation data")
-        validation = Validation(config) if config.validation.interval else None
+        validation = Validation(config, stream.vocabulary) if config.validation.interval else None
         record_start(attempt, config, state, checkpoint)
         saver = RunSaver(engine, config, attempt.first, saved=state.step if checkpoint else None)
         loop = TrainingLoop(config, attempt, stream, engine, state, validation, saver)
@@ -124,7 +127,8 @@ def record_start(attempt: Attempt, config: Config, state: TrainState, checkpoint
     if checkpoint:
         attempt.record("resume", step=state.step, checkpoint=checkpoint.name)
     else:
-        attempt.record("initialize", step=0, weights=INITIAL_WEIGHTS, seed=config.seed)
+        init = {"init": state.init} if state.init else {}
+        attempt.record("initialize", step=0, weights=INITIAL_WEIGHTS, seed=config.seed, **init)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@
     python tools/generate.py infill --model exported/ --text "a <mask> circle on white"
     python tools/generate.py infill --model exported/ --image image.png --box 2 2 6 6 --output infilled/
     python tools/generate.py complete --model exported/ "a red circle" @image.png "a green" --output completed/
+    python tools/generate.py sheets --run runs/x --tokenizer tok/ --output sheets/
 
+sheets exports the newest checkpoint of a run to a temporary folder and draws held-out pairs of each validation source.
 Only complete reads @FILE; there, a text that begins with @ is written with two: "@@nasa shows".
 With --retrieve INDEX, retrieved documents precede each prompt; with --document, given ones.
 """
@@ -17,6 +19,7 @@ from dataclasses import fields
 
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool, user_path
 from megatron_cm3leon.common.paths import expand_path
+from megatron_cm3leon.evaluation.sheets import draw_sheets
 from megatron_cm3leon.generation.decoder import KINDS
 from megatron_cm3leon.generation.documents import CompletionOptions
 from megatron_cm3leon.generation.prompts import BOX_FORMS, CAPTION_FORMS, UNCONDITIONAL_FORMS
@@ -44,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
         ("ask", "answers to questions about an image", _add_ask),
         ("infill", "what a mask hides, in a text or in an image", _add_infill),
         ("complete", "what follows a document of texts and images", _add_complete),
+        ("sheets", "contact sheets of a run's newest checkpoint, one per validation source", _add_sheets),
     ):
         add_arguments(commands.add_parser(name, help=help, formatter_class=HelpFormatter))
     return parser.parse_args()
@@ -119,6 +123,20 @@ def _add_complete(parser: argparse.ArgumentParser) -> None:
     add("--text-top-k", type=int, default=0, help="for text; 0: all")
     add("--text-top-p", type=float, default=1.0, help="for text; 1: all")
     _add_shared(parser, temperature=0.7, output="out")
+
+
+def _add_sheets(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--run", type=user_path, required=True, help="run folder with validation.sources or validation.shards")
+    add("--tokenizer", type=user_path, required=True, help="tokenizer folder the run was trained with")
+    add("--output", type=user_path, required=True, help="folder to write NAME.png of each source to")
+    add("--pairs", type=int, default=12, help="held-out pairs of each source; the same ones for a seed")
+    add("--longest", type=int, default=64, help="text pieces of a generated text, at most")
+    add("--temperature", type=float, default=0.7, help="of images; texts are greedy")
+    add("--guidance", type=float, default=default_guidance(0), help="classifier-free guidance of images; 1 is none")
+    add("--seed", type=int, default=0, help="of the choice of pairs and of the images")
+    add("--dtype", choices=KINDS, default="fp32", help="type of the model's matrices")
+    add("--device", default="auto", help="cpu, cuda, or auto: CUDA if there is a device")
 
 
 def _add_contrast(parser: argparse.ArgumentParser, help: str, guidance: float | None) -> None:
@@ -221,6 +239,12 @@ def print_results(command: str, results: Results, output: str | None) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.command == "sheets":
+        options = {name: getattr(arguments, name) for name in ("pairs", "longest", "dtype", "device")}
+        sampling = build_sampling(arguments)
+        for path in draw_sheets(arguments.run, arguments.tokenizer, arguments.output, sampling, **options):
+            print(f"wrote {path}")
+        return
     request = build_request(arguments)
     results = generate(request)
     print_results(arguments.command, results, request.output)

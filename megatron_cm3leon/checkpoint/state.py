@@ -18,6 +18,7 @@ _KEYS = {
     "attempt": "attempt",
     "dropout_seeding": "dropout_seeding",
     "changes": "changes",
+    "init": "init",
 }
 """Key in state.json -> attribute. Keys stay when attributes are renamed."""
 
@@ -52,6 +53,8 @@ class TrainState:
     """Version of the seeding of dropout masks (engine/step.py); runs that do not record it have version 1."""
     changes: list[dict] = field(default_factory=list)
     """Fixed fields changed on resuming: step, batch (not in older states), field, old and new value."""
+    init: dict = field(default_factory=dict)
+    """Where the weights of step 0 are from (training/base_model.py, BaseModel.describe); empty: they were drawn."""
 
     def to_dict(self) -> dict:
         """The state with the keys of state.json, which the metadata of an export contains, too."""

@@ -72,6 +72,35 @@ PRESETS: dict[str, dict[str, dict]] = {
     },
 }
 
+# sft-*, the second stage. cm3leon: CM3Leon's section 4 (rate, warm-up, 2M tokens per step, length); its decay is not
+# printed. llama: Chameleon's section 4.2 (cosine from 1e-5, 128 sequences, dropout 0.05), with CM3Leon's warm-up.
+_TUNING: dict[str, dict[str, dict]] = {
+    "cm3leon": {
+        "data": {"seq_length": 4096},
+        "model": {},
+        "optimizer": {"learning_rate": 5e-5},
+        "schedule": {"warmup_steps": 150},
+        "train": {"global_batch_size": 512},
+    },
+    "llama": {
+        "data": {"seq_length": 4096},
+        "model": {"dropout": 0.05},
+        "optimizer": {"learning_rate": 1e-5, **_CHAMELEON_OPTIMIZER},
+        "schedule": {"name": "cosine", "warmup_steps": 150, "floor": 0.0},
+        "train": {"global_batch_size": 128, "z_loss": 1e-5},
+    },
+}
+
+
+def _tune(family: str, size: str) -> dict[str, dict]:
+    """The preset of the second stage of a model."""
+    tuning = _TUNING[family]
+    return {**tuning, "model": {**PRESETS[family][size]["model"], **tuning["model"]}}
+
+
+for _family, _sizes in PRESETS.items():
+    _sizes.update({f"sft-{size}": _tune(_family, size) for size in ("760m", "7b")})
+
 _SETTINGS = dict(list_settings(Config))
 
 SOURCE_FIELDS = tuple(name for name, setting in _SETTINGS.items() if setting.resume == "content")
@@ -132,6 +161,8 @@ def expand_config(config: Config) -> Config:
     names = [name for name, setting in list_settings(SourceConfig) if setting.path]
     for number, source in enumerate(config.data.sources):
         expand_fields(source, names, f"data.sources[{number}].")
+    for number, held_out in enumerate(config.validation.sources):
+        expand_fields(held_out, ("shards", "index"), f"validation.sources[{number}].")
     return config
 
 

@@ -158,6 +158,16 @@ class TrainConfig:
     """megatron: every layout. deepspeed: ZeRO 0-3 and CPU offload, with data and tensor parallelism."""
     steps: int = setting(1000, minimum=1)
     """Optimizer steps."""
+    init: str = setting("", path=True)
+    """Begin a new run with the weights of a run folder (its newest checkpoint), a checkpoint folder or an export of the
+    same model and vocabulary, under any layout; step 0, no optimizer state, data from the start. Empty: new weights. A
+    run that resumes does not read it again."""
+    init_step: int | None = setting(None)
+    """Step of the checkpoint of the run folder train.init; unset: the newest."""
+    positions: str = setting("", choices=("", "extend", "interpolate"))
+    """Learned positions (cm3leon) where data.seq_length is larger than that of train.init. extend: its rows stay,
+    further rows are new weights. interpolate: its table is stretched linearly, the first and the last row stay. Empty:
+    a larger length is refused. A smaller length keeps the first rows, whatever this says."""
     global_batch_size: int = setting(32, minimum=1, resume="fixed")
     """Sequences per step, over all ranks. A resumed run that changes it (--allow-change) continues with the next
     sequence; train.steps and the schedule count steps."""
@@ -265,13 +275,27 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class ValidationSource:
+    """Held-out documents whose losses are reported under a name of their own, such as those of a task."""
+
+    name: str = setting("")
+    """Letters, digits, - and _; metrics.jsonl has validation_NAME_loss, validation_NAME_loss_text and _image."""
+    shards: str = setting("", path=True)
+    """Folder of held-out shards."""
+    index: str = setting("", path=True)
+    """Index folder of these shards; empty: no retrieved documents."""
+
+
+@dataclass(kw_only=True)
 class ValidationConfig:
     """Loss on held-out documents while training."""
 
     shards: str = setting("", path=True)
-    """Folder of held-out shards; empty: no validation."""
+    """Folder of held-out shards; empty: only those of `sources`."""
     index: str = setting("", path=True)
     """Index folder of the held-out shards; its retrieved documents come from the training set."""
+    sources: list[ValidationSource] = field(default_factory=list, metadata={"setting": Setting()})
+    """Further held-out shards with a name each, whose losses are reported one by one."""
     interval: int = setting(0, minimum=0)
     """Steps between validations; 0: never."""
     batches: int = setting(4, minimum=1)
@@ -310,7 +334,8 @@ class Config:
     """Configuration of one run."""
 
     preset: str = setting("")
-    """350m, 760m or 7b: sizes and optimizer settings of model.family; empty: none."""
+    """350m, 760m or 7b: sizes and optimizer settings of model.family; sft-760m or sft-7b: those of the second stage
+    (train.init); empty: none."""
     output: str = setting("runs/train", path=True)
     """Run folder."""
     seed: int = setting(1234, resume="fixed")

@@ -1,6 +1,7 @@
 """What a configuration must satisfy: bounds and choices of its fields, and layouts that can run."""
 
 import functools
+import re
 from importlib.util import find_spec
 
 from megatron_cm3leon.config.schema import Config, ModelConfig
@@ -32,6 +33,7 @@ def validate_config(config: Config, world_size: int | None = None) -> None:
     for name, setting in list_settings(Config):
         setting.check(name, _get_field(config, name))
     _check_sources(config)
+    _check_validation(config)
     _check_masking(config)
     _check_family(config)
     _check_attention(config)
@@ -40,6 +42,7 @@ def validate_config(config: Config, world_size: int | None = None) -> None:
     _check_engine(config)
     _check_checkpoints(config)
     parse_batches(config.train.skip_batches)
+    _check_init(config)
     if world_size is not None:
         _check_installed(config)
         _check_ranks(config, world_size)
@@ -84,6 +87,31 @@ def _check_sources(config: Config) -> None:
             raise ValueError(
                 f"data.sources[{number}].weight ({source.weight}) must be above 0 and finite; remove a source that "
                 f"has no share."
+            )
+
+
+def _check_validation(config: Config) -> None:
+    names: set[str] = set()
+    for number, source in enumerate(config.validation.sources):
+        field = f"validation.sources[{number}]"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", source.name) or source.name == "without_retrieval":
+            raise ValueError(
+                f"{field}.name ({source.name!r}) must consist of letters, digits, - and _, and not be "
+                f"without_retrieval; it names the losses in metrics.jsonl."
+            )
+        if source.name in names:
+            raise ValueError(f"{field}.name ({source.name}) names another source, too; give each its own name.")
+        if not source.shards:
+            raise ValueError(f"{field}.shards is empty; give the folder that tools/preprocess_data.py wrote.")
+        names.add(source.name)
+
+
+def _check_init(config: Config) -> None:
+    for name, value in (("init_step", config.train.init_step), ("positions", config.train.positions)):
+        if not config.train.init and value not in (None, ""):
+            raise ValueError(
+                f"train.{name} ({value}) needs train.init, the weights that a new run begins with; give both, or "
+                f"remove train.{name}."
             )
 
 

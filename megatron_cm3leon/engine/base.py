@@ -1,5 +1,6 @@
 """Engine: the interface between the training loop and the engines, and the metrics of a step."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -8,6 +9,7 @@ import torch
 
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.data.stream.loader import MicroBatch
+from megatron_cm3leon.model.weights import Placement
 
 DROPOUT_SEEDING = 2
 """Version of the seeding of dropout masks in a new run (engine/step.py, seed_dropout)."""
@@ -30,6 +32,26 @@ class StepMetrics:
     """Tokens cut off at the end of the sequences because of the tokens that CM3 masking added."""
     stepped: bool
     """False when the loss or the gradient was not finite and no rank took an optimizer step."""
+
+
+class WeightReader(Protocol):
+    """Parameters by canonical names (model/weights.py); a CheckpointReader is one."""
+
+    def has(self, name: str, kind: str) -> bool:
+        """Return whether there is a tensor `name` of `kind`: weight, exp_avg or exp_avg_sq."""
+
+    def read_part(self, name: str, kind: str, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+        """Return the rectangle of shape `size` at `offset` of a whole tensor, fp32; zeros beyond the tensor's edge."""
+
+
+class WeightSource(WeightReader, Protocol):
+    """Weights without moments, with which a new run begins (training/base_model.py)."""
+
+    def verify(self, placements: list[Placement]) -> AbstractContextManager[None]:
+        """Verify what the body reads, which is `placements` on this rank; collective.
+
+        On exit every rank raises ValueError where the content is damaged or the body failed on any rank.
+        """
 
 
 class Engine(Protocol):
@@ -79,6 +101,12 @@ class Engine(Protocol):
 
         Verifies the checksums. Raises ValueError on every rank for a damaged checkpoint and for one of another model
         or vocabulary.
+        """
+
+    def load_weights(self, source: WeightSource) -> None:
+        """Replace the weights by those of `source`; the optimizer is as before the first step; collective.
+
+        Raises ValueError on every rank as WeightSource.verify does.
         """
 
     def close(self) -> None:

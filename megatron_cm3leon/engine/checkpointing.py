@@ -16,12 +16,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_cm3leon.checkpoint.format import Piece
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.checkpoint.verify import open_verified
 from megatron_cm3leon.checkpoint.writer import CheckpointWriter
 from megatron_cm3leon.config.loading import Config
-from megatron_cm3leon.engine.base import DROPOUT_SEEDING
+from megatron_cm3leon.engine.base import DROPOUT_SEEDING, WeightReader, WeightSource
 from megatron_cm3leon.engine.groups import destroy_groups
 from megatron_cm3leon.engine.timer import ComputeTimer
 from megatron_cm3leon.model.weights import Placement
@@ -86,6 +85,12 @@ class CheckpointedEngine(ABC):
         self.dropout_seeding = reader.state.dropout_seeding
         return reader.state
 
+    def load_weights(self, source: WeightSource) -> None:
+        """Replace the weights by those of `source`, without moments; see Engine.load_weights."""
+        with source.verify([placement for _, placement in self.placements]):
+            for parameter, placement in self.placements:
+                self._load_parameter(source, parameter, placement, 0)
+
     def close(self) -> None:
         """Wait for the save in progress and destroy the process groups; see Engine.close."""
         self.writer.close()
@@ -120,7 +125,7 @@ class CheckpointedEngine(ABC):
 
     @abstractmethod
     def _load_parameter(
-        self, reader: CheckpointReader, parameter: torch.nn.Parameter, placement: Placement, updates: int
+        self, reader: WeightReader, parameter: torch.nn.Parameter, placement: Placement, updates: int
     ) -> None:
         """Read weight and moments of one parameter, which `updates` optimizer steps have changed."""
 

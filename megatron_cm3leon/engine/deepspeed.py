@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.data.stream.loader import MicroBatch
-from megatron_cm3leon.engine.base import StepMetrics
+from megatron_cm3leon.engine.base import StepMetrics, WeightReader, WeightSource
 from megatron_cm3leon.engine.checkpointing import MOMENTS, CheckpointedEngine, StateRange, is_first_copy
 from megatron_cm3leon.engine.compile import compile_layers, convert_before_layers
 from megatron_cm3leon.engine.deepspeed_settings import build_settings
@@ -214,6 +213,11 @@ class DeepSpeedEngine(CheckpointedEngine):
         self._refresh_parameters()
         return state
 
+    def load_weights(self, source: WeightSource) -> None:
+        """Replace the weights by those of `source`, without moments; see Engine.load_weights."""
+        super().load_weights(source)
+        self._refresh_parameters()
+
     def close(self) -> None:
         """Wait for the save in progress and end DeepSpeed and the process groups; see Engine.close."""
         self.writer.close()  # before DeepSpeed frees the tensors
@@ -228,7 +232,7 @@ class DeepSpeedEngine(CheckpointedEngine):
 
     @torch.no_grad()
     def _load_parameter(
-        self, reader: CheckpointReader, parameter: torch.nn.Parameter, placement: Placement, updates: int
+        self, reader: WeightReader, parameter: torch.nn.Parameter, placement: Placement, updates: int
     ) -> None:
         main, offset, start, stop = self._locate_state(parameter, placement)
         if start == stop:

@@ -22,11 +22,10 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_cm3leon.checkpoint.format import KINDS
 from megatron_cm3leon.checkpoint.retention import saves_soon
-from megatron_cm3leon.checkpoint.sharded import CheckpointReader
 from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.data.stream.loader import MicroBatch
-from megatron_cm3leon.engine.base import StepMetrics
+from megatron_cm3leon.engine.base import StepMetrics, WeightReader
 from megatron_cm3leon.engine.checkpointing import MOMENTS, CheckpointedEngine, StateRange, is_first_copy
 from megatron_cm3leon.engine.compile import compile_layers, convert_before_layers, gather_before_layers
 from megatron_cm3leon.engine.kernels import describe_kernels
@@ -256,7 +255,7 @@ class MegatronEngine(CheckpointedEngine):
 
     @torch.no_grad()
     def _load_parameter(
-        self, reader: CheckpointReader, parameter: torch.nn.Parameter, placement: Placement, updates: int
+        self, reader: WeightReader, parameter: torch.nn.Parameter, placement: Placement, updates: int
     ) -> None:
         weight = reader.read_part(placement.name, "weight", placement.offset, placement.local_shape)
         parameter.copy_(weight.view(parameter.shape))

@@ -38,7 +38,7 @@ def import_export(
     in the checkpoint; nothing is written to `output` then.
     """
     export, output = ExportFolder(model), Path(output)
-    config, state = _read_run(export)
+    config, state = read_run(export)
     vocabulary = Tokenizers.load(export.folder).vocabulary
     parts = list_parts(config, vocabulary.size)
     export.check(config, parts)
@@ -52,7 +52,7 @@ def import_export(
             for number, group in enumerate(_group(parts)):
                 pieces = []
                 for part in group:
-                    pieces.append(_build_piece(part, _checked_read(export, part)))
+                    pieces.append(_build_piece(part, read_finite(export, part)))
                     progress.advance()
                 sharded.write_rank_file(folder, number, pieces)
         sharded.finish_checkpoint(
@@ -65,8 +65,8 @@ def import_export(
     return step_folder(output, state.step), comparison
 
 
-def _read_run(export: ExportFolder) -> tuple[Config, TrainState]:
-    """Configuration and state of the exported run."""
+def read_run(export: ExportFolder) -> tuple[Config, TrainState]:
+    """Configuration and state of the exported run; ValueError where cm3leon.json does not hold them."""
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), export.metadata["config"]))
         assert isinstance(config, Config)  # because the merged configuration is structured
@@ -93,7 +93,8 @@ def _group(parts: list[Part]) -> list[list[Part]]:
     return groups
 
 
-def _checked_read(export: ExportFolder, part: Part) -> Tensor:
+def read_finite(export: ExportFolder, part: Part) -> Tensor:
+    """One weight in its canonical layout, fp32; ValueError where it has NaN or infinite values."""
     weight = export.read_part(part)
     if not torch.isfinite(weight).all():
         raise ValueError(

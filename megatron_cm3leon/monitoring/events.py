@@ -5,7 +5,8 @@ Every object has `time` (Unix seconds), `attempt`, `event` and, where it applies
 | event | further keys, and when it is recorded |
 |---|---|
 | start | job, restarts (SLURM's, 0 elsewhere), ranks, hosts: the process groups exist, no weights are loaded yet |
-| initialize | weights, seed: new weights; `weights` is the version of their initialization (model/initialization.py) |
+| initialize | weights, seed: a new run; `weights` is the version of the initial weights (model/initialization.py) |
+| | init: the weights that it began with instead, with train.init (training/base_model.py) |
 | resume | checkpoint: weights and optimizer state are loaded from it |
 | saved | checkpoint, seconds, bytes: a checkpoint is complete under its final name |
 | signal | signal, rank: a rank received a signal to stop; the run saves and ends |

@@ -1,5 +1,6 @@
 """Status of a run, as text and as JSON, from its folder alone."""
 
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ class Status:
     step: int
     steps: int | None
     loss: float | None
+    validation_step: int | None
+    """Step of the last validation."""
+    validation: dict[str, float]
+    """Its losses: "" (validation.shards), without_retrieval, and the names of validation.sources."""
     tokens: int
     tokens_per_second: float | None
     seconds_left: float | None
@@ -66,6 +71,7 @@ def read_status(run: str | Path, now: float | None = None) -> Status:
     checkpoint = next(reversed(list_checkpoints(run)), None)
     reasons = [line.get("skipped", "non-finite") for line, skipped in times.lines if skipped]
     silence = now - times.processes[-1].end
+    validated = [line for line in lines if _find_validation(line)]
     state, why = _find_state(times.processes[-1], silence, step_seconds, steps is not None and step >= steps)
     return Status(
         run=str(run),
@@ -75,6 +81,8 @@ def read_status(run: str | Path, now: float | None = None) -> Status:
         step=step,
         steps=steps,
         loss=lines[-1].get("loss") if lines else None,
+        validation_step=validated[-1]["step"] if validated else None,
+        validation=_find_validation(validated[-1]) if validated else {},
         tokens=lines[-1].get("tokens", 0) if lines else 0,
         tokens_per_second=statistics.median(line["tokens_per_second"] for line in recent) if recent else None,
         seconds_left=max(0, steps - step) * step_seconds if steps is not None and step_seconds else None,
@@ -88,6 +96,12 @@ def read_status(run: str | Path, now: float | None = None) -> Status:
         wall_seconds=times.wall,
         seconds=times.seconds,
     )
+
+
+def _find_validation(line: dict) -> dict[str, float]:
+    """Losses over all tokens of a validation, by the names of Status.validation."""
+    found = {key: re.fullmatch(r"validation_(?:(.+)_)?loss", key) for key in line}
+    return {match[1] or "": line[key] for key, match in found.items() if match and line[key] is not None}
 
 
 def _seconds_per_step(recent: list[dict]) -> float | None:
@@ -138,6 +152,7 @@ def describe(status: Status) -> str:
         ("last record", f"{show_seconds(status.last_record_seconds)} ago"),
         ("step", f"{status.step:,} of {'?' if status.steps is None else f'{status.steps:,}'}{done}"),
         ("loss", "" if status.loss is None else f"{status.loss:.4g}"),
+        ("validation", _describe_validation(status)),
         ("tokens", f"{show_number(status.tokens)}, {_describe_rate(status)}"),
         ("time left", left),
         ("last checkpoint", _describe_checkpoint(status)),
@@ -205,6 +220,8 @@ def to_json(status: Status) -> dict:
         "step": status.step,
         "steps": status.steps,
         "loss": status.loss,
+        "validation_step": status.validation_step,
+        "validation": status.validation,
         "tokens": status.tokens,
         "tokens_per_second": status.tokens_per_second,
         "seconds_left": status.seconds_left,
@@ -229,6 +246,13 @@ def _describe_checkpoint(status: Status) -> str:
         return "none yet"
     behind = status.step - status.checkpoint_step
     return f"{status.checkpoint}, {show_seconds(status.checkpoint_age_seconds)} ago, {behind} steps behind"
+
+
+def _describe_validation(status: Status) -> str:
+    if status.validation_step is None:
+        return ""
+    losses = [f"{name} {loss:.4g}".strip() for name, loss in status.validation.items()]
+    return f"{', '.join(losses)} at step {status.validation_step:,}"
 
 
 def _describe_slowest(status: Status) -> str:

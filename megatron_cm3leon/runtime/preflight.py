@@ -98,6 +98,8 @@ def describe_data(config: Config) -> dict[str, str]:
     sources = {f"data.sources[{n}]": (each.shards, each.index) for n, each in enumerate(config.data.sources)}
     sources["data"] = config.data.shards, config.retrieval.index
     sources["validation"] = config.validation.shards, config.validation.index
+    for number, held_out in enumerate(config.validation.sources):
+        sources[f"validation.sources[{number}]"] = held_out.shards, held_out.index
     found = {}
     for name, (shards, index) in sources.items():
         if shards:

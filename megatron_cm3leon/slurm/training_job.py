@@ -128,8 +128,11 @@ def find_next_number(folder: Path) -> int:
 def list_sources(config: Config) -> list[SourceConfig]:
     """The sources of the training data and of the validation data."""
     sources = list(config.data.sources) or [SourceConfig(shards=config.data.shards, index=config.retrieval.index)]
-    if config.validation.interval:
-        sources.append(SourceConfig(shards=config.validation.shards, index=config.validation.index))
+    held_out = config.validation
+    if held_out.interval:
+        if held_out.shards or not held_out.sources:
+            sources.append(SourceConfig(shards=held_out.shards, index=held_out.index))
+        sources += [SourceConfig(shards=each.shards, index=each.index) for each in held_out.sources]
     return sources
 
 

@@ -18,6 +18,7 @@ from megatron_cm3leon.data.stream.stream import Stream
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, Engine
 from megatron_cm3leon.model.weights import canonical_shapes
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
+from megatron_cm3leon.training.base_model import check_resumed_init, open_base_model
 
 logger = logging.getLogger(__name__)
 
@@ -162,16 +163,25 @@ def open_run(
 ) -> tuple[Engine, TrainState, Path | None]:
     """Build the engine and load the last checkpoint: engine, state, and the checkpoint's folder (None for a new run).
 
+    A new run begins with the weights of train.init, or with new ones.
+
     `allowed`: fields of the model or the stream that may differ from the checkpoint's. Changes are checked before
-    weights are read; raises ValueError as check_changes does.
+    weights are read; raises ValueError as check_changes, check_resumed_init and open_base_model do.
     """
     build_engine = engine_class(config)
     folder = latest_checkpoint(Path(config.output))
     if folder is None:
+        base = open_base_model(config, stream.vocabulary) if config.train.init else None
         engine = build_engine(config, stream.vocabulary, device)
-        return engine, _record_stream(TrainState(dropout_seeding=engine.dropout_seeding), stream), None
+        state = TrainState(dropout_seeding=engine.dropout_seeding)
+        if base:
+            engine.load_weights(base)
+            state.init = base.describe(base.weights.hash_content())
+            logger.info("began with %s", base.describe_start())
+        return engine, _record_stream(state, stream), None
     reader = CheckpointReader(folder)
     state = reader.state
+    check_resumed_init(config, state, folder)
     if check_changes(reader, config, stream, state, allowed):
         stream.resume(state.cursor)
     check_dropout_seeding(reader.folder, config, state)

@@ -69,7 +69,7 @@ def test_settings_are_defined_with_their_fields():
         (["model.layers=many"], 1, "model.layers: Value 'many'"),
         (["model=3"], 1, "model must be a mapping of fields, not 3."),
         (["parallel.tensor"], 1, "write section.key=value"),
-        (["preset=13b"], 1, "preset ('13b') must be one of: 350m, 760m, 7b."),
+        (["preset=13b"], 1, "preset ('13b') must be one of: 350m, 760m, 7b, sft-760m, sft-7b."),
         (["model.layers=0"], 1, "model.layers (0) must be at least 1."),
         (["cm3.probability=1.5"], 1, "cm3.probability (1.5) must be between 0 and 1."),
         (["optimizer.learning_rate=nan"], 1, "optimizer.learning_rate (nan) must be at least 0."),
@@ -136,6 +136,31 @@ def test_the_error_names_the_invalid_field(overrides, ranks, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("[{name: vqa}]", "validation.sources[0].shards is empty; give the folder that"),
+        ("[{shards: a}]", "validation.sources[0].name ('') must consist of letters, digits, - and _, and not be"),
+        ("[{name: without_retrieval, shards: a}]", "validation.sources[0].name ('without_retrieval') must consist of"),
+        ("[{name: a b, shards: a}]", "validation.sources[0].name ('a b') must consist of"),
+        (
+            "[{name: a, shards: a}, {name: a, shards: b}]",
+            "validation.sources[1].name (a) names another source, too; give each its own name.",
+        ),
+    ],
+)
+def test_a_validation_source_needs_its_own_name_and_shards(sources, message):
+    with pytest.raises(ValueError) as error:
+        validate_config(load_config(None, [f"validation.sources={sources}"]))
+    assert message in str(error.value)
+
+
+def test_paths_of_validation_sources_are_expanded(monkeypatch):
+    monkeypatch.setenv("DATA", "/data")
+    config = load_config(None, ["validation.sources=[{name: a, shards: $DATA/a, index: $DATA/i}]"])
+    assert (config.validation.sources[0].shards, config.validation.sources[0].index) == ("/data/a", "/data/i")
+
+
 def test_the_error_names_a_missing_or_invalid_file(tmp_path):
     with pytest.raises(ValueError, match="no configuration file at"):
         load_config(tmp_path / "absent.yaml")
@@ -153,6 +178,17 @@ def test_the_family_sets_the_fields_that_are_not_given():
     config = load_config(None, ["preset=350m"])
     validate_config(config)
     assert (config.model.activation, config.model.ffn_hidden_size) == ("relu", 4096) and config.model.tied_embeddings
+
+
+def test_presets_of_the_second_stage_have_the_papers_settings():
+    for size in ("760m", "7b"):
+        base, tuned = (load_config(None, [f"preset={name}"]) for name in (size, f"sft-{size}"))
+        assert tuned.model == base.model
+        assert (tuned.optimizer.learning_rate, tuned.schedule.warmup_steps) == (5e-5, 150)
+        assert tuned.data.seq_length == 4096 and tuned.train.global_batch_size * 4096 == 2 * 1024**2
+    tuned = load_config(None, ["preset=sft-7b", "model.family=llama"])
+    assert (tuned.model.ffn_hidden_size, tuned.model.dropout) == (11008, 0.05)
+    assert (tuned.optimizer.learning_rate, tuned.schedule.name, tuned.train.global_batch_size) == (1e-5, "cosine", 128)
 
 
 def test_changed_fields_returns_both_values():

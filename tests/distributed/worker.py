@@ -8,6 +8,7 @@ thousands of gloo's threads, because cycles of autograd nodes keep the engines o
 With "save_start" the initial weights are also saved. With "corrupt" (a step) that step first gets a batch whose loss
 weights are infinite on the last data-parallel rank only: no rank may step, and the run must continue as if that batch
 had not existed.
+With "validate" the losses of validation before the first step are added to the record of that step.
 With "masks" the dropout masks of each rank are written to NAME-RANK.npz (masks.py).
 With "roll_back" ([from, to]) the checkpoint of step `to` is loaded once, at step `from`, and training continues there.
 """
@@ -39,6 +40,7 @@ from megatron_cm3leon.engine.groups import initialize_groups
 from megatron_cm3leon.training.loop import advance
 from megatron_cm3leon.training.lr_schedule import learning_rate
 from megatron_cm3leon.training.setup import build_loader, open_run
+from megatron_cm3leon.training.validation import Validation
 from tests.distributed import masks
 from tests.distributed.launch import find_free_ports
 from tests.flex_on_cpu import flex_on_cpu
@@ -89,6 +91,7 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
         engine.save(step_folder(Path(config.output), 0), state)
     loader = build_loader(config, stream, engine, state)
     record, recorder = [], nullcontext()
+    validated = Validation(config, stream.vocabulary).run(engine) if case.get("validate") else {}
     if case.get("masks"):
         recorder = masks.MaskRecorder(getattr(engine, "model", None) or [engine.engine])
     while state.step < (config.train.stop_after or config.train.steps):
@@ -102,7 +105,8 @@ def run_case(case: dict, rank: Rank, folder: Path) -> None:
         assert metrics.stepped, (case["name"], state.step, metrics)
         assert batch == state.batch, (case["name"], batch, state.batch)
         advance(state, metrics, config)
-        record.append({"step": state.step, "loss": metrics.loss, "grad_norm": metrics.grad_norm})
+        record.append({"step": state.step, "loss": metrics.loss, "grad_norm": metrics.grad_norm, **validated})
+        validated = {}
         if state.step % config.checkpoint.interval == 0:
             engine.save(step_folder(Path(config.output), state.step), state)
         if state.step == case.get("roll_back", [None])[0]:

@@ -13,21 +13,22 @@ from tests.distributed.launch import ROOT
 from tests.tools.call import call_tool
 
 FOLDER = ROOT / "examples/slurm"
-MODELS = ("350m", "760m", "7b")
+MODELS = ("350m", "760m", "7b", "sft-760m", "sft-7b")
+RANKS = {model: [8, 16, 32, 64, 128, 256, 512] for model in MODELS} | {"sft-760m": [8, 16, 32, 64, 128]}
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("ranks", [8, 16, 32, 64, 128, 256, 512])
+@pytest.mark.parametrize(("model", "ranks"), [(model, ranks) for model in MODELS for ranks in RANKS[model]])
 def test_a_layout_needs_the_stated_bytes(model, ranks, capsys):
     assert main([str(FOLDER / f"{model}.yaml"), "--dry-run", "--ranks", str(ranks)]) == 0
-    printed = re.findall(r"([\d.]+ GiB)\n", capsys.readouterr().out)
+    output = capsys.readouterr().out
+    printed = re.findall(r"([\d.]+ GiB)\n", output)
     stated = dict(re.findall(r"(\d+) GPUs ([\d.]+ GiB)", (FOLDER / f"{model}.yaml").read_text()))
-    assert set(stated) == {"8", "64", "512"}
+    assert set(stated) == {"8", "64", str(RANKS[model][-1])}
     assert stated.get(str(ranks), printed[0]) == printed[0]
+    assert (f"begins with train.init (runs/{model[4:]}), which is not there yet" in output) == model.startswith("sft")
 
 
-@pytest.mark.parametrize("nodes", [1, 64])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "nodes"), [(model, RANKS[model][end] // 8) for model in MODELS for end in (0, -1)])
 def test_the_controller_accepts_the_job(slurm, corpus, model, nodes, tmp_path):
     """The partition `gpu` of the test cluster has 64 nodes with 8 GPUs; jobs can be planned there, but not started."""
     arguments = [FOLDER / f"{model}.yaml", f"data.shards={corpus}", f"output={tmp_path / 'run'}"]

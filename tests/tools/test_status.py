@@ -59,6 +59,19 @@ def test_skipped_batches_and_slow_ranks_are_counted(run):
     assert "skipped batches  1 spike, 1 non-finite" in shown and "slowest rank     3 on node7, 1.50 x the" in shown
 
 
+def test_the_last_losses_of_validation_are_shown_by_source(run):
+    losses = {
+        "validation_loss": 3.25,
+        "validation_loss_text": 1.0,
+        "validation_vqa_loss": 2.5,
+        "validation_a_loss": None,
+    }
+    shown = write(run, [step(2, 1, 1, 0, validation_loss=4.0), step(4, 1, 2, 1, **losses), step(5, 1, 3, 2)])
+    assert "  validation       3.25, vqa 2.5 at step 2\n" in call_tool("status", shown).stdout
+    found = json.loads(call_tool("status", shown, "--json").stdout)
+    assert found["validation_step"] == 2 and found["validation"] == {"": 3.25, "vqa": 2.5}
+
+
 def test_several_runs_make_a_table(run, tmp_path):
     other = write(tmp_path / "a-name-that-is-much-too-long-for-a-table", LINES, EVENTS)
     result = call_tool("status", run, other)

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_cm3leon.checkpoint.format import list_checkpoints
+from megatron_cm3leon.checkpoint.format import hash_file, list_checkpoints
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.model.flops import flops_per_token
@@ -211,6 +211,21 @@ def test_a_change_of_the_stream_requires_allow_change_and_is_recorded(folder):
     assert allowed.returncode == 0, allowed.stderr
     state = (list_checkpoints(folder / "changed")[-1] / "state.json").read_text()
     assert '"field": "cm3.probability"' in state
+
+
+def test_a_run_begins_with_the_weights_of_another_and_says_so(folder):
+    base = folder / "uninterrupted"
+    done = train(folder, "tuned", f"train.init={base}", "train.stop_after=1", "data.seq_length=24", "cm3.probability=0")
+    assert done.returncode == 0, done.stderr
+    checkpoint = base / "checkpoints" / "step-00000030"
+    message = f"began with the weights of {checkpoint}, step 30; the first 24 of 32 learned positions are kept"
+    assert done.stderr.count(message) == 1
+    (initialized,) = [event for event in read_events(folder / "tuned") if event["event"] == "initialize"]
+    expected = {"path": str(base), "folder": str(checkpoint), "step": 30, "base_positions": 32, "positions": "first"}
+    assert initialized["init"] == {**expected, "sha256": hash_file(checkpoint / "manifest.json")}
+    assert read_metrics(folder / "tuned")[0]["loss"] < read_metrics(base)[0]["loss"]
+    refused = train(folder, "tuned", "train.init=other", "data.seq_length=24", "cm3.probability=0")
+    assert refused.returncode == 2 and "train.init (other) is for a new run, but the run of" in refused.stderr
 
 
 def test_shards_of_another_vocabulary_are_rejected_and_named(folder):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cm3leon.config.loading import Config
-from megatron_cm3leon.config.schema import SourceConfig
+from megatron_cm3leon.config.schema import SourceConfig, ValidationSource
 from megatron_cm3leon.data.shards.reader import Corpus, open_shards
 from megatron_cm3leon.data.stream.best_fit import DocumentsPacking
 from megatron_cm3leon.data.stream.cm3 import TOKENS_PER_SPAN, MaskDraws, SpanSampler, mask_sequence
@@ -286,12 +286,16 @@ def positions_in_samples(samples: np.ndarray) -> np.ndarray:
     return positions
 
 
-def build_stream(config: Config, train: bool = True, retrieval: bool = True) -> Stream:
-    """Open the training data of a Config, or with `train=False` its validation data.
+def build_stream(
+    config: Config, train: bool = True, retrieval: bool = True, source: ValidationSource | None = None
+) -> Stream:
+    """Open the training data of a Config, or with `train=False` its validation data: those of `source` where given.
 
     `retrieval=False` uses no retrieved documents, whatever the config says. Raises ValueError if no shards are given.
     """
-    if train:
+    if source:
+        described = [SourceConfig(shards=source.shards, index=source.index)]
+    elif train:
         described = config.data.sources or [SourceConfig(shards=config.data.shards, index=config.retrieval.index)]
     else:
         described = [SourceConfig(shards=config.validation.shards, index=config.validation.index)]
@@ -305,7 +309,7 @@ def build_stream(config: Config, train: bool = True, retrieval: bool = True) -> 
         config, [_open_source(source, retrieval and config.retrieval.documents > 0) for source in described]
     )
     output = Path(config.output)
-    if train and output.is_dir() and os.access(output, os.W_OK):
+    if train and not source and output.is_dir() and os.access(output, os.W_OK):
         stream.keep_tables(output / "stream")
     return stream
 
