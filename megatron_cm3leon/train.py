@@ -19,6 +19,7 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.common.cli import show_messages, user_path
 from megatron_cm3leon.config.loading import Config, load_config, save_config
 from megatron_cm3leon.config.validation import validate_config
+from megatron_cm3leon.data.inspect.mixture import describe_mixture
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.data.stream.stream import build_stream
 from megatron_cm3leon.distributed.launch import Rank, choose_device, set_threads
@@ -72,7 +73,7 @@ def dry_run(config: Config, ranks: int) -> str:
     folder = config.data.sources[0].shards if config.data.sources else config.data.shards
     size = open_shards(folder).vocabulary.size if folder else PAPER_VOCABULARY
     follow_rule(config, count_parameters(config, size))
-    return describe_memory(config, size, ranks)
+    return "\n\n".join(filter(None, (describe_memory(config, size, ranks), describe_mixture(config))))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     with start_attempt(config, rank, device) as attempt:
         attempt.watch.progress("opening the data")
         stream = build_stream(config)
+        if attempt.first and (table := describe_mixture(config)):
+            print(table, flush=True)
         follow_rule(config, count_parameters(config, stream.vocabulary.size))
         attempt.watch.progress("building the model and loading a checkpoint")
         engine, state, checkpoint = open_run(config, stream, device, options.allow_change)
