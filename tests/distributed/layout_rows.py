@@ -385,5 +385,6 @@ RESUMES = [
     Resume("deepspeed llama, tensor=2 data 2 zero=3", "llama, context=2"),
     Resume("llama, tensor=2 sequence=true", "deepspeed llama, tensor=2 data 2 zero=0"),
     Resume("deepspeed bf16, data 2 zero=1", "deepspeed bf16, data 2 zero=1"),
+    Resume("instructions, loss=target, packed, one process", "instructions, loss=target, packed, one process", True),
     *[Resume(layout.name, layout.name, layout.in_suite) for layout in MASKS],
 ]

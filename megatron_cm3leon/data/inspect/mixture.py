@@ -33,6 +33,6 @@ def describe_mixture(config: Config) -> str:
         lines.append(f"{source.shards:{width}}  {number:9d}  {share:6.2%}  {first:5.2f}  {last:7.2f}  {count:17.0f}")
     lines.append(f"{'total':{width}}  {total:9d}  {sum(shares):6.0%}                  {sum(samples):17.0f}")
     if plan is not None:
-        exact = f"shares are rounded by less than {plan.error:.1e}" if plan.error else "in cycles of one epoch"
-        lines.append(f"the sources alternate in cycles of {sum(plan.weights)} samples; {exact}")
+        rounded = f"; their shares are rounded by less than {plan.error:.1e}" if plan.error else ""
+        lines.append(f"the sources alternate in cycles of {sum(plan.weights)} samples{rounded}")
     return "\n".join(lines)

@@ -70,8 +70,8 @@ class MixturePlan:
     weights: list[int]
     """Weights of `Mixture`; at most MAX_CYCLE in total."""
     error: float
-    """Bound of the difference of a share from the exact one. 0: only samples of an epoch are rounded to integers;
-    sources / MAX_CYCLE: an epoch has more samples than MAX_CYCLE, and the weights are rounded."""
+    """Bound of the difference of a share from the exact one. 0: the shares are exact, or the samples of an epoch are
+    rounded to integers; sources / MAX_CYCLE: an epoch has more samples than that, and the weights are rounded."""
 
 
 def plan_mixture(
@@ -95,9 +95,7 @@ def plan_mixture(
     exact = [Fraction(str(ratio)) * count for ratio, count in zip(limited, documents, strict=True)]
     # Weights are rounded such that they stay within the limits: up at the lowest ratio, down at the highest.
     order = [0 if ratio <= lowest else 2 if ratio >= highest else 1 for ratio in ratios]
-    weights, error = _round_weights(exact, order), 0.0
-    if sum(weights) > MAX_CYCLE:
-        weights, error = _apportion(exact, order), len(exact) / MAX_CYCLE
+    weights, epoch, error = _round_weights(exact, order)
     for source, weight in enumerate(weights):
         if not weight:
             raise ValueError(
@@ -105,9 +103,7 @@ def plan_mixture(
                 f"({float(exact[source] / sum(exact)):.2g}) is below the smallest one, 1/{MAX_CYCLE}; put its "
                 f"documents into another source, lower data.mixture.alpha, or set data.mixture.cap."
             )
-    divisor = math.gcd(*weights)
-    cycle = sum(weights)
-    epoch = float(sum(exact)) if error else cycle
+    divisor, cycle = math.gcd(*weights), sum(weights)
     samples = [epoch * weight / cycle for weight in weights]
     return MixturePlan(
         documents=list(documents),
@@ -120,10 +116,21 @@ def plan_mixture(
     )
 
 
-def _round_weights(exact: list[Fraction], order: list[int]) -> list[int]:
-    """Samples per epoch as integers: up for order 0, to the nearest for 1, down for 2, but at least 1."""
+def _round_weights(exact: list[Fraction], order: list[int]) -> tuple[list[int], float, float]:
+    """Weights in proportion to the samples of an epoch, the samples of an epoch, and the error of MixturePlan.
+
+    Where the exact weights are too large, the samples are rounded: up for order 0, to the nearest for 1, down for 2,
+    but to at least 1. Where those are too large, the weights are rounded.
+    """
+    unit = math.lcm(*(number.denominator for number in exact))
+    weights = [int(number * unit) for number in exact]
+    if sum(weights) // math.gcd(*weights) <= MAX_CYCLE:
+        return weights, float(sum(exact)), 0.0
     rounding = (math.ceil, round, math.floor)
-    return [max(1, rounding[kind](number)) for number, kind in zip(exact, order, strict=True)]
+    weights = [max(1, rounding[kind](number)) for number, kind in zip(exact, order, strict=True)]
+    if sum(weights) <= MAX_CYCLE:
+        return weights, float(sum(weights)), 0.0
+    return _apportion(exact, order), float(sum(exact)), len(exact) / MAX_CYCLE
 
 
 def _apportion(exact: list[Fraction], order: list[int]) -> list[int]:

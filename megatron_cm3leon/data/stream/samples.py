@@ -96,7 +96,7 @@ class Samples:
         total = sum(source.count for source in self.sources)
         self.span = -(-total // self.mixture.length) * self.mixture.length
         """Samples per span (PrefixSums): an epoch, rounded up to complete cycles of the mixture."""
-        self.has_targets = any(source.corpus.has_targets for source in self.sources)
+        self.has_targets = any(source.forms.targets is not None for source in self.sources)
         """Whether a query document has targets."""
 
     @property
