@@ -92,7 +92,8 @@ class DataConfig:
     attention: str = setting("causal", choices=("causal", "sample"), resume="fixed")
     """causal: a token attends to all earlier tokens of its sequence; sample: only to those of the same sample."""
     image_first_probability: float = setting(0.5, minimum=0, maximum=1, resume="fixed")
-    """Probability, per document and epoch, that the image of a pair comes before its text."""
+    """Probability, per document and epoch, that the image of a pair comes before its text. Documents with targets keep
+    their order."""
     text_loss_weight: float = setting(1.0, minimum=0, resume="fixed")
     """Factor of the loss weight of text tokens."""
     image_loss_weight: float = setting(1.0, minimum=0, resume="fixed")

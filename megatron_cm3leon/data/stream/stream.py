@@ -7,7 +7,6 @@ Batch b is sequences [b * G, (b + 1) * G), G = train.global_batch_size, in a run
 (monitoring/positions.py). Epochs follow one another without end.
 """
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ PACKINGS: dict[str, Callable[[Samples, int], Packing]] = {
 }
 PADDING_VALUES = np.array([0, -1, 0], np.float32)
 """Loss weight, number of the sample, and whether it is a target, of <pad>."""
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -375,8 +373,6 @@ def build_stream(config: Config, train: bool = True, retrieval: bool = True) -> 
         for source, weight in zip(sources, plan.weights, strict=True):
             source.weight = float(weight)
     stream = Stream(config, sources)
-    for problem in stream.report_problems():
-        logger.warning("%s", problem)
     output = Path(config.output)
     if train and output.is_dir() and os.access(output, os.W_OK):
         stream.keep_tables(output / "stream")

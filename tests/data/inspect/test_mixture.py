@@ -7,7 +7,7 @@ from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.inspect.mixture import describe_mixture
 from megatron_cm3leon.data.stream.stream import build_stream
-from megatron_cm3leon.train import dry_run
+from megatron_cm3leon.train import dry_run, report_data
 from tests.data.corpora import make_vocabulary, write_instructions, write_shards
 
 V = make_vocabulary()
@@ -48,6 +48,14 @@ def test_the_table_has_shares_and_ratios_before_and_after_the_limits(folder):
     assert stream.samples.mixture.weights == [11, 9, 1]
     owners, _ = stream.samples.mixture.split(np.arange(63))
     assert np.bincount(owners).tolist() == [33, 27, 3]
+
+
+def test_training_prints_the_table_and_names_documents_that_do_not_fit(folder, capsys, caplog):
+    write_shards(folder / "long", [[1, *[2] * 30]], V, targets=[[(1, 31)]])
+    config = make_config(folder, [f"shards: {folder / 'tasks'}", f"shards: {folder / 'long'}"], "data.seq_length=20")
+    report_data(config, build_stream(config))
+    assert capsys.readouterr().out.strip() == describe_mixture(config)
+    assert "long have targets longer than a sequence of 21 tokens, such as document 0 (made) with 30" in caplog.text
 
 
 def test_given_weights_and_shares_are_in_the_table(folder):

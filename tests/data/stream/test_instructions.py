@@ -136,6 +136,8 @@ def test_a_pack_holds_exactly_what_each_sample_alone_holds(corpus, loss, retriev
         assert sequence.trimmed == 0 and sequence.epoch == 0
         for document, sample in zip(sequence.documents.tolist(), split_samples(sequence), strict=True):
             packed[document] = sample
+        begins = sequence.tokens[1:][np.diff(sequence.samples) > 0]
+        assert (begins == EOS).all() and not sequence.weights[1:][np.diff(sequence.samples) > 0].any()
         number += 1
     assert number < 60 / (1.5 if retrieval else 2)
     n_sentinels = 0
