@@ -104,7 +104,7 @@ for _family, _sizes in PRESETS.items():
 _SETTINGS = dict(list_settings(Config))
 
 SOURCE_FIELDS = tuple(name for name, setting in _SETTINGS.items() if setting.resume == "content")
-"""Fields that name folders of data."""
+"""Fields that name folders of data, or determine their shares."""
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None, *, expand: bool = True) -> Config:

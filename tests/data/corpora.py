@@ -24,15 +24,19 @@ def make_vocabulary(text=100, image=32, height=4, width=4, sentinels=16, special
     )
 
 
-def write_shards(folder, documents, vocabulary, shard_documents=40):
-    """Write rows of ids as a shard folder; returns the opened Corpus."""
+def write_shards(folder, documents, vocabulary, shard_documents=40, targets=None):
+    """Write rows of ids as a shard folder; returns the opened Corpus.
+
+    `targets`: ranges (start, end) of each document.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for start in range(0, len(documents), shard_documents):
         writer = ShardWriter(folder, f"shard-{start // shard_documents:06d}-000", vocabulary)
         for number, ids in enumerate(documents[start : start + shard_documents], start):
             row = {"caption": f"caption {number}", "image": f"{number}.png", "source": "made", "extra": "{}"}
-            writer.add(f"{number:08d}", np.array(ids), {**row, "picture_sha256": ""})
+            ranges = targets[number] if targets else ()
+            writer.add(f"{number:08d}", np.array(ids), {**row, "picture_sha256": ""}, ranges)
         entries.append(writer.close())
     write_json(folder / MANIFEST, build_manifest(vocabulary, entries))
     return open_shards(folder)
@@ -47,6 +51,37 @@ def make_pairs(count, vocabulary, seed=0, text=(1, 12)):
         codes = generator.integers(vocabulary.image_start, vocabulary.image_end, vocabulary.image_tokens)
         pairs.append(np.concatenate([words, [vocabulary.break_id], codes]))
     return pairs
+
+
+def make_instructions(count, vocabulary):
+    """Instruction documents and their targets: a question, a drawing, an edit, a chat; every fifth has none."""
+    v, draws = vocabulary, np.random.default_rng(5)
+
+    def text(longest):
+        return draws.integers(0, v.text_size, draws.integers(1, longest + 1)).tolist()
+
+    def image():
+        return draws.integers(v.image_start, v.image_end, v.image_tokens).tolist()
+
+    documents, targets = [], []
+    for number in range(count):
+        pieces = [  # (ids, is a target); [<break>] between segments
+            [(text(5), False), (text(3), True), ([7], False), ([v.break_id], False), (image(), False)],
+            [(text(6), False), ([v.break_id], False), (image(), True)],
+            [(image(), False), ([v.break_id], False), (text(4), False), ([v.break_id], False), (image(), True)],
+            [(text(3), False), (text(2), True), (text(3), False), (text(2), True), (text(2), False), (text(3), True)],
+            [(text(4), False), ([v.break_id], False), (image(), False)],
+        ][number % 5]
+        ends = np.cumsum([len(ids) for ids, _ in pieces]).tolist()
+        documents.append([token for ids, _ in pieces for token in ids])
+        targets.append([(end - len(ids), end) for end, (ids, chosen) in zip(ends, pieces, strict=True) if chosen])
+    return documents, targets
+
+
+def write_instructions(folder, count, vocabulary):
+    """A shard folder of make_instructions; returns the opened Corpus."""
+    documents, targets = make_instructions(count, vocabulary)
+    return write_shards(folder, documents, vocabulary, targets=targets)
 
 
 @dataclass

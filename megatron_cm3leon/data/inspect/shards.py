@@ -20,7 +20,7 @@ QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 def find_damaged_files(corpus: Corpus, threads: int = 4) -> list[str]:
     """The files that differ from the manifest, as text; for a tar, with the numbers of the damaged documents."""
-    files = [(entry, path) for entry in corpus.shards for path in shard_files(corpus.folder, entry["name"])]
+    files = [(entry, path) for entry in corpus.shards for path in shard_files(corpus.folder, entry)]
     damaged = []
     with ThreadPoolExecutor(threads) as pool:  # SHA-256 releases the interpreter lock
         sums = pool.map(lambda file: sha256_file(file[1]), files)
@@ -137,6 +137,10 @@ def describe_shards(corpus: Corpus, found: ShardStats) -> str:
         f"tokens{part}: {found.text_tokens} of text, {found.image_tokens} of {found.images} images",
         f"image codes used{part}: {found.codes} of {corpus.vocabulary.image_size}",
     ]
+    if corpus.has_targets:
+        rows, targets = corpus.all_targets()
+        tokens = int((rows["end"].astype(np.int64) - rows["start"]).sum())
+        lines.append(f"targets: {tokens} tokens of {len(rows)} targets in {int((targets > 0).sum())} documents")
     counts = manifest.get("accounts")
     if counts:
         names = ("read", "written", "duplicates", "filtered", "quarantined")
