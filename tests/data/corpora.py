@@ -24,15 +24,16 @@ def make_vocabulary(text=100, image=32, height=4, width=4, sentinels=16, special
     )
 
 
-def write_shards(folder, documents, vocabulary, shard_documents=40):
-    """Write rows of ids as a shard folder; returns the opened Corpus."""
+def write_shards(folder, documents, vocabulary, shard_documents=40, targets=None):
+    """Write rows of ids as a shard folder; returns the opened Corpus. `targets`: ranges (start, end) of each document."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for start in range(0, len(documents), shard_documents):
         writer = ShardWriter(folder, f"shard-{start // shard_documents:06d}-000", vocabulary)
         for number, ids in enumerate(documents[start : start + shard_documents], start):
             row = {"caption": f"caption {number}", "image": f"{number}.png", "source": "made", "extra": "{}"}
-            writer.add(f"{number:08d}", np.array(ids), {**row, "picture_sha256": ""})
+            ranges = targets[number] if targets else ()
+            writer.add(f"{number:08d}", np.array(ids), {**row, "picture_sha256": ""}, ranges)
         entries.append(writer.close())
     write_json(folder / MANIFEST, build_manifest(vocabulary, entries))
     return open_shards(folder)

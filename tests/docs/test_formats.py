@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_cm3leon.checkpoint.format import list_checkpoints
+from megatron_cm3leon.data.shards.targets import TARGETS_DTYPE
 from megatron_cm3leon.evaluation.assemble import collect_report
 from megatron_cm3leon.evaluation.compare import read_runs
 from megatron_cm3leon.evaluation.compare_page import write_comparison
@@ -115,6 +116,7 @@ def test_keys_of_shards_are_documented(written):
     index = np.load(written / f"pairs/{name}.idx.npy")
     fields = {key: index.dtype[key].name for key in index.dtype.names}
     assert fields == read_table("`shard-*.idx.npy`")
+    assert {key: TARGETS_DTYPE[key].name for key in TARGETS_DTYPE.names} == read_table("`shard-*.targets.npy`")
     check_keys("`shard-*.parquet`", dict.fromkeys(pq.read_schema(written / f"pairs/{name}.parquet").names))
 
 

@@ -20,7 +20,7 @@ QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 def find_damaged_files(corpus: Corpus, threads: int = 4) -> list[str]:
     """The files that differ from the manifest, as text; for a tar, with the numbers of the damaged documents."""
-    files = [(entry, path) for entry in corpus.shards for path in shard_files(corpus.folder, entry["name"])]
+    files = [(entry, path) for entry in corpus.shards for path in shard_files(corpus.folder, entry)]
     damaged = []
     with ThreadPoolExecutor(threads) as pool:  # SHA-256 releases the interpreter lock
         sums = pool.map(lambda file: sha256_file(file[1]), files)

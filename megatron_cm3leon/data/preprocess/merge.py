@@ -117,7 +117,7 @@ def _find_outdated(work: Path, plan: dict, records: list[Path]) -> list[int]:
 
 def _check_files(output: Path, shards: list[dict]) -> None:
     for shard in shards:
-        for path in shard_files(output, shard["name"]):
+        for path in shard_files(output, shard):
             if not path.is_file() or path.stat().st_size != shard["files"][path.name]["bytes"]:
                 raise ValueError(
                     f"{path} is missing or was changed after it was written; run the task of its part again, then "

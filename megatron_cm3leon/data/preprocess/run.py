@@ -39,6 +39,7 @@ from megatron_cm3leon.data.preprocess.worker import (
     run_in_worker,
 )  # fmt: skip
 from megatron_cm3leon.data.shards.reader import MANIFEST, open_shards
+from megatron_cm3leon.data.shards.targets import TARGETS_ENDING
 from megatron_cm3leon.data.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,9 @@ def _compare_plans(recorded: dict, plan: dict) -> Iterator[str]:
 def _remove_shards(output: Path) -> None:
     """Remove the files that this tool writes, the manifest first, and no other files."""
     work = output / WORK
-    shards = [path for path in output.glob("shard-*") if path.name.endswith((".tar", ".idx.npy", ".parquet"))]
+    shards = [
+        path for path in output.glob("shard-*") if path.name.endswith((".tar", ".idx.npy", ".parquet", ".targets.npy"))
+    ]
     notes = [*work.glob("part-*.json"), *work.glob("*.npy")]
     for path in (output / MANIFEST, output / QUARANTINE, *notes, *shards):
         path.unlink(missing_ok=True)

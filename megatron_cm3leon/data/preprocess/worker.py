@@ -158,7 +158,7 @@ class Worker:
         if record.get("dropped") != checksum(dropped):
             return None
         for shard in record["shards"]:
-            for file in shard_files(self.settings.output, shard["name"]):
+            for file in shard_files(self.settings.output, shard):
                 if not file.is_file() or file.stat().st_size != shard["files"][file.name]["bytes"]:
                     return None
         bad = {entry["key"] for entry in record["quarantine"]} if self.settings.source.external else set()
@@ -245,13 +245,13 @@ def _remove_stale_shards(output: Path, path: Path, shards: list[dict]) -> None:
     """Remove shards that this part had in an earlier run (its record is at `path`) and no longer has."""
     kept = {shard["name"] for shard in shards}
     for shard in json.loads(path.read_text())["shards"] if path.is_file() else ():
-        for file in shard_files(output, shard["name"]) if shard["name"] not in kept else ():
+        for file in shard_files(output, shard) if shard["name"] not in kept else ():
             file.unlink(missing_ok=True)
 
 
 def _move_files(temporary: Path, output: Path, shards: list[dict]) -> None:
     for shard in shards:
-        for path in shard_files(temporary, shard["name"]):
+        for path in shard_files(temporary, shard):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(path, output / path.name)

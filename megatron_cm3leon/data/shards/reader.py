@@ -4,6 +4,7 @@
     shards/shard-000000-000.tar       one member <key>.tokens.npy per document (uint16, or uint32)
     shards/shard-000000-000.idx.npy   (offset u64, tokens u32, crc32 u32) per document
     shards/shard-000000-000.parquet   key, caption, image, source, picture_sha256, extra, kind
+    shards/shard-000000-000.targets.npy   only with instruction documents: their targets (targets.py)
 
 `offset` is the position of a document's first token in the tar, in bytes (after the .npy header). The crc32 is over the
 token bytes and is checked when a process reads a document for the first time. Documents are numbered in the order of
@@ -30,9 +31,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_cm3leon.common.atomic_io import add_checksum, sha256_file
+from megatron_cm3leon.data.shards.targets import TARGETS_DTYPE, TARGETS_ENDING, load_targets
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
-FORMAT = 1
+FORMAT, FORMAT_WITH_TARGETS = 1, 2
+"""Formats of a manifest. Shards with targets have their own, because an older reader would train on their prompts."""
 MANIFEST = "manifest.json"
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("crc32", "<u4")])
 METADATA_SCHEMA = pa.schema(
@@ -48,15 +51,20 @@ def split_segments(ids: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
     return [ids[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
-def shard_files(folder: Path, name: str) -> list[Path]:
-    """The three files of a shard."""
-    return [folder / f"{name}{ending}" for ending in (".tar", ".idx.npy", ".parquet")]
+def shard_files(folder: Path, entry: dict) -> list[Path]:
+    """The files of a shard, from its entry in the manifest: three, and that of its targets if it has any."""
+    endings = (".tar", ".idx.npy", ".parquet", *([TARGETS_ENDING] if _has_targets(entry) else []))
+    return [folder / f"{entry['name']}{ending}" for ending in endings]
+
+
+def _has_targets(entry: dict) -> bool:
+    return f"{entry['name']}{TARGETS_ENDING}" in entry["files"]
 
 
 def build_manifest(vocabulary: Vocabulary, shards: list[dict], **others) -> dict:
     """The content of a manifest with its SHA-256; `others`: further fields (accounts, command, options ...)."""
     manifest = {
-        "format": FORMAT,
+        "format": FORMAT_WITH_TARGETS if any(map(_has_targets, shards)) else FORMAT,
         "content_sha256": hash_content(vocabulary.hash, shards),
         "vocabulary": vocabulary.to_dict(),
         "documents": sum(entry["documents"] for entry in shards),
@@ -99,6 +107,7 @@ class Corpus:
         self.documents = int(self._starts[-1])
         self.lengths = np.concatenate([index["tokens"] for index in self._indexes])
         """Tokens of each document, uint32."""
+        self._targets, self._target_starts = self._load_targets()
         self._checked = np.zeros(self.documents // 8 + 1, np.uint8)  # one bit per document: its crc was checked
         self._checked_metadata: set[int] = set()
         self._files: dict[int, int] = {}
@@ -115,8 +124,15 @@ class Corpus:
 
     @property
     def identity(self) -> str:
-        """Hash of the documents and their order: SHA-256 of the vocabulary and the checksum of every shard."""
-        parts = [self.vocabulary.hash, *(entry["sha256"] for entry in self.shards)]
+        """Hash of the documents, their targets and their order.
+
+        SHA-256 of the vocabulary and, for every shard, the checksum of its tar and of its targets if it has any.
+        """
+        parts = [self.vocabulary.hash]
+        for entry in self.shards:
+            parts.append(entry["sha256"])
+            if _has_targets(entry):
+                parts.append(entry["files"][entry["name"] + TARGETS_ENDING]["sha256"])
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def read(self, number: int) -> np.ndarray:
@@ -149,6 +165,28 @@ class Corpus:
             if found != len(part) or (not known and zlib.crc32(part) != crc):
                 raise self._damaged(shard, row)
         np.bitwise_or.at(self._checked, numbers >> 3, bits)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether a document has targets."""
+        return len(self._targets) > 0
+
+    def targets(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """Targets of documents `numbers` (int64): for each its ranges [start, end), int64 [targets, 2], in order."""
+        if not self.has_targets:
+            return [np.empty((0, 2), np.int64)] * len(numbers)
+        ranges = []
+        for first, last in zip(self._target_starts[numbers], self._target_starts[numbers + 1], strict=True):
+            rows = self._targets[first:last]
+            ranges.append(np.stack([rows["start"], rows["end"]], 1).astype(np.int64))
+        return ranges
+
+    def all_targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """All targets, of TARGETS_DTYPE with numbers of documents in this corpus, and how many each document has.
+
+        The second array is int64 [documents]; both are empty if there are no targets.
+        """
+        return self._targets, np.diff(self._target_starts)
 
     def metadata(self, columns: list[str] | None = None) -> pa.Table:
         """Metadata of all documents in their order; `columns`: names from METADATA_SCHEMA, None for all."""
@@ -232,7 +270,7 @@ class Corpus:
 
     def _load_index(self, entry: dict) -> np.ndarray:
         """Check a shard's files against the manifest and map its index."""
-        for path in shard_files(self.folder, entry["name"]):
+        for path in shard_files(self.folder, entry):
             if not path.is_file():
                 raise _mismatch(self.folder, f"{path.name} is missing")
             expected, size = entry["files"][path.name]["bytes"], path.stat().st_size
@@ -251,6 +289,24 @@ class Corpus:
         if (index["offset"] + index["tokens"] * np.uint64(self.dtype.itemsize)).max() > tar_bytes:
             raise _mismatch(self.folder, f"{entry['name']}.idx.npy points beyond the end of its tar")
         return np.asarray(index)  # a plain array over the map: np.memmap is slow to index
+
+    def _load_targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Targets of all documents, and the first one of each document, int64 [documents + 1]; empty without any."""
+        parts = []
+        for entry, first, index in zip(self.shards, self._starts.tolist(), self._indexes, strict=False):
+            if _has_targets(entry):
+                name = entry["name"] + TARGETS_ENDING
+                try:
+                    rows = load_targets(self.folder / name, entry["files"][name]["sha256"], index["tokens"])
+                except ValueError as error:
+                    raise _mismatch(self.folder, str(error)) from error
+                rows["document"] += first
+                parts.append(rows)
+        if not parts:
+            return np.empty(0, TARGETS_DTYPE), np.empty(0, np.int64)
+        targets = np.concatenate(parts)
+        counts = np.bincount(targets["document"], minlength=self.documents)
+        return targets, np.concatenate([[0], np.cumsum(counts)])
 
 
 def open_shards(folder: str | Path) -> Corpus:
@@ -279,8 +335,11 @@ def load_manifest(folder: Path) -> dict:
     except (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a valid manifest of shards ({type(error).__name__}: {error}).") from error
     check_seal(path, manifest)
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found}; this version reads format {FORMAT}. Preprocess the data again.")
+    if found not in (FORMAT, FORMAT_WITH_TARGETS):
+        raise ValueError(
+            f"{path} has format {found}; this version reads formats {FORMAT} and {FORMAT_WITH_TARGETS}. Preprocess the "
+            f"data again."
+        )
     if any(Path(name).name != name for name in names):
         raise ValueError(f"{path} refers to a shard outside its folder; preprocess the data again.")
     return manifest

@@ -4,6 +4,7 @@ import hashlib
 import io
 import tarfile
 import zlib
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 
 from megatron_cm3leon.common.atomic_io import sha256_file
 from megatron_cm3leon.data.shards.reader import INDEX_DTYPE, METADATA_SCHEMA, shard_files
+from megatron_cm3leon.data.shards.targets import TARGETS_ENDING, describe_targets
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 _REPEATING = ["caption", "image", "picture_sha256", "extra", "kind"]
@@ -35,23 +37,37 @@ class ShardWriter:
         self._keys: list[str] = []
         self._payloads: list[bytes] = []
         """Keys and ids of the documents that are not written yet."""
+        self._documents = 0
+        self._targets: list[np.ndarray] = []
         self._written, self._digest = 0, hashlib.sha256()
         self._file = open(folder / f"{name}.tar", "wb")  # noqa: SIM115 (closed by `close`)
 
-    def add(self, key: str, ids: np.ndarray, metadata: dict) -> None:
-        """Append a document; `metadata` has the fields of METADATA_SCHEMA except the key."""
+    def add(self, key: str, ids: np.ndarray, metadata: dict, targets: Iterable[tuple[int, int]] = ()) -> None:
+        """Append a document; `metadata` has the fields of METADATA_SCHEMA except the key.
+
+        `targets` of an instruction document: ranges [start, end) of its tokens, in order. ValueError if one is not
+        valid (targets.py).
+        """
         ids = np.asarray(ids)
         assert ids.ndim == 1 and len(ids), f"the ids of document {key} are not a non-empty row"
         assert ids.min() >= 0 and ids.max() < self.vocabulary.size, f"document {key} has ids outside the vocabulary"
-        self.add_bytes(key, np.ascontiguousarray(ids, self.dtype).tobytes(), metadata)
+        self.add_bytes(key, np.ascontiguousarray(ids, self.dtype).tobytes(), metadata, targets)
 
-    def add_bytes(self, key: str, payload: bytes, metadata: dict) -> None:
-        """Append a document whose ids are given as bytes of the shards' dtype."""
-        self.add_many([key], [payload], {name: [metadata.get(name)] for name in self._columns})
+    def add_bytes(self, key: str, payload: bytes, metadata: dict, targets: Iterable[tuple[int, int]] = ()) -> None:
+        """Append a document whose ids are given as bytes of the shards' dtype; the rest as for `add`."""
+        self.add_many([key], [payload], {name: [metadata.get(name)] for name in self._columns}, [targets])
 
-    def add_many(self, keys: list[str], payloads: list[bytes], metadata: dict[str, list]) -> None:
-        """Append documents; `metadata` has one list per field, as long as `keys`."""
+    def add_many(
+        self, keys: list[str], payloads: list[bytes], metadata: dict[str, list],
+        targets: Sequence[Iterable[tuple[int, int]]] = (),
+    ) -> None:  # fmt: skip
+        """Append documents; `metadata` has one list per field, as long as `keys`, and so has `targets` if given."""
         assert all(payloads), f"document {keys[payloads.index(b'')]} has no ids"
+        assert not targets or len(targets) == len(keys), f"{len(targets)} lists of targets of {len(keys)} documents"
+        for document, (key, payload, ranges) in enumerate(zip(keys, payloads, targets, strict=False), self._documents):
+            rows = describe_targets(key, np.frombuffer(payload, self.dtype), ranges, document, self.vocabulary)
+            self._targets += [rows] * bool(len(rows))
+        self._documents += len(keys)
         self._keys += keys
         self._payloads += payloads
         for name, column in self._columns.items():
@@ -81,7 +97,7 @@ class ShardWriter:
         self._written += len(content)
 
     def close(self) -> dict:
-        """Finish the three files; returns the shard's entry in the manifest."""
+        """Finish the files; returns the shard's entry in the manifest."""
         self._flush()
         end = self.bytes + 2 * _TAR_BLOCK
         self._write(bytes(end + -end % _TAR_RECORD - self.bytes))
@@ -91,8 +107,12 @@ class ShardWriter:
         columns = [pa.array(self._columns[field.name], field.type) for field in METADATA_SCHEMA]
         table = pa.Table.from_arrays(columns, schema=METADATA_SCHEMA)
         pq.write_table(table, self.folder / f"{self.name}.parquet", use_dictionary=_REPEATING)
+        paths = shard_files(self.folder, {"name": self.name, "files": {}})
+        if self._targets:
+            paths.append(self.folder / f"{self.name}{TARGETS_ENDING}")
+            np.save(paths[-1], np.concatenate(self._targets))
         files = {}
-        for path in shard_files(self.folder, self.name):
+        for path in paths:
             checksum = self._digest.hexdigest() if path.suffix == ".tar" else sha256_file(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": checksum}
         return {

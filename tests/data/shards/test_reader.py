@@ -136,7 +136,8 @@ def test_files_that_do_not_match_the_manifest_are_refused(folder, tmp_path):
         lambda copy: change_manifest(copy, lambda m: m.update(documents=31)),
     )
     check_error(
-        "has format 2; this version reads format 1", lambda copy: change_manifest(copy, lambda m: m.update(format=2))
+        "has format 3; this version reads formats 1 and 2",
+        lambda copy: change_manifest(copy, lambda m: m.update(format=3)),
     )
     check_error("is not a valid manifest of shards", lambda copy: (copy / "manifest.json").write_text("{"))
     check_error("is not a valid manifest of shards", lambda copy: change_manifest(copy, lambda m: m.pop("shards")))
