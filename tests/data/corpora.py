@@ -25,7 +25,10 @@ def make_vocabulary(text=100, image=32, height=4, width=4, sentinels=16, special
 
 
 def write_shards(folder, documents, vocabulary, shard_documents=40, targets=None):
-    """Write rows of ids as a shard folder; returns the opened Corpus. `targets`: ranges (start, end) of each document."""
+    """Write rows of ids as a shard folder; returns the opened Corpus.
+
+    `targets`: ranges (start, end) of each document.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for start in range(0, len(documents), shard_documents):

@@ -211,9 +211,8 @@ def _compare_plans(recorded: dict, plan: dict) -> Iterator[str]:
 def _remove_shards(output: Path) -> None:
     """Remove the files that this tool writes, the manifest first, and no other files."""
     work = output / WORK
-    shards = [
-        path for path in output.glob("shard-*") if path.name.endswith((".tar", ".idx.npy", ".parquet", ".targets.npy"))
-    ]
+    endings = (".tar", ".idx.npy", ".parquet", TARGETS_ENDING)
+    shards = [path for path in output.glob("shard-*") if path.name.endswith(endings)]
     notes = [*work.glob("part-*.json"), *work.glob("*.npy")]
     for path in (output / MANIFEST, output / QUARANTINE, *notes, *shards):
         path.unlink(missing_ok=True)
