@@ -23,12 +23,15 @@ from megatron_cm3leon.data.sources import (
     Filtered,
     FolderSource,
     RawImage,
+    RawInstruction,
     RawPair,
     RawTexts,
+    Source,
     open_source,
 )  # fmt: skip
 from megatron_cm3leon.data.sources.documents import decode_text
 from megatron_cm3leon.data.sources.files import find_path_kind, list_folder, make_absolute, read_file, resolve_name
+from megatron_cm3leon.data.tasks.options import TASK_FORMATS, add_task_options, names_task, open_input
 
 _PART_SIZE = 4096
 _CONTENT_BYTES = 4_000_000_000
@@ -39,9 +42,11 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `RawInputs.open` reads, the same as in tools/preprocess_data.py."""
     add = parser.add_argument
     add("--input", type=user_path, required=True, nargs="+", help="files of one format, or one folder; paths or URLs")
-    add("--format", choices=FORMATS, default="auto", help="format of the input; auto: by the file extensions")
+    formats = (*FORMATS, *TASK_FORMATS)
+    add("--format", choices=formats, default="auto", help="format of the input; auto: by the file extensions")
     add("--image-field", default="", help='field or column of the image (default: "image", "jpg" ...)')
     add("--caption-field", default="", help='field or column of the caption (default: "caption", "txt")')
+    add_task_options(parser)
 
 
 class RawInputs:
@@ -49,14 +54,17 @@ class RawInputs:
 
     def __init__(
         self, inputs: str | Path | Sequence[str | Path], form: str = "auto", fields: Fields = Fields(),  # noqa: B008
-        part: str = "pairs",
+        part: str = "pairs", source: Source | None = None,
     ) -> None:  # fmt: skip
-        """`part`: which of texts, images or pairs will be read. Raises ValueError if there is no input."""
+        """`part`: which of texts, images or pairs will be read; `source`: the opened input, if it is open.
+
+        Raises ValueError if there is no input.
+        """
         inputs = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-        if form == "auto" and len(inputs) == 1:
+        if form == "auto" and len(inputs) == 1 and source is None:
             form = _choose_form(str(inputs[0]), part)
         self.name = f"--input {inputs[0]}{' ...' if len(inputs) > 1 else ''}"
-        self.source = open_source(inputs, _PART_SIZE, form, fields)
+        self.source = source or open_source(inputs, _PART_SIZE, form, fields)
         self.read = 0
         """Inputs read so far."""
         self.reasons = Reasons()
@@ -66,6 +74,8 @@ class RawInputs:
     def open(cls, arguments: argparse.Namespace, part: str) -> "RawInputs":
         """Open the inputs given by the options of `add_input_options`."""
         fields = Fields(arguments.image_field, arguments.caption_field)
+        if names_task(arguments):
+            return cls(arguments.input, source=open_input(arguments, _PART_SIZE))
         return cls(arguments.input, arguments.format, fields, part)
 
     def texts(self) -> Iterator[str]:
@@ -134,7 +144,8 @@ class RawInputs:
     def _texts_of(self, entry: Entry) -> list[str]:
         if isinstance(entry, Filtered):
             return []
-        texts = [segment for segment in entry.segments if isinstance(segment, str)]
+        segments = entry.join_pieces() if isinstance(entry, RawInstruction) else entry.segments
+        texts = [segment for segment in segments if isinstance(segment, str)]
         if isinstance(entry, BadInput) and isinstance(self.source, FolderSource) and entry.source.endswith(".txt"):
             try:  # a caption without an image
                 texts = [decode_text(read_file(resolve_name(self.source.folder, entry.source)), entry.source)]
