@@ -23,6 +23,7 @@ from megatron_cm3leon.tokenizers.images import load_image, to_pixels
 from megatron_cm3leon.tokenizers.text_cache import TextEncoder
 
 NO_TOKEN = "empty caption: it encodes to no token"
+NOT_CLEANED = "instruction document: --clean-captions is for captions, not for pieces"
 
 
 @dataclass(slots=True)
@@ -64,6 +65,8 @@ class DocumentReader:
             return entry
         texts = entry.texts
         if isinstance(entry, RawInstruction):
+            if self.filters.clean_captions:
+                return BadInput(entry.key, entry.source, NOT_CLEANED)
             payloads = self._encode_pieces(entry)
             if not all(payloads):
                 return BadInput(entry.key, entry.source, NO_TOKEN)

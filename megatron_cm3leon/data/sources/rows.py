@@ -14,6 +14,7 @@ from megatron_cm3leon.data.sources.documents import (
     Filtered,
     RawDocument,
     RawImage,
+    RawInstruction,
     RawPair,
     RawText,
     check_document,
@@ -46,8 +47,9 @@ def make_document(fields: dict, key: str, source: str, names: Fields, locate: Lo
     """A document from a row of fields.
 
     {"image": .., "caption": ..} is a pair, {"text": ..} a text, {"segments": [{"text": ..}, {"image": ..}]} an
-    interleaved document. An image is a path, bytes, base64, a data: URI or {"bytes": .., "path": ..}. `locate` turns
-    a path of the input into (name relative to the source's folder, path to read).
+    interleaved document; with a role in each segment, an instruction document. An image is a path, bytes, base64, a
+    data: URI or {"bytes": .., "path": ..}. `locate` turns a path of the input into (name relative to the source's
+    folder, path to read).
     """
     if len(fields) == 1 and isinstance(text := fields.get("text"), str) and names.caption != "text":
         # The usual row of a text corpus.
@@ -61,6 +63,8 @@ def make_document(fields: dict, key: str, source: str, names: Fields, locate: Lo
     try:
         if "segments" in fields:
             used, cls = ("segments",), RawDocument
+            if _have_roles(fields["segments"]):
+                return _make_instruction(fields, key, source, locate)
             segments = _read_segments(fields["segments"], key, locate)
         elif "text" in fields and image not in fields and caption not in fields:
             used, cls, segments = ("text",), RawText, [read_text_field(fields, "text")]
@@ -77,6 +81,27 @@ def make_document(fields: dict, key: str, source: str, names: Fields, locate: Lo
         return BadInput(key, source, str(error), error.segments)
     extra = {name: value for name, value in fields.items() if name not in used}
     return check_document(cls(key, source, segments, write_extra(extra) if extra else "{}"))
+
+
+def _have_roles(rows: object) -> bool:
+    """Whether one of the segments has a role."""
+    return isinstance(rows, list) and any(isinstance(row, dict) and row.get("role") is not None for row in rows)
+
+
+def _make_instruction(fields: dict, key: str, source: str, locate: Locate) -> Entry:
+    """The document of {"segments": [{"role": .., "text" or "image": .., "joined": true}]}; may raise Unusable."""
+    rows = [row if isinstance(row, dict) else {} for row in fields["segments"]]
+    roles, joined = ([row.get(name) for row in rows] for name in ("role", "joined"))
+    contents = [{name: value for name, value in row.items() if name not in ("role", "joined")} for row in rows]
+    pieces = _read_segments(contents, key, locate)
+    for number, piece in enumerate(pieces):
+        if joined[number] and (number == 0 or not isinstance(piece, str) or not isinstance(pieces[number - 1], str)):
+            raise Unusable(f"segment {number} is joined, which only a text after a text can be")
+    extra = {name: value for name, value in fields.items() if name != "segments"}
+    document = RawInstruction(
+        key, source, pieces, write_extra(extra) if extra else "{}", tuple(map(str, roles)), tuple(map(bool, joined))
+    )
+    return check_document(document)
 
 
 def write_extra(extra: dict) -> str:
