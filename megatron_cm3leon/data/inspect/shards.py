@@ -62,6 +62,8 @@ class ShardStats:
     kinds: Counter[str] = field(default_factory=Counter)
     text_tokens: int = 0
     image_tokens: int = 0
+    target_tokens: int = 0
+    """Tokens of the targets of instruction documents."""
     images: int = 0
     codes: int = 0
     """Number of different image codes."""
@@ -81,13 +83,15 @@ def measure_shards(corpus: Corpus, max_documents: int = 100_000) -> ShardStats:
         found.image_tokens += len(image)
         found.text_tokens += int(vocabulary.is_text(ids).sum())
         found.images += len(image) // vocabulary.image_tokens
-        found.kinds[classify_document(ids, corpus)] += 1
+        targets = corpus.targets(np.array([number]))[0]
+        found.target_tokens += int((targets[:, 1] - targets[:, 0]).sum())
+        found.kinds["instruction" if len(targets) else classify_document(ids, corpus)] += 1
     found.codes = int(used.sum())
     return found
 
 
 def classify_document(ids: np.ndarray, corpus: Corpus) -> str:
-    """Kind of a document (pair, text or interleaved) from its ids."""
+    """Kind of a document without targets (pair, text or interleaved) from its ids."""
     segments = split_segments(ids, corpus.vocabulary)
     images = [bool(len(segment) and corpus.vocabulary.is_image(int(segment[0]))) for segment in segments]
     if not any(images):
@@ -135,6 +139,7 @@ def describe_shards(corpus: Corpus, found: ShardStats) -> str:
         "tokens per document: " + ", ".join(f"{q:.0%} {n}" for q, n in zip(QUANTILES, found.lengths, strict=True)),
         f"kinds{part}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(found.kinds.items())),
         f"tokens{part}: {found.text_tokens} of text, {found.image_tokens} of {found.images} images",
+        *([f"targets{part}: {found.target_tokens} tokens"] if found.target_tokens else []),
         f"image codes used{part}: {found.codes} of {corpus.vocabulary.image_size}",
     ]
     counts = manifest.get("accounts")
