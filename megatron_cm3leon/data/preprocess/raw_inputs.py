@@ -92,14 +92,19 @@ class RawInputs:
     def images(self, kept_bytes: int = _CONTENT_BYTES) -> list[RawImage]:
         """Every image, as its path or its content; ValueError if there are none.
 
-        Of the images inside tars, Parquet files and JSON Lines, every n-th is kept, at most `kept_bytes` in total.
+        Of the images inside tars, Parquet files and JSON Lines, every n-th is kept, at most `kept_bytes` in total. A
+        file that several instruction documents show, such as that of several questions, is yielded once: none is both
+        trained on and held out.
         """
         found: list[RawImage] = []
+        shown: set[str] = set()
         inside: list[RawImage] = []
         size, every, number = 0, 1, 0
         for image in self._images():
             if image.content is None:
-                found.append(image)
+                if not (self.source.tasks and image.path in shown):
+                    found.append(image)
+                    shown.add(image.path)
                 continue
             if number % every == 0:
                 inside.append(image)

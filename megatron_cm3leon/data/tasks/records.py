@@ -79,7 +79,8 @@ class RecordFiller:
         return builder.build(key, source, write_extra(extra) if extra else "{}")
 
     def _read_values(self, form: int, fields: dict[str, Any], key: str, locate: Locate) -> dict[str, str | RawImage]:
-        task, values = self.task, {}
+        task = self.task
+        values: dict[str, str | RawImage] = {}
         for name in sorted(task.fields_of(form)):
             if name in task.images:
                 values[name] = read_image_field(fields, name, f"{key}.{name}", locate)

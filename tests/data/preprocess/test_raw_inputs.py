@@ -109,12 +109,12 @@ def test_a_missing_input_is_refused_and_inputs_have_names(tmp_path):
 
 
 def test_segments_and_images_of_instruction_documents_are_read(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [{"image": "a.png", "instruction": "whiten", "edited": "b.png"}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"image": "a.png", "instruction": "whiten", "edited": "b.png"}] * 2)
     parser = argparse.ArgumentParser()
     add_input_options(parser)
     arguments = parser.parse_args(["--input", str(path), "--task", "edit"])
     texts, images = (RawInputs.open(arguments, part) for part in ("texts", "images"))
-    assert list(texts.texts()) == ["Edit first image following the instruction", "whiten"]
+    assert list(texts.texts()) == ["Edit first image following the instruction", "whiten"] * 2
     assert list_names(images.images()) == ["a.png", "b.png"]
     write_rows(path, [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}])
     arguments = parser.parse_args(["--input", str(path), "--format", "llava"])
