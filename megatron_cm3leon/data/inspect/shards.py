@@ -62,8 +62,6 @@ class ShardStats:
     kinds: Counter[str] = field(default_factory=Counter)
     text_tokens: int = 0
     image_tokens: int = 0
-    target_tokens: int = 0
-    """Tokens of the targets of instruction documents."""
     images: int = 0
     codes: int = 0
     """Number of different image codes."""
@@ -83,9 +81,8 @@ def measure_shards(corpus: Corpus, max_documents: int = 100_000) -> ShardStats:
         found.image_tokens += len(image)
         found.text_tokens += int(vocabulary.is_text(ids).sum())
         found.images += len(image) // vocabulary.image_tokens
-        targets = corpus.targets(np.array([number]))[0]
-        found.target_tokens += int((targets[:, 1] - targets[:, 0]).sum())
-        found.kinds["instruction" if len(targets) else classify_document(ids, corpus)] += 1
+        has_targets = len(corpus.targets(np.array([number]))[0]) > 0
+        found.kinds["instruction" if has_targets else classify_document(ids, corpus)] += 1
     found.codes = int(used.sum())
     return found
 
@@ -139,7 +136,6 @@ def describe_shards(corpus: Corpus, found: ShardStats) -> str:
         "tokens per document: " + ", ".join(f"{q:.0%} {n}" for q, n in zip(QUANTILES, found.lengths, strict=True)),
         f"kinds{part}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(found.kinds.items())),
         f"tokens{part}: {found.text_tokens} of text, {found.image_tokens} of {found.images} images",
-        *([f"targets{part}: {found.target_tokens} tokens"] if found.target_tokens else []),
         f"image codes used{part}: {found.codes} of {corpus.vocabulary.image_size}",
     ]
     counts = manifest.get("accounts")
