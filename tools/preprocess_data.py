@@ -3,7 +3,7 @@
 Input is JSON Lines ({"image": "relative/path.png", "caption": "text", ...}, {"text": "..."} or {"segments":
 [{"text": "..."}, {"image": "..."}]} per line), CSV or Parquet with these columns, tars of img2dataset, a folder of
 images with .txt captions next to them, or plain text; local paths or URLs. With --task, records become instruction
-documents by the templates of a task; formats such as llava and vqa always do (docs/instruction_tuning.md). Unusable
+documents by the templates of a task; formats such as llava and vqa always do (docs/instruction_data.md). Unusable
 inputs are counted and listed in quarantine.jsonl. The same command again finishes an interrupted run.
 
 On several nodes, run the same command as a job array (SLURM_ARRAY_TASK_ID and _COUNT are read, or give --task-id and

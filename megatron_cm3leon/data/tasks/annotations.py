@@ -185,5 +185,5 @@ def read_rows(form: str, path: str, files: AnnotationFiles) -> Sequence[Row]:
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{path} is not a file of --format {form}, or lacks a field of it ({type(error).__name__}: {error}); "
-            f"docs/instruction_tuning.md shows what each format has."
+            f"docs/instruction_data.md shows what each format has."
         ) from error
