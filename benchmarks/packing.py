@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_cm3leon.common.cli import HelpFormatter, run_tool
 from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.data.shards.targets import TARGETS_DTYPE
 from megatron_cm3leon.data.stream.best_fit import pack_in_order, pack_window
 from megatron_cm3leon.data.stream.order import draw_bits
 from megatron_cm3leon.data.stream.samples import DataSource
@@ -41,6 +42,10 @@ class Lengths:
         for start in range(0, documents, 1 << 20):
             part = self.lengths[start : start + (1 << 20)]
             part[:] = draw_lengths(name, generator, len(part)) - 2  # without the </s> of a sample
+
+    def all_targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """No document has targets."""
+        return np.empty(0, TARGETS_DTYPE), np.empty(0, np.int64)
 
 
 class HashedTable:

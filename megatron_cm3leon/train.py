@@ -19,8 +19,9 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.common.cli import show_messages, user_path
 from megatron_cm3leon.config.loading import Config, load_config, save_config
 from megatron_cm3leon.config.validation import validate_config
+from megatron_cm3leon.data.inspect.mixture import describe_mixture
 from megatron_cm3leon.data.shards.reader import open_shards
-from megatron_cm3leon.data.stream.stream import build_stream
+from megatron_cm3leon.data.stream.stream import Stream, build_stream
 from megatron_cm3leon.distributed.launch import Rank, choose_device, set_threads
 from megatron_cm3leon.engine.groups import ignore_library_warnings
 from megatron_cm3leon.model.initialization import VERSION as INITIAL_WEIGHTS
@@ -34,6 +35,7 @@ from megatron_cm3leon.training.saving import RunSaver
 from megatron_cm3leon.training.setup import open_run
 from megatron_cm3leon.training.validation import Validation
 
+logger = logging.getLogger(__name__)
 SECONDS_FOR_FIRST_RANK = 20
 """A launcher ends all ranks when one has ended: the others wait, so that the first rank can print its error."""
 
@@ -72,7 +74,7 @@ def dry_run(config: Config, ranks: int) -> str:
     folder = config.data.sources[0].shards if config.data.sources else config.data.shards
     size = open_shards(folder).vocabulary.size if folder else PAPER_VOCABULARY
     follow_rule(config, count_parameters(config, size))
-    return describe_memory(config, size, ranks)
+    return "\n\n".join(filter(None, (describe_memory(config, size, ranks), describe_mixture(config))))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     with start_attempt(config, rank, device) as attempt:
         attempt.watch.progress("opening the data")
         stream = build_stream(config)
+        if attempt.first:
+            report_data(config, stream)
         follow_rule(config, count_parameters(config, stream.vocabulary.size))
         attempt.watch.progress("building the model and loading a checkpoint")
         engine, state, checkpoint = open_run(config, stream, device, options.allow_change)
@@ -113,6 +117,14 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"wrote {step_folder(attempt.run, loop.state.step)}")
         attempt.finish(reason, loop.state.step)
     return attempt.exit_status
+
+
+def report_data(config: Config, stream: Stream) -> None:
+    """Print the mixture, and log which instruction documents cannot be used as configured."""
+    if table := describe_mixture(config):
+        print(table, flush=True)
+    for problem in stream.report_problems():
+        logger.warning("%s", problem)
 
 
 def record_start(attempt: Attempt, config: Config, state: TrainState, checkpoint: Path | None) -> None:

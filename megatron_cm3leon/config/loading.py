@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, dict]] = {
 _SETTINGS = dict(list_settings(Config))
 
 SOURCE_FIELDS = tuple(name for name, setting in _SETTINGS.items() if setting.resume == "content")
-"""Fields that name folders of data."""
+"""Fields that name folders of data, or determine their shares."""
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None, *, expand: bool = True) -> Config:

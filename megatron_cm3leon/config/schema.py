@@ -52,6 +52,25 @@ class SourceConfig:
     """Share of the samples relative to the other sources: 0.7, 0.2, 0.1 give the same mixture as 7, 2, 1."""
     index: str = setting("", path=True)
     """Index folder that tools/build_index.py wrote for these shards; empty: this source has no retrieved documents."""
+    share: float = setting(0.0, minimum=0, maximum=1)
+    """With data.mixture.rule=documents: the share of all samples; 0: the rule decides."""
+
+
+@dataclass(kw_only=True)
+class MixtureConfig:
+    """How the shares of data.sources follow from their numbers of documents (data/stream/mixture.py)."""
+
+    rule: str = setting("weights", choices=("weights", "documents"), resume="content")
+    """weights: the shares are data.sources[].weight. documents: the share of a source is proportional to min(documents,
+    cap)^alpha, or its data.sources[].share, and is then limited by the two ratios below."""
+    alpha: float = setting(1.0, minimum=0, maximum=10, resume="content")
+    """Exponent: 1 in proportion to the documents, 0 equal shares."""
+    cap: int = setting(0, minimum=0, resume="content")
+    """Documents of a source that count at most; 0: all."""
+    minimum_ratio: float = setting(0.3, minimum=0, resume="content")
+    """Smallest number of samples of a source per mixture epoch, as a share of its documents (CM3Leon: 0.3)."""
+    maximum_ratio: float = setting(3.0, minimum=0, resume="content")
+    """Largest such number: no source is repeated more often per mixture epoch (CM3Leon: 3)."""
 
 
 @dataclass(kw_only=True)
@@ -62,6 +81,8 @@ class DataConfig:
     """Folder of shards that tools/preprocess_data.py wrote."""
     sources: list[SourceConfig] = field(default_factory=list, metadata={"setting": Setting(resume="content")})
     """Several sources with weights, instead of `shards` and retrieval.index."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    """How the shares of `sources` are determined."""
     seq_length: int = setting(4096, minimum=8, resume="fixed")
     """Tokens per sequence; also the number of learned positions (cm3leon), which a resumed run cannot change."""
     packing: str = setting("query", choices=("query", "stream", "stream_whole_images", "documents"), resume="fixed")
@@ -71,7 +92,8 @@ class DataConfig:
     attention: str = setting("causal", choices=("causal", "sample"), resume="fixed")
     """causal: a token attends to all earlier tokens of its sequence; sample: only to those of the same sample."""
     image_first_probability: float = setting(0.5, minimum=0, maximum=1, resume="fixed")
-    """Probability, per document and epoch, that the image of a pair comes before its text."""
+    """Probability, per document and epoch, that the image of a pair comes before its text. Documents with targets keep
+    their order."""
     text_loss_weight: float = setting(1.0, minimum=0, resume="fixed")
     """Factor of the loss weight of text tokens."""
     image_loss_weight: float = setting(1.0, minimum=0, resume="fixed")
@@ -119,6 +141,26 @@ class CM3Config:
     drop_documents_probability: float = setting(0.0, minimum=0, maximum=1, resume="fixed")
     """Probability that a masked sequence has no retrieved documents: masked prompts without retrieval. Above 0 requires
     data.packing=query."""
+
+
+@dataclass(kw_only=True)
+class SFTConfig:
+    """Instruction tuning: what concerns documents with targets (CM3Leon section 3.1 and appendix E).
+
+    Documents without targets, which are pre-training data, do not depend on this section, except in sequences that
+    are mixed with others (`loss`).
+    """
+
+    loss: str = setting("all", choices=("all", "target"), resume="fixed")
+    """all: every token of a document has a loss, as in pre-training. target: only its targets, and the token after each
+    target, which says that it ends; no sample has a loss on its first </s>. Retrieved documents have
+    retrieval.loss_weight under both."""
+    mask_targets: float = setting(1.0, minimum=0, maximum=1, resume="fixed")
+    """Probability, per document and epoch, that its targets which are not at its end move behind the sample's last
+    </s>, each after its own sentinel, as in the paper; 0: they stay where they are."""
+    drop_condition_probability: float = setting(0.0, minimum=0, maximum=1, resume="fixed")
+    """Probability, per document and epoch, that everything before an image is replaced by one sentinel, if that image
+    is the document's first target: the unconditional form that guidance uses in generation."""
 
 
 @dataclass(kw_only=True)
@@ -316,6 +358,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     cm3: CM3Config = field(default_factory=CM3Config)
+    sft: SFTConfig = field(default_factory=SFTConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

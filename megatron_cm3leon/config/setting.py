@@ -10,7 +10,8 @@ Resume = Literal["free", "fixed", "content"]
 """What a resumed run may do with a field.
 
 free: change it. fixed: change it only with --allow-change, since it belongs to the model or to the stream. content: the
-field names folders; it may change as long as their content is the same (data/stream/identity.py).
+field names folders or determines their shares; it may change as long as documents and shares are the same
+(data/stream/identity.py).
 """
 
 T = TypeVar("T")

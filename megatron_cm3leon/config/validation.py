@@ -68,6 +68,7 @@ def parse_batches(text: str) -> list[range]:
 
 
 def _check_sources(config: Config) -> None:
+    _check_mixture(config)
     if not config.data.sources:
         return
     for path in ("data.shards", "retrieval.index"):
@@ -85,6 +86,40 @@ def _check_sources(config: Config) -> None:
                 f"data.sources[{number}].weight ({source.weight}) must be above 0 and finite; remove a source that "
                 f"has no share."
             )
+
+
+def _check_mixture(config: Config) -> None:
+    mixture, sources = config.data.mixture, config.data.sources
+    if mixture.rule == "weights":
+        for number, source in enumerate(sources):
+            if source.share:
+                raise ValueError(
+                    f"data.sources[{number}].share ({source.share}) requires data.mixture.rule=documents; it is "
+                    f"weights: change it, or give data.sources[{number}].weight instead."
+                )
+        return
+    if not sources:
+        raise ValueError(
+            "data.mixture.rule (documents) requires data.sources, whose shares it determines; give them, or remove it."
+        )
+    if not 0 < mixture.maximum_ratio >= mixture.minimum_ratio:
+        raise ValueError(
+            f"data.mixture.maximum_ratio ({mixture.maximum_ratio}) must be above 0 and at least "
+            f"data.mixture.minimum_ratio ({mixture.minimum_ratio}); change one of them."
+        )
+    for number, source in enumerate(sources):
+        if source.weight != 1:
+            raise ValueError(
+                f"data.sources[{number}].weight ({source.weight}) must be 1 with data.mixture.rule=documents, which "
+                f"does not read it; give data.sources[{number}].share, or use data.mixture.rule=weights."
+            )
+        if not 0 <= source.share <= 1:
+            raise ValueError(f"data.sources[{number}].share ({source.share}) must be between 0 and 1.")
+    named = [source.share for source in sources if source.share]
+    total, rest = sum(named), len(sources) - len(named)
+    if named and (total >= 1 - 1e-9 if rest else abs(total - 1) > 1e-9):
+        requirement = f"below 1, because {rest} sources have the rest" if rest else "1, because no source has the rest"
+        raise ValueError(f"the shares of data.sources add up to {total:g}; they must add up to {requirement}.")
 
 
 def _check_masking(config: Config) -> None:

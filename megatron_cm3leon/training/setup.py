@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 _SAME_SEQUENCES = (
     "cm3.", "data.attention", "data.image_first_probability", "data.text_loss_weight", "data.image_loss_weight",
-    "retrieval.loss_weight",
+    "retrieval.loss_weight", "sft.loss",
 )  # fmt: skip
 """Fields of the stream that keep every sample in its sequence."""
-_LENGTHS = ("data.seq_length", "retrieval.")
+_LENGTHS = ("data.seq_length", "retrieval.", "sft.")
 """Fields that move samples to other sequences, except under packing=query, where sequence n is sample n."""
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import yaml
 
 from megatron_cm3leon.config import schema
 from megatron_cm3leon.config.loading import SOURCE_FIELDS, Config, changed_fields, is_fixed, load_config, save_config
+from megatron_cm3leon.config.schema import MixtureConfig
 from megatron_cm3leon.config.setting import Setting, list_settings
 from megatron_cm3leon.config.validation import validate_config
 
 ROOT = Path(__file__).parents[2]
+BY_DOCUMENTS = ("data.mixture.rule=documents",)
 
 
 def test_command_line_wins_over_yaml_over_preset_over_defaults(tmp_path):
@@ -52,12 +55,13 @@ def test_settings_are_defined_with_their_fields():
     assert settings["retrieval.documents"] == Setting(minimum=0, resume="fixed")
     assert settings["data.shards"] == Setting(resume="content", path=True)
     assert settings["parallel.zero"].choices == (0, 1, 2, 3)
-    assert set(SOURCE_FIELDS) == {"data.shards", "data.sources", "retrieval.index"}
+    mixture = {f"data.mixture.{field.name}" for field in fields(MixtureConfig)}
+    assert set(SOURCE_FIELDS) == {"data.shards", "data.sources", "retrieval.index", *mixture}
     fixed = {name for name in settings if is_fixed(name)}
-    assert {name.partition(".")[0] for name in fixed} == {"seed", "model", "data", "retrieval", "cm3", "train"}
+    assert {name.partition(".")[0] for name in fixed} == {"seed", "model", "data", "retrieval", "cm3", "sft", "train"}
     assert {name for name in fixed if name.startswith("train.")} == {"train.global_batch_size"}
     assert {name for name in settings if name.startswith("data.")} - fixed == {
-        "data.shards", "data.sources", "data.workers", "data.prefetch",
+        "data.shards", "data.sources", "data.workers", "data.prefetch", *mixture,
     }  # fmt: skip
 
 
@@ -85,6 +89,40 @@ def test_settings_are_defined_with_their_fields():
         ),
         (["data.sources=[{weight: 1}]"], 1, "data.sources[0].shards is empty; give the folder"),
         (["data.sources=[{shards: a}, {shards: b, weight: 0}]"], 1, "data.sources[1].weight (0.0) must be above 0"),
+        (["data.mixture.rule=documents"], 1, "data.mixture.rule (documents) requires data.sources"),
+        (
+            ["data.sources=[{shards: a, share: 0.5}]"],
+            1,
+            "data.sources[0].share (0.5) requires data.mixture.rule=documents",
+        ),
+        (
+            [*BY_DOCUMENTS, "data.sources=[{shards: a, weight: 2}]"],
+            1,
+            "data.sources[0].weight (2.0) must be 1 with data.mixture.rule=documents",
+        ),
+        (
+            [*BY_DOCUMENTS, "data.sources=[{shards: a, share: -0.5}]"],
+            1,
+            "data.sources[0].share (-0.5) must be between 0 and 1",
+        ),
+        (
+            [*BY_DOCUMENTS, "data.sources=[{shards: a, share: 1}, {shards: b}]"],
+            1,
+            "the shares of data.sources add up to 1; they must add up to below 1, because 1 sources have the rest",
+        ),
+        (
+            [*BY_DOCUMENTS, "data.sources=[{shards: a, share: 0.5}, {shards: b, share: 0.4}]"],
+            1,
+            "the shares of data.sources add up to 0.9; they must add up to 1, because no source has the rest",
+        ),
+        (
+            [*BY_DOCUMENTS, "data.sources=[{shards: a}]", "data.mixture.maximum_ratio=0.2"],
+            1,
+            "data.mixture.maximum_ratio (0.2) must be above 0 and at least data.mixture.minimum_ratio (0.3)",
+        ),
+        (["data.mixture.rule=alpha"], 1, "data.mixture.rule ('alpha') must be one of: weights, documents."),
+        (["sft.loss=answer"], 1, "sft.loss ('answer') must be one of: all, target."),
+        (["sft.mask_targets=2"], 1, "sft.mask_targets (2.0) must be between 0 and 1."),
         (["data.sources=[{shard: a}]"], 1, "there is no field data.sources[0].shard; did you mean"),
         (["cm3.min_spans=20", "cm3.max_spans=16"], 1, "cm3.min_spans (20) must be at most cm3.max_spans (16)"),
         (

@@ -53,6 +53,37 @@ def make_pairs(count, vocabulary, seed=0, text=(1, 12)):
     return pairs
 
 
+def make_instructions(count, vocabulary):
+    """Instruction documents and their targets: a question, a drawing, an edit, a chat; every fifth has none."""
+    v, draws = vocabulary, np.random.default_rng(5)
+
+    def text(longest):
+        return draws.integers(0, v.text_size, draws.integers(1, longest + 1)).tolist()
+
+    def image():
+        return draws.integers(v.image_start, v.image_end, v.image_tokens).tolist()
+
+    documents, targets = [], []
+    for number in range(count):
+        pieces = [  # (ids, is a target); [<break>] between segments
+            [(text(5), False), (text(3), True), ([7], False), ([v.break_id], False), (image(), False)],
+            [(text(6), False), ([v.break_id], False), (image(), True)],
+            [(image(), False), ([v.break_id], False), (text(4), False), ([v.break_id], False), (image(), True)],
+            [(text(3), False), (text(2), True), (text(3), False), (text(2), True), (text(2), False), (text(3), True)],
+            [(text(4), False), ([v.break_id], False), (image(), False)],
+        ][number % 5]
+        ends = np.cumsum([len(ids) for ids, _ in pieces]).tolist()
+        documents.append([token for ids, _ in pieces for token in ids])
+        targets.append([(end - len(ids), end) for end, (ids, chosen) in zip(ends, pieces, strict=True) if chosen])
+    return documents, targets
+
+
+def write_instructions(folder, count, vocabulary):
+    """A shard folder of make_instructions; returns the opened Corpus."""
+    documents, targets = make_instructions(count, vocabulary)
+    return write_shards(folder, documents, vocabulary, targets=targets)
+
+
 @dataclass
 class Neighbors:
     """The part of the result of retrieval.neighbors.load_neighbors that the stream uses."""

@@ -36,6 +36,8 @@ class Layout:
     """Largest allowed relative difference of a loss."""
     norm_tolerance: float = 1e-5
     """Largest allowed relative difference of a gradient norm."""
+    shards: str = "shards"
+    """Folder of its data: shards, or instructions."""
 
     @property
     def folder(self) -> str:
@@ -67,6 +69,35 @@ def _variant_rows() -> list[Layout]:
             rows.append(
                 Layout(f"{label}, {text}", ranks, overrides, reference, number in default_numbers, **tolerances)
             )
+    return rows
+
+
+def _instruction_rows() -> list[Layout]:
+    """Rows of packed instruction documents, compared with one sample per sequence in one process.
+
+    A step is an epoch: the samples of tests.distributed.layouts.make_instructions, two of which fit into a sequence.
+    """
+    forms = ("sft.mask_targets=0.5", "sft.drop_condition_probability=0.5", "cm3.probability=0")
+    alone = (*forms, "data.packing=query", "train.global_batch_size=16")
+    packed = (*forms, "data.packing=documents", *SAMPLES)
+    layouts = [  # in the default suite with a loss on targets, ranks, overrides
+        (True, 1, ()),
+        (True, 4, ("parallel.pipeline=4",)),
+        (False, 4, ("parallel.pipeline=2", "parallel.interleave=2", *SEQUENCE)),
+        (False, 4, ("parallel.tensor=2", "parallel.context=2")),
+    ]
+    rows = []
+    for label, extra in (("instructions", ()), ("instructions, loss=target", ("sft.loss=target",))):
+        reference = Layout(f"{label}, one sample per sequence", 1, alone + extra, shards="instructions")
+        rows.append(replace(reference, reference=reference.name, in_suite=bool(extra)))
+        for in_suite, ranks, overrides in layouts:
+            names = " ".join(each.split(".", 1)[1] for each in overrides) or "one process"
+            rows.append(
+                Layout(
+                    f"{label}, packed, {names}", ranks, packed + extra + overrides, reference.name,
+                    in_suite and bool(extra), shards="instructions",
+                )
+            )  # fmt: skip
     return rows
 
 
@@ -297,6 +328,8 @@ LAYOUTS = [
     _build_row("data 4 zero=1", 4, "zero=1", in_suite=False),
     *_dropout_rows(),
     *_variant_rows(),
+    Layout("by sample, pipeline=4", 4, (*SAMPLES, "parallel.pipeline=4"), "by sample, one process", False),
+    *_instruction_rows(),
     *_deepspeed_rows(),
     *_compiled_rows(),
     *_flex_rows(),
@@ -352,5 +385,6 @@ RESUMES = [
     Resume("deepspeed llama, tensor=2 data 2 zero=3", "llama, context=2"),
     Resume("llama, tensor=2 sequence=true", "deepspeed llama, tensor=2 data 2 zero=0"),
     Resume("deepspeed bf16, data 2 zero=1", "deepspeed bf16, data 2 zero=1"),
+    Resume("instructions, loss=target, packed, one process", "instructions, loss=target, packed, one process", True),
     *[Resume(layout.name, layout.name, layout.in_suite) for layout in MASKS],
 ]

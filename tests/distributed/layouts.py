@@ -31,6 +31,24 @@ def make_learnable_pairs(count: int = 64) -> list[np.ndarray]:
     return pairs
 
 
+def make_instructions(count: int = 16) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    """Questions with an answer, drawings, and their targets; as samples they have 17 to 24 tokens in every form."""
+    vocabulary, random = make_vocabulary(), np.random.default_rng(1)
+    documents, targets = [], []
+    for number in range(count):
+        words = random.integers(0, vocabulary.text_size, 17).tolist()
+        if number % 2:
+            codes = random.integers(vocabulary.image_start, vocabulary.image_end, vocabulary.image_tokens).tolist()
+            prompt = [*words[: random.integers(1, 6)], vocabulary.break_id]
+            documents.append([*prompt, *codes])
+            targets.append([(len(prompt), len(documents[-1]))])
+        else:
+            length = random.integers(14, 18)
+            documents.append([*words[:length], 7])
+            targets.append([(length - random.integers(1, 6), length)])
+    return documents, targets
+
+
 def run_layouts(folder: Path, layouts: list[Layout], resumes: list[Resume]) -> dict[str, list[dict]]:
     """Run rows and resumes; returns name -> steps.
 
@@ -38,11 +56,13 @@ def run_layouts(folder: Path, layouts: list[Layout], resumes: list[Resume]) -> d
     resumes checkpoints that it or an earlier launch saved; at most two more launches resume the others.
     """
     write_shards(folder / "shards", make_learnable_pairs(), make_vocabulary())
+    documents, targets = make_instructions()
+    write_shards(folder / "instructions", documents, make_vocabulary(), targets=targets)
     config = folder / "config.yaml"
     config.write_text(CONFIG)
 
     def build_case(name: str, layout: Layout, output: str, **more) -> dict:
-        paths = [f"data.shards={folder / 'shards'}", f"output={folder / output}"]
+        paths = [f"data.shards={folder / layout.shards}", f"output={folder / output}"]
         return {"name": name, "config": str(config), "overrides": [*layout.overrides, *paths], **more}
 
     def build_resume_case(resume: Resume) -> dict:

@@ -32,6 +32,20 @@ SETTINGS = {
 }
 """Streams by name: what differs from a batch of 4 sequences of 96 tokens with 2 retrieved documents. `neighbors` and
 `weights` (of two sources) are not fields of the configuration."""
+INSTRUCTIONS = {
+    "instructions": {"cm3.probability": 0.0},
+    "instructions, packed": {
+        "data.packing": "documents",
+        "data.attention": "sample",
+        "cm3.probability": 0.0,
+        "sft.loss": "target",
+        "sft.mask_targets": 0.75,
+        "sft.drop_condition_probability": 0.25,
+        "neighbors": False,
+    },
+    "instructions, mixed with pairs": {"data.packing": "stream", "retrieval.loss_weight": 0.5, "weights": (1.0, 1.0)},
+}
+"""The same for streams whose first source has targets."""
 
 
 def hash_numbers(numbers: np.ndarray) -> str:
@@ -54,6 +68,26 @@ def make_documents(count: int, source: int) -> list[np.ndarray]:
         codes = [draw("image", source, number, position) % v.image_size for position in range(v.image_tokens)]
         documents.append(np.array([*words, v.break_id, *(v.image_start + code for code in codes)]))
     return documents
+
+
+def make_instructions(count: int) -> tuple[list[np.ndarray], list[list[tuple[int, int]]]]:
+    """Questions with an image after the answer, captions with an image to draw, chats, and pairs without targets."""
+    v, documents, targets = VOCABULARY, [], []
+    for number, pair in enumerate(make_documents(count, 2)):
+        words = len(pair) - 1 - v.image_tokens
+        answer = [draw("answer", number, position) % v.text_size for position in range(1 + number % 3)]
+        if number % 4 == 0:
+            pair, ranges = np.array([*pair[:words], *answer, *pair[words:]]), [(words, words + len(answer))]
+        elif number % 4 == 1:
+            ranges = [(words + 1, len(pair))]
+        elif number % 4 == 2:
+            turn = [*pair[:words].tolist(), *answer]
+            pair, ranges = np.array([*turn, *turn]), [(words, len(turn)), (len(turn) + words, 2 * len(turn))]
+        else:
+            ranges = []
+        documents.append(pair)
+        targets.append(ranges)
+    return documents, targets
 
 
 def make_neighbors(corpus) -> Neighbors:
@@ -89,6 +123,7 @@ def describe_stream(stream: Stream) -> dict:
     batches = [sequences[start : start + 4] for start in (0, 4, 8)]
     samples = [sequence.samples for sequence in sequences]
     weights = [np.stack([sequence.weights * 1024 for sequence in batch]).round() for batch in batches]
+    targets = [sequence.targets for sequence in sequences]
     return {
         "identities": {version: identify(sources, stream.config, version) for version in (1, 2)},
         "sources": sources,
@@ -96,6 +131,7 @@ def describe_stream(stream: Stream) -> dict:
         "tokens": [hash_numbers(np.stack([sequence.tokens for sequence in batch])) for batch in batches],
         "weights": [hash_numbers(numbers) for numbers in weights],
         "samples": None if samples[0] is None else hash_numbers(np.stack(samples)),
+        **({} if targets[0] is None else {"targets": hash_numbers(np.stack(targets))}),
         "documents": str([sequence.documents.tolist() for sequence in sequences]),
         "retrieved": str([sequence.retrieved.tolist() for sequence in sequences]),
         "trimmed": str([sequence.trimmed for sequence in sequences]),
@@ -105,10 +141,15 @@ def describe_stream(stream: Stream) -> dict:
 
 
 def describe_streams(folder: Path) -> dict:
-    """The streams of all SETTINGS."""
+    """The streams of all SETTINGS and INSTRUCTIONS."""
     counts = (90, 40)
     corpora = [
         write_shards(folder / str(source), make_documents(count, source), VOCABULARY)
         for source, count in enumerate(counts)
     ]
-    return {name: describe_stream(make_stream(settings, corpora)) for name, settings in SETTINGS.items()}
+    documents, targets = make_instructions(60)
+    instructions = write_shards(folder / "instructions", documents, VOCABULARY, targets=targets)
+    found = {name: describe_stream(make_stream(settings, corpora)) for name, settings in SETTINGS.items()}
+    for name, settings in INSTRUCTIONS.items():
+        found[name] = describe_stream(make_stream(settings, [instructions, corpora[1]]))
+    return found

@@ -49,6 +49,19 @@ def test_weights_and_color(corpus):
     assert "\033[36m[image: 4 codes]\033[0m" in make_printer(corpus, color=True).describe(0)
 
 
+def test_targets_of_instructions_are_marked(tmp_path):
+    question = [72, 105, 32, 66, 121, 46, 9]  # "Hi By.\t", with the answer "By"
+    corpus = write_shards(tmp_path, [question], V, targets=[[(3, 5)]])
+    config = Config()
+    config.data.seq_length, config.cm3.probability, config.sft.loss = 15, 0.0, "target"
+    shown = SequencePrinter(Stream(config, corpus), ByteText()).describe(0)
+    assert "loss weight 3 (2 tokens of targets with 2 of it)" in shown
+    assert shown.endswith("⟦0: </s>Hi <sentinel:0>.\\t</s><sentinel:0>⟧⟪By⟫<eoss><pad> x 4")
+    config.sft.mask_targets, config.data.text_loss_weight = 0.0, 0.5
+    shown = SequencePrinter(Stream(config, corpus), ByteText()).describe(0)
+    assert shown.endswith("⟦0: </s>Hi ⟧⟦0.5: ⟪By⟫.⟧⟦0: \\t</s>⟧<pad> x 7")
+
+
 def test_sentinels_and_incomplete_images_are_shown(corpus):
     tokens = np.array([V.image_start, V.sentinel(3), 65, 27, V.eoss, V.eoss, V.pad])
     shown = make_printer(corpus).show_tokens(tokens, np.array([1, 1, 1, 1, 1, 1, 0], np.float32))

@@ -42,7 +42,7 @@ def measure_packing(stream: Stream, start: int, count: int) -> PackingStats:
         stats.trimmed += int(batch.trimmed.sum())
         stats.spans += int((batch.tokens == vocabulary.eoss).sum())
         inside = (layout.starts >= 0) & (layout.starts + layout.lengths <= layout.filled[layout.rows])
-        complete = inside & (layout.lengths == stream.corpus.lengths[layout.documents]) & ~layout.retrieved
+        complete = inside & ~layout.shortened & ~layout.retrieved
         stats.queries += int((~layout.retrieved).sum())
         stats.complete += int(complete.sum())
         stats.retrieved += int(layout.retrieved.sum())
@@ -60,6 +60,7 @@ def describe_packing(stream: Stream, start: int, count: int) -> str:
         f"  queries   {stats.complete} complete of {stats.queries} that have tokens in these sequences",
         f"  retrieved {stats.retrieved}, {stats.retrieved / max(1, stats.queries):.2f} per query",
         f"  complete samples: {_estimate_padding(stream)}",
+        *(f"  {problem}" for problem in stream.report_problems()),
     ]
     return "\n".join(lines)
 

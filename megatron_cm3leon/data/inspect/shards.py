@@ -138,6 +138,10 @@ def describe_shards(corpus: Corpus, found: ShardStats) -> str:
         f"tokens{part}: {found.text_tokens} of text, {found.image_tokens} of {found.images} images",
         f"image codes used{part}: {found.codes} of {corpus.vocabulary.image_size}",
     ]
+    if corpus.has_targets:
+        rows, targets = corpus.all_targets()
+        tokens = int((rows["end"].astype(np.int64) - rows["start"]).sum())
+        lines.append(f"targets: {tokens} tokens of {len(rows)} targets in {int((targets > 0).sum())} documents")
     counts = manifest.get("accounts")
     if counts:
         names = ("read", "written", "duplicates", "filtered", "quarantined")

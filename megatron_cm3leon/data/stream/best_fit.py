@@ -182,6 +182,8 @@ class DocumentsPacking(Packing):
             documents=layout.documents,
             image_first=layout.image_first,
             retrieved=layout.retrieved,
+            forms=layout.forms,
+            shortened=layout.shortened,
             starts=layout.starts + offsets[layout.rows],
             lengths=layout.lengths,
             eos=layout.eos + shift[layout.eos // length],

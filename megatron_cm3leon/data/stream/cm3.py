@@ -135,23 +135,27 @@ def choose_part(
     return []
 
 
-def find_delimiters(tokens: np.ndarray, vocabulary: Vocabulary) -> list[int]:
-    """Positions of <break> and </s>."""
-    return ((tokens == vocabulary.break_id) | (tokens == vocabulary.eos)).nonzero()[0].tolist()
+def find_delimiters(tokens: np.ndarray, vocabulary: Vocabulary, moved: bool = False) -> list[int]:
+    """Positions of <break> and </s>; with `moved` also of sentinels and <eoss>, which instruction documents hold."""
+    found = (tokens == vocabulary.break_id) | (tokens == vocabulary.eos)
+    if moved:
+        found |= vocabulary.is_sentinel(tokens) | (tokens == vocabulary.eoss)
+    return found.nonzero()[0].tolist()
 
 
 def apply_spans(
     tokens: np.ndarray, values: np.ndarray | None, spans: list[tuple[int, int]], vocabulary: Vocabulary,
-    out_tokens: np.ndarray, out_values: np.ndarray | None,
+    out_tokens: np.ndarray, out_values: np.ndarray | None, first_sentinel: int = 0,
 ) -> int:  # fmt: skip
     """Write the masked source into `out_tokens` and `out_values`; returns the number of tokens written.
 
     `values` [..., tokens], if given, move with their tokens. A sentinel gets the value of the first token of its span,
-    <eoss> that of the last. Either both of `values` and `out_values` are given or none.
+    <eoss> that of the last. Either both of `values` and `out_values` are given or none. `first_sentinel`: number of the
+    first span's sentinel.
     """
     position = done = 0
     pieces, marks = [], []  # (start, end, target) of copied tokens; (target, token, position of the value it gets)
-    sentinel = vocabulary.sentinel(0)
+    sentinel = vocabulary.sentinel(first_sentinel)
     for index, (start, end) in enumerate(spans):
         pieces.append((done, start, position))
         position += start - done
@@ -192,6 +196,7 @@ def cut_source(values: np.ndarray, room: int, cut: str) -> np.ndarray:
 def mask_sequence(
     tokens: np.ndarray, values: np.ndarray | None, query_start: int, wanted: int, rotated: bool, infilled: bool,
     uniforms: list[float], vocabulary: Vocabulary, cut: str, out_tokens: np.ndarray, out_values: np.ndarray | None,
+    first_sentinel: int = 0,
 ) -> tuple[int, int]:  # fmt: skip
     """Mask one source into a sequence; returns the number of tokens cut from the source, and of tokens written.
 
@@ -200,13 +205,16 @@ def mask_sequence(
     query document, among whose segments rotation and infilling choose: moving the last one trains the image given its
     caption, moving the first one the caption given its image (or the reverse, depending on the order of the pair).
     Under `cut="tail"` any complete segment of the sequence may move.
+
+    `first_sentinel`: sentinels that the source already holds, in instruction documents. Spans hold none of them, and
+    none lies in a target that was moved before.
     """
     length = len(out_tokens)
     source = cut_source(tokens, length - TOKENS_PER_SPAN * wanted, cut)
     shift = len(tokens) - len(source) if cut == "head" else 0
     spans = []
     if wanted:
-        delimiters = find_delimiters(source, vocabulary)
+        delimiters = find_delimiters(source, vocabulary, first_sentinel > 0)
         if rotated:
             spans = choose_segment(delimiters, query_start - shift, uniforms[0])
         elif infilled:
@@ -214,9 +222,17 @@ def mask_sequence(
             spans = choose_part(source, segments, uniforms[1:], vocabulary)
         else:
             spans = choose_spans(len(source), delimiters, wanted, uniforms)
+        if first_sentinel:
+            spans = [span for span in spans if not _is_moved(source, span[1], delimiters, vocabulary)]
     kept = cut_source(tokens, length - TOKENS_PER_SPAN * len(spans), cut)  # spans that were not found free their room
     if shift and len(kept) > len(source):
         spans = [(start + len(kept) - len(source), end + len(kept) - len(source)) for start, end in spans]
     kept_values = None if values is None else cut_source(values, len(kept), cut)
-    filled = apply_spans(kept, kept_values, spans, vocabulary, out_tokens, out_values)
+    filled = apply_spans(kept, kept_values, spans, vocabulary, out_tokens, out_values, first_sentinel)
     return len(tokens) - len(kept), filled
+
+
+def _is_moved(tokens: np.ndarray, end: int, delimiters: list[int], vocabulary: Vocabulary) -> bool:
+    """Whether the token before `end` belongs to a moved target: the next delimiter is <eoss>."""
+    following = bisect_left(delimiters, end)
+    return following < len(delimiters) and int(tokens[delimiters[following]]) == vocabulary.eoss

@@ -47,6 +47,14 @@ class ConcatCorpus:
             corpus.read_into(local, out, (ends - lengths)[rows])
         return out
 
+    def targets(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """Targets of documents, as Corpus.targets."""
+        found: list[np.ndarray] = [np.empty((0, 2), np.int64)] * len(numbers)
+        for corpus, rows, local in self._by_corpus(numbers):
+            for row, ranges in zip(np.arange(len(numbers))[rows].tolist(), corpus.targets(local), strict=True):
+                found[row] = ranges
+        return found
+
     def prefetch(self, numbers: np.ndarray) -> None:
         """Let the kernel read documents ahead, as Corpus.prefetch."""
         for corpus, _, local in self._by_corpus(numbers):

@@ -27,6 +27,7 @@ _ALWAYS = {
         "probability", "mean_spans", "min_spans", "max_spans", "sentinel_loss_weight", "rotation_probability",
     ),
     "retrieval": ("documents", "choice", "loss_weight"),
+    "sft": (),
 }  # fmt: skip
 """Fields that are always part of the hash. Fields added later are part of it if they are not at their default."""
 
@@ -45,19 +46,23 @@ def identify(sources: dict, config: Config, version: int = VERSION) -> str:
         parts["global_batch_size"] = config.train.global_batch_size
     if any(len(source) > 1 for source in sources["sources"]):
         parts["retrieval"] = _describe_section(config, "retrieval")
+    if sources.get("targets") and (sft := _describe_section(config, "sft")):
+        parts["sft"] = sft
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def describe_sources(samples: Samples, config: Config) -> dict:
     """The parts of an identity besides the configuration, as a run's state records them (TrainState.stream_parts).
 
-    "sources": hashes of each source's documents and, with retrieval, of its bank and its neighbor table.
+    "sources": hashes of each source's documents and, with retrieval, of its bank and its neighbor table. "targets":
+    True if a source has instruction documents; otherwise there is no such key.
     """
     return {
         "version": VERSION,
         "stream_version": STREAM_VERSION,
         "weights": samples.mixture.weights,
         "sources": [_hash_source(source, config) for source in samples.sources],
+        **({"targets": True} if samples.has_targets else {}),
     }
 
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_cm3leon.data.stream.layout import Layout
-from megatron_cm3leon.data.stream.samples import SampleDocuments, Samples, order_modalities
+from megatron_cm3leon.data.stream.layout import Layout, read_document
+from megatron_cm3leon.data.stream.samples import SampleDocuments, Samples
 from megatron_cm3leon.data.stream.seek import Anchor, PrefixSums
+from megatron_cm3leon.data.stream.targets import MASKED, PRETRAINING
 
 _GROUPS_KEPT = 8
 
@@ -31,6 +32,8 @@ class Packing(ABC):
 
     cut: str
     """Side that masking cuts to make room: "head" or "tail" (cm3.cut_source)."""
+    keeps_documents: bool = True
+    """Whether a sequence holds complete query documents, unless one is longer than a sequence."""
     prefix_sums: PrefixSums | None = None
     """Finds the samples of a sequence; None if sequence n is sample n."""
 
@@ -83,12 +86,14 @@ def lay_out_samples(
     rows, columns = chosen.retrieved.shape
     if without_documents is not None:
         chosen.retrieved[without_documents] = -1
-    complete = lengths[chosen.queries].astype(np.int64)
-    query = np.minimum(complete, rooms - growth - 2)
+    complete, forms = chosen.query_lengths, chosen.query_forms
+    ends_itself = forms == MASKED  # the </s> after the query is in the document, before the moved targets
+    growth = np.where(forms == PRETRAINING, growth, 0)  # CM3 masking cuts no document with targets (stream.py)
+    query = np.minimum(complete, rooms - growth - 2 + ends_itself)
     # Computed from the end of the room backward, </s> last: the query, then retrieved documents, most similar first.
     first_tokens = np.empty((rows, columns + 1), np.int64)
     sizes = np.empty((rows, columns + 1), np.int64)
-    first_tokens[:, columns], sizes[:, columns] = rooms - 1 - query, query
+    first_tokens[:, columns], sizes[:, columns] = rooms - 1 + ends_itself - query, query
     used = np.ones((rows, columns + 1), bool)
     for column in range(columns - 1, -1, -1):
         number = chosen.retrieved[:, column]
@@ -101,6 +106,8 @@ def lay_out_samples(
     starts = np.arange(rows) * length
     used_rows, used_columns = np.nonzero(used)
     ends = (starts[:, None] + first_tokens + sizes)[:, :columns]
+    shortened = np.zeros((rows, columns + 1), bool)
+    shortened[:, columns] = query < complete
     return Layout(
         length=length,
         numbers=numbers,
@@ -112,9 +119,11 @@ def lay_out_samples(
         documents=np.concatenate([chosen.retrieved, chosen.queries[:, None]], 1)[used],
         image_first=np.concatenate([chosen.retrieved_image_first, chosen.query_image_first[:, None]], 1)[used],
         retrieved=used_columns < columns,
+        forms=np.concatenate([chosen.retrieved_forms, forms[:, None]], 1)[used],
+        shortened=shortened[used],
         starts=first_tokens[used],
         lengths=sizes[used],
-        eos=np.concatenate([starts, starts + filled - 1]),
+        eos=np.concatenate([starts, (starts + filled - 1)[~ends_itself]]),
         breaks=ends[used[:, :columns]],
     )
 
@@ -131,6 +140,7 @@ class _Group:
     documents: np.ndarray
     image_first: np.ndarray
     retrieved: np.ndarray
+    forms: np.ndarray
     starts: np.ndarray
     """First token of each document."""
     ends: np.ndarray
@@ -144,12 +154,19 @@ def _build_group(chosen: SampleDocuments, lengths: np.ndarray, anchor: Anchor) -
     documents = np.concatenate([chosen.retrieved, chosen.queries[:, None]], 1)
     image_first = np.concatenate([chosen.retrieved_image_first, chosen.query_image_first[:, None]], 1)
     present = documents >= 0
-    sizes = np.where(present, lengths[documents].astype(np.int64) + 1, 0)  # with the separator after it
+    separators = present.astype(np.int64)
+    separators[:, -1] = chosen.query_forms != MASKED  # which includes its </s>
+    tokens = np.where(present, lengths[documents].astype(np.int64), 0)
+    tokens[:, -1] = chosen.query_lengths
+    sizes = tokens + separators
     totals = sizes.sum(1) + 1
     ends = start + np.cumsum(totals)
     sample_starts = ends - totals
     stops = (sample_starts[:, None] + 1 + np.cumsum(sizes, 1))[present]
     retrieved = np.broadcast_to(np.arange(documents.shape[1]) < documents.shape[1] - 1, documents.shape)[present]
+    stops -= separators[present]
+    eos = np.stack([sample_starts, ends - 1], 1)
+    is_eos = np.stack([np.ones(len(ends), bool), chosen.query_forms != MASKED], 1)
     return _Group(
         anchor=anchor,
         start=start,
@@ -159,10 +176,11 @@ def _build_group(chosen: SampleDocuments, lengths: np.ndarray, anchor: Anchor) -
         documents=documents[present],
         image_first=image_first[present],
         retrieved=retrieved,
-        starts=stops - sizes[present],
-        ends=stops - 1,
-        eos=np.stack([sample_starts, ends - 1], 1).reshape(-1),
-        breaks=(stops - 1)[retrieved],
+        forms=np.concatenate([chosen.retrieved_forms, chosen.query_forms[:, None]], 1)[present],
+        starts=stops - tokens[present],
+        ends=stops,
+        eos=eos[is_eos],
+        breaks=stops[retrieved],
     )
 
 
@@ -170,13 +188,14 @@ class StreamPacking(Packing):
     """Samples concatenated over all epochs and cut every `length` tokens."""
 
     cut = "tail"
+    keeps_documents = False
     prefix_sums: PrefixSums
 
     def __init__(self, samples: Samples, length: int) -> None:
         super().__init__(samples, length)
         span_tokens = None
         if samples.repeats:
-            span_tokens = int(samples.corpus.lengths.sum(dtype=np.int64)) + 2 * samples.span
+            span_tokens = samples.count_tokens()
         self.prefix_sums = PrefixSums(samples.span, self._measure, span_tokens)
         self._groups: OrderedDict[int, _Group] = OrderedDict()
 
@@ -211,15 +230,15 @@ class StreamPacking(Packing):
                 ranges[-1][1].append((row, token, min(end, group.end), start))
                 token = group.end
         parts = [_take_ranges(group, np.array(rows), self.length) for group, rows in ranges if rows]
-        epochs, rows, documents, image_first, retrieved, first_tokens, lengths, eos, breaks = (
+        epochs, rows, documents, image_first, retrieved, forms, first_tokens, lengths, eos, breaks = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )
         filled = np.array(ends) - np.array(starts)
         zeros = np.zeros(len(numbers), np.int64)
         return Layout(
             length=self.length, numbers=numbers, epochs=epochs, filled=filled, query_starts=zeros, trimmed=zeros,
-            rows=rows, documents=documents, image_first=image_first, retrieved=retrieved,
-            starts=first_tokens, lengths=lengths, eos=eos, breaks=breaks,
+            rows=rows, documents=documents, image_first=image_first, retrieved=retrieved, forms=forms,
+            shortened=np.zeros(len(rows), bool), starts=first_tokens, lengths=lengths, eos=eos, breaks=breaks,
         )  # fmt: skip
 
     def _group(self, token: int) -> _Group:
@@ -254,6 +273,7 @@ def _take_ranges(group: _Group, ranges: np.ndarray, length: int) -> tuple[np.nda
         group.documents[chosen],
         group.image_first[chosen],
         group.retrieved[chosen],
+        group.forms[chosen],
         group.starts[chosen] - origins[owners],
         group.ends[chosen] - group.starts[chosen],
         group.eos[eos] + shift[eos_owners],
@@ -297,8 +317,9 @@ class WholeImagesPacking(StreamPacking):
         if index == len(group.ends) or group.starts[index] >= token:
             return token
         corpus = self.samples.corpus
-        ids = corpus.read(int(group.documents[index]))
-        ids = np.concatenate(order_modalities(ids, bool(group.image_first[index]), corpus.vocabulary))
+        ids = read_document(
+            corpus, int(group.documents[index]), bool(group.image_first[index]), int(group.forms[index])
+        )
         inside = token - int(group.starts[index])
         image = corpus.vocabulary.is_image(ids[inside - 1 :])
         if not image[:2].all():  # the cut is not between two tokens of one image

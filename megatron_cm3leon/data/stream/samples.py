@@ -14,10 +14,12 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_cm3leon.config.schema import SFTConfig
 from megatron_cm3leon.data.shards.reader import Corpus
 from megatron_cm3leon.data.stream.concat import ConcatCorpus
 from megatron_cm3leon.data.stream.mixture import Mixture
 from megatron_cm3leon.data.stream.order import derive_key, draw_bits, draw_integers, draw_uniform, permute
+from megatron_cm3leon.data.stream.targets import MASKED, FormSampler
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
 
 
@@ -35,6 +37,12 @@ class SampleDocuments:
     """Whether the image of the query comes first, bool [samples]."""
     retrieved_image_first: np.ndarray
     """The same for the retrieved documents, bool [samples, documents]."""
+    query_forms: np.ndarray
+    """Form of each query document (targets.py), int8 [samples]."""
+    retrieved_forms: np.ndarray
+    """The same of the retrieved documents, int8 [samples, documents]."""
+    query_lengths: np.ndarray
+    """Tokens of each query document in its form, int64 [samples]."""
 
 
 class NeighborTable(Protocol):
@@ -65,9 +73,12 @@ class Samples:
 
     def __init__(
         self, sources: list[DataSource], *, seed: int, documents: int = 0, choice: str = "fixed",
-        image_first_probability: float = 0.5,
+        image_first_probability: float = 0.5, sft: SFTConfig | None = None,
     ) -> None:  # fmt: skip
-        """`documents` retrieved documents precede the query document, if its source has a neighbor table."""
+        """`documents` retrieved documents precede the query document, if its source has a neighbor table.
+
+        `sft`: how documents with targets are used; None: as with the defaults.
+        """
         self.seed = seed
         first = sources[0].corpus
         for source in sources[1:]:
@@ -75,7 +86,9 @@ class Samples:
         banks = [source.neighbors.bank for source in sources if source.neighbors is not None and documents]
         self.corpus = ConcatCorpus([source.corpus for source in sources] + banks)
         self.sources = [
-            SourceSamples(source, self.corpus, name, seed, documents, choice, image_first_probability)
+            SourceSamples(
+                source, self.corpus, name, seed, documents, choice, image_first_probability, sft or SFTConfig()
+            )
             for name, source in enumerate(sources)
         ]
         self.documents = max(source.documents for source in self.sources)
@@ -83,11 +96,19 @@ class Samples:
         total = sum(source.count for source in self.sources)
         self.span = -(-total // self.mixture.length) * self.mixture.length
         """Samples per span (PrefixSums): an epoch, rounded up to complete cycles of the mixture."""
+        self.has_targets = any(source.forms.targets is not None for source in self.sources)
+        """Whether a query document has targets."""
 
     @property
     def repeats(self) -> bool:
-        """Whether every span has the same documents, in a different order."""
-        return len(self.sources) == 1 and not self.documents
+        """Whether every span has the same documents of the same lengths, in a different order."""
+        return len(self.sources) == 1 and not self.documents and self.sources[0].forms.is_constant
+
+    def count_tokens(self) -> int:
+        """Tokens of the samples of the first span."""
+        if self.has_targets:
+            return int(self.lengths(np.arange(self.span)).sum())
+        return int(self.corpus.lengths.sum(dtype=np.int64)) + 2 * self.span
 
     def choose_documents(self, numbers: np.ndarray) -> SampleDocuments:
         """The documents of samples `numbers` (int64 [samples])."""
@@ -98,23 +119,29 @@ class Samples:
             np.full(shape, -1),
             np.empty(len(numbers), bool),
             np.zeros(shape, bool),
+            np.zeros(len(numbers), np.int8),
+            np.zeros(shape, np.int8),
+            np.empty(len(numbers), np.int64),
         )
         for source, epoch, positions, rows in self._parts(numbers):
             queries, retrieved = source.choose(epoch, positions)
             result.epochs[rows] = epoch
             result.queries[rows] = queries + source.first
             result.query_image_first[rows] = source.image_first(epoch, queries)
+            result.query_forms[rows] = forms = source.forms.draw(epoch, queries)
+            result.query_lengths[rows] = source.forms.measure(queries, forms)
             if source.documents:
                 columns = slice(self.documents - source.documents, None)
                 result.retrieved[rows, columns] = np.where(retrieved >= 0, retrieved + source.first_of_bank, -1)
                 result.retrieved_image_first[rows, columns] = source.image_first(epoch, retrieved, of_bank=True)
+                result.retrieved_forms[rows, columns] = source.bank_forms.without_change(retrieved)
         return result
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of complete samples `numbers`; int64 [samples]."""
         lengths = np.empty(len(numbers), np.int64)
         for source, epoch, positions, rows in self._parts(numbers):
-            lengths[rows] = source.lengths(*source.choose(epoch, positions))
+            lengths[rows] = source.lengths(epoch, *source.choose(epoch, positions))
         return lengths
 
     def _parts(self, numbers: np.ndarray) -> "Iterator[tuple[SourceSamples, int, np.ndarray, np.ndarray | slice]]":
@@ -139,7 +166,7 @@ class SourceSamples:
 
     def __init__(
         self, source: DataSource, concat: ConcatCorpus, number: int, seed: int, documents: int, choice: str,
-        image_first_probability: float,
+        image_first_probability: float, sft: SFTConfig,
     ) -> None:  # fmt: skip
         self.corpus, self.seed, self.choice = source.corpus, seed, choice
         self.image_first_probability = image_first_probability
@@ -150,6 +177,8 @@ class SourceSamples:
         self.name = f"corpus {number}" if number else "corpus"
         same = self.bank is self.corpus  # within an epoch, a document has one order as query and as retrieved document
         self.bank_name = self.name if same else self.name.replace("corpus", "bank")
+        self.forms = FormSampler(sft, self.corpus, seed, self.name)
+        self.bank_forms = self.forms if same else FormSampler(sft, self.bank, seed, self.bank_name)
         if source.neighbors and documents:
             self._check_table(source.neighbors.table)
 
@@ -197,9 +226,10 @@ class SourceSamples:
             counts[taken] += 1
         return retrieved
 
-    def lengths(self, queries: np.ndarray, retrieved: np.ndarray) -> np.ndarray:
-        """Tokens of complete samples, int64 [samples]."""
-        lengths = self.corpus.lengths[queries].astype(np.int64) + 2
+    def lengths(self, epoch: int, queries: np.ndarray, retrieved: np.ndarray) -> np.ndarray:
+        """Tokens of complete samples in this epoch, int64 [samples]."""
+        forms = self.forms.draw(epoch, queries)
+        lengths = self.forms.measure(queries, forms) + 2 - (forms == MASKED)
         for column in retrieved.T:
             lengths += np.where(column >= 0, self.bank.lengths[column].astype(np.int64) + 1, 0)
         return lengths

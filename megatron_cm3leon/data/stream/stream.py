@@ -21,8 +21,10 @@ from megatron_cm3leon.data.stream.best_fit import DocumentsPacking
 from megatron_cm3leon.data.stream.cm3 import TOKENS_PER_SPAN, MaskDraws, SpanSampler, mask_sequence
 from megatron_cm3leon.data.stream.identity import describe_sources, identify
 from megatron_cm3leon.data.stream.layout import Layout, write_layout
+from megatron_cm3leon.data.stream.mixture import MixturePlan, plan_mixture
 from megatron_cm3leon.data.stream.packing import Packing, QueryPacking, StreamPacking, WholeImagesPacking
 from megatron_cm3leon.data.stream.samples import DataSource, NeighborTable, Samples
+from megatron_cm3leon.data.stream.targets import MASKED, PRETRAINING
 
 PACKINGS: dict[str, Callable[[Samples, int], Packing]] = {
     "query": QueryPacking,
@@ -30,8 +32,8 @@ PACKINGS: dict[str, Callable[[Samples, int], Packing]] = {
     "stream_whole_images": WholeImagesPacking,
     "documents": DocumentsPacking,
 }
-PADDING_VALUES = np.array([0, -1], np.float32)
-"""Loss weight and number of the sample, of <pad>."""
+PADDING_VALUES = np.array([0, -1, 0], np.float32)
+"""Loss weight, number of the sample, and whether it is a target, of <pad>."""
 
 
 @dataclass
@@ -45,6 +47,8 @@ class TokenSequence:
     samples: np.ndarray | None
     """Sample that each token belongs to, from 0 in each sequence, int64 [seq_length + 1], -1 for <pad>; None under
     attention=causal."""
+    targets: np.ndarray | None
+    """Whether each token belongs to a target of a query document, bool [seq_length + 1]; None if the data have none."""
     trimmed: int
     """Tokens cut because masking adds tokens, or because a query is longer than a sequence."""
     documents: np.ndarray
@@ -73,6 +77,8 @@ class SequenceBatch:
     """float32 [rows, seq_length + 1], as in TokenSequence."""
     samples: np.ndarray | None
     """int32 [rows, seq_length + 1], as in TokenSequence."""
+    targets: np.ndarray | None
+    """bool [rows, seq_length + 1], as in TokenSequence."""
     trimmed: np.ndarray
     """int64 [rows], as in TokenSequence."""
 
@@ -85,7 +91,8 @@ class SequenceBatch:
     def rows(self, rows: slice) -> "SequenceBatch":
         """Some of the rows, as views."""
         samples = None if self.samples is None else self.samples[rows]
-        return SequenceBatch(self.tokens[rows], self.weights[rows], samples, self.trimmed[rows])
+        targets = None if self.targets is None else self.targets[rows]
+        return SequenceBatch(self.tokens[rows], self.weights[rows], samples, targets, self.trimmed[rows])
 
 
 class Stream:
@@ -108,6 +115,7 @@ class Stream:
             documents=config.retrieval.documents,
             choice=config.retrieval.choice,
             image_first_probability=config.data.image_first_probability,
+            sft=config.sft,
         )
         self.corpus = self.samples.corpus
         self.vocabulary = self.corpus.vocabulary
@@ -140,10 +148,12 @@ class Stream:
         """Read the documents of a plan and apply CM3 masking (CM3Leon section 2.2)."""
         layout, draws, vocabulary = plan.layout, plan.draws, self.vocabulary
         tokens = np.full((len(layout.numbers), self.length), vocabulary.pad, vocabulary.dtype)
-        write_layout(layout, self.corpus, tokens)
+        targets = np.zeros(tokens.shape, bool) if self.samples.has_targets else None
+        write_layout(layout, self.corpus, tokens, targets)
         filled, trimmed = layout.filled.copy(), layout.trimmed.copy()
-        values = self._values(layout, tokens)
-        for row in np.flatnonzero(draws.spans).tolist():
+        values = self._values(layout, tokens, targets)
+        spans, first_sentinels = self._limit_spans(layout, draws.spans, tokens)
+        for row in np.flatnonzero(spans).tolist():
             count = int(layout.filled[row])
             source, source_values = tokens[row, :count].copy(), None
             if values is not None:
@@ -154,7 +164,7 @@ class Stream:
                 source,
                 source_values,
                 int(layout.query_starts[row]),
-                int(draws.spans[row]),
+                int(spans[row]),
                 bool(draws.rotated[row]),
                 bool(draws.infilled[row]),
                 draws.uniforms[row],
@@ -162,17 +172,40 @@ class Stream:
                 self.packing.cut,
                 tokens[row],
                 None if values is None else values[:, row],
+                int(first_sentinels[row]),
             )
             trimmed[row] += n_trimmed
         weights, samples = self._weigh(tokens, filled, values)
-        return SequenceBatch(tokens, weights, samples, trimmed)
+        if values is not None and targets is not None:
+            targets = values[2] > 0
+        return SequenceBatch(tokens, weights, samples, targets, trimmed)
 
-    def _values(self, layout: Layout, tokens: np.ndarray) -> np.ndarray | None:
-        """Values that move with their tokens, float32 [1 or 2, rows, length]: loss weight, number of the sample."""
+    def _limit_spans(self, layout: Layout, spans: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many spans CM3 masking moves in each row, and how many sentinels the row holds before it; both int64.
+
+        As drawn in rows without instruction documents. In others spans are numbered after the sentinels of the samples,
+        and where the packing keeps documents complete, masking cuts none of these documents to make room.
+        """
+        first_sentinels = np.zeros(len(spans), np.int64)
+        if not self.samples.has_targets:
+            return spans, first_sentinels
+        numbers = tokens.astype(np.int64) - self.vocabulary.sentinel(0)
+        first_sentinels = np.where(self.vocabulary.is_sentinel(tokens), numbers + 1, 0).max(1)
+        limits = self.vocabulary.sentinels - first_sentinels
+        if self.packing.keeps_documents:
+            rows = np.unique(layout.rows[(layout.forms != PRETRAINING) & ~layout.retrieved])
+            kept = layout.filled[rows]
+            if self.packing.cut == "head":  # retrieved documents may be cut, but for the first </s> of the sequence
+                kept = kept - layout.query_starts[rows] + 1
+            limits[rows] = np.minimum(limits[rows], (self.length - kept) // TOKENS_PER_SPAN)
+        return np.minimum(spans, np.maximum(limits, 0)), first_sentinels
+
+    def _values(self, layout: Layout, tokens: np.ndarray, targets: np.ndarray | None) -> np.ndarray | None:
+        """Values that move with their tokens, float32 [1 to 3, rows, length], as PADDING_VALUES lists them."""
         by_sample, weight = self.config.data.attention == "sample", self.config.retrieval.loss_weight
-        if not by_sample and (weight == 1 or not self.samples.documents):
+        if targets is None and not by_sample and (weight == 1 or not self.samples.documents):
             return None
-        values = np.ones((1 + by_sample, *tokens.shape), np.float32)
+        values = np.ones((1 + by_sample if targets is None else 3, *tokens.shape), np.float32)
         if weight != 1:
             chosen = np.flatnonzero(layout.retrieved)
             values[0].reshape(-1)[layout.breaks] = weight
@@ -181,10 +214,28 @@ class Stream:
             for row, start, stop in zip(layout.rows[chosen].tolist(), starts.tolist(), stops.tolist(), strict=True):
                 values[0, row, start:stop] = weight
         if by_sample:
-            values[1] = number_samples(tokens, self.vocabulary.eos)
+            values[1] = number_samples(tokens, self.vocabulary.eos, self.vocabulary.eoss)
+        if targets is not None:
+            values[2] = targets
+            self._weigh_targets(layout, tokens, targets, values[0])
         for row, count in enumerate(layout.filled.tolist()):
             values[:, row, count:] = PADDING_VALUES[: len(values), None]
         return values
+
+    def _weigh_targets(self, layout: Layout, tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> None:
+        """Set the loss weights [rows, length] of samples with instruction documents (config.sft.loss)."""
+        by_target = self.config.sft.loss == "target"
+        if by_target:
+            chosen = np.flatnonzero((layout.forms != PRETRAINING) & ~layout.retrieved)
+            starts = np.maximum(layout.starts[chosen], 0).tolist()
+            stops = layout.starts[chosen] + layout.lengths[chosen] + (layout.forms[chosen] != MASKED)  # with its </s>
+            for row, start, stop in zip(layout.rows[chosen].tolist(), starts, stops.tolist(), strict=True):
+                weights[row, start:stop] = 0
+            weights[tokens[:, 0] == self.vocabulary.eos, 0] = 0  # nothing predicts it
+            weights[targets] = 1
+            weights[:, 1:][targets[:, :-1]] = 1  # the token after a target says that it ends
+        if by_target or self.config.data.attention == "sample":
+            weights[begin_samples(tokens, self.vocabulary.eos, self.vocabulary.eoss)] = 0
 
     def _weigh(
         self, tokens: np.ndarray, filled: np.ndarray, values: np.ndarray | None
@@ -196,7 +247,7 @@ class Stream:
                 weights[row, filled[row] :] = 0
         else:
             weights = values[0]
-            if len(values) == 2:
+            if self.config.data.attention == "sample":
                 samples = values[1].astype(np.int32)
                 # The token before a span that was moved after another sample cannot attend to the sample of the span.
                 unseen = (samples[:, 1:] != samples[:, :-1]) & (tokens[:, 1:] != self.vocabulary.eos)
@@ -227,6 +278,7 @@ class Stream:
                     tokens=batch.tokens[row].astype(np.int64),
                     weights=batch.weights[row],
                     samples=None if batch.samples is None else batch.samples[row].astype(np.int64),
+                    targets=None if batch.targets is None else batch.targets[row],
                     trimmed=int(batch.trimmed[row]),
                     documents=documents[~retrieved],
                     retrieved=documents[retrieved],
@@ -242,6 +294,11 @@ class Stream:
     def batch(self, number: int) -> list[TokenSequence]:
         """Batch `number`, of all ranks, at the global batch size of the config."""
         return self.sequences(number * self.global_batch_size, (number + 1) * self.global_batch_size)
+
+    def report_problems(self) -> list[str]:
+        """Sentences about instruction documents that do not fit into a sequence, or cannot be masked."""
+        length = self.length if self.packing.keeps_documents else None
+        return [problem for source in self.samples.sources for problem in source.forms.report_problems(length)]
 
     def cursor(self, number: int) -> dict:
         """Position of sequence `number`, for a checkpoint: with it, `resume` takes the same time at any step."""
@@ -264,15 +321,25 @@ class Stream:
         return identify(describe_sources(self.samples, self.config), self.config)
 
 
-def number_samples(tokens: np.ndarray, eos: int) -> np.ndarray:
+def begin_samples(tokens: np.ndarray, eos: int, eoss: int | None = None) -> np.ndarray:
+    """Whether each token of an unmasked sequence [..., tokens] is the first </s> of a sample; bool, same shape.
+
+    It follows the last </s> of another sample, or the <eoss> (if given) of its last moved target. The first token of a
+    sequence is none.
+    """
+    begins = np.zeros(tokens.shape, bool)
+    ends = tokens == eos
+    before = ends[..., :-1] if eoss is None else ends[..., :-1] | (tokens[..., :-1] == eoss)
+    begins[..., 1:] = ends[..., 1:] & before
+    return begins
+
+
+def number_samples(tokens: np.ndarray, eos: int, eoss: int | None = None) -> np.ndarray:
     """Sample that each token of an unmasked sequence [..., tokens] belongs to, from 0; int64, same shape.
 
-    A sample begins at each </s> that follows the last </s> of another.
+    `eos`, `eoss`: as in begin_samples.
     """
-    begins = np.zeros(tokens.shape, np.int64)
-    ends = tokens == eos
-    begins[..., 1:] = ends[..., 1:] & ends[..., :-1]
-    return np.cumsum(begins, -1)
+    return np.cumsum(begin_samples(tokens, eos, eoss), -1)
 
 
 def positions_in_samples(samples: np.ndarray) -> np.ndarray:
@@ -301,13 +368,24 @@ def build_stream(config: Config, train: bool = True, retrieval: bool = True) -> 
             f"{section}.shards is empty; give the folder of shards that tools/preprocess_data.py wrote "
             f"({section}.shards=...)."
         )
-    stream = Stream(
-        config, [_open_source(source, retrieval and config.retrieval.documents > 0) for source in described]
-    )
+    sources = [_open_source(source, retrieval and config.retrieval.documents > 0) for source in described]
+    if train and (plan := plan_sources(config, [source.corpus.documents for source in sources])):
+        for source, weight in zip(sources, plan.weights, strict=True):
+            source.weight = float(weight)
+    stream = Stream(config, sources)
     output = Path(config.output)
     if train and output.is_dir() and os.access(output, os.W_OK):
         stream.keep_tables(output / "stream")
     return stream
+
+
+def plan_sources(config: Config, documents: list[int]) -> MixturePlan | None:
+    """The mixture of data.sources with these numbers of documents; None if their weights are given."""
+    mixture = config.data.mixture
+    if mixture.rule == "weights":
+        return None
+    shares = [source.share for source in config.data.sources]
+    return plan_mixture(documents, shares, mixture.alpha, mixture.cap, mixture.minimum_ratio, mixture.maximum_ratio)
 
 
 def _open_source(source: SourceConfig, retrieval: bool) -> DataSource:

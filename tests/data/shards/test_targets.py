@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_cm3leon.common.atomic_io import add_checksum, sha256_file
-from megatron_cm3leon.data.inspect.shards import verify_shards
+from megatron_cm3leon.data.inspect.shards import describe_shards, measure_shards, verify_shards
 from megatron_cm3leon.data.shards.reader import open_shards
 from megatron_cm3leon.data.shards.targets import TARGETS_DTYPE
 from megatron_cm3leon.data.shards.writer import ShardWriter
@@ -40,6 +40,8 @@ def test_targets_are_read_as_they_were_written(folder):
         1,
     ]
     verify_shards(corpus)
+    shown = describe_shards(corpus, measure_shards(corpus))
+    assert "targets: 20 tokens of 4 targets in 3 documents" in shown.splitlines()
     assert np.load(folder / NAMES[1]).tolist() == [(0, 2, 18, 1), (1, 2, 3, 0)]
 
 
