@@ -38,15 +38,19 @@ _CONTENT_BYTES = 4_000_000_000
 """Maximum bytes of images from tars, Parquet files and JSON Lines that are kept in memory."""
 
 
-def add_input_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `RawInputs.open` reads, the same as in tools/preprocess_data.py."""
+def add_input_options(parser: argparse.ArgumentParser, tasks: bool = False) -> None:
+    """Add the options that `RawInputs.open` reads, the same as in tools/preprocess_data.py.
+
+    `tasks`: with the options and formats of instruction documents.
+    """
     add = parser.add_argument
     add("--input", type=user_path, required=True, nargs="+", help="files of one format, or one folder; paths or URLs")
-    formats = (*FORMATS, *TASK_FORMATS)
+    formats = (*FORMATS, *(TASK_FORMATS if tasks else ()))
     add("--format", choices=formats, default="auto", help="format of the input; auto: by the file extensions")
     add("--image-field", default="", help='field or column of the image (default: "image", "jpg" ...)')
     add("--caption-field", default="", help='field or column of the caption (default: "caption", "txt")')
-    add_task_options(parser)
+    if tasks:
+        add_task_options(parser)
 
 
 class RawInputs:
@@ -74,7 +78,7 @@ class RawInputs:
     def open(cls, arguments: argparse.Namespace, part: str) -> "RawInputs":
         """Open the inputs given by the options of `add_input_options`."""
         fields = Fields(arguments.image_field, arguments.caption_field)
-        if names_task(arguments):
+        if hasattr(arguments, "task") and names_task(arguments):
             return cls(arguments.input, source=open_input(arguments, _PART_SIZE))
         return cls(arguments.input, arguments.format, fields, part)
 

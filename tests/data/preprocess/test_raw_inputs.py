@@ -111,7 +111,7 @@ def test_a_missing_input_is_refused_and_inputs_have_names(tmp_path):
 def test_segments_and_images_of_instruction_documents_are_read(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"image": "a.png", "instruction": "whiten", "edited": "b.png"}] * 2)
     parser = argparse.ArgumentParser()
-    add_input_options(parser)
+    add_input_options(parser, tasks=True)
     arguments = parser.parse_args(["--input", str(path), "--task", "edit"])
     texts, images = (RawInputs.open(arguments, part) for part in ("texts", "images"))
     assert list(texts.texts()) == ["Edit first image following the instruction", "whiten"] * 2
