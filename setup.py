@@ -49,7 +49,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["megatron_cm3leon", "megatron_cm3leon.*"]), "megatron_cm3leon_tools"],
     package_dir={"megatron_cm3leon_tools": "tools"},
-    package_data={"megatron_cm3leon": ["py.typed"]},
+    package_data={"megatron_cm3leon": ["py.typed", "data/tasks/templates/*.yaml"]},
     entry_points={
         "console_scripts": [
             "cm3leon-train = megatron_cm3leon.train:main",

@@ -77,9 +77,7 @@ def dry_run(config: Config, ranks: int) -> str:
     size = vocabulary.size if vocabulary else PAPER_VOCABULARY
     follow_rule(config, count_parameters(config, size))
     base = [describe_base(config, vocabulary)] if config.train.init else []
-    return "
-
-".join(filter(None, (*base, describe_memory(config, size, ranks), describe_mixture(config))))
+    return "\n\n".join(filter(None, (*base, describe_memory(config, size, ranks), describe_mixture(config))))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     corpus = open_shards(args.shards)
     if not args.no_verify:
         verify_shards(corpus)
-        print(f"all {3 * len(corpus.shards)} files match the checksums of the manifest.")
+        files = sum(len(entry["files"]) for entry in corpus.shards)
+        print(f"all {files} files match the checksums of the manifest.")
     print(describe_shards(corpus, measure_shards(corpus)))
     if args.sheet:
         from megatron_cm3leon.tokenizers.folder import Tokenizers

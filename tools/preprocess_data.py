@@ -2,8 +2,9 @@
 
 Input is JSON Lines ({"image": "relative/path.png", "caption": "text", ...}, {"text": "..."} or {"segments":
 [{"text": "..."}, {"image": "..."}]} per line), CSV or Parquet with these columns, tars of img2dataset, a folder of
-images with .txt captions next to them, or plain text; local paths or URLs. Unusable inputs are counted and listed in
-quarantine.jsonl. The same command again finishes an interrupted run.
+images with .txt captions next to them, or plain text; local paths or URLs. With --task, records become instruction
+documents by the templates of a task; formats such as llava and vqa always do (docs/instruction_data.md). Unusable
+inputs are counted and listed in quarantine.jsonl. The same command again finishes an interrupted run.
 
 On several nodes, run the same command as a job array (SLURM_ARRAY_TASK_ID and _COUNT are read, or give --task-id and
 --num-tasks), then run `preprocess_data.py merge --output shards/`.
@@ -20,7 +21,8 @@ from megatron_cm3leon.data.preprocess.dedupe import BY
 from megatron_cm3leon.data.preprocess.filters import FITS, Filters
 from megatron_cm3leon.data.preprocess.merge import merge
 from megatron_cm3leon.data.preprocess.run import STAGES, PreprocessOptions, preprocess
-from megatron_cm3leon.data.sources import FORMATS, Fields, open_source
+from megatron_cm3leon.data.sources import FORMATS
+from megatron_cm3leon.data.tasks.options import TASK_FORMATS, add_task_options, open_input
 from megatron_cm3leon.distributed.device import resolve_device
 from megatron_cm3leon.slurm.array import find_task
 
@@ -36,7 +38,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="files of one format, or one folder; paths, URLs or patterns",
     )
     parser.add_argument(
-        "--format", choices=FORMATS, default="auto", help="format of the input; auto: by file extension"
+        "--format",
+        choices=(*FORMATS, *TASK_FORMATS),
+        default="auto",
+        help="format of the input; auto: by file extension",
     )
     parser.add_argument(
         "--tokenizer", type=user_path, required=True, help="tokenizer folder that tools/train_tokenizer.py wrote"
@@ -60,6 +65,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max-bad-fraction", type=float, default=0.01, help="maximum share of unusable inputs, 0 to 1")
     parser.add_argument("--overwrite", action="store_true", help="replace shards written with other options")
+    add_task_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -102,8 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         overwrite=args.overwrite,
         command=shlex.join([Path(sys.argv[0]).name, *arguments]),
     )
-    fields = Fields(args.image_field, args.caption_field)
-    return report(preprocess(open_source(args.input, args.part_size, args.format, fields), options), args.output)
+    return report(preprocess(open_input(args, args.part_size, args.fit), options), args.output)
 
 
 def report(result: dict, output: str) -> int:

@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
         ("image", "VQGAN, encoder and decoder", add_image_flags),
     ):
         command = commands.add_parser(name, help=summary, formatter_class=HelpFormatter)
-        add_input_options(command)
+        add_input_options(command, tasks=True)
         command.add_argument("--output", type=user_path, required=True, help="tokenizer folder to write to")
         add_flags(command)
         command.add_argument(

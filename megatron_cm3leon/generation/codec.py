@@ -9,6 +9,7 @@ from PIL import Image
 from megatron_cm3leon.generation.types import ImageInput
 from megatron_cm3leon.tokenizers.folder import Tokenizers
 from megatron_cm3leon.tokenizers.images import from_pixels, to_pixels
+from megatron_cm3leon.tokenizers.text import encode_continuation
 
 IMAGES_AT_ONCE = 32
 """Images that the image tokenizer encodes or decodes in one batch."""
@@ -57,9 +58,7 @@ class Codec:
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of text that continues a sentence: without the word boundary that the beginning of a text gets."""
-        anchor = self.text.encode("x")
-        anchored = self.text.encode("x" + text)
-        return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else self.text.encode(text)
+        return encode_continuation(self.text, text)
 
     def trim_text(self, row: np.ndarray) -> list[int]:
         """The text pieces of generated ids, without the ending token and the padding (-1) after it."""

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -83,6 +84,15 @@ class TextTokenizer:
         if outside:
             raise ValueError(f"id {outside[0]} is not a text piece; text ids are 0 to {self.size - 1}.")
         return self.processor.decode(ids)
+
+
+def encode_continuation(tokenizer: Any, text: str) -> list[int]:
+    """Ids of text that continues a sentence: without the word boundary that the beginning of a text may get.
+
+    `tokenizer`: a TextTokenizer, or any object with its `encode`.
+    """
+    anchor, anchored = tokenizer.encode("x"), tokenizer.encode("x" + text)
+    return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else tokenizer.encode(text)
 
 
 def train_text(captions: Iterable[str], vocab_size: int, *, coverage: float = 0.9995) -> TextTokenizer:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
-from megatron_cm3leon.tokenizers.text import SPACE_MARK, TextTokenizer
+from megatron_cm3leon.tokenizers.text import SPACE_MARK, TextTokenizer, encode_continuation
 
 _model_pb2: Any = sentencepiece_model_pb2  # generated at run time, without annotations
 MAX_WORDS = 300_000
@@ -49,6 +49,10 @@ class TextEncoder:
             return b"".join(map(self._chunks.__getitem__, _CHUNKS.findall(text)))
         words = text.split(" ")
         return self._chunks[words.pop(0)] + b"".join(map(self._words.__getitem__, words))
+
+    def encode_continuation(self, text: str) -> bytes:
+        """Ids of a text that continues another one, as `text.encode_continuation` gives them."""
+        return self._to_bytes(encode_continuation(self.tokenizer, text))
 
     def encode_many(self, texts: Sequence[str]) -> list[bytes]:
         """Like `encode` for each text, but all words are looked up together and new words are encoded in one call."""

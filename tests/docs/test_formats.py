@@ -13,6 +13,9 @@ import pytest
 
 from megatron_cm3leon.checkpoint.format import list_checkpoints
 from megatron_cm3leon.data.shards.targets import TARGETS_DTYPE
+from megatron_cm3leon.data.tasks.conversation import ConversationFiller
+from megatron_cm3leon.data.tasks.options import load_task
+from megatron_cm3leon.data.tasks.records import RecordFiller
 from megatron_cm3leon.evaluation.assemble import collect_report
 from megatron_cm3leon.evaluation.compare import read_runs
 from megatron_cm3leon.evaluation.compare_page import write_comparison
@@ -118,6 +121,14 @@ def test_keys_of_shards_are_documented(written):
     assert fields == read_table("`shard-*.idx.npy`")
     assert {key: TARGETS_DTYPE[key].name for key in TARGETS_DTYPE.names} == read_table("`shard-*.targets.npy`")
     check_keys("`shard-*.parquet`", dict.fromkeys(pq.read_schema(written / f"pairs/{name}.parquet").names))
+
+
+def test_keys_of_the_task_of_instruction_documents_are_documented():
+    tasks = [RecordFiller(load_task(name)) for name in ("ground", "scienceqa")]
+    tasks += [RecordFiller(load_task("vqa", image_first=True), all_templates=True, names={"image": "file_name"})]
+    check_keys(
+        "an entry of `tasks`", *(task.describe() for task in (*tasks, ConversationFiller(load_task("chat"), "llava")))
+    )
 
 
 def test_keys_and_files_of_an_index_folder_are_documented(written):

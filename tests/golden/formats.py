@@ -33,6 +33,7 @@ from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 from tests.checkpoint.builders import family_config, write_random_checkpoint, write_tokenizers
 from tests.data.corpora import write_images, write_shards
 from tests.data.runs import run as preprocess
+from tests.data.tasks.instructions import run_rows, show_document, write_gray_images, write_rows
 from tests.golden.streams import VOCABULARY, hash_numbers
 from tools.generate import parse_arguments, recorded_options
 
@@ -61,6 +62,32 @@ def describe_shards(folder: Path) -> dict:
         "manifest": {name: manifest[name] if name in fixed else None for name in manifest},
         "options": {name: None if name == "input_sha256" else value for name, value in manifest["options"].items()},
         "identity": corpus.identity,
+    }
+
+
+def describe_instructions(folder: Path) -> dict:
+    """Instruction documents of records and conversations: ids, targets, and the task in the manifest."""
+    write_gray_images(folder)
+    records = [{"question": f"is it {n}?", "answer": "yes", "image": "white.png"} for n in range(12)]
+    objects = [{"name": "cat", "box": [0, 0, 0.5, 0.75]}]
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A square."}]
+    corpora = {
+        form or task: run_rows(
+            write_rows(folder / f"{task}.jsonl", rows), folder / task, form or "auto", task_options={"task": task}
+        )
+        for form, task, rows in (
+            ("", "vqa", records),
+            ("", "ground", [{"caption": "a cat", "image": "black.png", "objects": objects}]),
+            ("llava", "chat", [{"image": "gray.png", "conversations": turns}]),
+        )
+    }
+    return {
+        name: {
+            "documents": [show_document(corpus, number) for number in range(corpus.documents)],
+            "tasks": corpus.manifest["options"]["tasks"],
+            "identity": corpus.identity,
+        }
+        for name, corpus in corpora.items()
     }
 
 

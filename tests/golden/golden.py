@@ -23,6 +23,7 @@ def collect() -> dict:
         found = {
             "streams": streams.describe_streams(folder / "streams"),
             "shards": formats.describe_shards(folder / "shards"),
+            "instructions": formats.describe_instructions(folder / "instructions"),
             "checkpoint": formats.describe_checkpoint(folder / "checkpoint"),
             "tokenizers": formats.describe_tokenizers(folder / "tokenizers"),
             "exports": formats.describe_exports(folder / "exports"),

@@ -19,12 +19,14 @@ inspect = partial(call_tool, "inspect_shards")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Shards of pairs, a text and an interleaved document, and their tokenizer."""
+    """Shards of pairs, a text, an interleaved and an instruction document, and their tokenizer."""
     folder = tmp_path_factory.mktemp("inspect")
     pairs = write_images(folder / "raw", 6)
     with pairs.open("a") as file:
         file.write('{"text": "only words"}\n{"image": "none.png", "caption": "lost"}\n')
         segments = [{"text": "before"}, {"image": "1.png"}, {"text": "after"}]
+        file.write(json.dumps({"segments": segments}) + "\n")
+        segments = [{"role": "prompt", "text": "which?"}, {"role": "target", "text": "this", "joined": True}]
         file.write(json.dumps({"segments": segments}) + "\n")
     (folder / "tok").mkdir()
     train_text([f"picture {number}" for number in range(50)], 280).save(folder / "tok/text.model")
@@ -45,11 +47,11 @@ def test_statistics_and_a_contact_sheet_are_written(folder):
     result = inspect("--shards", folder / "shards", "--tokenizer", folder / "tok", "--sheet", folder / "new/sheet.png")
     assert result.returncode == 0, result.stderr
     for line in (
-        "all 9 files match the checksums of the manifest.",
-        "8 documents, ",
-        "kinds: 1 interleaved, 6 pair, 1 text",
+        "all 10 files match the checksums of the manifest.",
+        "9 documents, ",
+        "kinds: 1 instruction, 1 interleaved, 6 pair, 1 text",
         "112 of 7 images",
-        "inputs: 9 read, 8 written, 0 duplicates, 0 filtered, 1 quarantined\n  1 x missing picture",
+        "inputs: 10 read, 9 written, 0 duplicates, 0 filtered, 1 quarantined\n  1 x missing picture",
         "7 images decoded from tokens.",
     ):
         assert line in result.stdout, line

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from megatron_cm3leon.data.shards.reader import open_shards, split_segments
 from megatron_cm3leon.tokenizers.folder import Tokenizers, write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
 from megatron_cm3leon.tokenizers.images import load_image, to_pixels
-from megatron_cm3leon.tokenizers.text import train_text
+from megatron_cm3leon.tokenizers.text import encode_continuation, train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 from tests.data.corpora import write_images
 from tests.tools.call import TOOLS, call_tool
@@ -109,6 +110,44 @@ def test_a_job_array_and_merge_write_the_shards_of_one_process(raw, monkeypatch)
     assert single["shards"] == array["shards"] and single["content_sha256"] == array["content_sha256"]
     result = preprocess(*arguments, "--output", "x", "--task-id", 2)
     assert result.returncode == 2 and "--task-id and --num-tasks must be given together" in result.stderr
+
+
+def test_records_of_a_task_become_instruction_documents(raw):
+    rows = [{"question": f"is it {number}?", "answer": "yes", "image": f"{number}.png"} for number in range(3)]
+    (raw / "raw/vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--input", "raw/vqa.jsonl", "--tokenizer", "tok", "--output", "tuning", "--task", "vqa"]
+    result = preprocess(*arguments)
+    assert result.returncode == 0 and "3 documents of" in result.stdout, result.stderr
+    corpus, text = open_shards(raw / "tuning"), Tokenizers.load(raw / "tok").text
+    assert corpus.manifest["options"]["tasks"][0]["name"] == "vqa" and corpus.manifest["kinds"] == {"instruction": 3}
+    question, answer = text.encode("Question: is it 0? Answer:"), encode_continuation(text, " yes")
+    document, _ = split_segments(corpus.read(0), corpus.vocabulary)
+    # the ids of the prompts that generation/prompts.py builds
+    assert document.tolist() == [*question, *answer, *encode_continuation(text, ".")]
+    assert corpus.targets(np.array([0]))[0].tolist() == [[len(question), len(question) + len(answer)]]
+    again = preprocess(*arguments, "--all-templates")
+    assert again.returncode == 2 and "written with other options (tasks: " in again.stderr
+    image_first = [*arguments[:-3], "first", "--task", "vqa", "--image-first"]
+    assert preprocess(*image_first).returncode == 0
+    image, document = split_segments(open_shards(raw / "first").read(0), corpus.vocabulary)
+    assert corpus.vocabulary.is_image(image).all() and document.tolist()[: len(question)] == question
+
+
+def test_usage_errors_of_instruction_documents(raw):
+    for arguments, message in (
+        (
+            ["--image-first"],
+            "error: --image-first is for instruction documents; give --task, or a --format of them: llava,",
+        ),
+        (["--template-seed", 3], "error: --template-seed is for instruction documents; "),
+        (["--fields", "a=b"], "error: --fields is for instruction documents; "),
+        (["--task", "none"], "error: --task (none) must be a YAML file, or one of caption, "),
+        (["--task", "vqa", "--image-field", "x"], "error: --image-field and --caption-field are for pairs; name the"),
+        (["--task", "vqa"], "error: task vqa: no record of the input has one of its fields: field "),
+        (["--task", "caption", "--clean-captions"], "error: --clean-captions is for captions, not for the pieces of "),
+    ):
+        result = preprocess("--input", "raw/pairs.jsonl", "--tokenizer", "tok", "--output", "x", *arguments)
+        assert result.returncode == 2 and result.stderr.startswith(message), result.stderr
 
 
 def test_usage_errors():

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from megatron_cm3leon.tokenizers.folder import Tokenizers
+from megatron_cm3leon.tokenizers.text import TextTokenizer
 from tests.tools.call import TOOLS, call_tool
 
 IMAGE_FLAGS = ["--image-size", 16, "--downsample", 4, "--codebook-size", 8, "--base-channels", 16]
@@ -133,3 +134,10 @@ def test_a_missing_input_exits_with_2(tmp_path):
 def test_help_shows_defaults(command):
     done = call_tool("train_tokenizer", command, "--help")
     assert done.returncode == 0 and "(default: 1024)" in done.stdout
+
+
+def test_text_pieces_cover_the_templates_of_a_task(pairs, tmp_path):
+    arguments = ["--input", pairs, "--task", "caption", "--vocab-size", 320, "--output", tmp_path]
+    result = call_tool("train_tokenizer", "text", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert len(TextTokenizer.load(tmp_path / "text.model").encode("Describe the given picture.")) <= 8

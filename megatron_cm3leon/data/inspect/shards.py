@@ -81,13 +81,14 @@ def measure_shards(corpus: Corpus, max_documents: int = 100_000) -> ShardStats:
         found.image_tokens += len(image)
         found.text_tokens += int(vocabulary.is_text(ids).sum())
         found.images += len(image) // vocabulary.image_tokens
-        found.kinds[classify_document(ids, corpus)] += 1
+        has_targets = len(corpus.targets(np.array([number]))[0]) > 0
+        found.kinds["instruction" if has_targets else classify_document(ids, corpus)] += 1
     found.codes = int(used.sum())
     return found
 
 
 def classify_document(ids: np.ndarray, corpus: Corpus) -> str:
-    """Kind of a document (pair, text or interleaved) from its ids."""
+    """Kind of a document without targets (pair, text or interleaved) from its ids."""
     segments = split_segments(ids, corpus.vocabulary)
     images = [bool(len(segment) and corpus.vocabulary.is_image(int(segment[0]))) for segment in segments]
     if not any(images):

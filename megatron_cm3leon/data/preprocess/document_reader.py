@@ -13,6 +13,7 @@ from megatron_cm3leon.data.sources import (
     Filtered,
     RawDocument,
     RawImage,
+    RawInstruction,
     RawText,
     RawTexts,
     read_image_bytes,
@@ -22,6 +23,7 @@ from megatron_cm3leon.tokenizers.images import load_image, to_pixels
 from megatron_cm3leon.tokenizers.text_cache import TextEncoder
 
 NO_TOKEN = "empty caption: it encodes to no token"
+NOT_CLEANED = "instruction document: --clean-captions is for captions, not for pieces"
 
 
 @dataclass(slots=True)
@@ -62,6 +64,13 @@ class DocumentReader:
         if not isinstance(entry, RawDocument):
             return entry
         texts = entry.texts
+        if isinstance(entry, RawInstruction):
+            if self.filters.clean_captions:
+                return BadInput(entry.key, entry.source, NOT_CLEANED)
+            payloads = self._encode_pieces(entry)
+            if not all(payloads):
+                return BadInput(entry.key, entry.source, NO_TOKEN)
+            return self._load_images(Loaded(entry, texts, payloads, [], []))
         if self.filters.clean_captions:
             texts = list(map(clean_caption, texts))
             if not all(texts):
@@ -69,9 +78,20 @@ class DocumentReader:
         payloads = list(map(self.text.encode, texts))
         if not all(payloads):
             return BadInput(entry.key, entry.source, NO_TOKEN)
-        loaded = Loaded(entry, texts, payloads, [], [])
-        for image in entry.images:
-            fault = self._load_image(entry, image, loaded)
+        return self._load_images(Loaded(entry, texts, payloads, [], []))
+
+    def _encode_pieces(self, document: RawInstruction) -> list[bytes]:
+        """Ids of each text; a joined one continues the text before it."""
+        pieces = zip(document.segments, document.joined, strict=True)
+        return [
+            self.text.encode_continuation(piece) if joined else self.text.encode(piece)
+            for piece, joined in pieces
+            if isinstance(piece, str)
+        ]
+
+    def _load_images(self, loaded: Loaded) -> Loaded | BadInput | Filtered:
+        for image in loaded.raw.images:
+            fault = self._load_image(loaded.raw, image, loaded)
             if fault:
                 return fault
         return loaded

@@ -20,7 +20,8 @@ from megatron_cm3leon.data.preprocess.document_reader import (
 )
 from megatron_cm3leon.data.preprocess.filters import Filters
 from megatron_cm3leon.data.shards.writer import ShardWriter
-from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawText, RawTexts, Source
+from megatron_cm3leon.data.sources import BadInput, Entry, Filtered, RawInstruction, RawText, RawTexts, Source
+from megatron_cm3leon.data.sources.documents import TARGET
 
 SHARD_BYTES = 1 << 30
 """A part whose tar grows beyond this continues in another shard."""
@@ -151,8 +152,25 @@ class PartEncoder:
             texts = iter(item.payloads)
             payloads = [next(texts if isinstance(part, str) else images) for part in item.raw.segments]
             self.kinds[item.raw.kind] += 1
-            self._open_writer().add_bytes(item.raw.key, self.break_bytes.join(payloads), describe_document(item))
+            if isinstance(item.raw, RawInstruction):
+                payload, targets = self._join_pieces(item.raw, payloads)
+                self._open_writer().add_bytes(item.raw.key, payload, describe_document(item), targets=targets)
+            else:
+                self._open_writer().add_bytes(item.raw.key, self.break_bytes.join(payloads), describe_document(item))
         self.advance(documents)
+
+    def _join_pieces(self, document: RawInstruction, payloads: list[bytes]) -> tuple[bytes, list[tuple[int, int]]]:
+        """The ids of a document with a <break> before each piece that is not joined, and its targets [start, end)."""
+        content, targets = b"", []
+        for number, payload in enumerate(payloads):
+            if number and not document.joined[number]:
+                content += self.break_bytes
+            start = len(content)
+            content += payload
+            if document.roles[number] == TARGET:
+                size = len(self.break_bytes)
+                targets.append((start // size, len(content) // size))
+        return content, targets
 
     def _add_texts(self, texts: RawTexts) -> None:
         """Append texts; the same result as `_write` for each of them, at a fraction of the cost."""

@@ -23,25 +23,34 @@ from megatron_cm3leon.data.sources import (
     Filtered,
     FolderSource,
     RawImage,
+    RawInstruction,
     RawPair,
     RawTexts,
+    Source,
     open_source,
 )  # fmt: skip
 from megatron_cm3leon.data.sources.documents import decode_text
 from megatron_cm3leon.data.sources.files import find_path_kind, list_folder, make_absolute, read_file, resolve_name
+from megatron_cm3leon.data.tasks.options import TASK_FORMATS, add_task_options, names_task, open_input
 
 _PART_SIZE = 4096
 _CONTENT_BYTES = 4_000_000_000
 """Maximum bytes of images from tars, Parquet files and JSON Lines that are kept in memory."""
 
 
-def add_input_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `RawInputs.open` reads, the same as in tools/preprocess_data.py."""
+def add_input_options(parser: argparse.ArgumentParser, tasks: bool = False) -> None:
+    """Add the options that `RawInputs.open` reads, the same as in tools/preprocess_data.py.
+
+    `tasks`: with the options and formats of instruction documents.
+    """
     add = parser.add_argument
     add("--input", type=user_path, required=True, nargs="+", help="files of one format, or one folder; paths or URLs")
-    add("--format", choices=FORMATS, default="auto", help="format of the input; auto: by the file extensions")
+    formats = (*FORMATS, *(TASK_FORMATS if tasks else ()))
+    add("--format", choices=formats, default="auto", help="format of the input; auto: by the file extensions")
     add("--image-field", default="", help='field or column of the image (default: "image", "jpg" ...)')
     add("--caption-field", default="", help='field or column of the caption (default: "caption", "txt")')
+    if tasks:
+        add_task_options(parser)
 
 
 class RawInputs:
@@ -49,14 +58,17 @@ class RawInputs:
 
     def __init__(
         self, inputs: str | Path | Sequence[str | Path], form: str = "auto", fields: Fields = Fields(),  # noqa: B008
-        part: str = "pairs",
+        part: str = "pairs", source: Source | None = None,
     ) -> None:  # fmt: skip
-        """`part`: which of texts, images or pairs will be read. Raises ValueError if there is no input."""
+        """`part`: which of texts, images or pairs will be read; `source`: the opened input, if it is open.
+
+        Raises ValueError if there is no input.
+        """
         inputs = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-        if form == "auto" and len(inputs) == 1:
+        if form == "auto" and len(inputs) == 1 and source is None:
             form = _choose_form(str(inputs[0]), part)
         self.name = f"--input {inputs[0]}{' ...' if len(inputs) > 1 else ''}"
-        self.source = open_source(inputs, _PART_SIZE, form, fields)
+        self.source = source or open_source(inputs, _PART_SIZE, form, fields)
         self.read = 0
         """Inputs read so far."""
         self.reasons = Reasons()
@@ -66,6 +78,8 @@ class RawInputs:
     def open(cls, arguments: argparse.Namespace, part: str) -> "RawInputs":
         """Open the inputs given by the options of `add_input_options`."""
         fields = Fields(arguments.image_field, arguments.caption_field)
+        if hasattr(arguments, "task") and names_task(arguments):
+            return cls(arguments.input, source=open_input(arguments, _PART_SIZE))
         return cls(arguments.input, arguments.format, fields, part)
 
     def texts(self) -> Iterator[str]:
@@ -82,14 +96,19 @@ class RawInputs:
     def images(self, kept_bytes: int = _CONTENT_BYTES) -> list[RawImage]:
         """Every image, as its path or its content; ValueError if there are none.
 
-        Of the images inside tars, Parquet files and JSON Lines, every n-th is kept, at most `kept_bytes` in total.
+        Of the images inside tars, Parquet files and JSON Lines, every n-th is kept, at most `kept_bytes` in total. A
+        file that several instruction documents show, such as that of several questions, is yielded once: none is both
+        trained on and held out.
         """
         found: list[RawImage] = []
+        shown: set[str] = set()
         inside: list[RawImage] = []
         size, every, number = 0, 1, 0
         for image in self._images():
             if image.content is None:
-                found.append(image)
+                if not (self.source.tasks and image.path in shown):
+                    found.append(image)
+                    shown.add(image.path)
                 continue
             if number % every == 0:
                 inside.append(image)
@@ -134,7 +153,8 @@ class RawInputs:
     def _texts_of(self, entry: Entry) -> list[str]:
         if isinstance(entry, Filtered):
             return []
-        texts = [segment for segment in entry.segments if isinstance(segment, str)]
+        segments = entry.join_pieces() if isinstance(entry, RawInstruction) else entry.segments
+        texts = [segment for segment in segments if isinstance(segment, str)]
         if isinstance(entry, BadInput) and isinstance(self.source, FolderSource) and entry.source.endswith(".txt"):
             try:  # a caption without an image
                 texts = [decode_text(read_file(resolve_name(self.source.folder, entry.source)), entry.source)]

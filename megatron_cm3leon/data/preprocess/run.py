@@ -45,7 +45,7 @@ from megatron_cm3leon.data.sources import Source
 logger = logging.getLogger(__name__)
 STAGES = ("all", "hash", "encode")
 _POLL_SECONDS = 0.5
-_DEFAULTS = {**Filters().to_dict(), "deduplicate": []}
+_DEFAULTS = {**Filters().to_dict(), "deduplicate": [], "tasks": []}
 """Options that manifests record only if they differ from these values."""
 
 
@@ -108,6 +108,10 @@ def preprocess(source: Source, options: PreprocessOptions) -> dict:
     One of several tasks writes no manifest: it returns {"accounts": ..} of its parts, and stage hash returns {}.
     Raises ValueError if the folder holds other files, or if too many inputs are unusable.
     """
+    if source.tasks and options.filters.clean_captions:
+        raise ValueError(
+            "--clean-captions is for captions, not for the pieces of instruction documents; clean the input."
+        )
     load = options.load_tokenizers or build_tokenizer_loader("cpu")
     tokenizers = load(options.tokenizer)
     plan = _make_plan(source, options, tokenizers.vocabulary.hash)
@@ -142,7 +146,11 @@ def preprocess(source: Source, options: PreprocessOptions) -> dict:
 
 def _make_plan(source: Source, options: PreprocessOptions, vocabulary: str) -> dict:
     """The settings that the bytes of the shards depend on."""
-    chosen = {**options.filters.to_dict(), "deduplicate": sorted(options.deduplicate)}
+    chosen = {
+        **options.filters.to_dict(),
+        "deduplicate": sorted(options.deduplicate),
+        "tasks": list(source.tasks),
+    }
     return {
         "input_sha256": source.identity,
         "vocabulary": vocabulary,

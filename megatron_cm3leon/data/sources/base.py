@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_cm3leon.data.sources.documents import Entry, Fields, RawTexts, gather_texts
@@ -47,6 +47,8 @@ class Source(ABC):
     """Inputs in total, including blank lines; None: unknown until they are read."""
     identity: str
     """SHA-256 of everything in the input that the bytes of the shards depend on."""
+    tasks: Sequence[dict] = ()
+    """Descriptions of the tasks of its instruction documents, for the manifest."""
     _parts: list[Part]
 
     @property
@@ -111,10 +113,15 @@ class FileSource(Source):
         content = [names, digests, self.fields.image, self.fields.caption]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    def _image_folder(self, file: int) -> str:
+        """Folder to which the paths of images in this file are relative."""
+        return self.files[file].rpartition("/")[0]
+
     def _locator(self, file: int) -> Callable[[str], tuple[str, str]]:
         """Function that turns an image's path in this file into (name relative to the source's folder, path)."""
-        folder = self.files[file].rpartition("/")[0]
-        prefix = folder[len(self.folder) :].lstrip("/")
+        folder = self._image_folder(file)
+        inside = folder == self.folder or folder.startswith(f"{self.folder.rstrip('/')}/")
+        prefix = folder[len(self.folder) :].lstrip("/") if inside else folder
 
         def locate(name: str) -> tuple[str, str]:
             shown = f"{prefix}/{name}" if prefix and not is_url(name) and not os.path.isabs(name) else name

@@ -1,8 +1,8 @@
 """Raw documents: what every reader yields, for all input formats.
 
-A document is a sequence of texts and images: a pair (one caption, one image), a text alone, or an interleaved
-document. An input that is not a valid document is a BadInput (quarantined) or Filtered, with the reason. Keys are
-numbers of inputs, so they are safe names in a tar, whatever keys the user has.
+A document is a sequence of texts and images: a pair (one caption, one image), a text alone, an interleaved document,
+or an instruction document, whose pieces have roles. An input that is not a valid document is a BadInput (quarantined)
+or Filtered, with the reason. Keys are numbers of inputs, so they are safe names in a tar, whatever keys the user has.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +27,9 @@ IMAGE_FIELDS = ("image", *(ending[1:] for ending in COMMON_ENDINGS))
 CAPTION_FIELDS = ("caption", "txt")
 FILE_NAME = "file_name"
 """Field of the image in Hugging Face's imagefolder, if its value has the extension of an image."""
-TEXT, PAIR, INTERLEAVED = KINDS = ("text", "pair", "interleaved")
+TEXT, PAIR, INTERLEAVED, INSTRUCTION = KINDS = ("text", "pair", "interleaved", "instruction")
+PROMPT, TARGET = ROLES = ("prompt", "target")
+"""Roles of the pieces of an instruction document: what is given, and what the model is trained to produce."""
 TEXT_BATCH_CHARACTERS = 1 << 16
 """Characters of texts that are read, encoded and written together: more would not fit into the processor's cache."""
 
@@ -88,6 +90,32 @@ class RawPair(RawDocument):
     def image_name(self) -> str:
         """Path of the image as in the input, relative to the source's folder."""
         return self.images[0].name
+
+
+@dataclass(slots=True)
+class RawInstruction(RawDocument):
+    """Pieces (texts and images) with a role each; several pieces of text may form one segment.
+
+    `Question: is it red? Answer:` (prompt), ` yes` (target), `.` (prompt) and an image (prompt) are four pieces, of
+    which the second and third are joined to the one before them: one <break> stands before the image.
+    """
+
+    roles: tuple[str, ...] = ()
+    """ROLES, one per piece."""
+    joined: tuple[bool, ...] = ()
+    """Whether each piece continues the segment of the piece before it, without <break>; only text after text does."""
+
+    kind = INSTRUCTION
+
+    def join_pieces(self) -> list[str | RawImage]:
+        """The segments: joined pieces as one text."""
+        segments: list[str | RawImage] = []
+        for piece, joined in zip(self.segments, self.joined, strict=True):
+            if joined:
+                segments[-1] = f"{segments[-1]}{piece}"
+            else:
+                segments.append(piece)
+        return segments
 
 
 @dataclass(slots=True)
@@ -195,7 +223,12 @@ def gather_texts(entries: Iterable["Entry | RawTexts"]) -> Iterator["Entry | Raw
 
 
 def check_document(document: RawDocument) -> RawDocument | BadInput:
-    """The document; or a BadInput if a text is empty or not valid Unicode."""
+    """The document; or a BadInput if a text is empty or not valid Unicode.
+
+    An instruction document must also have a target, and no role but ROLES.
+    """
+    if isinstance(document, RawInstruction) and (fault := _find_fault_of_roles(document)):
+        return BadInput(document.key, document.source, fault)
     for segment in document.segments:
         text = segment if isinstance(segment, str) else segment.name
         if text and text.isascii() and not text.isspace():
@@ -204,6 +237,21 @@ def check_document(document: RawDocument) -> RawDocument | BadInput:
             usable = [other for other in document.segments if not _find_fault(other, document.kind)]
             return BadInput(document.key, document.source, fault, usable)
     return document
+
+
+def _find_fault_of_roles(document: RawInstruction) -> str:
+    pieces, roles, joined = document.segments, document.roles, document.joined
+    assert len(pieces) == len(roles) == len(joined) > 0, f"{document.source}: not one role per piece"
+    are_texts = [isinstance(piece, str) for piece in pieces]
+    after_text = [False, *are_texts[:-1]]
+    for number, role in enumerate(roles):
+        if role not in ROLES:
+            return f"unknown role: {shorten(role, 60)!r} of piece {number + 1}; the roles are {', '.join(ROLES)}"
+        assert not joined[number] or (are_texts[number] and after_text[number]), "only text is joined, to text"
+        piece = pieces[number]
+        if role == TARGET and isinstance(piece, str) and (not piece or piece.isspace()):
+            return f"empty answer: piece {number + 1} of {len(pieces)}"
+    return "" if TARGET in roles else f"no answer: none of the {len(pieces)} pieces is a target"
 
 
 def _find_fault(segment: str | RawImage, kind: str) -> str:

@@ -26,7 +26,9 @@ from megatron_cm3leon.data.sources.files import join_path, measure_file, read_fi
 logger = logging.getLogger(__name__)
 
 
-class _FolderSource(Source):
+class FolderInputs(Source):
+    """A folder in which some of the files are inputs."""
+
     external = True
 
     def __init__(self, folder: str, part_size: int, names: Sequence[str]) -> None:
@@ -66,7 +68,7 @@ class _FolderSource(Source):
         """The input of this name as a document, or a BadInput with the reason."""
 
 
-class FolderSource(_FolderSource):
+class FolderSource(FolderInputs):
     """img.png next to img.txt (or, as img2dataset writes them, img.json) at any depth, in the order of their names."""
 
     expects = f"an image ({', '.join(IMAGE_ENDINGS)}) next to a .txt of the same name"
@@ -163,7 +165,7 @@ def _describe_other_files(captions: Sequence[str], names: Sequence[str]) -> dict
     return {stems[stem]: f": {os.path.basename(name)} is not in a format of images" for stem, name in others.items()}
 
 
-class TextFilesSource(_FolderSource):
+class TextFilesSource(FolderInputs):
     """A folder in which every .txt or .md file is a document."""
 
     expects, endings = "a .txt or .md file", (".txt", ".md")

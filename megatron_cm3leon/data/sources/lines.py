@@ -26,7 +26,8 @@ from megatron_cm3leon.data.sources.json_form import check_json_lines
 from megatron_cm3leon.data.sources.rows import make_document
 
 logger = logging.getLogger(__name__)
-_Parse = Callable[[str, str, str], Entry]
+Parse = Callable[[str, str, str], Entry]
+"""(line, key, source) -> input."""
 _CHUNK_BYTES = 1 << 22
 _scan_json: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 """Without the regular expression of `decode`; the attribute is not in the type stubs."""
@@ -34,7 +35,9 @@ _decode_pairs = json.JSONDecoder(object_pairs_hook=tuple).decode
 """As json.loads, but each object as a tuple of (name, value): a dict would hide a repeated name."""
 
 
-class _LinesSource(FileSource):
+class LinesSource(FileSource):
+    """Files of lines, each of which is an input."""
+
     def _cut(self, file: int) -> str:
         check_encoding(self.files[file])
         digest, offsets, lines, position, last = hashlib.sha256(), [0], 0, 0, b"\n"
@@ -70,7 +73,7 @@ class _LinesSource(FileSource):
                     yield from _read_lines(lines, keys, sources, parse)
 
     @abstractmethod
-    def _parser(self, part: Part) -> _Parse:
+    def _parser(self, part: Part) -> Parse:
         """A function (line, key, source) -> Entry."""
 
     @abstractmethod
@@ -78,7 +81,7 @@ class _LinesSource(FileSource):
         """The text of each line, if every line is valid and holds only a text; None otherwise."""
 
 
-def _read_lines(lines: list[bytes], keys: list[str], sources: list[str], parse: _Parse) -> Iterator[Entry]:
+def _read_lines(lines: list[bytes], keys: list[str], sources: list[str], parse: Parse) -> Iterator[Entry]:
     for line, key, source in zip(lines, keys, sources, strict=True):
         if not line or line.isspace():
             continue
@@ -118,7 +121,7 @@ def _parse_or_none(line: str) -> Any:
         return None
 
 
-class JsonlSource(_LinesSource):
+class JsonlSource(LinesSource):
     """One JSON object per line: {"image": .., "caption": ..}, {"text": ..} or {"segments": [..]}."""
 
     expects = 'a line {"image": "path.png", "caption": "text"}, {"text": "..."} or {"segments": [...]}'
@@ -131,7 +134,7 @@ class JsonlSource(_LinesSource):
             logger.info("%s: field %s is the image; --image-field chooses another.", self.files[file], FILE_NAME)
         return digest
 
-    def _parser(self, part: Part) -> _Parse:
+    def _parser(self, part: Part) -> Parse:
         names, locate = self.fields, self._locator(part.file)
 
         def parse(line: str, key: str, source: str) -> Entry:
@@ -169,7 +172,7 @@ class JsonlSource(_LinesSource):
         return texts if len(rows) == len(lines) == len(texts) and _are_texts(texts) else None
 
 
-class TextLinesSource(_LinesSource):
+class TextLinesSource(LinesSource):
     """Plain text, one document per line."""
 
     expects, external = "a line of text", False
@@ -189,7 +192,7 @@ class TextLinesSource(_LinesSource):
                     f"--format lines to read its lines as plain text."
                 )
 
-    def _parser(self, part: Part) -> _Parse:
+    def _parser(self, part: Part) -> Parse:
         return lambda line, key, source: check_document(RawText(key, source, [line.rstrip("\r\n")]))
 
     def _find_texts(self, lines: list[bytes]) -> list[str] | None:

@@ -14,6 +14,7 @@ from megatron_cm3leon.data.sources.documents import (
     Filtered,
     RawDocument,
     RawImage,
+    RawInstruction,
     RawPair,
     RawText,
     check_document,
@@ -34,7 +35,7 @@ def _find_names(image: str, caption: str, present: tuple[str, ...]) -> tuple[str
     return names.find_image(fields), names.find_caption(fields)
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """Why a row of fields is not a valid document."""
 
     def __init__(self, reason: str, segments: Sequence[str | RawImage] = ()) -> None:
@@ -46,8 +47,9 @@ def make_document(fields: dict, key: str, source: str, names: Fields, locate: Lo
     """A document from a row of fields.
 
     {"image": .., "caption": ..} is a pair, {"text": ..} a text, {"segments": [{"text": ..}, {"image": ..}]} an
-    interleaved document. An image is a path, bytes, base64, a data: URI or {"bytes": .., "path": ..}. `locate` turns
-    a path of the input into (name relative to the source's folder, path to read).
+    interleaved document; with a role in each segment, an instruction document. An image is a path, bytes, base64, a
+    data: URI or {"bytes": .., "path": ..}. `locate` turns a path of the input into (name relative to the source's
+    folder, path to read).
     """
     if len(fields) == 1 and isinstance(text := fields.get("text"), str) and names.caption != "text":
         # The usual row of a text corpus.
@@ -61,9 +63,11 @@ def make_document(fields: dict, key: str, source: str, names: Fields, locate: Lo
     try:
         if "segments" in fields:
             used, cls = ("segments",), RawDocument
+            if _have_roles(fields["segments"]):
+                return _make_instruction(fields, key, source, locate)
             segments = _read_segments(fields["segments"], key, locate)
         elif "text" in fields and image not in fields and caption not in fields:
-            used, cls, segments = ("text",), RawText, [_read_text(fields, "text")]
+            used, cls, segments = ("text",), RawText, [read_text_field(fields, "text")]
             if not names.image:
                 _check_holds_no_image(fields, segments)
         else:
@@ -73,10 +77,31 @@ def make_document(fields: dict, key: str, source: str, names: Fields, locate: Lo
                 return Filtered("not downloaded")  # img2dataset keeps rows in Parquet that it could not download
             used, cls = (image, caption), RawPair
             segments = _read_pair(fields, image, caption, key, locate)
-    except _Unusable as error:
+    except Unusable as error:
         return BadInput(key, source, str(error), error.segments)
     extra = {name: value for name, value in fields.items() if name not in used}
     return check_document(cls(key, source, segments, write_extra(extra) if extra else "{}"))
+
+
+def _have_roles(rows: object) -> bool:
+    """Whether one of the segments has a role."""
+    return isinstance(rows, list) and any(isinstance(row, dict) and row.get("role") is not None for row in rows)
+
+
+def _make_instruction(fields: dict, key: str, source: str, locate: Locate) -> Entry:
+    """The document of {"segments": [{"role": .., "text" or "image": .., "joined": true}]}; may raise Unusable."""
+    rows = [row if isinstance(row, dict) else {} for row in fields["segments"]]
+    roles, joined = ([row.get(name) for row in rows] for name in ("role", "joined"))
+    contents = [{name: value for name, value in row.items() if name not in ("role", "joined")} for row in rows]
+    pieces = _read_segments(contents, key, locate)
+    for number, piece in enumerate(pieces):
+        if joined[number] and (number == 0 or not isinstance(piece, str) or not isinstance(pieces[number - 1], str)):
+            raise Unusable(f"segment {number} is joined, which only a text after a text can be")
+    extra = {name: value for name, value in fields.items() if name != "segments"}
+    document = RawInstruction(
+        key, source, pieces, write_extra(extra) if extra else "{}", tuple(map(str, roles)), tuple(map(bool, joined))
+    )
+    return check_document(document)
 
 
 def write_extra(extra: dict) -> str:
@@ -89,28 +114,28 @@ def _read_pair(fields: dict, image: str, caption: str, key: str, locate: Locate)
     segments: list[str | RawImage] = []
     reasons: list[str] = []
     try:
-        segments.append(_read_text(fields, caption))
-    except _Unusable as error:
+        segments.append(read_text_field(fields, caption))
+    except Unusable as error:
         reasons.append(str(error))
     try:
-        segments.append(_read_image(fields, image, f"{key}.{image}", locate))
-    except _Unusable as error:
+        segments.append(read_image_field(fields, image, f"{key}.{image}", locate))
+    except Unusable as error:
         reasons.append(str(error))
     if reasons:
-        raise _Unusable(reasons[-1], segments)
+        raise Unusable(reasons[-1], segments)
     return segments
 
 
-def _read_text(fields: dict, name: str) -> str:
+def read_text_field(fields: dict, name: str) -> str:
     value = fields.get(name)
     if isinstance(value, bytes):  # Parquet's binary columns
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise _Unusable(f'not UTF-8: byte {error.start} of field "{name}" cannot be decoded') from error
+            raise Unusable(f'not UTF-8: byte {error.start} of field "{name}" cannot be decoded') from error
     if isinstance(value, str):
         return value
-    raise _Unusable(_explain_field(fields, name, value))
+    raise Unusable(_explain_field(fields, name, value))
 
 
 def _explain_field(fields: dict, name: str, value: object) -> str:
@@ -120,7 +145,7 @@ def _explain_field(fields: dict, name: str, value: object) -> str:
     return f'field "{name}" is missing: the fields are {there}'
 
 
-def _read_image(fields: dict, name: str, shown: str, locate: Locate) -> RawImage:
+def read_image_field(fields: dict, name: str, shown: str, locate: Locate) -> RawImage:
     """The image of a field; `shown`: its name if the input holds its bytes."""
     value = fields.get(name)
     if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
@@ -128,21 +153,21 @@ def _read_image(fields: dict, name: str, shown: str, locate: Locate) -> RawImage
     if isinstance(value, bytes):
         return RawImage(shown, content=value)
     if not isinstance(value, str):
-        raise _Unusable(_explain_field(fields, name, value))
+        raise Unusable(_explain_field(fields, name, value))
     if not value:
-        raise _Unusable("empty picture path")
+        raise Unusable("empty picture path")
     try:
         content = decode_image(value)
     except ValueError as error:
-        raise _Unusable(f'field "{name}" {error}') from error
+        raise Unusable(f'field "{name}" {error}') from error
     return RawImage(*locate(value)) if content is None else RawImage(shown, content=content)
 
 
 def _check_holds_no_image(fields: dict, segments: Sequence[str | RawImage]) -> None:
-    """Raise _Unusable for a text with an image in a field of another name, which would be ignored otherwise."""
+    """Raise Unusable for a text with an image in a field of another name, which would be ignored otherwise."""
     for name, value in fields.items():
         if name != "text" and _holds_image(name, value):
-            raise _Unusable(
+            raise Unusable(
                 f'field "image" is missing: field "{name}" holds an image; give --image-field {name} --caption-field '
                 f"text for pairs, or --image-field image for the texts alone",
                 segments,
@@ -168,17 +193,17 @@ def _may_be_path(name: str) -> bool:
 def _read_segments(rows: object, key: str, locate: Locate) -> list[str | RawImage]:
     if not isinstance(rows, list) or not rows:
         what = type(rows).__name__ if rows != [] else "empty"
-        raise _Unusable(f'field "segments" is {what}, not a list of texts and pictures')
+        raise Unusable(f'field "segments" is {what}, not a list of texts and pictures')
     segments: list[str | RawImage] = []
     for number, row in enumerate(rows):
         given = {name: row[name] for name in row if row[name] is not None} if isinstance(row, dict) else {}
         if given.keys() not in ({"text"}, {"image"}):
-            raise _Unusable(f'segment {number} is no {{"text": ...}} and no {{"image": ...}}')
+            raise Unusable(f'segment {number} is no {{"text": ...}} and no {{"image": ...}}')
         try:
             if "text" in given:
-                segments.append(_read_text(given, "text"))
+                segments.append(read_text_field(given, "text"))
             else:
-                segments.append(_read_image(given, "image", f"{key}.{number}", locate))
-        except _Unusable as error:
-            raise _Unusable(f"segment {number}: {error}") from error
+                segments.append(read_image_field(given, "image", f"{key}.{number}", locate))
+        except Unusable as error:
+            raise Unusable(f"segment {number}: {error}") from error
     return segments

@@ -16,7 +16,7 @@ from megatron_cm3leon.data.sources.base import FileSource, Part
 from megatron_cm3leon.data.sources.documents import CAPTION_FIELDS, BadInput, Entry
 from megatron_cm3leon.data.sources.embedded import shorten
 from megatron_cm3leon.data.sources.files import BYTE_ORDER_MARK, MAX_BYTES, check_encoding, identify_file, open_file
-from megatron_cm3leon.data.sources.rows import make_document
+from megatron_cm3leon.data.sources.rows import Locate, make_document
 
 logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 64
@@ -206,12 +206,16 @@ class ParquetSource(FileSource):
                 for fields in _read_rows(table, part.begin, inputs):
                     key, source = f"{part.first + number - part.number:08d}", f"{name}:row {number + 1}"
                     given = {column: value for column, value in fields.items() if value is not None or column == needed}
-                    yield make_document(given, key, source, self.fields, locate)
+                    yield self._make_document(part, given, key, source, locate)
                     number += 1
         except (pa.ArrowException, OSError) as error:
             for lost in range(number, part.number + inputs):  # rows after the damage cannot be read, either
                 key, source = f"{part.first + lost - part.number:08d}", f"{name}:row {lost + 1}"
                 yield BadInput(key, source, f"damaged Parquet file: {error}")
+
+    def _make_document(self, part: Part, fields: dict, key: str, source: str, locate: Locate) -> Entry:
+        """The document of a row of `part`."""
+        return make_document(fields, key, source, self.fields, locate)
 
     def _find_needed(self, columns: list[str]) -> str:
         """The image column if "text" holds captions, "" otherwise: a caption without an image is not a text."""

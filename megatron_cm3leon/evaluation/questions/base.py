@@ -1,10 +1,11 @@
 """A question about an image, the files it is read from, and what all readers of such files need."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from megatron_cm3leon.data.tasks.annotations import write_image_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +56,9 @@ class QuestionFiles:
         return Path(self.images) if self.images else Path(self.questions).parent
 
 
-def load_json(path: str | Path) -> Any:
-    """Content of a JSON file; ValueError if it is missing or not valid."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-
-
 def build_image_path(files: QuestionFiles, default: str, image_id: object) -> Path:
     """Path of an image file by its id; `default` is the data set's form of the name."""
-    form = files.image_name or default
-    try:
-        name = form.format(image_id=image_id)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"image_name ({form!r}) must be a name with {{image_id}}, such as COCO_val2014_{{image_id:012d}}.jpg; it "
-            f"does not suit the image_id {image_id!r} ({error})."
-        ) from error
-    return files.image_folder / name
+    return files.image_folder / write_image_name(files.image_name or default, image_id)
 
 
 def check_choice(correct: object, candidates: Sequence[str], key: str) -> int | None:

@@ -13,12 +13,12 @@ answers. Rounds of a test set have candidates in the last round only.
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_cm3leon.data.tasks.annotations import load_json
 from megatron_cm3leon.evaluation.questions.base import (
     Question,
     QuestionFiles,
     build_image_path,
     check_choice,
-    load_json,
 )
 from megatron_cm3leon.generation.prompts import split_answer_template
 

@@ -2,24 +2,19 @@
 
 from collections.abc import Iterator
 
+from megatron_cm3leon.data.tasks.annotations import find_image_form, load_json
 from megatron_cm3leon.evaluation.questions.base import (
     Question,
     QuestionFiles,
     build_image_path,
     check_choice,
-    load_json,
 )
 from megatron_cm3leon.evaluation.text_files import read_objects
 
 
 def read_vqa(files: QuestionFiles) -> Iterator[Question]:
     content = load_json(files.questions)
-    subset = str(content.get("data_subtype", "val2014"))
-    prefix = "COCO_" if content.get("data_type", "mscoco") == "mscoco" else f"{content['data_type']}_"
-    # test-dev2015 is a part of the images of test2015.
-    default = f"{prefix}{subset.replace('test-dev', 'test')}_{{image_id:012d}}.jpg"
-    if prefix != "COCO_":
-        default = default.replace(".jpg", ".png")
+    default = find_image_form(content)
     annotations = None
     if files.annotations:
         annotations = {one["question_id"]: one for one in load_json(files.annotations)["annotations"]}

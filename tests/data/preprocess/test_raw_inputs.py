@@ -1,5 +1,6 @@
 """Texts, images and pairs for training: the usable parts of every input, and counts of the rest."""
 
+import argparse
 import json
 import tarfile
 
@@ -7,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_cm3leon.data.preprocess.raw_inputs import ImageLoader, RawInputs
+from megatron_cm3leon.data.preprocess.raw_inputs import ImageLoader, RawInputs, add_input_options
 from megatron_cm3leon.data.sources import read_image_bytes
 from tests.data.sources.test_fields import write_lines
 from tests.data.sources.test_sources import FILES, make_image, pairs_folder  # noqa: F401 (a fixture)
+from tests.data.tasks.instructions import write_rows
 
 
 def list_names(images):
@@ -104,3 +106,18 @@ def test_a_missing_input_is_refused_and_inputs_have_names(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"text": "one"}))
     assert RawInputs(path).name == f"--input {path}" and RawInputs([path, path]).name == f"--input {path} ..."
+
+
+def test_segments_and_images_of_instruction_documents_are_read(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"image": "a.png", "instruction": "whiten", "edited": "b.png"}] * 2)
+    parser = argparse.ArgumentParser()
+    add_input_options(parser, tasks=True)
+    arguments = parser.parse_args(["--input", str(path), "--task", "edit"])
+    texts, images = (RawInputs.open(arguments, part) for part in ("texts", "images"))
+    assert list(texts.texts()) == ["Edit first image following the instruction", "whiten"] * 2
+    assert list_names(images.images()) == ["a.png", "b.png"]
+    write_rows(path, [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}])
+    arguments = parser.parse_args(["--input", str(path), "--format", "llava"])
+    assert list(RawInputs.open(arguments, "texts").texts()) == ["User: a\nAssistant: b"]
+    with pytest.raises(ValueError, match="--images is for instruction documents; give --task"):
+        RawInputs.open(parser.parse_args(["--input", str(path), "--images", "x"]), "texts")

@@ -1,0 +1,1 @@
+"""Instruction tuning: the templates of tasks, and readers of records, conversations and annotated data sets."""
