@@ -54,8 +54,8 @@ def test_settings_are_defined_with_their_fields():
     assert settings["parallel.zero"].choices == (0, 1, 2, 3)
     assert set(SOURCE_FIELDS) == {"data.shards", "data.sources", "retrieval.index"}
     fixed = {name for name in settings if is_fixed(name)}
-    assert {name.partition(".")[0] for name in fixed} == {"seed", "model", "data", "retrieval", "cm3", "train"}
-    assert {name for name in fixed if name.startswith("train.")} == {"train.global_batch_size"}
+    assert {name.partition(".")[0] for name in fixed} == {"seed", "model", "data", "retrieval", "cm3", "train", "lora"}
+    assert {name for name in fixed if name.startswith("train.")} == {"train.global_batch_size", "train.only"}
     assert {name for name in settings if name.startswith("data.")} - fixed == {
         "data.shards", "data.sources", "data.workers", "data.prefetch",
     }  # fmt: skip
