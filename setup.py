@@ -19,6 +19,7 @@ EVALUATION = [
     "resvg-py",  # examples/icons
     "snowballstemmer",  # stemmed answers of the task vqa
 ]
+SFT = ["peft"]  # loads exported adapters; tests/export compares logits with it
 TEST = ["accelerate", "import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
 DOCS = ["mkdocs", "mkdocstrings[python]"]
 
@@ -85,10 +86,11 @@ setup(
         "gpu": ["faiss-gpu", "transformer-engine[pytorch]", "flash-attn"],
         "deepspeed": [DEEPSPEED],
         "evaluation": EVALUATION,
+        "sft": SFT,
         "trackers": TRACKERS,
         "test": TEST,
         "docs": DOCS,
         # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
-        "dev": [DEEPSPEED, *RETRIEVAL, *TRACKERS, *EVALUATION, *TEST, *DOCS, "triton"],
+        "dev": [DEEPSPEED, *RETRIEVAL, *TRACKERS, *EVALUATION, *SFT, *TEST, *DOCS, "triton"],
     },
 )

@@ -25,7 +25,7 @@ from megatron_cm3leon.data.stream.stream import Stream, build_stream
 from megatron_cm3leon.distributed.launch import Rank, choose_device, set_threads
 from megatron_cm3leon.engine.groups import ignore_library_warnings
 from megatron_cm3leon.model.initialization import VERSION as INITIAL_WEIGHTS
-from megatron_cm3leon.model.memory import PAPER_VOCABULARY, describe_memory
+from megatron_cm3leon.model.memory import PAPER_IMAGE_CODES, PAPER_VOCABULARY, describe_memory
 from megatron_cm3leon.model.weights import count_parameters
 from megatron_cm3leon.runtime.attempt import Attempt, start_attempt
 from megatron_cm3leon.runtime.exit_status import USER_ERROR
@@ -76,8 +76,10 @@ def dry_run(config: Config, ranks: int) -> str:
     vocabulary = open_shards(folder).vocabulary if folder else None
     size = vocabulary.size if vocabulary else PAPER_VOCABULARY
     follow_rule(config, count_parameters(config, size))
+    image_size = vocabulary.image_size if vocabulary else PAPER_IMAGE_CODES
     base = [describe_base(config, vocabulary)] if config.train.init else []
-    return "\n\n".join(filter(None, (*base, describe_memory(config, size, ranks), describe_mixture(config))))
+    memory = describe_memory(config, size, ranks, image_size)
+    return "\n\n".join(filter(None, (*base, memory, describe_mixture(config))))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,12 +3,15 @@
     python tools/convert_checkpoint.py export --checkpoint runs/x/checkpoints/step-00001000 \\
         --tokenizer tok/ --output exported/
     python tools/convert_checkpoint.py import --model exported/ --output runs/y
+    python tools/convert_checkpoint.py merge --checkpoint runs/lora --output runs/merged
+    python tools/convert_checkpoint.py peft --checkpoint runs/lora --output adapter/
     python tools/convert_checkpoint.py image --weights vqgan.ckpt --image-size 256 --output tok/
 
 `export` writes a folder that stock transformers classes and tools/generate.py load. `import` converts it to a run
 folder, from which training continues under any layout and either engine. Both end by comparing logits, and write
-nothing if they differ. `image` converts VQGANs of the taming layout (taming, Chameleon, gumbel) and LlamaGen's to a
-tokenizer folder. docs/conversion.md has the details.
+nothing if they differ. `merge` adds adapters (lora) and other trained parts (train.only) to their base: a full
+checkpoint. `peft` writes adapters as stock peft loads them. `image` converts VQGANs of the taming layout (taming,
+Chameleon, gumbel) and LlamaGen's to a tokenizer folder. docs/conversion.md has the details.
 """
 
 import argparse
@@ -63,6 +66,23 @@ def parse_arguments() -> argparse.Namespace:
     back.add_argument("--output", type=user_path, required=True, help="run folder to write; must be new or empty")
     _add_check_shards(back)
 
+    merge = commands.add_parser(
+        "merge", help="adapters and their base -> run folder with a full checkpoint", **formatted
+    )
+    _add_adapter(merge)
+    merge.add_argument("--output", type=user_path, required=True, help="run folder to write; must be new or empty")
+    merge.add_argument(
+        "--base", type=user_path, help="checkpoint or export of the base (default: the folder that the run recorded)"
+    )
+
+    peft = commands.add_parser("peft", help="adapters -> folder that stock peft loads", **formatted)
+    _add_adapter(peft)
+    peft.add_argument("--output", type=user_path, required=True, help="folder to write; must be new or empty")
+    peft.add_argument(
+        "--base", type=user_path, help="export of the base, for adapter_config.json (default: the recorded folder)"
+    )
+    peft.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="type of the weights")
+
     image = commands.add_parser("image", help="third-party VQGAN -> tokenizer folder", **formatted)
     add = image.add_argument
     add(
@@ -81,6 +101,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--specials", type=int, default=1024, help="special tokens of the joint vocabulary, sentinels included")
     add("--sentinels", type=int, default=512, help="sentinel tokens among the specials")
     return parser.parse_args()
+
+
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        type=user_path,
+        required=True,
+        help="checkpoint of a run with lora.rank or train.only, or the run: its newest",
+    )
 
 
 def _add_check_shards(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +150,25 @@ def import_tool(arguments: argparse.Namespace) -> None:
     print(f"wrote {folder}; continue with: torchrun ... -m megatron_cm3leon.train {arguments.output}/config.yaml")
 
 
+def merge_tool(arguments: argparse.Namespace) -> None:
+    from megatron_cm3leon.training.merge import merge_adapter
+
+    folder = merge_adapter(arguments.checkpoint, arguments.output, arguments.base)
+    print(f"wrote {folder}; export it with: tools/convert_checkpoint.py export --checkpoint {arguments.output} ...")
+
+
+def peft_tool(arguments: argparse.Namespace) -> None:
+    from megatron_cm3leon.export.peft import export_adapter
+    from megatron_cm3leon.training.merge import open_adapter
+
+    reader = open_adapter(arguments.checkpoint)
+    metadata = export_adapter(reader, arguments.output, base=arguments.base, dtype=arguments.dtype)
+    print(
+        f"wrote {arguments.output}: adapters of {metadata['class']}, {metadata['parameters']:,} parameters of "
+        f"{metadata['checkpoint']} in {metadata['dtype']}; its base is {metadata['base']['folder']}"
+    )
+
+
 def image_tool(arguments: argparse.Namespace) -> None:
     from megatron_cm3leon.tokenizers.image_import import import_image_tokenizer, write_image_tokenizer
 
@@ -141,7 +189,14 @@ def image_tool(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    {"export": export_tool, "import": import_tool, "image": image_tool}[arguments.command](arguments)
+    run = {
+        "export": export_tool,
+        "import": import_tool,
+        "merge": merge_tool,
+        "peft": peft_tool,
+        "image": image_tool,
+    }
+    run[arguments.command](arguments)
 
 
 if __name__ == "__main__":

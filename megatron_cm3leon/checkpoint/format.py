@@ -322,6 +322,14 @@ class CheckpointFolder:
             )
         return self.pieces[name, kind]
 
+    def require_whole(self) -> None:
+        """Raise ValueError for a checkpoint that has only what was trained on a base (lora, train.only)."""
+        if self.config.trains_part:
+            raise ValueError(
+                f"{self.folder} has only what was trained on {self.state.init.get('folder', 'a base')} (lora or "
+                f"train.only), not a full model; first run tools/convert_checkpoint.py merge."
+            )
+
     def find_missing_numbers(self) -> str:
         """Sentence on the first tensor whose pieces do not cover its shape, or an empty string."""
         for (name, kind), stored in self.pieces.items():

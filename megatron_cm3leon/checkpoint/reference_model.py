@@ -35,6 +35,8 @@ class ReferenceModel:
 def load_reference_model(checkpoint: str | Path) -> ReferenceModel:
     """Open a checkpoint folder, such as runs/x/checkpoints/step-00001000.
 
-    Raises ValueError when it is not a complete checkpoint.
+    Raises ValueError when it is not a complete checkpoint, and for one of adapters without their base.
     """
-    return ReferenceModel(CheckpointReader(checkpoint))
+    reader = CheckpointReader(checkpoint)
+    reader.require_whole()
+    return ReferenceModel(reader)

@@ -210,6 +210,10 @@ class TrainConfig:
     """Learned positions (cm3leon) where data.seq_length is larger than that of train.init. extend: its rows stay,
     further rows are new weights. interpolate: its table is stretched linearly, the first and the last row stay. Empty:
     a larger length is refused. A smaller length keeps the first rows, whatever this says."""
+    only: list[str] = field(default_factory=list, metadata={"setting": Setting(resume="fixed")})
+    """Train these parts of train.init and freeze all others: embeddings, image_rows, output, norms, and layers by
+    pattern (config/patterns.py), such as layers.0-11 or layers.3.mlp. Empty: everything, or with lora.rank the adapters
+    alone. image_rows: rows of the image codes in word embedding and output layer."""
     global_batch_size: int = setting(32, minimum=1, resume="fixed")
     """Sequences per step, over all ranks. A resumed run that changes it (--allow-change) continues with the next
     sequence; train.steps and the schedule count steps."""
@@ -251,6 +255,26 @@ class TrainConfig:
     head_chunk: int = setting(0, minimum=0)
     """Tokens of a micro-batch whose logits are in memory at the same time: less memory, but the product of the output
     layer is computed twice. 0: all."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) of the linear layers of train.init, which is frozen but for train.only."""
+
+    rank: int = setting(0, minimum=0, resume="fixed")
+    """Columns of B and rows of A, whose product is added to a weight: W + alpha / rank x B A. 0: no adapters."""
+    alpha: float = setting(0.0, minimum=0, resume="fixed")
+    """Numerator of the factor of B A; 0: as large as `rank`, a factor of 1."""
+    dropout: float = setting(0.0, minimum=0, maximum=0.99, resume="fixed")
+    """Dropout probability of the adapters' inputs."""
+    layers: list[str] = field(default_factory=lambda: ["*"], metadata={"setting": Setting(resume="fixed")})
+    """Linear layers with an adapter (config/patterns.py): *, attention, mlp, linear_qkv, linear_proj, linear_fc1,
+    linear_fc2, each also for some layers only, as in layers.0-11 or layers.3.attention."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A."""
+        return self.alpha / self.rank if self.rank else 0.0
 
 
 @dataclass(kw_only=True)
@@ -389,6 +413,7 @@ class Config:
     sft: SFTConfig = field(default_factory=SFTConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -401,3 +426,13 @@ class Config:
         """Data-parallel ranks of `world_size` ranks."""
         parallel = self.parallel
         return world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+
+    @property
+    def trains_part(self) -> bool:
+        """Whether a part of the model is frozen: its checkpoints hold what is trained and name the base, train.init."""
+        return bool(self.lora.rank or self.train.only)
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether a training step draws random numbers."""
+        return bool(self.model.dropout or (self.lora.rank and self.lora.dropout))

@@ -4,6 +4,7 @@ import functools
 import re
 from importlib.util import find_spec
 
+from megatron_cm3leon.config.patterns import NORMS, list_selected
 from megatron_cm3leon.config.schema import Config, ModelConfig
 from megatron_cm3leon.config.setting import list_settings
 
@@ -43,6 +44,7 @@ def validate_config(config: Config, world_size: int | None = None) -> None:
     _check_checkpoints(config)
     parse_batches(config.train.skip_batches)
     _check_init(config)
+    _check_trained_part(config)
     if world_size is not None:
         _check_installed(config)
         _check_ranks(config, world_size)
@@ -148,6 +150,50 @@ def _check_mixture(config: Config) -> None:
     if named and (total >= 1 - 1e-9 if rest else abs(total - 1) > 1e-9):
         requirement = f"below 1, because {rest} sources have the rest" if rest else "1, because no source has the rest"
         raise ValueError(f"the shares of data.sources add up to {total:g}; they must add up to {requirement}.")
+
+
+def _check_trained_part(config: Config) -> None:
+    lora, model, only = config.lora, config.model, config.train.only
+    if not lora.rank:
+        for name, value, default in (("alpha", lora.alpha, 0.0), ("dropout", lora.dropout, 0.0)):
+            if value != default:
+                raise ValueError(f"lora.{name} ({value}) needs lora.rank, which is 0; give both, or remove it.")
+    lora.alpha = lora.alpha or float(lora.rank)
+    list_selected("train.only", only, model.layers)  # refuses unknown patterns
+    if config.trains_part and not config.train.init:
+        field = f"lora.rank ({lora.rank})" if lora.rank else f"train.only ({', '.join(only)})"
+        raise ValueError(
+            f"{field} needs train.init, the trained weights that are frozen or changed; give a run folder, a "
+            f"checkpoint or an export."
+        )
+    if NORMS in {pattern.rpartition(".")[2] for pattern in only} and model.family == "cm3leon":
+        raise ValueError(
+            "train.only (norms) needs norms with weights, which model.family=cm3leon does not have; remove it."
+        )
+    if "output" in only and model.tied_embeddings:
+        raise ValueError(
+            "train.only (output) needs an output layer of its own, but with model.tied_embeddings it is the word "
+            "embedding; use train.only=[embeddings] or train.only=[image_rows], which train both at once."
+        )
+    if lora.rank:
+        _check_rank(config)
+
+
+def _check_rank(config: Config) -> None:
+    lora, model = config.lora, config.model
+    if not lora.layers:
+        raise ValueError("lora.layers is empty; name linear layers, such as *, or use lora.rank=0.")
+    sizes = {
+        "linear_qkv": min((model.heads + 2 * model.kv_heads) * (model.hidden_size // model.heads), model.hidden_size),
+        "linear_proj": model.hidden_size,
+        "linear_fc1": min(model.ffn_hidden_size, model.hidden_size),
+        "linear_fc2": min(model.ffn_hidden_size, model.hidden_size),
+    }
+    for word in sorted({word for _, word in list_selected("lora.layers", lora.layers, model.layers)}):
+        if lora.rank > sizes[word]:
+            raise ValueError(
+                f"lora.rank ({lora.rank}) must be at most {sizes[word]}, the smaller dimension of {word}; lower it."
+            )
 
 
 def _check_masking(config: Config) -> None:

@@ -103,7 +103,12 @@ def rendezvous(rank: Rank) -> dist.Store:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks, in the order of the ranks; collective. They must be picklable."""
+    """The values of all ranks, in the order of the ranks; collective. They must be picklable.
+
+    Without process groups, in a tool, there is one rank.
+    """
+    if not dist.is_initialized():
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

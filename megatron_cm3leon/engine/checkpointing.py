@@ -23,7 +23,7 @@ from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, WeightReader, WeightSource
 from megatron_cm3leon.engine.groups import destroy_groups
 from megatron_cm3leon.engine.timer import ComputeTimer
-from megatron_cm3leon.model.weights import Placement
+from megatron_cm3leon.model.weights import Placement, is_adapter
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,6 +48,8 @@ class CheckpointedEngine(ABC):
 
     placements: list[tuple[torch.nn.Parameter, Placement]]
     """Parameters of this rank and their positions in the whole model."""
+    trained: list[tuple[torch.nn.Parameter, Placement]]
+    """Those of them that are trained: all, unless lora or train.only freezes some. Checkpoints hold these."""
     adam: torch.optim.Optimizer
     """The optimizer whose state has the moments."""
     versions: dict[str, str]
@@ -79,17 +81,29 @@ class CheckpointedEngine(ABC):
 
     def load(self, folder: Path) -> TrainState:
         """Read a checkpoint of any layout and engine; see Engine.load."""
-        with open_verified(folder, self.vocabulary, [placement for _, placement in self.placements]) as reader:
-            for parameter, placement in self.placements:
+        with open_verified(folder, self.vocabulary, [placement for _, placement in self.trained]) as reader:
+            for parameter, placement in self.trained:
                 self._load_parameter(reader, parameter, placement, reader.state.step)
         self.dropout_seeding = reader.state.dropout_seeding
         return reader.state
 
     def load_weights(self, source: WeightSource) -> None:
         """Replace the weights by those of `source`, without moments; see Engine.load_weights."""
-        with source.verify([placement for _, placement in self.placements]):
+        trained = {id(parameter) for parameter, _ in self.trained}
+        with source.verify([placement for _, placement in self.placements if not is_adapter(placement.name)]):
             for parameter, placement in self.placements:
-                self._load_parameter(source, parameter, placement, 0)
+                if is_adapter(placement.name):
+                    continue
+                if id(parameter) in trained:
+                    self._load_parameter(source, parameter, placement, 0)
+                else:
+                    weight = source.read_part(placement.name, "weight", placement.offset, placement.local_shape)
+                    self._set_frozen(parameter, weight)
+
+    @torch.no_grad()
+    def _set_frozen(self, parameter: torch.nn.Parameter, weight: torch.Tensor) -> None:
+        """Give a frozen parameter its weight; both hold this rank's part, perhaps in other shapes."""
+        parameter.copy_(weight.view(parameter.shape))
 
     def close(self) -> None:
         """Wait for the save in progress and destroy the process groups; see Engine.close."""
@@ -98,7 +112,7 @@ class CheckpointedEngine(ABC):
 
     def _list_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
         """(position, flat tensor) of what this rank writes; all ranks together write every number once."""
-        for number, (parameter, placement) in enumerate(self.placements):
+        for number, (parameter, placement) in enumerate(self.trained):
             if not self._writes(number, parameter):
                 continue
             main, offset, start, stop = self._locate_state(parameter, placement)

@@ -55,7 +55,7 @@ def compile_layers(chunks: list[CM3LeonModel], config: Config, device: torch.dev
             )
         logger.warning("layers are not compiled: a trial on %s ended with %s; %s.", device, problem, remedy)
         return False
-    whole = not config.model.dropout  # dropout in the attention saves generator states, which breaks the graph
+    whole = not config.uses_dropout  # dropout in the attention saves generator states, which breaks the graph
     for chunk in chunks:
         if chunk.pre_process:
             # A micro-batch of one sequence has the strides of a transposed tensor, which would need a second graph.

@@ -107,12 +107,14 @@ class DeepSpeedEngine(CheckpointedEngine):
         self.versions["deepspeed"] = deepspeed.__version__
         [model] = build_stage(config, vocabulary)
         self.placements = list(locate_parameters(model))  # before stage 3 replaces the parameters by empty tensors
+        self.trained = [pair for pair in self.placements if pair[0].requires_grad]
         self.compiled = compile_layers([model], config, device)
         # Stage 3 gathers a layer's weights for its passes alone: a copy that stays would undo that.
         self.converted = keep_converted_weights(model) if config.parallel.zero < 3 else []
         if self.compiled and self.converted:
             convert_before_layers([model])
         self._sum_shared_gradients(model)
+        self._zero_untrained_rows()
         if config.parallel.zero == 3 and config.model.tied_embeddings:
             # The head reads the word embedding, which is a parameter of another module.
             deepspeed.zero.register_external_parameter(model.output_layer, model.embedding.word_embeddings.weight)
@@ -138,17 +140,37 @@ class DeepSpeedEngine(CheckpointedEngine):
             return total.to(gradient.dtype)
 
         for name, parameter in model.named_parameters():
-            if "q_layernorm" in name or "k_layernorm" in name:
+            if ("q_layernorm" in name or "k_layernorm" in name) and parameter.requires_grad:
                 parameter.register_hook(sum_over_ranks)
+
+    def _zero_untrained_rows(self) -> None:
+        """Set the gradients of rows to 0 that are not those of image codes, where only these are trained."""
+
+        def register(parameter: torch.nn.Parameter, start: int, stop: int) -> None:
+            def keep_rows(gradient: torch.Tensor) -> torch.Tensor:
+                kept = torch.zeros_like(gradient)
+                kept[start:stop] = gradient[start:stop]
+                return kept
+
+            parameter.register_hook(keep_rows)
+
+        for parameter, _ in self.trained:
+            if rows := getattr(parameter, "trained_rows", None):
+                register(parameter, *rows)
 
     def _build_adam(self, deepspeed: ModuleType) -> torch.optim.Optimizer:
         """Build AdamW over this rank's parameters; train_step sets the learning rate."""
         options = self.config.optimizer
-        matrices = [parameter for parameter, placement in self.placements if len(placement.shape) > 1]
-        vectors = [parameter for parameter, placement in self.placements if len(placement.shape) == 1]
-        groups: list[dict] = [{"params": matrices, "weight_decay": options.weight_decay}]
-        if vectors:
-            groups.append({"params": vectors, "weight_decay": 0.0})
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
+        for parameter, placement in self.trained:  # rows without a gradient must not decay
+            decays = len(placement.shape) > 1 and not hasattr(parameter, "trained_rows")
+            (matrices if decays else others).append(parameter)
+        both: tuple[dict, ...] = (
+            {"params": matrices, "weight_decay": options.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        )
+        groups = [group for group in both if group["params"]]
         betas, epsilon = (options.beta1, options.beta2), options.epsilon
         if self.config.parallel.zero == 0:
             tensor_group = parallel_state.get_tensor_model_parallel_group()
@@ -162,7 +184,7 @@ class DeepSpeedEngine(CheckpointedEngine):
     def train_step(self, micro_batches: list[MicroBatch], step: int, learning_rate: float) -> StepMetrics:
         """Take one optimizer step; see Engine.train_step."""
         self.engine.train()
-        if self.config.model.dropout:
+        if self.config.uses_dropout:
             seed_dropout(self.config.seed, step, self.dropout_seeding)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
@@ -246,6 +268,15 @@ class DeepSpeedEngine(CheckpointedEngine):
         for kind, target in targets.items():
             local = reader.read_part(placement.name, kind, placement.offset, placement.local_shape)
             target.view(-1)[offset : offset + stop - start].copy_(local.view(-1)[start:stop])
+
+    @torch.no_grad()
+    def _set_frozen(self, parameter: torch.nn.Parameter, weight: torch.Tensor) -> None:
+        if self.config.parallel.zero < 3:
+            super()._set_frozen(parameter, weight)
+            return
+        part = parameter.ds_tensor  # type: ignore[attr-defined]  # of DeepSpeed: this rank's part, flat and padded
+        flat = weight.reshape(-1)[self.data_rank * part.numel() :][: part.numel()]
+        part.view(-1)[: flat.numel()].copy_(flat)
 
     def _locate_state(self, parameter: torch.nn.Parameter, placement: Placement) -> StateRange:
         numel = math.prod(placement.local_shape)

@@ -14,7 +14,13 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -52,6 +58,7 @@ class MegatronEngine(CheckpointedEngine):
         super().__init__(config, vocabulary, device)
         chunks = [chunk.to(device) for chunk in build_stage(config, vocabulary)]
         self.placements = [pair for chunk in chunks for pair in locate_parameters(chunk)]
+        self.trained = [pair for pair in self.placements if pair[0].requires_grad]
         self.model = [self._distribute(chunk, number) for number, chunk in enumerate(chunks)]
         self.accumulated = [weight for chunk in chunks for weight in mark_accumulated(chunk)]
         self.compiled = compile_layers(chunks, config, device)
@@ -114,21 +121,25 @@ class MegatronEngine(CheckpointedEngine):
         options = self.config.optimizer
         bf16 = self.config.train.precision == "bf16"
         choose_adamw(self.config.train.kernels)
+        core_options = OptimizerConfig(
+            optimizer="adam",
+            lr=options.learning_rate,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.beta1,
+            adam_beta2=options.beta2,
+            adam_eps=options.epsilon,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=self.config.parallel.zero == 1,
+            overlap_param_gather=self._overlaps and self.config.parallel.zero == 1,
+            clip_grad=options.clip,
+        )
+        overrides = get_standard_config_overrides(core_options)
+        overrides[ParamKey(attr="trained_rows")] = {"wd_mult": 0.0}  # rows without a gradient must not decay
         chain = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=options.learning_rate,
-                weight_decay=options.weight_decay,
-                adam_beta1=options.beta1,
-                adam_beta2=options.beta2,
-                adam_eps=options.epsilon,
-                bf16=bf16,
-                params_dtype=torch.bfloat16 if bf16 else torch.float32,
-                use_distributed_optimizer=self.config.parallel.zero == 1,
-                overlap_param_gather=self._overlaps and self.config.parallel.zero == 1,
-                clip_grad=options.clip,
-            ),
+            core_options,
             self.model,
+            config_overrides=overrides,
             use_gloo_process_groups=False,
         )
         optimizers = getattr(chain, "chained_optimizers", [chain])
@@ -151,9 +162,10 @@ class MegatronEngine(CheckpointedEngine):
             # megatron-core's attribute: the matrix products add to main_grad (model/linear.py)
             weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         self.optimizer.zero_grad()
-        if self.config.model.dropout:
+        if self.config.uses_dropout:
             seed_dropout(self.config.seed, step, self.dropout_seeding)
         sums = self._run(micro_batches, forward_only=False)
+        self._zero_untrained_rows()
         self.optimizer.prepare_grads()
         squared_norm = global_squared_norm(self.optimizer, self.device)
         *totals, norm = torch.cat([sums, squared_norm.sqrt()[None]]).tolist()  # the only wait for the device in a step
@@ -166,6 +178,15 @@ class MegatronEngine(CheckpointedEngine):
             clip_gradients(gradients, norm, self.config.optimizer.clip)
             self.optimizer.step_with_ready_grads()
         return build_metrics(totals, norm, stepped)
+
+    @torch.no_grad()
+    def _zero_untrained_rows(self) -> None:
+        """Set the gradients of rows to 0 that are not those of image codes, where only these are trained."""
+        for parameter, _ in self.trained:
+            if rows := getattr(parameter, "trained_rows", None):
+                gradient: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]  # of megatron-core's buffer
+                gradient[: rows[0]].zero_()
+                gradient[rows[1] :].zero_()
 
     @torch.no_grad()
     def eval_step(self, micro_batches: list[MicroBatch]) -> StepMetrics:

@@ -143,6 +143,7 @@ def _load_tokenizers(folder: Path, reader: CheckpointReader) -> Tokenizers:
 
 def _check_weights(reader: CheckpointReader, parts: list[Part]) -> None:
     """ValueError unless the checkpoint holds exactly the weights of `parts`, in their shapes."""
+    reader.require_whole()
     expected, found = {part.name for part in parts}, set(reader.names)
     if expected != found:
         differing = describe_names(sorted(expected - found), sorted(found - expected))

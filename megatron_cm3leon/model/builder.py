@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_cm3leon.config.loading import Config
 from megatron_cm3leon.config.validation import VOCABULARY_ROW_MULTIPLE
+from megatron_cm3leon.model.adapters import add_adapters
 from megatron_cm3leon.model.attention import context_positions
 from megatron_cm3leon.model.fp8 import require_fp8
 from megatron_cm3leon.model.head import Head
@@ -31,7 +32,15 @@ from megatron_cm3leon.model.linear import multiply_in_fp8
 from megatron_cm3leon.model.loss import cross_entropy
 from megatron_cm3leon.model.rotary import compute_rotary_angles
 from megatron_cm3leon.model.sample_attention import LayerInputs, build_sample_mask, uses_flex
-from megatron_cm3leon.model.weights import OUTPUT_HEAD, WORD_EMBEDDINGS, Placement, draw_initial_weight, layer_name
+from megatron_cm3leon.model.weights import (
+    OUTPUT_HEAD,
+    WORD_EMBEDDINGS,
+    Placement,
+    draw_initial_weight,
+    layer_name,
+    trained_shapes,
+    trains_image_rows_only,
+)
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": F.silu}
@@ -186,8 +195,34 @@ def _build_chunk(config: Config, vocabulary: Vocabulary, number: int) -> CM3Leon
             require_fp8(torch.cuda.get_device_capability())
         multiply_in_fp8(model.decoder)
     _mark_partitions(model)
+    add_adapters(model, config, get_transformer_layer_offset(transformer, stage, model.pg_collection.pp.rank()))
     initialize_weights(model, config)
+    freeze_parameters(model, config, vocabulary)
     return model
+
+
+def freeze_parameters(model: CM3LeonModel, config: Config, vocabulary: Vocabulary) -> None:
+    """Freeze what lora and train.only do not select.
+
+    Of a weight of which only the rows of the image codes are trained, these rows are the attribute `trained_rows`, a
+    range of this rank's rows: the engines set the gradients of the others to 0.
+    """
+    trained = trained_shapes(config, vocabulary.size)
+    for parameter, placement in locate_parameters(model):
+        parameter.requires_grad_(placement.name in trained)
+        if trains_image_rows_only(config, placement.name) and placement.name in trained:
+            first, rows = placement.offset[0], placement.local_shape[0]
+            start, stop = (min(max(edge - first, 0), rows) for edge in (vocabulary.image_start, vocabulary.image_end))
+            parameter.trained_rows = (start, stop)  # type: ignore[attr-defined]  # ours, beside megatron-core's
+    if model.pre_process and config.trains_part:
+        # Without it nothing in front of the first trained weight has a gradient, which recomputation requires.
+        model.embedding.register_forward_hook(lambda module, inputs, hidden: _require_gradient(hidden))
+
+
+def _require_gradient(hidden: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden.requires_grad_()
+    return hidden
 
 
 def _mark_partitions(model: CM3LeonModel) -> None:
@@ -219,7 +254,7 @@ def locate_parameters(model: CM3LeonModel) -> Iterator[tuple[torch.nn.Parameter,
         partitioned = getattr(parameter, "tensor_model_parallel", False)
         dim = parameter.partition_dim if partitioned else None
         local = list(parameter.shape)
-        if name.endswith("linear_fc1.weight") and model.config.gated_linear_unit:
+        if name.endswith(("linear_fc1.weight", "linear_fc1.lora_B.weight")) and model.config.gated_linear_unit:
             local, dim = [2, local[0] // 2, *local[1:]], 1
         shape, offset = list(local), [0] * len(local)
         if dim is not None:
@@ -234,7 +269,7 @@ def _canonical_name(local_name: str, first_layer: int, tied: bool) -> str:
     """Canonical name (weights.py) of a parameter of a stage that begins with layer `first_layer`."""
     if local_name == OUTPUT_HEAD and tied:  # the copy on the last stage
         return WORD_EMBEDDINGS
-    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.weight", local_name)
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.weight", local_name.replace(".lora.", "."))
     return layer_name(int(found[1]) + first_layer, found[2]) if found else local_name
 
 

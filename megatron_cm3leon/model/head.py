@@ -37,7 +37,8 @@ class Head(ColumnLinear):
         embedding.
         """
         partition = Partition.of_rank(len(weight_PH), vocabulary_size, self.tp_group)
-        main_grad = weight_PH.gradient_sum if self.accumulates and torch.is_grad_enabled() else None
+        trains = torch.is_grad_enabled() and weight_PH.requires_grad
+        main_grad = weight_PH.gradient_sum if self.accumulates and trains else None
         losses = _ChunkedLosses.apply(
             hidden_SBH,
             weight_PH,
@@ -48,6 +49,7 @@ class Head(ColumnLinear):
             self.sequence_parallel,
             z_loss,
             chunk,
+            trains,
         )
         return losses.view(targets_SB.shape)
 
@@ -56,7 +58,9 @@ class _ChunkedLosses(torch.autograd.Function):
     """Losses [T] of head and cross-entropy, `chunk` tokens at a time; `targets` [T] are columns of this rank."""
 
     @staticmethod
-    def forward(ctx, hidden_SBH, weight_PH, main_grad, targets, columns, group, sequence_parallel, z_loss, chunk):
+    def forward(
+        ctx, hidden_SBH, weight_PH, main_grad, targets, columns, group, sequence_parallel, z_loss, chunk, trains
+    ):
         hidden_TH = _gather_tokens(hidden_SBH, group, sequence_parallel)
         measured = torch.empty(3, len(hidden_TH), device=hidden_TH.device)
         for rows in _chunks(len(hidden_TH), chunk):
@@ -64,35 +68,38 @@ class _ChunkedLosses(torch.autograd.Function):
         highest, sums, chosen = combine_ranks(measured, group)
         ctx.save_for_backward(hidden_SBH, weight_PH, targets, highest, sums)
         ctx.main_grad = main_grad  # not a saved tensor, because other micro-batches add to it before backward
-        ctx.settings = columns, group, sequence_parallel, z_loss, chunk
+        ctx.settings = columns, group, sequence_parallel, z_loss, chunk, trains
         return sums.log() - (chosen - highest)
 
     @staticmethod
     def backward(ctx, gradient):
         hidden_SBH, weight_PH, targets, highest, sums = ctx.saved_tensors
-        columns, group, sequence_parallel, z_loss, chunk = ctx.settings
+        columns, group, sequence_parallel, z_loss, chunk, trains = ctx.settings
         factors = softmax_factors(gradient, highest, sums, z_loss)
         hidden_TH = _gather_tokens(hidden_SBH, group, sequence_parallel)
         of_hidden = torch.empty_like(hidden_TH)
         of_weight = ctx.main_grad
-        if of_weight is None:
+        if of_weight is None and trains:
             of_weight = torch.zeros(weight_PH.shape, dtype=torch.float32, device=weight_PH.device)
         for rows in _chunks(len(hidden_TH), chunk):
             logits = hidden_TH[rows] @ weight_PH.t()
             write_gradient(logits, targets[rows], columns, highest[rows], factors[rows], gradient[rows])
             torch.mm(logits, weight_PH, out=of_hidden[rows])
-            accumulate_weight_gradient(of_weight, logits, hidden_TH[rows])
+            if trains:
+                accumulate_weight_gradient(of_weight, logits, hidden_TH[rows])
         if sequence_parallel:
             of_hidden = scatter_sum(of_hidden, group)
         elif group.size() > 1:
             dist.all_reduce(of_hidden, group=group)
-        if ctx.main_grad is None:
+        if not trains:
+            of_weight = None
+        elif ctx.main_grad is None:
             of_weight = of_weight.to(weight_PH.dtype)
         elif getattr(weight_PH, "zero_out_wgrad", False):
             of_weight = None  # only the embedding's gradient goes through autograd
         else:
             of_weight = torch.empty_like(weight_PH)  # never read: see linear.mark_accumulated
-        return of_hidden.view(hidden_SBH.shape), of_weight, *[None] * 7
+        return of_hidden.view(hidden_SBH.shape), of_weight, *[None] * 8
 
 
 def _gather_tokens(hidden_SBH: torch.Tensor, group: dist.ProcessGroup, sequence_parallel: bool) -> torch.Tensor:

@@ -8,6 +8,8 @@ Weight gradients: with `accumulates` (the megatron engine's weights) the product
 by one kernel on CUDA and for fp32, and autograd receives an uninitialized gradient that nothing reads. See
 `mark_accumulated`.
 
+Frozen weights (train.only, lora) have no gradient: their input is neither saved nor gathered again.
+
 With `in_fp8` (train.fp8) the three products are those of fp8.py; communication and `main_grad` stay as they are. The
 input is converted once: the backward pass keeps its transposed copy in fp8 (of an input that it gathers again, this
 rank's part in bf16). With `keeps_weight` a weight is converted once per step, too: see keep_converted_weights().
@@ -109,7 +111,7 @@ def _find_group(name: str) -> dist.ProcessGroup:
 
 def _gradients(
     grad_SBO: torch.Tensor,
-    input: torch.Tensor,
+    input: torch.Tensor | None,
     weight: torch.Tensor,
     main_grad: torch.Tensor | None,
     kind: str,
@@ -121,6 +123,7 @@ def _gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of input and weight; the second is uninitialized memory if it was added to `main_grad`.
 
+    Without `input` the weight is frozen, and its gradient empty.
     input [S, B, I] and weight [O, I]; in fp8 they are already converted and transposed, [I, S x B] and [I, O], where
     there is an inverse of their scale. `largest`: find_largest() of the gradient, where it is known.
 
@@ -129,11 +132,14 @@ def _gradients(
     work = None
     if kind == ROW_SEQUENCE:
         grad_SBO = gather(grad_SBO, _find_group(group_name))
-    elif kind == COLUMN_SEQUENCE:
+    elif kind == COLUMN_SEQUENCE and input is not None:
         input, work = gather(input, _find_group(group_name), asynchronous=True)
     grad = grad_SBO.reshape(-1, grad_SBO.shape[-1])
     if in_fp8:
-        grad_fp8, transposed_grad = quantize_both_ways(grad, BACKWARD, largest)
+        if input is None:
+            grad_fp8, transposed_grad = quantize(grad, BACKWARD), None
+        else:
+            grad_fp8, transposed_grad = quantize_both_ways(grad, BACKWARD, largest)
         grad_input = multiply(grad_fp8, _as_transposed_fp8(weight, weight_inverse), torch.bfloat16)
         grad_input = grad_input.view(*grad_SBO.shape[:-1], -1)
     else:
@@ -145,7 +151,10 @@ def _gradients(
     elif kind == COLUMN_SEQUENCE:
         whole = grad_input  # read until the wait below
         grad_input, work = scatter_sum(whole, _find_group(group_name), asynchronous=True)
-    if in_fp8:
+    if input is None:
+        grad_weight = grad_SBO.new_empty(0)
+    elif in_fp8:
+        assert transposed_grad is not None
         rows = input if input_inverse is not None else input.reshape(-1, input.shape[-1])
         dtype = torch.bfloat16 if main_grad is None else main_grad.dtype
         grad_weight = multiply(transposed_grad, _as_transposed_fp8(rows, input_inverse), dtype)
@@ -155,7 +164,7 @@ def _gradients(
         grad_weight = grad.t() @ input.reshape(-1, input.shape[-1])
     else:
         accumulate_weight_gradient(main_grad, grad, input.reshape(-1, input.shape[-1]))
-    if main_grad is not None:
+    if main_grad is not None and input is not None:
         grad_weight = torch.empty_like(main_grad, dtype=grad_SBO.dtype)
     if work is not None:
         work.wait()
@@ -168,7 +177,7 @@ _compiled_product = torch.library.custom_op("megatron_cm3leon::product", _produc
 @torch.library.custom_op("megatron_cm3leon::gradients", mutates_args=())
 def _compiled_gradients(
     grad_SBO: torch.Tensor,
-    input: torch.Tensor,
+    input: torch.Tensor | None,
     weight: torch.Tensor,
     main_grad: torch.Tensor | None,
     kind: str,
@@ -204,26 +213,26 @@ def _(grad_SBO, input, weight, main_grad, kind, group_name, in_fp8, input_invers
     length = length * ranks if kind == ROW_SEQUENCE else length // ranks if kind == COLUMN_SEQUENCE else length
     features, inputs = grad_SBO.shape[-1], weight.shape[1] if weight_inverse is None else weight.shape[0]
     of_input = grad_SBO.new_empty((length, *grad_SBO.shape[1:-1], inputs))
-    return of_input, grad_SBO.new_empty((features, inputs))
+    return of_input, grad_SBO.new_empty(0 if input is None else (features, inputs))
 
 
 class _Linear(torch.autograd.Function):
     """The product with its communication. `main_grad` is not saved: other micro-batches add to it in between.
 
-    In fp8, `kept` are the two forms of a weight that is already converted; `trains` is False if no backward pass
-    follows.
+    In fp8, `kept` are the two forms of a weight that is already converted; `trains` is False if the weight is frozen,
+    or no backward pass follows.
     """
 
     @staticmethod
     def forward(ctx, input, weight, main_grad, kind, group_name, shared, in_fp8=False, trains=True, *kept):
-        ctx.in_fp8, ctx.keeps_weight = in_fp8, bool(kept)
+        ctx.in_fp8, ctx.keeps_weight, ctx.trains = in_fp8, bool(kept), trains
         ctx.main_grad, ctx.kind, ctx.group_name, ctx.shared = main_grad, kind, group_name, shared
         left, left_inverse, saved_input, right, right_inverse, saved_weight = input, None, input, weight, None, weight
         if in_fp8 and kind != COLUMN_SEQUENCE:
             left, left_inverse, saved_input = _convert_input(input, trains)
         if kept:
             right, saved_weight, right_inverse = kept
-        ctx.save_for_backward(saved_input, saved_weight, left_inverse, right_inverse)
+        ctx.save_for_backward(saved_input if trains else None, saved_weight, left_inverse, right_inverse)
         product = _product
         if torch.compiler.is_compiling() and kind not in (ALONE, COLUMN):
             product = _compiled_product
@@ -241,7 +250,7 @@ class _Linear(torch.autograd.Function):
                 largest = find_largest(gradient.reshape(-1, gradient.shape[-1]))
         options = ctx.kind, ctx.group_name, ctx.in_fp8, input_inverse, weight_inverse, largest
         of_input, of_weight = gradients(gradient, input, weight, ctx.main_grad, *options)
-        return of_input, None if ctx.shared else of_weight, *[None] * (9 if ctx.keeps_weight else 6)
+        return of_input, of_weight if ctx.trains and not ctx.shared else None, *[None] * (9 if ctx.keeps_weight else 6)
 
 
 def _convert_input(input_SBI: torch.Tensor, trains: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -254,26 +263,28 @@ def _convert_input(input_SBI: torch.Tensor, trains: bool) -> tuple[torch.Tensor,
     return values.view(input_SBI.shape), inverse, transposed
 
 
-class _OwnForward:
+class OwnForward:
     """The common part of both layers.
 
-    `accumulates` is set by mark_accumulated(), `in_fp8` by multiply_in_fp8(), `keeps_weight` by
-    keep_converted_weights(). `weight_fp8`: the weight in fp8, the same transposed, and the inverse of the scale.
+    `has_adapter` is set by adapters.py, `accumulates` by mark_accumulated(), `in_fp8` by multiply_in_fp8(),
+    `keeps_weight` by keep_converted_weights(). `weight_fp8`: the weight in fp8, the same transposed, and the
+    inverse of the scale.
     """
 
-    accumulates = in_fp8 = keeps_weight = is_current = False
+    accumulates = in_fp8 = keeps_weight = is_current = has_adapter = False
     weight_fp8: tuple[torch.Tensor, ...] = ()
     weight: torch.nn.Parameter
     tp_group: dist.ProcessGroup
 
-    def _multiply(self, input_SBI: torch.Tensor, weight_OI: torch.Tensor, kind: str) -> torch.Tensor:
-        accumulates = self.accumulates and torch.is_grad_enabled()
+    def multiply(self, input_SBI: torch.Tensor, weight_OI: torch.Tensor, kind: str) -> torch.Tensor:
+        trains = torch.is_grad_enabled() and weight_OI.requires_grad
+        accumulates = self.accumulates and trains
         main_grad = weight_OI.gradient_sum if accumulates else None  # type: ignore[attr-defined]  # mark_accumulated
         # The embedding reads rows of the same weight: only its gradient goes through autograd.
         shared = main_grad is not None and getattr(weight_OI, "zero_out_wgrad", False)
         if not torch.compiler.is_compiling():  # engine/compile.py does it before a compiled layer
             self.convert_weight()
-        options = kind, self.tp_group.group_name, shared, self.in_fp8, torch.is_grad_enabled()
+        options = kind, self.tp_group.group_name, shared, self.in_fp8, trains
         return _Linear.apply(input_SBI, weight_OI, main_grad, *options, *self.weight_fp8)
 
     @torch.no_grad()
@@ -286,44 +297,46 @@ class _OwnForward:
             self.is_current = True
 
 
-class ColumnLinear(_OwnForward, ColumnParallelLinear):
+class ColumnLinear(OwnForward, ColumnParallelLinear):
     """megatron-core's layer whose output features are partitioned, without bias."""
 
     def forward(self, input_, weight=None, runtime_gather_output=None):
         assert self.bias is None and not runtime_gather_output, "a bias or gathered outputs are not built here"
         kind = COLUMN_SEQUENCE if self.sequence_parallel else COLUMN if self.allreduce_dgrad else ALONE
-        return self._multiply(input_, self.weight if weight is None else weight, kind), None
+        output = self.multiply(input_, self.weight if weight is None else weight, kind)
+        return output + self.lora(input_) if self.has_adapter else output, None
 
 
-class RowLinear(_OwnForward, RowParallelLinear):
+class RowLinear(OwnForward, RowParallelLinear):
     """megatron-core's layer whose input features are partitioned, without bias."""
 
     def forward(self, input_):
         assert self.bias is None and self.input_is_parallel, "a bias or whole inputs are not built here"
         kind = ALONE if self.tp_group.size() == 1 else ROW_SEQUENCE if self.sequence_parallel else ROW
-        return self._multiply(input_, self.weight, kind), None
+        output = self.multiply(input_, self.weight, kind)
+        return output + self.lora(input_) if self.has_adapter else output, None
 
 
 def multiply_in_fp8(model: torch.nn.Module) -> None:
     """Make all layers in `model` compute their products by fp8.py."""
     for module in model.modules():
-        if isinstance(module, _OwnForward):
+        if isinstance(module, OwnForward):
             module.in_fp8 = True
 
 
-def keep_converted_weights(model: torch.nn.Module) -> list[_OwnForward]:
+def keep_converted_weights(model: torch.nn.Module) -> list[OwnForward]:
     """Make the fp8 layers of `model` convert their weights once per step; returns these layers.
 
     The caller passes them to forget_converted_weights() whenever weights may have changed.
     """
-    layers: list[_OwnForward] = []
-    layers += [module for module in model.modules() if isinstance(module, _OwnForward) and module.in_fp8]
+    layers: list[OwnForward] = []
+    layers += [module for module in model.modules() if isinstance(module, OwnForward) and module.in_fp8]
     for layer in layers:
         layer.keeps_weight = True
     return layers
 
 
-def forget_converted_weights(layers: list[_OwnForward]) -> None:
+def forget_converted_weights(layers: list[OwnForward]) -> None:
     """Make each weight be converted again at its next use."""
     for layer in layers:
         layer.is_current = False
@@ -335,10 +348,11 @@ def mark_accumulated(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     Before every step the caller sets `grad_added_to_main_grad` on them, which megatron-core's hooks read. The products
     add through `gradient_sum`, the same memory, whose version counter megatron-core's own additions do not change.
     """
-    layers: list[_OwnForward] = [module for module in model.modules() if isinstance(module, _OwnForward)]
-    weights = [layer.weight for layer in layers if layer.weight is not None]
+    layers: list[OwnForward] = [module for module in model.modules() if isinstance(module, OwnForward)]
+    weights = [layer.weight for layer in layers if layer.weight is not None and layer.weight.requires_grad]
     for parameter in model.parameters():  # the tied head is given the embedding's
-        parameter.gradient_sum = parameter.main_grad.data  # type: ignore[attr-defined]  # of megatron-core's buffer
+        if parameter.requires_grad:
+            parameter.gradient_sum = parameter.main_grad.data  # type: ignore[attr-defined]  # of megatron-core's buffer
     for layer in layers:
         layer.accumulates = True
     return weights

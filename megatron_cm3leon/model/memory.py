@@ -4,17 +4,30 @@ Bytes are those of tensors: weights, gradients, optimizer state, and activations
 their peak. Libraries, communication buffers and memory that the allocator caches are not included.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
 import torch
 
 from megatron_cm3leon.config.loading import Config
+from megatron_cm3leon.config.schema import LoraConfig
 from megatron_cm3leon.config.validation import VOCABULARY_ROW_MULTIPLE
-from megatron_cm3leon.model.weights import OUTPUT_HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS, canonical_shapes
+from megatron_cm3leon.model.weights import (
+    OUTPUT_HEAD,
+    POSITION_EMBEDDINGS,
+    WORD_EMBEDDINGS,
+    adapter_shapes,
+    canonical_shapes,
+    count_parameters,
+    count_trained,
+    list_adapted,
+    trained_shapes,
+)
 
+PAPER_IMAGE_CODES = 8_192
 PAPER_VOCABULARY = 65_536
-"""Size of the vocabulary when no shards are given (CM3Leon: 56,320 text, 8,192 image, 1,024 special tokens)."""
+"""Sizes when no shards are given (CM3Leon: 56,320 text, 8,192 image, 1,024 special tokens)."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +70,23 @@ def locate_rank(config: Config, world_size: int, rank: int) -> RankCoordinates:
 
 
 def count_stage_parameters(config: Config, vocabulary_size: int, stage: int) -> int:
-    """Parameters on each tensor-parallel rank of a pipeline stage, with vocabulary padding."""
+    """Parameters on each tensor-parallel rank of a pipeline stage, with adapters and vocabulary padding."""
+    shapes = canonical_shapes(config, vocabulary_size) | adapter_shapes(config, vocabulary_size)
+    return _count_on_stage(config, vocabulary_size, stage, shapes)
+
+
+def count_stage_trained(config: Config, vocabulary_size: int, stage: int) -> int:
+    """Those of count_stage_parameters() that are trained: with gradients and optimizer state."""
+    return _count_on_stage(config, vocabulary_size, stage, trained_shapes(config, vocabulary_size))
+
+
+def _count_on_stage(config: Config, vocabulary_size: int, stage: int, shapes: dict[str, tuple[int, ...]]) -> int:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     first, last = stage == 0, stage == pipeline - 1
     rows = -(-vocabulary_size // VOCABULARY_ROW_MULTIPLE) * VOCABULARY_ROW_MULTIPLE
     head_rows = rows // tensor * config.model.hidden_size
     total = 0
-    for name, shape in canonical_shapes(config, vocabulary_size).items():
+    for name, shape in shapes.items():
         if name == WORD_EMBEDDINGS:
             copies = first + bool(last and config.model.tied_embeddings and pipeline > 1)
             total += copies * head_rows
@@ -74,7 +97,9 @@ def count_stage_parameters(config: Config, vocabulary_size: int, stage: int) -> 
         elif not name.startswith("decoder.layers."):
             total += last * math.prod(shape)  # the final norm
         elif _stage_of_layer(config, int(name.split(".")[2])) == stage:
-            total += math.prod(shape) // (tensor if len(shape) > 1 else 1)
+            # Beside a column-parallel layer A is whole on every rank, beside a row-parallel one B.
+            whole = "lora_A" if "linear_qkv" in name or "linear_fc1" in name else "lora_B"
+            total += math.prod(shape) // (1 if len(shape) == 1 or whole in name else tensor)
     return total
 
 
@@ -101,17 +126,18 @@ def estimate_memory(config: Config, vocabulary_size: int, world_size: int, stage
     and for the buckets in which it reduces gradients.
     """
     parameters = count_stage_parameters(config, vocabulary_size, stage)
+    trained = count_stage_trained(config, vocabulary_size, stage)
     bf16, zero, offload = config.train.precision == "bf16", config.parallel.zero, config.deepspeed
     shards = config.data_parallel_size(world_size) * config.parallel.context
-    shard = -(-parameters // shards)
+    shard, trained_shard = -(-parameters // shards), -(-trained // shards)
     weights = (shard if zero == 3 else parameters) * (2 if bf16 else 4)
     if config.train.fp8 and zero < 3:
         weights += 2 * _count_fp8_weights(config, vocabulary_size, stage)
     return Memory(
         parameters=parameters,
         weights=0 if offload.offload_parameters else weights,
-        gradients=(shard if zero >= 2 else parameters) * 4,
-        optimizer=0 if offload.offload_optimizer else (shard if zero else parameters) * (12 if bf16 else 8),
+        gradients=(trained_shard if zero >= 2 else trained) * 4,
+        optimizer=0 if offload.offload_optimizer else (trained_shard if zero else trained) * (12 if bf16 else 8),
         activations=_activation_bytes(config, vocabulary_size, world_size, stage),
     )
 
@@ -174,7 +200,24 @@ def _layer_bytes(config: Config, tokens: int, width: int) -> tuple[float, float]
     layer = width * (residual / along_sequence + partitioned)
     if config.train.fp8:
         layer += _fp8_bytes(config)
+    layer += _adapter_bytes(config, width)
     return tokens * layer, tokens * width * hidden / along_sequence
+
+
+def _adapter_bytes(config: Config, width: int) -> float:
+    """Bytes per token that the adapters keep of a layer, as a mean of the layers; `width` bytes per number.
+
+    The scaled output of A, and with dropout the input of A and its mask: a byte per number.
+    """
+    model, parallel, lora = config.model, config.parallel, config.lora
+    inputs = {"linear_fc2": model.ffn_hidden_size / parallel.tensor, "linear_proj": model.hidden_size / parallel.tensor}
+    along_sequence = parallel.tensor if parallel.sequence else 1
+    total = 0.0
+    for _, word in list_adapted(config):
+        total += lora.rank * width / (along_sequence if word in inputs else 1)
+        if lora.dropout:
+            total += inputs.get(word, model.hidden_size / along_sequence) * (width + 1)
+    return total / model.layers
 
 
 def _fp8_bytes(config: Config) -> float:
@@ -208,8 +251,8 @@ def _runs_on_a_gpu(config: Config) -> bool:
 
 
 def estimate_checkpoint_bytes(config: Config, vocabulary_size: int) -> int:
-    """Bytes of the tensors in a checkpoint: every parameter and Adam's two moments, fp32, once."""
-    return 12 * sum(math.prod(shape) for shape in canonical_shapes(config, vocabulary_size).values())
+    """Bytes of the tensors in a checkpoint: every trained parameter and Adam's two moments, fp32, once."""
+    return 12 * sum(math.prod(shape) for shape in trained_shapes(config, vocabulary_size).values())
 
 
 def list_groups(config: Config, world_size: int) -> dict[str, list[list[int]]]:
@@ -225,14 +268,53 @@ def list_groups(config: Config, world_size: int) -> dict[str, list[list[int]]]:
     return groups
 
 
-def describe_memory(config: Config, vocabulary_size: int, world_size: int) -> str:
-    """Memory plan as text: model, groups, and a table with one row per pipeline stage."""
+EXAMPLE_RANK = 16
+"""Rank of the adapters that full tuning is compared with."""
+
+
+def _compare_tuning(config: Config, vocabulary_size: int, world_size: int, image_size: int) -> list[str]:
+    """Lines of a table: bytes of full tuning and of the run's own form, or of adapters of EXAMPLE_RANK."""
+    full, tuned = copy.deepcopy(config), copy.deepcopy(config)
+    full.lora, full.train.only = LoraConfig(), []
+    if not config.trains_part:
+        rank = min(EXAMPLE_RANK, config.model.hidden_size, config.model.ffn_hidden_size)
+        tuned.lora = LoraConfig(rank=rank, alpha=rank)
+    label = f"lora.rank={tuned.lora.rank}" if tuned.lora.rank else "train.only"
+    rows: list[tuple[str, ...]] = [
+        ("tuning", "trained", "weights", "gradients", "optimizer", "activations", "total", "checkpoint")
+    ]
+    total = count_parameters(config, vocabulary_size)
+    for name, each in (("full", full), (label, tuned)):
+        stages = range(config.parallel.pipeline)
+        memory = max(
+            (estimate_memory(each, vocabulary_size, world_size, stage) for stage in stages), key=lambda m: m.total
+        )
+        sizes = memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total
+        share = count_trained(each, vocabulary_size, image_size) / total
+        checkpoint = estimate_checkpoint_bytes(each, vocabulary_size)
+        rows.append((name, f"{share:.2%}", *map(_format_bytes, (*sizes, checkpoint))))
+    return [*_align(rows), "", "Bytes per rank of the largest stage; of a checkpoint: of all ranks together."]
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows in right-aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def describe_memory(config: Config, vocabulary_size: int, world_size: int, image_size: int = PAPER_IMAGE_CODES) -> str:
+    """Memory plan as text: model, groups, and a table with one row per pipeline stage.
+
+    With train.init also a table that compares full tuning with adapters. `image_size`: number of image codes.
+    """
     parallel, train = config.parallel, config.train
     data = config.data_parallel_size(world_size)
     micro_batches = train.global_batch_size // (train.micro_batch_size * data)
-    total = sum(math.prod(shape) for shape in canonical_shapes(config, vocabulary_size).values())
+    total = count_parameters(config, vocabulary_size)
+    trained = count_trained(config, vocabulary_size, image_size)
     lines = [
         f"{config.model.family}, {total:,} parameters, vocabulary of {vocabulary_size:,}, {train.precision}",
+        *([f"training {describe_share(config, trained, total)}"] * config.trains_part),
         f"{world_size} ranks = tensor {parallel.tensor} x context {parallel.context} x data {data} x pipeline "
         f"{parallel.pipeline}" + (f" ({parallel.interleave} chunks per stage)" if parallel.interleave > 1 else ""),
         f"{train.global_batch_size} sequences of {config.data.seq_length} tokens per step: {micro_batches} "
@@ -258,10 +340,19 @@ def describe_memory(config: Config, vocabulary_size: int, world_size: int) -> st
                 *map(_format_bytes, sizes),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines += ["", *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)]
+    lines += ["", *_align(rows)]
     lines += ["", "Parameters and bytes are per rank, without communication buffers and libraries."]
+    if config.train.init:
+        lines += ["", *_compare_tuning(config, vocabulary_size, world_size, image_size)]
     return "\n".join(lines)
+
+
+def describe_share(config: Config, trained: int, total: int) -> str:
+    """How many of `total` parameters of the base, and which, are trained."""
+    lora, only = config.lora, config.train.only
+    adapters = f"adapters of rank {lora.rank}, alpha {lora.alpha:g}, of {', '.join(lora.layers)}"
+    parts = [adapters] * bool(lora.rank) + [", ".join(only)] * bool(only)
+    return f"{trained:,} parameters, {trained / total:.2%} of the model's {total:,}: {'; '.join(parts)}"
 
 
 def format_ranks(numbers: list[int]) -> str:

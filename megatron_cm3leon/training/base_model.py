@@ -4,6 +4,7 @@
 layout. Learned positions become as many as data.seq_length (`resize_positions`).
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -64,6 +65,7 @@ class CheckpointWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.reader = folder, CheckpointReader(folder)
+        self.reader.require_whole()
         self.config, self.vocabulary, self.step = self.reader.config, self.reader.vocabulary, self.reader.state.step
         self.read_part = self.reader.read_part
 
@@ -95,7 +97,8 @@ class ExportWeights:
     def hash_content(self) -> str:
         """SHA-256 over those of config.json, cm3leon.json and all weight files, which the ranks divide."""
         names = sorted([*_EXPORT_FILES, *(path.name for path in self.folder.glob("*.safetensors"))])
-        share = {name: hash_file(self.folder / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        share = {name: hash_file(self.folder / name) for name in names[rank::ranks]}
         hashes = {name: value for each in gather_objects(share) for name, value in each.items()}
         return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
@@ -334,6 +337,8 @@ def check_resumed_init(config: Config, state: TrainState, checkpoint: Path) -> N
 
     Without train.init, or with the same one, a run resumes; its base need no longer exist.
     """
+    if config.trains_part:
+        return  # open_recorded_base compares the contents
     asked = config.train.init
     begun = state.init.get("path", "")
     if not asked or str(Path(asked).absolute()) == begun:
@@ -345,3 +350,22 @@ def check_resumed_init(config: Config, state: TrainState, checkpoint: Path) -> N
         f"train.init ({asked}) is for a new run, but the run of {checkpoint} {before} and would resume; give a new run "
         f"folder (output=...), or remove train.init to resume."
     )
+
+
+def open_recorded_base(config: Config, vocabulary: Vocabulary, state: TrainState, checkpoint: Path) -> BaseModel:
+    """Open the frozen weights of a run that trains a part of them (lora, train.only), to resume from `checkpoint`.
+
+    The folder that `state` records, or train.init where it names another one: the content must be the same. Collective.
+    Raises ValueError as open_base_model does, and for another content.
+    """
+    recorded = Path(state.init["folder"])
+    config = copy.deepcopy(config)
+    if str(Path(config.train.init).absolute()) == state.init["path"] and recorded.is_dir():
+        config.train.init, config.train.init_step = str(recorded), None  # a run may have newer checkpoints now
+    base = open_base_model(config, vocabulary)
+    if base.weights.hash_content() != state.init["sha256"]:
+        raise ValueError(
+            f"train.init ({base.folder}) is not the base of {checkpoint}, which has only what was trained on "
+            f"{recorded}: the content differs; give a folder with that content, or begin a new run (output=...)."
+        )
+    return base

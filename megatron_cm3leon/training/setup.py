@@ -16,9 +16,10 @@ from megatron_cm3leon.data.stream.loader import Loader
 from megatron_cm3leon.data.stream.mixture import compute_integer_weights
 from megatron_cm3leon.data.stream.stream import Stream
 from megatron_cm3leon.engine.base import DROPOUT_SEEDING, Engine
-from megatron_cm3leon.model.weights import canonical_shapes
+from megatron_cm3leon.model.memory import describe_share
+from megatron_cm3leon.model.weights import canonical_shapes, count_parameters, count_trained, trained_shapes
 from megatron_cm3leon.tokenizers.vocab import Vocabulary, check_same_vocabulary
-from megatron_cm3leon.training.base_model import check_resumed_init, open_base_model
+from megatron_cm3leon.training.base_model import check_resumed_init, open_base_model, open_recorded_base
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +75,21 @@ def check_changes(
 
 def _check_shapes(reader: CheckpointReader, config: Config, changes: dict[str, tuple]) -> None:
     """Refuse a change after which the parameters have other shapes: --allow-change could not load the checkpoint."""
-    size, before = reader.vocabulary.size, canonical_shapes(reader.config, reader.vocabulary.size)
-    if canonical_shapes(config, size) == before:
+    size = reader.vocabulary.size
+
+    def list_shapes(config: Config) -> tuple:
+        return canonical_shapes(config, size), trained_shapes(config, size)
+
+    before = list_shapes(reader.config)
+    if list_shapes(config) == before:
         return
     for name, (old, new) in changes.items():
         alone, (section, _, field) = copy.deepcopy(reader.config), name.rpartition(".")
         setattr(getattr(alone, section) if section else alone, field, new)
-        if canonical_shapes(alone, size) != before:
+        if list_shapes(alone) != before:
             reason = "which changes the shapes of the parameters"
+            if name in ("train.only", "lora.layers", "lora.rank"):
+                reason = "which changes what is trained and saved"
             if name == "data.seq_length":
                 reason = f"which has {old} learned positions (model.family=cm3leon), one for each token of a sequence"
             raise ValueError(
@@ -131,7 +139,7 @@ def _log_position(old: Config, config: Config, changes: dict[str, tuple], state:
 
 def check_dropout_seeding(folder: Path, config: Config, state: TrainState) -> None:
     """Log that an older run keeps the dropout seeding it started with; ValueError for an unknown version."""
-    if not config.model.dropout:
+    if not config.uses_dropout:
         return
     if state.dropout_seeding > DROPOUT_SEEDING:
         raise ValueError(
@@ -172,6 +180,7 @@ def open_run(
     folder = latest_checkpoint(Path(config.output))
     if folder is None:
         base = open_base_model(config, stream.vocabulary) if config.train.init else None
+        _log_trained_part(config, stream.vocabulary)
         engine = build_engine(config, stream.vocabulary, device)
         state = TrainState(dropout_seeding=engine.dropout_seeding)
         if base:
@@ -185,12 +194,25 @@ def open_run(
     if check_changes(reader, config, stream, state, allowed):
         stream.resume(state.cursor)
     check_dropout_seeding(reader.folder, config, state)
+    base = open_recorded_base(config, stream.vocabulary, state, folder) if config.trains_part else None
+    _log_trained_part(config, stream.vocabulary)
     engine = build_engine(config, stream.vocabulary, device)
+    if base:
+        engine.load_weights(base)
     engine.load(folder)
     logger.info("resumed from %s at step %d", folder, state.step)
     for left in list_unfinished(Path(config.output)):
         logger.info("%s is incomplete, because the run ended before it was written; it is not used", left)
     return engine, _record_stream(state, stream), folder
+
+
+def _log_trained_part(config: Config, vocabulary: Vocabulary) -> None:
+    if config.trains_part:
+        total, trained = (
+            count_parameters(config, vocabulary.size),
+            count_trained(config, vocabulary.size, vocabulary.image_size),
+        )
+        logger.info("training %s", describe_share(config, trained, total))
 
 
 def _record_stream(state: TrainState, stream: Stream) -> TrainState:

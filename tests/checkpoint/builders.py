@@ -10,12 +10,13 @@ from megatron_cm3leon.checkpoint.state import TrainState
 from megatron_cm3leon.config.loading import Config, load_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.data.stream.identity import describe_sources
-from megatron_cm3leon.model.weights import canonical_shapes
+from megatron_cm3leon.model.weights import trained_shapes
 from megatron_cm3leon.tokenizers.folder import write_vocabulary
 from megatron_cm3leon.tokenizers.image import ImageTokenizer
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vocab import Vocabulary
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
+from megatron_cm3leon.training.base_model import open_base_model
 from tests.data.corpora import make_vocabulary
 
 FULL_TENSOR = torch.arange(24.0).view(6, 4)
@@ -96,15 +97,24 @@ def family_config(*overrides):
     return config
 
 
-def write_random_checkpoint(run, config, vocabulary, step=3, change=lambda name, weight: weight, stream=None):
+def write_random_adapter(run, config, vocabulary, step=3):
+    """Write random values of all that `config` trains (lora, train.only) on the base train.init; returns the folder."""
+    base = open_base_model(config, vocabulary)
+    init = base.describe(base.weights.hash_content())
+    return write_random_checkpoint(run, config, vocabulary, step, init=init)
+
+
+def write_random_checkpoint(
+    run, config, vocabulary, step=3, change=lambda name, weight: weight, stream=None, init=None
+):
     """Write random weights of a model, tensors alternately in the files of two ranks; returns the folder.
 
-    `change` may replace a weight or omit it (None); `stream`: the stream that the state names.
+    `change` may replace a weight or omit it (None); `stream`: the stream that the state names; `init`: its base.
     """
     folder = step_folder(run, step)
     sharded.begin_checkpoint(folder)
     generator, pieces = torch.Generator().manual_seed(0), ([], [])
-    for number, (name, shape) in enumerate(canonical_shapes(config, vocabulary.size).items()):
+    for number, (name, shape) in enumerate(trained_shapes(config, vocabulary.size).items()):
         weight = torch.randn(shape, generator=generator) * 0.2 + (1 if len(shape) == 1 else 0)
         weight = change(name, weight)
         if weight is not None:
@@ -114,6 +124,7 @@ def write_random_checkpoint(run, config, vocabulary, step=3, change=lambda name,
     for rank in (0, 1):
         sharded.write_rank_file(folder, rank, pieces[rank])
     state = TrainState(step=step, batch=step, sequence=step * config.train.global_batch_size, tokens=1000 * step)
+    state.init = init or {}
     if stream:
         state.stream, state.stream_parts = stream.identity, describe_sources(stream.samples, config)
     sharded.finish_checkpoint(folder, config, vocabulary, state, {"torch": "x"})

@@ -10,6 +10,7 @@ from tests.golden.formats import make_state
 
 def test_a_state_reads_back_equal(tmp_path):
     state = make_state()
+    state.init = {"path": "runs/base", "step": 3}
     state.save(tmp_path / "state.json")
     assert TrainState.load(tmp_path / "state.json", global_batch_size=8) == state
     assert all(state.to_dict().values()), "a difference in an empty field would not be found"

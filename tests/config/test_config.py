@@ -58,8 +58,9 @@ def test_settings_are_defined_with_their_fields():
     mixture = {f"data.mixture.{field.name}" for field in fields(MixtureConfig)}
     assert set(SOURCE_FIELDS) == {"data.shards", "data.sources", "retrieval.index", *mixture}
     fixed = {name for name in settings if is_fixed(name)}
-    assert {name.partition(".")[0] for name in fixed} == {"seed", "model", "data", "retrieval", "cm3", "sft", "train"}
-    assert {name for name in fixed if name.startswith("train.")} == {"train.global_batch_size"}
+    sections = {"seed", "model", "data", "retrieval", "cm3", "sft", "lora", "train"}
+    assert {name.partition(".")[0] for name in fixed} == sections
+    assert {name for name in fixed if name.startswith("train.")} == {"train.global_batch_size", "train.only"}
     assert {name for name in settings if name.startswith("data.")} - fixed == {
         "data.shards", "data.sources", "data.workers", "data.prefetch", *mixture,
     }  # fmt: skip

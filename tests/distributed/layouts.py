@@ -14,9 +14,23 @@ import numpy as np
 
 from megatron_cm3leon.checkpoint.format import step_folder
 from megatron_cm3leon.common.progress import track
+from megatron_cm3leon.config.loading import load_config
+from megatron_cm3leon.config.validation import validate_config
+from tests.checkpoint.builders import write_random_checkpoint
 from tests.data.corpora import make_vocabulary, write_shards
 from tests.distributed.launch import run_cases
-from tests.distributed.layout_rows import BY_NAME, CONFIG, DROPOUT, LAYOUTS, MASKS, RESUMES, Layout, Resume
+from tests.distributed.layout_rows import (
+    BY_NAME,
+    CONFIG,
+    DROPOUT,
+    LAYOUTS,
+    LORA_REFERENCE,
+    MASKS,
+    PARTS_REFERENCE,
+    RESUMES,
+    Layout,
+    Resume,
+)
 from tests.distributed.masks import ENTRIES, STEPS, Comparison, compare_masks, load_masks
 
 
@@ -60,9 +74,17 @@ def run_layouts(folder: Path, layouts: list[Layout], resumes: list[Resume]) -> d
     write_shards(folder / "instructions", documents, make_vocabulary(), targets=targets)
     config = folder / "config.yaml"
     config.write_text(CONFIG)
+    bases = {}
+    for label in (LORA_REFERENCE, PARTS_REFERENCE):
+        if any(layout.reference == label for layout in layouts):
+            base = load_config(config, [each for each in BY_NAME[label].overrides if each.startswith("model.")])
+            validate_config(base)
+            bases[label] = write_random_checkpoint(folder / f"base-{len(bases)}", base, make_vocabulary())
 
     def build_case(name: str, layout: Layout, output: str, **more) -> dict:
         paths = [f"data.shards={folder / layout.shards}", f"output={folder / output}"]
+        if layout.reference in bases:
+            paths.append(f"train.init={bases[layout.reference]}")
         return {"name": name, "config": str(config), "overrides": [*layout.overrides, *paths], **more}
 
     def build_resume_case(resume: Resume) -> dict:
@@ -145,6 +167,10 @@ def write_table(path: Path) -> list[str]:
         f"{platform.processor() or platform.machine()}, CPU and gloo. Each row is 20 steps from the same start: 4 "
         "layers, width 64, 8 sequences of 48 tokens per step, a learnable corpus. The differences are the "
         "largest of the 20, relative to the same model in one process.",
+        "",
+        "Rows `lora` train adapters of a model of random weights, of attention and half of the feed-forward layers; "
+        "`lora and parts` (family llama) adapters of all linear layers, the rows of the image codes, the norms and one "
+        "feed-forward layer.",
         "",
         "| layout | ranks | loss | gradient norm | last loss |",
         "|---|---|---|---|---|",

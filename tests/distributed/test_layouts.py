@@ -5,7 +5,8 @@ import torch
 
 from megatron_cm3leon.checkpoint.format import step_folder
 from megatron_cm3leon.checkpoint.sharded import CheckpointReader
-from tests.distributed.layout_rows import BY_NAME, LAYOUTS, MASKS, RESUMES, Layout, Resume
+from megatron_cm3leon.model.weights import OUTPUT_HEAD, WORD_EMBEDDINGS, trained_shapes
+from tests.distributed.layout_rows import BY_NAME, LAYOUTS, MASKS, PARTS_REFERENCE, RESUMES, Layout, Resume
 from tests.distributed.layouts import compare_row_masks, relative_difference, run_layouts
 
 QUICK = {
@@ -24,6 +25,8 @@ QUICK = {
     "dropout, tensor=2 context=2 sequence=true recompute=full",
     "instructions, loss=target, one sample per sequence",
     "instructions, loss=target, packed, one process",
+    "lora, tensor=2 pipeline=2 interleave=2 sequence=true recompute=full",
+    "lora and parts, tensor=2 context=2 zero=1",
 }
 """Rows of the default suite: each parallel dimension, family and engine once."""
 SLOW = {
@@ -79,6 +82,20 @@ def test_initial_weights_equal_those_of_one_process(runs, layout):
     assert found.names == expected.names
     for name in expected.names:
         assert torch.equal(found.read(name), expected.read(name)), name
+
+
+@pytest.mark.parametrize("layout", _parametrize([row for row in LAYOUTS if row.reference == PARTS_REFERENCE]))
+def test_only_what_is_selected_changes(runs, layout):
+    """Of word embedding and output layer the rows of the image codes; other weights are not in the checkpoint."""
+    folder, _ = runs
+    start, later = (CheckpointReader(step_folder(folder / layout.folder, step)) for step in (0, 10))
+    assert set(later.names) == set(trained_shapes(later.config, later.vocabulary.size))
+    is_image = later.vocabulary.is_image(torch.arange(later.vocabulary.size))
+    for name in (WORD_EMBEDDINGS, OUTPUT_HEAD):
+        changed = (later.read(name) != start.read(name)).any(1)
+        assert changed[is_image].any() and not changed[~is_image].any(), name
+    for name in set(later.names) - {WORD_EMBEDDINGS, OUTPUT_HEAD}:
+        assert not torch.equal(later.read(name), start.read(name)), name
 
 
 @pytest.mark.parametrize("resume", _parametrize(RESUMES))

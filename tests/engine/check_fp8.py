@@ -64,7 +64,7 @@ def run(overrides: list[str], rank: Rank, keeps_weights: bool, folder: Path) -> 
     torch.manual_seed(rank.rank if config.data_parallel_size(rank.world_size) > 1 else 0)
     batches = make_batches(config, make_vocabulary(), 4 // config.data_parallel_size(rank.world_size))
     losses, conversions = [], 0
-    original = linear._OwnForward.convert_weight
+    original = linear.OwnForward.convert_weight
 
     def convert_and_count(layer):
         nonlocal conversions
@@ -72,14 +72,14 @@ def run(overrides: list[str], rank: Rank, keeps_weights: bool, folder: Path) -> 
         original(layer)
         conversions += layer.is_current and not before
 
-    linear._OwnForward.convert_weight = convert_and_count
+    linear.OwnForward.convert_weight = convert_and_count
     for step in (0, 1, 2, 2, 3):
         if len(losses) == 4:
             engine.save(folder, TrainState(step=2))
         if len(losses) == 6:  # repeat the step from the checkpoint
             engine.load(folder)
         losses += [engine.train_step(batches, step, 1e-2).loss, engine.eval_step(batches).loss]
-    linear._OwnForward.convert_weight = original
+    linear.OwnForward.convert_weight = original
     weights = hashlib.sha256()
     if config.parallel.zero < 3:
         for parameter, _ in engine.placements:

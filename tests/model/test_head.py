@@ -22,7 +22,8 @@ def make_example(dtype: torch.dtype):
 
 
 def compute_chunked_losses(hidden, weight, main_grad, targets, group, chunk: int):
-    return _ChunkedLosses.apply(hidden, weight, main_grad, targets, VOCABULARY_SIZE, group, False, Z_LOSS, chunk)
+    settings = VOCABULARY_SIZE, group, False, Z_LOSS, chunk, weight.requires_grad
+    return _ChunkedLosses.apply(hidden, weight, main_grad, targets, *settings)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
@@ -49,6 +50,15 @@ def test_weight_gradients_are_added_to_the_main_gradient(single_rank):
     main_grad = torch.ones(ROWS, WIDTH)
     compute_chunked_losses(hidden, weight, main_grad, targets, single_rank, 7).backward(weights)
     torch.testing.assert_close(main_grad - 1, expected.float(), rtol=8e-3, atol=8e-3)
+
+
+def test_a_frozen_weight_has_no_gradient(single_rank):
+    hidden, weight, targets, weights = make_example(torch.float32)
+    gradients = []
+    for trains in (True, False):
+        losses = compute_chunked_losses(hidden, weight.detach().requires_grad_(trains), None, targets, single_rank, 7)
+        gradients += torch.autograd.grad(losses, hidden, weights)
+    assert torch.equal(*gradients)
 
 
 def test_peak_memory_is_that_of_one_chunk(single_rank):

@@ -47,6 +47,25 @@ def test_gradients_equal_those_of_torch(compiled):
     assert found[2].shape == theirs[2].shape  # megatron-core's hooks wait for a gradient; its values are not read
 
 
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_a_frozen_weight_keeps_no_input(in_fp8):
+    generator = torch.Generator().manual_seed(0)
+    values, weight = torch.randn(16, 2, 32, generator=generator), torch.randn(48, 32, generator=generator)
+    dtype = torch.bfloat16 if in_fp8 else torch.float32
+    gradients, saved = [], []
+    for trains in (True, False):
+        input = values.to(dtype).clone().requires_grad_()
+        frozen = weight.to(dtype).clone().requires_grad_(trains)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            output = _Linear.apply(input, frozen, None, ALONE, "", False, in_fp8, trains)
+        output.sin().sum().backward()
+        gradients.append(input.grad)
+        saved.append(sizes.count(input.numel()))
+        assert (frozen.grad is not None) == trains
+    assert torch.equal(*gradients) and saved == [1, 0]
+
+
 def test_a_weight_shared_with_the_embedding_gets_no_second_gradient():
     found = differentiate(lambda *arguments: _Linear.apply(*arguments, ALONE, "", True), True)
     assert found[2] is None and float((found[3] - 1).abs().sum()) > 0

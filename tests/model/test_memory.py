@@ -9,7 +9,7 @@ import pytest
 from megatron_cm3leon.config.loading import load_config
 from megatron_cm3leon.config.validation import validate_config
 from megatron_cm3leon.model.memory import count_stage_parameters, describe_memory, estimate_memory, list_groups
-from megatron_cm3leon.model.weights import count_parameters
+from megatron_cm3leon.model.weights import count_parameters, count_trained
 from megatron_cm3leon.train import main
 from tests.distributed.launch import torchrun
 
@@ -24,6 +24,7 @@ SIZE = """model.layers=4 model.hidden_size=512 model.heads=8 data.seq_length=512
         (1, "train.micro_batch_size=4"),
         (2, "parallel.tensor=2"),
         pytest.param(2, "parallel.zero=1 model.family=llama", marks=pytest.mark.slow),
+        pytest.param(1, "train.micro_batch_size=4 lora.rank=8 train.init=base", marks=pytest.mark.slow),
         pytest.param(
             1,
             "train.micro_batch_size=4 model.family=llama model.qk_norm=true train.precision=bf16",
@@ -103,6 +104,28 @@ def test_the_description_has_sizes_and_groups():
     text = describe_memory(load("preset=7b parallel.tensor=4 parallel.pipeline=4 parallel.zero=1", 64), 65_536, 64)
     assert "6,727,663,616 parameters" in text and "64 ranks = tensor 4 x context 1 x data 4 x pipeline 4" in text
     assert len(re.findall(r"GiB\n", text)) == 4 and "512 micro-batches of 1" in text
+
+
+def test_adapters_have_gradients_and_optimizer_state_alone():
+    text = "preset=7b parallel.tensor=2 train.init=base"
+    full, tuned = (load(f"{text}{more}", 2) for more in ("", " lora.rank=16 lora.layers=[attention]"))
+    assert count_trained(tuned, 65_536, 8_192) == 32 * 16 * (4096 + 3 * 4096 + 4096 + 4096)  # layers, rank, A and B
+    plan, whole = (estimate_memory(each, 65_536, 2, 0) for each in (tuned, full))
+    local = 32 * 16 * (4096 + 3 * 4096 // 2 + 4096 // 2 + 4096)  # A of linear_qkv and B of linear_proj are whole
+    assert (plan.gradients, plan.optimizer) == (4 * local, 12 * local)
+    assert plan.weights == whole.weights + 2 * local
+    assert whole.activations < plan.activations < 1.05 * whole.activations
+
+
+def test_a_dry_run_compares_full_tuning_with_adapters():
+    text = describe_memory(load("preset=760m train.init=base lora.rank=8 parallel.pipeline=2", 2), 65_536, 2)
+    assert re.search(
+        r"training 4,718,592 parameters, 0.60% of the model's 786,432,000: adapters of rank 8, alpha 8", text
+    )
+    rows = [line.split() for line in text.splitlines() if line.split()[:1] in (["full"], ["lora.rank=8"])]
+    assert [row[:2] for row in rows] == [["full", "100.00%"], ["lora.rank=8", "0.60%"]]
+    assert "lora.rank=16" in describe_memory(load("preset=760m train.init=base", 2), 65_536, 2)
+    assert "lora" not in describe_memory(load("preset=760m", 2), 65_536, 2)
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):

@@ -17,7 +17,13 @@ from megatron_cm3leon.monitoring.history import read_metrics
 from megatron_cm3leon.tokenizers.folder import Tokenizers
 from megatron_cm3leon.tokenizers.text import train_text
 from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
-from tests.checkpoint.builders import CAPTIONS, family_config, write_random_checkpoint, write_tokenizers
+from tests.checkpoint.builders import (
+    CAPTIONS,
+    family_config,
+    write_random_adapter,
+    write_random_checkpoint,
+    write_tokenizers,
+)
 from tests.data.corpora import make_pairs, write_shards
 from tests.distributed.launch import ROOT
 from tests.export.trained import open_trained_model
@@ -48,6 +54,24 @@ def exported(folder):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_adapters_are_merged_and_written_for_peft(folder, tmp_path):
+    config = family_config(f"train.init={folder / 'run'}", "lora.rank=2", "lora.layers=[attention]")
+    write_random_adapter(tmp_path / "run", config, Tokenizers.load(folder / "tok").vocabulary, step=5)
+    done = call("merge", "--checkpoint", tmp_path / "run", "--output", tmp_path / "merged")
+    assert done.returncode == 0 and f"wrote {tmp_path}/merged/checkpoints/step-00000005; export it" in done.stdout
+    assert sorted(CheckpointReader(tmp_path / "merged/checkpoints/step-00000005").names) == sorted(
+        CheckpointReader(folder / "run/checkpoints/step-00000003").names
+    )
+    done = call("peft", "--checkpoint", tmp_path / "run", "--output", tmp_path / "peft")
+    numbers = 2 * 2 * (32 + 96 + 2 * 32 + 32 + 32)  # layers, rank, A of q, k and v and their Bs, A and B of out_proj
+    assert f"adapters of OPTForCausalLM, {numbers:,} parameters of" in done.stdout, done.stdout + done.stderr
+    assert sorted(os.listdir(tmp_path / "peft")) == [
+        "adapter_config.json", "adapter_model.safetensors", "cm3leon.json"
+    ]  # fmt: skip
+    done = call("peft", "--checkpoint", folder / "run", "--output", tmp_path / "other")
+    assert done.returncode == 2 and "holds a full model" in done.stderr
 
 
 def test_export_from_the_command_line(folder, exported):

@@ -4,6 +4,7 @@ The same launches show that the losses of each validation source do not depend o
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,10 +17,17 @@ from megatron_cm3leon.data.stream.stream import build_stream
 from megatron_cm3leon.export import export_checkpoint
 from megatron_cm3leon.model.reference import reference_logits
 from megatron_cm3leon.model.weights import POSITION_EMBEDDINGS, canonical_shapes, draw_initial_weight
+from megatron_cm3leon.tokenizers.vocab import Vocabulary
 from megatron_cm3leon.train import main
-from megatron_cm3leon.training.base_model import check_resumed_init, open_base_model, resize_positions
+from megatron_cm3leon.training.base_model import (
+    check_resumed_init,
+    open_base_model,
+    open_recorded_base,
+    resize_positions,
+)
+from megatron_cm3leon.training.setup import check_changes
 from megatron_cm3leon.training.validation import Validation
-from tests.checkpoint.builders import flip_byte, write_random_checkpoint, write_tokenizers
+from tests.checkpoint.builders import flip_byte, write_random_adapter, write_random_checkpoint, write_tokenizers
 from tests.data.corpora import make_pairs, make_vocabulary, write_shards
 from tests.distributed.launch import run_cases
 from tests.distributed.layout_rows import SMALL
@@ -316,3 +324,46 @@ def test_validation_shards_of_another_vocabulary_are_refused(folder, tmp_path):
 def test_options_of_an_absent_base_are_refused(folder, name, value):
     with pytest.raises(ValueError, match=rf"train.{name} \({value}\) needs train.init, the weights that .*; give both"):
         make_config(folder, f"train.{name}={value}")
+
+
+def test_the_base_of_adapters_is_found_by_its_content(folder, tmp_path):
+    """A run with lora resumes with the weights it began with, also from another folder, and with no others."""
+    config = make_config(folder, f"train.init={folder / 'opt/run/checkpoints/step-00000003'}", "lora.rank=2")
+    checkpoint = write_random_adapter(tmp_path / "run", config, read_vocabulary(folder))
+    reader = CheckpointReader(checkpoint)
+
+    def find(init):
+        config.train.init = str(init)
+        return open_recorded_base(config, reader.vocabulary, reader.state, checkpoint).folder
+
+    recorded = folder / "opt/run/checkpoints/step-00000003"
+    assert find(recorded) == recorded
+    copied = tmp_path / "step-00000003"
+    shutil.copytree(recorded, copied)
+    assert find(copied) == copied
+    other = write_random_checkpoint(
+        tmp_path / "other", make_config(folder), reader.vocabulary, change=lambda name, weight: weight + 1
+    )
+    with pytest.raises(
+        ValueError, match=r"train.init \(.*other.*\) is not the base of .*step-00000003, which has only"
+    ):
+        find(other)
+    with pytest.raises(ValueError, match=r"has only what was trained on .*step-00000003 \(lora or train.only\), not a"):
+        find(checkpoint)
+
+
+def test_a_resumed_run_cannot_change_what_is_trained(folder, tmp_path):
+    base = f"train.init={folder / 'opt/run/checkpoints/step-00000003'}"
+    config = make_config(folder, base, "lora.rank=2")
+    reader = CheckpointReader(write_random_adapter(tmp_path / "run", config, read_vocabulary(folder)))
+    stream = build_stream(config)
+    for changed, field in (("lora.rank=4", "lora.rank"), ("train.only=[layers.0]", "train.only")):
+        other = make_config(folder, base, "lora.rank=2", changed)
+        with pytest.raises(
+            ValueError, match=rf"{field} .* was .*, which changes what is trained and saved; resume with"
+        ):
+            check_changes(reader, other, stream, reader.state, [field])
+
+
+def read_vocabulary(folder):
+    return Vocabulary.load(folder / "tok")
