@@ -19,6 +19,7 @@ EVALUATION = [
     "resvg-py",  # examples/icons
     "snowballstemmer",  # stemmed answers of the task vqa
 ]
+SFT = ["opencv-python", "scikit-image"]  # condition images: data/tasks/conditions.py
 TEST = ["accelerate", "import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
 DOCS = ["mkdocs", "mkdocstrings[python]"]
 
@@ -30,6 +31,7 @@ TOOLS = {
     "evaluate": "evaluate",
     "generate": "generate",
     "inspect-shards": "inspect_shards",
+    "make-conditions": "make_conditions",
     "preprocess": "preprocess_data",
     "report": "report",
     "show-batch": "show_batch",
@@ -85,10 +87,11 @@ setup(
         "gpu": ["faiss-gpu", "transformer-engine[pytorch]", "flash-attn"],
         "deepspeed": [DEEPSPEED],
         "evaluation": EVALUATION,
+        "sft": SFT,
         "trackers": TRACKERS,
         "test": TEST,
         "docs": DOCS,
         # Beside a CUDA torch triton is there already; elsewhere the tests compile and interpret its kernels.
-        "dev": [DEEPSPEED, *RETRIEVAL, *TRACKERS, *EVALUATION, *TEST, *DOCS, "triton"],
+        "dev": [DEEPSPEED, *RETRIEVAL, *TRACKERS, *EVALUATION, *SFT, *TEST, *DOCS, "triton"],
     },
 )
