@@ -2,6 +2,7 @@
 
     python examples/shapes/task_checker.py --task edit --records tasks/edit-heldout.jsonl --results results.jsonl
     python examples/shapes/task_checker.py --task edit --records tasks/edit-heldout.jsonl --ceiling tokenizer/
+    python examples/shapes/task_checker.py --task vqa --records tasks/vqa-heldout.jsonl --chance tasks/vqa-train.jsonl
 
 A result is {"id", "text"} or {"id", "image"} (a path relative to the file of results). Printed are the shares of right
 results: of all, per kind and per phrasing. The ceiling is the share of right ones among the true images after they went
@@ -18,6 +19,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -48,7 +50,7 @@ STRAY_DISTANCE = 96
 """Difference in a channel, in levels of 0..255, from which a pixel shows something else."""
 STRAY_SHARE = 0.01
 """Share of all pixels that may show something else."""
-MOST_SHIFT = 3
+MOST_SHIFT = 2
 """Shifts of an object that are compared, in pixels of a 32-pixel image."""
 _SPELLINGS = {"center": "centre", "gray": "grey"}
 
@@ -95,27 +97,33 @@ def find_shift(pixels: np.ndarray, attributes: dict[str, str]) -> tuple[int, int
 
     pixels: float32 [size, size, 3] in 0..255. Only the surroundings of the position are compared.
     """
-    size = len(pixels)
-    most = MOST_SHIFT * size // 32
-    errors = {}
     color, background = (
         np.array(table[attributes[name]], np.float32)
         for table, name in ((COLORS, "colour"), (BACKGROUNDS, "background"))
     )
-    around = _surround(attributes, size)
-    for shift in product(range(-most, most + 1), repeat=2):
-        mask = draw_mask(attributes["shape"], attributes["size"], attributes["position"], shift, size)
-        drawn = np.where(mask[..., None], color, background)
-        errors[shift] = float((((pixels - drawn) ** 2).sum(axis=2) * around).sum())
-    return min(errors, key=lambda shift: (errors[shift], abs(shift[0]) + abs(shift[1])))
+    shifts, masks = _load_shifted(attributes["shape"], attributes["size"], attributes["position"], len(pixels))
+    # What the squared error gains where the object covers the background.
+    gain = ((pixels - color) ** 2 - (pixels - background) ** 2).sum(axis=2)
+    return shifts[int((masks @ gain.ravel()).argmin())]
 
 
-def _surround(attributes: dict[str, str], size: int) -> np.ndarray:
+@cache
+def _load_shifted(shape: str, size: str, position: str, image_size: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """Shifts of an object, the small ones first, and its mask at each, float32 [shifts, pixels], without what is
+    outside the quarter of the image around a corner: other objects may be there."""
+    most = MOST_SHIFT * image_size // 32
+    shifts = sorted(product(range(-most, most + 1), repeat=2), key=lambda shift: abs(shift[0]) + abs(shift[1]))
+    around = _surround(position, image_size)
+    masks = [draw_mask(shape, size, position, shift, image_size) & around for shift in shifts]
+    return shifts, np.stack(masks).reshape(len(masks), -1).astype(np.float32)
+
+
+def _surround(position: str, size: int) -> np.ndarray:
     """The quarter of the image around a corner, or all of it around the centre, booleans [size, size]."""
     around = np.zeros((size, size), bool)
     rows, columns = (
         slice(None) if 2 * center == 32 else slice(size // 2) if 2 * center < 32 else slice(size // 2, None)
-        for center in POSITIONS[attributes["position"]]
+        for center in POSITIONS[position]
     )
     around[rows, columns] = True
     return around
@@ -260,7 +268,8 @@ def summarize(records: list[Record], verdicts: list[Verdict]) -> dict[str, tuple
                 groups.setdefault(f"requirement: {name}", []).append(value)
         groups.setdefault(f"kind: {record['kind']}", []).append(verdict["right"])
         groups.setdefault(f"phrasing: {record['phrasing']}", []).append(verdict["right"])
-    return {name: (float(np.mean(values)), len(values)) for name, values in groups.items()}
+    order = sorted(groups, key=lambda name: (name != "all", not name.startswith("requirement"), name))
+    return {name: (float(np.mean(groups[name])), len(groups[name])) for name in order}
 
 
 def measure_chance(train: list[Record], heldout: list[Record]) -> float:
@@ -319,10 +328,17 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--results", type=user_path, help='JSONL file of {"id", "text"} or {"id", "image"}')
     which.add_argument("--ceiling", type=user_path, metavar="TOKENIZER", help="tokenizer folder: judge the true images")
+    which.add_argument("--chance", type=user_path, metavar="TRAIN", help="vqa-train.jsonl: the most frequent answers")
     options = parser.parse_args()
+    if options.chance and options.task != "vqa":
+        raise ValueError(f"--chance is for --task vqa, not for --task {options.task}.")
     if options.ceiling and options.task in _TEXTS:
         raise ValueError(f"--ceiling is for tasks that generate images, not for --task {options.task}.")
     path = Path(options.records)
+    if options.chance:
+        share = measure_chance(list(parse_lines(Path(options.chance))), list(parse_lines(path)))
+        print(f"the most frequent answer of each kind: {100 * share:.1f} %")
+        return
     results = None
     if options.results:
         results = read_results(Path(options.results), list(parse_lines(path)), options.task)

@@ -372,11 +372,12 @@ def write_tasks(output: Path, options: argparse.Namespace) -> dict[str, dict[str
     if output.exists():
         raise ValueError(f"--output {output} exists; give another folder, or remove it first.")
     counts: dict[str, dict[str, int]] = {}
+    splits = split_scenes(options.seed)
     with atomic_directory(output) as folder:
         (folder / "images").mkdir()
         for task in options.tasks:
             counts[task] = {}
-            for name, split in split_scenes(options.seed).items():
+            for name, split in splits.items():
                 records = Writer(folder, task, split, options).write(getattr(options, name))
                 write_lines(folder / f"{task}-{name}.jsonl", records)
                 counts[task][name] = len(records)
