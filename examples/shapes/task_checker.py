@@ -11,8 +11,9 @@ through an image tokenizer: more is not to be expected of a model that draws wit
     caption, vqa, infill_text, infill_box    the text, exact after normalization; a caption names the right objects
     text_to_image       the right objects on the right background, and nothing else
     edit                `changed`: the object is as told; `unchanged`: everything else is where and what it was
-    grounding           every object overlaps its box (IoU at least 0.7) with the right color and shape; nothing else
-    canny, scribble, segmentation    the right objects, with the places and sizes of the condition; nothing else
+    ground              every object overlaps its box (IoU at least 0.7) with the right color and shape; nothing else
+    control_canny, control_scribble, control_segmentation
+                        the right objects, with the places and sizes of the condition; nothing else
 """
 
 import argparse
@@ -177,26 +178,26 @@ def match_edit(image, before: Scene, after: Scene, index: int, jitter: tuple[int
     return _conclude(verdict)
 
 
-def match_grounding(image, boxes: list[dict], image_size: int) -> Verdict:
+def match_ground(image, objects: list[dict], image_size: int) -> Verdict:
     """Whether an image shows an object of the right color and shape in each box, and no other object.
 
-    boxes: [{"label": "red circle", "box": [left, top, right, bottom]}], in pixels of an image of `image_size`.
+    objects: [{"name": "red circle", "box": [left, top, right, bottom]}], in pixels of an image of `image_size`.
     """
     scale = image_size / len(to_array(image))
     found = geneval.find_objects(image)
     left = list(found)
     overlaps = []
-    for each in boxes:
+    for each in objects:
         fitting = [
             (measure_overlap([scale * side for side in one["box"]], each["box"]), number)
             for number, one in enumerate(left)
-            if f"{one['color']} {one['name']}" == each["label"]
+            if f"{one['color']} {one['name']}" == each["name"]
         ]
         overlap, number = max(fitting, default=(0.0, -1))
         overlaps.append(overlap)
         if fitting:
             del left[number]
-    return _conclude({"boxes": min(overlaps) >= OVERLAP, "nothing else": len(found) == len(boxes)})
+    return _conclude({"boxes": min(overlaps) >= OVERLAP, "nothing else": len(found) == len(objects)})
 
 
 def _key(entry: dict[str, str]) -> tuple[str, ...]:
@@ -233,9 +234,9 @@ _IMAGES: dict[str, Callable[[object, Record, int], Verdict]] = {
     "edit": lambda image, record, size: match_edit(
         image, record["scene_before"]["objects"], record["scene"]["objects"], record["index"], _jitter(record)
     ),
-    "grounding": lambda image, record, size: match_grounding(image, record["boxes"], size),
+    "ground": lambda image, record, size: match_ground(image, record["objects"], size),
     **dict.fromkeys(
-        ("canny", "scribble", "segmentation"),
+        ("control_canny", "control_scribble", "control_segmentation"),
         lambda image, record, size: match_control(image, record["scene"]["objects"], _jitter(record)),
     ),
 }
@@ -310,7 +311,7 @@ def judge_file(task: str, records_path: Path, results: list[object] | None, toke
     records = list(parse_lines(records_path))
     if not records:
         raise ValueError(f"{records_path} is empty; give a file that tasks.py has written.")
-    image_name = "after" if task == "edit" else "image"
+    image_name = "edited" if task == "edit" else "image"
     true = [load_image(records_path.parent / record[image_name]) for record in records]
     if results is None:
         results = list(pass_through(Tokenizers.load(tokenizer), true)) if tokenizer else list(true)

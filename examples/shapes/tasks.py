@@ -12,15 +12,18 @@
     caption                   image, caption
     text_to_image             caption, image
     vqa                       image, question, answer
-    edit                      before, instruction, after
-    grounding                 caption, regions, boxes, image        regions: "red circle at 3 3 12 12, ..."
-    canny, scribble,          condition, caption, image             the caption has no places and sizes, the condition
-    segmentation                                                    has no colors
+    edit                      image, instruction, edited
+    ground                    caption, objects, width, height, image    objects: [{"name", "box"}], boxes in pixels
+    control_canny,            condition, caption, image             the caption has no places and sizes, the condition
+    control_scribble,                                               has no colors
+    control_segmentation
     infill_text               image, caption, blanked, missing      blanked: the caption with ___ for one word
-    infill_box                caption, image, blanked, box          blanked: the regions with ___ for one box
+    infill_box                caption, image, regions, blanked, box     blanked: the regions with ___ for one box
 
 Every record also has `id`, `kind` (of question, edit, number of objects), `phrasing` (train or heldout) and `scene`
-(objects, jitter): what task_checker.py needs. A box is "left top right bottom" in pixels, right and bottom exclusive.
+(objects, jitter): what task_checker.py needs. The names of tasks and fields are those of the templates of the same
+tasks. `objects` has boxes [left, top, right, bottom] in pixels, right and bottom exclusive; `regions` is the text "red
+circle at 03 03 37 37, ...", where 00 is the left or top edge of the image and 99 the right or bottom one.
 
 Combinations are held out as in generate.py with the same seed, so a base model of its corpus has not seen them. Every
 second held-out record has a phrasing that no training record has; captions to be written and infilled have none.
@@ -62,16 +65,18 @@ from megatron_cm3leon.data.tasks.conditions import color_labels, get_condition
 Record = dict
 Jitter = tuple[int, int]
 BLANK = "___"
+BOX_STEPS = 99
+"""Number of the right and the bottom edge of the image in a box that is written as text."""
 SHEET = 30
 """Records on a contact sheet."""
 INSTRUCTIONS = {
     "text_to_image": ("caption",),
     "vqa": ("question",),
     "edit": ("instruction",),
-    "grounding": ("caption", "regions", "boxes"),
-    "canny": ("caption", "condition"),
-    "scribble": ("caption", "condition"),
-    "segmentation": ("caption", "condition"),
+    "ground": ("caption", "objects"),
+    "control_canny": ("caption", "condition"),
+    "control_scribble": ("caption", "condition"),
+    "control_segmentation": ("caption", "condition"),
 }
 """Task -> fields that TASK-shuffled.jsonl exchanges among records."""
 
@@ -158,12 +163,16 @@ def write_plain_caption(scene: Scene, template: str) -> str:
     )
 
 
-def write_regions(scene: Scene, jitter: Jitter, image_size: int) -> tuple[str, list[dict]]:
-    """The objects with their boxes, as a text and as a list of {label, box}."""
-    boxes = [
-        {"label": f"{entry['colour']} {entry['shape']}", "box": find_box(entry, jitter, image_size)} for entry in scene
+def list_boxes(scene: Scene, jitter: Jitter, image_size: int) -> list[dict]:
+    """The objects with their boxes: [{"name": "red circle", "box": [left, top, right, bottom]}], in pixels."""
+    return [
+        {"name": f"{entry['colour']} {entry['shape']}", "box": find_box(entry, jitter, image_size)} for entry in scene
     ]
-    return ", ".join(f"{each['label']} at {' '.join(map(str, each['box']))}" for each in boxes), boxes
+
+
+def write_box(box: list[int], image_size: int) -> str:
+    """A box as text: four numbers of two digits, from 00 to BOX_STEPS."""
+    return " ".join(f"{round(BOX_STEPS * edge / image_size):02d}" for edge in box)
 
 
 def draw_classes(scene: Scene, jitter: Jitter, image_size: int) -> np.ndarray:
@@ -212,9 +221,9 @@ def _make_edit(writer: Writer, scene: Scene, jitter: Jitter, number: int, heldou
     if edit is None:
         return None
     return {
-        "before": writer.draw(edit.before, jitter),
+        "image": writer.draw(edit.before, jitter),
         "instruction": edit.instruction,
-        "after": writer.draw(edit.after, jitter),
+        "edited": writer.draw(edit.after, jitter),
         "kind": edit.kind,
         "index": edit.index,
         "scene_before": describe(edit.before, jitter),
@@ -222,13 +231,13 @@ def _make_edit(writer: Writer, scene: Scene, jitter: Jitter, number: int, heldou
     }
 
 
-def _make_grounding(writer: Writer, scene: Scene, jitter: Jitter, number: int, heldout: bool) -> Record:
+def _make_ground(writer: Writer, scene: Scene, jitter: Jitter, number: int, heldout: bool) -> Record:
     templates = _HELDOUT_CAPTIONS if heldout else _PLAIN_CAPTIONS
-    regions, boxes = write_regions(scene, jitter, writer.size)
     return {
         "caption": write_plain_caption(scene, writer.choose(templates)),
-        "regions": regions,
-        "boxes": boxes,
+        "objects": list_boxes(scene, jitter, writer.size),
+        "width": writer.size,
+        "height": writer.size,
         "image": writer.draw(scene, jitter),
         "kind": _count_objects(scene),
         "scene": describe(scene, jitter),
@@ -239,10 +248,11 @@ def _make_control(writer: Writer, scene: Scene, jitter: Jitter, number: int, hel
     if len({entry["shape"] for entry in scene}) < len(scene):
         return None  # the caption would not say which of two equal shapes has which color
     pixels = draw_scene(scene, jitter, writer.size)
-    if writer.task == "segmentation":
+    name = writer.task.removeprefix("control_")
+    if name == "segmentation":
         condition = draw_classes(scene, jitter, writer.size)
     else:
-        condition = np.asarray(get_condition(writer.task)(Image.fromarray(pixels)))
+        condition = np.asarray(get_condition(name)(Image.fromarray(pixels)))
     return {
         "condition": writer.save(condition),
         "caption": write_plain_caption(scene, writer.choose(_HELDOUT_CAPTIONS if heldout else _PLAIN_CAPTIONS)),
@@ -278,15 +288,17 @@ def _choose_word(words: list[str], random: np.random.Generator) -> tuple[int, st
 
 
 def _make_blanked_box(writer: Writer, scene: Scene, jitter: Jitter, number: int, heldout: bool) -> Record | None:
-    record = _make_grounding(writer, scene, jitter, number, heldout)
-    labels = [each["label"] for each in record["boxes"]]
-    if len(set(labels)) < len(labels):
+    record = _make_ground(writer, scene, jitter, number, heldout)
+    names = [each["name"] for each in record["objects"]]
+    if len(set(names)) < len(names):
         return None  # the box of which of two equal objects?
-    index = int(writer.random.integers(len(labels)))
-    boxes = [" ".join(map(str, each["box"])) for each in record["boxes"]]
-    shown = [BLANK if other == index else box for other, box in enumerate(boxes)]
-    blanked = ", ".join(f"{label} at {box}" for label, box in zip(labels, shown, strict=True))
-    return record | {"blanked": blanked, "box": boxes[index]}
+    index = int(writer.random.integers(len(names)))
+    boxes = [write_box(each["box"], writer.size) for each in record["objects"]]
+    blanked = [BLANK if other == index else box for other, box in enumerate(boxes)]
+    regions, blanked_regions = (
+        ", ".join(f"{name} at {box}" for name, box in zip(names, shown, strict=True)) for shown in (boxes, blanked)
+    )
+    return record | {"regions": regions, "blanked": blanked_regions, "box": boxes[index]}
 
 
 _TASKS: dict[str, Callable[[Writer, Scene, Jitter, int, bool], Record | None]] = {
@@ -294,10 +306,10 @@ _TASKS: dict[str, Callable[[Writer, Scene, Jitter, int, bool], Record | None]] =
     "text_to_image": _make_caption,
     "vqa": _make_question,
     "edit": _make_edit,
-    "grounding": _make_grounding,
-    "canny": _make_control,
-    "scribble": _make_control,
-    "segmentation": _make_control,
+    "ground": _make_ground,
+    "control_canny": _make_control,
+    "control_scribble": _make_control,
+    "control_segmentation": _make_control,
     "infill_text": _make_blanked_text,
     "infill_box": _make_blanked_box,
 }
@@ -337,7 +349,7 @@ def draw_sheet(output: Path, task: str, records: list[Record]) -> Image.Image:
     """A contact sheet of some records: their images, with what is asked and expected below."""
     images, captions = [], []
     for record in records[:SHEET]:
-        names = [name for name in ("before", "condition", "image", "after") if name in record]
+        names = [name for name in ("condition", "image", "edited") if name in record]
         asked = [f"{name}: {record[name]}" for name in _SHOWN if name in record]
         for position, name in enumerate(names):
             with Image.open(output / record[name]) as image:
@@ -346,7 +358,7 @@ def draw_sheet(output: Path, task: str, records: list[Record]) -> Image.Image:
     return draw_contact_sheet(images, captions, 10)
 
 
-_SHOWN = ("question", "answer", "instruction", "blanked", "missing", "box", "regions", "caption")
+_SHOWN = ("question", "answer", "instruction", "blanked", "missing", "box", "caption")
 
 
 def split_scenes(seed: int) -> dict[str, Split]:

@@ -161,10 +161,10 @@ def test_images_show_the_scenes(written):
     for task in tasks.TASKS:
         for record in read(written, task, "heldout")[:6]:
             scene, jitter = record["scene"]["objects"], tuple(record["scene"]["jitter"])
-            shown = load(written, record["after" if task == "edit" else "image"])
+            shown = load(written, record["edited" if task == "edit" else "image"])
             assert (shown == draw_scene(scene, jitter, 32)).all()
             if task == "edit":
-                before = load(written, record["before"])
+                before = load(written, record["image"])
                 touched = np.zeros((32, 32), bool)
                 for name in ("scene_before", "scene"):
                     entry = record[name]["objects"][record["index"]]
@@ -182,22 +182,23 @@ def test_kinds_and_answers_are_balanced(written):
 
 
 def test_boxes_are_the_pixels_of_the_objects(written):
-    for record in read(written, "grounding", "heldout"):
+    for record in read(written, "ground", "heldout"):
         image, background = load(written, record["image"]), record["scene"]["objects"][0]["background"]
-        for each, entry in zip(record["boxes"], record["scene"]["objects"], strict=True):
+        for each, entry in zip(record["objects"], record["scene"]["objects"], strict=True):
             left, top, right, bottom = each["box"]
             assert 0 <= left < right <= 32 and 0 <= top < bottom <= 32
             mask = (image == tasks.COLORS[entry["colour"]]).all(axis=2)[top:bottom, left:right]
             assert mask.any(axis=0).all() and mask.any(axis=1).all()  # no row or column is empty
-            assert each["label"] in record["regions"] and background in record["caption"]
+            assert each["name"] in record["caption"] and background in record["caption"]
     record = next(iter(read(written, "infill_box", "heldout")))
     assert record["blanked"].replace("___", record["box"]) == record["regions"]
+    assert tasks.write_box([0, 8, 16, 32], 32) == "00 25 50 99"
     record = next(iter(read(written, "infill_text", "heldout")))
     assert record["blanked"].replace("___", record["missing"]) == record["caption"]
 
 
 def test_captions_of_conditions_name_neither_place_nor_size(written):
-    for task in ("canny", "scribble", "segmentation"):
+    for task in ("control_canny", "control_scribble", "control_segmentation"):
         for record in read(written, task, "heldout"):
             assert not any(word in record["caption"] for word in ("small", "large", "corner", "centre"))
             shapes = [entry["shape"] for entry in record["scene"]["objects"]]
@@ -213,17 +214,17 @@ def test_shuffled_records_have_the_instructions_of_others(written):
     assert Counter(record["instruction"] for record in records) == Counter(each["instruction"] for each in shuffled)
     same = [one["instruction"] == other["instruction"] for one, other in zip(records, shuffled, strict=True)]
     assert np.mean(same) < 0.1
-    assert all(one["after"] == other["after"] for one, other in zip(records, shuffled, strict=True))
+    assert all(one["edited"] == other["edited"] for one, other in zip(records, shuffled, strict=True))
 
 
 def test_a_seed_gives_the_same_files(written, tmp_path):
-    options = choose_options(tasks=["edit", "canny"], train=4, heldout=60)
+    options = choose_options(tasks=["edit", "control_canny"], train=4, heldout=60)
     tasks.write_tasks(tmp_path / "again", options)
-    for task in ("edit", "canny"):
+    for task in ("edit", "control_canny"):
         name = f"{task}-heldout.jsonl"
         assert (tmp_path / "again" / name).read_bytes() == (written / name).read_bytes()
         for record in read(written, task, "heldout"):
-            name = record["after" if task == "edit" else "condition"]
+            name = record["edited" if task == "edit" else "condition"]
             assert (tmp_path / "again" / name).read_bytes() == (written / name).read_bytes()
     options.seed = 1
     tasks.write_tasks(tmp_path / "other", options)

@@ -11,7 +11,7 @@ from examples.shapes import task_checker, tasks
 from examples.shapes.drawing import COLORS, IMAGE_SIZES, POSITIONS, all_combinations, draw_mask
 from examples.shapes.edits import KINDS, choose_edit
 from examples.shapes.scenes import CORNERS, choose_scenes, draw_scene
-from examples.shapes.tasks import write_regions
+from examples.shapes.tasks import list_boxes
 
 COMBINATIONS = all_combinations()
 EVERYTHING = frozenset(tuple(entry.values()) for entry in COMBINATIONS)
@@ -131,21 +131,21 @@ def test_boxes_must_overlap():
     random = np.random.default_rng(2)
     for number, (scene, jitter) in enumerate(choose(9)):
         image = draw_scene(scene, jitter, 32)
-        boxes = write_regions(scene, jitter, 32)[1]
+        boxes = list_boxes(scene, jitter, 32)
         right = {"right": True, "boxes": True, "nothing else": True}
-        assert task_checker.match_grounding(image, boxes, 32) == right
-        assert task_checker.match_grounding(blur(image, random), boxes, 32)["boxes"]
+        assert task_checker.match_ground(image, boxes, 32) == right
+        assert task_checker.match_ground(blur(image, random), boxes, 32)["boxes"]
         moved = [each | {"box": [side + 3 for side in each["box"]]} for each in boxes]
-        assert not task_checker.match_grounding(image, moved, 32)["boxes"]
+        assert not task_checker.match_ground(image, moved, 32)["boxes"]
         wrong = draw_scene(change(scene, 0, ("colour", "shape", "size")[number % 3]), jitter, 32)
-        assert not task_checker.match_grounding(wrong, boxes, 32)["right"]
+        assert not task_checker.match_ground(wrong, boxes, 32)["right"]
         if len(scene) > 1:
-            less = task_checker.match_grounding(image, boxes[1:], 32)
+            less = task_checker.match_ground(image, boxes[1:], 32)
             assert less == {"right": False, "boxes": True, "nothing else": False}
     scene, jitter = choose(3)[2]
-    doubled = [each | {"box": [2 * side for side in each["box"]]} for each in write_regions(scene, jitter, 32)[1]]
+    doubled = [each | {"box": [2 * side for side in each["box"]]} for each in list_boxes(scene, jitter, 32)]
     large = Image.fromarray(draw_scene(scene, jitter, 32)).resize((64, 64), Image.Resampling.NEAREST)
-    assert task_checker.match_grounding(large, doubled, 64)["boxes"]
+    assert task_checker.match_ground(large, doubled, 64)["boxes"]
 
 
 def test_overlap_by_hand():
@@ -169,12 +169,12 @@ def test_answers_match_exactly_after_normalization(text, expected, right):
 
 
 def test_texts_of_boxes_and_captions():
-    record = {"box": "1 1 16 16", "missing": "ring", "scene": {"objects": choose(3)[1][0]}}
+    record = {"box": "03 03 50 50", "missing": "ring", "scene": {"objects": choose(3)[1][0]}}
     for text, right in (
-        ("1 1 16 16", True),
-        ("2 1 16 16.", True),
-        ("1 1 9 9", False),
-        ("1 1 16", False),
+        ("03 03 50 50", True),
+        ("6 3 50 50.", True),
+        ("03 03 30 30", False),
+        ("03 03 50", False),
         ("a b c d", False),
     ):
         assert task_checker.judge("infill_box", record, text)["right"] is right
@@ -189,7 +189,7 @@ def test_texts_of_boxes_and_captions():
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checked") / "out"
-    options = argparse.Namespace(tasks=["vqa", "edit", "canny"], train=26, heldout=26, size=32, objects=3, seed=0)
+    options = argparse.Namespace(tasks=["vqa", "edit"], train=26, heldout=26, size=32, objects=3, seed=0)
     tasks.write_tasks(folder, options)
     return folder
 
@@ -202,7 +202,7 @@ def run(monkeypatch, *arguments):
 def test_files_of_results(written, tmp_path, monkeypatch, capsys):
     path = written / "edit-heldout.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [{"id": each["id"], "image": str(written / each["after" if number % 2 else "before"])}
+    lines = [{"id": each["id"], "image": str(written / each["edited" if number % 2 else "image"])}
              for number, each in enumerate(records)]  # fmt: skip
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
