@@ -2,9 +2,11 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 from examples.shapes import task_checker, tasks
@@ -12,6 +14,9 @@ from examples.shapes.drawing import COLORS, IMAGE_SIZES, POSITIONS, all_combinat
 from examples.shapes.edits import KINDS, choose_edit
 from examples.shapes.scenes import CORNERS, choose_scenes, draw_scene
 from examples.shapes.tasks import list_boxes
+from megatron_cm3leon.tokenizers.image import ImageTokenizer
+from megatron_cm3leon.tokenizers.images import from_pixels, to_pixels
+from megatron_cm3leon.tokenizers.vqgan import VQGAN, VQGANConfig
 
 COMBINATIONS = all_combinations()
 EVERYTHING = frozenset(tuple(entry.values()) for entry in COMBINATIONS)
@@ -236,3 +241,19 @@ def test_files_of_results(written, tmp_path, monkeypatch, capsys):
         task_checker.judge_file("edit", tmp_path / "empty.jsonl", None)
     with pytest.raises(ValueError, match="the result for a must be a text: the task is vqa"):
         task_checker.judge("vqa", {"id": "a"}, Image.new("RGB", (32, 32)))
+
+
+def test_the_ceiling_is_judged_on_what_the_image_tokenizer_decodes():
+    torch.manual_seed(0)
+    config = VQGANConfig(
+        image_size=32, codebook_size=8, embed_dim=4, latent_channels=8, base_channels=8, channel_multiplier=(1, 1),
+        num_res_blocks=0, mid_attention=False, norm="pixel", encoder_kernel=1,
+    )  # fmt: skip
+    tokenizer = ImageTokenizer(VQGAN(config))
+    scene, jitter = choose(1)[0]
+    image = Image.fromarray(draw_scene(scene, jitter, 32))
+    passed = task_checker.pass_through(SimpleNamespace(image=tokenizer), [image] * 3, batch_size=2)
+    assert len(passed) == 3 and passed[0].tobytes() == passed[2].tobytes()
+    decoded = tokenizer.decode(tokenizer.encode(to_pixels(image, 32)[None]))[0]
+    assert passed[0].tobytes() == from_pixels(decoded).tobytes()
+    assert not task_checker.match_scene(passed[0], scene)["right"]  # it was not trained
