@@ -19,7 +19,11 @@ EVALUATION = [
     "resvg-py",  # examples/icons
     "snowballstemmer",  # stemmed answers of the task vqa
 ]
-SFT = ["peft"]  # loads exported adapters; tests/export compares logits with it
+SFT = [
+    "opencv-python",  # condition images: data/tasks/conditions.py
+    "peft",  # loads exported adapters; tests/export compares logits with it
+    "scikit-image",
+]
 TEST = ["accelerate", "import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "webdataset"]
 DOCS = ["mkdocs", "mkdocstrings[python]"]
 
@@ -31,6 +35,7 @@ TOOLS = {
     "evaluate": "evaluate",
     "generate": "generate",
     "inspect-shards": "inspect_shards",
+    "make-conditions": "make_conditions",
     "preprocess": "preprocess_data",
     "report": "report",
     "show-batch": "show_batch",

@@ -13,7 +13,7 @@ CORNERS = tuple(position for position in POSITIONS if position != "centre")
 Scene = list[dict[str, str]]
 
 _OBJECT = "a {size} {colour} {shape} in the {position} corner"
-_SCENE_PHRASINGS = (
+SCENE_PHRASINGS = (
     "{objects} on a {background} background",
     "on {background}, {objects}",
     "a {background} background with {objects}",
@@ -42,7 +42,7 @@ def choose_scenes(combinations: Scene, pairs: int, objects: int, seed: int) -> l
             corners = random.permutation([corner for corner in CORNERS if (first["background"], corner) in at])
             several = [at[first["background"], corner] for corner in corners[:count]]
             scene = [entries[int(random.integers(len(entries)))] for entries in several]
-        phrasings = PHRASINGS if len(scene) == 1 else len(_SCENE_PHRASINGS)
+        phrasings = PHRASINGS if len(scene) == 1 else len(SCENE_PHRASINGS)
         chosen.append((scene, JITTERS[int(random.integers(len(JITTERS)))], int(random.integers(phrasings))))
     return chosen
 
@@ -64,4 +64,4 @@ def write_scene_caption(scene: Scene, phrasing: int) -> str:
     phrases = [_OBJECT.format(**attributes) for attributes in scene]
     listed = f"{', '.join(phrases[:-1])} and {phrases[-1]}"
     words = {"objects": listed, "background": scene[0]["background"], "count": _COUNTS[len(scene)]}
-    return _SCENE_PHRASINGS[phrasing].format(**words)
+    return SCENE_PHRASINGS[phrasing].format(**words)

@@ -54,7 +54,7 @@ def _variant_rows() -> list[Layout]:
     layouts = [("tensor=2 sequence=true", 2), ("context=2", 2), ("tensor=2 pipeline=2 sequence=true", 4)]
     layouts += [("tensor=2 context=2 zero=1", 4), ("pipeline=2 interleave=2", 2), ("zero=1 recompute=full", 2)]
     models = [  # label, overrides, numbers of the layouts in the default suite, tolerances
-        ("llama", LLAMA, (0, 2, 4), {}),
+        ("llama", LLAMA, (0, 4), {}),
         ("by sample", SAMPLES, (2,), {}),
         ("llama by sample", LLAMA + SAMPLES, (3,), {}),
         ("bf16", BF16, (3,), {"loss_tolerance": 2e-3, "norm_tolerance": 0.1}),
@@ -132,7 +132,7 @@ def _deepspeed_rows() -> list[Layout]:
         (False, "tensor=2 data 2 zero=3", 4, ("parallel.tensor=2", "parallel.zero=3", *SMALL)),
     ]
     variants = [
-        (True, "llama", LLAMA, "tensor=2 zero=1", 2, ("parallel.tensor=2", "parallel.zero=1")),
+        (False, "llama", LLAMA, "tensor=2 zero=1", 2, ("parallel.tensor=2", "parallel.zero=1")),
         (False, "llama", LLAMA, "tensor=2 data 2 zero=0", 4, ("parallel.tensor=2", "parallel.zero=0")),
         (False, "llama", LLAMA, "tensor=2 data 2 zero=3", 4, ("parallel.tensor=2", "parallel.zero=3", *SMALL)),
         (False, "by sample", SAMPLES, "data 2 zero=3", 2, ("parallel.zero=3", *SMALL)),
@@ -372,7 +372,7 @@ LAYOUTS = [
     _build_row("tensor=2 pipeline=2 interleave=2 sequence=true", 4, "tensor=2 pipeline=2 interleave=2 sequence=true"),
     _build_row("tensor=2 data 2 zero=1 sequence=true", 4, "tensor=2 zero=1 sequence=true"),
     _build_row("pipeline=2 data 2 zero=1", 4, "pipeline=2 zero=1", in_suite=False),
-    _build_row("pipeline=2 interleave=2 data 2 zero=1", 4, "pipeline=2 interleave=2 zero=1"),
+    _build_row("pipeline=2 interleave=2 data 2 zero=1", 4, "pipeline=2 interleave=2 zero=1", in_suite=False),
     _build_row("tensor=2 context=2 sequence=true", 4, "tensor=2 context=2 sequence=true", in_suite=False),
     _build_row("pipeline=2 context=2", 4, "pipeline=2 context=2", in_suite=False),
     _build_row("context=2 data 2 zero=1 recompute=full", 4, "context=2 zero=1 recompute=full", in_suite=False),

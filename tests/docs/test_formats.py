@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from megatron_cm3leon.checkpoint.format import list_checkpoints
+from megatron_cm3leon.data.preprocess.conditions import ConditionSettings, make_conditions
 from megatron_cm3leon.data.shards.targets import TARGETS_DTYPE
 from megatron_cm3leon.data.tasks.conversation import ConversationFiller
 from megatron_cm3leon.data.tasks.options import load_task
@@ -101,6 +103,15 @@ def run(tmp_path_factory):
         os.chdir(before)
     assert done.returncode == 0, done.stderr
     return folder / "run"
+
+
+def test_condition_images(tmp_path):
+    image = np.full((16, 16, 3), 255, np.uint8)
+    image[4:12, 4:12] = 0
+    Image.fromarray(image).save(tmp_path / "a.png")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a square"}) + "\n")
+    make_conditions([str(tmp_path / "pairs.jsonl")], tmp_path / "out", ConditionSettings("canny"))
+    check_keys("`manifest.json` of condition images", json.loads((tmp_path / "out/manifest.json").read_text()))
 
 
 def test_keys_of_a_tokenizer_folder_are_documented(written):
