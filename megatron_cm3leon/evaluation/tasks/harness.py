@@ -165,7 +165,7 @@ def load_tasks(include_path: str | Path, names: list[str], num_fewshot: int | No
     version = read_versions(("lm_eval",))["lm_eval"]
     for name in names:
         if name not in manager.task_index:
-            known = ", ".join(manager.all_tasks) or "none"
+            known = ", ".join(manager.all_tasks) or "none, because it has no task file (YAML)"
             raise ValueError(f"{name!r} is not a task of {folder}; its tasks are: {known}.{_find_unreadable(folder)}")
     loaded: dict[str, Any] = {}
     for name in names:

@@ -105,6 +105,9 @@ def evaluate(
     ranks = ranks or Ranks()
     if count < 1:
         raise ValueError(f"--count ({count}) must be at least 1.")
+    if index is None and (documents or encoder):
+        name = "documents" if documents else "encoder"
+        raise ValueError(f"--{name} ({documents or encoder}) requires an index to retrieve from; give --index.")
     sampling = Sampling(guidance=guidance, temperature=temperature, sampler=sampler, seed=seed)
     judge = load_checker(checker) if checker else None
     generator = Generator.load(model, dtype, ranks.resolve_device(device))

@@ -121,7 +121,9 @@ def _read_folder(folder: Path) -> list[tuple[Path, str]]:
         raise ValueError(f"{folder} has no images ({', '.join(IMAGE_ENDINGS)}); give a folder with at least one.")
     for path in images:
         if not path.with_suffix(".txt").is_file():
-            raise ValueError(f"{path} has no text: there is no {path.with_suffix('.txt').name} beside it.")
+            raise ValueError(
+                f"{path} has no text: there is no {path.with_suffix('.txt').name} beside it; write it there."
+            )
     orphans = sorted({path.stem for path in folder.glob("*.txt")} - {path.stem for path in images})
     if orphans:
         raise ValueError(f"{folder / orphans[0]}.txt is a text without an image; remove it, or add the image.")

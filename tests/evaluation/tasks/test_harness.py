@@ -174,6 +174,9 @@ def test_bad_task_files_are_named(arguments, tmp_path):
         harness.evaluate(**arguments | {"tasks": ["old"]})
     with pytest.raises(ValueError, match=r"'none' is not a task of .*; its tasks are: choice, continue, old, text"):
         harness.evaluate(**arguments | {"tasks": ["none"]})
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match=r"its tasks are: none, because it has no task file \(YAML\)\."):
+        harness.evaluate(**arguments | {"include_path": tmp_path / "bare"})
     with pytest.raises(ValueError, match=r"num_fewshot \(9\) of the task choice must be at most 8, the documents that"):
         harness.evaluate(**arguments | {"tasks": ["choice"], "num_fewshot": 9})
     other = TASK.format(name="other", folder=tmp_path).replace("other.jsonl", "*.jsonl")

@@ -138,6 +138,8 @@ def test_an_interrupted_evaluation_continues(subject, monkeypatch):
         infill.evaluate(output=subject.path / "out", **options | {"count": 9})
     with pytest.raises(ValueError, match=r"--batch-size \(0\) must be at least 1"):
         infill.evaluate(output=subject.path / "out", **options | {"batch_size": 0})
+    with pytest.raises(ValueError, match=r"--documents \(2\) requires an index to retrieve from; give --index"):
+        infill.evaluate(output=subject.path / "out", **options | {"documents": 2})
     with pytest.raises(ValueError, match=r"--count \(0\) must be at least 1"):
         infill.evaluate(output=subject.path / "out", **options | {"count": 0})
 
