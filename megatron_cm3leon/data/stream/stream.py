@@ -372,13 +372,14 @@ def build_stream(
             f"{section}.shards is empty; give the folder of shards that tools/preprocess_data.py wrote "
             f"({section}.shards=...)."
         )
-    sources = [_open_source(source, retrieval and config.retrieval.documents > 0) for source in described]
-    if train and (plan := plan_sources(config, [source.corpus.documents for source in sources])):
-        for source, weight in zip(sources, plan.weights, strict=True):
-            source.weight = float(weight)
+    sources = [_open_source(each, retrieval and config.retrieval.documents > 0) for each in described]
+    training = train and not source
+    if training and (plan := plan_sources(config, [each.corpus.documents for each in sources])):
+        for each, weight in zip(sources, plan.weights, strict=True):
+            each.weight = float(weight)
     stream = Stream(config, sources)
     output = Path(config.output)
-    if train and not source and output.is_dir() and os.access(output, os.W_OK):
+    if training and output.is_dir() and os.access(output, os.W_OK):
         stream.keep_tables(output / "stream")
     return stream
 
