@@ -24,7 +24,7 @@ NO_PATHS = (
     "--format --image-field --caption-field --device --fit --stage --title --subtitle --factory --search --sampler "
     "--unconditional --form --text --caption --document --dtype --time --launcher --name --allow-change --partition "
     "--account --qos --constraint --memory --container-runtime --env --shard-size --deduplicate captions questions "
-    "parts overrides --compare"
+    "parts overrides --compare --fields --image-name --split --map-field"
 )
 """Options of tools whose values are texts, not paths."""
 

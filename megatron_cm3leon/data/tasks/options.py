@@ -56,7 +56,7 @@ class TaskOptions:
 def add_task_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `open_input` reads, beside --input, --format, --image-field and --caption-field."""
     add = parser.add_argument_group("instruction documents").add_argument
-    add("--task", default="", help="templates of the records: a task of the package, or a YAML file")
+    add("--task", type=user_path, default="", help="templates of the records: a task of the package, or a YAML file")
     add("--fields", nargs="+", default=[], metavar="FIELD=NAME", help="fields whose names in the records differ")
     add("--images", type=user_path, default="", help="folder of the images (default: the folder of the input file)")
     add("--annotations", type=user_path, default="", help="format vqa: the file of the answers")
