@@ -27,7 +27,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--invert-map", action="store_true", help="depth: the maps are distances, whose near values are the small ones")
     add(
-        "--weights", default=WEIGHTS, help="weights of controlnet-aux's detectors: a folder, or a repository of the hub"
+        "--weights",
+        type=user_path,
+        default=WEIGHTS,
+        help="weights of controlnet-aux's detectors: a folder, or a repository of the hub",
     )
     add("--workers", type=int, default=1, help="worker processes")
     add("--max-bad-fraction", type=float, default=0.01, help="share of unusable inputs above which the run stops")
