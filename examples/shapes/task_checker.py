@@ -10,7 +10,7 @@ through an image tokenizer: more is not to be expected of a model that draws wit
 
     caption, vqa, infill_text, infill_box    the text, exact after normalization; a caption names the right objects
     text_to_image       the right objects on the right background, and nothing else
-    edit                `changed`: the object is as told; `unchanged`: everything else is where and what it was
+    edit                `changed`: the object is as instructed; `unchanged`: everything else is where and what it was
     ground              every object overlaps its box (IoU at least 0.7) with the right color and shape; nothing else
     control_canny, control_scribble, control_segmentation
                         the right objects, with the places and sizes of the condition; nothing else

@@ -159,7 +159,7 @@ class SFTConfig:
     target, which says that it ends; no sample has a loss on its first </s>. Retrieved documents have
     retrieval.loss_weight under both."""
     mask_targets: float = setting(1.0, minimum=0, maximum=1, resume="fixed")
-    """Probability, per document and epoch, that its targets which are not at its end move behind the sample's last
+    """Probability, per document and epoch, that its targets that are not at its end are placed after the sample's last
     </s>, each after its own sentinel, as in the paper; 0: they stay where they are."""
     drop_condition_probability: float = setting(0.0, minimum=0, maximum=1, resume="fixed")
     """Probability, per document and epoch, that everything before an image is replaced by one sentinel, if that image

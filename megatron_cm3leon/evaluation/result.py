@@ -132,7 +132,7 @@ _KINDS = {
 
 
 def _parse_figure(name: str, content: object, path: Path) -> Figure:
-    """A figure from its JSON object; ValueError for a value that is no number."""
+    """A figure from its JSON object; ValueError for a value that is not a number."""
     known = [each.name for each in fields(Figure)]
     values = {key: value for key, value in content.items() if key in known} if isinstance(content, dict) else {}
     numbers = [values.get("value"), *(values[key] for key in ("low", "high", "n") if values.get(key) is not None)]

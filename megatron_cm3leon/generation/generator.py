@@ -229,7 +229,7 @@ class Generator:
         """Images whose codes inside `box` are generated again; all others stay as they are.
 
         The span from the first to the last code of the box is generated; its codes outside the box keep their values.
-        `form`: "masked" generates it behind the codes on both sides of a mask, as CM3 does; "raster" after the codes in
+        `form`: "masked" generates it after the codes on both sides of a mask, as CM3 does; "raster" after the codes in
         front of it alone, as an image is generated; "auto": see prompts.choose_box_form. Guidance and CD-K require
         `captions`. The default of `sampling` is `Sampling()`. ValueError for a box outside the image, an unknown form,
         another number of captions than images, and a prompt that does not fit into the context.

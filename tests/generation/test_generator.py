@@ -197,7 +197,7 @@ def test_an_infilled_image_keeps_all_codes_outside_the_box(generator, form):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_a_box_in_raster_order_has_the_most_likely_codes_after_those_before_it(generator, decoder, guidance):
-    """Compared with full forward passes and the guidance formula written out; codes behind the box have no effect."""
+    """Compared with full forward passes and the guidance formula written out; codes after the box have no effect."""
     box, inside, caption = (1, 1, 3, 3), [5, 6, 9, 10], "a red circle"
     rows = [np.arange(12) % 16, (np.arange(12) * 5 + 3) % 16]
     rows.append(np.where(np.arange(12) == 11, 0, rows[0]))

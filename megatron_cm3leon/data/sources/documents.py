@@ -97,7 +97,7 @@ class RawInstruction(RawDocument):
     """Pieces (texts and images) with a role each; several pieces of text may form one segment.
 
     `Question: is it red? Answer:` (prompt), ` yes` (target), `.` (prompt) and an image (prompt) are four pieces, of
-    which the second and third are joined to the one before them: one <break> stands before the image.
+    which the second and third are joined to the one before them: one <break> precedes the image.
     """
 
     roles: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ the document is read. A sample that holds one is the same in any packing:
     MASKED         </s> Question: q Answer: <sentinel:0>. <break> image </s> <sentinel:0> a <eoss>
     UNCONDITIONAL  </s> <sentinel:0> <break> image </s>      (where the first target is a complete image)
 
-MASKED moves every target that is not at the end of the document behind the sample's last </s>, as CM3 masking does
+MASKED moves every target that is not at the end of the document to a place after the last </s>, as CM3 masking does
 (CM3Leon section 2.2 and appendix E); sentinels are numbered from 0 in each sample. It adds three tokens per target.
 """
 

@@ -4,7 +4,7 @@
     conversation: {system: "{text}", user: "User: {text}", assistant: "Assistant: {text}", separator: "\\n"}
 
 `{text}` is what a turn says; that of the assistant is a target, with its images. The separator stands between turns. An
-image is a segment of its own where its mark is. The images at the beginning of a user's turn stand before the words
+image is a segment of its own where its mark is. The images at the beginning of a user's turn come before the words
 that name the role, so a question about an image is `image <break> User: question`.
 
     format     turns                                                    mark of an image
@@ -51,7 +51,7 @@ class Conversation:
     system: str = _TEXT
     separator: str = "\n"
     image_first: bool = False
-    """Whether all images of the prompts stand before the first text."""
+    """Whether all images of the prompts precede the first text."""
 
     def __post_init__(self) -> None:
         for role in ROLES:

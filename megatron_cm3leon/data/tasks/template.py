@@ -100,7 +100,7 @@ class Task:
         return cls(read_name(content, where), **lists, boxes=dict(boxes), image_first=read_image_first(content, where))
 
     def to_dict(self) -> dict:
-        """What `from_dict` reads; keys at their default are left out."""
+        """What `from_dict` reads; without the keys that have their default."""
         lists = {key: list(getattr(self, key)) for key in _LISTS if getattr(self, key)}
         boxes = {"boxes": dict(self.boxes)} if self.boxes else {}
         return {"name": self.name, **lists, **boxes, **({"image_first": True} if self.image_first else {})}

@@ -48,7 +48,7 @@ def extract_features(
     """Features float32 [files, width] of images, as a file that is mapped into memory.
 
     `lines` identify the files (image_folder.py). Features that `finished` has are kept, those before an image that
-    cannot be read too: files behind them may be replaced or removed. Raises ValueError for images that cannot be read,
+    cannot be read too: files after them may be replaced or removed. Raises ValueError for images that cannot be read,
     for changed images whose features are finished, and for features that are not finite numbers.
     """
     path = Path(output) / "features" / f"{name}.npy"
@@ -104,7 +104,7 @@ def _open_features(path: Path, shape: tuple[int, int], done: int) -> np.memmap:
         ) from error
     if stored.shape == shape:
         return stored
-    # Images were added or removed behind the finished ones.
+    # Images were added or removed after the finished ones.
     temporary = path.with_suffix(".tmp")
     resized = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
     for start in range(0, done, CHUNK):

@@ -15,7 +15,7 @@ from tests.tools.call import call_tool
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Five images of a square, with depth maps (the fourth one too small); the input of the third is no image."""
+    """Five images of a square, with depth maps (the fourth one too small); the input of the third is not an image."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     lines = []
